@@ -1,0 +1,114 @@
+"""TokenBatch: what flows from the data to the loss. The next-token shift happens here, once.
+
+Axes: B rows, T tokens, N label positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["IGNORE_INDEX", "DistillCollator", "TokenBatch", "token_batch", "uniforms"]
+
+IGNORE_INDEX = -100
+
+# Odd constants of the splitmix64 generator (Steele, Lea, Flood 2014), as signed 64-bit integers.
+_GOLDEN = -0x61C8864680B583EB
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+class TokenBatch(NamedTuple):
+    """The label positions of a batch, and only those: prompt and padding positions never reach a head."""
+
+    index: Int[Tensor, "N"]
+    """Positions in the flattened `[B * T]` batch whose next token is a label."""
+    labels: Int[Tensor, "N"]
+    """That next token."""
+    keys: Int[Tensor, "N"]
+    """A number that names the position by the content of its row and its place in it, whatever the packing or padding."""
+    dropped: Int[Tensor, ""]
+    """Labels taken out because the common vocabulary does not hold them."""
+
+    @classmethod
+    def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
+        """Take the fields that `DistillCollator` put into a batch out of it again; the model's own inputs remain."""
+        return cls(*(inputs.pop(f"label_{field}") for field in cls._fields))
+
+
+def token_batch(inputs: Mapping[str, Tensor], vocab: int | None = None) -> TokenBatch:
+    """Find the label positions of a collated batch.
+
+    Args:
+        inputs: `input_ids`, `labels` (-100 is no label; position t labels itself, as in Hugging Face models), and
+            `attention_mask` (padded) or `position_ids` (padding-free: a zero starts a new row).
+        vocab: tokens that both models have; labels beyond are dropped and counted.
+    """
+    input_ids, labels = inputs["input_ids"], inputs["labels"]
+    width = input_ids.shape[1]
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(width).expand_as(input_ids)
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    # The token after position t is its label, unless a new row starts there.
+    targets[:, :-1] = torch.where(positions[:, 1:] == 0, IGNORE_INDEX, labels[:, 1:])
+    beyond = targets >= vocab if vocab is not None else torch.zeros_like(targets, dtype=torch.bool)
+    targets = torch.where(beyond, IGNORE_INDEX, targets).flatten()
+    index = (targets != IGNORE_INDEX).nonzero().flatten()
+    keys = _row_keys(input_ids, positions, inputs.get("attention_mask"))
+    return TokenBatch(index, targets[index], keys.flatten()[index], beyond.sum())
+
+
+def _row_keys(input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "B T"]:
+    """A 64-bit key per position: hash of the whole row's tokens, then of the place in it."""
+    starts = (positions == 0).flatten()
+    starts[:: input_ids.shape[1]] = True
+    segment = starts.cumsum(0) - 1
+    tokens = _mix(input_ids.long() * _GOLDEN + positions.long() * _MIX_1)
+    if attention_mask is not None:
+        tokens = tokens * attention_mask
+    rows = torch.zeros(int(segment[-1]) + 1, dtype=torch.int64).index_add_(0, segment, tokens.flatten())
+    return _mix(rows[segment].view_as(input_ids) + positions.long() * _GOLDEN)
+
+
+def uniforms(keys: Int[Tensor, "N"], *, seed: int, step: int, count: int) -> Float[Tensor, "N count"]:
+    """Numbers in [0, 1) that depend on (seed, optimiser step, row, position, draw) and on nothing else.
+
+    So draws are the same whatever the chunk size, packing, padding, number of processes, or point of resumption. Counter
+    based (splitmix64), float64: 53 random bits.
+    """
+    stream = torch.arange(count, device=keys.device) * _MIX_2 + (seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**62
+    bits = _mix(keys[:, None] ^ _mix(stream))
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64; int64 products wrap, and the mask makes the shifts logical."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX_2
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+class DistillCollator:
+    """Wraps a collator: adds the `TokenBatch`, computed beside the data (no device synchronisation in the step).
+
+    The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss sums.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], vocab: int | None = None):
+        self.inner = inner
+        self.vocab = vocab
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        inputs = self.inner(examples)
+        batch = token_batch(inputs, self.vocab)
+        labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
+        labels[batch.index + 1] = batch.labels
+        inputs["labels"] = labels.view_as(inputs["labels"])
+        # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
+        inputs.update({f"label_{field}": value for field, value in batch._asdict().items()})
+        return inputs

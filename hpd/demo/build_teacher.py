@@ -1,0 +1,165 @@
+"""Rebuilds what the demo ships: teacher, student shape, tokenizer and data, from nothing but a seed.
+
+``python -m hpd.demo.build_teacher --output DIR`` takes about 20 minutes on one CPU core and ends by measuring the teacher.
+Equal seeds give equal files on one machine and one version of PyTorch; elsewhere rounding moves single samples.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hpd.demo.task import ANSWER_MARK, Row, draw_problem, generate_rows, is_correct, prompt_of, write_solution
+
+SEED = 0
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+VOCABULARY = (PAD, EOS, UNKNOWN, ANSWER_MARK, *"0123456789+-*()=, ")
+MAX_TOKENS = 64
+IGNORED = -100
+
+TEACHER_SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+STUDENT_SHAPE = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
+
+NUM_STEPS = 5000
+BATCH_SIZE = 128
+PEAK_LEARNING_RATE = 2e-3
+NUM_WARMUP_STEPS = 200
+MAX_GRADIENT_NORM = 1.0
+
+NUM_TRAIN_ROWS, NUM_VALIDATION_ROWS, NUM_TEST_ROWS = 6000, 200, 500
+WRITING_BATCH_SIZE = 250
+MAX_COMPLETION_TOKENS = 48
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, except the answer mark, which is one token too.
+
+    Characters never merge, so a tokenised prompt is always a prefix of the tokenised prompt and completion.
+    """
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{ANSWER_MARK}|[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="right",
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model_config(tokenizer: PreTrainedTokenizerFast, shape: Mapping[str, int]) -> LlamaConfig:
+    """A Llama of the given shape with tied embeddings, over the demo's vocabulary."""
+    return LlamaConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Token ids and labels of prompt, completion and end; prompt and padding are no labels."""
+    prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    completions = [tokenizer(row["completion"] + EOS)["input_ids"] for row in rows]
+    length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), length), IGNORED)
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        ids[i, :end] = torch.tensor(prompt + completion)
+        labels[i, len(prompt) : end] = torch.tensor(completion)
+    return ids, labels
+
+
+def problem_stream(seed: int) -> Iterator[Row]:
+    """Endless training problems with right solutions, repeats included."""
+    rng = random.Random(f"teacher-{seed}")
+    while True:
+        problem = draw_problem(rng, "train")
+        yield Row(prompt=prompt_of(problem), completion=write_solution(problem, rng), answer=str(problem.value))
+
+
+def train_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> LlamaForCausalLM:
+    """Trains a teacher with the next-token loss on completions: AdamW, linear warm-up, cosine to 0."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(model_config(tokenizer, TEACHER_SHAPE)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def learning_rate_factor(step: int) -> float:
+        return min((step + 1) / NUM_WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    stream, start = problem_stream(seed), time.monotonic()
+    for step in range(1, num_steps + 1):
+        ids, labels = encode_rows(tokenizer, [next(stream) for _ in range(BATCH_SIZE)])
+        # Padding stands on the right, where causal attention never looks at it: no attention mask needed.
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 250 == 0:
+            print(f"step {step}  loss {loss.item():.4f} nats/token  {time.monotonic() - start:.0f} s", flush=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def write_completions(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, sample: bool
+) -> list[str | None]:
+    """Lets a model complete prompts, greedily or sampled at temperature 1; None where it did not come to an end."""
+    completions: list[str | None] = []
+    for start in range(0, len(prompts), WRITING_BATCH_SIZE):
+        batch = list(prompts[start : start + WRITING_BATCH_SIZE])
+        inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
+        written = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=MAX_COMPLETION_TOKENS,
+            do_sample=sample,
+            **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {}),
+        )
+        for ids in written[:, inputs["input_ids"].shape[1] :]:
+            finished = bool((ids == tokenizer.eos_token_id).any())
+            completions.append(tokenizer.decode(ids, skip_special_tokens=True) if finished else None)
+    return completions
+
+
+def teacher_rows(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Row], num_rows: int
+) -> list[Row]:
+    """The first ``num_rows`` problems that the teacher finishes, with its own sampled completions.
+
+    Wrong answers stay in: the data are what a teacher writes, unfiltered, as where no grader exists.
+    """
+    completions = write_completions(model, tokenizer, [row["prompt"] for row in problems], sample=True)
+    rows = [
+        Row(prompt=row["prompt"], completion=completion, answer=row["answer"])
+        for row, completion in zip(problems, completions, strict=True)
+        if completion is not None
+    ]
+    if len(rows) < num_rows:
+        raise RuntimeError(f"the teacher finished {len(rows)} of {len(problems)} completions, not {num_rows}: train it longer")
+    return rows[:num_rows]

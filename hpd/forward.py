@@ -1,0 +1,74 @@
+"""A causal language model that hands hidden states and head to a function, inside its own forward.
+
+Whatever runs on the head must run inside the (possibly wrapped) model's forward, or the hooks of DDP and FSDP are bypassed:
+gradients go unsynchronised and sharded weights are never gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from hpd.losses.heads import Scores, head_of
+
+__all__ = ["add_head_function", "model_inputs", "scores_of"]
+
+_MODEL_INPUTS = (
+    "input_ids", "attention_mask", "position_ids",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
+)  # fmt: skip
+
+
+def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The part of a collated batch that a model's backbone takes (no labels: they would make it compute its own loss)."""
+    return {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+
+
+def add_head_function(model: nn.Module) -> nn.Module:
+    """Teach `model` the call `model(**inputs, label_index=index, head_function=f)`, which returns `f(Scores)`.
+
+    The backbone runs without the head, the hidden states at `index` (of the flattened batch) are selected, and `f` gets them
+    with the head. Without `head_function` the forward is the original one, so generation is unchanged. In place; call it
+    before the model is wrapped, and on the base model of a PEFT model.
+    """
+    if getattr(model, "_has_head_function", False):
+        return model
+    original = model.forward
+
+    # The original signature: `generate` validates its keyword arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        label_index: Int[Tensor, "N"] | None = None,
+        head_function: Callable[[Scores], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if head_function is None:
+            return original(*args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
+        # Looked up at every call: FSDP and PEFT replace the head after this patch.
+        head = head_of(self)
+        assert label_index is not None and head.weight is not None
+        return head_function(Scores(hidden.index_select(0, label_index).to(head.weight.device), head))
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model._has_head_function = True  # type: ignore[assignment]
+    return model
+
+
+def scores_of(model: nn.Module, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
+    """Hidden states at `index` and the head, without gradient and with dropout off."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(**model_inputs(inputs), label_index=index, head_function=lambda scores: scores)
+    finally:
+        model.train(training)

@@ -1,0 +1,6 @@
+"""One operator for every method."""
+
+from hpd.losses.heads import Head, Scores, head_of
+from hpd.losses.operator import LossOutput, reweighted_nll
+
+__all__ = ["Head", "LossOutput", "Scores", "head_of", "reweighted_nll"]

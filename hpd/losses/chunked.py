@@ -1,0 +1,209 @@
+"""The fused operator: head products, weights and gradients chunk by chunk, in the forward pass.
+
+Axes: N label positions, C positions of a chunk, D hidden, V vocabulary.
+
+Cost: the student's head is multiplied three times (logits, gradient of the hidden states, gradient of the head; two times if
+the head is frozen) and the teacher's once: the floor for any method that reads both distributions. Memory: two chunks of
+logits, one tile of scratch and the head's gradient; never `[N, V]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hpd.losses.heads import Head, Scores
+from hpd.losses.tile import Sums, TileInputs, add, tile_gradient_
+from hpd.terms import Term
+
+__all__ = ["Plan", "chunked_reweighted_nll"]
+
+# Scratch per tile on a CPU: a few of these fit the second-level cache, and larger tiles amortise the cost of starting a
+# parallel region (measured: 2 rows of 49,152 cost 3x the passes of 32 rows).
+_TILE_BYTES = 4 * 2**20
+
+
+class Plan(NamedTuple):
+    """Everything about a call that is not a differentiable tensor."""
+
+    teacher: Scores
+    inputs: TileInputs
+    terms: Sequence[Term]
+    scale: Tensor | float
+    chunk_bytes: int
+    metric_stride: int
+    vocab: int
+
+
+def chunked_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
+    """Loss and statistics; see `hpd.losses.reweighted_nll`, whose checks have run."""
+    sums: Sums = {}
+    head = student.head
+    loss = _ReweightedNLL.apply(student.hidden, head.weight, head.bias, head, plan, sums)
+    return loss, sums  # type: ignore[return-value]
+
+
+class _ReweightedNLL(torch.autograd.Function):
+    """Gradients are computed in forward, where the logits are at hand; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head, plan: Plan, sums: Sums):
+        gradients = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad)
+        _walk(Scores(hidden, head._replace(weight=weight, bias=bias)), plan, gradients, sums)
+        ctx.gradients = [
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
+        ]
+        total = sum(term.weight * sums[f"value/{term.name}"] for term in plan.terms) if len(hidden) else hidden.new_zeros(())
+        return (total * plan.scale).to(torch.promote_types(hidden.dtype, torch.float32))  # type: ignore[union-attr]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("reweighted_nll keeps its gradients for one backward pass; compute the loss again instead.")
+        # In place: a second [V, D] buffer would double the operator's memory.
+        return *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in gradients), None, None, None
+
+
+class _Gradients(NamedTuple):
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, needed: Sequence[bool]) -> _Gradients:
+        # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return cls(
+            *(
+                torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if tensor is not None and need else None
+                for tensor, need in zip((hidden, weight, bias), needed, strict=False)
+            )
+        )
+
+
+def _walk(student: Scores, plan: Plan, gradients: _Gradients, sums: Sums) -> None:
+    """Chunks of positions: logits of both models, gradient of the student's, products back to hidden and head."""
+    num_tokens, vocab = len(student.hidden), plan.vocab
+    dtype = torch.promote_types(student.hidden.dtype, torch.float32)
+    student, teacher = _for_products(student, vocab), _for_products(plan.teacher, vocab)
+    rows = max(1, min(num_tokens, plan.chunk_bytes // (vocab * dtype.itemsize)))
+    buffers = student.hidden.new_empty(2, rows, vocab, dtype=dtype)
+    scale = plan.scale
+    for start in range(0, num_tokens, rows):
+        chunk = slice(start, min(start + rows, num_tokens))
+        size = chunk.stop - chunk.start
+        logits = project_(Scores(student.hidden[chunk], student.head), buffers[0, :size])
+        teacher_logits = project_(Scores(teacher.hidden[chunk], teacher.head), buffers[1, :size])
+        _outside_mass(teacher_logits, Scores(plan.teacher.hidden[chunk], plan.teacher.head), vocab, sums)
+        gradient = _chunk_gradient_(logits, teacher_logits, chunk, student.head, plan, sums)
+        if gradients.hidden is None and gradients.weight is None and gradients.bias is None:
+            continue
+        gradient.mul_(scale * student.head.scale)
+        _accumulate(gradient, student.hidden[chunk], student.head.weight, gradients, chunk)
+
+
+def _chunk_gradient_(
+    logits: Tensor, teacher_logits: Tensor, chunk: slice, head: Head, plan: Plan, sums: Sums
+) -> Float[Tensor, "C V"]:
+    """Tile by tile; on devices without a CPU's caches the chunk is one tile."""
+    size, vocab = logits.shape
+    rows = max(1, _TILE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else size
+    for start in range(0, size, rows):
+        tile = slice(start, min(start + rows, size))
+        first = chunk.start + start
+        inputs = TileInputs(*(None if x is None else x[first : chunk.start + tile.stop] for x in plan.inputs))  # type: ignore[arg-type]
+        metric_rows = slice(-first % plan.metric_stride, None, plan.metric_stride) if plan.metric_stride else None
+        slope = None
+        if head.softcap is not None:
+            slope = 1.0 - (logits[tile] / head.softcap).square_()
+        gradient = tile_gradient_(logits[tile], teacher_logits[tile], inputs, plan.terms, sums, metric_rows)
+        if slope is not None:
+            gradient.mul_(slope)
+    add(sums, "tokens", torch.ones_like(logits[:, 0]))
+    return logits
+
+
+def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
+    """Logits of `scores`, written into `out`."""
+    hidden, head = scores
+    if head.weight is None:
+        out.copy_(hidden[:, : out.shape[1]])
+    else:
+        _product(hidden, head.weight.t(), out)
+    if head.bias is not None:
+        out.add_(head.bias)
+    if head.scale != 1.0:
+        out.mul_(head.scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+    return out
+
+
+def _accumulate(gradient: Tensor, hidden: Tensor, weight: Tensor | None, gradients: _Gradients, chunk: slice) -> None:
+    vocab = gradient.shape[1]
+    if weight is None:
+        assert gradients.hidden is not None
+        gradients.hidden[chunk, :vocab] = gradient
+        return
+    if gradients.bias is not None:
+        gradients.bias[:vocab] += gradient.sum(0)
+    if hidden.dtype != gradient.dtype:
+        gradient = gradient.to(hidden.dtype)
+    if gradients.hidden is not None:
+        _product(gradient, weight, gradients.hidden[chunk])
+    if gradients.weight is not None:
+        target = gradients.weight[:vocab]
+        if gradient.dtype == target.dtype:
+            target.addmm_(gradient.t(), hidden)
+        else:
+            target.add_(torch.mm(gradient.t(), hidden, out_dtype=target.dtype))  # type: ignore[call-overload]
+
+
+def _for_products(scores: Scores, vocab: int) -> Scores:
+    """Cut to the common tokens and cast to the dtype that products run in.
+
+    Under autocast that is the autocast dtype. A CPU multiplies low precision tens of times slower than float32, so there the
+    operands are raised.
+    """
+    hidden, head = scores.hidden, scores.head.truncated(vocab)
+    dtype = torch.promote_types(hidden.dtype, head.weight.dtype) if head.weight is not None else hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if hidden.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    if head.weight is None:
+        return Scores(hidden, head)
+    return Scores(hidden.to(dtype), head._replace(weight=head.weight.to(dtype)))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        # bfloat16 operands, float32 result: the accumulator is not rounded on its way out.
+        out.copy_(torch.mm(a, b, out_dtype=out.dtype))  # type: ignore[call-overload]
+
+
+def _outside_mass(common_logits: Tensor, teacher: Scores, vocab: int, sums: Sums) -> None:
+    """Teacher mass on tokens that the student does not have (policy `shared_prefix`), summed over positions."""
+    head = teacher.head
+    if teacher.vocab <= vocab:
+        return
+    if head.weight is None:
+        extra = teacher.hidden[:, vocab:].to(common_logits.dtype)
+    else:
+        tail = head._replace(weight=head.weight[vocab:], bias=None if head.bias is None else head.bias[vocab:])
+        extra = project_(
+            _for_products(Scores(teacher.hidden, tail), teacher.vocab - vocab),
+            common_logits.new_empty(len(common_logits), teacher.vocab - vocab),
+        )
+    outside = torch.logsumexp(extra, -1)
+    inside = torch.logsumexp(common_logits, -1)
+    add(sums, "teacher_mass_outside", torch.sigmoid(outside - inside))

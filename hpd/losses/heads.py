@@ -1,0 +1,96 @@
+"""Output heads as values: what turns hidden states into logits, for any architecture.
+
+Axes: N label positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["Head", "Scores", "head_of"]
+
+
+class Head(NamedTuple):
+    r"""An output projection with the extras that real models have.
+
+    .. math:: z = \mathrm{cap}(s\,(h W^\top + b)), \qquad \mathrm{cap}(x) = c \tanh(x / c)
+    """
+
+    weight: Float[Tensor, "V D"] | None
+    """None: the hidden states are logits already (D = V)."""
+    bias: Float[Tensor, "V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def truncated(self, vocab: int | None) -> Head:
+        """The head of the first `vocab` tokens only; a view, no copy."""
+        if vocab is None or self.weight is None or vocab == len(self.weight):
+            return self
+        return self._replace(weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
+
+
+class Scores(NamedTuple):
+    """A model's view of N label positions: hidden states and the head that reads them."""
+
+    hidden: Float[Tensor, "N D"]
+    head: Head
+
+    @property
+    def vocab(self) -> int:
+        return self.hidden.shape[-1] if self.head.weight is None else len(self.head.weight)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The head of a causal language model, adapters merged and sharded weights gathered.
+
+    Args:
+        model: a transformers `PreTrainedModel` with output embeddings (not its PEFT wrapper).
+    """
+    module = model.get_output_embeddings()  # type: ignore[operator]
+    if module is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: distillation needs a causal language model.")
+    weight, bias = _effective_weight(module)
+    config = model.config.get_text_config()  # type: ignore[union-attr]
+    return Head(_gathered(weight), None if bias is None else _gathered(bias), logit_scale(config),
+                getattr(config, "final_logit_softcapping", None))
+
+
+def logit_scale(config: object) -> float:
+    """What a model family multiplies its logits with; the families disagree on the name and on the direction."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # HyperCLOVA X multiplies by it; Granite and MiniCPM3 divide.
+    return float(scaling) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as seen by the hidden states, differentiable in an adapter's parameters."""
+    # Duck typing on PEFT's layers keeps peft out of the import path of people who do not use it.
+    if hasattr(module, "modules_to_save") and not getattr(module, "disable_adapters", False):
+        active = module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapter[0]  # type: ignore[union-attr]
+        return _effective_weight(module.modules_to_save[active])  # type: ignore[index]
+    if hasattr(module, "original_module"):
+        return _effective_weight(module.original_module)  # type: ignore[arg-type]
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
+    weight, bias = base.weight, getattr(base, "bias", None)  # type: ignore[union-attr]
+    if base is module or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+        return weight, bias  # type: ignore[return-value]
+    for name in module.active_adapters:  # type: ignore[union-attr]
+        if getattr(module, "use_dora", {}).get(name):
+            raise ValueError("DoRA on the output head is not supported: use plain LoRA there, or modules_to_save.")
+        delta = module.get_delta_weight(name)  # type: ignore[operator]
+        weight = weight + delta.to(weight.dtype)
+    return weight, bias  # type: ignore[return-value]
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """FSDP2 shows sharded parameters as DTensors: gather once per step, before the chunks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]

@@ -1,0 +1,89 @@
+"""`reweighted_nll`, the front door of the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hpd.losses.chunked import Plan, chunked_reweighted_nll
+from hpd.losses.heads import Scores
+from hpd.losses.reference import reference_reweighted_nll
+from hpd.losses.tile import TileInputs
+from hpd.terms import Term
+
+__all__ = ["IMPLEMENTATIONS", "LossOutput", "reweighted_nll"]
+
+IMPLEMENTATIONS = {"reference": reference_reweighted_nll, "chunked": chunked_reweighted_nll}
+
+# Logits of one chunk: large enough that the products run at full speed, small beside any head.
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+
+class LossOutput(NamedTuple):
+    """A loss and what was seen on the way."""
+
+    loss: Float[Tensor, ""]
+    stats: dict[str, Float[Tensor, ""]]
+    """Sums over positions, on the device; divide by `tokens` (or `metric_tokens`) after reading them once."""
+
+
+def reweighted_nll(
+    student: Scores,
+    teacher: Scores,
+    labels: Int[Tensor, "N"],
+    terms: Sequence[Term],
+    *,
+    uniforms: Float[Tensor, "N u"] | None = None,
+    draws: Int[Tensor, "N n"] | None = None,
+    scale: Tensor | float = 1.0,
+    impl: str = "chunked",
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    metric_stride: int = 1,
+) -> LossOutput:
+    r"""The loss of every method: token-level reweighted log-likelihood, and its gradient, without `[N, V]`.
+
+    .. math:: L = s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v d_v, \qquad
+              \nabla L = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla \log q_v
+
+    with s `scale`, λ the term's weight, S its support, c the support's coefficients, d the objective's value and w its
+    weights. Equal to computing `log_softmax(hidden @ weight.T)` for both models and summing `-w * log q` (that is
+    `impl="reference"`).
+
+    Args:
+        student: hidden states and head; gradients flow to both.
+        teacher: the same of the teacher; never differentiated.
+        labels: the token that the dataset holds at each position, each below both vocabularies.
+        terms: what is learnt, checked (`Term.check`).
+        uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
+        draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
+        scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
+        impl: `chunked` or `reference`.
+        chunk_bytes: memory of one chunk of logits; two are kept.
+        metric_stride: full-distribution metrics on every n-th position; 0 for none.
+
+    Raises:
+        ValueError: vocabularies of unequal size are cut to the shorter one, and a label lies beyond it (checked on CPU
+            tensors only, a check on a GPU would synchronise); unknown impl; sampled support without uniforms or draws.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
+    if not terms:
+        raise ValueError("At least one term is needed.")
+    needs_draws = max((term.support.num_uniforms for term in terms), default=0)
+    if needs_draws and draws is None and (uniforms is None or uniforms.shape[1] < needs_draws):
+        raise ValueError(f"The support needs {needs_draws} uniform numbers per position (or the draws themselves).")
+    vocab = min(student.vocab, teacher.vocab)
+    if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= vocab:
+        raise ValueError(
+            f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels to -100 "
+            "(vocabulary: shared_prefix does)."
+        )
+    inputs = TileInputs(labels, uniforms, draws)
+    teacher = Scores(teacher.hidden.detach(), teacher.head)
+    plan = Plan(teacher, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
+    loss, stats = IMPLEMENTATIONS[impl](student, plan)
+    return LossOutput(loss, stats)

@@ -1,0 +1,51 @@
+"""The oracle: the same loss from whole logits, with autograd. Slow, large, and obviously right."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hpd.losses.chunked import Plan
+from hpd.losses.heads import Scores
+from hpd.losses.tile import LOGPROB_FLOOR, Sums, add, distribution_metrics, weigh
+
+__all__ = ["logits", "reference_reweighted_nll"]
+
+
+def logits(scores: Scores, vocab: int | None = None) -> Float[Tensor, "N V"]:
+    """Differentiable logits of the first `vocab` tokens, in at least float32."""
+    head = scores.head.truncated(vocab)
+    dtype = torch.promote_types(scores.hidden.dtype, torch.float32)
+    out = scores.hidden.to(dtype)
+    out = out[:, :vocab] if head.weight is None else out @ head.weight.to(dtype).t()
+    if head.bias is not None:
+        out = out + head.bias
+    out = out * head.scale
+    return out if head.softcap is None else head.softcap * torch.tanh(out / head.softcap)
+
+
+def reference_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
+    """`-sum_n sum_v sg[w] log q` through autograd; returns the terms' values, whose gradient it carries."""
+    sums: Sums = {}
+    z = logits(student, plan.vocab)
+    t = logits(plan.teacher, plan.vocab).detach()
+    loss = z.sum() * 0.0
+    for term in plan.terms:
+        log_q = torch.log_softmax(z / term.temperature, -1).clamp_min(LOGPROB_FLOOR)
+        log_p = torch.log_softmax(t / term.temperature, -1).clamp_min(LOGPROB_FLOOR)
+        fixed = log_q.detach()
+        before = sums.get(f"value/{term.name}", torch.zeros(()))
+        columns, weights = weigh(term, log_p, fixed, fixed.exp(), plan.inputs, sums)
+        value = sums[f"value/{term.name}"] - before
+        chosen = log_q if columns.tokens is None else log_q.gather(1, columns.tokens)
+        likelihood = (weights * chosen).sum()
+        loss = loss + term.weight * (value - likelihood + likelihood.detach())
+    with torch.no_grad():
+        log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
+        distribution_metrics(log_p, log_q, log_q.exp(), sums)
+        add(sums, "tokens", torch.ones_like(log_q[:, 0]))
+        if plan.teacher.vocab > plan.vocab:
+            everything = torch.softmax(logits(plan.teacher), -1)
+            add(sums, "teacher_mass_outside", everything[:, plan.vocab :].sum(-1))
+    return (loss * plan.scale).to(z.dtype), sums

@@ -1,0 +1,155 @@
+"""The arithmetic between the products: logits of a few positions in, gradient of the logits and sums of statistics out.
+
+Axes: R positions of a tile, K columns of a support, V vocabulary. Everything here runs on tiles small enough for the
+processor's cache, so a pass costs a fraction of what it costs over the whole chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hpd.supports import Columns, Draws
+from hpd.terms import Term
+
+__all__ = ["LOGPROB_FLOOR", "Sums", "TileInputs", "distribution_metrics", "sum_dtype", "term_draws", "tile_gradient_"]
+
+# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is exactly 0 in every
+# dtype, and products with it stay finite.
+LOGPROB_FLOOR = -1e5
+
+Sums = dict[str, Tensor]
+
+
+class TileInputs(NamedTuple):
+    """What a tile needs beside the logits, row for row."""
+
+    labels: Int[Tensor, "R"]
+    uniforms: Float[Tensor, "R u"] | None
+    draws: Int[Tensor, "R n"] | None
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Sums run over millions of tokens: float64, except where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def add(sums: Sums, name: str, values: Tensor) -> None:
+    """Add the sum of `values` to the running sum `name`, on the device."""
+    total = values.sum(dtype=sum_dtype(values.device))
+    sums[name] = sums[name] + total if name in sums else total
+
+
+def tile_gradient_(
+    student_logits: Float[Tensor, "R V"],
+    teacher_logits: Float[Tensor, "R V"],
+    inputs: TileInputs,
+    terms: Sequence[Term],
+    sums: Sums,
+    metric_rows: slice | None,
+) -> Float[Tensor, "R V"]:
+    r"""Overwrite the student's logits with the gradient of the loss with respect to them.
+
+    .. math:: \frac{\partial L}{\partial z_v} = \Big(\sum_u w_u\Big) q_v - w_v
+
+    Both arguments are used as scratch space. `sums` gains the value of every term, the objectives' own statistics and, on
+    `metric_rows`, the metrics of the two full distributions. Returns `student_logits`.
+    """
+    torch.log_softmax(student_logits, -1, out=student_logits)
+    torch.log_softmax(teacher_logits, -1, out=teacher_logits)
+    log_q, log_p = student_logits, teacher_logits
+    if any(term.support.whole for term in terms):
+        log_q.clamp_(min=LOGPROB_FLOOR)
+        log_p.clamp_(min=LOGPROB_FLOOR)
+    q = torch.exp(log_q)
+    if metric_rows is not None:
+        distribution_metrics(log_p[metric_rows], log_q[metric_rows], q[metric_rows], sums)
+    dense: list[tuple[float, Tensor]] = []
+    sparse: list[tuple[Tensor, Tensor]] = []
+    softened: list[Tensor] = []
+    mass = q.new_zeros(len(q), 1)
+    for term in terms:
+        if term.temperature != 1.0:
+            softened.append(_softened_gradient(term, log_p, log_q, inputs, sums))
+            continue
+        columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
+        mass = mass + term.weight * weights.sum(-1, keepdim=True)
+        if columns.tokens is None:
+            dense.append((term.weight, weights))
+        else:
+            sparse.append((columns.tokens, weights * -term.weight))
+    gradient = torch.mul(q, mass, out=student_logits)
+    for weight, weights in dense:
+        gradient.sub_(weights, alpha=weight)
+    for tokens, weights in sparse:
+        gradient.scatter_add_(1, tokens, weights)
+    for extra in softened:
+        gradient.add_(extra)
+    return gradient
+
+
+def weigh(
+    term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs, sums: Sums
+) -> tuple[Columns, Float[Tensor, "R K"]]:
+    """Columns of the term's support and its weights there (coefficients included); adds its value and statistics."""
+    draws = term_draws(term, log_q, q, inputs)
+    columns = term.support.columns(log_p, log_q, inputs.labels, draws)
+    if columns.tokens is not None:
+        columns = columns._replace(
+            teacher_logprobs=columns.teacher_logprobs.clamp_min(LOGPROB_FLOOR),
+            student_logprobs=columns.student_logprobs.clamp_min(LOGPROB_FLOOR),
+        )
+    pair = columns.teacher_logprobs, columns.student_logprobs
+    weights, value = term.objective.weights(*pair), term.objective.value(*pair)
+    if columns.coefficients is not None:
+        weights, value = weights * columns.coefficients, value * columns.coefficients
+    add(sums, f"value/{term.name}", value)
+    if term.objective.stats is not None:
+        for name, values in term.objective.stats(*pair).items():
+            add(sums, name, values)
+    if draws is not None and term.support.label:
+        add(sums, "drawn_label", (draws.tokens == inputs.labels[:, None]).float().mean(-1))
+    return columns, weights
+
+
+def term_draws(term: Term, log_q: Tensor, q: Tensor, inputs: TileInputs) -> Draws | None:
+    """The term's draws: those given, or fresh ones from the position's uniform numbers."""
+    if not term.support.draws:
+        return None
+    if inputs.draws is not None:
+        return Draws(inputs.draws, log_q.gather(1, inputs.draws))
+    assert inputs.uniforms is not None, "a sampled support needs uniforms or draws"
+    return term.support.draw(log_q, q, inputs.labels, inputs.uniforms)
+
+
+def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInputs, sums: Sums) -> Tensor:
+    """The gradient of a term whose distributions are softened: d/dz of softmax(z / T) brings the factor 1 / T."""
+    log_p = torch.log_softmax(log_p / term.temperature, -1)
+    log_q = torch.log_softmax(log_q / term.temperature, -1)
+    q = torch.exp(log_q)
+    columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
+    gradient = q.mul_(weights.sum(-1, keepdim=True))
+    if columns.tokens is None:
+        gradient.sub_(weights)
+    else:
+        gradient.scatter_add_(1, columns.tokens, -weights)
+    return gradient.mul_(term.weight / term.temperature)
+
+
+def distribution_metrics(log_p: Tensor, log_q: Tensor, q: Tensor, sums: Sums) -> None:
+    """Both KLs, both entropies (nats) and top-1 agreement of the full distributions, summed over the rows."""
+    if not len(log_p):
+        return
+    log_p, log_q = log_p.clamp_min(LOGPROB_FLOOR), log_q.clamp_min(LOGPROB_FLOOR)
+    p = torch.exp(log_p)
+    gap = log_p - log_q
+    add(sums, "forward_kl", p * gap)
+    add(sums, "reverse_kl", q * -gap)
+    add(sums, "teacher_entropy", p * -log_p)
+    add(sums, "student_entropy", q * -log_q)
+    add(sums, "top1_agreement", (log_p.argmax(-1) == log_q.argmax(-1)).float())
+    add(sums, "metric_tokens", torch.ones_like(log_p[:, 0]))

@@ -1,0 +1,55 @@
+"""Objectives: what a token of the support is worth. The table of docs/methods.md is `OBJECTIVES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hpd.objectives.adaptive import akl, taid, todi
+from hpd.objectives.alpha_beta import abkd
+from hpd.objectives.f_divergences import f_divergence, total_variation
+from hpd.objectives.hybrid import hpd, hpd_exact, hpd_full
+from hpd.objectives.kl import forward_kl, nll, reverse_kl, symmetric_kl
+from hpd.objectives.mixtures import generalized_jsd, js, skew_forward_kl, skew_reverse_kl
+from hpd.objectives.objective import Objective
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "abkd",
+    "akl",
+    "f_divergence",
+    "forward_kl",
+    "generalized_jsd",
+    "hpd",
+    "hpd_exact",
+    "hpd_full",
+    "js",
+    "nll",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "symmetric_kl",
+    "taid",
+    "todi",
+    "total_variation",
+]
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "nll": nll,
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "generalized_jsd": generalized_jsd,
+    "js": js,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "f_divergence": f_divergence,
+    "abkd": abkd,
+    "akl": akl,
+    "todi": todi,
+    "taid": taid,
+    "hpd": hpd,
+    "hpd_full": hpd_full,
+    "hpd_exact": hpd_exact,
+}

@@ -1,0 +1,152 @@
+r"""Hybrid Policy Distillation: the paper's rule on the label and draws, its expectation over the draw, and every token.
+
+Axes and notation: see `hpd.objectives.objective`; in addition y is the label, a a token drawn from the student, and
+:math:`k_v = q_v (\log p_v - \log q_v)` the gap at a token: positive where the student underestimates it.
+
+Signs of k are read off :math:`\log p - \log q`, which keeps them where q underflows to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number, check_switch
+
+__all__ = ["hpd", "hpd_exact", "hpd_full"]
+
+
+def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
+    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (columns 1 to n; n may be 0).
+
+    With c_f, c_r the two coefficients and P the share of the draws that the student overestimates, :math:`k_a < 0`:
+
+    .. math:: w_y &= (1 + P)\, c_f\, p_y + c_r k_y \;\text{ if } k_y > 0 \text{ (reinforce)}, \quad
+                     c_r k_y \;\text{ otherwise (suppress)} \\
+              w_a &= c_r \min(k_a, 0) / n \;\text{ (punish)}, \qquad L = -w_y \log q_y - \sum_a w_a \log q_a
+
+    One draw is the paper's rule: P is 0 or 1. A draw that equals the label must not count twice; the support gives it
+    coefficient 0, and it cannot trigger the reinforcement, since its gap is the label's.
+
+    Stats, per position (a draw whose two log-probabilities equal the label's is taken to be the label):
+        k1_positive: 1 where the student underestimates the label.
+        reinforced: P there, 0 elsewhere and without `reinforce`.
+        suppressed: 1 where the forward weight is masked.
+        punished: share of the draws, other than the label, that are punished.
+        mass_moved: sum of the absolute weights: log-likelihood weight given to tokens plus weight taken from them.
+
+    Args:
+        forward: coefficient c_f of the forward part, p; >= 0.
+        reverse: coefficient c_r of the reverse part, k; >= 0.
+        mask: drop the forward part where k_y <= 0; without it w_y is c_f p_y + c_r k_y there.
+        reinforce: send the mass taken from the draws to the label; without it P counts as 0 in w_y.
+
+    Raises:
+        ValueError: a negative coefficient, both zero, or a switch that is not a bool.
+
+    Reference:
+        Zhu et al., Hybrid Policy Distillation, 2026, arXiv 2604.20244, eq. 11-15.
+    """
+    _check("hpd", forward, reverse, mask, reinforce)
+
+    def draw_share(draw_logprobs: Float[Tensor, "N n"]) -> float:
+        return 1.0 / max(draw_logprobs.shape[1], 1)
+
+    return _label_and_draws(draw_share, forward, reverse, mask, reinforce)
+
+
+def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
+    r"""The expectation of `hpd` over the draw: columns are the label, then every token in order (K = 1 + V).
+
+    .. math:: P = \sum_v q_v 1[k_v < 0], \qquad w_{1 + v} = c_r\, q_v \min(k_v, 0)
+
+    and w_y as in `hpd`. The support gives the label's second column coefficient 0. Arguments, errors and stats are
+    those of `hpd`, with the draws' share of n replaced by their probability.
+    """
+    _check("hpd_exact", forward, reverse, mask, reinforce)
+    return _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce)
+
+
+def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> Objective:
+    r"""The hybrid rule at every token, without label or draw.
+
+    .. math:: w_v = c_f\, p_v\, 1[k_v > 0] + c_r k_v, \qquad L = -\sum_v w_v \log q_v
+
+    A rule for weights, not a divergence: L is no distance, and w does not vanish where p = q.
+
+    Args:
+        forward: coefficient c_f of the forward part, p; >= 0.
+        reverse: coefficient c_r of the reverse part, k; >= 0.
+        mask: drop the forward part where k <= 0; without it the weight is c_f p + c_r k everywhere (a symmetric KL).
+
+    Raises:
+        ValueError: a negative coefficient, both zero, or a mask that is not a bool.
+    """
+    _check("hpd_full", forward, reverse, mask)
+
+    def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        log_ratio = teacher_logprobs - student_logprobs
+        forward_part = forward * teacher_logprobs.exp()
+        if mask:
+            forward_part = forward_part * (log_ratio > 0)
+        return forward_part + reverse * student_logprobs.exp() * log_ratio
+
+    return Objective(weights, _likelihood(weights))
+
+
+def _label_and_draws(
+    draw_share: Callable[[Tensor], Tensor | float], forward: float, reverse: float, mask: bool, reinforce: bool
+) -> Objective:
+    """The rule shared by `hpd` and `hpd_exact`; `draw_share` is what each draw column counts for, one in sum."""
+
+    def split(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor, Tensor]:
+        """Label's log-ratio [N, 1], draws' log-ratio [N, n] and the share [N, n] of each overestimated draw, else 0."""
+        log_ratio = teacher_logprobs - student_logprobs
+        label, draws = log_ratio[:, :1], log_ratio[:, 1:]
+        return label, draws, (draws < 0).to(draws.dtype) * draw_share(student_logprobs[:, 1:])
+
+    def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        label, draws, share = split(teacher_logprobs, student_logprobs)
+        coefficient = (label > 0).to(label.dtype) if mask else label.new_ones(())
+        if reinforce:
+            coefficient = coefficient + (label > 0) * share.sum(1, keepdim=True)
+        result = reverse * student_logprobs.exp()  # [N, K]
+        result[:, 1:] *= share * draws
+        result[:, :1] = result[:, :1] * label + forward * coefficient * teacher_logprobs[:, :1].exp()
+        return result
+
+    def stats(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> dict[str, Float[Tensor, "N"]]:
+        label, _, share = split(teacher_logprobs, student_logprobs)
+        positive = (label > 0).to(label.dtype)[:, 0]
+        same_student = student_logprobs[:, 1:] == student_logprobs[:, :1]
+        is_other = ~(same_student & (teacher_logprobs[:, 1:] == teacher_logprobs[:, :1]))
+        size = weights(teacher_logprobs, student_logprobs).abs()
+        return {
+            "k1_positive": positive,
+            "reinforced": positive * share.sum(1) * reinforce,
+            "suppressed": (1 - positive) * mask,
+            "punished": (share * is_other).sum(1),
+            "mass_moved": size[:, 0] + (size[:, 1:] * is_other).sum(1),
+        }
+
+    return Objective(weights, _likelihood(weights), stats, domain="label")
+
+
+def _likelihood(weights: Callable[[LogProbs, LogProbs], Weights]) -> Callable[[LogProbs, LogProbs], Weights]:
+    """The reweighted log-likelihood itself (eq. 15), for rules that are no divergence's gradient."""
+
+    def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        return -weights(teacher_logprobs, student_logprobs.detach()) * student_logprobs
+
+    return value
+
+
+def _check(name: str, forward: float, reverse: float, *switches: bool) -> None:
+    check_number(f"{name}: forward", forward, 0.0)
+    check_number(f"{name}: reverse", reverse, 0.0)
+    if forward == 0 and reverse == 0:
+        raise ValueError(f"{name}: forward and reverse are both 0, so there is nothing to learn: raise one above 0.")
+    for switch, given in zip(("mask", "reinforce"), switches, strict=False):
+        check_switch(f"{name}: {switch}", given)

@@ -1,0 +1,82 @@
+"""Live teachers: a frozen model beside the student, or the student's own base."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol, cast
+
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor, nn
+from trl.models import prepare_deepspeed
+from trl.models.utils import prepare_fsdp
+
+from hpd.forward import add_head_function, scores_of
+from hpd.losses import Scores
+
+__all__ = ["ModelTeacher", "SelfTeacher", "Teacher"]
+
+
+class Teacher(Protocol):
+    """Anything that can score the label positions of a batch."""
+
+    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+        """Place the teacher like the student; called once, before the first step."""
+        ...
+
+    def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
+        """Hidden states at the label positions `index` of the flattened batch, and the head; no gradient."""
+        ...
+
+
+class ModelTeacher:
+    """A frozen causal language model: no gradient, no optimiser state, dropout off.
+
+    Args:
+        model: any transformers causal language model, in any dtype or quantised; its parameters are frozen in place.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = add_head_function(model.requires_grad_(False).eval())
+
+    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+        plugins = accelerator.state
+        if getattr(plugins, "deepspeed_plugin", None) is not None:
+            self.model = prepare_deepspeed(self.model, accelerator)
+        elif getattr(plugins, "fsdp_plugin", None) is not None:
+            self.model = prepare_fsdp(self.model, accelerator)
+        else:
+            # A model placed by quantisation or a device map must not be moved.
+            placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
+            self.model = accelerator.prepare_model(
+                self.model, device_placement=False if placed else None, evaluation_mode=True
+            )
+
+    def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
+        return scores_of(self.model, inputs, index)
+
+
+class SelfTeacher:
+    """Self-distillation: the student as it was before training.
+
+    With a PEFT student the adapter is switched off for the teacher's forward, which costs no memory; without, the student is
+    copied and frozen.
+    """
+
+    def __init__(self) -> None:
+        self._student: nn.Module | None = None
+        self._copy: ModelTeacher | None = None
+
+    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+        if hasattr(accelerator.unwrap_model(student), "disable_adapter"):
+            self._student, self._accelerator = student, accelerator
+            return
+        self._copy = ModelTeacher(copy.deepcopy(accelerator.unwrap_model(student)))
+        self._copy.prepare(student, accelerator)
+
+    def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
+        if self._copy is not None:
+            return self._copy.scores(inputs, index)
+        assert self._student is not None, "prepare() comes first"
+        with cast(Any, self._accelerator.unwrap_model(self._student)).disable_adapter():
+            return scores_of(self._student, inputs, index)
