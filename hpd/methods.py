@@ -34,6 +34,8 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 class TermConfig:
     """One term of the loss, as a recipe writes it."""
 
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+
     objective: str
     """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them)."""
     weight: float = 1.0

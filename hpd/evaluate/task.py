@@ -99,7 +99,7 @@ class ExactMatch:
             fields["prompt"] = _find_column(data, "prompt", columns, prompt_column, PROMPT_COLUMNS)
         elif prompt_column is not None:
             raise ValueError(
-                f"prompt_column={prompt_column!r} has no effect: prompt_template={prompt_template!r} has no {{prompt}}; "
+                f"prompt_column={prompt_column!r} has no effect: prompt_template={prompt_template!r} lacks {{prompt}}; "
                 "put {prompt} into the template, or leave out prompt_column."
             )
         _check_template(prompt_template, fields)

@@ -23,9 +23,8 @@ def _saturated_exp(exponent: Tensor) -> Tensor:
     return exponent.clamp(max=_MAX_EXPONENT).exp()
 
 
-def _exp_difference(x: Tensor, y: Tensor) -> Tensor:
-    """exp(x) - exp(y) without cancellation, its larger term saturated at exp(30); keeps the sign."""
-    difference = x - y
+def _exp_difference(x: Tensor, y: Tensor, difference: Tensor) -> Tensor:
+    """exp(x) - exp(y), the larger term saturated; exact near zero when `difference` is x - y before it was rounded."""
     return _saturated_exp(torch.maximum(x, y)) * torch.copysign(torch.expm1(-difference.abs()), difference)
 
 
@@ -67,10 +66,11 @@ def abkd(alpha: float, beta: float) -> Objective:
     scale = max(abs(alpha), abs(beta)) or 1.0 if 0 in (alpha, beta, total) else 1.0
 
     def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        log_ratio = teacher_logprobs - student_logprobs
         if alpha == 0:
-            return scale * _saturated_exp(beta * student_logprobs) * (teacher_logprobs - student_logprobs)
+            return scale * _saturated_exp(beta * student_logprobs) * log_ratio
         mixed = alpha * teacher_logprobs + beta * student_logprobs
-        return scale / alpha * _exp_difference(mixed, total * student_logprobs)
+        return scale / alpha * _exp_difference(mixed, total * student_logprobs, alpha * log_ratio)
 
     # With E(c) = (r**c - 1) / c, w = q**total * E(alpha) and D = (q**total * E(total) - w) / beta, a divided difference
     # of E; its limit at beta = 0 is the derivative of E.
@@ -83,6 +83,7 @@ def abkd(alpha: float, beta: float) -> Objective:
             return (scale * _saturated_exp(alpha * teacher_logprobs) * log_ratio - own) / alpha
         if total == 0:
             return (scale * log_ratio - own) / beta
-        return (scale / total * _exp_difference(total * teacher_logprobs, total * student_logprobs) - own) / beta
+        gain = _exp_difference(total * teacher_logprobs, total * student_logprobs, total * log_ratio) / total
+        return (scale * gain - own) / beta
 
     return Objective(weights, value)

@@ -57,7 +57,7 @@ class Objective(NamedTuple):
 
 
 def check_number(
-    name: str, given: float, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+    name: str, given: object, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> None:
     """Raise ValueError unless `given` is a finite number between `low` and `high` (excluded where open)."""
     is_number = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
@@ -68,7 +68,7 @@ def check_number(
     raise ValueError(f"{name} = {given!r} is not allowed: give a finite number in {left}{low:g}, {high:g}{right}.")
 
 
-def check_switch(name: str, given: bool) -> None:
+def check_switch(name: str, given: object) -> None:
     """Raise ValueError unless `given` is True or False."""
     if not isinstance(given, bool):
         raise ValueError(f"{name} = {given!r} is not allowed: give true or false.")

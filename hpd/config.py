@@ -1,0 +1,319 @@
+"""The recipe: everything that a run is, as one tree of frozen dataclasses. Loading, overrides and cross-checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import Annotated
+
+from hpd.methods import TermConfig, build_terms
+
+__all__ = ["DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "load_recipe", "resolve"]
+
+_STRICT = ConfigDict(extra="forbid")
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A causal language model and how to load it."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str
+    """Hub id or local folder, anything that `AutoModelForCausalLM.from_pretrained` takes."""
+    dtype: DType = "float32"
+    """Dtype of the weights. The student's master weights belong in float32; mixed precision is `train: {bf16: true}`."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: only the configuration is read, the weights start from the run's seed."""
+    tokenizer: str | None = None
+    """Tokenizer's Hub id or folder; null: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    attn_implementation: str | None = None
+    """sdpa, flash_attention_2, ...; null: what transformers chooses."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings. Off unless you have read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Where the teacher's distribution comes from."""
+
+    __pydantic_config__ = _STRICT
+
+    type: Literal["model", "self"] = "model"
+    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy)."""
+    model: str | None = None
+    """Hub id or local folder; required by type model."""
+    dtype: DType = "auto"
+    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the teacher's weights quantised by bitsandbytes (extra `quantization`)."""
+    tokenizer: str | None = None
+    """Tokenizer to compare the student's with; null: the teacher's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    attn_implementation: str | None = None
+    """sdpa, flash_attention_2, ...; null: what transformers chooses."""
+    trust_remote_code: bool = False
+    """Run code that the model's repository brings. Off unless you have read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The dataset whose completions are the prefixes."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Local .jsonl, .json, .csv or .parquet file (also .gz), a folder of them, or a Hub dataset id."""
+    name: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str = "train"
+    """Split to train on; slices such as train[:1%] work."""
+    validation: float | str | None = None
+    """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Rename columns to what TRL expects, such as {prompt: question, completion: answer}."""
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """chat: text prompts and completions become user and assistant messages (the student's chat template is applied).
+    plain: text as it is. auto: as the rows are."""
+    labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
+    """Which tokens are learnt. completion: the completion column (all text where there is none); assistant: every assistant
+    turn of `messages`; last_turn: only the last; all: prompt too."""
+    system_prompt: str | None = None
+    """System message put before each conversation that has none."""
+    limit: int | None = None
+    """Use only the first n rows."""
+    streaming: bool = False
+    """Read rows as training needs them instead of preparing all at start; needs train.max_steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A LoRA adapter on the student, as peft's LoraConfig names it."""
+
+    __pydantic_config__ = _STRICT
+
+    r: int = 16
+    """Rank."""
+    lora_alpha: int = 32
+    """Scaling numerator: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, or all-linear (every linear layer but the head). Naming lm_head puts an adapter on the head."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """A task that is run on teacher and student before and after training."""
+
+    __pydantic_config__ = _STRICT
+
+    task: str = "exact-match"
+    """A name of TASKS."""
+    data: str = ""
+    """File with prompts and answers."""
+    limit: int | None = None
+    """First n examples only."""
+    max_new_tokens: int = 512
+    """Longest answer, in tokens."""
+    batch_size: int = 32
+    """Prompts generated at once."""
+    temperature: float = 0.0
+    """0 is greedy."""
+
+
+def _model_shorthand(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _teacher_shorthand(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run: one student, one teacher, prefixes (the dataset's) and a list of terms."""
+
+    __pydantic_config__ = _STRICT
+
+    student: Annotated[ModelConfig, BeforeValidator(_model_shorthand)]
+    """The model that learns; a string is its path."""
+    teacher: Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]
+    """The model that is learnt from; a string is its path, or "self"."""
+    data: DataConfig
+    """What both read."""
+    method: str | None = None
+    """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""
+    method_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the method, such as {reinforce: false, draw_share: 0.5}."""
+    terms: tuple[TermConfig, ...] = ()
+    """A weighted sum of objectives instead of a method."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of all weights."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments): learning_rate, max_steps, ..."""
+    eval: EvalConfig | None = None
+    """What to run before and after training."""
+    output_dir: str = "runs/hpd"
+    """The run folder: recipe, metrics, checkpoints, the trained student."""
+
+    def build_terms(self):
+        """The terms of the loss, checked."""
+        return build_terms(self.method if self.method or self.terms else "hpd", self.method_kwargs, self.terms)
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        source: YAML file, or the tree itself.
+        overrides: `a.b=c` assignments; the value is read as YAML.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit together.
+    """
+    tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+    _cross_check(recipe)
+    return recipe
+
+
+def resolve(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every default written out, as plain data for YAML."""
+    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f" Recipes there: {', '.join(known)}." if known else ""
+        raise FileNotFoundError(f"No recipe at {path}.{hint}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no mapping: a recipe starts with keys such as student, teacher, data.")
+    return tree
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ValueError(f"An override is written a.b=c, got {text!r}.")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if isinstance(child, str) and parent in ("student", "teacher"):
+            child = (_model_shorthand if parent == "student" else _teacher_shorthand)(child)
+        node[parent] = dict(child) if isinstance(child, Mapping) else {}
+        node = node[parent]
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        node[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per mistake: path, what was given, what is allowed."""
+    lines = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            allowed = _keys_at(item["loc"][:-1])
+            close = get_close_matches(str(item["loc"][-1]), allowed, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}."
+            lines.append(f"unknown key {path!r}; {hint}")
+        elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            lines.append(f"{path!r} is missing")
+        else:
+            lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return "The recipe is not valid: " + "; ".join(dict.fromkeys(lines))
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    classes = {
+        "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
+        "eval": EvalConfig, "terms": TermConfig,
+    }  # fmt: skip
+    owner = next((classes[part] for part in location if part in classes), Recipe)
+    return [f.name for f in dataclasses.fields(owner)]
+
+
+def _cross_check(recipe: Recipe) -> None:
+    """Choices that cannot go together, found before anything is loaded."""
+    recipe.build_terms()
+    teacher, data = recipe.teacher, recipe.data
+    if teacher.type == "model" and not teacher.model:
+        raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
+    if teacher.type == "self" and (teacher.model or teacher.quantization):
+        raise ValueError("teacher: self is the student itself: remove teacher.model and teacher.quantization.")
+    if recipe.student.init == "random" and teacher.type == "self":
+        raise ValueError("teacher: self would distil from random weights: give a teacher model, or init: pretrained.")
+    if data.streaming and isinstance(data.validation, float):
+        raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
+    if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:
+        raise ValueError(f"data.validation as a share must be in (0, 1), got {data.validation}.")
+    if data.limit is not None and data.limit < 1:
+        raise ValueError(f"data.limit must be >= 1, got {data.limit}.")
+    if recipe.lora and not 0.0 <= recipe.lora.lora_dropout < 1.0:
+        raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
+    if recipe.eval and not recipe.eval.data:
+        raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+    if os.path.isfile(recipe.output_dir):
+        raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+def train_arguments(recipe: Recipe, **forced: Any) -> Any:
+    """`DistillConfig` from `train:`, every value checked against its field.
+
+    Raises:
+        ValueError: unknown field (with the nearest one) or a value of the wrong type.
+    """
+    # transformers and TRL take seconds to import; the help and the recipe's own checks do without.
+    from typing import get_type_hints
+
+    from hpd.trainer import DistillConfig
+
+    hints = get_type_hints(DistillConfig, include_extras=False)
+    names = [f.name for f in dataclasses.fields(DistillConfig) if f.init]
+    values: dict[str, Any] = {}
+    for key, value in recipe.train.items():
+        if key not in names:
+            close = get_close_matches(key, names, n=1)
+            raise ValueError(f"unknown key 'train.{key}'" + (f"; did you mean {close[0]!r}?" if close else "."))
+        if key in forced:
+            raise ValueError(f"train.{key} is set by the recipe's own keys; remove it from train.")
+        try:
+            values[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"train.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+    if recipe.data.streaming and values.get("max_steps", -1) <= 0:
+        raise ValueError("data.streaming needs train.max_steps: a stream has no known length.")
+    values.setdefault("max_length", 1024)
+    values["assistant_only_loss"] = recipe.data.labels == "assistant"
+    values["completion_only_loss"] = None if recipe.data.labels != "all" else False
+    return DistillConfig(output_dir=recipe.output_dir, **{**values, **forced})

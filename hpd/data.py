@@ -1,0 +1,222 @@
+"""Datasets to rows that TRL's SFTTrainer takes: prompt-completion, messages, text or input_ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational
+
+from hpd.batch import IGNORE_INDEX
+from hpd.config import DataConfig
+
+__all__ = ["Lengths", "Rows", "load_rows", "measure"]
+
+_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_MEASURED_ROWS = 256
+
+
+class Rows(NamedTuple):
+    """Training rows, held-out rows, and whether they are conversations."""
+
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset | None
+    conversational: bool
+
+
+class Lengths(NamedTuple):
+    """Tokens of the measured rows."""
+
+    num_rows: int
+    percentiles: dict[int, int]
+    """Tokens per row at the 50th, 90th, 99th and 100th percentile."""
+    label_tokens: float
+    """Mean label tokens per row, after max_length."""
+    cut_rows: float
+    """Share of rows that max_length cuts."""
+    lost_rows: float
+    """Share of rows left without any label by it."""
+    ends_with_eos: float
+    """Share of uncut rows whose last label is an end-of-sequence token."""
+
+
+def load_rows(config: DataConfig) -> Rows:
+    """Read the dataset and bring it into a TRL format.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable or empty file, unknown columns, a row without text.
+    """
+    datasets.disable_progress_bars()
+    train = _read(config.path, config)
+    validation = None
+    if isinstance(config.validation, str):
+        is_file = Path(config.validation).suffix in (*_LOADERS, ".gz")
+        other = config.validation if is_file else config.path
+        validation = _read(other, config, "train" if is_file else config.validation, limit=False)
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
+    train, validation = (None if rows is None else _shape(rows, config) for rows in (train, validation))
+    assert train is not None
+    if isinstance(config.validation, float):
+        assert isinstance(train, Dataset)
+        if len(train) < 2:
+            raise ValueError("data.validation as a share needs at least two rows.")
+        parts = train.train_test_split(test_size=config.validation, seed=0)
+        train, validation = parts["train"], parts["test"]
+    return Rows(train, validation, is_conversational(next(iter(train))))
+
+
+def _read(path: str, config: DataConfig, split: str | None = None, limit: bool = True) -> Any:
+    split = split or config.split
+    try:
+        local = _local(path)
+        rows = (
+            load_dataset(local[0], data_files=local[1], split=split, streaming=config.streaming)
+            if local
+            else load_dataset(path, config.name, split=split, streaming=config.streaming)
+        )
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # datasets wraps parser errors of five libraries; whatever it was, this dataset cannot be read.
+        cause = error.__cause__ or error
+        raise ValueError(f"The dataset {path} cannot be read: {' '.join(str(cause).split())[:300]}") from None
+    return rows.take(config.limit) if limit and config.limit else rows
+
+
+def _local(path: str) -> tuple[str, list[str]] | None:
+    """(loader, files) of a local path; None for a Hub id."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(p for p in place.iterdir() if _loader(p))
+        if not files:
+            raise ValueError(f"The folder {path} holds no .jsonl, .json, .csv or .parquet file.")
+        return str(_loader(files[0])), [str(p) for p in files]
+    if place.is_file():
+        loader = _loader(place)
+        if loader is None:
+            raise ValueError(f"{path}: give a .jsonl, .json, .csv or .parquet file (also .gz).")
+        if place.stat().st_size == 0:
+            raise ValueError(f"The dataset {path} is empty.")
+        return loader, [str(place)]
+    if place.suffix in (*_LOADERS, ".gz") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(f"No dataset at {path}.")
+    return None
+
+
+def _loader(path: Path) -> str | None:
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    return _LOADERS.get(suffixes[-1]) if suffixes else None
+
+
+def _shape(rows: Any, config: DataConfig) -> Any:
+    """Rename, wrap into messages, and refuse rows that TRL would fail on later."""
+    found = list(next(iter(rows)).keys())
+    for wanted, given in config.columns.items():
+        if given not in found:
+            raise ValueError(f"data.columns maps {wanted} to {given!r}, which the dataset does not have: {', '.join(found)}.")
+    keep = ("messages", "prompt", "completion", "text", "input_ids", "labels", "tools", "chat_template_kwargs")
+    renamed = {given: wanted for wanted, given in config.columns.items()}
+    available = [renamed.get(name, name) for name in found]
+    if "messages" in available and config.labels == "last_turn":
+        pass
+    elif not {"messages", "text", "input_ids"} & set(available) and not {"prompt", "completion"} <= set(available):
+        raise ValueError(
+            f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, messages, text, or "
+            "input_ids: map them, for example data.columns: {prompt: question, completion: answer}."
+        )
+    return rows.map(
+        _convert, with_indices=True, fn_kwargs={"config": config, "renamed": renamed, "keep": keep}, remove_columns=found
+    )
+
+
+def _convert(row: Mapping[str, Any], index: int, config: DataConfig, renamed: Mapping[str, str], keep: tuple[str, ...]) -> Any:
+    out = {renamed.get(name, name): value for name, value in row.items() if renamed.get(name, name) in keep}
+    if "input_ids" in out:
+        return out
+    if "prompt" in out and "completion" in out:
+        out.pop("text", None)
+        out.pop("messages", None)
+        if config.format == "chat" and isinstance(out["prompt"], str):
+            out["prompt"] = [{"role": "user", "content": out["prompt"]}]
+            out["completion"] = [{"role": "assistant", "content": out["completion"]}]
+    elif "messages" in out and config.labels == "last_turn":
+        messages = out.pop("messages")
+        out["prompt"], out["completion"] = messages[:-1], messages[-1:]
+    _check_row(out, index)
+    first = "prompt" if "prompt" in out else "messages"
+    if config.system_prompt and isinstance(out.get(first), list) and out[first][0]["role"] != "system":
+        out[first] = [{"role": "system", "content": config.system_prompt}, *out[first]]
+    return out
+
+
+def _check_row(row: Mapping[str, Any], index: int) -> None:
+    for name in ("prompt", "completion", "messages", "text"):
+        if name in row and not row[name]:
+            raise ValueError(f"Row {index} has an empty {name}: remove the row or fill it.")
+    if "completion" in row and isinstance(row["completion"], list) and row["completion"][-1]["role"] != "assistant":
+        raise ValueError(f"Row {index} ends with a {row['completion'][-1]['role']} message: there is no answer to learn.")
+
+
+def measure(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, labels: str) -> Lengths:
+    """Tokenise the first rows as training will, to see lengths and labels before any model is loaded.
+
+    Raises:
+        ValueError: not a single label is left in the measured rows.
+    """
+    lengths, kept, finished = [], [], []
+    for row in rows.take(_MEASURED_ROWS):
+        ids, mask = _tokenise(row, tokenizer, labels)
+        lengths.append(len(ids))
+        kept.append(sum(mask[:max_length]))
+        if max_length is None or len(ids) <= max_length:
+            last = max((i for i, bit in enumerate(mask) if bit), default=None)
+            finished.append(last is not None and _is_end(ids, last, tokenizer))
+    sizes, left = np.array(lengths), np.array(kept)
+    if not left.any():
+        raise ValueError(
+            f"Every label is masked: none of the first {len(sizes)} rows has a completion token within max_length={max_length} "
+            f"(median row: {int(np.median(sizes))} tokens). Raise train.max_length, or check data.labels and the columns."
+        )
+    return Lengths(
+        len(sizes), {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)}, float(left.mean()),
+        float((sizes > (max_length or np.inf)).mean()), float((left == 0).mean()), float(np.mean(finished or [0.0])),
+    )  # fmt: skip
+
+
+def _is_end(ids: list[int], last: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the row's last label ends the turn; templates put a newline behind their end token."""
+    tail = [i for i in ids[max(0, last - 1) : last + 1]]
+    return any(i == tokenizer.eos_token_id or i in tokenizer.all_special_ids for i in tail)
+
+
+def _tokenise(row: Mapping[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
+    """Token ids and label mask of one row."""
+    if "input_ids" in row:
+        given = row.get("labels", row["input_ids"])
+        return list(row["input_ids"]), [label != IGNORE_INDEX for label in given]
+    if "messages" in row:
+        ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
+        return ids, [True] * len(ids)
+    if "text" in row:
+        ids = tokenizer(row["text"] + _missing_eos(row["text"], tokenizer))["input_ids"]
+        return ids, [True] * len(ids)
+    if is_conversational(row):
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)["input_ids"]
+        prompt = prompt["input_ids"]
+    else:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = tokenizer(row["prompt"] + row["completion"] + _missing_eos(row["completion"], tokenizer))["input_ids"]
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
+    return ids, [labels == "all" or i >= shared for i in range(len(ids))]
+
+
+def _missing_eos(text: str, tokenizer: Any) -> str:
+    return "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token

@@ -1,0 +1,188 @@
+"""What a terminal shows: progress, verdicts, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+from hpd.config import Recipe
+from hpd.methods import METHODS
+from hpd.pairing import Verdict
+from hpd.train import Progress as TrainProgress
+from hpd.train import train
+
+__all__ = ["evaluate_with_display", "show_methods", "show_summary", "show_verdicts", "train_with_display"]
+
+console = Console()
+_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+
+
+def show_verdicts(verdicts: Iterable[Verdict]) -> None:
+    """One line per finding."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for verdict in verdicts:
+        table.add_row(_MARKS[verdict.level], verdict.topic, escape(verdict.text))
+    console.print(table)
+
+
+def show_methods() -> None:
+    """The table of METHODS."""
+    table = Table(title="methods: method=NAME in a recipe", title_justify="left")
+    for column in ("method", "what it learns", "support", "reference"):
+        table.add_column(column, overflow="fold")
+    for name, method in METHODS.items():
+        support = ", ".join(str(term.build_support()) for term in method.terms)
+        table.add_row(name, method.summary, support, method.reference)
+    console.print(table)
+
+
+def _bar(*extra: TextColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), *extra, console=console,
+    )  # fmt: skip
+
+
+class _TrainingBar(TrainerCallback):
+    """Loss, KL, tokens per second and time left."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last = (0.0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = _bar(TextColumn("{task.fields[figures]}"))
+            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._bar is None or self._task is None or not logs or "loss" not in logs:
+            return
+        elapsed = self._bar.tasks[0].elapsed or 0.0
+        tokens, seconds = logs.get("num_tokens", 0.0) - self._last[0], elapsed - self._last[1]
+        self._last = (logs.get("num_tokens", 0.0), elapsed)
+        figures = f"loss {logs['loss']:.4f}"
+        if "forward_kl" in logs:
+            figures += f"  KL {logs['forward_kl']:.4f}"
+        if seconds > 0:
+            figures += f"  {tokens / seconds:,.0f} tok/s"
+        self._bar.update(self._task, figures=figures)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _TerminalProgress(TrainProgress):
+    def say(self, text: str) -> None:
+        console.print(escape(text), highlight=False)
+
+    def evaluating(self, name: str) -> Callable[[int, int], None]:
+        return progress_bar(f"answers of {name}")
+
+    def callbacks(self) -> Sequence[TrainerCallback]:
+        return (_TrainingBar(),)
+
+
+def progress_bar(description: str) -> Callable[[int, int], None]:
+    """A callback `(done, total)` that draws a bar and closes it at the end."""
+    bar = _bar()
+    task = bar.add_task(description)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return update
+
+
+def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """`hpd.train.train` with bars."""
+    return train(recipe, overwrite=overwrite, progress=_TerminalProgress())
+
+
+def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Before and after, side by side, and where the student is."""
+    console.print(summary_table(summary))
+    console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
+
+
+_FIGURES = ("accuracy", "loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The figures of a run before and after training."""
+    table = Table(title=f"{summary['method']}: {summary['steps']} steps, {summary['seconds']:.0f} s", title_justify="left")
+    table.add_column("")
+    for column in ("before", "after", "teacher"):
+        table.add_column(column, justify="right")
+    figures = dict(summary)
+    for side in ("before", "after"):
+        if f"student {side} accuracy" in summary:
+            figures[f"accuracy {side}"] = summary[f"student {side} accuracy"]
+    for figure in _FIGURES:
+        before, after = figures.get(f"{figure} before"), figures.get(f"{figure} after")
+        teacher = summary.get("teacher accuracy") if figure == "accuracy" else None
+        if before is None and after is None:
+            continue
+        show = (lambda v: "" if v is None else f"{v:.1%}") if figure in ("accuracy", "top1_agreement") else _nats
+        table.add_row(figure, show(before), show(after), show(teacher))
+    return table
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def evaluate_with_display(
+    model_path: str, task: str, data: Path, limit: int | None, settings: dict[str, Any], output: Path | None, dtype: str
+) -> None:
+    """`hpd eval`: load, answer, grade, print."""
+    import torch
+
+    from hpd.config import ModelConfig
+    from hpd.evaluate import TASKS, GenerationSettings, evaluate
+    from hpd.methods import nearest
+    from hpd.models import load_model, load_tokenizer
+    from hpd.train import _quiet
+
+    _quiet()
+    if task not in TASKS:
+        raise ValueError(f"Unknown task {task!r}. {nearest(task, list(TASKS))}")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    problems = TASKS[task](data=data, limit=limit)
+    source = ModelConfig(model=model_path, dtype=dtype)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(source, "model")
+    model = load_model(source, "model").to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    result = evaluate(
+        model, tokenizer, problems, GenerationSettings(**settings), output_dir=output, name=model_path,
+        progress=progress_bar(f"answers of {Path(model_path).name}"),
+    )  # fmt: skip
+    table = Table(title=f"{task} on {data.name}", title_justify="left")
+    for column in ("model", "accuracy", "95 % interval", "examples", "tokens per answer", "cut off"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    low, high = result.interval
+    table.add_row(
+        Path(model_path).name, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", str(result.num_examples),
+        f"{result.mean_tokens:.0f}", f"{result.truncated:.1%}",
+    )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,118 @@
+"""Loading students, teachers and tokenizers, with errors that a user can act on."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hpd.config import ModelConfig, TeacherConfig
+
+__all__ = ["load_config", "load_model", "load_tokenizer"]
+
+
+def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
+    """The model's configuration: the cheapest proof that the path is a causal language model.
+
+    Raises:
+        ValueError: not a folder or Hub id, no model there, or not a causal language model.
+    """
+    path = source.model
+    assert path is not None
+    _check_folder(path, role)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_explain(path, role, error)) from None
+    if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
+        raise ValueError(
+            f"The {role} {path!r} is a {config.model_type} model, which is not a causal language model that transformers "
+            "knows. Give a text-generation model, or set trust_remote_code if its repository brings the code."
+        )
+    return config
+
+
+def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or the one that the recipe names.
+
+    Raises:
+        ValueError: there is none, or it has no end-of-sequence token.
+    """
+    path = source.tokenizer or source.model
+    assert path is not None
+    _check_folder(path, f"{role} tokenizer", needs_config=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_explain(path, f"{role} tokenizer", error)) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The {role} tokenizer {path!r} has no eos_token: a model trained with it would never stop. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) -> PreTrainedModel:
+    """The model, in evaluation mode, on the CPU or where its quantisation puts it.
+
+    Raises:
+        ValueError: see `load_config`; missing or unreadable weights; quantisation without bitsandbytes.
+    """
+    config = load_config(source, role)
+    dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+    if isinstance(source, ModelConfig) and source.init == "random":
+        set_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    if source.attn_implementation is not None:
+        options["attn_implementation"] = source.attn_implementation
+    if isinstance(source, TeacherConfig) and source.quantization is not None:
+        options["quantization_config"] = _quantization(source.quantization)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source.model, dtype=dtype, **options).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(_explain(str(source.model), role, error)) from None
+
+
+def _check_folder(path: str, role: str, needs_config: bool = True) -> None:
+    folder = Path(path)
+    looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not looks_local:
+        return
+    if not folder.is_dir():
+        given = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"The {role} {path!r} {given}: give a folder that save_pretrained wrote, or a Hub id such as org/name.")
+    if needs_config and not (folder / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"The {role} folder {path!r} has no config.json (found: {found}): it is not a model that save_pretrained wrote."
+        )
+
+
+def _quantization(bits: str) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization: {bits} needs bitsandbytes: pip install 'hpd[quantization]'.")
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type="nf4")
+
+
+def _explain(path: str, role: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"The {role} {path!r} cannot be loaded: {reason}"

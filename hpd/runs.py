@@ -1,0 +1,151 @@
+"""The run folder: resolved recipe, versions, metrics.jsonl, checkpoints, model card. The only thing that reports read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hpd._version import __version__
+from hpd.config import Recipe, resolve
+
+__all__ = ["MetricsWriter", "RunFolder", "environment"]
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+class RunFolder:
+    """A folder that belongs to one recipe.
+
+    Args:
+        recipe: what the run is; a folder that holds another recipe is refused.
+        overwrite: delete an existing run first.
+
+    Raises:
+        ValueError: the folder holds something else, or a finished run.
+    """
+
+    def __init__(self, recipe: Recipe, overwrite: bool = False):
+        self.path = Path(recipe.output_dir)
+        self.recipe = recipe
+        self._check(overwrite)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The newest checkpoint, to resume from."""
+        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+
+    def _check(self, overwrite: bool) -> None:
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        recipe_file = self.path / "recipe.yaml"
+        if not recipe_file.is_file():
+            raise ValueError(f"{self.path} is not empty and no run of hpd: choose another output_dir.")
+        if overwrite:
+            shutil.rmtree(self.path)
+            return
+        if yaml.safe_load(recipe_file.read_text(encoding="utf-8")) != _comparable(self.recipe):
+            raise ValueError(
+                f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with --overwrite."
+            )
+        if (self.path / "summary.json").is_file():
+            raise ValueError(f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another output_dir.")
+
+    def open(self) -> None:
+        """Write what the run is, before its first step."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
+        (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
+        self.write_json("environment.json", environment())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file whole or not at all."""
+        target = self.path / name
+        draft = target.with_name(f".{name}.part")
+        draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, target)
+
+    def write_card(self, summary: dict[str, Any]) -> None:
+        """The model card of the trained student, with the recipe that made it."""
+        student, teacher = self.recipe.student.model, self.recipe.teacher.model or "itself (self-distillation)"
+        method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
+        rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str)))
+        recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
+        text = (
+            f"---\nlibrary_name: transformers\nbase_model: {student}\ntags: [hpd, distillation]\n---\n\n"
+            f"# {self.path.name}\n\n{student} distilled from {teacher} with {method} "
+            f"([hpd](https://arxiv.org/abs/2604.20244) {__version__}).\n\n"
+            f"| measure | value |\n|---|---|\n{rows}\n\n```yaml\n{recipe}```\n"
+        )
+        (self.path / "README.md").write_text(text, encoding="utf-8")
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(resolve(recipe)))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they change results."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "hpd": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": packages,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that hpd runs from; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=root, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends every log to metrics.jsonl; on resume, drops the lines after the checkpoint that is resumed from."""
+
+    def __init__(self, folder: RunFolder):
+        self._path = folder.path / "metrics.jsonl"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self._path.is_file():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= state.global_step and state.global_step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # a line that a kill cut short
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

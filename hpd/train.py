@@ -1,0 +1,216 @@
+"""From a recipe to a trained student: check, load, evaluate, train, evaluate, write down."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from hpd.config import EvalConfig, Recipe, train_arguments
+from hpd.data import Lengths, Rows, load_rows, measure
+from hpd.models import load_config, load_model, load_tokenizer
+from hpd.pairing import Verdict, check_pair
+from hpd.runs import MetricsWriter, RunFolder
+from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.trainer import DistillConfig, DistillTrainer
+
+__all__ = ["Plan", "plan", "train"]
+
+
+class Plan(NamedTuple):
+    """Everything known about a run before a weight is loaded."""
+
+    recipe: Recipe
+    args: DistillConfig
+    tokenizer: PreTrainedTokenizerBase
+    student_config: Any
+    teacher_config: Any
+    rows: Rows
+    lengths: Lengths
+    verdicts: tuple[Verdict, ...]
+
+    def require_sound(self) -> None:
+        """Raise ValueError with every verdict that would ruin the run."""
+        errors = [f"{v.topic}: {v.text}" for v in self.verdicts if v.level == "error"]
+        if errors:
+            raise ValueError(" ".join(errors))
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Read configurations, tokenizers and data, and check that they fit together.
+
+    Raises:
+        FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what to do.
+    """
+    defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
+    args = train_arguments(recipe, disable_tqdm=True, **defaults)
+    student_config = load_config(recipe.student, "student")
+    tokenizer = load_tokenizer(recipe.student, "student")
+    teacher_config, teacher_tokenizer = student_config, tokenizer
+    if recipe.teacher.type == "model":
+        teacher_config = load_config(recipe.teacher, "teacher")
+        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher")
+    rows = load_rows(recipe.data)
+    verdicts = check_pair(
+        tokenizer, teacher_tokenizer, student_config, teacher_config,
+        policy=args.vocabulary, conversational=rows.conversational,
+    )  # fmt: skip
+    if any(v.level == "error" and v.topic == "chat template" for v in verdicts):
+        raise ValueError(next(v.text for v in verdicts if v.topic == "chat template"))
+    lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
+    verdicts += _length_verdicts(lengths, args)
+    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts))
+
+
+def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
+    p = lengths.percentiles
+    text = (
+        f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first {lengths.num_rows} rows); "
+        f"max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves {lengths.lost_rows:.1%} without a label"
+    )
+    verdicts = [Verdict("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
+    if lengths.ends_with_eos < 0.5:
+        text = f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
+        verdicts.append(Verdict("warning", "end of rows", text))
+    return verdicts
+
+
+class Progress:
+    """What the command line shows; silent unless overridden (every method is optional to override)."""
+
+    def say(self, text: str) -> None: ...
+
+    def evaluating(self, name: str) -> Callable[[int, int], None] | None:
+        return None
+
+    def callbacks(self) -> Sequence[transformers.TrainerCallback]:
+        return ()
+
+
+def train(
+    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a recipe from start (or its last checkpoint) to finish.
+
+    Returns:
+        The summary that is also written to the run folder: losses and KLs before and after, accuracies, seconds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
+    """
+    progress = progress or Progress()
+    _quiet()
+    folder = RunFolder(recipe, overwrite)
+    planned = plan(recipe)
+    planned.require_sound()
+    folder.open()
+    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or 'self'}")
+    started = time.perf_counter()
+    student = load_model(recipe.student, "student", planned.args.seed)
+    teacher = _load_teacher(recipe)
+    summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
+    resume = folder.checkpoint
+    if resume is None:
+        summary |= _evaluate(planned, student, "student before", folder, progress)
+        if isinstance(teacher, ModelTeacher):
+            summary |= _evaluate(planned, teacher.model, "teacher", folder, progress)
+    trainer = _trainer(planned, student, teacher, folder, progress)
+    if trainer.eval_dataset is not None and resume is None:
+        summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
+    before_training = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    summary["train seconds"] = round(time.perf_counter() - before_training, 1)
+    if trainer.eval_dataset is not None:
+        summary |= {f"{k} after": v for k, v in _eval_metrics(trainer).items()}
+    trainer.save_model()
+    summary |= _evaluate(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    summary["steps"] = trainer.state.global_step
+    if trainer.is_world_process_zero():
+        folder.write_card(summary)
+        folder.write_json("summary.json", summary)
+    return summary
+
+
+def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:
+    recipe, args = planned.recipe, planned.args
+    trainer = DistillTrainer(
+        model=student, teacher=teacher, terms=recipe.build_terms(), args=args,
+        train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
+        processing_class=planned.tokenizer,
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None,
+        callbacks=[MetricsWriter(folder), *progress.callbacks()],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    size = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
+    if size == 0:
+        raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
+    return trainer
+
+
+def _load_teacher(recipe: Recipe) -> Teacher:
+    if recipe.teacher.type == "self":
+        return SelfTeacher()
+    return ModelTeacher(load_model(recipe.teacher, "teacher"))
+
+
+def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    names = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+    return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
+
+
+def _evaluate(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Accuracy on the recipe's task, on the main process only."""
+    config = planned.recipe.eval
+    if config is None or int(os.environ.get("RANK", "0")) != 0:
+        return {}
+    from hpd.evaluate import TASKS, evaluate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+        model.to(device)
+    result = evaluate(
+        model, planned.tokenizer, TASKS[config.task](data=config.data, limit=config.limit), _settings(config),
+        output_dir=folder.path, name=name, progress=progress.evaluating(name),
+    )  # fmt: skip
+    return {f"{name} accuracy": round(result.accuracy, 4)}
+
+
+def _settings(config: EvalConfig) -> Any:
+    from hpd.evaluate import GenerationSettings
+
+    return GenerationSettings(
+        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature
+    )
+
+
+def _quiet() -> None:
+    """Libraries' notices that a user of the command line cannot act on."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def steps_of(planned: Plan) -> int | None:
+    """Optimiser steps that the run will take on one process; None for a stream without max_steps."""
+    args, rows = planned.args, planned.rows.train
+    if args.max_steps > 0:
+        return args.max_steps
+    if not hasattr(rows, "__len__"):
+        return None
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return math.ceil(len(rows) / batch * args.num_train_epochs)  # type: ignore[arg-type]
