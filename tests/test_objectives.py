@@ -1,7 +1,7 @@
 """One table, many properties: every member of OBJECTIVES passes the same suite.
 
-Oracles are plain Python loops over one position, written from the papers' formulas. An oracle takes the teacher's row p,
-the student's row q, and `held`, the student's row that the objective treats as constant; weights are checked against its
+Oracles are plain Python loops over one position, from the papers' formulas. An oracle takes the teacher's row p, the
+student's row q, and `held`, the student's row that the objective treats as constant; weights are checked against its
 numerical derivative. Axes: N label positions, K columns, V vocabulary.
 """
 
@@ -99,7 +99,7 @@ class Case(NamedTuple):
     """The divergence; None for the weight rules, which have oracles of their own below."""
     domain: str = "token"
     holds_constants: bool = False
-    """Whether part of the value is constant for the gradient, so that differentiating it numerically is not the gradient."""
+    """Whether part of the value is constant for the gradient, so that it cannot be differentiated numerically."""
 
     def make(self) -> Objective:
         return OBJECTIVES[self.name](**self.params)
@@ -108,19 +108,8 @@ class Case(NamedTuple):
         return self.name + "".join(f",{k}={v}" for k, v in self.params.items() if not callable(v))
 
 
-ALPHA_BETA = [
-    (0.2, 0.7),
-    (1, 1),
-    (1, 0),
-    (0, 1),
-    (0, 0.6),
-    (0.4, 0),
-    (0, 0),
-    (0.5, -0.5),
-    (-0.5, 0.5),
-    (-0.3, -0.4),
-    (2, -0.5),
-]
+ALPHA_BETA = [(0.2, 0.7), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.6), (0.4, 0.0), (0.0, 0.0)]
+ALPHA_BETA += [(0.5, -0.5), (-0.5, 0.5), (-0.3, -0.4), (2.0, -0.5)]
 CASES = [
     Case("nll", {}, domain="label", holds_constants=True),
     Case("forward_kl", {}, lambda p, q, held: kl(p, q)),
@@ -439,8 +428,8 @@ def test_directions_of_the_interpolating_parameters() -> None:
     assert total("generalized_jsd", beta=1.0) == total("symmetric_kl", lam=1.0) == reverse
     assert total("skew_forward_kl", lam=0.0) == forward
     assert total("skew_reverse_kl", lam=0.0) == reverse
-    assert total("abkd", alpha=1, beta=0) == pytest.approx(forward)
-    assert total("abkd", alpha=0, beta=1) == pytest.approx(reverse)
+    assert total("abkd", alpha=1.0, beta=0.0) == pytest.approx(forward)
+    assert total("abkd", alpha=0.0, beta=1.0) == pytest.approx(reverse)
     assert total("taid", t=1.0) == pytest.approx(forward)
     assert total("taid", t=0.0) == pytest.approx(0.0, abs=1e-15)
     assert total("todi", beta=1.0) == pytest.approx(forward + reverse)
@@ -494,10 +483,10 @@ def test_a_saturated_f_divergence_keeps_the_weight_of_forward_kl() -> None:
 @pytest.mark.parametrize(
     ("near", "limit", "factor"),
     [
-        ((1e-3, 0.7), (0, 0.7), 0.7),
-        ((0.7, 1e-3), (0.7, 0), 0.7),
+        ((1e-3, 0.7), (0.0, 0.7), 0.7),
+        ((0.7, 1e-3), (0.7, 0.0), 0.7),
         ((0.5, -0.499), (0.5, -0.5), 0.5),
-        ((1e-3, 2e-3), (0, 0), 1),
+        ((1e-3, 2e-3), (0.0, 0.0), 1.0),
     ],
 )
 def test_abkd_jumps_at_its_limits_by_the_stated_factor(near: tuple, limit: tuple, factor: float) -> None:
@@ -552,7 +541,7 @@ def hybrid_oracle(
 
 
 def to_vocabulary(objective: Objective, teacher: Tensor, student: Tensor, tokens: Tensor) -> Tensor:
-    """Weights of the columns [label, candidates...] on the vocabulary; a candidate equal to the label counts for nothing."""
+    """Weights of the columns [label, candidates...] on the vocabulary; a candidate equal to the label counts zero."""
     counts = torch.ones_like(tokens, dtype=teacher.dtype)
     counts[:, 1:] = (tokens[:, 1:] != tokens[:, :1]).to(teacher.dtype)
     weights = objective.weights(teacher.gather(1, tokens), student.gather(1, tokens))
@@ -647,7 +636,6 @@ def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, col
         ("js", {"lam": 1.0}, r"lam = 1.0 .*\(0, 1\)"),
         ("skew_forward_kl", {"lam": 1.0}, r"lam = 1.0 .*\[0, 1\)"),
         ("skew_reverse_kl", {"lam": 1.0}, r"lam = 1.0 .*\[0, 1\)"),
-        ("f_divergence", {"f": None, "df": torch.log}, "f = None .*function"),
         ("abkd", {"alpha": math.inf, "beta": 1.0}, r"alpha = inf .*\[-10, 10\]"),
         ("abkd", {"alpha": 1.0, "beta": 1e-5}, "beta = 1e-05 .*0.001"),
         ("akl", {"mu": 0.0}, r"mu = 0.0 .*\(0, 1\)"),
@@ -658,11 +646,25 @@ def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, col
         ("hpd", {"reverse": math.inf}, r"reverse = inf .*\[0, inf\)"),
         ("hpd_exact", {"forward": 0.0, "reverse": 0.0}, ".*both 0"),
         ("hpd_full", {"reverse": -2.0}, r"reverse = -2.0 .*\[0, inf\)"),
-        ("hpd_full", {"mask": "yes"}, "mask = 'yes' .*true or false"),
-        ("hpd_exact", {"reinforce": 1}, "reinforce = 1 .*true or false"),
-        ("taid", {"t": "0.5"}, r"t = '0.5' .*\[0, 1\]"),
     ],
 )
 def test_parameters_out_of_range_are_refused(name: str, params: dict[str, Any], allowed: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: {allowed}"):
+        OBJECTIVES[name](**params)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("f_divergence", {"f": None, "df": torch.log}),
+        ("hpd_full", {"mask": "yes"}),
+        ("hpd_exact", {"reinforce": 1}),
+        ("taid", {"t": "0.5"}),
+        ("todi", {"beta": True}),
+    ],
+)
+def test_parameters_of_another_type_are_refused(name: str, params: dict[str, Any]) -> None:
+    with pytest.raises(
+        (ValueError, TypeError), match=name
+    ):  # TypeError from the type-checking import hook, where it is on
         OBJECTIVES[name](**params)

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from hpd.evaluate.answers import final_answer, same_answer, stated_answer
 
@@ -43,6 +43,7 @@ class Verdict:
     """The answer found in the text; None where there is none."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """What `hpd.evaluate.run.evaluate` needs to know of a benchmark: its examples, its grader and its identity."""
 

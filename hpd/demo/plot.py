@@ -1,0 +1,51 @@
+"""The picture of a run: loss, both KLs, entropies and HPD's branches over training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["plot_training"]
+
+_PANELS = (
+    ("loss", {"loss": "loss"}),
+    ("KL, nats per token", {"forward_kl": "KL(teacher || student)", "reverse_kl": "KL(student || teacher)"}),
+    ("entropy, nats per token", {"student_entropy": "student", "teacher_entropy": "teacher"}),
+    (
+        "share of label tokens",
+        {"k1_positive": "student underestimates the label", "reinforced": "reinforced", "punished": "draw punished",
+         "drawn_label": "draw = label"},
+    ),
+)  # fmt: skip
+
+
+def plot_training(folder: Path) -> Path:
+    """Draw `metrics.jsonl` of a run folder to `training.png`; panels without data are left out. Returns the picture's path."""
+    from matplotlib.figure import Figure
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logs = [log for log in map(json.loads, lines) if "loss" in log]
+    panels = [(title, names) for title, names in _PANELS if any(name in log for log in logs for name in names)]
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, label in names.items():
+            points = [(log["step"], log[name]) for log in logs if name in log]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
+        _dress(axis, title, len(names) > 1)
+    target = folder / "training.png"
+    figure.savefig(target, dpi=130)
+    return target
+
+
+def _dress(axis: Any, title: str, legend: bool) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if title.startswith("KL"):
+        axis.set_yscale("log")
+    if legend:
+        axis.legend(fontsize=8, frameon=False)

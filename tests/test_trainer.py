@@ -1,0 +1,324 @@
+"""DistillTrainer on tiny real models: the bugs that other systems shipped, each with a test."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny_models import tiny_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hpd import DistillConfig, DistillTrainer
+from hpd.batch import TokenBatch
+from hpd.losses.heads import Scores, head_of
+from hpd.losses.reference import logits
+from hpd.teachers import SelfTeacher
+
+WORDS = "one two three four five six seven eight nine ten".split()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tiny_pair("llama", tmp_path_factory.mktemp("pair"))
+
+
+def rows(count=8, offset=0):
+    return [
+        {"prompt": f"say {WORDS[(i + offset) % 10]}:", "completion": " " + " ".join(WORDS[: 1 + (3 * i + offset) % 7])}
+        for i in range(count)
+    ]
+
+
+def make_trainer(pair, folder, *, method="hpd", train=None, evaluation=None, teacher=None, peft_config=None, **options):
+    student_dir, teacher_dir = pair
+    # Gradient checks compare exactly, so the data order must not depend on the batch size.
+    settings = {
+        "max_steps": 1, "per_device_train_batch_size": 8, "gradient_checkpointing": False, "learning_rate": 1e-2,
+        "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "metric_stride": 1,
+        "dataset_num_proc": None, "max_length": 64, "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    settings.update(options)
+    return DistillTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32),
+        teacher=teacher if teacher is not None else AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32),
+        method=method,
+        args=DistillConfig(output_dir=str(folder), **settings),
+        train_dataset=Dataset.from_list(train if train is not None else rows()),
+        eval_dataset=Dataset.from_list(evaluation) if evaluation is not None else None,
+        processing_class=AutoTokenizer.from_pretrained(student_dir),
+        peft_config=peft_config,
+    )
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def first_batch(trainer):
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def gradient(trainer, batches=None):
+    """Gradient of one global batch, without an optimiser."""
+    trainer.model.zero_grad()
+    batches = batches if batches is not None else list(trainer.get_train_dataloader())
+    count = sum(b["labels"][:, 1:].ne(-100).sum() for b in batches)
+    total = 0.0
+    for batch in batches:
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=count)
+        loss.backward()
+        total += float(loss.detach())
+    return total, torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("method", ["hpd", "forward_kl"])
+def test_gradient_does_not_depend_on_how_the_batch_is_split(pair, tmp_path, method):
+    whole = gradient(make_trainer(pair, tmp_path / "a", method=method))
+    split = gradient(make_trainer(pair, tmp_path / "b", method=method, per_device_train_batch_size=1))
+    torch.testing.assert_close(split[0], whole[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split[1], whole[1], rtol=1e-4, atol=1e-7)
+
+
+def test_accumulation_1x8_equals_8x1_through_the_trainer(pair, tmp_path):
+    whole = make_trainer(pair, tmp_path / "a")
+    split = make_trainer(pair, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    start = weights(whole)
+    whole.train()
+    split.train()
+    moved = (weights(whole) - start).abs().max()
+    assert moved > 1e-5
+    assert (weights(whole) - weights(split)).abs().max() < 1e-4 * moved
+    logged = [t.state.log_history[0]["loss"] for t in (whole, split)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [{"padding_free": True, "max_length": None}, {"packing": True}])
+def test_padding_equals_padding_free_equals_packing(pair, tmp_path, layout):
+    padded = gradient(make_trainer(pair, tmp_path / "a"))
+    other = make_trainer(pair, tmp_path / "b", **layout)
+    assert "attention_mask" not in first_batch(other)
+    flat = gradient(other)
+    torch.testing.assert_close(flat[0], padded[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(flat[1], padded[1], rtol=1e-4, atol=1e-7)
+
+
+def test_loss_is_the_objective_of_the_models_own_logits(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path, method="forward_kl")
+    batch = first_batch(trainer)
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        log_q = trainer.model.eval()(**inputs).logits[:, :-1].log_softmax(-1)
+        log_p = trainer.teacher.model(**inputs).logits[:, :-1].log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)[labels != -100].mean()
+    trainer.model.train()
+    assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_all_masked_micro_batch_is_a_finite_zero(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path)
+    examples = [{**trainer.train_dataset[i], "labels": [-100] * len(trainer.train_dataset[i]["labels"])} for i in range(2)]
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
+    loss = trainer.compute_loss(trainer.model.train(), batch)
+    loss.backward()
+    assert float(loss) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+def test_teacher_is_frozen_and_the_optimizer_does_not_know_it(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path)
+    before = {k: v.clone() for k, v in trainer.teacher.model.state_dict().items()}
+    trainer.train()
+    owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not any(id(p) in owned or p.requires_grad or p.grad is not None for p in trainer.teacher.model.parameters())
+    assert not trainer.teacher.model.training
+    assert all(torch.equal(v, before[k]) for k, v in trainer.teacher.model.state_dict().items())
+
+
+def test_eos_is_a_label_although_it_also_pads(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path)
+    tokenizer = trainer.processing_class
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer.data_collator.inner.pad_token_id = tokenizer.eos_token_id
+    batch = TokenBatch.pop(first_batch(trainer))
+    assert int((batch.labels == tokenizer.eos_token_id).sum()) == 8
+
+
+def test_evaluation_is_reproducible_and_a_token_mean(pair, tmp_path):
+    evaluation = rows(7, offset=3)
+    first = make_trainer(pair, tmp_path / "a", evaluation=evaluation, per_device_eval_batch_size=7)
+    second = make_trainer(pair, tmp_path / "b", evaluation=evaluation, per_device_eval_batch_size=2)
+    first.state.global_step = 17
+    once, again, other = first.evaluate(), first.evaluate(), second.evaluate()
+    assert once["eval_loss"] == again["eval_loss"]
+    for name in ("eval_loss", "eval_forward_kl", "eval_student_entropy", "eval_k1_positive"):
+        assert other[name] == pytest.approx(once[name], rel=1e-5), name
+
+
+def test_training_draws_change_with_the_step_and_the_seed(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path)
+    batch = first_batch(trainer)
+    losses = []
+    for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        trainer.state.global_step, trainer.args.seed = step, seed
+        losses.append(float(trainer.compute_loss(trainer.model.train(), dict(batch))))
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path, max_steps=2)
+    expected = gradient(trainer, [first_batch(trainer)])[0]
+    trainer._sums["train"].clear()
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(expected, rel=1e-4)
+    for name in (
+        "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement",
+        "k1_positive", "reinforced", "suppressed", "punished", "drawn_label", "mass_moved", "num_tokens",
+    ):  # fmt: skip
+        assert name in log, name
+    assert log["k1_positive"] + log["suppressed"] == pytest.approx(1.0)
+
+
+def test_weighted_terms_are_logged_one_by_one(pair, tmp_path):
+    from hpd import TermConfig
+
+    terms = [TermConfig(objective="nll", support="label"), TermConfig(objective="akl", weight=0.1)]
+    trainer = make_trainer(pair, tmp_path, method=None)
+    trainer.terms = __import__("hpd.methods", fromlist=["build_terms"]).build_terms(None, {}, terms)
+    trainer._num_uniforms = 0
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["loss/nll"] + 0.1 * log["loss/akl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"], ["lm_head"]])
+def test_lora_trains_its_adapter_and_only_that(pair, tmp_path, targets):
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    trainer = make_trainer(pair, tmp_path, peft_config=config, max_steps=2, learning_rate=0.5)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    if "lm_head" in targets:
+        assert any("lm_head" in name for name in moved)
+
+
+def test_head_adapter_is_what_the_merged_model_computes(pair, tmp_path):
+    config = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make_trainer(pair, tmp_path, peft_config=config)
+    base = trainer.model.get_base_model()
+    hidden = torch.randn(5, base.config.hidden_size)
+    ours = logits(Scores(hidden, head_of(base)))
+    torch.testing.assert_close(ours, base.get_output_embeddings().eval()(hidden), rtol=1e-5, atol=1e-6)
+
+
+def test_self_teacher_is_the_adapter_switched_off(pair, tmp_path):
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make_trainer(pair, tmp_path, teacher=SelfTeacher(), peft_config=config, method="forward_kl")
+    batch = first_batch(trainer)
+    scores = trainer.teacher.scores(batch, batch["label_index"])
+    reference = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = reference(**inputs).logits.flatten(0, 1)[batch["label_index"]]
+    torch.testing.assert_close(logits(scores), expected, rtol=1e-5, atol=1e-5)
+    assert trainer.model.training
+    assert float(trainer.compute_loss(trainer.model, batch)) > 0.0
+
+
+def test_self_teacher_without_adapter_is_a_frozen_copy(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path, teacher="self", method="forward_kl", max_steps=3)
+    batch = first_batch(trainer)
+    assert float(trainer.compute_loss(trainer.model.train(), dict(batch))) == pytest.approx(0.0, abs=1e-6)
+    trainer.train()
+    trainer.model.add_(1) if hasattr(trainer.model, "add_") else trainer.model.get_output_embeddings().weight.data.mul_(2)
+    assert float(trainer.compute_loss(trainer.model.train(), dict(batch))) > 1e-4
+
+
+CHAT = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one"}]
+LONG_CHAT = [*CHAT, {"role": "user", "content": "say two"}, {"role": "assistant", "content": "two three"}]
+
+
+@pytest.mark.parametrize(
+    ("train", "options"),
+    [
+        ([{"text": "one two three four"}] * 8, {}),
+        ([{"messages": CHAT}] * 8, {}),
+        ([{"messages": LONG_CHAT}] * 8, {"assistant_only_loss": True}),
+        ([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 8, {}),
+        ([{"input_ids": [5, 6, 7, 8]}] * 8, {}),
+        ([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 8, {}),
+    ],
+    ids=["text", "messages", "assistant-only", "conversation", "pretokenised", "pretokenised-labels"],
+)
+def test_dataset_formats(pair, tmp_path, train, options):
+    trainer = make_trainer(pair, tmp_path, train=train, **options)
+    batch = TokenBatch.pop(first_batch(trainer))
+    assert len(batch.labels) > 0
+    if "labels" in train[0]:
+        assert batch.labels.unique().tolist() == [7, 8]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == trainer.state.log_history[0]["loss"]
+
+
+def test_streamed_dataset(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path, max_steps=2)
+    stream = Dataset.from_list(rows(32)).to_iterable_dataset()
+    student = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    args = DistillConfig(**{**trainer.args.to_dict(), "output_dir": str(tmp_path / "stream")})
+    streamed = DistillTrainer(
+        model=student, teacher=trainer.teacher.model, args=args, train_dataset=stream, processing_class=trainer.processing_class
+    )
+    streamed.train()
+    assert streamed.state.global_step == 2
+
+
+def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(pair, tmp_path):
+    options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch",
+               "max_steps": 6, "train_sampling_strategy": "random"}  # fmt: skip
+    straight = make_trainer(pair, tmp_path / "a", train=rows(12), **options)
+    straight.train()
+    first = make_trainer(pair, tmp_path / "b", train=rows(12), **{**options, "max_steps": 6})
+    first.add_callback(_stop_at(3))
+    first.train()
+    assert first.state.global_step == 3
+    second = make_trainer(pair, tmp_path / "b", train=rows(12), **options)
+    second.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(straight), weights(second))
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (straight, second)]
+    assert losses[0] == losses[1]
+
+
+def _stop_at(step):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= step
+
+    return Stop()
+
+
+def test_unequal_vocabularies_are_refused_or_cut(pair, tmp_path, tmp_path_factory):
+    unequal = tiny_pair("qwen2", tmp_path_factory.mktemp("unequal"), student_vocab=320, teacher_vocab=328)
+    with pytest.raises(ValueError, match="320 tokens and the teacher's 328.*shared_prefix"):
+        make_trainer(unequal, tmp_path / "a")
+    trainer = make_trainer(unequal, tmp_path / "b", vocabulary="shared_prefix")
+    trainer.train()
+    assert 0.0 < trainer.state.log_history[0]["teacher_mass_outside"] < 1.0
+
+
+def test_golden_loss_curve(pair, tmp_path):
+    """Twenty steps of HPD keep their losses: any change of the mathematics, the draws or the data order shows here."""
+    trainer = make_trainer(pair, tmp_path, train=rows(40), max_steps=20, per_device_train_batch_size=4,
+                           optim="adamw_torch", learning_rate=3e-3)  # fmt: skip
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    kls = [log["forward_kl"] for log in trainer.state.log_history if "forward_kl" in log]
+    assert len(losses) == 20
+    assert sum(kls[-5:]) < 0.8 * sum(kls[:5]), json.dumps(kls)
