@@ -6,6 +6,7 @@ from hpd._version import __version__
 
 if TYPE_CHECKING:
     from hpd.config import Recipe, load_recipe
+    from hpd.functional import distillation_loss, fused_distillation_loss
     from hpd.losses import Head, LossOutput, Scores, reweighted_nll
     from hpd.methods import METHODS, TermConfig
     from hpd.objectives import OBJECTIVES, Objective
@@ -28,6 +29,8 @@ __all__ = [
     "Term",
     "TermConfig",
     "__version__",
+    "distillation_loss",
+    "fused_distillation_loss",
     "load_recipe",
     "reweighted_nll",
     "train",
@@ -47,6 +50,8 @@ _HOMES = {
     "Support": "hpd.supports",
     "Term": "hpd.terms",
     "TermConfig": "hpd.methods",
+    "distillation_loss": "hpd.functional",
+    "fused_distillation_loss": "hpd.functional",
     "load_recipe": "hpd.config",
     "reweighted_nll": "hpd.losses",
     "train": "hpd.train",

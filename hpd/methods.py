@@ -42,9 +42,10 @@ class TermConfig:
     """Factor of this term in the loss."""
     temperature: float = 1.0
     """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
-    support: str = "full"
-    """full, label, sampled, label+sampled, or label+full (hpd_exact)."""
-    draws: int = 1
+    support: str | None = None
+    """full, label, sampled, label+sampled, or label+full; null: the objective's own (label+sampled for hpd, label for nll,
+    label+full for hpd_exact, else full)."""
+    num_draws: int = 1
     """Tokens drawn from the student per position; used by sampled supports."""
     draw_share: float = 1.0
     """Share of label positions that get a draw, in [0, 1]."""
@@ -52,8 +53,8 @@ class TermConfig:
     """Temperature of the draw, > 0."""
     exclude_label: bool = False
     """Draw from the student's distribution without the label (the paper's algorithm), instead of ignoring such draws."""
-    importance: bool = True
-    """Divide a drawn token's weight by its probability: unbiased, larger variance. HPD's own rule does not."""
+    importance: bool | None = None
+    """Divide a drawn token's weight by its probability: unbiased, larger variance; null: yes, except for HPD's own rule."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl."""
 
@@ -75,22 +76,28 @@ class TermConfig:
 
     def build_support(self) -> Support:
         """The support, with the draw's switches where it has draws."""
-        key = self.support.replace(" ", "")
+        key = (self.support or _OWN_SUPPORTS.get(self.objective, "full")).replace(" ", "")
         if key not in SUPPORTS:
             raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
         spec = dict(SUPPORTS[key])
-        switches = {
-            "draws": self.draws, "share": self.draw_share, "temperature": self.draw_temperature,
-            "exclude_label": self.exclude_label, "importance": self.importance,
-        }  # fmt: skip
         if "draws" in spec:
-            spec.update(switches)
-        elif switches != {"draws": 1, "share": 1.0, "temperature": 1.0, "exclude_label": False, "importance": True}:
+            importance = self.objective not in _OWN_SUPPORTS if self.importance is None else self.importance
+            return Support(
+                label=spec.get("label", False), draws=self.num_draws, share=self.draw_share,
+                temperature=self.draw_temperature, exclude_label=self.exclude_label, importance=importance,
+            )  # fmt: skip
+        idle = [f.name for f in fields(self) if f.name in _DRAW_FIELDS and getattr(self, f.name) != f.default]
+        if idle:
             raise ValueError(
-                f"Support {self.support!r} draws nothing, so draws, draw_share, draw_temperature, exclude_label and "
-                "importance have no effect. Remove them, or use support: label+sampled."
+                f"Support {key!r} draws nothing, so {', '.join(idle)} would have no effect. Remove it, or use support: "
+                "label+sampled."
             )
         return Support(**spec)
+
+
+_DRAW_FIELDS = ("num_draws", "draw_share", "draw_temperature", "exclude_label", "importance")
+# Objectives that read the label as their first column, and the support that they were defined on.
+_OWN_SUPPORTS = {"nll": "label", "hpd": "label+sampled", "hpd_exact": "label+full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +110,19 @@ class Method:
     reference: str
 
 
-def _one(objective: str, support: str = "full", **fields: Any) -> tuple[TermConfig, ...]:
-    return (TermConfig(objective=objective, support=support, **fields),)
+def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
+    return (TermConfig(objective=objective, kwargs=kwargs),)
 
 
 METHODS: dict[str, Method] = {
     "hpd": Method(
         summary="Hybrid Policy Distillation: both KL directions per token, on the label and one student draw",
-        terms=_one("hpd", "label+sampled", importance=False),
+        terms=_one("hpd"),
         reference="Zhu et al. 2026, arXiv 2604.20244, eq. 11-15",
     ),
     "hpd_exact": Method(
         summary="HPD's expectation over the draw, computed on the whole vocabulary instead of sampled",
-        terms=_one("hpd_exact", "label+full"),
+        terms=_one("hpd_exact"),
         reference="this project; the expectation of arXiv 2604.20244, eq. 15",
     ),
     "hpd_full": Method(
@@ -125,7 +132,7 @@ METHODS: dict[str, Method] = {
     ),
     "sft": Method(
         summary="supervised fine-tuning: the label's negative log-likelihood (the teacher is not used)",
-        terms=_one("nll", "label"),
+        terms=_one("nll"),
         reference="Kim and Rush 2016, arXiv 1606.07947, when the dataset is the teacher's (sequence-level distillation)",
     ),
     "forward_kl": Method(
@@ -160,7 +167,7 @@ METHODS: dict[str, Method] = {
     ),
     "js": Method(
         summary="Jensen-Shannon divergence in DistiLLM's parametrisation, teacher's share 1 - lam",
-        terms=_one("js", kwargs={"lam": 0.5}),
+        terms=_one("js", lam=0.5),
         reference="Ko et al. 2024, arXiv 2402.03898",
     ),
     "total_variation": Method(
@@ -170,7 +177,7 @@ METHODS: dict[str, Method] = {
     ),
     "abkd": Method(
         summary="alpha-beta divergence: hardness and confidence weighting by two exponents",
-        terms=_one("abkd", kwargs={"alpha": 0.2, "beta": 0.7}),
+        terms=_one("abkd", alpha=0.2, beta=0.7),
         reference="Wang et al. 2025, arXiv 2505.04560",
     ),
     "akl": Method(
@@ -185,7 +192,7 @@ METHODS: dict[str, Method] = {
     ),
     "taid": Method(
         summary="cross-entropy against a teacher interpolated with the student at t",
-        terms=_one("taid", kwargs={"t": 0.5}),
+        terms=_one("taid", t=0.5),
         reference="Shing et al. 2025, arXiv 2501.16937",
     ),
 }
@@ -199,19 +206,25 @@ def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]
     """
     if name not in METHODS:
         raise ValueError(f"Unknown method {name!r}. {nearest(name, list(METHODS))}")
-    own = {f.name for f in fields(TermConfig)} - {"objective", "kwargs", "support"}
+    own = {f.name for f in fields(TermConfig)} - {"objective", "kwargs"}
     terms, used = [], set()
     for term in METHODS[name].terms:
         parameters = set(inspect.signature(OBJECTIVES[term.objective]).parameters)
         used |= (parameters | own) & set(kwargs)
-        inner = {**term.kwargs, **{k: v for k, v in kwargs.items() if k in parameters}}
-        outer = {k: v for k, v in kwargs.items() if k in own and k not in parameters}
-        terms.append(replace(term, kwargs=inner, **outer))
+        terms.append(with_parameters(term, kwargs))
         allowed = sorted(parameters | own)
     for key in kwargs:
         if key not in used:
             raise ValueError(f"Method {name!r} has no parameter {key!r}. {nearest(key, allowed)}")
     return tuple(terms)
+
+
+def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
+    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put in."""
+    own = inspect.signature(OBJECTIVES[term.objective]).parameters
+    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in own}}
+    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in own}
+    return replace(term, kwargs=inner, **outer)
 
 
 def build_terms(

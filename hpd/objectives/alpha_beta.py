@@ -56,7 +56,7 @@ def abkd(alpha: float, beta: float) -> Objective:
         ValueError: alpha or beta outside these.
 
     Reference:
-        Wang et al., ABKD, 2025, arXiv 2505.04560, eq. 5; limits: Cichocki, Cruces and Amari, 2011, Entropy 13(1).
+        Wang et al., ABKD, 2025, arXiv 2505.04560; limits: Cichocki, Cruces and Amari, 2011, Entropy 13(1).
     """
     for name, given in (("alpha", alpha), ("beta", beta)):
         check_number(f"abkd: {name}", given, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)

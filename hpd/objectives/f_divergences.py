@@ -24,7 +24,7 @@ def total_variation() -> Objective:
     .. math:: D = \tfrac{1}{2} \sum_v |p_v - q_v|, \qquad w_v = \tfrac{1}{2} q_v \operatorname{sign}(p_v - q_v)
 
     Reference:
-        Wen et al., f-distill, 2023, arXiv 2307.15190, eq. 9.
+        Wen et al., f-distill, 2023, arXiv 2307.15190.
     """
 
     def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
@@ -59,7 +59,7 @@ def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) 
         ValueError: f or df is not callable.
 
     Reference:
-        Wen et al., f-distill, 2023, arXiv 2307.15190, eq. 3.
+        Wen et al., f-distill, 2023, arXiv 2307.15190.
     """
     for name, given in (("f", f), ("df", df)):
         if not callable(given):

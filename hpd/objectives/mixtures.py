@@ -42,7 +42,7 @@ def generalized_jsd(beta: float = 0.5) -> Objective:
         ValueError: beta outside [0, 1].
 
     Reference:
-        Agarwal et al., GKD, 2024, arXiv 2306.13649, eq. 1 and the remark below it.
+        Agarwal et al., GKD, 2024, arXiv 2306.13649.
     """
     check_number("generalized_jsd: beta", beta, 0.0, 1.0)
     if beta == 0.0:
@@ -95,7 +95,7 @@ def skew_forward_kl(lam: float = 0.1) -> Objective:
         ValueError: lam outside [0, 1).
 
     Reference:
-        Ko et al., DistiLLM, 2024, arXiv 2402.03898, eq. 5.
+        Ko et al., DistiLLM, 2024, arXiv 2402.03898.
     """
     check_number("skew_forward_kl: lam", lam, 0.0, 1.0, open_high=True)
     if lam == 0.0:
@@ -124,7 +124,7 @@ def skew_reverse_kl(lam: float = 0.1) -> Objective:
         ValueError: lam outside [0, 1).
 
     Reference:
-        Ko et al., DistiLLM, 2024, arXiv 2402.03898, section 3.1.
+        Ko et al., DistiLLM, 2024, arXiv 2402.03898.
     """
     check_number("skew_reverse_kl: lam", lam, 0.0, 1.0, open_high=True)
     if lam == 0.0:
