@@ -1,0 +1,148 @@
+"""The command line as users run it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from tiny_models import tiny_pair
+from transformers import AutoModelForCausalLM
+
+ROWS = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    student, teacher = tiny_pair("llama", folder)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "problems.jsonl").write_text("".join(json.dumps({"prompt": r["prompt"], "answer": r["completion"]}) + "\n" for r in ROWS[:4]))
+    recipe = {
+        "student": str(student), "teacher": str(teacher),
+        "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
+                  "learning_rate": 1e-2, "max_length": 64},
+        "eval": {"data": str(folder / "problems.jsonl"), "max_new_tokens": 8},
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def hpd(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "hpd", *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+    )  # fmt: skip
+
+
+def test_train_from_recipe_to_loadable_student(workspace):
+    done = hpd("train", workspace / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "forward_kl" in done.stdout
+    run = workspace / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert {"forward_kl before", "forward_kl after", "student after accuracy", "teacher accuracy"} <= set(summary)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in steps if "loss" in log] == [1, 2, 3]
+    assert AutoModelForCausalLM.from_pretrained(run).config.model_type == "llama"
+    assert AutoModelForCausalLM.from_pretrained(run / "checkpoint-3").config.model_type == "llama"
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["max_steps"] == 3
+    assert json.loads((run / "environment.json").read_text())["packages"]["torch"]
+    assert "method" in (run / "README.md").read_text()
+    again = hpd("train", workspace / "recipe.yaml")
+    assert again.returncode == 2
+    assert "finished" in again.stderr
+    other = hpd("train", workspace / "recipe.yaml", "method=akl")
+    assert other.returncode == 2
+    assert "another recipe" in other.stderr
+
+
+def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(workspace):
+    done = hpd("train", workspace / "recipe.yaml", "output_dir=never", "method=forward_kl", "--dry-run", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "method: forward_kl" in done.stdout
+    assert "equal token maps" in done.stdout
+    assert not (workspace / "never").exists()
+
+
+def test_doctor_reports_pair_lengths_and_memory(workspace):
+    done = hpd("doctor", workspace / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    for word in ("vocabulary", "end of sequence", "max_length", "teacher", "activations", "total", "18 rows"):
+        assert word in done.stdout, word
+
+
+def test_eval_prints_accuracy_and_writes_answers(workspace):
+    student = yaml.safe_load((workspace / "recipe.yaml").read_text())["student"]
+    done = hpd("eval", student, "--data", workspace / "problems.jsonl", "--max-new-tokens", 4, "--output", workspace / "ev")
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+    assert len((workspace / "ev" / "records-exact-match.jsonl").read_text().splitlines()) == 4
+
+
+def test_methods_lists_the_table():
+    from hpd import METHODS
+
+    done = hpd("methods")
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nope.yaml"], "No recipe at nope.yaml"),
+        (["train", "recipe.yaml", "train.learningrate=1"], "did you mean 'learning_rate'"),
+        (["train", "recipe.yaml", "method=hdp"], "Did you mean 'hpd'"),
+        (["train", "recipe.yaml", "data.path=missing.jsonl"], "No dataset at missing.jsonl"),
+        (["train", "recipe.yaml", "teacher=."], "has no config.json"),
+        (["train", "recipe.yaml", "teacher=./nowhere"], "does not exist"),
+        (["train", "recipe.yaml", "data.path=empty.jsonl"], "is empty"),
+        (["train", "recipe.yaml", "train.max_length=2"], "Every label is masked"),
+        (["train", "recipe.yaml", "teacher=other"], "the two tokenizers are different"),
+        (["train", "recipe.yaml", "output_dir=."], "no run of hpd"),
+        (["eval", "./nowhere", "--data", "problems.jsonl"], "does not exist"),
+        (["eval", "student", "--data", "none.jsonl"], "none.jsonl"),
+    ],
+)
+def test_mistakes_end_with_one_paragraph_and_code_2(workspace, arguments, message):
+    (workspace / "empty.jsonl").write_text("")
+    if not (workspace / "other").exists():
+        other, _ = tiny_pair("llama", workspace / "elsewhere")
+        _shuffle_vocabulary(other, workspace / "other")
+    if "output_dir=." not in arguments and arguments[0] == "train" and arguments[1] == "recipe.yaml":
+        arguments = [*arguments, "output_dir=bad"]
+    done = hpd(*arguments, cwd=workspace)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (workspace / "bad").exists()
+
+
+def _shuffle_vocabulary(source, target):
+    import shutil
+
+    shutil.copytree(source, target)
+    tokenizer = json.loads((target / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = [token for token, i in vocab.items() if i in (60, 61)]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_help_and_import_are_quick():
+    for command in ([sys.executable, "-c", "import hpd"], [sys.executable, "-m", "hpd", "--help"]):
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 0.5, command
+    probe = "import sys, hpd, hpd.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], check=True)
