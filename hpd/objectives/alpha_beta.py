@@ -5,6 +5,8 @@ Axes and notation: see `hpd.objectives.objective`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ _MAX_EXPONENT = 30.0
 # Below it, dividing by alpha or beta would leave the value (not the weights) to rounding in float32.
 _SMALLEST_EXPONENT = 1e-3
 _LARGEST_EXPONENT = 10.0
+# Nats. ABKD's code raises q to 1e-12 before the logarithm of the limit beta = 0.
+_LIMIT_FLOOR = math.log(1e-12)
 
 
 def _saturated_exp(exponent: Tensor) -> Tensor:
@@ -46,6 +50,9 @@ def abkd(alpha: float, beta: float) -> Objective:
     continuity asks for its square: on these lines the divergence jumps by c. The code's own factor is negative for a
     negative alpha, so that it would maximise the divergence; the absolute value is ours.
 
+    Also as in that code, the logarithm of the limit beta = 0 reads q no lower than 1e-12: below, the teacher's part has no
+    gradient.
+
     Every term is non-negative. Powers saturate at exp(30), which only negative exponents reach.
 
     Args:
@@ -69,6 +76,10 @@ def abkd(alpha: float, beta: float) -> Objective:
         log_ratio = teacher_logprobs - student_logprobs
         if alpha == 0:
             return scale * _saturated_exp(beta * student_logprobs) * log_ratio
+        if beta == 0:
+            # The teacher's part of the weight is the derivative of the floored logarithm.
+            teacher_part = _saturated_exp(alpha * teacher_logprobs) * (student_logprobs >= _LIMIT_FLOOR)
+            return scale / alpha * (teacher_part - _saturated_exp(alpha * student_logprobs))
         mixed = alpha * teacher_logprobs + beta * student_logprobs
         return scale / alpha * _exp_difference(mixed, total * student_logprobs, alpha * log_ratio)
 
@@ -78,9 +89,11 @@ def abkd(alpha: float, beta: float) -> Objective:
         log_ratio = teacher_logprobs - student_logprobs
         if alpha == 0 and beta == 0:
             return 0.5 * log_ratio.square()
-        own = weights(teacher_logprobs, student_logprobs)
         if beta == 0:
-            return (scale * _saturated_exp(alpha * teacher_logprobs) * log_ratio - own) / alpha
+            teacher_part, student_part = (_saturated_exp(alpha * x) for x in (teacher_logprobs, student_logprobs))
+            floored_ratio = teacher_logprobs - student_logprobs.clamp_min(_LIMIT_FLOOR)
+            return scale * (teacher_part * floored_ratio - (teacher_part - student_part) / alpha) / alpha
+        own = weights(teacher_logprobs, student_logprobs)
         if total == 0:
             return (scale * log_ratio - own) / beta
         gain = _exp_difference(total * teacher_logprobs, total * student_logprobs, total * log_ratio) / total
