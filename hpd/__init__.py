@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     from hpd.config import Recipe, load_recipe
     from hpd.functional import distillation_loss, fused_distillation_loss
     from hpd.losses import Head, LossOutput, Scores, reweighted_nll
-    from hpd.methods import METHODS, TermConfig
+    from hpd.methods import METHODS
     from hpd.objectives import OBJECTIVES, Objective
     from hpd.supports import Support
-    from hpd.terms import Term
+    from hpd.terms import Term, TermConfig
     from hpd.train import train
     from hpd.trainer import DistillConfig, DistillTrainer
 
@@ -49,7 +49,7 @@ _HOMES = {
     "Scores": "hpd.losses",
     "Support": "hpd.supports",
     "Term": "hpd.terms",
-    "TermConfig": "hpd.methods",
+    "TermConfig": "hpd.terms",
     "distillation_loss": "hpd.functional",
     "fused_distillation_loss": "hpd.functional",
     "load_recipe": "hpd.config",

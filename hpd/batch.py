@@ -49,17 +49,18 @@ def token_batch(inputs: Mapping[str, Tensor], vocab: int | None = None) -> Token
         vocab: tokens that both models have; labels beyond are dropped and counted.
     """
     input_ids, labels = inputs["input_ids"], inputs["labels"]
-    width = input_ids.shape[1]
-    positions = inputs.get("position_ids")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if positions is None:
-        positions = torch.arange(width).expand_as(input_ids)
+        # Counted from the first real token, so that padding on the left is a layout like the others.
+        real = torch.ones_like(input_ids) if mask is None else mask.long()
+        positions = (real.cumsum(1) - 1).clamp_min(0)
     targets = torch.full_like(labels, IGNORE_INDEX)
     # The token after position t is its label, unless a new row starts there.
     targets[:, :-1] = torch.where(positions[:, 1:] == 0, IGNORE_INDEX, labels[:, 1:])
     beyond = targets >= vocab if vocab is not None else torch.zeros_like(targets, dtype=torch.bool)
     targets = torch.where(beyond, IGNORE_INDEX, targets).flatten()
     index = (targets != IGNORE_INDEX).nonzero().flatten()
-    keys = _row_keys(input_ids, positions, inputs.get("attention_mask"))
+    keys = _row_keys(input_ids, positions, mask)
     return TokenBatch(index, targets[index], keys.flatten()[index], beyond.sum())
 
 

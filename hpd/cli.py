@@ -24,7 +24,8 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50.")
+    list[str] | None,
+    typer.Argument(metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."),
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
 
@@ -66,7 +67,9 @@ def _escape(text: str) -> str:
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe, load no weights.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe, load no weights.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing run in output_dir first.")] = False,
 ) -> None:
     """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint."""
@@ -123,7 +126,12 @@ def evaluate(
     with _user_errors():
         from hpd.display import evaluate_with_display
 
-        settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "temperature": temperature,
+            "seed": seed,
+        }
         evaluate_with_display(model, task, data, limit, settings, output, dtype)
 
 

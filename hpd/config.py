@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
-from typing_extensions import Annotated
 
-from hpd.methods import TermConfig, build_terms
+from hpd.methods import build_terms
+from hpd.terms import TermConfig
 
 __all__ = ["DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "load_recipe", "resolve"]
 
@@ -167,7 +167,7 @@ class Recipe:
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments): learning_rate, max_steps, ..."""
+    """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
     eval: EvalConfig | None = None
     """What to run before and after training."""
     output_dir: str = "runs/hpd"

@@ -132,7 +132,10 @@ def _shape(rows: Any, config: DataConfig) -> Any:
             "input_ids: map them, for example data.columns: {prompt: question, completion: answer}."
         )
     return rows.map(
-        _convert, with_indices=True, fn_kwargs={"config": config, "renamed": renamed, "keep": keep}, remove_columns=found
+        _convert,
+        with_indices=True,
+        fn_kwargs={"config": config, "renamed": renamed, "keep": keep},
+        remove_columns=found,
     )
 
 
@@ -164,7 +167,9 @@ def _check_row(row: Mapping[str, Any], index: int) -> None:
         raise ValueError(f"Row {index} ends with a {row['completion'][-1]['role']} message: there is no answer to learn.")
 
 
-def measure(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, labels: str) -> Lengths:
+def measure(
+    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, labels: str
+) -> Lengths:
     """Tokenise the first rows as training will, to see lengths and labels before any model is loaded.
 
     Raises:
@@ -192,7 +197,7 @@ def measure(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase,
 
 def _is_end(ids: list[int], last: int, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the row's last label ends the turn; templates put a newline behind their end token."""
-    tail = [i for i in ids[max(0, last - 1) : last + 1]]
+    tail = list(ids[max(0, last - 1) : last + 1])
     return any(i == tokenizer.eos_token_id or i in tokenizer.all_special_ids for i in tail)
 
 

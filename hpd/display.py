@@ -8,13 +8,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from transformers import TrainerCallback
 
 from hpd.config import Recipe
 from hpd.methods import METHODS
 from hpd.pairing import Verdict
+from hpd.terms import nearest
 from hpd.train import Progress as TrainProgress
 from hpd.train import train
 
@@ -160,7 +169,6 @@ def evaluate_with_display(
 
     from hpd.config import ModelConfig
     from hpd.evaluate import TASKS, GenerationSettings, evaluate
-    from hpd.methods import nearest
     from hpd.models import load_model, load_tokenizer
     from hpd.train import _quiet
 

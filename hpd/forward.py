@@ -55,7 +55,8 @@ def add_head_function(model: nn.Module) -> nn.Module:
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
         # Looked up at every call: FSDP and PEFT replace the head after this patch.
         head = head_of(self)
-        assert label_index is not None and head.weight is not None
+        assert label_index is not None
+        assert head.weight is not None
         return head_function(Scores(hidden.index_select(0, label_index).to(head.weight.device), head))
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]

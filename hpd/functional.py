@@ -13,12 +13,11 @@ from torch import Tensor
 
 from hpd.batch import IGNORE_INDEX
 from hpd.losses import Head, LossOutput, Scores, reweighted_nll
-from hpd.methods import TermConfig, nearest
-from hpd.methods import with_parameters as _with_parameters
 from hpd.objectives import OBJECTIVES, Objective
 from hpd.pairing import POLICIES
 from hpd.supports import Support, full, label, sampled
-from hpd.terms import Term
+from hpd.terms import Term, TermConfig, nearest
+from hpd.terms import with_parameters as _with_parameters
 
 __all__ = ["distillation_loss", "fused_distillation_loss"]
 
@@ -152,6 +151,8 @@ def _shared(student: int, teacher: int, policy: str) -> int:
 def _aligned(draws: Tensor, labels: Tensor) -> Int[Tensor, "BT n"]:
     """Draws of positions 0 to T-2, laid out like the flattened batch."""
     if draws.shape[:2] != (labels.shape[0], labels.shape[1] - 1):
-        raise ValueError(f"draws must be [B, T-1] or [B, T-1, n] beside labels {tuple(labels.shape)}, got {tuple(draws.shape)}.")
+        raise ValueError(
+            f"draws must be [B, T-1] or [B, T-1, n] beside labels {tuple(labels.shape)}, got {tuple(draws.shape)}."
+        )
     draws = draws.reshape(*draws.shape[:2], -1)
     return torch.nn.functional.pad(draws, (0, 0, 0, 1)).flatten(0, 1)

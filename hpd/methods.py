@@ -4,100 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from typing import Any
 
-from hpd.objectives import OBJECTIVES
-from hpd.supports import Support
-from hpd.terms import Term
+from hpd.terms import Term, TermConfig, nearest, objective_factory, with_parameters
 
-__all__ = ["METHODS", "SUPPORTS", "Method", "TermConfig", "build_terms", "method_terms", "nearest"]
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """The end of an error message: what was probably meant, or all that is allowed."""
-    close = get_close_matches(name, allowed, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(allowed)}."
-
-
-SUPPORTS: dict[str, dict[str, Any]] = {
-    "full": {"whole": True},
-    "label": {"label": True},
-    "label+full": {"label": True, "whole": True},
-    "sampled": {"draws": 1},
-    "label+sampled": {"label": True, "draws": 1},
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TermConfig:
-    """One term of the loss, as a recipe writes it."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
-
-    objective: str
-    """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them)."""
-    weight: float = 1.0
-    """Factor of this term in the loss."""
-    temperature: float = 1.0
-    """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
-    support: str | None = None
-    """full, label, sampled, label+sampled, or label+full; null: the objective's own (label+sampled for hpd, label for nll,
-    label+full for hpd_exact, else full)."""
-    num_draws: int = 1
-    """Tokens drawn from the student per position; used by sampled supports."""
-    draw_share: float = 1.0
-    """Share of label positions that get a draw, in [0, 1]."""
-    draw_temperature: float = 1.0
-    """Temperature of the draw, > 0."""
-    exclude_label: bool = False
-    """Draw from the student's distribution without the label (the paper's algorithm), instead of ignoring such draws."""
-    importance: bool | None = None
-    """Divide a drawn token's weight by its probability: unbiased, larger variance; null: yes, except for HPD's own rule."""
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters of the objective, such as {mu: 0.5} for akl."""
-
-    def build(self, name: str | None = None) -> Term:
-        """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"Unknown objective {self.objective!r}. {nearest(self.objective, list(OBJECTIVES))}")
-        factory = OBJECTIVES[self.objective]
-        allowed = list(inspect.signature(factory).parameters)
-        for key in self.kwargs:
-            if key not in allowed:
-                raise ValueError(f"Objective {self.objective!r} has no parameter {key!r}. {nearest(key, allowed)}")
-        required = [key for key, p in inspect.signature(factory).parameters.items() if p.default is p.empty]
-        if missing := [key for key in required if key not in self.kwargs]:
-            raise ValueError(f"Objective {self.objective!r} needs {', '.join(missing)}: give them in kwargs.")
-        return Term(
-            name or self.objective, factory(**self.kwargs), self.build_support(), self.weight, self.temperature
-        ).check()
-
-    def build_support(self) -> Support:
-        """The support, with the draw's switches where it has draws."""
-        key = (self.support or _OWN_SUPPORTS.get(self.objective, "full")).replace(" ", "")
-        if key not in SUPPORTS:
-            raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
-        spec = dict(SUPPORTS[key])
-        if "draws" in spec:
-            importance = self.objective not in _OWN_SUPPORTS if self.importance is None else self.importance
-            return Support(
-                label=spec.get("label", False), draws=self.num_draws, share=self.draw_share,
-                temperature=self.draw_temperature, exclude_label=self.exclude_label, importance=importance,
-            )  # fmt: skip
-        idle = [f.name for f in fields(self) if f.name in _DRAW_FIELDS and getattr(self, f.name) != f.default]
-        if idle:
-            raise ValueError(
-                f"Support {key!r} draws nothing, so {', '.join(idle)} would have no effect. Remove it, or use support: "
-                "label+sampled."
-            )
-        return Support(**spec)
-
-
-_DRAW_FIELDS = ("num_draws", "draw_share", "draw_temperature", "exclude_label", "importance")
-# Objectives that read the label as their first column, and the support that they were defined on.
-_OWN_SUPPORTS = {"nll": "label", "hpd": "label+sampled", "hpd_exact": "label+full"}
+__all__ = ["METHODS", "Method", "build_terms", "method_terms", "name_terms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +121,7 @@ def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]
     own = {f.name for f in fields(TermConfig)} - {"objective", "kwargs"}
     terms, used = [], set()
     for term in METHODS[name].terms:
-        parameters = set(inspect.signature(OBJECTIVES[term.objective]).parameters)
+        parameters = set(inspect.signature(objective_factory(term.objective)).parameters)
         used |= (parameters | own) & set(kwargs)
         terms.append(with_parameters(term, kwargs))
         allowed = sorted(parameters | own)
@@ -219,27 +131,29 @@ def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]
     return tuple(terms)
 
 
-def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
-    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put in."""
-    own = inspect.signature(OBJECTIVES[term.objective]).parameters
-    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in own}}
-    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in own}
-    return replace(term, kwargs=inner, **outer)
-
-
 def build_terms(
     method: str | None, method_kwargs: Mapping[str, Any], terms: Sequence[TermConfig | Term]
-) -> tuple[Term, ...]:
-    """Terms from a method's name or from an explicit list (not both), each under a name of its own."""
+) -> tuple[TermConfig | Term, ...]:
+    """The terms of a method's name or of an explicit list (not both), checked.
+
+    Raises:
+        ValueError: nothing or both given, unknown names, or choices that do not fit together.
+    """
     if method is not None and terms:
         raise ValueError("Give method or terms, not both: a method is a ready list of terms.")
     if method is None and not terms:
         raise ValueError(f"Nothing to learn: give method (one of {', '.join(METHODS)}) or terms.")
     if method_kwargs and method is None:
         raise ValueError("method_kwargs are parameters of method; with terms, put them into each term's kwargs.")
-    configs = method_terms(method, method_kwargs) if method is not None else terms
+    chosen = method_terms(method, method_kwargs) if method is not None else tuple(terms)
+    name_terms(chosen)
+    return chosen
+
+
+def name_terms(terms: Sequence[TermConfig | Term]) -> tuple[Term, ...]:
+    """The terms built and checked, each under a name of its own."""
     built: list[Term] = []
-    for config in configs:
+    for config in terms:
         term = config.check() if isinstance(config, Term) else config.build()
         taken = sum(other.name.split("#")[0] == term.name for other in built)
         built.append(term._replace(name=f"{term.name}#{taken + 1}") if taken else term)

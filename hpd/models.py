@@ -32,9 +32,7 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     assert path is not None
     _check_folder(path, role)
     try:
-        config = AutoConfig.from_pretrained(
-            path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_explain(path, role, error)) from None
     if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
@@ -55,9 +53,7 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
     assert path is not None
     _check_folder(path, f"{role} tokenizer", needs_config=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_explain(path, f"{role} tokenizer", error)) from None
     if tokenizer.eos_token_id is None:
@@ -97,7 +93,9 @@ def _check_folder(path: str, role: str, needs_config: bool = True) -> None:
         return
     if not folder.is_dir():
         given = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"The {role} {path!r} {given}: give a folder that save_pretrained wrote, or a Hub id such as org/name.")
+        raise ValueError(
+            f"The {role} {path!r} {given}: give a folder that save_pretrained wrote, or a Hub id such as org/name."
+        )
     if needs_config and not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ValueError(

@@ -45,8 +45,8 @@ def common_vocab(student: Any, teacher: Any, policy: str) -> int:
     if ours != theirs and policy == "error":
         raise ValueError(
             f"The student's head has {ours} tokens and the teacher's {theirs}. If the tokenizers agree on the first "
-            f"{min(ours, theirs)} (padded heads of one family, such as Qwen2.5 1.5B and 7B), set train.vocabulary: shared_prefix; "
-            "labels beyond are then dropped and counted."
+            f"{min(ours, theirs)} (padded heads of one family, such as Qwen2.5 1.5B and 7B), set train.vocabulary: "
+            "shared_prefix; labels beyond are then dropped and counted."
         )
     return min(ours, theirs)
 
@@ -92,7 +92,7 @@ def _vocabulary(student: Any, teacher: Any, student_config: Any, teacher_config:
     if ours == theirs:
         return Verdict("ok", "vocabulary", f"equal token maps, {ours} tokens")
     beyond = sorted(i for i in student.get_vocab().values() if i >= shared)
-    text = f"heads of {ours} and {theirs} tokens, cut to the shared {shared}; the student's tokenizer uses {len(beyond)} ids beyond"
+    text = f"heads of {ours} and {theirs} tokens, cut to the shared {shared}; the student's tokenizer has {len(beyond)} ids beyond"
     return Verdict("warning" if beyond else "ok", "vocabulary", text)
 
 

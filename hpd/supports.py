@@ -1,39 +1,61 @@
-"""Supports: which tokens of the vocabulary a term sums over, and with what coefficients.
+"""Supports: which tokens of the vocabulary a term sums over, with what coefficients, and what becomes of the tail.
 
 Axes: N label positions, K columns of the support, V vocabulary.
 
-A support turns the two full distributions at N positions into K columns. Column order is fixed: the label first (where the
-support has it), then the draws. Coefficients multiply the objective's weights and values column by column; they carry the
-importance weights of drawn tokens and make a token count once where the label and a draw coincide.
+A support turns the two full distributions at N positions into K columns, in a fixed order: the label first (where the
+support has it), then the draws, or the top-k tokens and their tail. Coefficients multiply the objective's weights and values
+column by column; they carry the importance weights of drawn tokens and make a token count once where the label and another
+column coincide.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Columns", "Draws", "Support", "full", "inverse_cdf", "label", "sampled"]
+from hpd.sampling import inverse_cdf
 
-# Tokens per block of the two-level inverse CDF: about sqrt(V), so that the search over block sums and the search inside one
-# block cost the same.
-_BLOCK_TOKENS = 256
+__all__ = ["LOGPROB_FLOOR", "Columns", "Draws", "Support", "full", "inverse_cdf", "label", "sampled", "top_k"]
+
+# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is exactly 0 in every
+# dtype, and products with it stay finite.
+LOGPROB_FLOOR = -1e5
+
+Side = Literal["teacher", "student"]
+Tail = Literal["drop", "bucket", "renormalize"]
 
 
 class Columns(NamedTuple):
-    """The K columns of a support at N positions.
-
-    `tokens` is None when the columns are the whole vocabulary in order; `coefficients` is None when they are all one.
-    """
+    """The K columns of a support at N positions."""
 
     teacher_logprobs: Float[Tensor, "N K"]
     student_logprobs: Float[Tensor, "N K"]
-    tokens: Int[Tensor, "N K"] | None
+    tokens: Int[Tensor, "N Kt"] | None
+    """Which tokens they are; None when they are the whole vocabulary in order. A bucket is the column after the last."""
     coefficients: Float[Tensor, "N K"] | None
+    """None when they are all one."""
+    tail: Tail = "drop"
+
+    def logit_gradient(self, weights: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N Kt"]]:
+        r"""The gradient of :math:`-\sum_k w_k \log q_k` with respect to the logits, as (a, b): `a * q`, plus b at the tokens.
+
+        * drop: :math:`a = \sum w,\; b = -w`;
+        * bucket (column B is the whole tail): :math:`a = \sum w - w_B / q_B,\; b_k = q_k w_B / q_B - w_k`;
+        * renormalize (columns are normalised among themselves): :math:`a = 0,\; b_k = \tilde q_k \sum w - w_k`.
+        """
+        mass = weights.sum(-1, keepdim=True)
+        if self.tail == "renormalize":
+            return torch.zeros_like(mass), self.student_logprobs.exp() * mass - weights
+        if self.tail == "bucket":
+            q = self.student_logprobs.exp()
+            ratio = weights[:, -1:] / q[:, -1:].clamp_min(torch.finfo(q.dtype).tiny)
+            return mass - ratio, q[:, :-1] * ratio - weights[:, :-1]
+        return mass, -weights
 
 
 class Draws(NamedTuple):
@@ -45,7 +67,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """Which tokens are summed over. Build one with `full`, `label`, `sampled`, and join them with `+`."""
+    """Which tokens are summed over. Build one with `full`, `label`, `sampled`, `top_k`, and join them with `+`."""
 
     whole: bool = False
     """Every token of the vocabulary."""
@@ -53,46 +75,67 @@ class Support:
     """The token that the dataset holds, as column 0."""
     draws: int = 0
     """Tokens drawn per position."""
+    draws_of: Side = "student"
+    """Whose distribution the draws come from."""
     importance: bool = True
     """Divide a drawn token's weight by the probability that it was drawn with (the sum is then unbiased). HPD does not."""
     exclude_label: bool = False
-    """Draw from the student's distribution with the label removed, instead of ignoring draws that equal the label."""
+    """Draw from the distribution with the label removed, instead of ignoring draws that equal the label."""
     share: float = 1.0
     """Share of label positions that get draws at all, in [0, 1]."""
     temperature: float = 1.0
     """Temperature of the draw, > 0; it changes which token is drawn and never the log-probabilities."""
+    top_k: int = 0
+    """The k likeliest tokens."""
+    top_k_of: Side = "teacher"
+    """Whose likeliest tokens."""
+    tail: Tail = "bucket"
+    """The rest of the vocabulary beside the top-k: `bucket` (one column that holds all of it), `renormalize` (the k columns
+    are normalised among themselves), or `drop` (nothing; no divergence unless the weights do not depend on the student)."""
 
     def __post_init__(self) -> None:
-        if self.whole and self.draws:
-            raise ValueError("A full support already holds every token: it cannot be joined with draws.")
-        if not (self.whole or self.label or self.draws):
-            raise ValueError("An empty support: use full(), label(), sampled(n) or a sum of them.")
-        if self.draws < 0:
-            raise ValueError(f"sampled(n) needs n >= 1, got {self.draws}.")
+        if self.whole and (self.draws or self.top_k):
+            raise ValueError("A full support already holds every token: it cannot be joined with draws or top_k.")
+        if self.draws and self.top_k:
+            raise ValueError("Draws and top_k cannot be joined: a drawn token may be one of the k, and would count twice.")
+        if not (self.whole or self.label or self.draws or self.top_k):
+            raise ValueError("An empty support: use full(), label(), sampled(n), top_k(k) or a sum of them.")
+        if self.draws < 0 or self.top_k < 0:
+            raise ValueError(f"The number of tokens must be >= 1, got {min(self.draws, self.top_k)}.")
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"share is the part of label positions that get a draw, in [0, 1], got {self.share}.")
         if (self.share < 1.0 or self.exclude_label) and self.draws and not self.label:
             raise ValueError("share and exclude_label speak of the label: use label() + sampled(...).")
         if self.temperature <= 0:
             raise ValueError(f"The draw temperature must be > 0, got {self.temperature}.")
+        for name, value, allowed in (
+            ("draws_of", self.draws_of, ("teacher", "student")),
+            ("top_k_of", self.top_k_of, ("teacher", "student")),
+            ("tail", self.tail, ("drop", "bucket", "renormalize")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
     def __add__(self, other: Support) -> Support:
-        if self.draws and other.draws:
-            raise ValueError("Two sampled supports cannot be joined: ask for more draws in one.")
-        sampler = self if self.draws else other
-        return Support(
-            whole=self.whole or other.whole,
-            label=self.label or other.label,
-            draws=sampler.draws,
-            importance=sampler.importance,
-            exclude_label=sampler.exclude_label,
-            share=sampler.share,
-            temperature=sampler.temperature,
-        )
+        owner, guest = (self, other) if self.draws or self.top_k or self.whole else (other, self)
+        if guest.draws or guest.top_k or guest.whole:
+            raise ValueError(f"{self} and {other} cannot be joined: only the label joins another support.")
+        return replace(owner, label=self.label or other.label)
 
     def __str__(self) -> str:
-        parts = {"label": self.label, f"sampled({self.draws})": self.draws, "full": self.whole}
+        of = "" if self.draws_of == "student" else ", of=teacher"
+        parts = {
+            "label": self.label,
+            f"sampled({self.draws}{of})": self.draws,
+            f"top_k({self.top_k}, of={self.top_k_of}, tail={self.tail})": self.top_k,
+            "full": self.whole,
+        }
         return " + ".join(name for name, present in parts.items() if present)
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether the columns are a normalised distribution."""
+        return (self.whole and not self.label) or (self.top_k > 0 and self.tail != "drop")
 
     @property
     def num_uniforms(self) -> int:
@@ -100,36 +143,34 @@ class Support:
         return self.draws + (self.share < 1.0) if self.draws else 0
 
     def draw(
-        self,
-        student_logprobs: Float[Tensor, "N V"],
-        student_probs: Float[Tensor, "N V"],
-        labels: Int[Tensor, "N"],
+        self, logprobs: Float[Tensor, "N V"], probs: Float[Tensor, "N V"], labels: Int[Tensor, "N"],
         uniforms: Float[Tensor, "N u"],
-    ) -> Draws:
-        """Draw from the student; a position without a draw (share, or nothing but the label to draw) repeats the label.
+    ) -> Draws:  # fmt: skip
+        """Draw tokens; a position without a draw (share, or nothing but the label to draw) repeats the label.
 
         Args:
-            student_logprobs: nats, normalised.
-            student_probs: their exponentials, which the caller has anyway.
+            logprobs: of the side that is drawn from (`draws_of`), nats, normalised.
+            probs: their exponentials, which the caller has anyway.
+            labels: the dataset's tokens.
             uniforms: `num_uniforms` numbers per position in [0, 1), float64.
         """
-        probs, target = student_probs, labels[:, None]
+        target = labels[:, None]
         if self.temperature != 1.0:
-            probs = torch.softmax(student_logprobs / self.temperature, -1)
+            probs = torch.softmax(logprobs / self.temperature, -1)
         if self.exclude_label:
             probs = probs.scatter(1, target, 0.0)
         tokens = inverse_cdf(probs, uniforms[:, : self.draws])
         mass = probs.gather(1, tokens)
-        logprobs = torch.log(mass)
+        drawn = torch.log(mass)
         if self.exclude_label:
-            logprobs = logprobs - torch.log(probs.sum(-1, keepdim=True))
+            drawn = drawn - torch.log(probs.sum(-1, keepdim=True))
         skip = mass <= 0
         if self.share < 1.0:
             skip = skip | (uniforms[:, self.draws, None] >= self.share)
-            logprobs = logprobs + math.log(self.share) if self.share else logprobs
+            drawn = drawn + math.log(self.share) if self.share else drawn
         if self.label:
-            tokens, logprobs = torch.where(skip, target, tokens), torch.where(skip, 0.0, logprobs)
-        return Draws(tokens, logprobs)
+            tokens, drawn = torch.where(skip, target, tokens), torch.where(skip, 0.0, drawn)
+        return Draws(tokens, drawn)
 
     def columns(
         self,
@@ -147,8 +188,10 @@ class Support:
             draws: as `draw` gives them; needed when the support is sampled. A draw that equals the label has coefficient 0
                 beside the label: a token counts once.
         """
-        if self.whole and not self.label:
+        if self.is_distribution and self.whole:
             return Columns(teacher_logprobs, student_logprobs, None, None)
+        if self.top_k:
+            return self._top_columns(teacher_logprobs, student_logprobs, labels)
         tokens = labels[:, None] if self.label else labels.new_empty(len(labels), 0)  # [N, 0 or 1]
         coefficients = None
         if self.whole:
@@ -159,7 +202,31 @@ class Support:
             assert draws is not None, "a sampled support needs its draws"
             coefficients = self._coefficients(draws, labels)
             tokens = torch.cat([tokens, draws.tokens], dim=1)  # [N, K]
-        return Columns(teacher_logprobs.gather(1, tokens), student_logprobs.gather(1, tokens), tokens, coefficients)
+        return Columns(*_gather(teacher_logprobs, student_logprobs, tokens), tokens, coefficients)
+
+    def _top_columns(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Columns:
+        ranked = teacher if self.top_k_of == "teacher" else student
+        tokens = ranked.topk(min(self.top_k, ranked.shape[1]), -1).indices
+        # With every token among the k there is no tail left to treat.
+        tail = self.tail if self.top_k < ranked.shape[1] else "drop"
+        absent = None
+        if self.label:
+            # A label that is one of the k counts once: its own column, the first, is emptied.
+            absent = (tokens == labels[:, None]).any(-1)
+            tokens = torch.cat([labels[:, None], tokens], dim=1)
+        columns = list(_gather(teacher, student, tokens))
+        if absent is not None:
+            for column in columns:
+                column[:, 0] = torch.where(absent, LOGPROB_FLOOR, column[:, 0])
+        if tail == "renormalize":
+            columns = [torch.log_softmax(column, -1).clamp_min(LOGPROB_FLOOR) for column in columns]
+        if tail == "bucket":
+            columns = [torch.cat([column, _log_rest(column)], dim=1) for column in columns]
+        coefficients = None
+        if absent is not None:
+            coefficients = torch.ones_like(columns[1])
+            coefficients[:, 0] = torch.where(absent, 0.0, 1.0)
+        return Columns(columns[0], columns[1], tokens, coefficients, tail)
 
     def _coefficients(self, draws: Draws, labels: Tensor) -> Tensor:
         drawn = torch.ones_like(draws.logprobs)
@@ -172,6 +239,18 @@ class Support:
         return torch.cat([torch.ones_like(drawn[:, :1]), drawn], dim=1)
 
 
+def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return teacher.gather(1, tokens).clamp_min(LOGPROB_FLOOR), student.gather(1, tokens).clamp_min(LOGPROB_FLOOR)
+
+
+def _log_rest(logprobs: Float[Tensor, "N K"]) -> Float[Tensor, "N 1"]:
+    """log(1 - sum of exp), without cancellation where the columns hold nearly everything or nearly nothing."""
+    held = torch.logsumexp(logprobs, -1, keepdim=True).clamp_max(0.0)
+    # log1p where little is held, log(-expm1) where most is (Maechler 2012, the switch at log 2).
+    rest = torch.where(held < -math.log(2.0), torch.log1p(-held.exp()), torch.log(-torch.expm1(held)))
+    return rest.clamp_min(LOGPROB_FLOOR)
+
+
 def full() -> Support:
     """Every token of the vocabulary: the divergence itself, no sampling error."""
     return Support(whole=True)
@@ -182,49 +261,18 @@ def label() -> Support:
     return Support(label=True)
 
 
-def sampled(n: int = 1, **switches: Any) -> Support:
-    """`n` tokens drawn from the student at every position; `switches` are the fields of `Support` after `draws`.
+def sampled(n: int = 1, *, of: Side = "student", **switches: Any) -> Support:
+    """`n` tokens drawn at every position; `switches` are the fields of `Support` about draws.
 
     `share` and `exclude_label` speak of the label, so they are given to the union: `Support(label=True, draws=1, share=0.5)`.
     """
     if n < 1:
         raise ValueError(f"sampled(n) needs n >= 1, got {n}.")
-    return Support(draws=n, **switches)
+    return Support(draws=n, draws_of=of, **switches)
 
 
-def inverse_cdf(probs: Float[Tensor, "N V"], uniforms: Float[Tensor, "N n"]) -> Int[Tensor, "N n"]:
-    r"""Tokens drawn from `probs` by inverse CDF on block sums.
-
-    .. math:: a = \min \{ v : \sum_{u \le v} q_u > U \sum_u q_u \}
-
-    One pass sums blocks of the probabilities; the search then reads one block per draw. No random number is made over the
-    vocabulary, and the same uniform gives the same token whatever else is in the batch.
-
-    Args:
-        probs: non-negative, need not be normalised; a row without any mass gives token 0.
-        uniforms: in [0, 1), float64 so that tokens rarer than float32's step can be drawn.
-    """
-    vocab = probs.shape[1]
-    whole = vocab - vocab % _BLOCK_TOKENS
-    sums = probs[:, :whole].unflatten(1, (-1, _BLOCK_TOKENS)).sum(-1)  # [N, blocks]
-    if whole < vocab:
-        sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], dim=1)
-    block, rest = _search(sums.double(), uniforms.double())
-    tokens = block[..., None] * _BLOCK_TOKENS + torch.arange(_BLOCK_TOKENS, device=probs.device)  # [N, n, block]
-    inside = probs.gather(1, tokens.clamp_max(vocab - 1).flatten(1)).view(tokens.shape)
-    inside = torch.where(tokens < vocab, inside, 0.0)
-    offset, _ = _search(inside.flatten(0, 1).double(), rest.reshape(-1, 1))
-    return block * _BLOCK_TOKENS + offset.view_as(block)
-
-
-def _search(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the mass that each uniform falls in, and how far into that mass it lies, in [0, 1)."""
-    cumulative = masses.cumsum(-1)
-    index = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-    # Rounding can put the target on the last edge: the last index with any mass is meant.
-    ranks = torch.arange(masses.shape[-1], device=masses.device)
-    index = torch.minimum(index, torch.where(masses > 0, ranks, 0).amax(-1, keepdim=True))
-    mass = masses.gather(-1, index)
-    start = cumulative.gather(-1, index) - mass
-    into = (uniforms * cumulative[:, -1:] - start) / mass.clamp_min(torch.finfo(masses.dtype).tiny)
-    return index, into.clamp(0.0, 1.0 - 2.0**-53)
+def top_k(k: int, *, of: Side = "teacher", tail: Tail = "bucket") -> Support:
+    """The `k` likeliest tokens of one side, with a stated rule for the rest of the vocabulary."""
+    if k < 1:
+        raise ValueError(f"top_k(k) needs k >= 1, got {k}.")
+    return Support(top_k=k, top_k_of=of, tail=tail)

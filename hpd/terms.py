@@ -1,13 +1,27 @@
-"""A term: one objective on one support, with its weight in the loss."""
+"""A term: one objective on one support, with its weight in the loss; as it is computed, and as a recipe writes it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, Union
 
-from hpd.objectives import Objective
+from hpd.objectives import OBJECTIVES, Objective
+from hpd.schedules import Schedule, as_schedule, value_at
 from hpd.supports import Support
 
-__all__ = ["Term"]
+__all__ = ["SUPPORTS", "Scalar", "Term", "TermConfig", "nearest", "objective_factory", "with_parameters"]
+
+Scalar = Union[float, Schedule]  # noqa: UP007 (pydantic reads it on Python 3.10)
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """The end of an error message: what was probably meant, or all that is allowed."""
+    close = get_close_matches(name, allowed, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(allowed)}."
 
 
 class Term(NamedTuple):
@@ -28,19 +42,189 @@ class Term(NamedTuple):
         support, domain = self.support, self.objective.domain
         if self.temperature <= 0:
             raise ValueError(f"Term {self.name!r}: temperature must be > 0, got {self.temperature}.")
-        if domain == "label" and not support.label:
+        if domain == "label" and (not support.label or support.whole or support.top_k):
             raise ValueError(
-                f"Term {self.name!r} reads the label as its first column, and the support {support} has none. "
-                "Use support: label, or label + sampled."
+                f"Term {self.name!r} reads the label as its first column and draws after it, which {support} does not give. "
+                "Use support: label, or label+sampled."
             )
-        if domain == "distribution" and not support.whole:
+        if domain == "label_and_vocabulary" and not (support.label and support.whole):
+            raise ValueError(f"Term {self.name!r} reads the label and every token, not {support}. Use support: label+full.")
+        if domain == "distribution" and not support.is_distribution:
             raise ValueError(
-                f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. "
-                "Use support: full."
+                f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. Use support: full, "
+                "or top_k with tail: bucket or renormalize."
             )
-        if domain == "token" and support.label and not support.draws and not self.objective.drop_safe:
+        drops = not (support.whole or support.draws or support.is_distribution)
+        if domain == "token" and drops and not self.objective.drop_safe:
             raise ValueError(
-                f"Term {self.name!r} on the label alone is not a divergence: the rest of the vocabulary is dropped, and the "
-                "minimum is no longer at the teacher. Use support: full, or label + sampled (unbiased)."
+                f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is dropped, the sum can go "
+                "below zero, and shrinking the student's mass on the support minimises it. Use support: full, top_k with "
+                "tail: bucket, or label+sampled (unbiased)."
             )
         return self
+
+
+SUPPORTS: dict[str, dict[str, Any]] = {
+    "full": {"whole": True},
+    "label": {"label": True},
+    "label+full": {"label": True, "whole": True},
+    "sampled": {"draws": 1},
+    "label+sampled": {"label": True, "draws": 1},
+    "top_k": {"top_k": 1},
+    "label+top_k": {"label": True, "top_k": 1},
+}
+
+
+_SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermConfig:
+    """One term of the loss, as a recipe writes it."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    objective: str
+    """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name" of your own
+    `Objective` or factory of one."""
+    weight: Scalar = 1.0
+    """Factor of this term in the loss."""
+    temperature: Scalar = 1.0
+    """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
+    support: str | None = None
+    """full, label, sampled, label+sampled, top_k, label+top_k, or label+full; null: the objective's own (label+sampled for
+    hpd, label for nll, label+full for hpd_exact, else full)."""
+    num_draws: int = 1
+    """Tokens drawn from the student per position; used by sampled supports."""
+    draw_share: Scalar = 1.0
+    """Share of label positions that get a draw, in [0, 1]."""
+    draw_temperature: Scalar = 1.0
+    """Temperature of the draw, > 0."""
+    exclude_label: bool = False
+    """Draw from the student's distribution without the label (the paper's algorithm), instead of ignoring such draws."""
+    importance: bool | None = None
+    """Divide a drawn token's weight by its probability: unbiased, larger variance; null: yes, except for HPD's own rule."""
+    draws_of: Literal["student", "teacher"] = "student"
+    """Whose distribution is drawn from."""
+    top_k: int | None = None
+    """Tokens of a top_k support, required by it."""
+    top_k_of: Literal["teacher", "student"] = "teacher"
+    """Whose likeliest tokens."""
+    tail: Literal["bucket", "renormalize", "drop"] = "bucket"
+    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalised), or dropped."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether any number changes during training."""
+        return self.at(0.0) != self
+
+    def at(self, progress: float, adaptive: Mapping[str, float] | None = None) -> TermConfig:
+        """This term at a point of training: every schedule replaced by its value.
+
+        Args:
+            progress: share of the training steps that lie behind.
+            adaptive: values of the parameters whose schedule is adaptive, by parameter.
+        """
+        numbers = {name: value_at(getattr(self, name), progress) for name in _SCALARS}
+        kwargs = {key: value_at(value, progress) for key, value in self.kwargs.items()}
+        return replace(self, **numbers, kwargs={**kwargs, **(adaptive or {})})
+
+    @property
+    def adaptive(self) -> dict[str, Schedule]:
+        """Parameters of the objective with an adaptive schedule."""
+        schedules = {key: as_schedule(value) for key, value in self.kwargs.items()}
+        return {key: s for key, s in schedules.items() if s is not None and s.schedule == "adaptive"}
+
+    def build(self, name: str | None = None) -> Term:
+        """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
+        fixed = self.at(0.0)
+        objective = _build_objective(fixed.objective, fixed.kwargs)
+        support = fixed.build_support()
+        return Term(name or self.objective, objective, support, fixed.weight, fixed.temperature).check()  # type: ignore[arg-type]
+
+    def build_support(self) -> Support:
+        """The support, with the draw's switches where it has draws."""
+        key = (self.support or _OWN_SUPPORTS.get(self.objective, "full")).replace(" ", "")
+        if key not in SUPPORTS:
+            raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
+        spec = dict(SUPPORTS[key])
+        used = _DRAW_FIELDS if "draws" in spec else _TOP_K_FIELDS if "top_k" in spec else {}
+        idle = [
+            f.name
+            for f in fields(self)
+            if f.name in (_DRAW_FIELDS | _TOP_K_FIELDS) and f.name not in used and getattr(self, f.name) != f.default
+        ]
+        if idle:
+            raise ValueError(
+                f"Support {key!r} makes no use of {', '.join(idle)}. Remove it, or choose a support that does: "
+                "label+sampled for draws, top_k for the k likeliest tokens."
+            )
+        spec.update({option: getattr(self, name) for name, option in used.items()})
+        if "draws" in spec and self.importance is None:
+            spec["importance"] = self.objective not in _OWN_SUPPORTS
+        if "top_k" in spec and self.top_k is None:
+            raise ValueError("A top_k support needs top_k, the number of tokens.")
+        return Support(**spec)
+
+
+# Fields of TermConfig and the field of Support that each becomes.
+_DRAW_FIELDS = {
+    "num_draws": "draws", "draw_share": "share", "draw_temperature": "temperature", "draws_of": "draws_of",
+    "exclude_label": "exclude_label", "importance": "importance",
+}  # fmt: skip
+_TOP_K_FIELDS = {"top_k": "top_k", "top_k_of": "top_k_of", "tail": "tail"}
+# Objectives that read the label as their first column, and the support that they were defined on.
+_OWN_SUPPORTS = {"nll": "label", "hpd": "label+sampled", "hpd_exact": "label+full"}
+
+
+def objective_factory(name: str) -> Callable[..., Objective]:
+    """A factory of the table, or the reader's own from "package.module:name".
+
+    Raises:
+        ValueError: unknown name, a module that cannot be imported, or something that is no objective.
+    """
+    if ":" not in name:
+        if name not in OBJECTIVES:
+            raise ValueError(f"Unknown objective {name!r}. {nearest(name, list(OBJECTIVES))}")
+        return OBJECTIVES[name]
+    found = _imported(name)
+    if isinstance(found, Objective):
+        return lambda: found
+    if not callable(found):
+        raise ValueError(f"{name} is a {type(found).__name__}: give an Objective, or a function that returns one.")
+    return found
+
+
+def _build_objective(name: str, kwargs: Mapping[str, Any]) -> Objective:
+    factory = objective_factory(name)
+    parameters = inspect.signature(factory).parameters
+    for key in kwargs:
+        if key not in parameters:
+            raise ValueError(f"Objective {name!r} has no parameter {key!r}. {nearest(key, list(parameters))}")
+    required = [key for key, p in parameters.items() if p.default is p.empty]
+    if missing := [key for key in required if key not in kwargs]:
+        raise ValueError(f"Objective {name!r} needs {', '.join(missing)}: give them in kwargs.")
+    # f_divergence takes functions, which a recipe names.
+    given = {key: _imported(v) if isinstance(v, str) and ":" in v else v for key, v in kwargs.items()}
+    objective = factory(**given)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"{name} returned a {type(objective).__name__}, not an hpd.Objective.")
+    return objective
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be imported ({error}): write package.module:name, importable from here.") from None
+
+
+def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
+    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put in."""
+    own = inspect.signature(objective_factory(term.objective)).parameters
+    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in own}}
+    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in own}
+    return replace(term, kwargs=inner, **outer)

@@ -80,7 +80,9 @@ def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
     )
     verdicts = [Verdict("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
     if lengths.ends_with_eos < 0.5:
-        text = f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
+        text = (
+            f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
+        )
         verdicts.append(Verdict("warning", "end of rows", text))
     return verdicts
 
@@ -97,9 +99,7 @@ class Progress:
         return ()
 
 
-def train(
-    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
-) -> dict[str, Any]:
+def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Run a recipe from start (or its last checkpoint) to finish.
 
     Returns:

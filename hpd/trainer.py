@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
@@ -19,10 +19,11 @@ from hpd.forward import add_head_function, model_inputs
 from hpd.losses import LossOutput, Scores, reweighted_nll
 from hpd.losses.operator import DEFAULT_CHUNK_BYTES, IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
-from hpd.methods import TermConfig, build_terms
+from hpd.methods import build_terms, name_terms
 from hpd.pairing import common_vocab
+from hpd.schedules import TaidPosition
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
-from hpd.terms import Term
+from hpd.terms import Term, TermConfig
 
 __all__ = ["DistillConfig", "DistillTrainer"]
 
@@ -93,8 +94,9 @@ class DistillTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         args = args or DistillConfig(output_dir="hpd-student")
-        self.terms = build_terms(method if method or terms else "hpd", method_kwargs or {}, terms)
-        self._num_uniforms = max(term.support.num_uniforms for term in self.terms)
+        self._term_configs = build_terms(method if method or terms else "hpd", method_kwargs or {}, terms)
+        self.terms = name_terms(self._term_configs)
+        self._adaptive = _adaptive_positions(self._term_configs)
         model, peft_config, hide_head = _adapt_head(model, peft_config, args)
         with hide_head:
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
@@ -109,6 +111,8 @@ class DistillTrainer(SFTTrainer):
         self.teacher.prepare(self.model, self.accelerator)
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
+            self.add_callback(_ScheduledTerms(self))
 
     def compute_loss(
         self,
@@ -139,9 +143,9 @@ class DistillTrainer(SFTTrainer):
     def _loss(self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
         # Evaluation keeps its draws fixed: step -1 is no training step.
         step = self.state.global_step if mode == "train" else -1
-        numbers = None
-        if self._num_uniforms:
-            numbers = uniforms(batch.keys, seed=self.args.seed, step=step, count=self._num_uniforms)
+        count, numbers = max(term.support.num_uniforms for term in self.terms), None
+        if count:
+            numbers = uniforms(batch.keys, seed=self.args.seed, step=step, count=count)
         return reweighted_nll(
             student, teacher, batch.labels, self.terms,
             uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
@@ -175,19 +179,76 @@ class DistillTrainer(SFTTrainer):
             logs.update({f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()})
         super().log(logs, start_time)
 
+    def build_scheduled_terms(self, progress: float) -> None:
+        """Set `terms` to what the schedules say at `progress`, the share of training steps that lie behind."""
+        names = [term.name for term in self.terms]
+        fixed = []
+        for name, config in zip(names, self._term_configs, strict=True):
+            if isinstance(config, TermConfig):
+                adaptive = {key: self._adaptive[f"{name}.{key}"].t for key in config.adaptive}
+                config = config.at(progress, adaptive)
+            fixed.append(config)
+        self.terms = name_terms(fixed)
+
     def _read(self, mode: str) -> dict[str, float]:
         sums, self._sums[mode] = self._sums[mode], {}
         # Every process must bring the same names: a rank may have seen no label, and then lacks some.
-        if self.accelerator.num_processes > 1:
-            names = sorted(set().union(*gather_object([sorted(sums)])))
-        else:
-            names = sorted(sums)
+        names = sorted(set().union(*gather_object([sorted(sums)]))) if self.accelerator.num_processes > 1 else sorted(sums)
+        return self.reduce_sums(sums, names)
+
+    def reduce_sums(self, sums: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
+        """The named sums over all processes, as numbers: the one place where statistics leave the device."""
         if not names:
             return {}
         device = self.accelerator.device
         zero = torch.zeros((), device=device)
         stacked = torch.stack([sums.get(name, zero).to(device, sum_dtype(device)) for name in names])
         return dict(zip(names, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+
+
+class _ScheduledTerms(TrainerCallback):
+    """Builds the terms of each step, and keeps the adaptive positions in the trainer's state, which checkpoints hold."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self._trainer = trainer
+        self._seen: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, saved in state.stateful_callbacks.get(_STATE_KEY, {}).items():
+            self._trainer._adaptive[name].load_state_dict(saved)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.build_scheduled_terms(state.global_step / max(state.max_steps, 1))
+        self._seen = self._totals()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = self._totals()
+        for name, position in self._trainer._adaptive.items():
+            term = name.rsplit(".", 1)[0]
+            value = now.get(f"value/{term}", 0.0) - self._seen.get(f"value/{term}", 0.0)
+            tokens = now.get("tokens", 0.0) - self._seen.get("tokens", 0.0)
+            position.update(value / max(tokens, 1.0), state.global_step / max(state.max_steps, 1))
+            state.stateful_callbacks.setdefault(_STATE_KEY, {})[name] = position.state_dict()
+
+    def _totals(self) -> dict[str, float]:
+        """Running sums of this window over all processes; read from the device only where a position adapts."""
+        if not self._trainer._adaptive:
+            return {}
+        names = [*(f"value/{term.name}" for term in self._trainer.terms), "tokens"]
+        return self._trainer.reduce_sums(self._trainer._sums["train"], names)
+
+
+_STATE_KEY = "hpd_adaptive"
+
+
+def _adaptive_positions(configs: Sequence[TermConfig | Term]) -> dict[str, TaidPosition]:
+    """Adaptive parameters by "term.parameter"."""
+    positions = {}
+    for term, config in zip(name_terms(configs), configs, strict=True):
+        for key, schedule in config.adaptive.items() if isinstance(config, TermConfig) else ():
+            assert schedule.end is not None
+            positions[f"{term.name}.{key}"] = TaidPosition(schedule.start, schedule.end)
+    return positions
 
 
 def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:

@@ -15,7 +15,7 @@ def test_shorthands_defaults_and_round_trip(tmp_path):
     recipe = load_recipe(GOOD)
     assert recipe.student.model == "org/student"
     assert recipe.teacher.type == "model"
-    assert [term.name for term in recipe.build_terms()] == ["hpd"]
+    assert [term.objective for term in recipe.build_terms()] == ["hpd"]
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(resolve(recipe)))
     assert load_recipe(file) == recipe
@@ -47,7 +47,9 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
         ({"terms": [{"objective": "akl", "support": "label"}]}, "needs a whole distribution"),
         ({"terms": [{"objective": "reverse_kl", "support": "label"}]}, "not a divergence"),
         ({"terms": [{"objective": "hpd", "support": "full"}]}, "reads the label"),
-        ({"terms": [{"objective": "forward_kl", "draw_share": 0.5}]}, "draw_share would have no effect"),
+        ({"terms": [{"objective": "reverse_kl", "support": "top_k", "top_k": 8, "tail": "drop"}]}, "not a divergence"),
+        ({"terms": [{"objective": "reverse_kl", "support": "top_k"}]}, "needs top_k"),
+        ({"terms": [{"objective": "forward_kl", "draw_share": 0.5}]}, "makes no use of draw_share"),
         ({"teacher": {"type": "model"}}, "teacher.model is missing"),
         ({"teacher": {"type": "self", "model": "x"}}, "remove teacher.model"),
         ({"data": {"path": "x", "validation": 1.5}}, r"must be in \(0, 1\)"),

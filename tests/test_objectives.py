@@ -140,7 +140,7 @@ CASES = [
     Case("hpd", {"forward": 0.5, "reverse": 2.0, "mask": False}, domain="label", holds_constants=True),
     Case("hpd_full", {}, holds_constants=True),
     Case("hpd_full", {"forward": 0.5, "reverse": 2.0, "mask": False}, holds_constants=True),
-    Case("hpd_exact", {}, domain="label", holds_constants=True),
+    Case("hpd_exact", {}, domain="label_and_vocabulary", holds_constants=True),
 ]
 DIVERGENCES = [case for case in CASES if case.oracle]
 

@@ -6,22 +6,18 @@ Equal seeds give equal files on one machine and one version of PyTorch; elsewher
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-import argparse
-import gzip
-import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hpd.demo.task import ANSWER_MARK, Row, draw_problem, generate_rows, is_correct, prompt_of, write_solution
+from hpd.demo.task import ANSWER_MARK, Row, draw_problem, prompt_of, write_solution
 
 SEED = 0
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -76,9 +72,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, shape: Mapping[str, int]) -
     )
 
 
-def encode_rows(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Token ids and labels of prompt, completion and end; prompt and padding are no labels."""
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     completions = [tokenizer(row["completion"] + EOS)["input_ids"] for row in rows]

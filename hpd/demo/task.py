@@ -174,9 +174,7 @@ def _carry_out(expression: Expression, chosen: Sequence[Operation]) -> Expressio
         return expression
     if any(expression is node for node in chosen):
         return expression.value
-    return expression._replace(
-        left=_carry_out(expression.left, chosen), right=_carry_out(expression.right, chosen)
-    )
+    return expression._replace(left=_carry_out(expression.left, chosen), right=_carry_out(expression.right, chosen))
 
 
 def _equation(node: Operation, rng: random.Random) -> str:

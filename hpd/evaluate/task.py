@@ -150,9 +150,7 @@ def read_rows(data: str | Path) -> list[Row]:
     compressed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
     if not suffix or suffix[0] not in _READERS:
-        raise ValueError(
-            f"{path} has an unknown format; give a {', '.join(_READERS)} file, plain or with .gz after it."
-        )
+        raise ValueError(f"{path} has an unknown format; give a {', '.join(_READERS)} file, plain or with .gz after it.")
     if not path.is_file():
         raise FileNotFoundError(f"there is no data file {path}; check the path (it is relative to {Path.cwd()}).")
     try:
@@ -205,9 +203,7 @@ _READERS: dict[str, Callable[[bytes], list[Row]]] = {
 }
 
 
-def _find_column(
-    data: str | Path, role: str, columns: Sequence[str], given: str | None, conventional: Sequence[str]
-) -> str:
+def _find_column(data: str | Path, role: str, columns: Sequence[str], given: str | None, conventional: Sequence[str]) -> str:
     candidates = conventional if given is None else (given,)
     found = next((column for column in candidates if column in columns), None)
     if found is None:

@@ -42,8 +42,11 @@ class Plan(NamedTuple):
 def chunked_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
     """Loss and statistics; see `hpd.losses.reweighted_nll`, whose checks have run."""
     sums: Sums = {}
-    head = student.head
-    loss = _ReweightedNLL.apply(student.hidden, head.weight, head.bias, head, plan, sums)
+    tensors = student.hidden, student.head.weight, student.head.bias
+    if not torch.is_grad_enabled():
+        # Inside a Function the grad mode is off and inputs still ask for gradients: an evaluation would compute them.
+        tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+    loss = _ReweightedNLL.apply(*tensors, student.head, plan, sums)
     return loss, sums  # type: ignore[return-value]
 
 
@@ -148,12 +151,12 @@ def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
 
 def _accumulate(gradient: Tensor, hidden: Tensor, weight: Tensor | None, gradients: _Gradients, chunk: slice) -> None:
     vocab = gradient.shape[1]
-    if weight is None:
-        assert gradients.hidden is not None
-        gradients.hidden[chunk, :vocab] = gradient
-        return
     if gradients.bias is not None:
         gradients.bias[:vocab] += gradient.sum(0)
+    if weight is None:
+        if gradients.hidden is not None:
+            gradients.hidden[chunk, :vocab] = gradient
+        return
     if hidden.dtype != gradient.dtype:
         gradient = gradient.to(hidden.dtype)
     if gradients.hidden is not None:
@@ -163,7 +166,7 @@ def _accumulate(gradient: Tensor, hidden: Tensor, weight: Tensor | None, gradien
         if gradient.dtype == target.dtype:
             target.addmm_(gradient.t(), hidden)
         else:
-            target.add_(torch.mm(gradient.t(), hidden, out_dtype=target.dtype))  # type: ignore[call-overload]
+            target.add_(_wide_product(gradient.t(), hidden, target.dtype))
 
 
 def _for_products(scores: Scores, vocab: int) -> Scores:
@@ -187,23 +190,29 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
+        out.copy_(_wide_product(a, b, out.dtype))
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.is_cuda and dtype == torch.float32:
         # bfloat16 operands, float32 result: the accumulator is not rounded on its way out.
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))  # type: ignore[call-overload]
+        return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload]
+    return torch.mm(a, b)
 
 
 def _outside_mass(common_logits: Tensor, teacher: Scores, vocab: int, sums: Sums) -> None:
     """Teacher mass on tokens that the student does not have (policy `shared_prefix`), summed over positions."""
-    head = teacher.head
-    if teacher.vocab <= vocab:
+    hidden, head = teacher
+    num_extra = teacher.vocab - vocab
+    if num_extra <= 0:
         return
     if head.weight is None:
-        extra = teacher.hidden[:, vocab:].to(common_logits.dtype)
+        hidden = hidden[:, vocab:]
     else:
-        tail = head._replace(weight=head.weight[vocab:], bias=None if head.bias is None else head.bias[vocab:])
-        extra = project_(
-            _for_products(Scores(teacher.hidden, tail), teacher.vocab - vocab),
-            common_logits.new_empty(len(common_logits), teacher.vocab - vocab),
-        )
+        head = head._replace(weight=head.weight[vocab:])
+    if head.bias is not None:
+        head = head._replace(bias=head.bias[vocab:])
+    extra = project_(_for_products(Scores(hidden, head), num_extra), common_logits.new_empty(len(common_logits), num_extra))
     outside = torch.logsumexp(extra, -1)
     inside = torch.logsumexp(common_logits, -1)
     add(sums, "teacher_mass_outside", torch.sigmoid(outside - inside))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -28,9 +27,8 @@ class Head(NamedTuple):
 
     def truncated(self, vocab: int | None) -> Head:
         """The head of the first `vocab` tokens only; a view, no copy."""
-        if vocab is None or self.weight is None or vocab == len(self.weight):
-            return self
-        return self._replace(weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
+        weight, bias = (None if tensor is None else tensor[:vocab] for tensor in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
 
 
 class Scores(NamedTuple):
@@ -55,8 +53,12 @@ def head_of(model: nn.Module) -> Head:
         raise ValueError(f"{type(model).__name__} has no output embeddings: distillation needs a causal language model.")
     weight, bias = _effective_weight(module)
     config = model.config.get_text_config()  # type: ignore[union-attr]
-    return Head(_gathered(weight), None if bias is None else _gathered(bias), logit_scale(config),
-                getattr(config, "final_logit_softcapping", None))
+    return Head(
+        _gathered(weight),
+        None if bias is None else _gathered(bias),
+        logit_scale(config),
+        getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def logit_scale(config: object) -> float:

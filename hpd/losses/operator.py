@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -67,12 +66,16 @@ def reweighted_nll(
 
     Raises:
         ValueError: vocabularies of unequal size are cut to the shorter one, and a label lies beyond it (checked on CPU
-            tensors only, a check on a GPU would synchronise); unknown impl; sampled support without uniforms or draws.
+            tensors only, a check on a GPU would synchronise); unknown impl; no terms, or two of one name; sampled support
+            without uniforms or draws.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
     if not terms:
         raise ValueError("At least one term is needed.")
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Terms are told apart by name, got {', '.join(names)}: give each its own.")
     needs_draws = max((term.support.num_uniforms for term in terms), default=0)
     if needs_draws and draws is None and (uniforms is None or uniforms.shape[1] < needs_draws):
         raise ValueError(f"The support needs {needs_draws} uniform numbers per position (or the draws themselves).")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hpd.losses.chunked import Plan
 from hpd.losses.heads import Scores
-from hpd.losses.tile import LOGPROB_FLOOR, Sums, add, distribution_metrics, weigh
+from hpd.losses.tile import Sums, add, distribution_metrics, term_draws, weigh
+from hpd.supports import LOGPROB_FLOOR
 
 __all__ = ["logits", "reference_reweighted_nll"]
 
@@ -30,20 +31,24 @@ def reference_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor,
     sums: Sums = {}
     z = logits(student, plan.vocab)
     t = logits(plan.teacher, plan.vocab).detach()
-    loss = z.sum() * 0.0
+    loss = z[:0].sum()
     for term in plan.terms:
         log_q = torch.log_softmax(z / term.temperature, -1).clamp_min(LOGPROB_FLOOR)
         log_p = torch.log_softmax(t / term.temperature, -1).clamp_min(LOGPROB_FLOOR)
         fixed = log_q.detach()
         before = sums.get(f"value/{term.name}", torch.zeros(()))
-        columns, weights = weigh(term, log_p, fixed, fixed.exp(), plan.inputs, sums)
+        _, weights = weigh(term, log_p, fixed, fixed.exp(), plan.inputs, sums)
         value = sums[f"value/{term.name}"] - before
-        chosen = log_q if columns.tokens is None else log_q.gather(1, columns.tokens)
-        likelihood = (weights * chosen).sum()
+        chosen = term.support.columns(
+            log_p, log_q, plan.inputs.labels, term_draws(term, log_p, fixed, fixed.exp(), plan.inputs)
+        )
+        likelihood = (weights * chosen.student_logprobs).sum()
         loss = loss + term.weight * (value - likelihood + likelihood.detach())
     with torch.no_grad():
         log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
-        distribution_metrics(log_p, log_q, log_q.exp(), sums)
+        if plan.metric_stride:
+            rows = slice(None, None, plan.metric_stride)
+            distribution_metrics(log_p[rows], log_q[rows], log_q[rows].exp(), sums)
         add(sums, "tokens", torch.ones_like(log_q[:, 0]))
         if plan.teacher.vocab > plan.vocab:
             everything = torch.softmax(logits(plan.teacher), -1)

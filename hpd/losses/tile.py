@@ -13,14 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpd.supports import Columns, Draws
+from hpd.supports import LOGPROB_FLOOR, Columns, Draws
 from hpd.terms import Term
 
 __all__ = ["LOGPROB_FLOOR", "Sums", "TileInputs", "distribution_metrics", "sum_dtype", "term_draws", "tile_gradient_"]
-
-# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is exactly 0 in every
-# dtype, and products with it stay finite.
-LOGPROB_FLOOR = -1e5
 
 Sums = dict[str, Tensor]
 
@@ -77,11 +73,12 @@ def tile_gradient_(
             softened.append(_softened_gradient(term, log_p, log_q, inputs, sums))
             continue
         columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
-        mass = mass + term.weight * weights.sum(-1, keepdim=True)
+        share, at_tokens = columns.logit_gradient(weights)
+        mass = mass + term.weight * share
         if columns.tokens is None:
             dense.append((term.weight, weights))
         else:
-            sparse.append((columns.tokens, weights * -term.weight))
+            sparse.append((columns.tokens, at_tokens * term.weight))
     gradient = torch.mul(q, mass, out=student_logits)
     for weight, weights in dense:
         gradient.sub_(weights, alpha=weight)
@@ -96,13 +93,8 @@ def weigh(
     term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs, sums: Sums
 ) -> tuple[Columns, Float[Tensor, "R K"]]:
     """Columns of the term's support and its weights there (coefficients included); adds its value and statistics."""
-    draws = term_draws(term, log_q, q, inputs)
+    draws = term_draws(term, log_p, log_q, q, inputs)
     columns = term.support.columns(log_p, log_q, inputs.labels, draws)
-    if columns.tokens is not None:
-        columns = columns._replace(
-            teacher_logprobs=columns.teacher_logprobs.clamp_min(LOGPROB_FLOOR),
-            student_logprobs=columns.student_logprobs.clamp_min(LOGPROB_FLOOR),
-        )
     pair = columns.teacher_logprobs, columns.student_logprobs
     weights, value = term.objective.weights(*pair), term.objective.value(*pair)
     if columns.coefficients is not None:
@@ -116,14 +108,16 @@ def weigh(
     return columns, weights
 
 
-def term_draws(term: Term, log_q: Tensor, q: Tensor, inputs: TileInputs) -> Draws | None:
+def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs) -> Draws | None:
     """The term's draws: those given, or fresh ones from the position's uniform numbers."""
     if not term.support.draws:
         return None
+    from_student = term.support.draws_of == "student"
+    logprobs = log_q if from_student else log_p
     if inputs.draws is not None:
-        return Draws(inputs.draws, log_q.gather(1, inputs.draws))
+        return Draws(inputs.draws, logprobs.gather(1, inputs.draws))
     assert inputs.uniforms is not None, "a sampled support needs uniforms or draws"
-    return term.support.draw(log_q, q, inputs.labels, inputs.uniforms)
+    return term.support.draw(logprobs, q if from_student else torch.exp(log_p), inputs.labels, inputs.uniforms)
 
 
 def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInputs, sums: Sums) -> Tensor:
@@ -132,11 +126,12 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
     log_q = torch.log_softmax(log_q / term.temperature, -1)
     q = torch.exp(log_q)
     columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
-    gradient = q.mul_(weights.sum(-1, keepdim=True))
+    share, at_tokens = columns.logit_gradient(weights)
+    gradient = q.mul_(share)
     if columns.tokens is None:
-        gradient.sub_(weights)
+        gradient.add_(at_tokens)
     else:
-        gradient.scatter_add_(1, columns.tokens, -weights)
+        gradient.scatter_add_(1, columns.tokens, at_tokens)
     return gradient.mul_(term.weight / term.temperature)
 
 

@@ -66,7 +66,8 @@ def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, rei
     those of `hpd`, with the draws' share of n replaced by their probability.
     """
     _check("hpd_exact", forward, reverse, mask, reinforce)
-    return _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce)
+    rule = _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce)
+    return rule._replace(domain="label_and_vocabulary")
 
 
 def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> Objective:

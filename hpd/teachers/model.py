@@ -48,9 +48,7 @@ class ModelTeacher:
         else:
             # A model placed by quantisation or a device map must not be moved.
             placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
-            self.model = accelerator.prepare_model(
-                self.model, device_placement=False if placed else None, evaluation_mode=True
-            )
+            self.model = accelerator.prepare_model(self.model, device_placement=False if placed else None, evaluation_mode=True)
 
     def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
         return scores_of(self.model, inputs, index)

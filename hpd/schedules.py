@@ -1,0 +1,104 @@
+"""Numbers that change during training: a term's weight, temperature, share of draws, or any parameter of its objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Schedule", "TaidPosition", "as_schedule", "value_at"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    r"""A number as a function of training progress x in [0, 1].
+
+    constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step: start before
+    `over`, end from there on. adaptive: TAID's rule, see `TaidPosition`. Here :math:`x' = \min(x / over, 1)`.
+
+    >>> Schedule(schedule="linear", start=0.0, end=1.0, over=0.5).at(0.25)
+    0.5
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    schedule: Literal["constant", "linear", "cosine", "step", "adaptive"]
+    """Shape of the curve."""
+    start: float
+    """Value at the first step."""
+    end: float | None = None
+    """Value at the end; null: start."""
+    over: float = 1.0
+    """Share of training that the change takes, in (0, 1]; for step, when it happens."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.over <= 1.0:
+            raise ValueError(f"A schedule's over is a share of training in (0, 1], got {self.over}.")
+        if self.end is None and self.schedule != "constant":
+            raise ValueError(f"A {self.schedule} schedule needs end, the value that it goes to.")
+
+    def at(self, progress: float) -> float:
+        """The value at `progress` (0 at the first step, 1 after the last)."""
+        end = self.start if self.end is None else self.end
+        x = min(progress / self.over, 1.0)
+        if self.schedule == "step":
+            return end if progress >= self.over else self.start
+        if self.schedule == "cosine":
+            x = (1.0 - math.cos(math.pi * x)) / 2.0
+        return self.start if self.schedule == "constant" else self.start + (end - self.start) * x
+
+
+def as_schedule(value: Any) -> Schedule | None:
+    """`value` as a schedule, if it is one; a mapping with a `schedule` key is."""
+    if isinstance(value, Mapping) and "schedule" in value:
+        return Schedule(**value)
+    return value if isinstance(value, Schedule) else None
+
+
+def value_at(value: Any, progress: float) -> Any:
+    """`value` itself, or what its schedule says."""
+    schedule = as_schedule(value)
+    return value if schedule is None else schedule.at(progress)
+
+
+class TaidPosition:
+    r"""TAID's adaptive position t of the intermediate teacher: faster while the loss falls, never behind the linear ramp.
+
+    .. math:: m \leftarrow \beta m + (1 - \beta) \frac{J_{n-1} - J_n}{J_{n-1}}, \qquad
+              t \leftarrow \min\big(t_{end}, \max(t_{start} + x (t_{end} - t_{start}),\; t + \alpha\, \sigma(m) (1 - t))\big)
+
+    with J the term's loss at a step and x the progress of training.
+
+    Args:
+        start, end: first and last position, in [0, 1].
+        step_size: alpha, the largest move per step as a share of what is left (published: 5e-4).
+        momentum: beta of the running relative change (published: 0.99).
+
+    Reference:
+        Shing et al., TAID, 2025, arXiv 2501.16937.
+    """
+
+    def __init__(self, start: float, end: float, step_size: float = 5e-4, momentum: float = 0.99):
+        self.start, self.end, self.step_size, self.momentum = start, end, step_size, momentum
+        self.t = start
+        self._change = 0.0
+        self._previous: float | None = None
+
+    def update(self, loss: float, progress: float) -> float:
+        """Take note of a step's loss and return the position for the next step."""
+        if self._previous is not None:
+            relative = (self._previous - loss) / (self._previous + 1e-15)
+            self._change = self.momentum * self._change + (1.0 - self.momentum) * relative
+            moved = self.t + self.step_size * (1.0 - self.t) / (1.0 + math.exp(-self._change))
+            self.t = min(self.end, max(self.start + progress * (self.end - self.start), moved))
+        self._previous = loss
+        return self.t
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a checkpoint must hold."""
+        return {"t": self.t, "change": self._change, "previous": self._previous}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.t, self._change, self._previous = state["t"], state["change"], state["previous"]
