@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.methods import build_terms
+from hpd.methods import choose_terms
 from hpd.terms import TermConfig
 
 __all__ = ["DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "load_recipe", "resolve"]
@@ -173,9 +173,9 @@ class Recipe:
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
 
-    def build_terms(self):
-        """The terms of the loss, checked."""
-        return build_terms(self.method if self.method or self.terms else "hpd", self.method_kwargs, self.terms)
+    def choose_terms(self):
+        """The terms of the loss, as configured; checked."""
+        return choose_terms(self.method if self.method or self.terms else "hpd", self.method_kwargs, self.terms)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -265,7 +265,7 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
 
 def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
-    recipe.build_terms()
+    recipe.choose_terms()
     teacher, data = recipe.teacher, recipe.data
     if teacher.type == "model" and not teacher.model:
         raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")

@@ -117,7 +117,7 @@ def diagnose(recipe: Recipe) -> bool:
     args = planned.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     console.print(f"{count} rows{held_out}; {steps if steps is not None else 'unknown'} steps of {batch} rows", highlight=False)
-    for term in name_terms(recipe.build_terms()):
+    for term in name_terms(recipe.choose_terms()):
         console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
     table = Table(title="memory of a step, per process", title_justify="left", show_footer=True)
     memory = estimate_memory(planned)

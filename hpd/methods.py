@@ -9,7 +9,7 @@ from typing import Any
 
 from hpd.terms import Term, TermConfig, nearest, objective_factory, with_parameters
 
-__all__ = ["METHODS", "Method", "build_terms", "method_terms", "name_terms"]
+__all__ = ["METHODS", "Method", "build_terms", "choose_terms", "method_terms", "name_terms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]
     return tuple(terms)
 
 
-def build_terms(
+def choose_terms(
     method: str | None, method_kwargs: Mapping[str, Any], terms: Sequence[TermConfig | Term]
 ) -> tuple[TermConfig | Term, ...]:
     """The terms of a method's name or of an explicit list (not both), checked.
@@ -158,3 +158,10 @@ def name_terms(terms: Sequence[TermConfig | Term]) -> tuple[Term, ...]:
         taken = sum(other.name.split("#")[0] == term.name for other in built)
         built.append(term._replace(name=f"{term.name}#{taken + 1}") if taken else term)
     return tuple(built)
+
+
+def build_terms(
+    method: str | None, method_kwargs: Mapping[str, Any], terms: Sequence[TermConfig | Term] = ()
+) -> tuple[Term, ...]:
+    """`choose_terms`, built as they are at the start of training."""
+    return name_terms(choose_terms(method, method_kwargs, terms))

@@ -92,7 +92,7 @@ def _vocabulary(student: Any, teacher: Any, student_config: Any, teacher_config:
     if ours == theirs:
         return Verdict("ok", "vocabulary", f"equal token maps, {ours} tokens")
     beyond = sorted(i for i in student.get_vocab().values() if i >= shared)
-    text = f"heads of {ours} and {theirs} tokens, cut to the shared {shared}; the student's tokenizer has {len(beyond)} ids beyond"
+    text = f"heads of {ours} and {theirs} tokens, cut to the shared {shared}; the tokenizer has {len(beyond)} ids beyond"
     return Verdict("warning" if beyond else "ok", "vocabulary", text)
 
 

@@ -30,6 +30,14 @@ Side = Literal["teacher", "student"]
 Tail = Literal["drop", "bucket", "renormalize"]
 
 
+class LogitGradient(NamedTuple):
+    """With respect to the logits: `mass * q`, plus `at_tokens` at the columns' tokens, plus `beside` elsewhere."""
+
+    mass: Float[Tensor, "N 1"]
+    at_tokens: Float[Tensor, "N Kt"]
+    beside: Float[Tensor, "N V"] | None
+
+
 class Columns(NamedTuple):
     """The K columns of a support at N positions."""
 
@@ -41,21 +49,27 @@ class Columns(NamedTuple):
     """None when they are all one."""
     tail: Tail = "drop"
 
-    def logit_gradient(self, weights: Float[Tensor, "N K"]) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N Kt"]]:
-        r"""The gradient of :math:`-\sum_k w_k \log q_k` with respect to the logits, as (a, b): `a * q`, plus b at the tokens.
+    def logit_gradient(self, weights: Float[Tensor, "N K"], student_logprobs: Float[Tensor, "N V"]) -> LogitGradient:
+        r"""The gradient of :math:`-\sum_k w_k \log q_k` with respect to the logits.
 
-        * drop: :math:`a = \sum w,\; b = -w`;
-        * bucket (column B is the whole tail): :math:`a = \sum w - w_B / q_B,\; b_k = q_k w_B / q_B - w_k`;
-        * renormalize (columns are normalised among themselves): :math:`a = 0,\; b_k = \tilde q_k \sum w - w_k`.
+        * drop: :math:`q_v \sum_k w_k - w_v`;
+        * bucket (column B is the whole tail): the same at the tokens, :math:`q_v \sum_k w_k - w_B\, q_v / q_B` beside them;
+        * renormalize (columns are normalised among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the tokens only.
+
+        Args:
+            weights: w, one for each column.
+            student_logprobs: of the whole vocabulary; the columns were taken from them.
         """
         mass = weights.sum(-1, keepdim=True)
         if self.tail == "renormalize":
-            return torch.zeros_like(mass), self.student_logprobs.exp() * mass - weights
+            return LogitGradient(torch.zeros_like(mass), self.student_logprobs.exp() * mass - weights, None)
         if self.tail == "bucket":
-            q = self.student_logprobs.exp()
-            ratio = weights[:, -1:] / q[:, -1:].clamp_min(torch.finfo(q.dtype).tiny)
-            return mass - ratio, q[:, :-1] * ratio - weights[:, :-1]
-        return mass, -weights
+            assert self.tokens is not None
+            # One exponential for q / q_B, and none of it at the tokens: with a tail of 1e-9, a share of q that cancels there
+            # would drown them in its rounding.
+            beside = torch.exp(student_logprobs - self.student_logprobs[:, -1:]).scatter_(1, self.tokens, 0.0)
+            return LogitGradient(mass, -weights[:, :-1], beside.mul_(-weights[:, -1:]))
+        return LogitGradient(mass, -weights, None)
 
 
 class Draws(NamedTuple):
@@ -101,11 +115,13 @@ class Support:
         if not (self.whole or self.label or self.draws or self.top_k):
             raise ValueError("An empty support: use full(), label(), sampled(n), top_k(k) or a sum of them.")
         if self.draws < 0 or self.top_k < 0:
-            raise ValueError(f"The number of tokens must be >= 1, got {min(self.draws, self.top_k)}.")
+            raise ValueError(f"sampled(n) and top_k(n) need n >= 1, got {min(self.draws, self.top_k)}.")
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"share is the part of label positions that get a draw, in [0, 1], got {self.share}.")
         if (self.share < 1.0 or self.exclude_label) and self.draws and not self.label:
             raise ValueError("share and exclude_label speak of the label: use label() + sampled(...).")
+        if not self.draws and (self.share < 1.0 or self.exclude_label or self.temperature != 1.0):
+            raise ValueError(f"share, exclude_label and temperature speak of draws, and {self} draws nothing.")
         if self.temperature <= 0:
             raise ValueError(f"The draw temperature must be > 0, got {self.temperature}.")
         for name, value, allowed in (
@@ -117,6 +133,8 @@ class Support:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
     def __add__(self, other: Support) -> Support:
+        if (self.whole and other.draws) or (self.draws and other.whole):
+            raise ValueError("A full support already holds every token: it cannot be joined with draws.")
         owner, guest = (self, other) if self.draws or self.top_k or self.whole else (other, self)
         if guest.draws or guest.top_k or guest.whole:
             raise ValueError(f"{self} and {other} cannot be joined: only the label joins another support.")
@@ -136,6 +154,13 @@ class Support:
     def is_distribution(self) -> bool:
         """Whether the columns are a normalised distribution."""
         return (self.whole and not self.label) or (self.top_k > 0 and self.tail != "drop")
+
+    @property
+    def draws_student_exactly(self) -> bool:
+        """Whether every position gets draws from the student's own distribution, unchanged."""
+        return (
+            bool(self.draws) and self.draws_of == "student" and not self.exclude_label and self.share == self.temperature == 1.0
+        )
 
     @property
     def num_uniforms(self) -> int:
@@ -221,7 +246,8 @@ class Support:
         if tail == "renormalize":
             columns = [torch.log_softmax(column, -1).clamp_min(LOGPROB_FLOOR) for column in columns]
         if tail == "bucket":
-            columns = [torch.cat([column, _log_rest(column)], dim=1) for column in columns]
+            sides = zip(columns, (teacher, student), strict=True)
+            columns = [torch.cat([column, _log_rest(side, tokens)], dim=1) for column, side in sides]
         coefficients = None
         if absent is not None:
             coefficients = torch.ones_like(columns[1])
@@ -243,11 +269,9 @@ def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, T
     return teacher.gather(1, tokens).clamp_min(LOGPROB_FLOOR), student.gather(1, tokens).clamp_min(LOGPROB_FLOOR)
 
 
-def _log_rest(logprobs: Float[Tensor, "N K"]) -> Float[Tensor, "N 1"]:
-    """log(1 - sum of exp), without cancellation where the columns hold nearly everything or nearly nothing."""
-    held = torch.logsumexp(logprobs, -1, keepdim=True).clamp_max(0.0)
-    # log1p where little is held, log(-expm1) where most is (Maechler 2012, the switch at log 2).
-    rest = torch.where(held < -math.log(2.0), torch.log1p(-held.exp()), torch.log(-torch.expm1(held)))
+def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:
+    """Log-probability of all tokens but these, summed: `1 - sum` would lose a tail below the rounding of one."""
+    rest = torch.logsumexp(logprobs.scatter(1, tokens, -math.inf), -1, keepdim=True)
     return rest.clamp_min(LOGPROB_FLOOR)
 
 

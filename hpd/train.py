@@ -145,7 +145,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:
     recipe, args = planned.recipe, planned.args
     trainer = DistillTrainer(
-        model=student, teacher=teacher, terms=recipe.build_terms(), args=args,
+        model=student, teacher=teacher, terms=recipe.choose_terms(), args=args,
         train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
         peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None,

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
+from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
 from hpd.losses import LossOutput, Scores, reweighted_nll
 from hpd.losses.operator import DEFAULT_CHUNK_BYTES, IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
-from hpd.methods import build_terms, name_terms
+from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
 from hpd.schedules import TaidPosition
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
@@ -44,12 +45,18 @@ class DistillConfig(SFTConfig):
             "0 turns them off. They are the only part of HPD that costs passes over the vocabulary."
         },
     )
+    kl_estimator: str = field(
+        default="exact",
+        metadata={"help": "Also log the reverse KL as k1, k2, k3 or rao_blackwell estimate it at the drawn tokens."},
+    )
     # A check of every micro-batch's loss would synchronise the device; a non-finite loss shows at the next log.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Skip non-finite losses when averaging."})
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}.")
+        if self.kl_estimator not in ESTIMATORS:
+            raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
         if self.chunk_bytes <= 0 or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
         if self.bf16 is None and not self.fp16:
@@ -94,7 +101,7 @@ class DistillTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         args = args or DistillConfig(output_dir="hpd-student")
-        self._term_configs = build_terms(method if method or terms else "hpd", method_kwargs or {}, terms)
+        self._term_configs = choose_terms(method if method or terms else "hpd", method_kwargs or {}, terms)
         self.terms = name_terms(self._term_configs)
         self._adaptive = _adaptive_positions(self._term_configs)
         model, peft_config, hide_head = _adapt_head(model, peft_config, args)
@@ -149,7 +156,7 @@ class DistillTrainer(SFTTrainer):
         return reweighted_nll(
             student, teacher, batch.labels, self.terms,
             uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
-            metric_stride=self.args.metric_stride if mode == "train" else 1,
+            metric_stride=self.args.metric_stride if mode == "train" else 1, kl_estimator=self.args.kl_estimator,
         )  # fmt: skip
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:

@@ -15,7 +15,7 @@ def test_shorthands_defaults_and_round_trip(tmp_path):
     recipe = load_recipe(GOOD)
     assert recipe.student.model == "org/student"
     assert recipe.teacher.type == "model"
-    assert [term.objective for term in recipe.build_terms()] == ["hpd"]
+    assert [term.objective for term in recipe.choose_terms()] == ["hpd"]
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(resolve(recipe)))
     assert load_recipe(file) == recipe

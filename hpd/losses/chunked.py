@@ -121,7 +121,7 @@ def _chunk_gradient_(
     for start in range(0, size, rows):
         tile = slice(start, min(start + rows, size))
         first = chunk.start + start
-        inputs = TileInputs(*(None if x is None else x[first : chunk.start + tile.stop] for x in plan.inputs))  # type: ignore[arg-type]
+        inputs = plan.inputs.rows(slice(first, chunk.start + tile.stop))
         metric_rows = slice(-first % plan.metric_stride, None, plan.metric_stride) if plan.metric_stride else None
         slope = None
         if head.softcap is not None:

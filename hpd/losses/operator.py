@@ -42,6 +42,7 @@ def reweighted_nll(
     impl: str = "chunked",
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     metric_stride: int = 1,
+    kl_estimator: str = "exact",
 ) -> LossOutput:
     r"""The loss of every method: token-level reweighted log-likelihood, and its gradient, without `[N, V]`.
 
@@ -63,6 +64,7 @@ def reweighted_nll(
         impl: `chunked` or `reference`.
         chunk_bytes: memory of one chunk of logits; two are kept.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
+        kl_estimator: one of ESTIMATORS; but for exact, its estimate at the drawn tokens is added to the statistics.
 
     Raises:
         ValueError: vocabularies of unequal size are cut to the shorter one, and a label lies beyond it (checked on CPU
@@ -85,7 +87,7 @@ def reweighted_nll(
             f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels to -100 "
             "(vocabulary: shared_prefix does)."
         )
-    inputs = TileInputs(labels, uniforms, draws)
+    inputs = TileInputs(labels, uniforms, draws, kl_estimator)
     teacher = Scores(teacher.hidden.detach(), teacher.head)
     plan = Plan(teacher, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
     loss, stats = IMPLEMENTATIONS[impl](student, plan)

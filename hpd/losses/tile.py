@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpd.estimators import kl_estimate
 from hpd.supports import LOGPROB_FLOOR, Columns, Draws
 from hpd.terms import Term
 
@@ -27,6 +28,13 @@ class TileInputs(NamedTuple):
     labels: Int[Tensor, "R"]
     uniforms: Float[Tensor, "R u"] | None
     draws: Int[Tensor, "R n"] | None
+    kl_estimator: str = "exact"
+    """Further estimate of the reverse KL at the drawn tokens; exact: none."""
+
+    def rows(self, rows: slice) -> TileInputs:
+        """The part that belongs to some positions."""
+        uniforms, draws = (None if x is None else x[rows] for x in (self.uniforms, self.draws))
+        return TileInputs(self.labels[rows], uniforms, draws, self.kl_estimator)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -73,15 +81,17 @@ def tile_gradient_(
             softened.append(_softened_gradient(term, log_p, log_q, inputs, sums))
             continue
         columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
-        share, at_tokens = columns.logit_gradient(weights)
+        share, at_tokens, beside = columns.logit_gradient(weights, log_q)
         mass = mass + term.weight * share
         if columns.tokens is None:
-            dense.append((term.weight, weights))
+            dense.append((term.weight, at_tokens))
         else:
             sparse.append((columns.tokens, at_tokens * term.weight))
+        if beside is not None:
+            dense.append((term.weight, beside))
     gradient = torch.mul(q, mass, out=student_logits)
     for weight, weights in dense:
-        gradient.sub_(weights, alpha=weight)
+        gradient.add_(weights, alpha=weight)
     for tokens, weights in sparse:
         gradient.scatter_add_(1, tokens, weights)
     for extra in softened:
@@ -103,6 +113,9 @@ def weigh(
     if term.objective.stats is not None:
         for name, values in term.objective.stats(*pair).items():
             add(sums, name, values)
+    if draws is not None and inputs.kl_estimator != "exact" and term.support.draws_student_exactly:
+        estimate = kl_estimate(inputs.kl_estimator, log_p, log_q, draws.tokens)
+        add(sums, f"reverse_kl_{inputs.kl_estimator}", estimate)
     if draws is not None and term.support.label:
         add(sums, "drawn_label", (draws.tokens == inputs.labels[:, None]).float().mean(-1))
     return columns, weights
@@ -126,12 +139,14 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
     log_q = torch.log_softmax(log_q / term.temperature, -1)
     q = torch.exp(log_q)
     columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
-    share, at_tokens = columns.logit_gradient(weights)
+    share, at_tokens, beside = columns.logit_gradient(weights, log_q)
     gradient = q.mul_(share)
     if columns.tokens is None:
         gradient.add_(at_tokens)
     else:
         gradient.scatter_add_(1, columns.tokens, at_tokens)
+    if beside is not None:
+        gradient.add_(beside)
     return gradient.mul_(term.weight / term.temperature)
 
 
