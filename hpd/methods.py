@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hpd.terms import Term, TermConfig, nearest, objective_factory, with_parameters
@@ -17,9 +17,18 @@ class Method:
     """A row of the table."""
 
     summary: str
-    """One line for `hpd methods`."""
-    terms: tuple[TermConfig, ...]
+    """What it learns, in one line."""
+    weight: str
+    """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
+    use: str
+    """When to choose it."""
+    defaults: str
+    """Published defaults of its parameters."""
     reference: str
+    """Paper, and equation where it has a number."""
+    terms: tuple[TermConfig, ...]
+    prefixes: Mapping[str, float] = field(default_factory=lambda: {"dataset": 1.0})
+    """Shares of where contexts come from."""
 
 
 def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
@@ -29,83 +38,131 @@ def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
 METHODS: dict[str, Method] = {
     "hpd": Method(
         summary="Hybrid Policy Distillation: both KL directions per token, on the label and one student draw",
-        terms=_one("hpd"),
+        weight="w(y) = (1 + 1[k_a < 0]) p(y) + k_y if k_y > 0, else k_y; w(a) = min(k_a, 0); k = q (log p - log q)",
+        use="teacher-written data, when the student should keep its entropy; the teacher is read at two tokens only",
+        defaults="forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position",
         reference="Zhu et al. 2026, arXiv 2604.20244, eq. 11-15",
+        terms=_one("hpd"),
     ),
     "hpd_exact": Method(
         summary="HPD's expectation over the draw, computed on the whole vocabulary instead of sampled",
-        terms=_one("hpd_exact"),
+        weight="w(y) with 1[k_a < 0] replaced by its probability; w(v) = q(v) min(k_v, 0) for v != y",
+        use="HPD without sampling noise, where the teacher gives whole distributions anyway",
+        defaults="as hpd",
         reference="this project; the expectation of arXiv 2604.20244, eq. 15",
+        terms=_one("hpd_exact"),
     ),
     "hpd_full": Method(
         summary="HPD's switch at every token of the vocabulary, no label, no draw",
+        weight="p 1[k > 0] + k, k = q (log p - log q)",
+        use="the hybrid rule where the data are not the teacher's own and labels should not count",
+        defaults="forward 1, reverse 1, mask on",
+        reference="this project (a weight rule, not a divergence)",
         terms=_one("hpd_full"),
-        reference="this project",
     ),
     "sft": Method(
-        summary="supervised fine-tuning: the label's negative log-likelihood (the teacher is not used)",
+        summary="supervised fine-tuning: the label's negative log-likelihood",
+        weight="1[v = y]",
+        use="the baseline; on teacher-written data it is sequence-level distillation (SeqKD)",
+        defaults="none",
+        reference="Kim and Rush 2016, arXiv 1606.07947",
         terms=_one("nll"),
-        reference="Kim and Rush 2016, arXiv 1606.07947, when the dataset is the teacher's (sequence-level distillation)",
     ),
     "forward_kl": Method(
-        summary="KL(teacher || student): covers every mode of the teacher",
-        terms=_one("forward_kl"),
+        summary="KL(teacher || student): the student covers every mode of the teacher",
+        weight="p",
+        use="the student is large enough to cover the teacher; stable at any learning rate that SFT bears",
+        defaults="temperature 1",
         reference="Hinton et al. 2015, arXiv 1503.02531",
+        terms=_one("forward_kl"),
     ),
     "reverse_kl": Method(
-        summary="KL(student || teacher): seeks the teacher's modes",
-        terms=_one("reverse_kl"),
+        summary="KL(student || teacher): the student seeks the teacher's modes",
+        weight="q (log p - log q)",
+        use="a student too small to cover everything, preferably on its own text; slow from a random start",
+        defaults="temperature 1",
         reference="Gu et al. 2024, arXiv 2306.08543",
+        terms=_one("reverse_kl"),
     ),
     "symmetric_kl": Method(
-        summary="(1 - lam) forward + lam reverse KL over the whole vocabulary",
+        summary="a fixed mix of forward and reverse KL over the whole vocabulary",
+        weight="(1 - lam) p + lam q (log p - log q)",
+        use="both directions with a coefficient of your own; the plain rival of hpd_full",
+        defaults="lam 0.5",
+        reference="Jeffreys 1946; as in Ko et al. 2024, arXiv 2402.03898",
         terms=_one("symmetric_kl"),
-        reference="Jeffreys 1946; Ko et al. 2024, arXiv 2402.03898",
     ),
     "generalized_jsd": Method(
         summary="generalised Jensen-Shannon divergence; beta 0 is forward KL, 1 is reverse KL",
-        terms=_one("generalized_jsd"),
+        weight="(1 - beta) q log(m / q) at beta in (0, 1), m = beta p + (1 - beta) q",
+        use="bounded loss: robust to a teacher that is sure of the wrong thing",
+        defaults="beta 0.5",
         reference="Agarwal et al. 2024 (GKD), arXiv 2306.13649",
+        terms=_one("generalized_jsd"),
     ),
     "skew_forward_kl": Method(
-        summary="forward KL against a student-teacher mixture (DistiLLM)",
+        summary="forward KL against a mixture that holds some of the teacher",
+        weight="(1 - lam) p q / (lam p + (1 - lam) q)",
+        use="forward KL with bounded gradients where the student has no mass",
+        defaults="lam 0.1",
+        reference="Ko et al. 2024 (DistiLLM), arXiv 2402.03898, eq. 5",
         terms=_one("skew_forward_kl"),
-        reference="Ko et al. 2024, arXiv 2402.03898",
     ),
     "skew_reverse_kl": Method(
-        summary="reverse KL against a student-teacher mixture (DistiLLM)",
+        summary="reverse KL against a mixture that holds some of the student",
+        weight="q (log(m / q) - 1 + lam q / m), m = (1 - lam) p + lam q",
+        use="reverse KL that stays finite where the teacher has no mass; DistiLLM's choice on student text",
+        defaults="lam 0.1",
+        reference="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
         terms=_one("skew_reverse_kl"),
-        reference="Ko et al. 2024, arXiv 2402.03898",
     ),
     "js": Method(
-        summary="Jensen-Shannon divergence in DistiLLM's parametrisation, teacher's share 1 - lam",
-        terms=_one("js", lam=0.5),
+        summary="Jensen-Shannon divergence as DistiLLM's code parametrises it",
+        weight="lam q log(m / q), m = (1 - lam) p + lam q",
+        use="to reproduce DistiLLM's baseline; generalized_jsd otherwise",
+        defaults="lam 0.1",
         reference="Ko et al. 2024, arXiv 2402.03898",
+        terms=_one("js", lam=0.1),
     ),
     "total_variation": Method(
         summary="half the L1 distance between the distributions",
-        terms=_one("total_variation"),
+        weight="q sign(p - q) / 2",
+        use="a bounded metric of its own; its gradient ignores how far apart the distributions are",
+        defaults="none",
         reference="Wen et al. 2023, arXiv 2307.15190",
+        terms=_one("total_variation"),
     ),
     "abkd": Method(
-        summary="alpha-beta divergence: hardness and confidence weighting by two exponents",
-        terms=_one("abkd", alpha=0.2, beta=0.7),
+        summary="alpha-beta divergence: two exponents weigh hardness and confidence",
+        weight="q^beta (p^alpha - q^alpha) / alpha",
+        use="a family between the KLs with two dials, when there is budget to tune them",
+        defaults="alpha 0.2, beta 0.7",
         reference="Wang et al. 2025, arXiv 2505.04560",
+        terms=_one("abkd", alpha=0.2, beta=0.7),
     ),
     "akl": Method(
-        summary="adaptive KL: forward on the teacher's head, reverse on its tail, mixed by the gaps",
-        terms=_one("akl"),
+        summary="adaptive KL: both directions, mixed by where the distributions differ",
+        weight="c p + (1 - c) q (log p - log q), c = gap on the teacher's head / whole gap",
+        use="when neither direction is clearly right; the sort makes it the dearest of the table",
+        defaults="mu 0.5",
         reference="Wu et al. 2025, arXiv 2404.02657",
+        terms=_one("akl"),
     ),
     "todi": Method(
-        summary="per-token mix of both directions by the log-ratio",
-        terms=_one("todi"),
+        summary="a mix of both directions, chosen per token by the log-ratio",
+        weight="c p + (1 - c) q (log p - log q - 1), c = sigmoid(beta (log p - log q))",
+        use="a smooth relative of hpd_full over the whole vocabulary",
+        defaults="beta 1",
         reference="Jung et al. 2025, arXiv 2505.16297",
+        terms=_one("todi"),
     ),
     "taid": Method(
-        summary="cross-entropy against a teacher interpolated with the student at t",
-        terms=_one("taid", t=0.5),
+        summary="forward KL to a target that travels from the student to the teacher",
+        weight="softmax((1 - t) log q + t log p)",
+        use="a large gap between teacher and student",
+        defaults="t from 0.4 to 1.0, adaptive (step size 5e-4, momentum 0.99)",
         reference="Shing et al. 2025, arXiv 2501.16937",
+        terms=_one("taid", t={"schedule": "adaptive", "start": 0.4, "end": 1.0}),
     ),
 }
 

@@ -177,8 +177,9 @@ class DistillTrainer(SFTTrainer):
         if sums.get("tokens"):
             metrics = _means(sums, self.terms)
             if mode == "train":
-                self._total_train_tokens += int(sums["num_tokens"])
-                metrics["num_tokens"] = self._total_train_tokens
+                # The history is what a checkpoint restores, so a resumed run goes on counting.
+                before = next((log["num_tokens"] for log in reversed(self.state.log_history) if "num_tokens" in log), 0)
+                metrics["num_tokens"] = before + int(sums["num_tokens"])
             elif "eval_loss" in logs:
                 # The Trainer's own average weighs batches, not tokens.
                 logs["eval_loss"] = metrics.pop("value")

@@ -34,8 +34,8 @@ def collate(rows: list[dict[str, Any]], vocab: int | None = None, **options: Any
 def packed_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Several rows in one, as TRL's packing writes them."""
     return {
-        "input_ids": sum((row["input_ids"] for row in rows), []),
-        "labels": sum((row["labels"] for row in rows), []),
+        "input_ids": [token for row in rows for token in row["input_ids"]],
+        "labels": [label for row in rows for label in row["labels"]],
         "seq_lengths": [len(row["input_ids"]) for row in rows],
     }
 

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
 
 from hpd.objectives import OBJECTIVES, Objective
-from hpd.supports import Draws, Support, full, inverse_cdf, label, sampled
+from hpd.sampling import inverse_cdf
+from hpd.supports import Columns, Draws, Support, full, label, sampled, top_k
 
 BELOW_ONE = 1.0 - 2.0**-53
 VOCABULARIES = [1, 7, 255, 256, 257, 1000, 5000]
@@ -125,7 +127,7 @@ def expected_probabilities(support: Support, log_q: Tensor, labels: Tensor) -> T
     ids=str,
 )
 def test_draws_follow_the_distribution(support: Support) -> None:
-    num_draws, vocab = 100_000, 300
+    num_draws, vocab = 40_000, 300
     log_q = log_distribution(1, vocab, 6)
     labels = log_q.argmax(-1)  # the exclusion removes as much as it can
     expected = expected_probabilities(support, log_q, labels)[0] * num_draws
@@ -181,7 +183,7 @@ def test_a_position_with_nothing_but_the_label_to_draw_repeats_it() -> None:
 
 
 def test_share_leaves_the_label_where_no_draw_is_made() -> None:
-    num_rows = 20_000
+    num_rows = 5_000
     everywhere = Support(label=True, draws=2)
     log_q = log_distribution(1, 8, 12).expand(num_rows, -1)
     labels, numbers = torch.full((num_rows,), 3), uniform_numbers(num_rows, 3)
@@ -211,9 +213,9 @@ class Outcomes(NamedTuple):
     probabilities: Tensor  # [N]
 
 
-def outcomes(support: Support, log_q: Tensor, y: int) -> Outcomes:
+def outcomes(support: Support, logprobs: Tensor, y: int) -> Outcomes:
     """All n-tuples of tokens, times the coin where there is one. Axes: N outcomes."""
-    probs = expected_probabilities(support, log_q[None], torch.tensor([y]))[0].tolist()
+    probs = expected_probabilities(support, logprobs[None], torch.tensor([y]))[0].tolist()
     middles = [sum(probs[:v]) + probs[v] / 2 for v in range(len(probs))]
     numbers, tokens, chances = [], [], []
     for draws in itertools.product([v for v in range(len(probs)) if probs[v] > 0], repeat=support.draws):
@@ -264,6 +266,8 @@ UNBIASED = [
     sampled(1),
     sampled(2),
     sampled(1, temperature=1.6),
+    sampled(2, of="teacher"),
+    Support(label=True, draws=1, draws_of="teacher", exclude_label=True, temperature=0.7),
     Support(label=True, draws=1),
     Support(label=True, draws=3),
     Support(label=True, draws=2, temperature=0.7),
@@ -278,11 +282,12 @@ UNBIASED = [
 def test_the_expectation_over_the_draw_is_the_whole_vocabulary(support: Support) -> None:
     vocab, y = 5, 3
     log_p, log_q = log_distribution(1, vocab, 13), log_distribution(1, vocab, 14)
-    cases = outcomes(support, log_q[0], y)
+    drawn_from = log_p if support.draws_of == "teacher" else log_q
+    cases = outcomes(support, drawn_from[0], y)
     assert cases.probabilities.sum().item() == pytest.approx(1.0, abs=1e-12)
     num = len(cases.probabilities)
     rows, labels = (log_p.expand(num, -1), log_q.expand(num, -1)), torch.full((num,), y)
-    draws = draw(support, rows[1], labels, cases.uniforms)
+    draws = draw(support, drawn_from.expand(num, -1), labels, cases.uniforms)
     assert torch.equal(draws.tokens, cases.tokens)
     for name, objective in token_objectives():
         exact = gradient(objective, full(), log_p, log_q, labels[:1], None)[0]
@@ -319,6 +324,108 @@ def test_hpd_exact_is_the_expectation_of_hpd(y: int, switches: dict[str, float])
         sample = function(OBJECTIVES["hpd"](**switches), support, *rows, labels, draws)
         exact = function(OBJECTIVES["hpd_exact"](**switches), label() + full(), log_p, log_q, labels[:1], None)
         torch.testing.assert_close(cases.probabilities @ sample, exact[0], rtol=0, atol=1e-12)
+
+
+# ---- top-k and its tail
+
+
+def top_columns(support: Support, log_p: Tensor, log_q: Tensor, labels: Tensor) -> Columns:
+    columns = support.columns(log_p, log_q, labels)
+    assert columns.tokens is not None
+    return columns
+
+
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("with_label", [False, True])
+@pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
+def test_top_k_columns(tail: str, with_label: bool, side: str) -> None:
+    log_p, log_q, k = log_distribution(40, 12, 25), log_distribution(40, 12, 26), 3
+    labels = torch.arange(40) % 12
+    support = top_k(k, of=side, tail=tail) + label() if with_label else top_k(k, of=side, tail=tail)
+    columns = top_columns(support, log_p, log_q, labels)
+    seen = set()
+    for row, (p, q, y) in enumerate(zip(log_p.exp().tolist(), log_q.exp().tolist(), labels.tolist(), strict=True)):
+        ranked = p if side == "teacher" else q
+        chosen = set(sorted(range(12), key=lambda v: -ranked[v])[:k]) | ({y} if with_label else set())
+        seen.add(len(chosen))
+        # A column that counts, and no token twice.
+        counts = [1.0] * columns.student_logprobs.shape[1]
+        if columns.coefficients is not None:
+            counts = columns.coefficients[row].tolist()
+        tokens = [v for v, c in zip(columns.tokens[row].tolist(), counts, strict=False) if c]
+        assert sorted(tokens) == sorted(chosen)
+        for probs, logprobs in ((p, columns.teacher_logprobs), (q, columns.student_logprobs)):
+            mass = sum(probs[v] for v in chosen) if tail == "renormalize" else 1.0
+            expected = [probs[v] / mass for v in tokens]
+            if tail == "bucket":
+                expected.append(sum(probs[v] for v in range(12) if v not in chosen))
+            got = [x for x, c in zip(logprobs[row].exp().tolist(), counts, strict=True) if c]
+            assert got == pytest.approx(expected, rel=1e-12)
+            assert tail == "drop" or sum(got) == pytest.approx(1.0, rel=1e-12)
+    assert seen == ({k, k + 1} if with_label else {k})
+
+
+@pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
+def test_the_gradient_of_a_tail_is_its_own(tail: str) -> None:
+    log_p, log_q, labels = log_distribution(9, 12, 27), log_distribution(9, 12, 28), torch.arange(9)
+    for support in (top_k(4, tail=tail), label() + top_k(2, of="student", tail=tail)):
+        for name, objective in token_objectives():
+            expected = gradient(objective, support, log_p, log_q, labels, None)
+            columns = support.columns(log_p, log_q, labels)
+            weights = objective.weights(columns.teacher_logprobs, columns.student_logprobs)
+            if columns.coefficients is not None:
+                weights = weights * columns.coefficients
+            got = assembled(columns, weights, log_q)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+            if tail == "renormalize":  # the rest of the vocabulary does not move
+                outside = torch.ones_like(got).scatter(1, columns.tokens, 0.0)  # type: ignore[arg-type]
+                assert (got * outside == 0).all()
+
+
+def assembled(columns: Columns, weights: Tensor, log_q: Tensor) -> Tensor:
+    """Gradient of the logits from the parts that the operator adds up."""
+    mass, at_tokens, beside = columns.logit_gradient(weights, log_q)
+    result = (log_q.exp() * mass).scatter_add(1, columns.tokens, at_tokens)  # type: ignore[arg-type]
+    return result if beside is None else result + beside
+
+
+@pytest.mark.parametrize("student_tail", [1e-4, 1e-9, 1e-20])
+def test_a_tail_below_the_rounding_of_one_keeps_its_gradient(student_tail: float) -> None:
+    vocab, objective = 8, OBJECTIVES["forward_kl"]()
+    log_p = torch.log_softmax(torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64), -1)
+    z = torch.full((1, vocab), math.log(student_tail), dtype=torch.float64)
+    z[:, :2] = torch.tensor([1.0, 1.2])
+    log_q = torch.log_softmax(z, -1)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        columns = top_columns(top_k(2), log_p.to(dtype), log_q.to(dtype), torch.tensor([0]))
+        bucket = columns.student_logprobs[0, -1].item()
+        assert bucket == pytest.approx(torch.logsumexp(log_q[0, 2:], -1).item(), rel=1e-6)
+        weights = objective.weights(columns.teacher_logprobs, columns.student_logprobs)
+        results.append(assembled(columns, weights, log_q.to(dtype)).double())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        results[0], gradient(objective, top_k(2), log_p, log_q, torch.tensor([0]), None), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd", "total_variation"])
+def test_a_bucket_never_adds_divergence(name: str) -> None:
+    """Merging tokens cannot raise an f-divergence, more tokens cannot lower it, and all of them give the divergence."""
+    log_p, log_q, labels = log_distribution(30, 10, 29), log_distribution(30, 10, 30), torch.arange(30) % 10
+    objective = OBJECTIVES[name]()
+    by_k = torch.stack([value(objective, top_k(k), log_p, log_q, labels, None) for k in range(1, 11)])
+    assert (by_k >= 0).all()
+    assert (by_k.diff(dim=0) >= -1e-12).all()
+    whole = value(objective, full(), log_p, log_q, labels, None)
+    torch.testing.assert_close(by_k[-1], whole, rtol=1e-12, atol=1e-12)
+    for support in (top_k(50), label() + top_k(10), label() + top_k(9)):
+        torch.testing.assert_close(value(objective, support, log_p, log_q, labels, None), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            gradient(objective, support, log_p, log_q, labels, None),
+            gradient(objective, full(), log_p, log_q, labels, None),
+            rtol=0, atol=1e-12,
+        )  # fmt: skip
 
 
 # ---- columns and unions
@@ -359,6 +466,9 @@ def test_unions() -> None:
     assert label() + label() == label()
     assert str(joined) == "label + sampled(2)"
     assert str(label() + full()) == "label + full"
+    assert label() + top_k(3, of="student", tail="drop") == Support(label=True, top_k=3, top_k_of="student", tail="drop")
+    assert [s.is_distribution for s in (full(), label() + full(), joined, label())] == [True, False, False, False]
+    assert [top_k(3, tail=tail).is_distribution for tail in ("bucket", "renormalize", "drop")] == [True, True, False]
     assert full().num_uniforms == label().num_uniforms == 0
     assert joined.num_uniforms == 2
 
@@ -369,7 +479,14 @@ def test_unions() -> None:
         (lambda: full() + sampled(1), "already holds every token"),
         (lambda: sampled(1) + sampled(1), "cannot be joined"),
         (lambda: Support(), "empty support"),
+        (lambda: full() + top_k(3), "only the label joins"),
+        (lambda: sampled(1) + top_k(3), "only the label joins"),
+        (lambda: Support(whole=True, draws=1), "already holds every token"),
+        (lambda: Support(whole=True, top_k=1), "already holds every token"),
+        (lambda: Support(draws=1, top_k=1), "would count twice"),
         (lambda: sampled(0), "n >= 1, got 0"),
+        (lambda: top_k(0), "k >= 1, got 0"),
+        (lambda: Support(label=True, top_k=-2), ">= 1, got -2"),
         (lambda: Support(label=True, draws=-1), "n >= 1, got -1"),
         (lambda: Support(label=True, draws=1, share=1.5), r"in \[0, 1\], got 1.5"),
         (lambda: Support(label=True, draws=1, share=-0.1), r"in \[0, 1\], got -0.1"),
@@ -384,3 +501,11 @@ def test_unions() -> None:
 def test_what_does_not_fit_together_is_refused(build, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         build()
+
+
+@pytest.mark.parametrize("name", ["draws_of", "top_k_of", "tail"])
+def test_a_word_that_is_none_of_the_allowed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Outside of tests nothing checks the types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'nobody'"):
+        Support(label=True, **{name: "nobody"})

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tiny_models import tiny_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hpd import DistillConfig, DistillTrainer
+from hpd import DistillConfig, DistillTrainer, TermConfig
 from hpd.batch import TokenBatch
 from hpd.losses.heads import Scores, head_of
 from hpd.losses.reference import logits
@@ -30,7 +30,9 @@ def rows(count=8, offset=0):
     ]
 
 
-def make_trainer(pair, folder, *, method="hpd", train=None, evaluation=None, teacher=None, peft_config=None, **options):
+def make_trainer(
+    pair, folder, *, method="hpd", train=None, evaluation=None, teacher=None, peft_config=None, terms=(), **options
+):
     student_dir, teacher_dir = pair
     # Gradient checks compare exactly, so the data order must not depend on the batch size.
     settings = {
@@ -44,8 +46,9 @@ def make_trainer(pair, folder, *, method="hpd", train=None, evaluation=None, tea
         model=AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32),
         teacher=teacher if teacher is not None else AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32),
         method=method,
+        terms=terms,
         args=DistillConfig(output_dir=str(folder), **settings),
-        train_dataset=Dataset.from_list(train if train is not None else rows()),
+        train_dataset=train if isinstance(train, IterableDataset) else Dataset.from_list(train or rows()),
         eval_dataset=Dataset.from_list(evaluation) if evaluation is not None else None,
         processing_class=AutoTokenizer.from_pretrained(student_dir),
         peft_config=peft_config,
@@ -114,7 +117,7 @@ def test_loss_is_the_objective_of_the_models_own_logits(pair, tmp_path):
         log_p = trainer.teacher.model(**inputs).logits[:, :-1].log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)[labels != -100].mean()
     trainer.model.train()
-    assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_all_masked_micro_batch_is_a_finite_zero(pair, tmp_path):
@@ -123,7 +126,7 @@ def test_all_masked_micro_batch_is_a_finite_zero(pair, tmp_path):
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
     loss = trainer.compute_loss(trainer.model.train(), batch)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
 
 
@@ -184,12 +187,8 @@ def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
 
 
 def test_weighted_terms_are_logged_one_by_one(pair, tmp_path):
-    from hpd import TermConfig
-
     terms = [TermConfig(objective="nll", support="label"), TermConfig(objective="akl", weight=0.1)]
-    trainer = make_trainer(pair, tmp_path, method=None)
-    trainer.terms = __import__("hpd.methods", fromlist=["build_terms"]).build_terms(None, {}, terms)
-    trainer._num_uniforms = 0
+    trainer = make_trainer(pair, tmp_path, method=None, terms=terms)
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(log["loss/nll"] + 0.1 * log["loss/akl"], rel=1e-5)
@@ -236,7 +235,7 @@ def test_self_teacher_without_adapter_is_a_frozen_copy(pair, tmp_path):
     batch = first_batch(trainer)
     assert float(trainer.compute_loss(trainer.model.train(), dict(batch))) == pytest.approx(0.0, abs=1e-6)
     trainer.train()
-    trainer.model.add_(1) if hasattr(trainer.model, "add_") else trainer.model.get_output_embeddings().weight.data.mul_(2)
+    trainer.model.get_output_embeddings().weight.data.mul_(2)
     assert float(trainer.compute_loss(trainer.model.train(), dict(batch))) > 1e-4
 
 
@@ -267,13 +266,8 @@ def test_dataset_formats(pair, tmp_path, train, options):
 
 
 def test_streamed_dataset(pair, tmp_path):
-    trainer = make_trainer(pair, tmp_path, max_steps=2)
     stream = Dataset.from_list(rows(32)).to_iterable_dataset()
-    student = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
-    args = DistillConfig(**{**trainer.args.to_dict(), "output_dir": str(tmp_path / "stream")})
-    streamed = DistillTrainer(
-        model=student, teacher=trainer.teacher.model, args=args, train_dataset=stream, processing_class=trainer.processing_class
-    )
+    streamed = make_trainer(pair, tmp_path, train=stream, max_steps=2, per_device_train_batch_size=4)
     streamed.train()
     assert streamed.state.global_step == 2
 
@@ -295,8 +289,6 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(pair, tmp_path):
 
 
 def _stop_at(step):
-    from transformers import TrainerCallback
-
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step >= step
@@ -322,3 +314,41 @@ def test_golden_loss_curve(pair, tmp_path):
     kls = [log["forward_kl"] for log in trainer.state.log_history if "forward_kl" in log]
     assert len(losses) == 20
     assert sum(kls[-5:]) < 0.8 * sum(kls[:5]), json.dumps(kls)
+
+
+def test_schedules_move_the_terms(pair, tmp_path):
+    ramp = {"schedule": "linear", "start": 0.0, "end": 1.0}
+    terms = [TermConfig(objective="nll", weight=1.0), TermConfig(objective="symmetric_kl", weight=0.5, kwargs={"lam": ramp})]
+    trainer = make_trainer(pair, tmp_path, method=None, terms=terms, train=rows(40), max_steps=5)
+    seen = []
+    original = trainer.build_scheduled_terms
+    trainer.build_scheduled_terms = lambda progress: (seen.append(progress), original(progress))
+    trainer.train()
+    assert seen == [0.0, 0.2, 0.4, 0.6, 0.8]
+    log_p, log_q = torch.randn(2, 3, 7).log_softmax(-1)
+    from hpd.objectives import symmetric_kl
+
+    torch.testing.assert_close(trainer.terms[1].objective.value(log_p, log_q), symmetric_kl(0.8).value(log_p, log_q))
+
+
+def test_taid_position_adapts_and_is_resumed(pair, tmp_path):
+    options = {"train": rows(12), "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    straight = make_trainer(pair, tmp_path / "a", method="taid", **options)
+    straight.train()
+    first = make_trainer(pair, tmp_path / "b", method="taid", **options)
+    first.add_callback(_stop_at(3))
+    first.train()
+    second = make_trainer(pair, tmp_path / "b", method="taid", **options)
+    second.train(resume_from_checkpoint=True)
+    position = straight._adaptive["taid.t"]
+    assert 0.4 < position.t <= 1.0
+    assert second._adaptive["taid.t"].state_dict() == position.state_dict()
+    assert torch.equal(weights(straight), weights(second))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3", "rao_blackwell"])
+def test_kl_estimators_are_logged(pair, tmp_path, estimator):
+    trainer = make_trainer(pair, tmp_path, kl_estimator=estimator)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert abs(log[f"reverse_kl_{estimator}"] - log["reverse_kl"]) < 1.0

@@ -74,7 +74,7 @@ def render(expression: Expression) -> str:
 
 def split_of(prompt: str) -> Split:
     """The only split a problem may appear in: a function of its text, so splits are disjoint however they are drawn."""
-    digest = int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest())
+    digest = int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest(), "big")
     return BUCKET_SPLITS.get(digest % HASH_BUCKETS, "train")
 
 

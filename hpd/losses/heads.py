@@ -79,18 +79,31 @@ def _effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if hasattr(module, "modules_to_save") and not getattr(module, "disable_adapters", False):
         active = module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapter[0]  # type: ignore[union-attr]
         return _effective_weight(module.modules_to_save[active])  # type: ignore[index]
+    if hasattr(module, "token_adapter"):  # trainable_token_indices
+        return _effective_weight(module.token_adapter)  # type: ignore[arg-type]
     if hasattr(module, "original_module"):
         return _effective_weight(module.original_module)  # type: ignore[arg-type]
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module  # type: ignore[operator]
     weight, bias = base.weight, getattr(base, "bias", None)  # type: ignore[union-attr]
     if base is module or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
         return weight, bias  # type: ignore[return-value]
+    if hasattr(module, "get_merged_weights"):  # the layer of trainable tokens
+        return module.get_merged_weights(module.active_adapters), bias  # type: ignore[operator,return-value]
+    _check_lora(module)
     for name in module.active_adapters:  # type: ignore[union-attr]
-        if getattr(module, "use_dora", {}).get(name):
-            raise ValueError("DoRA on the output head is not supported: use plain LoRA there, or modules_to_save.")
-        delta = module.get_delta_weight(name)  # type: ignore[operator]
-        weight = weight + delta.to(weight.dtype)
+        if name in module.lora_A:  # type: ignore[operator]
+            weight = weight + module.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
     return weight, bias  # type: ignore[return-value]
+
+
+def _check_lora(module: nn.Module) -> None:
+    """Raise ValueError where an adapter does more to the head than to add a product to its weight."""
+    kind = None if hasattr(module, "lora_A") else "An adapter other than LoRA"
+    for switch in ("use_dora", "lora_bias"):
+        if any(getattr(module, switch, {}).get(name) for name in module.active_adapters):  # type: ignore[union-attr]
+            kind = f"LoRA with {switch}"
+    if kind:
+        raise ValueError(f"{kind} on the output head is not supported: use plain LoRA there, or modules_to_save.")
 
 
 def _gathered(tensor: Tensor) -> Tensor:

