@@ -14,7 +14,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # The modules whose signatures carry shapes. The trainer's are left out: their types are foreign classes and protocols.
-SHAPED = ["batch", "forward", "functional", "losses", "objectives", "supports", "terms"]
+SHAPED = ["batch", "estimators", "forward", "functional", "losses", "objectives", "sampling", "supports", "terms"]
 install_import_hook([f"hpd.{module}" for module in SHAPED], "beartype.beartype")
 
 torch.set_num_threads(2)

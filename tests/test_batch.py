@@ -98,6 +98,17 @@ def test_padding_on_the_left_is_a_layout_like_the_others() -> None:
     assert torch.equal(ids.flatten()[batch.index + 1], batch.labels)
 
 
+def test_a_row_that_starts_inside_a_document_is_a_row_of_its_own() -> None:
+    ids, positions = torch.tensor([[5, 6, 7], [8, 9, 5]]), torch.tensor([[4, 5, 6], [2, 3, 4]])
+    together = token_batch({"input_ids": ids, "labels": ids, "position_ids": positions})
+    alone = [
+        token_batch({"input_ids": ids[row], "labels": ids[row], "position_ids": positions[row]}).keys
+        for row in (slice(0, 1), slice(1, 2))
+    ]
+    assert together.labels.tolist() == [6, 7, 9, 5]
+    assert torch.equal(together.keys, torch.cat(alone))
+
+
 def test_without_mask_or_positions_every_token_is_real() -> None:
     ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
     bare = token_batch({"input_ids": ids, "labels": ids})

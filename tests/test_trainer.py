@@ -15,7 +15,7 @@ from hpd.losses.heads import Scores, head_of
 from hpd.losses.reference import logits
 from hpd.teachers import SelfTeacher
 
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 @pytest.fixture(scope="module")

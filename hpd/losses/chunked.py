@@ -24,7 +24,7 @@ __all__ = ["Plan", "chunked_reweighted_nll"]
 
 # Scratch per tile on a CPU: a few of these fit the second-level cache, and larger tiles amortise the cost of starting a
 # parallel region (measured: 2 rows of 49,152 cost 3x the passes of 32 rows).
-_TILE_BYTES = 4 * 2**20
+_TILE_BYTES = 8 * 2**20
 
 
 class Plan(NamedTuple):
@@ -55,7 +55,7 @@ class _ReweightedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head, plan: Plan, sums: Sums):
-        gradients = _Gradients.zeros(hidden, weight, bias, ctx.needs_input_grad)
+        gradients = _Gradients.empty((hidden, weight, bias), ctx.needs_input_grad, plan.vocab)
         _walk(Scores(hidden, head._replace(weight=weight, bias=bias)), plan, gradients, sums)
         ctx.gradients = [
             None if gradient is None else gradient.to(tensor.dtype)
@@ -70,8 +70,11 @@ class _ReweightedNLL(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("reweighted_nll keeps its gradients for one backward pass; compute the loss again instead.")
-        # In place: a second [V, D] buffer would double the operator's memory.
-        return *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in gradients), None, None, None
+        # A CPU can look for free whether there is anything to scale; elsewhere looking would synchronise the device.
+        if grad_output.device.type != "cpu" or grad_output != 1.0:
+            # In place: a second [V, D] buffer would double the operator's memory.
+            gradients = [None if g is None else g.mul_(grad_output.to(g.dtype)) for g in gradients]
+        return *gradients, None, None, None
 
 
 class _Gradients(NamedTuple):
@@ -80,15 +83,41 @@ class _Gradients(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, needed: Sequence[bool]) -> _Gradients:
+    def empty(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> _Gradients:
+        """Buffers that the walk overwrites; zeros only where it does not reach (nothing to walk over, tokens beyond `vocab`)."""
+        hidden, weight, bias = (t if need else None for t, need in zip(tensors, needed, strict=False))
         # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return cls(
-            *(
-                torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if tensor is not None and need else None
-                for tensor, need in zip((hidden, weight, bias), needed, strict=False)
-            )
-        )
+        wide = [None if t is None else torch.empty(t.shape, dtype=_wide(t), device=t.device) for t in (hidden, weight, bias)]
+        assert tensors[0] is not None
+        for buffer in wide:
+            if buffer is not None and len(tensors[0]) == 0:
+                buffer.zero_()
+        if wide[0] is not None and tensors[1] is None:
+            wide[0][:, vocab:] = 0.0
+        for buffer in wide[1:]:
+            if buffer is not None:
+                buffer[vocab:] = 0.0
+        if wide[2] is not None:
+            wide[2].zero_()
+        return cls(*wide)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+# A CPU gives large buffers back to the system when they are freed, and clears the pages again at the next call: a tenth of
+# the operator's time. So the two chunks of logits stay.
+_cpu_scratch: dict[torch.dtype, Tensor] = {}
+
+
+def _chunk_buffers(like: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> Float[Tensor, "2 C V"]:
+    if like.device.type != "cpu":
+        return like.new_empty(2, rows, vocab, dtype=dtype)
+    size = 2 * rows * vocab
+    if dtype not in _cpu_scratch or _cpu_scratch[dtype].numel() < size:
+        _cpu_scratch[dtype] = like.new_empty(size, dtype=dtype)
+    return _cpu_scratch[dtype][:size].view(2, rows, vocab)
 
 
 def _walk(student: Scores, plan: Plan, gradients: _Gradients, sums: Sums) -> None:
@@ -97,26 +126,28 @@ def _walk(student: Scores, plan: Plan, gradients: _Gradients, sums: Sums) -> Non
     dtype = torch.promote_types(student.hidden.dtype, torch.float32)
     student, teacher = _for_products(student, vocab), _for_products(plan.teacher, vocab)
     rows = max(1, min(num_tokens, plan.chunk_bytes // (vocab * dtype.itemsize)))
-    buffers = student.hidden.new_empty(2, rows, vocab, dtype=dtype)
-    scale = plan.scale
+    buffers = _chunk_buffers(student.hidden, rows, vocab, dtype)
+    # A product of Python numbers is filled in on the device: no copy from the host, no synchronisation.
+    scale = torch.ones((), dtype=dtype, device=student.hidden.device) * plan.scale * student.head.scale
     for start in range(0, num_tokens, rows):
         chunk = slice(start, min(start + rows, num_tokens))
         size = chunk.stop - chunk.start
         logits = project_(Scores(student.hidden[chunk], student.head), buffers[0, :size])
         teacher_logits = project_(Scores(teacher.hidden[chunk], teacher.head), buffers[1, :size])
         _outside_mass(teacher_logits, Scores(plan.teacher.hidden[chunk], plan.teacher.head), vocab, sums)
-        gradient = _chunk_gradient_(logits, teacher_logits, chunk, student.head, plan, sums)
+        gradient = _chunk_gradient_(logits, teacher_logits, chunk, student.head, plan, scale, sums)
         if gradients.hidden is None and gradients.weight is None and gradients.bias is None:
             continue
-        gradient.mul_(scale * student.head.scale)
         _accumulate(gradient, student.hidden[chunk], student.head.weight, gradients, chunk)
 
 
 def _chunk_gradient_(
-    logits: Tensor, teacher_logits: Tensor, chunk: slice, head: Head, plan: Plan, sums: Sums
+    logits: Tensor, teacher_logits: Tensor, chunk: slice, head: Head, plan: Plan, scale: Tensor, sums: Sums
 ) -> Float[Tensor, "C V"]:
     """Tile by tile; on devices without a CPU's caches the chunk is one tile."""
     size, vocab = logits.shape
+    # A product of finite numbers is finite; a bias, or logits from elsewhere, may mask tokens with -inf.
+    finite = all(h.weight is not None and h.bias is None for h in (head, plan.teacher.head))
     rows = max(1, _TILE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else size
     for start in range(0, size, rows):
         tile = slice(start, min(start + rows, size))
@@ -126,7 +157,7 @@ def _chunk_gradient_(
         slope = None
         if head.softcap is not None:
             slope = 1.0 - (logits[tile] / head.softcap).square_()
-        gradient = tile_gradient_(logits[tile], teacher_logits[tile], inputs, plan.terms, sums, metric_rows)
+        gradient = tile_gradient_(logits[tile], teacher_logits[tile], inputs, plan.terms, sums, metric_rows, scale, finite)
         if slope is not None:
             gradient.mul_(slope)
     add(sums, "tokens", torch.ones_like(logits[:, 0]))
@@ -163,7 +194,9 @@ def _accumulate(gradient: Tensor, hidden: Tensor, weight: Tensor | None, gradien
         _product(gradient, weight, gradients.hidden[chunk])
     if gradients.weight is not None:
         target = gradients.weight[:vocab]
-        if gradient.dtype == target.dtype:
+        if chunk.start == 0:
+            _product(gradient.t(), hidden, target)
+        elif gradient.dtype == target.dtype:
             target.addmm_(gradient.t(), hidden)
         else:
             target.add_(_wide_product(gradient.t(), hidden, target.dtype))

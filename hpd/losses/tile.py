@@ -44,6 +44,9 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 def add(sums: Sums, name: str, values: Tensor) -> None:
     """Add the sum of `values` to the running sum `name`, on the device."""
+    if values.dim() > 1:
+        # Rows in their own dtype: a wider sum over the vocabulary would first copy it into that width.
+        values = values.sum(-1)
     total = values.sum(dtype=sum_dtype(values.device))
     sums[name] = sums[name] + total if name in sums else total
 
@@ -55,24 +58,27 @@ def tile_gradient_(
     terms: Sequence[Term],
     sums: Sums,
     metric_rows: slice | None,
+    scale: Float[Tensor, ""],
+    finite: bool = False,
 ) -> Float[Tensor, "R V"]:
     r"""Overwrite the student's logits with the gradient of the loss with respect to them.
 
-    .. math:: \frac{\partial L}{\partial z_v} = \Big(\sum_u w_u\Big) q_v - w_v
+    .. math:: \frac{\partial L}{\partial z_v} = s \Big[\Big(\sum_u w_u\Big) q_v - w_v\Big]
 
     Both arguments are used as scratch space. `sums` gains the value of every term, the objectives' own statistics and, on
-    `metric_rows`, the metrics of the two full distributions. Returns `student_logits`.
+    `metric_rows`, the metrics of the two full distributions. `scale` is s; `finite` promises that no logit is -inf, which saves
+    two passes. Returns `student_logits`.
     """
     torch.log_softmax(student_logits, -1, out=student_logits)
     torch.log_softmax(teacher_logits, -1, out=teacher_logits)
     log_q, log_p = student_logits, teacher_logits
-    if any(term.support.whole for term in terms):
+    if not finite and any(term.support.whole for term in terms):
         log_q.clamp_(min=LOGPROB_FLOOR)
         log_p.clamp_(min=LOGPROB_FLOOR)
     q = torch.exp(log_q)
     if metric_rows is not None:
         distribution_metrics(log_p[metric_rows], log_q[metric_rows], q[metric_rows], sums)
-    dense: list[tuple[float, Tensor]] = []
+    dense: list[tuple[Tensor, Tensor]] = []
     sparse: list[tuple[Tensor, Tensor]] = []
     softened: list[Tensor] = []
     mass = q.new_zeros(len(q), 1)
@@ -81,21 +87,23 @@ def tile_gradient_(
             softened.append(_softened_gradient(term, log_p, log_q, inputs, sums))
             continue
         columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
-        share, at_tokens, beside = columns.logit_gradient(weights, log_q)
-        mass = mass + term.weight * share
+        factor = term.weight * scale
         if columns.tokens is None:
-            dense.append((term.weight, at_tokens))
-        else:
-            sparse.append((columns.tokens, at_tokens * term.weight))
+            mass = mass + factor * weights.sum(-1, keepdim=True)
+            dense.append((weights, -factor))
+            continue
+        share, at_tokens, beside = columns.logit_gradient(weights, log_q)
+        mass = mass + factor * share
+        sparse.append((columns.tokens, at_tokens * factor))
         if beside is not None:
-            dense.append((term.weight, beside))
+            dense.append((beside, factor))
     gradient = torch.mul(q, mass, out=student_logits)
-    for weight, weights in dense:
-        gradient.add_(weights, alpha=weight)
-    for tokens, weights in sparse:
-        gradient.scatter_add_(1, tokens, weights)
-    for extra in softened:
-        gradient.add_(extra)
+    for values, factor in dense:
+        gradient.addcmul_(values, factor)
+    for tokens, values in sparse:
+        gradient.scatter_add_(1, tokens, values)
+    for values in softened:
+        gradient.addcmul_(values, scale)
     return gradient
 
 
