@@ -19,7 +19,9 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     student, teacher = tiny_pair("llama", folder)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "problems.jsonl").write_text("".join(json.dumps({"prompt": r["prompt"], "answer": r["completion"]}) + "\n" for r in ROWS[:4]))
+    (folder / "problems.jsonl").write_text(
+        "".join(json.dumps({"prompt": r["prompt"], "answer": r["completion"]}) + "\n" for r in ROWS[:4])
+    )
     recipe = {
         "student": str(student), "teacher": str(teacher),
         "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},

@@ -120,7 +120,9 @@ def test_measure_sees_what_training_will(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(student)
     rows = load_rows(config(write(tmp_path / "r.jsonl"))).train
     lengths = measure(rows, tokenizer, 512, "completion")
-    completion = len(tokenizer("what is 3?it is 3" + tokenizer.eos_token)["input_ids"]) - len(tokenizer("what is 3?")["input_ids"])
+    completion = len(tokenizer("what is 3?it is 3" + tokenizer.eos_token)["input_ids"]) - len(
+        tokenizer("what is 3?")["input_ids"]
+    )
     assert lengths.num_rows == 10
     assert lengths.label_tokens == pytest.approx(completion, abs=1.0)
     assert lengths.ends_with_eos == 1.0

@@ -43,8 +43,7 @@ from hpd.evaluate.run import wilson_interval
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -136,9 +135,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "same"), [(*pair, True) for pair in SAME] + [(*p, False) for p in DIFFERENT]
-)
+@pytest.mark.parametrize(("first", "second", "same"), [(*pair, True) for pair in SAME] + [(*p, False) for p in DIFFERENT])
 def test_same_answer(first: str, second: str, same: bool) -> None:
     assert same_answer(first, second) is same
     assert same_answer(second, first) is same
@@ -261,9 +258,7 @@ def test_named_columns_template_and_limit(data) -> None:
     assert example.prompt == r"290 bananas in 2 groups. Group size? Use \boxed{}."
     assert example.id == "s7"
     assert task.grade(example, "145").correct
-    (example, _) = ExactMatch(
-        path, prompt_column="Body", answer_column="Answer", prompt_template="Q: {prompt}"
-    ).examples()
+    (example, _) = ExactMatch(path, prompt_column="Body", answer_column="Answer", prompt_template="Q: {prompt}").examples()
     assert example.prompt == "Q: 290 bananas in 2 groups."
 
 
@@ -497,8 +492,7 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch_size(model, tokenizer, 
 def test_top_k_1_is_greedy(model, tokenizer) -> None:
     greedy = generate_answers(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=16))
     assert (
-        generate_answers(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=16, temperature=2.0, top_k=1))
-        == greedy
+        generate_answers(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=16, temperature=2.0, top_k=1)) == greedy
     )
 
 
@@ -538,9 +532,7 @@ def test_end_tokens_of_the_checkpoint_and_of_the_tokenizer(model, tokenizer, as_
 def test_missing_or_shared_pad_token(model, tokenizer, pad_token: str | None) -> None:
     settings = GenerationSettings(max_new_tokens=24, batch_size=4)
     expected = generate_answers(model, tokenizer, PROMPTS, settings)
-    other = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token=pad_token
-    )
+    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token=pad_token)
     assert generate_answers(model, other, PROMPTS, settings) == expected
 
 
@@ -610,9 +602,7 @@ def test_no_prompts(model, tokenizer) -> None:
 def test_answers_end_with_the_context(tokenizer, caplog) -> None:
     # Learned positions: one token beyond the context would be an index error.
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3
-    )
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
     model = GPT2LMHeadModel(config).eval()
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     model.generation_config = GenerationConfig()
@@ -798,9 +788,7 @@ def test_a_failed_write_leaves_the_old_file(writer, tokenizer, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("content", ["[{", '{"model": "x"}'])
-def test_a_foreign_evals_file_stops_the_run_before_it_generates(
-    writer, tokenizer, tmp_path: Path, content: str
-) -> None:
+def test_a_foreign_evals_file_stops_the_run_before_it_generates(writer, tokenizer, tmp_path: Path, content: str) -> None:
     (tmp_path / "evals.json").write_text(content)
     with pytest.raises(ValueError, match="move it away"):
         evaluate(writer, tokenizer, _Letters(), SETTINGS, output_dir=tmp_path, progress=_interrupt)

@@ -122,14 +122,8 @@ CASES = [
     Case("generalized_jsd", {"beta": 1.0}, lambda p, q, held: kl(q, p)),
     *(Case("generalized_jsd", {"beta": beta}, jsd_oracle(beta)) for beta in (0.1, 0.5, 0.9)),
     Case("js", {"lam": 0.1}, jsd_oracle(0.9)),
-    *(
-        Case("skew_forward_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(p, mix(p, q, lam)))
-        for lam in (0.0, 0.1, 0.7)
-    ),
-    *(
-        Case("skew_reverse_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(q, mix(q, p, lam)))
-        for lam in (0.0, 0.1, 0.7)
-    ),
+    *(Case("skew_forward_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(p, mix(p, q, lam))) for lam in (0.0, 0.1, 0.7)),
+    *(Case("skew_reverse_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(q, mix(q, p, lam))) for lam in (0.0, 0.1, 0.7)),
     Case("total_variation", {}, lambda p, q, held: sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2),
     Case("f_divergence", CHI_SQUARED, chi_squared_oracle),
     *(Case("abkd", {"alpha": a, "beta": b}, alpha_beta_oracle(a, b)) for a, b in ALPHA_BETA),
@@ -267,7 +261,7 @@ def test_logit_shift_changes_nothing(case: Case) -> None:
 @every_case
 def test_the_order_of_the_columns_does_not_matter(case: Case) -> None:
     objective, (teacher, student) = case.make(), logprobs()
-    fixed = [0] if case.domain == "label" else []
+    fixed = [0] if case.domain.startswith("label") else []
     order = torch.tensor(fixed + [v for v in (3, 6, 0, 5, 1, 4, 2) if v not in fixed])
     for f in (objective.weights, objective.value):
         permuted = f(teacher[:, order], student[:, order])
@@ -284,7 +278,7 @@ def test_masked_rows_are_removed_rows(case: Case) -> None:
         torch.testing.assert_close(f(*changed)[keep], f(teacher[keep], student[keep]), rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.domain != "label"], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.domain.startswith("label")], ids=str)
 def test_columns_without_mass_on_either_side_are_removed_columns(case: Case) -> None:
     objective, (teacher, student) = case.make(), logits()
     dead = torch.tensor([False, True, False, False, True, False, False])
@@ -665,7 +659,5 @@ def test_parameters_out_of_range_are_refused(name: str, params: dict[str, Any], 
     ],
 )
 def test_parameters_of_another_type_are_refused(name: str, params: dict[str, Any]) -> None:
-    with pytest.raises(
-        (ValueError, TypeError), match=name
-    ):  # TypeError from the type-checking import hook, where it is on
+    with pytest.raises((ValueError, TypeError), match=name):  # TypeError from the type-checking import hook, where it is on
         OBJECTIVES[name](**params)

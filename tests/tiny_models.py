@@ -73,9 +73,7 @@ def tiny_pair(
     return student, teacher
 
 
-def tiny_model(
-    architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role: str = "student", seed: int = 0
-) -> Path:
+def tiny_model(architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role: str = "student", seed: int = 0) -> Path:
     """Save one model and its tokenizer."""
     family = ARCHITECTURES[architecture]
     tokenizer = tiny_tokenizer(family["bos"])
@@ -89,7 +87,7 @@ def tiny_model(
         head_dim=8,
         max_position_embeddings=512,
         # Far above the usual 0.02: the distributions must differ visibly from uniform and from each other.
-        initializer_range=0.2,
+        initializer_range=0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

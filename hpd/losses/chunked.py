@@ -84,22 +84,19 @@ class _Gradients(NamedTuple):
 
     @classmethod
     def empty(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> _Gradients:
-        """Buffers that the walk overwrites; zeros only where it does not reach (nothing to walk over, tokens beyond `vocab`)."""
-        hidden, weight, bias = (t if need else None for t, need in zip(tensors, needed, strict=False))
+        """Buffers that the walk overwrites; zeros where it only adds, or does not reach (no rows, tokens beyond `vocab`)."""
         # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
-        wide = [None if t is None else torch.empty(t.shape, dtype=_wide(t), device=t.device) for t in (hidden, weight, bias)]
-        assert tensors[0] is not None
-        for buffer in wide:
-            if buffer is not None and len(tensors[0]) == 0:
-                buffer.zero_()
-        if wide[0] is not None and tensors[1] is None:
-            wide[0][:, vocab:] = 0.0
-        for buffer in wide[1:]:
-            if buffer is not None:
-                buffer[vocab:] = 0.0
-        if wide[2] is not None:
-            wide[2].zero_()
-        return cls(*wide)
+        hidden, weight, bias = (
+            torch.empty(t.shape, dtype=_wide(t), device=t.device) if t is not None and need else None
+            for t, need in zip(tensors, needed, strict=False)
+        )
+        if hidden is not None and tensors[1] is None:
+            hidden[:, vocab:] = 0.0
+        if weight is not None:
+            weight[vocab if len(tensors[0]) else 0 :] = 0.0  # type: ignore[arg-type]
+        if bias is not None:
+            bias.zero_()
+        return cls(hidden, weight, bias)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -102,6 +102,9 @@ def _check_lora(module: nn.Module) -> None:
     for switch in ("use_dora", "lora_bias"):
         if any(getattr(module, switch, {}).get(name) for name in module.active_adapters):  # type: ignore[union-attr]
             kind = f"LoRA with {switch}"
+    dropout = getattr(module, "lora_dropout", {})
+    if any(getattr(dropout[name], "p", 0.0) for name in module.active_adapters if name in dropout):  # type: ignore[union-attr]
+        kind = "LoRA with lora_dropout"
     if kind:
         raise ValueError(f"{kind} on the output head is not supported: use plain LoRA there, or modules_to_save.")
 
