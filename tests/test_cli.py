@@ -107,7 +107,7 @@ def test_methods_lists_the_table():
         (["train", "recipe.yaml", "data.path=empty.jsonl"], "is empty"),
         (["train", "recipe.yaml", "train.max_length=2"], "Every label is masked"),
         (["train", "recipe.yaml", "teacher=other"], "the two tokenizers are different"),
-        (["train", "recipe.yaml", "output_dir=."], "no run of hpd"),
+        (["train", "recipe.yaml", "output_dir=student"], "no run of hpd"),
         (["eval", "./nowhere", "--data", "problems.jsonl"], "does not exist"),
         (["eval", "student", "--data", "none.jsonl"], "none.jsonl"),
     ],
@@ -117,7 +117,7 @@ def test_mistakes_end_with_one_paragraph_and_code_2(workspace, arguments, messag
     if not (workspace / "other").exists():
         other, _ = tiny_pair("llama", workspace / "elsewhere")
         _shuffle_vocabulary(other, workspace / "other")
-    if "output_dir=." not in arguments and arguments[0] == "train" and arguments[1] == "recipe.yaml":
+    if "output_dir=student" not in arguments and arguments[0] == "train" and arguments[1] == "recipe.yaml":
         arguments = [*arguments, "output_dir=bad"]
     done = hpd(*arguments, cwd=workspace)
     assert done.returncode == 2, done.stdout + done.stderr

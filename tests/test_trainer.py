@@ -1,7 +1,5 @@
 """DistillTrainer on tiny real models: the bugs that other systems shipped, each with a test."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -81,7 +79,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split(pair, tmp_path, meth
     whole = gradient(make_trainer(pair, tmp_path / "a", method=method))
     split = gradient(make_trainer(pair, tmp_path / "b", method=method, per_device_train_batch_size=1))
     torch.testing.assert_close(split[0], whole[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(split[1], whole[1], rtol=1e-4, atol=1e-7)
+    assert (split[1] - whole[1]).norm() < 1e-5 * whole[1].norm()
 
 
 def test_accumulation_1x8_equals_8x1_through_the_trainer(pair, tmp_path):
@@ -104,7 +102,7 @@ def test_padding_equals_padding_free_equals_packing(pair, tmp_path, layout):
     assert "attention_mask" not in first_batch(other)
     flat = gradient(other)
     torch.testing.assert_close(flat[0], padded[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(flat[1], padded[1], rtol=1e-4, atol=1e-7)
+    assert (flat[1] - padded[1]).norm() < 1e-5 * padded[1].norm()
 
 
 def test_loss_is_the_objective_of_the_models_own_logits(pair, tmp_path):
@@ -305,15 +303,18 @@ def test_unequal_vocabularies_are_refused_or_cut(pair, tmp_path, tmp_path_factor
     assert 0.0 < trainer.state.log_history[0]["teacher_mass_outside"] < 1.0
 
 
+# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here.
+GOLDEN = []
+
+
 def test_golden_loss_curve(pair, tmp_path):
-    """Twenty steps of HPD keep their losses: any change of the mathematics, the draws or the data order shows here."""
-    trainer = make_trainer(pair, tmp_path, train=rows(40), max_steps=20, per_device_train_batch_size=4,
-                           optim="adamw_torch", learning_rate=3e-3)  # fmt: skip
+    trainer = make_trainer(pair, tmp_path, train=rows(80), max_steps=20, per_device_train_batch_size=4,
+                           optim="adamw_torch", learning_rate=1e-2)  # fmt: skip
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     kls = [log["forward_kl"] for log in trainer.state.log_history if "forward_kl" in log]
-    assert len(losses) == 20
-    assert sum(kls[-5:]) < 0.8 * sum(kls[:5]), json.dumps(kls)
+    assert losses == pytest.approx(GOLDEN, rel=1e-3), losses
+    assert sum(kls[-5:]) < 0.9 * sum(kls[:5])
 
 
 def test_schedules_move_the_terms(pair, tmp_path):

@@ -1,7 +1,8 @@
-"""Tiny student-teacher pairs on disk: random weights, real architectures, a real byte-level tokenizer with a chat template.
+"""Tiny student-teacher pairs on disk: real architectures, a real byte-level tokenizer with a chat template.
 
-Student and teacher differ in width, depth and weights, as real pairs do, so that code which mixes them up fails. Sizes are
-those of a unit test; heads, tying and special tokens are those of the family.
+The student is random; the teacher has learnt to count a little, so that there is something to learn from it within a few steps.
+Both differ in width and depth, as real pairs do, so that code which mixes them up fails. Sizes are those of a unit test;
+heads, tying and special tokens are those of the family.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ NUM_TOKENS = 300
 # transformers' class for Qwen2 adds <|endoftext|> where it is missing, so that is what pads here too, as in Qwen2.5.
 PAD, BOS, START, EOS = SPECIAL_TOKENS = ("<|endoftext|>", "<|bos|>", "<|im_start|>", "<|im_end|>")
 
+_NUM_READING_STEPS = 12
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _TEXT = (
-    "system user assistant say one two three four five six seven eight nine ten",
-    "what is the sum of the two numbers? the answer is four, and it is the one that you said.",
-    "user: add the three numbers. assistant: one and two and three is six, so the answer is six.",
-    "the student learns what the teacher says, one token and then the next.",
+    "system user assistant what is the sum of the two numbers? the answer is four.",
+    *(f"say {_NUMBERS[i]}: {' '.join(_NUMBERS[i:j])}" for i in range(10) for j in range(i + 1, 11, 2)),
 )
 
 _CHAT_TEMPLATE = (
@@ -86,8 +87,8 @@ def tiny_model(architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=512,
-        # Far above the usual 0.02: the distributions must differ visibly from uniform and from each other.
-        initializer_range=0.5,
+        # Far above the usual 0.02, which leaves a model of this width next to uniform.
+        initializer_range=0.1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -96,6 +97,8 @@ def tiny_model(architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
+    if role == "teacher":
+        _read(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
@@ -114,6 +117,17 @@ def tiny_tokenizer(leading_bos: bool = True) -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _read(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A few steps of maximum likelihood on the text that the tokenizer comes from."""
+    batch = tokenizer([text + EOS for text in _TEXT], return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(_NUM_READING_STEPS):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
 
 
 @functools.cache

@@ -1,28 +1,27 @@
 """The demo's problems: small arithmetic expressions, reasoned through in several equally valid ways.
 
-A problem is an expression such as ``(3+4)*(2+6)=``. A solution works it out and ends in ``#### 56``. There are many
+A problem is an expression such as ``3+4+(2+6)=``. A solution works it out and ends in ``#### 15``. There are many
 right solutions, which differ in style, in the order of the operations and in the order of the operands, so the text has
 entropy, while the answer has none: what a distilled student needs.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Literal, NamedTuple, TypeAlias, TypedDict, Union, get_args
 
 Expression: TypeAlias = Union[int, "Operation"]
 Split: TypeAlias = Literal["train", "validation", "test"]
-Style: TypeAlias = Literal["equations", "rewriting", "levels"]
+Style: TypeAlias = Literal["equations", "rewriting"]
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 STYLES: tuple[Style, ...] = get_args(Style)
 ANSWER_MARK = "####"
 NUM_OPERATIONS = 3
-LARGEST_VALUE = 99
+LARGEST_VALUE = 20
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2}
-# Few products stay below 100: drawn twice as often, they are a fifth of the operations that remain.
-OPERATORS = ("+", "-", "*", "*")
+OPERATORS = ("+", "-", "*")
 HASH_BUCKETS = 20
 BUCKET_SPLITS: dict[int, Split] = {0: "test", 1: "validation"}
 
@@ -94,9 +93,8 @@ def prompt_of(problem: Expression) -> str:
 def write_solution(problem: Operation, rng: random.Random, style: Style | None = None) -> str:
     """Writes one of the right solutions.
 
-    * ``equations``: one equation per operation, operands of sums and products in either order: ``3+4=7,2+6=8,8*7=56``;
-    * ``rewriting``: the whole expression again, one operation fewer each time: ``7*(2+6)=7*8=56``;
-    * ``levels``: the same, with all operations that are ready done at once: ``7*8=56``.
+    * ``equations``: one equation per operation, operands of sums and products in either order: ``3+4=7,2+6=8,8+7=15``;
+    * ``rewriting``: the whole expression again, one operation fewer each time: ``7+(2+6)=7+8=15``.
 
     Args:
         problem: what to solve.
@@ -107,10 +105,9 @@ def write_solution(problem: Operation, rng: random.Random, style: Style | None =
     current: Expression = problem
     parts: list[str] = []
     while isinstance(current, Operation):
-        ready = list(_ready(current))
-        chosen = ready if style == "levels" else [rng.choice(ready)]
+        chosen = rng.choice(list(_ready(current)))
         if style == "equations":
-            parts.append(_equation(chosen[0], rng))
+            parts.append(_equation(chosen, rng))
         current = _carry_out(current, chosen)
         if style != "equations":
             parts.append(render(current))
@@ -133,8 +130,8 @@ def generate_rows(split: Split, num_rows: int, seed: int) -> list[Row]:
 def final_answer(completion: str) -> str | None:
     """What stands after the last answer mark, or None where there is no mark.
 
-    >>> final_answer("7*8=56#### 56")
-    '56'
+    >>> final_answer("7+8=15#### 15")
+    '15'
     """
     _, mark, answer = completion.rpartition(ANSWER_MARK)
     return answer.strip() if mark else None
@@ -168,11 +165,11 @@ def _ready(expression: Expression) -> Iterator[Operation]:
     yield from _ready(expression.right)
 
 
-def _carry_out(expression: Expression, chosen: Sequence[Operation]) -> Expression:
-    """Puts values in the places of the chosen operations, told apart from equal ones elsewhere by identity."""
+def _carry_out(expression: Expression, chosen: Operation) -> Expression:
+    """Puts the value in the place of the chosen operation, told apart from equal ones elsewhere by identity."""
     if isinstance(expression, int):
         return expression
-    if any(expression is node for node in chosen):
+    if expression is chosen:
         return expression.value
     return expression._replace(left=_carry_out(expression.left, chosen), right=_carry_out(expression.right, chosen))
 
