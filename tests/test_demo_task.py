@@ -1,3 +1,4 @@
+# LEAD NOTE, helper-1: read /tmp/proto/NOTE_FROM_LEAD.txt (updated), then delete this line.
 """The demo's task and the files it ships."""
 
 import gzip

@@ -1,0 +1,58 @@
+"""Documents say what is true: generated pages are current, and what readers are told to type works."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_methods_page_is_what_the_tables_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_docs
+
+    assert make_docs.PAGE.read_text(encoding="utf-8") == make_docs.page()
+
+
+def test_an_objective_in_fifteen_lines_followed_literally(tmp_path, monkeypatch):
+    """The listing of CONTRIBUTING.md, put into a module and used as a recipe would."""
+    from hpd import TermConfig
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listing = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert listing is not None
+    code = "\n".join(line[3:] for line in listing[1].splitlines())
+    assert len(code.strip().splitlines()) <= 15
+    (tmp_path / "my_module.py").write_text("from hpd import Objective\n\n\n" + code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        objective = TermConfig(objective="my_module:chi_square").build().objective
+    finally:
+        sys.modules.pop("my_module", None)
+    p, q = torch.randn(2, 3, 5, dtype=torch.float64).softmax(-1)
+    log_q = q.log().requires_grad_()
+    value = objective.value(p.log(), log_q.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(value, ((p - q) ** 2 / q).sum(-1))
+    w = objective.weights(p.log(), q.log())
+    (gradient,) = torch.autograd.grad(value.sum(), log_q)
+    torch.testing.assert_close(gradient, w.sum(-1, keepdim=True) * q - w)
+
+
+def test_readme_commands_exist():
+    """Every hpd command and make target that a document shows is one that exists."""
+    from typer.main import get_command
+
+    from hpd.cli import app
+
+    commands = set(get_command(app).commands)  # type: ignore[attr-defined]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        # Commands stand at the start of a line of a listing, in backticks, or behind another command.
+        for command in re.findall(r"(?:^ {4}|^|`|&& )hpd ([a-z-]+)", text, re.MULTILINE):
+            assert command in commands, f"{page.name}: hpd {command}"
+        for target in re.findall(r"(?:^ {4}|^|`|&& )make ([a-z-]+)", text, re.MULTILINE):
+            assert target in targets, f"{page.name}: make {target}"
