@@ -52,10 +52,10 @@ def claims(completion: str, prompt: str) -> list[str]:
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_solution_is_correct_in_every_step(split: Split) -> None:
     for row in generate_rows(split, 500, seed=3):
-        assert row["answer"] == str(eval(row["prompt"].rstrip("=")))  # noqa: S307
+        assert row["answer"] == str(eval(row["prompt"].rstrip("=")))
         assert is_correct(row["completion"], row["answer"])
         for chain in claims(row["completion"], row["prompt"]):
-            assert len({eval(side) for side in chain.split("=")}) == 1, row  # noqa: S307
+            assert len({eval(side) for side in chain.split("=")}) == 1, row
 
 
 def test_splits_are_disjoint_and_reproducible() -> None:
@@ -133,7 +133,7 @@ def test_shipped_data_are_well_formed_and_disjoint(tokenizer: PreTrainedTokenize
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 6700
     assert all(set(row) == COLUMNS for row in train + validation)
     assert all(set(row) == {"prompt", "answer"} for row in test)
-    assert all(row["answer"] == str(eval(row["prompt"].rstrip("="))) for row in train + validation + test)  # noqa: S307
+    assert all(row["answer"] == str(eval(row["prompt"].rstrip("="))) for row in train + validation + test)
     texts = [row["prompt"] + row["completion"] for row in train + validation]
     assert all(tokenizer.unk_token_id not in ids for ids in tokenizer(texts)["input_ids"])
     assert sum(is_correct(row["completion"], row["answer"]) for row in train) >= 0.95 * len(train)

@@ -48,7 +48,12 @@ def test_readme_commands_exist():
 
     commands = set(get_command(app).commands)  # type: ignore[attr-defined]
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "recipes" / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
     for page in pages:
         text = page.read_text(encoding="utf-8")
         # Commands stand at the start of a line of a listing, in backticks, or behind another command.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
@@ -16,7 +18,6 @@ from tiny_models import NUM_TOKENS, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import DataConfig, EvalConfig, LoraConfig, ModelConfig, Recipe, TeacherConfig, load_recipe
-from hpd.methods import TermConfig
 from hpd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,15 +148,38 @@ def test_published_batches_are_what_the_comments_say():
             assert re.search(r"per_device_train_batch_size: .*# .*\b8 GPUs", path.read_text(encoding="utf-8")), name
 
 
-@pytest.mark.parametrize("owner", [Recipe, ModelConfig, TeacherConfig, DataConfig, EvalConfig, LoraConfig, TermConfig])
-def test_every_field_is_read_outside_the_configuration(owner):
+# Under which names the package holds each part of a recipe.
+HOLDERS: dict[type, set[str]] = {
+    Recipe: {"recipe", "self"},
+    ModelConfig: {"source", "student"},
+    TeacherConfig: {"source", "teacher"},
+    DataConfig: {"config", "data"},
+    EvalConfig: {"config", "eval"},
+}
+
+
+def _attribute_reads() -> set[tuple[str, str]]:
+    """(holder, attribute) of every read in the package; of config.py, only what a recipe does with itself."""
+    reads = set()
+    for path in sorted((ROOT / "hpd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                holder = getattr(node.value, "attr", getattr(node.value, "id", ""))
+                if path.name != "config.py" or holder == "self":
+                    reads.add((holder, node.attr))
+    return reads
+
+
+@pytest.mark.parametrize("part", HOLDERS)
+def test_every_field_is_read_outside_the_configuration(part):
     """A field that nobody reads is an option without effect."""
-    sources = "\n".join(
-        path.read_text(encoding="utf-8")
-        for path in sorted((ROOT / "hpd").rglob("*.py"))
-        if path.name != "config.py"
-    )
-    # asdict() hands a LoraConfig to peft whole, under peft's own names.
-    passed_whole = owner is LoraConfig and "dataclasses.asdict(recipe.lora)" in sources
-    unread = [f.name for f in dataclasses.fields(owner) if not re.search(rf"\.{f.name}\b(?!\s*=[^=])", sources)]
-    assert passed_whole or not unread
+    reads = _attribute_reads()
+    unread = [f.name for f in dataclasses.fields(part) if not any((h, f.name) in reads for h in HOLDERS[part])]
+    assert not unread
+
+
+def test_adapter_is_handed_to_peft_whole():
+    assert ("recipe", "lora") in _attribute_reads()
+    ours = dataclasses.asdict(LoraConfig())
+    theirs = peft.LoraConfig(**ours)
+    assert {name: getattr(theirs, name) for name in ours} == ours

@@ -32,7 +32,7 @@ IGNORED = -100
 TEACHER_SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
 STUDENT_SHAPE = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
 
-NUM_STEPS = 2500
+NUM_STEPS = 2000
 BATCH_SIZE = 128
 PEAK_LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 200

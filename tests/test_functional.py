@@ -1,0 +1,160 @@
+"""The losses as functions: parity with public reference code, and the fused form equal to the plain one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hpd
+from hpd import Head, Objective
+from hpd.objectives import OBJECTIVES, forward_kl
+
+HERE = Path(__file__).resolve()
+SHARED = next(
+    (p for p in [Path(os.environ.get("HPD_SHARED", "/nonexistent")), *(q / "shared" for q in HERE.parents)] if p.is_dir()), None
+)
+INDEX = SHARED / "parity" / "index.json" if SHARED else None
+ENTRIES = json.loads(INDEX.read_text()) if INDEX and INDEX.is_file() else []
+# Fixtures whose value is a cross-entropy: larger than the divergence by the entropy of the target.
+CROSS_ENTROPIES = ("forward_kl", "symmetric_kl", "skew_forward_kl", "taid")
+
+
+@pytest.mark.skipif(not ENTRIES, reason="the parity fixtures are not here")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["file"].removesuffix(".safetensors"))
+def test_parity_with_reference_code(entry):
+    fixture = load_file(INDEX.parent / entry["file"])
+    student = fixture["student_logits"].requires_grad_()
+    output = hpd.distillation_loss(
+        student,
+        fixture["teacher_logits"],
+        fixture["labels"],
+        entry["objective"],
+        draws=fixture.get("sampled"),
+        **entry["params"],
+    )
+    output.loss.backward()
+    assert (student.grad - fixture["grad"]).norm() <= 2e-5 * fixture["grad"].norm()
+    if entry["objective"] not in CROSS_ENTROPIES:
+        assert output.loss.item() == pytest.approx(entry["loss"], rel=2e-5)
+
+
+def batch(vocab=37, teacher_vocab=37, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, teacher_hidden = (torch.randn(2, 6, width, generator=generator, dtype=torch.float64) for width in (8, 12))
+    head, teacher_head = (
+        torch.randn(v, width, generator=generator, dtype=torch.float64) for v, width in ((vocab, 8), (teacher_vocab, 12))
+    )
+    labels = torch.randint(vocab, (2, 6), generator=generator)
+    labels[0, :3] = -100
+    return hidden, head, teacher_hidden, teacher_head, labels
+
+
+@pytest.mark.parametrize("objective", ["hpd", "forward_kl", "akl", "hpd_exact", "nll", "hpd_full"])
+def test_fused_equals_plain(objective):
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    draws = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
+    hidden.requires_grad_(), head.requires_grad_()
+    plain = hpd.distillation_loss(hidden @ head.T, teacher_hidden @ teacher_head.T, labels, objective, draws=draws).loss
+    expected = torch.autograd.grad(plain, (hidden, head))
+    fused = hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, objective, draws=draws).loss
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(fused, (hidden, head)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_sum_is_mean_times_label_tokens_and_labels_are_shifted():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    mean = hpd.distillation_loss(*logits, labels, "forward_kl")
+    total = hpd.distillation_loss(*logits, labels, "forward_kl", reduction="sum")
+    assert int(mean.stats["tokens"]) == int((labels[:, 1:] != -100).sum()) == 8
+    torch.testing.assert_close(total.loss, mean.loss * 8)
+    mask = labels[:, 1:] != -100
+    log_q, log_p = (x[:, :-1].log_softmax(-1)[mask] for x in logits)
+    torch.testing.assert_close(mean.loss, (log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def test_parameters_reach_objective_and_term():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    warm = hpd.distillation_loss(*logits, labels, "generalized_jsd", beta=0.3, temperature=2.0).loss
+    by_hand = hpd.distillation_loss(logits[0] / 2, logits[1] / 2, labels, "generalized_jsd", beta=0.3).loss
+    torch.testing.assert_close(warm, by_hand)
+    top = hpd.distillation_loss(*logits, labels, "reverse_kl", support="top_k", top_k=5).loss
+    assert 0 < top < hpd.distillation_loss(*logits, labels, "reverse_kl").loss
+
+
+def test_an_objective_instance_is_taken_as_it_is():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    assert isinstance(forward_kl(), Objective)
+    by_name = hpd.distillation_loss(*logits, labels, "forward_kl").loss
+    torch.testing.assert_close(hpd.distillation_loss(*logits, labels, forward_kl()).loss, by_name)
+
+
+def test_fresh_draws_come_from_the_generator():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+
+    def loss(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, "hpd", generator=generator).loss
+
+    assert loss(0) == loss(0) != loss(1)
+
+
+def test_shared_prefix_drops_labels_beyond():
+    hidden, head, teacher_hidden, teacher_head, labels = batch(vocab=37, teacher_vocab=30)
+    output = hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, "forward_kl")
+    assert int(output.stats["tokens"]) == int(((labels[:, 1:] != -100) & (labels[:, 1:] < 30)).sum())
+
+
+def test_head_extras_are_honoured():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    bias = torch.linspace(-1, 1, 37, dtype=torch.float64)
+    capped = 5.0 * torch.tanh(0.3 * (hidden @ head.T + bias) / 5.0)
+    plain = hpd.distillation_loss(capped, teacher_hidden @ teacher_head.T, labels, "forward_kl").loss
+    fused = hpd.fused_distillation_loss(
+        hidden, Head(head, bias, scale=0.3, softcap=5.0), teacher_hidden, teacher_head, labels, "forward_kl"
+    ).loss
+    torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "hdp"}, "Did you mean 'hpd'"),
+        ({"objective": "akl", "nu": 1}, "no parameter 'nu'"),
+        ({"reduction": "none"}, "reduction must be one of mean, sum"),
+        ({"vocab": "error"}, "37 tokens and the teacher 30"),
+        ({"vocab": "cut"}, "vocab must be one of"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    hidden, head, teacher_hidden, teacher_head, labels = batch(teacher_vocab=30)
+    with pytest.raises(ValueError, match=message):
+        hpd.distillation_loss(hidden @ head.T, teacher_hidden @ teacher_head.T, labels, **options)
+
+
+def test_unequal_shapes_are_named(monkeypatch):
+    # The tests' type checker would catch these first; a user's call has none.
+    from jaxtyping import config as jaxtyping_config
+
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="same B and T"):
+        hpd.distillation_loss(student[:, :4], teacher, labels)
+    with pytest.raises(ValueError, match=r"\[B, T-1\]"):
+        hpd.distillation_loss(student, teacher, labels, draws=torch.zeros(2, 6, dtype=torch.long))
+
+
+def test_every_objective_of_the_table_has_a_default_support():
+    from hpd import TermConfig
+
+    needed = {"js": {"lam": 0.1}, "abkd": {"alpha": 0.2, "beta": 0.7}, "taid": {"t": 0.5}}
+    for name in OBJECTIVES:
+        if name != "f_divergence":
+            TermConfig(objective=name, kwargs=needed.get(name, {})).build()
