@@ -278,6 +278,15 @@ def test_masked_rows_are_removed_rows(case: Case) -> None:
         torch.testing.assert_close(f(*changed)[keep], f(teacher[keep], student[keep]), rtol=1e-13, atol=1e-15)
 
 
+@every_case
+def test_fused_is_weights_and_summed_value(case: Case) -> None:
+    objective = case.make()
+    for teacher, student in (logprobs(), tuple(x.clamp(max=-1e5 + 1) if i else x for i, x in enumerate(logprobs()))):
+        weights, value = objective.evaluate(teacher.clone(), student.clone())
+        torch.testing.assert_close(weights, objective.weights(teacher, student), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(value, objective.value(teacher, student).sum(-1), rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if not case.domain.startswith("label")], ids=str)
 def test_columns_without_mass_on_either_side_are_removed_columns(case: Case) -> None:
     objective, (teacher, student) = case.make(), logits()

@@ -114,9 +114,11 @@ def weigh(
     draws = term_draws(term, log_p, log_q, q, inputs)
     columns = term.support.columns(log_p, log_q, inputs.labels, draws)
     pair = columns.teacher_logprobs, columns.student_logprobs
-    weights, value = term.objective.weights(*pair), term.objective.value(*pair)
-    if columns.coefficients is not None:
-        weights, value = weights * columns.coefficients, value * columns.coefficients
+    if columns.coefficients is None:
+        weights, value = term.objective.evaluate(*pair)
+    else:
+        weights = term.objective.weights(*pair) * columns.coefficients
+        value = term.objective.value(*pair) * columns.coefficients
     add(sums, f"value/{term.name}", value)
     if term.objective.stats is not None:
         for name, values in term.objective.stats(*pair).items():

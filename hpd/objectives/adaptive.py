@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpd.objectives.kl import blended_kl
-from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
+from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number
 
 __all__ = ["akl", "taid", "todi"]
 
@@ -105,4 +105,9 @@ def taid(t: float) -> Objective:
         target = log_target(teacher_logprobs, student_logprobs.detach())
         return target.exp() * (target - student_logprobs)
 
-    return Objective(weights, value, domain="distribution")
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        target = log_target(teacher_logprobs, student_logprobs)
+        probs = target.exp()
+        return probs, target.sub_(student_logprobs).mul_(probs).sum(-1)
+
+    return Objective(weights, value, domain="distribution", fused=fused)

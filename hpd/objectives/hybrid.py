@@ -13,7 +13,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weights, check_number, check_switch
+from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number, check_switch
 
 __all__ = ["hpd", "hpd_exact", "hpd_full"]
 
@@ -94,7 +94,7 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
             forward_part = forward_part * (log_ratio > 0)
         return forward_part + reverse * student_logprobs.exp() * log_ratio
 
-    return Objective(weights, _likelihood(weights))
+    return Objective(weights, _likelihood(weights), fused=_fused_likelihood(weights))
 
 
 def _label_and_draws(
@@ -132,7 +132,7 @@ def _label_and_draws(
             "mass_moved": size[:, 0] + (size[:, 1:] * is_other).sum(1),
         }
 
-    return Objective(weights, _likelihood(weights), stats, domain="label")
+    return Objective(weights, _likelihood(weights), stats, domain="label", fused=_fused_likelihood(weights))
 
 
 def _likelihood(weights: Callable[[LogProbs, LogProbs], Weights]) -> Callable[[LogProbs, LogProbs], Weights]:
@@ -142,6 +142,16 @@ def _likelihood(weights: Callable[[LogProbs, LogProbs], Weights]) -> Callable[[L
         return -weights(teacher_logprobs, student_logprobs.detach()) * student_logprobs
 
     return value
+
+
+def _fused_likelihood(
+    weights: Callable[[LogProbs, LogProbs], Weights],
+) -> Callable[[LogProbs, LogProbs], tuple[Weights, PerPosition]]:
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        result = weights(teacher_logprobs, student_logprobs)
+        return result, -(result * student_logprobs).sum(-1)
+
+    return fused
 
 
 def _check(name: str, forward: float, reverse: float, *switches: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
+from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number
 
 __all__ = ["blended_kl", "forward_kl", "nll", "reverse_kl", "symmetric_kl"]
 
@@ -53,7 +53,11 @@ def forward_kl() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)
 
-    return Objective(weights, value, drop_safe=True)
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        p = teacher_logprobs.exp()
+        return p, (teacher_logprobs - student_logprobs).mul_(p).sum(-1)
+
+    return Objective(weights, value, drop_safe=True, fused=fused)
 
 
 def reverse_kl() -> Objective:
@@ -73,7 +77,13 @@ def reverse_kl() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return student_logprobs.exp() * (student_logprobs - teacher_logprobs)
 
-    return Objective(weights, value)
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        q = student_logprobs.exp()
+        gap = (teacher_logprobs - student_logprobs).mul_(q)
+        divergence = -gap.sum(-1)
+        return gap.sub_(q), divergence
+
+    return Objective(weights, value, fused=fused)
 
 
 def blended_kl(
@@ -101,7 +111,14 @@ def blended_kl(
         mass = share * teacher_logprobs.exp() - (1 - share) * student_logprobs.exp()
         return mass * (teacher_logprobs - student_logprobs)
 
-    return Objective(weights, value, domain=domain)
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        share = forward_share(teacher_logprobs, student_logprobs)
+        forward, reverse = teacher_logprobs.exp().mul_(share), student_logprobs.exp().mul_(1 - share)
+        log_ratio = teacher_logprobs - student_logprobs
+        result = reverse.mul(log_ratio - 1).add_(forward)
+        return result, forward.sub_(reverse).mul_(log_ratio).sum(-1)
+
+    return Objective(weights, value, domain=domain, fused=fused)
 
 
 def symmetric_kl(lam: float = 0.5) -> Objective:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from hpd.objectives.kl import forward_kl, reverse_kl
-from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
+from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number
 
 __all__ = ["generalized_jsd", "js", "skew_forward_kl", "skew_reverse_kl"]
 
@@ -19,6 +20,12 @@ __all__ = ["generalized_jsd", "js", "skew_forward_kl", "skew_reverse_kl"]
 def _log_mixture(teacher_logprobs: LogProbs, student_logprobs: LogProbs, teacher_share: float) -> LogProbs:
     """Log of `share * p + (1 - share) * q`, for a share strictly between 0 and 1."""
     return torch.logaddexp(teacher_logprobs + math.log(teacher_share), student_logprobs + math.log1p(-teacher_share))
+
+
+def _mixture(p: Tensor, q: Tensor, teacher_share: float) -> tuple[Tensor, Tensor]:
+    """The mixture and its log; where neither side has mass the log is the smallest one, and multiplies zeros."""
+    mixture = torch.lerp(q, p, teacher_share).clamp_(min=torch.finfo(q.dtype).tiny)
+    return mixture, mixture.log()
 
 
 def generalized_jsd(beta: float = 0.5) -> Objective:
@@ -60,7 +67,14 @@ def generalized_jsd(beta: float = 0.5) -> Objective:
         student_part = student_logprobs.exp() * (student_logprobs - log_mixture)
         return beta * teacher_part + (1 - beta) * student_part
 
-    return Objective(weights, value)
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        p, q = teacher_logprobs.exp(), student_logprobs.exp()
+        _, log_mixture = _mixture(p, q, beta)
+        result = (log_mixture - student_logprobs).mul_(q).mul_(1 - beta)
+        divergence = (teacher_logprobs - log_mixture).mul_(p).sum(-1) * beta - result.sum(-1)
+        return result, divergence
+
+    return Objective(weights, value, fused=fused)
 
 
 def js(lam: float) -> Objective:
@@ -108,7 +122,13 @@ def skew_forward_kl(lam: float = 0.1) -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return teacher_logprobs.exp() * (teacher_logprobs - _log_mixture(teacher_logprobs, student_logprobs, lam))
 
-    return Objective(weights, value)
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        p, q = teacher_logprobs.exp(), student_logprobs.exp()
+        mixture, log_mixture = _mixture(p, q, lam)
+        divergence = (teacher_logprobs - log_mixture).mul_(p).sum(-1)
+        return p.mul_(q).div_(mixture).mul_(1 - lam), divergence
+
+    return Objective(weights, value, fused=fused)
 
 
 def skew_reverse_kl(lam: float = 0.1) -> Objective:
@@ -137,4 +157,11 @@ def skew_reverse_kl(lam: float = 0.1) -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return student_logprobs.exp() * (student_logprobs - _log_mixture(teacher_logprobs, student_logprobs, 1.0 - lam))
 
-    return Objective(weights, value)
+    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        p, q = teacher_logprobs.exp(), student_logprobs.exp()
+        mixture, log_mixture = _mixture(p, q, 1 - lam)
+        gap = log_mixture.sub_(student_logprobs).mul_(q)
+        divergence = -gap.sum(-1)
+        return gap.sub_(q).addcmul_(q, q.div(mixture), value=lam), divergence
+
+    return Objective(weights, value, fused=fused)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["LogProbs", "Objective", "Weights", "check_number", "check_switch"]
+__all__ = ["LogProbs", "Objective", "PerPosition", "Weights", "check_number", "check_switch"]
 
 LogProbs: TypeAlias = Float[Tensor, "N K"]
 Weights: TypeAlias = Float[Tensor, "N K"]
@@ -54,6 +54,15 @@ class Objective(NamedTuple):
     whole distribution. label: column 0 is the dataset's label, the others are candidate draws of the student."""
     drop_safe: bool = False
     """Whether the tail of the vocabulary may be dropped without a tail rule: the weights do not depend on q."""
+    fused: Callable[[LogProbs, LogProbs], tuple[Weights, PerPosition]] | None = None
+    """`weights` and the sum of `value` at once, without gradient, where they share passes over the vocabulary."""
+
+    def evaluate(self, teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
+        """Weights, and the value summed over the columns."""
+        if self.fused is not None:
+            return self.fused(teacher_logprobs, student_logprobs)
+        pair = teacher_logprobs, student_logprobs
+        return self.weights(*pair), self.value(*pair).sum(-1)
 
 
 def check_number(

@@ -1,0 +1,121 @@
+"""Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
+
+    python benchmarks/head.py [--shape a|b] [--repeats 5] [--methods hpd,akl] [--json | --check]
+
+The floor is the products that no method can do without, in the same chunks: three with the student's head (logits, gradient of the
+hidden states, gradient of the head) and one with the teacher's. Run it on an idle machine with OMP_WAIT_POLICY=PASSIVE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from timing import interleaved, machine, print_table, ratios, store_or_check
+from torch import Tensor
+
+from hpd.batch import uniforms
+from hpd.losses import Head, Scores, reweighted_nll
+from hpd.losses.operator import DEFAULT_CHUNK_BYTES
+from hpd.methods import METHODS, build_terms
+
+# label positions, hidden size of student and teacher, vocabulary
+SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
+TRL = {"TRL forward KL": 0.0, "TRL JSD 0.5": 0.5, "TRL reverse KL": 1.0}
+
+
+class Problem:
+    """Random hidden states and heads of one shape."""
+
+    def __init__(self, shape: tuple[int, int, int, int], seed: int = 0):
+        num_tokens, student, teacher, vocab = shape
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        self.hidden = normal(num_tokens, student).requires_grad_()
+        self.weight = (normal(vocab, student) * student**-0.5).requires_grad_()
+        self.teacher_hidden, self.teacher_weight = normal(num_tokens, teacher), normal(vocab, teacher) * teacher**-0.5
+        self.labels = torch.randint(vocab, (num_tokens,), generator=generator)
+        self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1)
+        self.rows = max(1, min(num_tokens, DEFAULT_CHUNK_BYTES // (4 * vocab)))
+        self.buffers = torch.empty(2, self.rows, vocab)
+
+    def floor(self) -> None:
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), self.rows):
+            chunk = slice(start, start + self.rows)
+            student, teacher = self.buffers[:, : len(hidden[chunk])]
+            torch.mm(hidden[chunk], weight.T, out=student)
+            torch.mm(self.teacher_hidden[chunk], self.teacher_weight.T, out=teacher)
+            torch.mm(student, weight, out=grad_hidden[chunk])
+            grad_weight.addmm_(student.T, hidden[chunk])
+
+    def ours(self, method: str, impl: str = "chunked") -> Callable[[], None]:
+        terms = build_terms(method, {})
+
+        def run() -> None:
+            self.hidden.grad = self.weight.grad = None
+            reweighted_nll(
+                Scores(self.hidden, Head(self.weight)), Scores(self.teacher_hidden, Head(self.teacher_weight)),
+                self.labels, terms, uniforms=self.uniforms, scale=1 / len(self.labels), impl=impl, metric_stride=8,
+            ).loss.backward()  # fmt: skip
+
+        return run
+
+    def trl(self, beta: float) -> Callable[[], None]:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        def run() -> None:
+            self.hidden.grad = self.weight.grad = None
+            divergence, _ = ChunkedDivergenceFunction.apply(
+                self.hidden, self.weight, None, self.teacher_hidden, self.teacher_weight, None, beta
+            )
+            divergence.mean().backward()
+
+        return run
+
+
+def measure(shape: str, methods: list[str], repeats: int, peers: bool) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Ratios to the floor and the seconds behind them."""
+    problem = Problem(SHAPES[shape])
+    candidates: dict[str, Callable[[], None]] = {"floor": problem.floor, **{m: problem.ours(m) for m in methods}}
+    if peers:
+        candidates |= {name: problem.trl(beta) for name, beta in TRL.items()}
+        candidates["reference forward_kl"] = problem.ours("forward_kl", "reference")
+    seconds = interleaved(candidates, repeats)
+    return ratios(seconds, "floor"), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names of METHODS")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
+    parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/head.json")
+    parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found: dict[str, dict[str, float]] = {}
+    for shape in SHAPES if options.shape == "all" else [options.shape]:
+        num_tokens, student, teacher, vocab = SHAPES[shape]
+        found[shape], seconds = measure(shape, options.methods.split(","), options.repeats, not options.no_peers)
+        print(f"\nN {num_tokens}, H {student}/{teacher}, V {vocab}, {machine()}\n")
+        rows = [
+            [name, f"{ratio:.2f}", f"{statistics.median(seconds[name]) * 1e3:.0f}",
+             f"{min(seconds[name]) * 1e3:.0f}-{max(seconds[name]) * 1e3:.0f}"]
+            for name, ratio in found[shape].items()
+        ]  # fmt: skip
+        print_table(["operator", "x floor", "median ms", "range ms"], rows)
+    result = {"machine": machine(), "ratios": found, "methods": found.get("a", next(iter(found.values())))}
+    store_or_check("head", result, options.json, options.check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What the benchmarks share: interleaved timing, the machine's description, tables, and stored ratios."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# A machine that other work shares drifts by this much between runs.
+MARGIN = 0.15
+
+
+def interleaved(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, in rounds, so that drift of the machine hits all alike; one round before is not counted."""
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, float]:
+    """Median over the rounds of each candidate's time relative to `base` in the same round."""
+    return {
+        name: statistics.median(t / b for t, b in zip(times, seconds[base], strict=True)) for name, times in seconds.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to place the numbers."""
+    model = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+    }
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A Markdown table, as docs/performance.md shows it."""
+    for row in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(row) + " |")
+
+
+def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) -> None:
+    """Write results/NAME.json, or compare its ratios with the new ones (exit code 1 where one got worse by the margin)."""
+    path = RESULTS / f"{name}.json"
+    if store:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    if check:
+        known = json.loads(path.read_text())["ratios"]
+        worse = [
+            f"{shape} {key}: {new[key]:.2f}, stored {old[key]:.2f}"
+            for shape, old in known.items()
+            if (new := result["ratios"].get(shape))
+            for key in old
+            if key in new and new[key] > old[key] * (1 + MARGIN)
+        ]
+        if worse:
+            sys.exit("slower than stored by more than 15 %: " + "; ".join(worse))
