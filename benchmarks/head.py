@@ -1,9 +1,9 @@
 """Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
 
-    python benchmarks/head.py [--shape a|b] [--repeats 5] [--methods hpd,akl] [--json | --check]
+    python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
 
-The floor is the products that no method can do without, in the same chunks: three with the student's head (logits, gradient of the
-hidden states, gradient of the head) and one with the teacher's. Run it on an idle machine with OMP_WAIT_POLICY=PASSIVE.
+The floor is the products that no method can do without, in the same chunks: three with the student's head (logits, gradient of
+the hidden states, gradient of the head), one with the teacher's. Run it on an idle machine with OMP_WAIT_POLICY=PASSIVE.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the student alone.
+
+    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--json | --check] [--memory]
+
+Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three quarters of them
+labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from timing import interleaved, machine, print_table, ratios, store_or_check
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from hpd import DistillConfig, DistillTrainer
+
+VOCAB, TOKENS, ROWS, LABELLED = 49152, 512, 2, 0.75
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "tie_word_embeddings": True, "max_position_embeddings": 8192,
+}  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": ROWS, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+    "max_length": TOKENS, "bf16": False, "use_cpu": True, "save_strategy": "no", "max_steps": 1,
+}  # fmt: skip
+
+
+def model(layers: int, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE))
+
+
+def rows() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCAB, (ROWS, TOKENS), generator=generator).tolist()
+    start = int(TOKENS * (1 - LABELLED))
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * start + row[start:]} for row in ids])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def step_of(trainer: SFTTrainer) -> Callable[[], None]:
+    """One optimiser step on one batch, as the trainer's own loop does it."""
+    trainer.create_optimizer()
+    assert trainer.optimizer is not None
+    batch = next(iter(trainer.get_train_dataloader()))
+    count = batch["labels"][:, 1:].ne(-100).sum()
+
+    def step() -> None:
+        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def candidate(name: str, folder: str) -> Callable[[], None]:
+    """`SFTTrainer`, or a method of the table with a live teacher."""
+    common = {"train_dataset": rows(), "processing_class": tokenizer()}
+    if name == "SFTTrainer":
+        return step_of(SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common))
+    impl = "reference" if name.endswith("(reference)") else "chunked"
+    trainer = DistillTrainer(
+        model=model(10, 0), teacher=model(30, 1), method=name.split(" ")[0],
+        args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS), **common,
+    )  # fmt: skip
+    return step_of(trainer)
+
+
+def peak_mib(name: str) -> float:
+    """Peak resident memory of a process that takes two such steps."""
+    done = subprocess.run([sys.executable, __file__, "--peak-of", name], capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="hpd,forward_kl,hpd (reference)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
+    parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/step.json")
+    parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.peak_of:
+            step = candidate(options.peak_of, folder)
+            step(), step()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            return
+        names = ["SFTTrainer", *options.methods.split(",")]
+        seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
+    found = ratios(seconds, "SFTTrainer")
+    peaks = {name: peak_mib(name) for name in names} if options.memory else {}
+    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {machine()}\n")
+    table = [
+        [name, f"{found[name]:.2f}", f"{statistics.median(seconds[name]):.2f}",
+         f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}", *([f"{peaks[name]:.0f}"] if peaks else [])]
+        for name in names
+    ]  # fmt: skip
+    print_table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], table)
+    result = {"machine": machine(), "ratios": {"step": found}, "seconds": seconds, "peak_mib": peaks}
+    store_or_check("step", result, options.json, options.check)
+
+
+if __name__ == "__main__":
+    main()
