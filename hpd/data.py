@@ -69,7 +69,7 @@ def load_rows(config: DataConfig) -> Rows:
             raise ValueError("data.validation as a share needs at least two rows.")
         parts = train.train_test_split(test_size=config.validation, seed=0)
         train, validation = parts["train"], parts["test"]
-    return Rows(train, validation, is_conversational(next(iter(train))))
+    return Rows(train, validation, is_conversational(dict(next(iter(train)))))
 
 
 def _read(path: str, config: DataConfig, split: str | None = None, limit: bool = True) -> Any:
@@ -177,7 +177,7 @@ def measure(
     """
     lengths, kept, finished = [], [], []
     for row in rows.take(_MEASURED_ROWS):
-        ids, mask = _tokenise(row, tokenizer, labels)
+        ids, mask = _tokenise(dict(row), tokenizer, labels)
         lengths.append(len(ids))
         kept.append(sum(mask[:max_length]))
         if max_length is None or len(ids) <= max_length:
@@ -201,7 +201,7 @@ def _is_end(ids: list[int], last: int, tokenizer: PreTrainedTokenizerBase) -> bo
     return any(i == tokenizer.eos_token_id or i in tokenizer.all_special_ids for i in tail)
 
 
-def _tokenise(row: Mapping[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
+def _tokenise(row: dict[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
     """Token ids and label mask of one row."""
     if "input_ids" in row:
         given = row.get("labels", row["input_ids"])

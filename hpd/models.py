@@ -81,7 +81,7 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
     if isinstance(source, TeacherConfig) and source.quantization is not None:
         options["quantization_config"] = _quantization(source.quantization)
     try:
-        return AutoModelForCausalLM.from_pretrained(source.model, dtype=dtype, **options).eval()
+        return AutoModelForCausalLM.from_pretrained(str(source.model), dtype=dtype, **options).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(_explain(str(source.model), role, error)) from None
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, Union
+from typing import Any, Literal, NamedTuple, Union, cast
 
 from hpd.objectives import OBJECTIVES, Objective
 from hpd.schedules import Schedule, as_schedule, value_at
@@ -194,7 +194,7 @@ def objective_factory(name: str) -> Callable[..., Objective]:
         return lambda: found
     if not callable(found):
         raise ValueError(f"{name} is a {type(found).__name__}: give an Objective, or a function that returns one.")
-    return found
+    return cast(Callable[..., Objective], found)
 
 
 def _build_objective(name: str, kwargs: Mapping[str, Any]) -> Objective:

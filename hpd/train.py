@@ -152,8 +152,8 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    size = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
-    if size == 0:
+    rows: Any = trainer.train_dataset
+    if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
     return trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -84,6 +84,8 @@ class DistillTrainer(SFTTrainer):
         ValueError: method and terms together, unknown names, or vocabularies that differ under `vocabulary="error"`.
     """
 
+    args: DistillConfig
+    model: Any  # the student, perhaps as a PeftModel
     _tag_names = ["hpd", "distillation"]  # noqa: RUF012 (TRL's type)
     _name = "HPD"
     # The loss is already divided by the label tokens of the accumulated batch.
@@ -211,7 +213,7 @@ class DistillTrainer(SFTTrainer):
         device = self.accelerator.device
         zero = torch.zeros((), device=device)
         stacked = torch.stack([sums.get(name, zero).to(device, sum_dtype(device)) for name in names])
-        return dict(zip(names, self.accelerator.reduce(stacked, "sum").tolist(), strict=True))
+        return dict(zip(names, cast(Tensor, self.accelerator.reduce(stacked, "sum")).tolist(), strict=True))
 
 
 class _ScheduledTerms(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Writes docs/methods.md from the tables of the package; `--check` only says whether it is up to date (CI does)."""
+"""Writes docs/methods.md and the README's table from the package's tables; `--check` only says whether they are current."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hpd.terms import SUPPORTS, TermConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
+README = ROOT / "README.md"
 COSTS = ROOT / "benchmarks" / "results" / "head.json"
 
 _HEAD = """# Methods
@@ -57,10 +58,10 @@ Each term is logged by itself as `loss/NAME`.
 
 ```yaml
 method: symmetric_kl
-method_kwargs: {lam: {schedule: linear, start: 0.0, end: 1.0, over: 0.5}}   # constant, linear, cosine, step
+method_kwargs: {lam: {schedule: linear, start: 0.0, end: 1.0, over: 0.5}} # constant, linear, cosine, step
 ```
 
-`taid`'s position is `{schedule: adaptive, start: 0.4, end: 1.0}`: it moves faster while the loss falls, and is saved and resumed.
+`taid`'s position is `{schedule: adaptive, start: 0.4, end: 1.0}`: faster while the loss falls; it is saved and resumed.
 
 ## An objective of your own
 
@@ -136,14 +137,23 @@ def _example(name: str) -> dict[str, float]:
     return {key: {"lam": 0.1, "alpha": 0.2, "beta": 0.7, "t": 0.5}[key] for key in needed}
 
 
+def readme() -> str:
+    """The README with its table of methods between the two marks."""
+    before, mark, rest = README.read_text(encoding="utf-8").partition("<!-- methods -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    rows = [f"| `{name}` | {method.summary} |" for name, method in METHODS.items()]
+    return "".join([before, mark, "\n".join(["| method | what it learns |", "|---|---|", *rows]), "\n", end, after])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="Exit with 1 where the page differs.")
-    if parser.parse_args().check:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-            sys.exit("docs/methods.md is out of date: run python scripts/make_docs.py")
-        return
-    PAGE.write_text(page(), encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="Exit with 1 where a page differs.")
+    check = parser.parse_args().check
+    for path, text in ((PAGE, page()), (README, readme())):
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path.name} is out of date: run python scripts/make_docs.py")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ def test_methods_page_is_what_the_tables_say(monkeypatch):
     import make_docs
 
     assert make_docs.PAGE.read_text(encoding="utf-8") == make_docs.page()
+    assert make_docs.README.read_text(encoding="utf-8") == make_docs.readme()
 
 
 def test_an_objective_in_fifteen_lines_followed_literally(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -43,7 +44,7 @@ WRITING_BATCH_SIZE = 250
 MAX_COMPLETION_TOKENS = 48
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Any:
     """One token per character, except the answer mark, which is one token too.
 
     Characters never merge, so a tokenised prompt is always a prefix of the tokenised prompt and completion.
@@ -62,7 +63,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast, shape: Mapping[str, int]) -> LlamaConfig:
+def model_config(tokenizer: Any, shape: Mapping[str, Any]) -> LlamaConfig:
     """A Llama of the given shape with tied embeddings, over the demo's vocabulary."""
     return LlamaConfig(
         **shape,
@@ -76,7 +77,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, shape: Mapping[str, int]) -
     )
 
 
-def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def encode_rows(tokenizer: Any, rows: Sequence[Row]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Token ids and labels of prompt, completion and end; prompt and padding are no labels."""
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     completions = [tokenizer(row["completion"] + EOS)["input_ids"] for row in rows]
@@ -124,9 +125,7 @@ def train_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int)
 
 
 @torch.inference_mode()
-def write_completions(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, sample: bool
-) -> list[str | None]:
+def write_completions(model: Any, tokenizer: Any, prompts: Sequence[str], *, sample: bool) -> list[str | None]:
     """Lets a model complete prompts, greedily or sampled at temperature 1; None where it did not come to an end."""
     completions: list[str | None] = []
     for start in range(0, len(prompts), WRITING_BATCH_SIZE):

@@ -58,7 +58,7 @@ class _ReweightedNLL(torch.autograd.Function):
         gradients = _Gradients.empty((hidden, weight, bias), ctx.needs_input_grad, plan.vocab)
         _walk(Scores(hidden, head._replace(weight=weight, bias=bias)), plan, gradients, sums)
         ctx.gradients = [
-            None if gradient is None else gradient.to(tensor.dtype)
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
         ]
         total = sum(term.weight * sums[f"value/{term.name}"] for term in plan.terms) if len(hidden) else hidden.new_zeros(())

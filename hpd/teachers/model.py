@@ -37,7 +37,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = add_head_function(model.requires_grad_(False).eval())
+        self.model: Any = add_head_function(model.requires_grad_(False).eval())
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         plugins = accelerator.state
