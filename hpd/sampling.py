@@ -29,16 +29,17 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniforms: Float[Tensor, "N n"]) -> 
         uniforms: in [0, 1), float64 so that tokens rarer than float32's step can be drawn.
     """
     vocab = probs.shape[1]
-    whole = vocab - vocab % _BLOCK_TOKENS
-    sums = probs[:, :whole].unflatten(1, (-1, _BLOCK_TOKENS)).sum(-1)  # [N, blocks]
+    size = min(_BLOCK_TOKENS, vocab)
+    whole = vocab - vocab % size
+    sums = probs[:, :whole].unflatten(1, (-1, size)).sum(-1)  # [N, blocks]
     if whole < vocab:
         sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], dim=1)
     block, rest = _search(sums.double(), uniforms.double())
-    tokens = block[..., None] * _BLOCK_TOKENS + torch.arange(_BLOCK_TOKENS, device=probs.device)  # [N, n, block]
+    tokens = block[..., None] * size + torch.arange(size, device=probs.device)  # [N, n, block]
     inside = probs.gather(1, tokens.clamp_max(vocab - 1).flatten(1)).view(tokens.shape)
     inside = torch.where(tokens < vocab, inside, 0.0)
     offset, _ = _search(inside.flatten(0, 1).double(), rest.reshape(-1, 1))
-    return block * _BLOCK_TOKENS + offset.view_as(block)
+    return block * size + offset.view_as(block)
 
 
 def _search(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

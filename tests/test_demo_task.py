@@ -4,7 +4,6 @@
 import gzip
 import json
 import random
-import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,16 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hpd.demo.build_teacher import build_tokenizer, encode_rows, write_completions
 from hpd.demo.task import (
-    NUM_OPERATIONS,
     SPLITS,
     STYLES,
     Row,
     Split,
-    draw_problem,
     final_answer,
     generate_rows,
     is_correct,
-    prompt_of,
+    operation,
     split_of,
     write_solution,
 )
@@ -68,13 +65,13 @@ def test_splits_are_disjoint_and_reproducible() -> None:
 
 def test_one_problem_has_many_solutions_and_one_answer() -> None:
     rng = random.Random(0)
-    problem = next(p for p in iter(lambda: draw_problem(rng, "train"), None) if re.search(r"\).*\(", prompt_of(p)))
-    written = {style: {write_solution(problem, rng, style) for _ in range(100)} for style in STYLES}
-    assert len(written["equations"]) >= 4
-    assert len(written["rewriting"]) == 2
-    assert len(set.union(*written.values())) == sum(map(len, written.values()))
-    assert {final_answer(text) for texts in written.values() for text in texts} == {str(problem.value)}
-    assert all(text.count("=") == NUM_OPERATIONS for text in written["equations"])
+    problem = operation("*", operation("+", 1, 2), operation("+", 2, 3))
+    written = {style: {write_solution(problem, rng, style) for _ in range(400)} for style in STYLES}
+    # Two orders of the sums, and two orders of the operands in each of the three operations.
+    assert len(written["equations"]) == 2 * 2**3
+    assert written["rewriting"] == {"3*(2+3)=3*5=15#### 15", "(1+2)*5=3*5=15#### 15"}
+    assert {final_answer(text) for texts in written.values() for text in texts} == {"15"}
+    assert {"," in write_solution(problem, rng) for _ in range(50)} == {True, False}
 
 
 def test_the_grader_reads_the_last_answer_only() -> None:

@@ -39,7 +39,7 @@ PEAK_LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 200
 MAX_GRADIENT_NORM = 1.0
 
-NUM_TRAIN_ROWS, NUM_VALIDATION_ROWS, NUM_TEST_ROWS = 6000, 200, 500
+NUM_TRAIN_ROWS, NUM_VALIDATION_ROWS, NUM_TEST_ROWS = 24000, 500, 500
 WRITING_BATCH_SIZE = 250
 MAX_COMPLETION_TOKENS = 48
 
@@ -186,6 +186,8 @@ def build(output: Path, seed: int = SEED, num_steps: int = NUM_STEPS) -> None:
         print(f"{'sampled' if sample else 'greedy'}: {right / len(test):.1%} of {len(test)} unseen problems", flush=True)
     # A few more problems than rows: not every sampled completion comes to an end.
     for split, num_rows in (("train", NUM_TRAIN_ROWS), ("validation", NUM_VALIDATION_ROWS)):
+        # A seed of their own: the rows then follow from the teacher's weights alone.
+        torch.manual_seed(seed)
         problems = generate_rows(split, num_rows + num_rows // 20, seed)  # type: ignore[arg-type]
         rows = teacher_rows(teacher, tokenizer, problems, num_rows)
         write_rows(output / "data" / f"{split}.jsonl.gz", rows, ("prompt", "completion", "answer"))

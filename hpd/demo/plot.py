@@ -27,8 +27,12 @@ def plot_training(folder: Path) -> Path:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [log for log in map(json.loads, lines) if "loss" in log]
     panels = [(title, names) for title, names in _PANELS if any(name in log for log in logs for name in names)]
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(9.0, 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, names) in zip(axes, panels, strict=False):
         for name, label in names.items():
             points = [(log["step"], log[name]) for log in logs if name in log]
             if points:

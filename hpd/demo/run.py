@@ -37,7 +37,7 @@ def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = 
     recipe = load_recipe(demo_recipe(output_dir), overrides)
     console.print(
         "A 0.8 M-parameter teacher solves chains of arithmetic in writing. A student 8 times smaller, from random weights, "
-        f"learns from 6,000 of its solutions with [bold]{escape(recipe.method or 'terms')}[/].\n",
+        f"learns from 24,000 of its solutions with [bold]{escape(recipe.method or 'terms')}[/].\n",
         highlight=False,
     )
     summary = train_with_display(recipe, overwrite=overwrite)
