@@ -304,7 +304,12 @@ def train_arguments(recipe: Recipe, **forced: Any) -> Any:
     for key, value in recipe.train.items():
         if key not in names:
             close = get_close_matches(key, names, n=1)
-            raise ValueError(f"unknown key 'train.{key}'" + (f"; did you mean {close[0]!r}?" if close else "."))
+            hint = (
+                f"; did you mean {close[0]!r}?"
+                if close
+                else ": a field of TRL's SFTConfig, such as learning_rate or max_steps."
+            )
+            raise ValueError(f"unknown key 'train.{key}'{hint}")
         if key in forced:
             raise ValueError(f"train.{key} is set by the recipe's own keys; remove it from train.")
         try:

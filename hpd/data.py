@@ -45,6 +45,10 @@ class Lengths(NamedTuple):
     """Share of uncut rows whose last label is an end-of-sequence token."""
 
 
+class _Unusable(ValueError):
+    """A path that no reader needs to try."""
+
+
 def load_rows(config: DataConfig) -> Rows:
     """Read the dataset and bring it into a TRL format.
 
@@ -81,6 +85,8 @@ def _read(path: str, config: DataConfig, split: str | None = None, limit: bool =
             if local
             else load_dataset(path, config.name, split=split, streaming=config.streaming)
         )
+    except _Unusable as error:
+        raise ValueError(str(error)) from None
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -96,14 +102,14 @@ def _local(path: str) -> tuple[str, list[str]] | None:
     if place.is_dir():
         files = sorted(p for p in place.iterdir() if _loader(p))
         if not files:
-            raise ValueError(f"The folder {path} holds no .jsonl, .json, .csv or .parquet file.")
+            raise _Unusable(f"The folder {path} holds no .jsonl, .json, .csv or .parquet file.")
         return str(_loader(files[0])), [str(p) for p in files]
     if place.is_file():
         loader = _loader(place)
         if loader is None:
-            raise ValueError(f"{path}: give a .jsonl, .json, .csv or .parquet file (also .gz).")
+            raise _Unusable(f"{path}: give a .jsonl, .json, .csv or .parquet file (also .gz).")
         if place.stat().st_size == 0:
-            raise ValueError(f"The dataset {path} is empty.")
+            raise _Unusable(f"The dataset {path} is empty.")
         return loader, [str(place)]
     if place.suffix in (*_LOADERS, ".gz") or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"No dataset at {path}.")

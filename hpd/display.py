@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from hpd.config import Recipe
-from hpd.methods import METHODS
+from hpd.methods import METHODS, name_terms
 from hpd.pairing import Verdict
 from hpd.terms import nearest
 from hpd.train import Progress as TrainProgress
@@ -46,13 +46,16 @@ def show_verdicts(verdicts: Iterable[Verdict]) -> None:
 
 def show_methods() -> None:
     """The table of METHODS."""
-    table = Table(title="methods: method=NAME in a recipe", title_justify="left")
-    for column in ("method", "what it learns", "support", "reference"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method", no_wrap=True, style="bold")
+    table.add_column("support", no_wrap=True)
+    table.add_column("what it learns", overflow="fold")
     for name, method in METHODS.items():
-        support = ", ".join(str(term.build_support()) for term in method.terms)
-        table.add_row(name, method.summary, support, method.reference)
+        table.add_row(name, ", ".join(str(term.support) for term in name_terms(method.terms)), method.summary)
     console.print(table)
+    console.print(
+        "\nmethod: NAME in a recipe, or method=NAME on the command line; weights and sources: docs/methods.md", highlight=False
+    )
 
 
 def _bar(*extra: TextColumn) -> Progress:
@@ -170,9 +173,9 @@ def evaluate_with_display(
     from hpd.config import ModelConfig
     from hpd.evaluate import TASKS, GenerationSettings, evaluate
     from hpd.models import load_model, load_tokenizer
-    from hpd.train import _quiet
+    from hpd.train import quiet_libraries
 
-    _quiet()
+    quiet_libraries()
     if task not in TASKS:
         raise ValueError(f"Unknown task {task!r}. {nearest(task, list(TASKS))}")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -24,7 +24,7 @@ from hpd.runs import MetricsWriter, RunFolder
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "plan", "train"]
+__all__ = ["Plan", "Progress", "plan", "quiet_libraries", "steps_of", "train"]
 
 
 class Plan(NamedTuple):
@@ -52,6 +52,7 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what to do.
     """
+    quiet_libraries()
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     student_config = load_config(recipe.student, "student")
@@ -109,7 +110,6 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
     """
     progress = progress or Progress()
-    _quiet()
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
@@ -195,7 +195,7 @@ def _settings(config: EvalConfig) -> Any:
     )
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Libraries' notices that a user of the command line cannot act on."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,3 @@
-# LEAD NOTE, helper-1: read /tmp/proto/NOTE_FROM_LEAD.txt (updated), then delete this line.
 """The demo's task and the files it ships."""
 
 import gzip
@@ -124,15 +123,20 @@ def test_shipped_student_is_a_smaller_model_without_weights(tokenizer: PreTraine
 
 def test_shipped_data_are_well_formed_and_disjoint(tokenizer: PreTrainedTokenizerFast) -> None:
     train, validation, test = map(shipped_rows, ("train.jsonl.gz", "validation.jsonl.gz", "test.jsonl"))
-    assert (len(train), len(validation), len(test)) == (6000, 200, 500)
+    assert (len(train), len(validation), len(test)) == (24000, 500, 500)
     prompts = [{row["prompt"] for row in rows} for rows in (train, validation, test)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 6700
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 25000
     assert all(set(row) == COLUMNS for row in train + validation)
     assert all(set(row) == {"prompt", "answer"} for row in test)
     assert all(row["answer"] == str(eval(row["prompt"].rstrip("="))) for row in train + validation + test)
     texts = [row["prompt"] + row["completion"] for row in train + validation]
     assert all(tokenizer.unk_token_id not in ids for ids in tokenizer(texts)["input_ids"])
     assert sum(is_correct(row["completion"], row["answer"]) for row in train) >= 0.95 * len(train)
+
+
+def test_the_demo_is_small() -> None:
+    shipped = [path for path in DEMO.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in shipped) <= 4 * 2**20
 
 
 def test_shipped_data_use_the_styles() -> None:
