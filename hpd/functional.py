@@ -5,7 +5,7 @@ Axes: B rows, T tokens, V vocabulary, D hidden, N label positions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,7 @@ def distillation_loss(
     teacher_logits: Float[Tensor, "B T Vt"],
     labels: Int[Tensor, "B T"],
     objective: str | Objective = "hpd",
-    draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | None = None,
+    draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | Literal["exact"] | None = None,
     vocab: str = "shared_prefix",
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
@@ -46,7 +46,8 @@ def distillation_loss(
         teacher_logits: never differentiated.
         labels: token ids; `ignore_index` marks positions without a label.
         objective: a name of OBJECTIVES, or an `Objective`.
-        draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`.
+        draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`; "exact": HPD's expectation
+            over the draw.
         vocab: `shared_prefix` cuts both to the shorter vocabulary and drops labels beyond; `error` refuses unequal ones.
         reduction: `mean` over the label tokens, or `sum`.
         **params: the objective's parameters, and fields of `TermConfig` (temperature, num_draws, draw_share, support, ...).
@@ -74,7 +75,7 @@ def fused_distillation_loss(
     teacher_head: Float[Tensor, "Vt Dt"] | Head,
     labels: Int[Tensor, "B T"],
     objective: str | Objective = "hpd",
-    draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | None = None,
+    draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | Literal["exact"] | None = None,
     vocab: str = "shared_prefix",
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
@@ -97,7 +98,7 @@ def fused_distillation_loss(
 
 
 def _loss(
-    student: Scores, teacher: Scores, labels: Tensor, objective: str | Objective, draws: Tensor | None, vocab: str,
+    student: Scores, teacher: Scores, labels: Tensor, objective: str | Objective, draws: Tensor | str | None, vocab: str,
     ignore_index: int, reduction: str, generator: torch.Generator | None, params: dict[str, Any],
 ) -> LossOutput:  # fmt: skip
     if reduction not in _REDUCTIONS:
@@ -107,6 +108,8 @@ def _loss(
             f"labels are {tuple(labels.shape)}, but the student has {len(student.hidden)} positions and the teacher "
             f"{len(teacher.hidden)}: all three need the same B and T."
         )
+    if isinstance(draws, str):
+        draws, params = None, {**params, "draws": draws}
     term = _term(objective, params)
     shared = _shared(student.vocab, teacher.vocab, vocab)
     targets = torch.full_like(labels, IGNORE_INDEX)

@@ -94,6 +94,8 @@ class TermConfig:
     support: str | None = None
     """full, label, sampled, label+sampled, top_k, label+top_k, or label+full; null: the objective's own (label+sampled for
     hpd, label for nll, label+full for hpd_exact, else full)."""
+    draws: Literal["sampled", "exact"] = "sampled"
+    """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
     num_draws: int = 1
     """Tokens drawn from the student per position; used by sampled supports."""
     draw_share: Scalar = 1.0
@@ -114,6 +116,16 @@ class TermConfig:
     """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalised), or dropped."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
+
+    def exact(self) -> TermConfig:
+        """This term with `draws: exact` carried out: another objective, on another support."""
+        if self.draws == "sampled":
+            return self
+        if self.objective != "hpd" or self.support not in (None, "label+full"):
+            raise ValueError(
+                f"draws: exact is HPD's expectation on its own support, not {self.objective!r} on {self.support!r}."
+            )
+        return replace(self, objective="hpd_exact", draws="sampled")
 
     @property
     def scheduled(self) -> bool:
@@ -139,7 +151,7 @@ class TermConfig:
 
     def build(self, name: str | None = None) -> Term:
         """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
-        fixed = self.at(0.0)
+        fixed = self.at(0.0).exact()
         objective = _build_objective(fixed.objective, fixed.kwargs)
         support = fixed.build_support()
         return Term(name or self.objective, objective, support, fixed.weight, fixed.temperature).check()  # type: ignore[arg-type]

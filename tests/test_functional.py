@@ -105,6 +105,31 @@ def test_fresh_draws_come_from_the_generator():
     assert loss(0) == loss(0) != loss(1)
 
 
+def test_exact_draws_are_the_expectation_over_the_draw():
+    hidden, head, teacher_hidden, teacher_head, labels = batch(vocab=5, teacher_vocab=5)
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    exact = hpd.distillation_loss(*logits, labels, "hpd", draws="exact").loss
+    torch.testing.assert_close(exact, hpd.distillation_loss(*logits, labels, "hpd_exact").loss)
+    # One position, so that the expectation is a sum over five draws.
+    labels = torch.full((1, 2), -100)
+    labels[0, 1] = 3
+    one = [x[:1, :2] for x in logits]
+    probs = one[0][0, 0].softmax(-1)
+    sampled = [hpd.distillation_loss(*one, labels, "hpd", draws=torch.tensor([[a]])).loss for a in range(5)]
+    expected = sum(p * loss for p, loss in zip(probs, sampled, strict=True))
+    torch.testing.assert_close(hpd.distillation_loss(*one, labels, "hpd", draws="exact").loss, expected)
+
+
+def test_importance_weighted_draws_do_not_depend_on_their_number():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    draws = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
+    once = hpd.distillation_loss(*logits, labels, "hpd", draws=draws, importance=True)
+    thrice = hpd.distillation_loss(*logits, labels, "hpd", draws=draws[..., None].expand(2, 5, 3), importance=True, num_draws=3)
+    torch.testing.assert_close(once.loss, thrice.loss)
+    assert once.loss != hpd.distillation_loss(*logits, labels, "hpd", draws=draws).loss
+
+
 def test_shared_prefix_drops_labels_beyond():
     hidden, head, teacher_hidden, teacher_head, labels = batch(vocab=37, teacher_vocab=30)
     output = hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, "forward_kl")

@@ -49,6 +49,14 @@ def test_parameters_go_to_objective_or_term():
     assert (support.draws, support.share, support.importance) == (3, 0.5, False)
 
 
+def test_draws_exact_is_a_parameter_of_hpd():
+    (term,) = build_terms("hpd", {"draws": "exact", "reinforce": False})
+    assert str(term.support) == "label + full"
+    assert term.objective.domain == "label_and_vocabulary"
+    with pytest.raises(ValueError, match="draws: exact is HPD's expectation"):
+        build_terms("akl", {"draws": "exact"})
+
+
 def test_importance_is_unbiased_by_default_and_off_for_hpd():
     from hpd.terms import TermConfig
 

@@ -117,8 +117,11 @@ def weigh(
     if columns.coefficients is None:
         weights, value = term.objective.evaluate(*pair)
     else:
-        weights = term.objective.weights(*pair) * columns.coefficients
-        value = term.objective.value(*pair) * columns.coefficients
+        coefficients = columns.coefficients
+        if term.objective.domain == "label" and term.support.importance and term.support.draws > 1:
+            # Such an objective averages over its draws itself, and importance weights do so too.
+            coefficients = torch.cat([coefficients[:, :1], coefficients[:, 1:] * term.support.draws], dim=1)
+        weights, value = term.objective.weights(*pair) * coefficients, term.objective.value(*pair) * coefficients
     add(sums, f"value/{term.name}", value)
     if term.objective.stats is not None:
         for name, values in term.objective.stats(*pair).items():
