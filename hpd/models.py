@@ -30,6 +30,8 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     """
     path = source.model
     assert path is not None
+    if isinstance(source, TeacherConfig) and source.quantization is not None:
+        _quantization(source.quantization)
     _check_folder(path, role)
     try:
         config = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
