@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template
 from trl.data_utils import is_conversational
 
 from hpd.batch import IGNORE_INDEX
@@ -213,8 +214,7 @@ def _tokenise(row: dict[str, Any], tokenizer: Any, labels: str) -> tuple[list[in
         given = row.get("labels", row["input_ids"])
         return list(row["input_ids"]), [label != IGNORE_INDEX for label in given]
     if "messages" in row:
-        ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
-        return ids, [True] * len(ids)
+        return _tokenise_messages(row["messages"], tokenizer, labels)
     if "text" in row:
         ids = tokenizer(row["text"] + _missing_eos(row["text"], tokenizer))["input_ids"]
         return ids, [True] * len(ids)
@@ -227,6 +227,18 @@ def _tokenise(row: dict[str, Any], tokenizer: Any, labels: str) -> tuple[list[in
         ids = tokenizer(row["prompt"] + row["completion"] + _missing_eos(row["completion"], tokenizer))["input_ids"]
     shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
     return ids, [labels == "all" or i >= shared for i in range(len(ids))]
+
+
+def _tokenise_messages(messages: list[Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
+    """A whole conversation; with labels: assistant only the assistant's turns are labels, as the template marks them."""
+    if labels != "assistant":
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        return ids, [True] * len(ids)
+    template = None if "{% generation %}" in tokenizer.chat_template else get_training_chat_template(tokenizer)
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
+    )
+    return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
 
 
 def _missing_eos(text: str, tokenizer: Any) -> str:

@@ -129,3 +129,14 @@ def test_measure_sees_what_training_will(tmp_path):
     assert lengths.cut_rows == 0.0
     with pytest.raises(ValueError, match="Every label is masked.*max_length=2"):
         measure(rows, tokenizer, 2, "completion")
+
+
+def test_measure_counts_the_labels_that_training_keeps(tmp_path):
+    student, _ = tiny_pair("llama", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    turns = [{"role": "user", "content": "say one two"}, {"role": "assistant", "content": "one two"}]
+    rows = load_rows(DataConfig(path=str(write(tmp_path / "r.jsonl", [{"messages": turns}])), labels="assistant")).train
+    everything = measure(rows, tokenizer, 512, "completion").label_tokens
+    assistant = measure(rows, tokenizer, 512, "assistant").label_tokens
+    assert 0 < assistant < everything
+    assert assistant == len(tokenizer("one two<|im_end|>", add_special_tokens=False)["input_ids"])
