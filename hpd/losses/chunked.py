@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpd.losses.heads import Head, Scores
-from hpd.losses.tile import Sums, TileInputs, add, tile_gradient_
+from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, tile_gradient_
 from hpd.terms import Term
 
 __all__ = ["Plan", "chunked_reweighted_nll"]
 
-# Scratch per tile on a CPU: a few of these fit the second-level cache, and larger tiles amortise the cost of starting a
-# parallel region (measured: 2 rows of 49,152 cost 3x the passes of 32 rows).
+# Scratch per tile on a CPU: small beside a chunk, and large enough to amortise the start of a parallel region (measured: a pass
+# over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
 _TILE_BYTES = 8 * 2**20
 
 
@@ -112,6 +112,10 @@ def _chunk_buffers(like: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> F
     if like.device.type != "cpu":
         return like.new_empty(2, rows, vocab, dtype=dtype)
     size = 2 * rows * vocab
+    if not _cpu_scratch:
+        # glibc returns freed memory to the system by a threshold that the largest block freed so far sets; this one raises it
+        # above what the tiles use, whose pages would otherwise be cleared anew at every operation.
+        torch.empty(31 * 2**20, dtype=torch.uint8)
     if dtype not in _cpu_scratch or _cpu_scratch[dtype].numel() < size:
         _cpu_scratch[dtype] = like.new_empty(size, dtype=dtype)
     return _cpu_scratch[dtype][:size].view(2, rows, vocab)
@@ -146,19 +150,35 @@ def _chunk_gradient_(
     # A product of finite numbers is finite; a bias, or logits from elsewhere, may mask tokens with -inf.
     finite = all(h.weight is not None and h.bias is None for h in (head, plan.teacher.head))
     rows = max(1, _TILE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else size
+    _chunk_metrics(logits, teacher_logits, chunk.start, rows, plan.metric_stride, sums)
     for start in range(0, size, rows):
         tile = slice(start, min(start + rows, size))
         first = chunk.start + start
         inputs = plan.inputs.rows(slice(first, chunk.start + tile.stop))
-        metric_rows = slice(-first % plan.metric_stride, None, plan.metric_stride) if plan.metric_stride else None
         slope = None
         if head.softcap is not None:
             slope = 1.0 - (logits[tile] / head.softcap).square_()
-        gradient = tile_gradient_(logits[tile], teacher_logits[tile], inputs, plan.terms, sums, metric_rows, scale, finite)
+        gradient = tile_gradient_(logits[tile], teacher_logits[tile], inputs, plan.terms, sums, scale, finite)
         if slope is not None:
             gradient.mul_(slope)
     add(sums, "tokens", torch.ones_like(logits[:, 0]))
     return logits
+
+
+def _chunk_metrics(logits: Tensor, teacher_logits: Tensor, first: int, tile_rows: int, stride: int, sums: Sums) -> None:
+    """Metrics of the full distributions at every `stride`-th position, counted over the whole batch.
+
+    The chosen rows of a chunk are taken together: spread over its tiles they would be slivers, and starting a parallel
+    region for each costs more than the arithmetic.
+    """
+    if not stride:
+        return
+    chosen = range(-first % stride, len(logits), stride)
+    for start in range(0, len(chosen), tile_rows):
+        part = chosen[start : start + tile_rows]
+        rows = slice(part.start, part.stop, stride)
+        log_p, log_q = (torch.log_softmax(side[rows], -1) for side in (teacher_logits, logits))
+        distribution_metrics(log_p, log_q, sums)
 
 
 def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:

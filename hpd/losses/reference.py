@@ -48,7 +48,7 @@ def reference_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor,
         log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
         if plan.metric_stride:
             rows = slice(None, None, plan.metric_stride)
-            distribution_metrics(log_p[rows], log_q[rows], log_q[rows].exp(), sums)
+            distribution_metrics(log_p[rows], log_q[rows], sums)
         add(sums, "tokens", torch.ones_like(log_q[:, 0]))
         if plan.teacher.vocab > plan.vocab:
             everything = torch.softmax(logits(plan.teacher), -1)

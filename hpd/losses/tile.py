@@ -57,7 +57,6 @@ def tile_gradient_(
     inputs: TileInputs,
     terms: Sequence[Term],
     sums: Sums,
-    metric_rows: slice | None,
     scale: Float[Tensor, ""],
     finite: bool = False,
 ) -> Float[Tensor, "R V"]:
@@ -65,9 +64,8 @@ def tile_gradient_(
 
     .. math:: \frac{\partial L}{\partial z_v} = s \Big[\Big(\sum_u w_u\Big) q_v - w_v\Big]
 
-    Both arguments are used as scratch space. `sums` gains the value of every term, the objectives' own statistics and, on
-    `metric_rows`, the metrics of the two full distributions. `scale` is s; `finite` promises that no logit is -inf, which saves
-    two passes. Returns `student_logits`.
+    Both arguments are used as scratch space. `sums` gains the value of every term and the objectives' own statistics. `scale`
+    is s; `finite` promises that no logit is -inf, which saves two passes. Returns `student_logits`.
     """
     torch.log_softmax(student_logits, -1, out=student_logits)
     torch.log_softmax(teacher_logits, -1, out=teacher_logits)
@@ -76,8 +74,6 @@ def tile_gradient_(
         log_q.clamp_(min=LOGPROB_FLOOR)
         log_p.clamp_(min=LOGPROB_FLOOR)
     q = torch.exp(log_q)
-    if metric_rows is not None:
-        distribution_metrics(log_p[metric_rows], log_q[metric_rows], q[metric_rows], sums)
     dense: list[tuple[Tensor, Tensor]] = []
     sparse: list[tuple[Tensor, Tensor]] = []
     softened: list[Tensor] = []
@@ -163,16 +159,24 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
     return gradient.mul_(term.weight / term.temperature)
 
 
-def distribution_metrics(log_p: Tensor, log_q: Tensor, q: Tensor, sums: Sums) -> None:
-    """Both KLs, both entropies (nats) and top-1 agreement of the full distributions, summed over the rows."""
+def distribution_metrics(log_p: Tensor, log_q: Tensor, sums: Sums) -> None:
+    """Both KLs, both entropies (nats) and top-1 agreement of the full distributions, summed over the rows.
+
+    Overwrites nothing but -inf, which becomes the floor.
+    """
     if not len(log_p):
         return
-    log_p, log_q = log_p.clamp_min(LOGPROB_FLOOR), log_q.clamp_min(LOGPROB_FLOOR)
-    p = torch.exp(log_p)
-    gap = log_p - log_q
-    add(sums, "forward_kl", p * gap)
-    add(sums, "reverse_kl", q * -gap)
-    add(sums, "teacher_entropy", p * -log_p)
-    add(sums, "student_entropy", q * -log_q)
-    add(sums, "top1_agreement", (log_p.argmax(-1) == log_q.argmax(-1)).float())
+    log_p.clamp_(min=LOGPROB_FLOOR)
+    log_q.clamp_(min=LOGPROB_FLOOR)
+    p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
+    product = torch.empty_like(gap)
+    for name, probs, logs, sign in (
+        ("forward_kl", p, gap, 1),
+        ("reverse_kl", q, gap, -1),
+        ("teacher_entropy", p, log_p, -1),
+        ("student_entropy", q, log_q, -1),
+    ):
+        add(sums, name, torch.mul(probs, logs, out=product).sum(-1) * sign)
+    # max() finds the index in half the time that argmax() takes on a CPU.
+    add(sums, "top1_agreement", (log_p.max(-1).indices == log_q.max(-1).indices).float())
     add(sums, "metric_tokens", torch.ones_like(log_p[:, 0]))
