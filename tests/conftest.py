@@ -13,8 +13,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# The modules whose signatures carry shapes. The trainer's are left out: their types are foreign classes and protocols. So are the
-# objectives': torch.compile, which their tests use, cannot trace the checks.
+# The modules whose signatures carry shapes. The trainer's are left out, their types are foreign classes and protocols; so are
+# the objectives', since torch.compile, which their tests use, cannot trace the checks.
 SHAPED = ["batch", "estimators", "forward", "functional", "losses", "sampling", "supports", "terms"]
 install_import_hook([f"hpd.{module}" for module in SHAPED], "beartype.beartype")
 
