@@ -115,4 +115,9 @@ def _quantization(bits: str) -> BitsAndBytesConfig:
 
 def _explain(path: str, role: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
+    if not Path(path).exists():
+        return (
+            f"The {role} {path!r} is no folder here, and cannot be had from the Hub either. Check the name (make models makes "
+            f"the folders that recipes/gsm8k_smollm2.yaml names). The Hub client says: {reason}"
+        )
     return f"The {role} {path!r} cannot be loaded: {reason}"

@@ -105,6 +105,7 @@ def test_methods_lists_the_table():
         (["train", "recipe.yaml", "teacher=."], "has no config.json"),
         (["train", "recipe.yaml", "teacher=./nowhere"], "does not exist"),
         (["train", "recipe.yaml", "teacher={model: teacher, quantization: 4bit}"], "pip install 'hpd[quantization]'"),
+        (["train", "recipe.yaml", "teacher=no-such-org/no-such-model"], "is no folder here, and cannot be had from the Hub"),
         (["train", "recipe.yaml", "data.path=empty.jsonl"], "is empty"),
         (["train", "recipe.yaml", "train.max_length=2"], "Every label is masked"),
         (["train", "recipe.yaml", "teacher=other"], "the two tokenizers are different"),
