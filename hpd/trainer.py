@@ -135,7 +135,7 @@ class DistillTrainer(SFTTrainer):
             raise ValueError("The fused loss builds no logits: set prediction_loss_only=True and drop compute_metrics.")
         mode = "train" if self.model.training else "eval"
         batch = TokenBatch.pop(inputs)
-        teacher = self.teacher.scores(inputs, batch.index)
+        teacher = self.teacher.scores(inputs, batch)
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)
         if mode == "train" and self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -218,7 +218,7 @@ def test_self_teacher_is_the_adapter_switched_off(pair, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = make_trainer(pair, tmp_path, teacher=SelfTeacher(), peft_config=config, method="forward_kl")
     batch = first_batch(trainer)
-    scores = trainer.teacher.scores(batch, batch["label_index"])
+    scores = trainer.teacher.scores(batch, TokenBatch.pop(dict(batch)))
     reference = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():

@@ -6,11 +6,11 @@ import copy
 from typing import Any, Protocol, cast
 
 from accelerate import Accelerator
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 
+from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
 from hpd.losses import Scores
 
@@ -24,8 +24,11 @@ class Teacher(Protocol):
         """Place the teacher like the student; called once, before the first step."""
         ...
 
-    def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
-        """Hidden states at the label positions `index` of the flattened batch, and the head; no gradient."""
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
+        """Hidden states at the label positions of `batch`, and the head; no gradient.
+
+        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up.
+        """
         ...
 
 
@@ -50,8 +53,8 @@ class ModelTeacher:
             placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
             self.model = accelerator.prepare_model(self.model, device_placement=False if placed else None, evaluation_mode=True)
 
-    def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
-        return scores_of(self.model, inputs, index)
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
+        return scores_of(self.model, inputs, batch.index)
 
 
 class SelfTeacher:
@@ -72,9 +75,9 @@ class SelfTeacher:
         self._copy = ModelTeacher(copy.deepcopy(accelerator.unwrap_model(student)))
         self._copy.prepare(student, accelerator)
 
-    def scores(self, inputs: dict[str, Any], index: Int[Tensor, "N"]) -> Scores:
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
         if self._copy is not None:
-            return self._copy.scores(inputs, index)
+            return self._copy.scores(inputs, batch)
         assert self._student is not None, "prepare() comes first"
         with cast(Any, self._accelerator.unwrap_model(self._student)).disable_adapter():
-            return scores_of(self._student, inputs, index)
+            return scores_of(self._student, inputs, batch.index)
