@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.forward import scores_of
 from hpd.losses import Head, Scores
-from hpd.losses.chunked import project_
+from hpd.losses.products import project_
 from hpd.teachers.identity import model_fingerprint, tokenizer_hash
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.wire import Query, check_finite

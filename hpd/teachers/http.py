@@ -42,7 +42,9 @@ def read_key(name: str | None) -> str | None:
         return None
     key = os.environ.get(name, "")
     if not key:
-        raise ValueError(f"api_key_env names the environment variable {name}, which is not set: export it, or remove the field.")
+        raise ValueError(
+            f"api_key_env names the environment variable {name}, which is not set: export it, or remove the field."
+        )
     return key
 
 

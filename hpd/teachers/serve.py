@@ -18,7 +18,7 @@ from hpd._version import __version__
 from hpd.teachers.backend import Backend, Batcher, Busy, Wanted
 from hpd.teachers.wire import FINGERPRINT_HEADER, MEDIA_TYPE, WIRE_DTYPES, dump, read_query
 
-__all__ = ["ServeSettings", "build_app", "is_loopback", "serve"]
+__all__ = ["ServeSettings", "build_app", "is_loopback", "serve", "serve_model"]
 
 _LOGGER = logging.getLogger(__name__)
 _BODY_SECONDS = 30.0
@@ -42,7 +42,7 @@ class ServeSettings(NamedTuple):
     graceful_seconds: int = 120
     """After SIGTERM, how long requests in flight may take."""
 
-    def check(self) -> ServeSettings:
+    def check(self) -> "ServeSettings":
         """Return self, or raise ValueError where the server would be open to a network without a token."""
         if self.token is not None and len(self.token) < 16:
             raise ValueError("The server's token is shorter than 16 characters: make one with `openssl rand -hex 32`.")
@@ -89,6 +89,7 @@ def build_app(backend: Backend, settings: ServeSettings) -> Any:
     if settings.token is None:
         # Without a token, a web page that points its own name at this machine (DNS rebinding) must not get in.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
+    app.add_middleware(_BoundedBodies, limit=settings.max_body_bytes)  # type: ignore[arg-type]
     app.include_router(_routes(backend, batcher, settings))
     return app
 
@@ -146,7 +147,7 @@ async def _read(request: Any, backend: Backend, settings: ServeSettings) -> Any:
 
     if request.headers.get("content-type", "").split(";")[0] != MEDIA_TYPE:
         raise HTTPException(415, f"the content type must be {MEDIA_TYPE}")
-    content = await _body(request, settings.max_body_bytes)
+    content = await _body(request)
     limits = {"max_tokens": settings.max_request_tokens, "max_row_tokens": backend.max_row_tokens}
     try:
         return read_query(content, vocab=backend.vocab, **limits)
@@ -154,25 +155,39 @@ async def _read(request: Any, backend: Backend, settings: ServeSettings) -> Any:
         raise HTTPException(422, str(error)) from None
 
 
-async def _body(request: Any, limit: int) -> bytes:
-    """The whole body, refused as soon as it is known to be too large or too slow."""
+async def _body(request: Any) -> bytes:
+    """The whole body, which `_BoundedBodies` has let in, refused where it takes too long."""
     from anyio import fail_after
     from fastapi import HTTPException
 
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > limit:
-        raise HTTPException(413, f"the body may have {limit} bytes")
-    parts, size = [], 0
     try:
         with fail_after(_BODY_SECONDS):
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise HTTPException(413, f"the body may have {limit} bytes")
-                parts.append(part)
+            return await request.body()
     except TimeoutError:
-        raise HTTPException(408, f"the body took longer than {_BODY_SECONDS:g} s") from None
-    return b"".join(parts)
+        raise HTTPException(408, f"the body took longer than {_BODY_SECONDS:g} s", {"Connection": "close"}) from None
+
+
+class _BoundedBodies:
+    """Refuses bodies that are too long, or do not say how long they are, before anything reads them (ASGI middleware).
+
+    The connection is closed with the answer: what is refused must not be received all the same.
+    """
+
+    def __init__(self, app: Any, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = dict(scope.get("headers", ()))
+        length = headers.get(b"content-length", b"0")
+        fine = b"transfer-encoding" not in headers and length.isdigit() and int(length) <= self._limit
+        if scope["type"] != "http" or fine:
+            await self._app(scope, receive, send)
+            return
+        from starlette.responses import JSONResponse
+
+        text = f"the body may have {self._limit} bytes, and needs a content-length"
+        await JSONResponse({"detail": text}, 413, {"Connection": "close"})(scope, receive, send)
 
 
 def _retry_after(batcher: Batcher) -> int:
@@ -239,21 +254,38 @@ def serve(backend: Backend, settings: ServeSettings) -> None:
     )  # fmt: skip
 
 
-def serve_model(source: Any, settings: ServeSettings, max_batch_tokens: int) -> None:
-    """Load a model and `serve` it."""
+def serve_model(model_path: str, dtype: str, quantization: str | None, settings: ServeSettings, max_batch_tokens: int) -> None:
+    """Load a model and `serve` it.
+
+    Args:
+        model_path: Hub id or folder.
+        dtype: of its weights; auto: as saved.
+        quantization: 4bit, 8bit or None.
+        settings: address, token and bounds.
+        max_batch_tokens: tokens of one forward.
+
+    Raises:
+        ValueError: unknown dtype or quantization, no such model, no FastAPI, or no token where one is needed.
+    """
     _require_fastapi()
     settings.check()
+    from hpd.config import TeacherConfig
     from hpd.models import load_model, load_tokenizer
     from hpd.train import quiet_libraries
 
+    if dtype not in ("auto", *WIRE_DTYPES):
+        raise ValueError(f"dtype must be auto or one of {', '.join(WIRE_DTYPES)}, got {dtype!r}.")
+    if quantization not in (None, "4bit", "8bit"):
+        raise ValueError(f"quantization must be 4bit or 8bit, got {quantization!r}.")
     quiet_libraries()
+    source = TeacherConfig(model=model_path, dtype=dtype, quantization=quantization)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(source, "teacher")
     model: Any = load_model(source, "teacher")
     if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     backend = Backend(model, tokenizer, max_batch_tokens)
     print(
-        f"teacher {source.model} on http://{settings.host}:{settings.port} (process {os.getpid()}, fingerprint "
+        f"teacher {model_path} on http://{settings.host}:{settings.port} (process {os.getpid()}, fingerprint "
         f"{backend.fingerprint}, {backend.vocab} tokens, {'a token' if settings.token else 'no token'} needed)",
         flush=True,
     )
