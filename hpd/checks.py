@@ -51,7 +51,8 @@ def check_served(teacher: TeacherConfig) -> None:
         raise ValueError("teacher.top_k and tail have no effect with protocol hpd, which is exact: remove them.")
     if teacher.protocol != "hpd" and teacher.dtype != "auto":
         raise ValueError("teacher.dtype has an effect on types model and server with protocol hpd only: remove it.")
-    if (teacher.top_k or 1) < 1 or teacher.concurrency < 1 or teacher.timeout_seconds <= 0 or teacher.wait_seconds < 0:
+    too_few = teacher.top_k is not None and teacher.top_k < 1
+    if too_few or teacher.concurrency < 1 or teacher.timeout_seconds <= 0 or teacher.wait_seconds < 0:
         raise ValueError("teacher needs top_k >= 1, concurrency >= 1, timeout_seconds > 0 and wait_seconds >= 0.")
 
 

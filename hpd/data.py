@@ -98,7 +98,8 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
     datasets.disable_progress_bars()
     renamed = {given: wanted for wanted, given in config.columns.items()}
     prompts = []
-    for index, row in enumerate(_read(config.path, config)):
+    for index, given in enumerate(_read(config.path, config)):
+        row: dict[str, Any] = dict(given)
         named = {renamed.get(name, name): value for name, value in row.items()}
         if reference is not None and reference not in row:
             raise ValueError(f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}.")
@@ -109,6 +110,8 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
 
 
 def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, reference: str | None) -> PromptRow:
+    prompt: Any
+    answer: Any
     if row.get("messages"):
         last = row["messages"][-1]
         answered = last["role"] == "assistant"

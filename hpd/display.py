@@ -27,7 +27,14 @@ from hpd.terms import nearest
 from hpd.train import Progress as TrainProgress
 from hpd.train import train
 
-__all__ = ["evaluate_with_display", "generate_with_display", "show_methods", "show_summary", "show_verdicts", "train_with_display"]
+__all__ = [
+    "evaluate_with_display",
+    "generate_with_display",
+    "show_methods",
+    "show_summary",
+    "show_verdicts",
+    "train_with_display",
+]
 
 console = Console()
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
@@ -146,9 +153,9 @@ def generate_with_display(recipe: Recipe, overwrite: bool = False) -> None:
     quiet_libraries()
     summary = generate(recipe, overwrite=overwrite, progress=progress_bar("completions"))
     console.print(
-        f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept ({summary['truncated']:,} cut, "
-        f"{summary['empty']:,} empty, {summary['wrong']:,} wrong), {summary['tokens']:,} tokens, in "
-        f"{(recipe.generate or GenerateConfig()).output}",
+        f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
+        f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
+        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
         highlight=False,
     )
 

@@ -63,7 +63,7 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int
 
     Args:
         recipe: `data`, `teacher` and `generate` are read.
-        overwrite: replace existing output.
+        overwrite: replace existing output, and a part that other settings began.
         progress: called with (completions written, completions in total).
 
     Returns:
@@ -152,21 +152,23 @@ class _Part:
         self.path = path
         self._lines: list[str] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not overwrite:
-            self._resume(identity)
+        if path.exists():
+            self._resume(identity, overwrite)
         if not self._lines:
             self._lines = [identity]
             path.write_text(identity + "\n", encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
-    def _resume(self, identity: str) -> None:
+    def _resume(self, identity: str, overwrite: bool) -> None:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.decode("utf-8").split("\n")[:-1]
         if lines and lines[0] != identity:
+            if overwrite:
+                return
             raise ValueError(
-                f"{self.path} holds completions of other settings, another model or other rows. Go on with those, delete it, or "
-                "start anew with --overwrite."
+                f"{self.path} holds completions of other settings, another model or other rows. Go on with those, delete it, "
+                "or start anew with --overwrite."
             )
         self._lines = lines
         with self.path.open("r+b") as file:
@@ -208,8 +210,8 @@ def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
     if config.model is None and teacher.type == "server":
         if teacher.protocol not in (None, "openai", "echo"):
             raise ValueError(
-                f"hpd generate asks servers through /v1/completions, which protocol {teacher.protocol} is not. Set teacher.protocol "
-                "to openai, or name a model in generate.model."
+                f"hpd generate asks servers through /v1/completions, which protocol {teacher.protocol} is not. Set "
+                "teacher.protocol to openai, or name a model in generate.model."
             )
         # Prompts are sent as token ids: what the server's own template or BOS rule would add is under our control.
         source = ModelConfig(model=recipe.student.model, tokenizer=teacher.tokenizer or recipe.student.tokenizer)

@@ -192,7 +192,7 @@ class DistillTrainer(SFTTrainer):
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
-        state = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}", "trainer_state.json")
+        state = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", "trainer_state.json")
         # One process decides: another may look after the first has begun to write.
         written = gather_object([os.path.isfile(state)])[0] if self.accelerator.num_processes > 1 else os.path.isfile(state)
         if self.state.global_step and not written:

@@ -53,7 +53,7 @@ class HpdClient:
             )
         try:
             self.fingerprint = str(facts["fingerprint"])
-            self.config = PreTrainedConfig(vocab_size=int(facts["vocab"]), hidden_size=int(facts["hidden_size"]))
+            self.config = PreTrainedConfig(vocab_size=int(facts["vocab"]), hidden_size=int(facts["hidden_size"]))  # type: ignore[call-arg]
             self._dtype = facts["dtype"] if self._source.dtype == "auto" else self._source.dtype
             self.max_row_tokens, self.max_request_tokens = int(facts["max_row_tokens"]), int(facts["max_request_tokens"])
             same = facts["tokenizer"] == tokenizer_hash(student)

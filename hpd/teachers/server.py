@@ -23,8 +23,8 @@ from hpd.losses import TeacherScores
 from hpd.losses.heads import TopKScores
 from hpd.pairing import Verdict
 from hpd.teachers.dialects import DIALECTS, read_places, top_k_tensors
-from hpd.teachers.http import Connection, read_key
 from hpd.teachers.hpd_client import HpdClient
+from hpd.teachers.http import Connection, read_key
 from hpd.teachers.model import TeacherUnavailable
 from hpd.teachers.rows import Row, grouped, rows_of
 from hpd.terms import Term, TermConfig
@@ -44,10 +44,13 @@ class Backend(Protocol):
 
     config: PreTrainedConfig
     """Its vocabulary size, as far as pairs are checked by it."""
-    tokenizer: PreTrainedTokenizerBase | None
-    """Rebuilt from what the server says; None where it says nothing."""
     max_row_tokens: int
     max_request_tokens: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Rebuilt from what the server says; None where it says nothing."""
+        ...
 
     def connect(self, student: PreTrainedTokenizerBase) -> None:
         """Ask the server who it is; raises ValueError where it cannot be this student's teacher."""
@@ -199,7 +202,7 @@ class _TopKClient:
         self._source = source
         self._dialect = DIALECTS[source.protocol or "openai"]
         self.top_k = source.top_k or _DEFAULT_TOP_K
-        self.config = PreTrainedConfig(vocab_size=vocab)
+        self.config = PreTrainedConfig(vocab_size=vocab)  # type: ignore[call-arg]
         self.vocab = vocab
         self.tokenizer = None
         self.max_row_tokens = 2**31
@@ -214,15 +217,15 @@ class _TopKClient:
             (t, p.text) for t, p in zip(prompt, self._places([row], texts=True)[0], strict=True) if p and p.text is not None
         ]
         # A token that is part of a character has no text of its own.
-        pairs = [(student.decode([token]), text) for token, text in told]
+        pairs = [(str(student.decode([token])), text) for token, text in told]
         known = [(ours.strip(), text.strip(" ▁Ġ")) for ours, text in pairs if "�" not in ours + text]
         differing = [pair for pair in known if pair[0] != pair[1]]
         if len(differing) > len(known) // 4:
             ours, theirs = differing[0]
             raise ValueError(
-                f"The teacher at {self._connection.url} reads the student's token ids as other text ({theirs!r} where the student "
-                f"has {ours!r}, {len(differing)} of {len(known)} tokens): its tokenizer is another. Choose a teacher of the "
-                "student's family."
+                f"The teacher at {self._connection.url} reads the student's token ids as other text ({theirs!r} where the "
+                f"student has {ours!r}, {len(differing)} of {len(known)} tokens): its tokenizer is another. Choose a teacher "
+                "of the student's family."
             )
 
     def ask(self, rows: Sequence[Row]) -> dict[str, Tensor]:
