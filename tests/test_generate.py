@@ -236,7 +236,8 @@ def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted
     scripted.answer = good
     scripted.requests.clear()
     generate(recipe(pair, rows, output, teacher))
-    assert len(scripted.requests) == 2
+    # Only the last chunk's two (a request that was on its way when the first call failed may be seen twice).
+    assert len({request["seed"] for request in scripted.requests}) == 2
     assert len(lines(output)) == 10
 
 

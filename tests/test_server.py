@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import threading
 import time
@@ -489,36 +487,39 @@ def test_the_trainer_can_be_told_to_stop(pair, rows, tmp_path):
     assert train(recipe(pair, rows, tmp_path / "run", str(pair[1])))["steps"] == 4
 
 
-def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(pair, rows, tmp_path):
+def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(pair, rows, tmp_path, monkeypatch, capfd):
     """A server that repeats the key in its errors, as the best-known one does; the run fails half-way."""
+    from typer.testing import CliRunner
+
+    from hpd.cli import app
+
     server = PromptServer(pair[1], key=CANARY)
     teacher = {"type": "server", "model": "tiny", "api_key_env": "TEACHER_KEY", "wait_seconds": 0.5}
-    terms = [{"objective": "forward_kl", "support": "label"}]
     with server.running() as url:
         tree = {
-            "student": str(pair[0]), "teacher": {**teacher, "url": url}, "data": {"path": str(rows)}, "terms": terms,
-            "output_dir": str(tmp_path / "run"),
+            "student": str(pair[0]), "teacher": {**teacher, "url": url}, "data": {"path": str(rows)},
+            "terms": [{"objective": "forward_kl", "support": "label"}], "output_dir": str(tmp_path / "run"),
             "train": {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 64, "gradient_checkpointing": False},
         }  # fmt: skip
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
-        command = [sys.executable, "-m", "hpd", "train", str(tmp_path / "recipe.yaml")]
-        environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
+        command = ["train", str(tmp_path / "recipe.yaml")]
+        monkeypatch.setattr(sys, "argv", ["hpd", *command])
 
         def run(key):
-            return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**environment, "TEACHER_KEY": key})
+            monkeypatch.setenv("TEACHER_KEY", key)
+            return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, command)
 
         server.fault = lambda n, reply: reply if n <= 5 else (500, {}, f"key {CANARY} is over its limit".encode())
-        done = run(CANARY)
-        assert done.returncode == 75, done.stderr
-        assert "Go on with: hpd train" in done.stderr
-        assert "key [key] is over its limit" in done.stderr
-        assert "Traceback" not in done.stderr
+        stopped = run(CANARY)
+        assert stopped.exit_code == 75, stopped.output
+        assert f"Go on with: hpd train {tmp_path / 'recipe.yaml'}" in stopped.output
+        assert "key [key] is over its limit" in stopped.output
         assert list((tmp_path / "run").glob("checkpoint-*"))
-        server.fault, other = None, CANARY + "-wrong"
-        refused = run(other)
-        assert refused.returncode == 2
-        assert "Incorrect API key provided" in refused.stderr
+        server.fault = None
+        refused = run(CANARY + "-wrong")
+        assert refused.exit_code == 2
+        assert "Incorrect API key provided" in refused.output
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 5
     assert not [file for file in files if CANARY.encode() in file.read_bytes()]
-    assert CANARY not in done.stdout + done.stderr + refused.stdout + refused.stderr
+    assert CANARY not in "".join([stopped.output, refused.output, *capfd.readouterr()])
