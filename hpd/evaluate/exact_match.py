@@ -84,6 +84,9 @@ class ExactMatch:
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
         return [grade_exactly(answer.text, example.answer) for example, answer in zip(examples, answers, strict=True)]
 
+    def same(self, first: str, second: str) -> bool:
+        return same_answer(first, second)
+
 
 def grade_exactly(text: str, reference: str) -> Verdict:
     """Compare the final answer of `text`, or `text` as a whole where it is nothing but the answer."""

@@ -1,5 +1,6 @@
 """How answers are written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,3 +64,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"temperature": 0.7, "top_p": 0.95},  # arXiv 2604.20244: with 32,768 tokens; avg@32 on AIME and AMC, else avg@8
 }
 """Name -> fields of `GenerationSettings`."""
+
+
+def settings_for(defaults: Mapping[str, Any], preset: str | None = None, **given: Any) -> GenerationSettings:
+    """The settings of an evaluation: what is given, before the preset, before the task's `defaults`, before the class's.
+
+    Args:
+        defaults: `Task.defaults`.
+        preset: a name of `PRESETS`.
+        given: fields; None means not given.
+
+    Raises:
+        ValueError: unknown preset, or values that do not go together.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}.")
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return GenerationSettings(**{**defaults, **PRESETS.get(preset or "", {}), **chosen})

@@ -103,6 +103,13 @@ class Summary(Protocol):
 
 
 @runtime_checkable
+class Comparable(Protocol):
+    """A task whose extracted answers can be compared with each other, so that samples can vote (maj@n)."""
+
+    def same(self, first: str, second: str) -> bool: ...
+
+
+@runtime_checkable
 class Notice(Protocol):
     """A task with something to say before it starts, such as what a judge will cost."""
 
