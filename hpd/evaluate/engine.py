@@ -24,7 +24,7 @@ from transformers import (
 from hpd.evaluate.settings import GenerationSettings
 from hpd.evaluate.task import Answer
 
-__all__ = ["Engine", "Request", "TransformersEngine", "longest_first"]
+__all__ = ["Engine", "Request", "TransformersEngine", "end_token_ids", "longest_first"]
 
 
 class Request(NamedTuple):
@@ -82,7 +82,13 @@ class TransformersEngine:
         return longest_first(lengths, settings.batch_size)
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings, limit: int) -> list[Answer]:
-        end_ids = _end_ids(self.model, self.tokenizer)
+        end_ids = end_token_ids(self.model, self.tokenizer)
+        answers = self.generate_tokens(requests, settings, limit)
+        return [_finish(self.tokenizer, answer, end_ids, settings.stop) for answer in answers]
+
+    def generate_tokens(self, requests: Sequence[Request], settings: GenerationSettings, limit: int) -> list[list[int]]:
+        """The token ids behind `generate`, end token included; what follows a stop string is not yet cut off."""
+        end_ids = end_token_ids(self.model, self.tokenizer)
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (end_ids or [0])[0]
         config = GenerationConfig(
             max_new_tokens=limit,
@@ -94,7 +100,8 @@ class TransformersEngine:
         )
         with _ready_to_generate(self.model), torch.inference_mode():
             answers = self._generate_batch(requests, config, settings)
-        return [_finish(self.tokenizer, answer, end_ids, settings.stop) for answer in answers]
+        ends = [next((place + 1 for place, token in enumerate(answer) if token in end_ids), None) for answer in answers]
+        return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
 
     def _generate_batch(
         self, requests: Sequence[Request], config: GenerationConfig, settings: GenerationSettings
@@ -189,7 +196,7 @@ def _first(holds: Callable[[int], bool], last: int) -> int:
     return low
 
 
-def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the checkpoint's, and the tokenizer's, which fine-tuned checkpoints often lack."""
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     of_model = [of_model] if isinstance(of_model, int) else list(of_model or [])
