@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hpd.evaluate.exact_match import ExactMatch
     from hpd.evaluate.generate import generate_answers
     from hpd.evaluate.run import EvalResult, Record, evaluate
-    from hpd.evaluate.settings import PRESETS, GenerationSettings
+    from hpd.evaluate.settings import PRESETS, GenerationSettings, settings_for
     from hpd.evaluate.task import Answer, Example, Prompt, Task, Verdict
     from hpd.evaluate.tasks import TASKS, make_task
 
@@ -20,7 +20,7 @@ _MODULES = {
     "exact_match": ("ExactMatch",),
     "generate": ("generate_answers",),
     "run": ("EvalResult", "Record", "evaluate"),
-    "settings": ("PRESETS", "GenerationSettings"),
+    "settings": ("PRESETS", "GenerationSettings", "settings_for"),
     "task": ("Answer", "Example", "Prompt", "Task", "Verdict"),
     "tasks": ("TASKS", "make_task"),
 }
@@ -42,6 +42,7 @@ __all__ = [
     "generate_answers",
     "make_task",
     "same_answer",
+    "settings_for",
     "stated_answer",
 ]
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +14,21 @@ from hpd.evaluate.partial import PartialAnswers
 from hpd.evaluate.settings import GREEDY, GenerationSettings
 from hpd.evaluate.task import Answer, Example, Message, Prompt
 
-__all__ = ["Generated", "Progress", "answer_examples", "encode_prompt", "generate_answers"]
+__all__ = ["Generated", "Group", "Progress", "answer_examples", "encode_prompt", "generate_answers"]
 
 _LOGGER = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (answers so far, answers in total) after each batch."""
+
+
+class Group(NamedTuple):
+    """The processes that share an evaluation."""
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+    """Every process's object, on every process."""
 
 
 class Generated(NamedTuple):
@@ -69,19 +78,24 @@ def answer_examples(
     settings: GenerationSettings,
     progress: Progress | None = None,
     partial: PartialAnswers | None = None,
+    group: Group | None = None,
 ) -> Generated:
     """The engine's answers to examples, follow-ups included; see `generate_answers`.
 
     Args:
         partial: where batches are kept as they are finished, and taken from where they are there already. Batches are
             repeated or skipped as a whole, so the answers are those of an evaluation without an interruption.
+        group: processes that each take every size-th batch; the batches, and so the answers, are those of one process.
     """
     first_turns = [encode_prompt(engine.tokenizer, example.prompt, settings) for example in examples]
     limit = _answer_limit(engine, examples, first_turns, settings)
     keys = [(problem, sample) for problem in range(len(examples)) for sample in range(settings.num_samples)]
     answers: dict[tuple[int, int], Answer] = {}
     seconds = 0.0
+    rank, size = (group.rank, group.size) if group is not None else (0, 1)
     for number, batch in enumerate(engine.batches([len(first_turns[problem]) for problem, _ in keys], settings)):
+        if number % size != rank:
+            continue
         chosen = [keys[index] for index in batch]
         done = partial.batch(number) if partial is not None else None
         if done is None:
@@ -93,7 +107,11 @@ def answer_examples(
         answers.update(zip(chosen, done[0], strict=True))
         seconds += done[1]
         if progress is not None:
-            progress(len(answers), len(keys))
+            progress(min(len(answers) * size, len(keys)), len(keys))
+    if group is not None:
+        shares = group.gather((answers, seconds))
+        answers = {key: answer for share, _ in shares for key, answer in share.items()}
+        seconds = max(spent for _, spent in shares)
     return Generated([answers[key] for key in keys], seconds)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.evaluate.engine import Engine, TransformersEngine
-from hpd.evaluate.generate import Progress, answer_examples
+from hpd.evaluate.generate import Generated, Progress, answer_examples
 from hpd.evaluate.partial import PartialAnswers
 from hpd.evaluate.settings import GREEDY, GenerationSettings
 from hpd.evaluate.statistics import (
@@ -23,11 +23,10 @@ from hpd.evaluate.statistics import (
     mean_over_problems,
     pass_at_k,
     sampling_interval,
-    wilson_interval,
 )
 from hpd.evaluate.task import Answer, Comparable, Example, FinishReason, Prompt, Summary, Task, Verdict
 
-__all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "wilson_interval"]
+__all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_result"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +112,7 @@ def evaluate(
     """
     path = str(getattr(model, "name_or_path", ""))
     engine = TransformersEngine(model, tokenizer)
-    return evaluate_engine(
-        engine, task, settings, output_dir, name=name or path or type(model).__name__, progress=progress
-    )
+    return evaluate_engine(engine, task, settings, output_dir, name=name or path or type(model).__name__, progress=progress)
 
 
 def evaluate_engine(
@@ -137,10 +134,7 @@ def evaluate_engine(
     examples = task.examples()
     if not examples:
         raise ValueError(f"the task {task.name!r} has no examples; give data with at least one.")
-    identity = {
-        "model": name, "task": task.name, "options": dict(task.options), "settings": asdict(settings), "engine": engine.name,
-    }  # fmt: skip
-    eval_id = _digest(identity)
+    identity = identify(name, task, settings, engine.name)
     partial = None
     if output_dir is not None:
         folder = Path(output_dir)
@@ -149,18 +143,27 @@ def evaluate_engine(
             folder.mkdir(parents=True, exist_ok=True)
             prompts = _digest([(example.prompt, example.follow_ups) for example in examples])
             partial = PartialAnswers(
-                folder / f"partial-{eval_id}.jsonl", {**identity, "fingerprint": fingerprint, "prompts": prompts}
+                folder / f"partial-{_digest(identity)}.jsonl", {**identity, "fingerprint": fingerprint, "prompts": prompts}
             )
     generated = answer_examples(engine, examples, settings, progress, partial)
-    result = _grade(task, examples, generated.answers, settings.num_samples, generated.seconds)
+    result = grade_answers(task, examples, generated, settings.num_samples)
     if output_dir is not None:
-        _write(Path(output_dir), eval_id, identity, result)
+        write_result(Path(output_dir), identity, result)
     if partial is not None:
         partial.remove()
     return result
 
 
-def _grade(task: Task, examples: Sequence[Example], answers: Sequence[Answer], num_samples: int, seconds: float) -> EvalResult:
+def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -> dict[str, Any]:
+    """What makes an evaluation the same as another one, as JSON values."""
+    return {
+        "model": name, "task": task.name, "options": dict(task.options), "settings": asdict(settings), "engine": engine,
+    }  # fmt: skip
+
+
+def grade_answers(task: Task, examples: Sequence[Example], generated: Generated, num_samples: int) -> EvalResult:
+    """The result that a model's answers amount to."""
+    answers = generated.answers
     repeated = [example for example in examples for _ in range(num_samples)]
     verdicts = task.grade(repeated, answers)
     assert len(verdicts) == len(answers), f"{task.name} gave {len(verdicts)} verdicts on {len(answers)} answers"
@@ -183,7 +186,7 @@ def _grade(task: Task, examples: Sequence[Example], answers: Sequence[Answer], n
         figures=figures,
         mean_tokens=num_tokens / len(answers),
         truncated=sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-        tokens_per_second=num_tokens / seconds if seconds else 0.0,
+        tokens_per_second=num_tokens / generated.seconds if generated.seconds else 0.0,
         records=tuple(
             _record(index % num_samples, *parts) for index, parts in enumerate(zip(repeated, answers, verdicts, strict=True))
         ),
@@ -233,7 +236,9 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _write(folder: Path, eval_id: str, identity: dict[str, Any], result: EvalResult) -> None:
+def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> None:
+    """Put a result into evals.json, and its records beside it, in place of an earlier one of the same identity."""
+    eval_id = _digest(identity)
     figures = {key: value for key, value in vars(result).items() if key not in ("task", "value", "records")}
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,8 +1,9 @@
 """How answers are written."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from hpd.evaluate.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +62,21 @@ GREEDY = GenerationSettings()
 
 PRESETS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_samples": 1},
-    "paper": {"temperature": 0.7, "top_p": 0.95},  # arXiv 2604.20244: with 32,768 tokens; avg@32 on AIME and AMC, else avg@8
+    "paper": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 32768, "num_samples": 8},
 }
-"""Name -> fields of `GenerationSettings`."""
+"""Name -> fields of `GenerationSettings`. paper: Hybrid Policy Distillation, arXiv 2604.20244."""
+
+_PAPER_SAMPLES = {"aime24": 32, "aime25": 32, "amc": 32}
+"""Tasks that the paper gives more than eight samples per problem."""
 
 
-def settings_for(defaults: Mapping[str, Any], preset: str | None = None, **given: Any) -> GenerationSettings:
+def settings_for(task: Task, preset: str | None = None, **given: Any) -> GenerationSettings:
     """The settings of an evaluation: what is given, before the preset, before the task's `defaults`, before the class's.
 
     Args:
-        defaults: `Task.defaults`.
+        task: what is evaluated.
         preset: a name of `PRESETS`.
-        given: fields; None means not given.
+        given: fields; None means not given. `temperature=0` alone asks for the greedy preset.
 
     Raises:
         ValueError: unknown preset, or values that do not go together.
@@ -80,4 +84,9 @@ def settings_for(defaults: Mapping[str, Any], preset: str | None = None, **given
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}.")
     chosen = {key: value for key, value in given.items() if value is not None}
-    return GenerationSettings(**{**defaults, **PRESETS.get(preset or "", {}), **chosen})
+    if preset is None and chosen.get("temperature") == 0:
+        preset = "greedy"
+    fields = {**task.defaults, **PRESETS.get(preset or "", {})}
+    if preset == "paper" and task.name in _PAPER_SAMPLES:
+        fields["num_samples"] = _PAPER_SAMPLES[task.name]
+    return GenerationSettings(**{**fields, **chosen})

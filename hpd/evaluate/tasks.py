@@ -54,7 +54,7 @@ TASKS: dict[str, TaskEntry] = {
     "mawps": TaskEntry("hpd.evaluate.math:mawps", _in("mawps"), _hub("MU-NLPC/Calc-mawps")),
     "multiarith": TaskEntry("hpd.evaluate.math:multiarith", _in("multiarith"), _hub("ChilleD/MultiArith")),
     "gpqa": TaskEntry(
-        "hpd.evaluate.math:gpqa", _in("gpqa", files=(*_FILES, "*.csv")), _hub("Idavidrein/gpqa", "gpqa_diamond", "train")
+        "hpd.evaluate.gpqa:Gpqa", _in("gpqa", files=(*_FILES, "*.csv")), _hub("Idavidrein/gpqa", "gpqa_diamond", "train")
     ),
     "humaneval": TaskEntry("hpd.evaluate.code:human_eval", _in("humaneval"), _hub("openai/openai_humaneval")),
     "humaneval+": TaskEntry("hpd.evaluate.code:human_eval_plus", _in("humanevalplus"), _hub("evalplus/humanevalplus")),
