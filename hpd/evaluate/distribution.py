@@ -178,7 +178,7 @@ def distribution_metrics(
             written = _dataset_tokens(tokenizer, rows, settings)
         else:
             written = _student_tokens(student, tokenizer, rows, settings, limit, progress)
-        cut, num_cut = _cut(written, limit)
+        cut, lost = _cut(written, limit, vocab)
         sums = sum_rows(
             student, teacher, cut, vocab=vocab, top_k=top_k, batch_size=settings.batch_size, pad_id=_pad_id(tokenizer),
             progress=None if progress is None else _named(progress, f"reading {text} text"),
@@ -186,7 +186,7 @@ def distribution_metrics(
         labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
         statistics[text] = _likelihood_statistics(sums, metrics, with_bins=text == "dataset")
         statistics[text] |= _text_statistics(labels, metrics, end_token_ids(student, tokenizer) if text == "student" else None)
-        counts = {"tokens": int(sums.tokens.sum()), "labels_dropped": int(sums.dropped.sum()), "rows_cut": num_cut}
+        counts = {"tokens": int(sums.tokens.sum()), **lost}
         figures = {name: estimate(statistic, weights).to_json() for name, statistic in statistics[text].items()}
         report[text] = counts | figures | (_distinct(labels) if "repetition" in metrics else {})
     if len(statistics) == 2:
@@ -262,15 +262,25 @@ def _student_tokens(
     ]
 
 
-def _cut(texts: Sequence[TextTokens], limit: int | None) -> tuple[list[TextTokens], int]:
-    cut = [TextTokens(ids[:limit], mask[:limit]) for ids, mask in texts]
+def _cut(texts: Sequence[TextTokens], limit: int | None, vocab: int | None) -> tuple[list[TextTokens], dict[str, int]]:
+    """Texts as far as both models can read them, and what that took away."""
+    cut = []
+    for ids, mask in texts:
+        # A token that one model lacks ends the text: that model has no embedding to read it with.
+        foreign = next((place for place, token in enumerate(ids) if vocab is not None and token >= vocab), None)
+        end = min((place for place in (foreign, limit) if place is not None), default=None)
+        cut.append(TextTokens(ids[:end], mask[:end]))
     empty = [number for number, text in enumerate(cut, start=1) if not any(text.is_label[1:])]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(cut)} rows (the first is row {empty[0]}) have no completion token within {limit} tokens: "
-            "raise max_length up to the models' context, or leave these rows out."
+            f"{len(empty)} of {len(cut)} rows (the first is row {empty[0]}) have no completion token that both models can read "
+            f"within {limit} tokens: raise max_length up to the models' context, or leave these rows out."
         )
-    return cut, sum(len(text.ids) > len(short.ids) for text, short in zip(texts, cut, strict=True))
+    pairs = list(zip(texts, cut, strict=True))
+    return cut, {
+        "rows_cut": sum(len(text.ids) > len(short.ids) for text, short in pairs),
+        "labels_dropped": sum(sum(text.is_label) - sum(short.is_label) for text, short in pairs),
+    }
 
 
 def _likelihood_statistics(sums: RowSums, metrics: Sequence[str], with_bins: bool) -> dict[str, Statistic]:

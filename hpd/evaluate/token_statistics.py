@@ -40,8 +40,6 @@ class RowSums(NamedTuple):
 
     tokens: NDArray[np.float64]
     """[R] label positions."""
-    dropped: NDArray[np.float64]
-    """[R] labels outside the common vocabulary, which no other sum counts."""
     values: dict[str, NDArray[np.float64]]
     """[R] each; nats, or positions for shares."""
     bins: dict[str, NDArray[np.float64]]
@@ -63,7 +61,7 @@ def sum_rows(
 
     Args:
         student, teacher: models that `hpd.forward.add_head_function` has prepared, on one device.
-        texts: token ids with at least one label each.
+        texts: token ids below `vocab`, with at least one label each.
         vocab: tokens that both models have; None where there is no teacher.
         top_k: size of the sets that `overlap` compares.
         batch_size: rows per forward pass; memory and speed only.
@@ -72,26 +70,22 @@ def sum_rows(
     """
     order = sorted(range(len(texts)), key=lambda row: -len(texts[row].ids))
     sums: dict[str, Tensor] = {}
-    dropped = np.zeros(len(texts))
     device = next(student.parameters()).device
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         inputs = _collate([texts[row] for row in rows], pad_id, device)
         batch = token_batch(inputs, vocab)
-        beyond = (inputs["labels"] != IGNORE_INDEX)[:, 1:].sum(1).cpu().numpy()
         row_of = torch.tensor(rows, device=device)[batch.index // inputs["input_ids"].shape[1]]  # [N]
         both = [None if model is None else _wide(scores_of(model, inputs, batch.index)) for model in (student, teacher)]
         assert both[0] is not None
         for chunk in _chunks(len(batch.index), max(scores.vocab for scores in both if scores)):
             sides = [None if scores is None else Scores(scores.hidden[chunk], scores.head) for scores in both]
             _add_chunk(sums, sides, batch.labels[chunk], row_of[chunk], len(texts), vocab, top_k)
-        counted = torch.bincount(row_of, minlength=len(texts)).cpu().numpy()[rows]
-        dropped[rows] = beyond - counted
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
     arrays = {name: total.double().cpu().numpy() for name, total in sums.items()}
     bins = {name.removeprefix("bins/"): arrays.pop(name) for name in list(arrays) if name.startswith("bins/")}
-    return RowSums(arrays.pop("tokens"), dropped, arrays, bins)
+    return RowSums(arrays.pop("tokens"), arrays, bins)
 
 
 def _collate(texts: Sequence[TextTokens], pad_id: int, device: torch.device) -> dict[str, Tensor]:
