@@ -29,8 +29,8 @@ def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
     return 1.0 - len(_ngrams(tokens, n)) / total if total > 0 else 0.0
 
 
-def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams of all texts together, per n-gram (distinct-n); NaN where no text has n tokens.
+def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float | None:
+    """Different n-grams of all texts together, per n-gram (distinct-n); None where no text has n tokens.
 
     It falls with the number of texts: compare it between sets of one size only.
 
@@ -41,7 +41,7 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
         Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models, 2016.
     """
     total = sum(max(0, len(tokens) - n + 1) for tokens in texts)
-    return len(set().union(*(_ngrams(tokens, n) for tokens in texts))) / total if total else float("nan")
+    return len(set().union(*(_ngrams(tokens, n) for tokens in texts))) / total if total else None
 
 
 def longest_loop(tokens: Sequence[int]) -> int:
