@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from hpd.evaluate.sandbox import wire
 
+# Modules of every kind: frozen, Python, built as a library with others behind it.
+_PROBE = "import array, ctypes, decimal, hashlib, json, math, random, re; print(decimal.Decimal(1))"
 _RUNNER = Path(__file__).with_name("runner.py")
 _KEPT_OUTPUT_BYTES = 8192
-_GRACE_SECONDS = 10.0  # for a supervisor to start and to end; it is killed after that
+_GRACE_SECONDS = 60.0  # for a supervisor to start and to end on a busy machine; it is killed after that
 # The kernel enforces the limit on sampled processor time and reports an exact one, which can be less.
 _CPU_LIMIT_SLACK = 0.7
 _MAX_VERDICT_BYTES = wire.MAX_MESSAGE_BYTES
@@ -210,7 +212,7 @@ def sandbox_report() -> SandboxReport:
     reasons = {}
     for level, isolation in ISOLATIONS.items():
         try:
-            outcome = run_program("", isolation=isolation)
+            outcome = run_program(_PROBE, isolation=isolation)
         except (RuntimeError, OSError, AttributeError) as error:
             reasons[level] = str(error)
             continue
@@ -238,15 +240,14 @@ def _describe(used: Isolation, reasons: dict[str, str]) -> list[str]:
 class _Process:
     """One supervisor and what comes out of its sandbox."""
 
-    def __init__(self, role: str, source: str, tests: Tests | None, limits: Limits, isolation: Isolation, ask: Any) -> None:
+    def __init__(self, job: dict[str, Any], ask_fds: tuple[int, int] | None, limits: Limits) -> None:
         self.report: dict[str, Any] | None = None
         self.verdict: dict[str, Any] | None = None
         self.output_bytes = 0
         self._limits = limits
         self._content = {name: bytearray() for name in ("stdout", "stderr", "control", "verdict")}
-        control = os.pipe()
-        verdict = os.pipe() if role == "tests" else None
-        inherited = [control[1], *([verdict[1]] if verdict else []), *(ask or ())]
+        pipes = {name: os.pipe() for name in (["control", "verdict"] if job["role"] == "tests" else ["control"])}
+        inherited = [*(pipe[1] for pipe in pipes.values()), *(ask_fds or ())]
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-B", "-X", "utf8", str(_RUNNER)],
@@ -262,26 +263,12 @@ class _Process:
             for fd in inherited:
                 os.close(fd)
         assert self._popen.stdin is not None and self._popen.stdout is not None and self._popen.stderr is not None
-        self.open = {self._popen.stdout.fileno(): "stdout", self._popen.stderr.fileno(): "stderr", control[0]: "control"}
-        if verdict is not None:
-            self.open[verdict[0]] = "verdict"
-        self._owned = [control[0], *([verdict[0]] if verdict else [])]
-        job = {
-            "role": role,
-            "source": source,
-            "data": wire.encode(tests.data) if tests else None,
-            "remote_names": list(tests.remote_names) if tests else [],
-            "limits": asdict(limits),
-            "namespaces": isolation.namespaces,
-            "seccomp": isolation.seccomp,
-            "control_fd": control[1],
-            "verdict_fd": verdict[1] if verdict else None,
-            "ask_fds": ask,
-        }
-        try:
-            wire.send(self._popen.stdin.fileno(), job)
-        except BrokenPipeError:
-            pass  # it died at once; the missing report says so, with its standard error
+        self._owned = [pipe[0] for pipe in pipes.values()]
+        self.open = {self._popen.stdout.fileno(): "stdout", self._popen.stderr.fileno(): "stderr"}
+        self.open |= {pipe[0]: name for name, pipe in pipes.items()}
+        fds = {"control_fd": pipes["control"][1], "verdict_fd": pipes.get("verdict", (0, None))[1], "ask_fds": ask_fds}
+        with suppress(BrokenPipeError):  # it died at once: `require_report` says why
+            wire.send(self._popen.stdin.fileno(), job | fds)
 
     def read(self, fd: int) -> None:
         name = self.open[fd]
@@ -303,6 +290,11 @@ class _Process:
                 self.report = message
             else:
                 self.verdict = message
+
+    def give_up(self) -> None:
+        """The supervisor should have ended it long ago."""
+        self.report = self.report or {"ended_by": "time", "status": int(signal.SIGKILL), "cpu_seconds": 0.0}
+        self.stop()
 
     def require_report(self) -> None:
         if self.report is None or "refused" in self.report:
@@ -336,16 +328,20 @@ class _Process:
 def _started(
     source: str, tests: Tests | None, limits: Limits, isolation: Isolation
 ) -> Iterator[tuple[_Process, _Process | None]]:
+    shared = {"limits": asdict(limits), **isolation._asdict()}
+    job = {"role": "program", "source": source, "data": None, "remote_names": [], **shared}
     started: list[_Process] = []
-    to_program, to_tests = (os.pipe(), os.pipe()) if tests else (None, None)
     try:
-        ask = (to_program[0], to_tests[1]) if to_program and to_tests else None
-        started.append(_Process("program", source, None, limits, isolation, ask))
-        judge = None
-        if tests and to_program and to_tests:
-            judge = _Process("tests", tests.source, tests, limits, isolation, (to_tests[0], to_program[1]))
-            started.append(judge)
-        yield started[0], judge
+        if tests is None:
+            started.append(_Process(job, None, limits))
+            yield started[0], None
+            return
+        data, names = wire.encode(tests.data), list(tests.remote_names)
+        judge_job = {"role": "tests", "source": tests.source, "data": data, "remote_names": names, **shared}
+        question, answer = os.pipe(), os.pipe()
+        started.append(_Process(job, (question[0], answer[1]), limits))
+        started.append(_Process(judge_job, (answer[0], question[1]), limits))
+        yield started[0], started[1]
     finally:
         for process in started:
             process.close()
@@ -362,6 +358,8 @@ def _attend(program: _Process, judge: _Process | None, limits: Limits) -> None:
         while selector.get_map():
             left = deadline - time.monotonic()
             if left <= 0:
+                for process in processes:
+                    process.give_up()
                 return
             for key, _ in selector.select(left):
                 process = key.data

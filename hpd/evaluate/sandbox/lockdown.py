@@ -102,6 +102,9 @@ def _change_root(scratch_mib: int) -> None:
     # Descriptors, since the new root may cover the sources: a Python below /tmp.
     sources = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in _visible_paths()}
     _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,nr_inodes=4k,mode=755")
+    os.mkdir(base + "/tmp")  # before the sources, which may lie in it
+    scratch = f"size={scratch_mib}m,nr_inodes=1k,mode=1777"
+    _mount("tmpfs", base + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, scratch)
     for path, source in sources.items():
         target = base + path
         if os.path.isdir(f"/proc/self/fd/{source}"):
@@ -118,9 +121,6 @@ def _change_root(scratch_mib: int) -> None:
     for path in _hidden_paths():
         if os.path.isdir(base + path):
             _mount("tmpfs", base + path, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4k,nr_inodes=2,mode=755")
-    os.makedirs(base + "/tmp", exist_ok=True)
-    scratch = f"size={scratch_mib}m,nr_inodes=1k,mode=1777"
-    _mount("tmpfs", base + "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, scratch)
     _mount("none", base, None, _MS_REMOUNT | _MS_BIND | _MS_NOSUID | _MS_NODEV | _MS_RDONLY)
     os.chdir(base)
     _check(_libc.pivot_root(b".", b"."), "pivot_root")
@@ -148,8 +148,8 @@ def _hidden_paths() -> list[str]:
 def _remount_read_only(target: str, devices: bool) -> None:
     # Flags that the original mount has are locked in a user namespace: they must be repeated.
     current = os.statvfs(target).f_flag
-    kept = (current & os.ST_NOSUID and _MS_NOSUID) | (current & os.ST_NOEXEC and _MS_NOEXEC) | (current & os.ST_NODEV and _MS_NODEV)
-    _mount("none", target, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | kept | (0 if devices else _MS_NODEV))
+    kept = (_MS_NOEXEC if current & os.ST_NOEXEC else 0) | (_MS_NODEV if current & os.ST_NODEV or not devices else 0)
+    _mount("none", target, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | kept)
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:

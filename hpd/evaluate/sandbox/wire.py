@@ -43,6 +43,8 @@ def encode(value: Any, reference: Reference | None = None) -> Any:
         return value if abs(value) < _MAX_PLAIN_INTEGER else {"i": hex(value)}
     if kind is list:
         return [encode(item, reference) for item in value]
+    if kind is type and value in _TYPES.values():
+        return {"C": value.__name__}
     if kind in _ENCODERS:
         tag, parts = _ENCODERS[kind]
         return {tag: encode(parts(value), reference)}
@@ -239,6 +241,12 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     frozenset: lambda value: frozenset(frozenset.__iter__(value)),
 }
 
+# What a test may pass or expect as a type.
+_TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
+}
+
 _ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     tuple: ("t", list),
     set: ("s", list),
@@ -272,6 +280,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "q": deque,
     "D": Decimal,
     "F": lambda parts: Fraction(*parts),
+    "C": _TYPES.__getitem__,
     "T": datetime.datetime.fromisoformat,
     "A": datetime.date.fromisoformat,
 }

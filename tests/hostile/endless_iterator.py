@@ -1,0 +1,6 @@
+"""Answers with an iterator that never ends."""
+import itertools
+
+
+def solve(x):
+    return itertools.repeat(9)

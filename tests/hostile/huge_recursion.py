@@ -1,0 +1,16 @@
+"""Runs over the C stack."""
+import sys
+
+sys.setrecursionlimit(2**30)
+
+
+class Deep:
+    def __getattr__(self, name):
+        return getattr(self, name + "x"[:0])
+
+
+Deep().anything
+
+
+def solve(x):
+    return x * x

@@ -1,0 +1,6 @@
+"""Takes all memory at once."""
+block = bytearray(64 * 2**30)
+
+
+def solve(x):
+    return x * x
