@@ -1,100 +1,139 @@
-"""`hpd eval --metrics`: load a student and its teacher, measure, print, write."""
+"""`hpd eval --metrics`: load students and their teacher, measure, print, write."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hpd.display import console, progress_bar
+from hpd.evaluate.settings import GenerationSettings
 
-__all__ = ["MetricsRequest", "measure_with_display", "metrics_table"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MetricsRequest:
-    """What the command line asks for."""
-
-    student: str
-    teacher: str | None
-    data: Path
-    metrics: Sequence[str]
-    texts: Sequence[str]
-    vocabulary: str
-    limit: int | None
-    settings: Mapping[str, Any]
-    """Fields of `GenerationSettings` for the student's own texts."""
-    output: Path | None
-    dtype: str
+__all__ = ["measure_with_display", "metrics_table"]
 
 
-def measure_with_display(request: MetricsRequest) -> dict[str, Any]:
-    """Measure, show the table, and write `metrics.json` into the output folder; everything is checked before models load."""
+def measure_with_display(
+    models: Sequence[str],
+    teacher: str | None,
+    data: Path | None,
+    metrics: str,
+    *,
+    texts: str = "dataset,student",
+    vocabulary: str = "error",
+    limit: int | None = None,
+    generation: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    output: Path | None = None,
+) -> None:
+    """Measure each model against the teacher, show a table, and put the figures into `evals.json`.
+
+    Args:
+        models, teacher: folders or Hub ids; the teacher may be left out where no metric needs it.
+        data: file with prompts and completions.
+        metrics, texts: names of `METRICS` and `TEXTS`, with commas between them.
+        vocabulary: policy for heads of unequal size.
+        limit: first n rows.
+        generation: fields of `GenerationSettings` for the students' texts; None values are left at the defaults here:
+            temperature 1, 256 tokens.
+        dtype: of the weights.
+        output: folder of evals.json; None writes nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: before a model is loaded, where it can be known.
+    """
     from hpd.evaluate.distribution import check_metrics, read_text_rows
-    from hpd.evaluate.settings import GenerationSettings
     from hpd.pairing import POLICIES
 
-    check_metrics(request.metrics, request.texts, request.teacher is not None)
-    if request.vocabulary not in POLICIES:
-        raise ValueError(f"vocabulary must be one of {', '.join(POLICIES)}, got {request.vocabulary!r}.")
-    settings = GenerationSettings(**{"temperature": 1.0, "max_new_tokens": 256, **request.settings})
-    rows = read_text_rows(request.data, limit=request.limit)
-    if request.output is not None and request.output.exists() and not request.output.is_dir():
-        raise ValueError(f"{request.output} is a file; --output names a folder.")
-    report = _measure(request, settings, rows)
-    console.print(metrics_table(report))
-    if request.output is not None:
-        entry = {
-            "student": request.student, "teacher": request.teacher, "data": str(request.data), "metrics": list(request.metrics),
-            "settings": dataclasses.asdict(settings), **report,
-        }  # fmt: skip
-        console.print(f"figures in {_write(request.output, entry)}", highlight=False)
-    return report
-
-
-def _measure(request: MetricsRequest, settings: Any, rows: Any) -> dict[str, Any]:
-    import torch
-
-    from hpd.config import ModelConfig
-    from hpd.evaluate.distribution import distribution_metrics
-    from hpd.models import load_model, load_tokenizer
+    chosen, read = (_names(text) for text in (metrics, texts))
+    check_metrics(chosen, read, teacher is not None)
+    if data is None:
+        raise ValueError("--metrics needs texts: --data FILE with prompts and completions.")
+    if vocabulary not in POLICIES:
+        raise ValueError(f"vocabulary must be one of {', '.join(POLICIES)}, got {vocabulary!r}.")
+    given = {key: value for key, value in (generation or {}).items() if value is not None}
+    settings = GenerationSettings(**{"temperature": 1.0, "max_new_tokens": 256, **given})
+    if settings.num_samples > 1 or settings.stop:
+        raise ValueError("--metrics reads one text per row, to its end: leave out --samples and stop strings.")
+    rows = read_text_rows(data, limit=limit)
     from hpd.train import quiet_libraries
 
     quiet_libraries()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = {"student": request.student, **({} if request.teacher is None else {"teacher": request.teacher})}
-    sources = {role: ModelConfig(model=path, dtype=request.dtype) for role, path in paths.items()}  # type: ignore[arg-type]
-    tokenizers = {role: load_tokenizer(source, role) for role, source in sources.items()}
-    models: dict[str, Any] = {role: load_model(source, role).to(device) for role, source in sources.items()}  # type: ignore[arg-type]
+    loaded = _load(teacher, "teacher", dtype) if teacher is not None else (None, None)
+    for model in models:
+        report = _measure(_load(model, "student", dtype), loaded, rows, chosen, settings, read, vocabulary)
+        console.print(metrics_table(Path(model).name, report))
+        identity = {
+            "model": model, "teacher": teacher, "data": str(data), "limit": limit, "metrics": chosen, "texts": read,
+            "vocabulary": vocabulary, "settings": dataclasses.asdict(settings),
+        }  # fmt: skip
+        _keep(output, identity, report)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _load(path: str, role: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+
+    from hpd.config import ModelConfig
+    from hpd.models import load_model, load_tokenizer
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    source = ModelConfig(model=path, dtype=dtype)
+    tokenizer = load_tokenizer(source, role)
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(source, role).to(device), tokenizer
+
+
+def _measure(
+    student: tuple[Any, Any],
+    teacher: tuple[Any, Any],
+    rows: Any,
+    metrics: Sequence[str],
+    settings: GenerationSettings,
+    texts: Sequence[str],
+    vocabulary: str,
+) -> dict[str, Any]:
+    from hpd.evaluate.distribution import distribution_metrics
+
     bars: dict[str, Any] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
         bars.setdefault(stage, progress_bar(stage))(done, total)
 
     return distribution_metrics(
-        models["student"], models.get("teacher"), tokenizers["student"], rows, request.metrics, settings,
-        texts=request.texts, teacher_tokenizer=tokenizers.get("teacher"), vocabulary=request.vocabulary, progress=progress,
+        student[0], teacher[0], student[1], rows, metrics, settings,
+        texts=texts, teacher_tokenizer=teacher[1], vocabulary=vocabulary, progress=progress,
     )  # fmt: skip
 
 
-def metrics_table(report: Mapping[str, Any]) -> Table:
+def _keep(folder: Path | None, identity: dict[str, Any], report: dict[str, Any]) -> None:
+    from hpd.evaluate.run import write_entry
+
+    if folder is not None:
+        eval_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        write_entry(folder, {"id": eval_id, **identity, "distribution": report})
+        console.print(f"figures in {folder / 'evals.json'}", highlight=False)
+
+
+def metrics_table(name: str, report: Mapping[str, Any]) -> Table:
     """One row per figure, one column per text."""
     texts = [text for text in ("dataset", "student", "gap") if text in report]
-    headings = {"dataset": "data set", "student": "student's own", "gap": "gap"}
-    lost = sum(report[text].get("labels_dropped", 0) for text in texts)
-    title = f"{report['num_rows']} rows" + (f", {lost} label tokens dropped" if lost else "")
-    table = Table(title=f"{title}; 95 % intervals over rows", title_justify="left")
+    headings = {"dataset": "data set", "student": "its own text", "gap": "own - data set"}
+    table = Table(title=f"{escape(name)}: {report['num_rows']} rows, 95 % intervals over rows", title_justify="left")
     table.add_column("")
     for text in texts:
         table.add_column(headings[text], justify="right")
-    names = dict.fromkeys(name for text in texts for name in report[text])
-    for name in names:
-        table.add_row(name.replace("_", " "), *(_cell(report[text].get(name)) for text in texts))
+    for figure in dict.fromkeys(figure for text in texts for figure in report[text]):
+        table.add_row(figure.replace("_", " "), *(_cell(report[text].get(figure)) for text in texts))
     return table
 
 
@@ -109,21 +148,3 @@ def _cell(figure: Any) -> str:
         return f"{figure['value']:.4g}"
     low, high = figure["interval"]
     return f"{figure['value']:.4g} ({low:.4g} to {high:.4g})"
-
-
-def _write(folder: Path, entry: dict[str, Any]) -> Path:
-    """Replace the entry of the same question in metrics.json; others stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); repair it, or move it away.") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} is not a list of measurements; move it away to start a new one.")
-    same = ("student", "teacher", "data", "metrics", "settings", "num_rows")
-    kept = [other for other in entries if any(other.get(key) != entry[key] for key in same)]
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    draft.write_text(json.dumps([*kept, entry], indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
