@@ -27,7 +27,8 @@ ROWS: dict[str, dict[str, Any]] = {
         "base_input": [[1]], "plus_input": [[2**70], [0], [1.5]], "atol": 0, "contract": "",
     },
     "mbpp": {
-        "task_id": 900, "text": "Write a function to double a number.", "code": "import math\r\ndef double(x):\r\n\treturn 2 * x",
+        "task_id": 900, "text": "Write a function to double a number.",
+        "code": "import math\r\ndef double(x):\r\n\treturn 2 * x",
         "test_setup_code": "", "test_list": ["assert double(2) == 4", "assert math.isclose(double(0.1), 0.2)"],
         "challenge_test_list": [],
     },
@@ -141,7 +142,9 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use nothing that its code defines"):
         made_up(tmp_path, "mbpp", {"test_list": ["assert 1 == 1"]})
     with pytest.raises(ValueError, match="reference solution of Mbpp/902 cannot be run"):
-        grade(made_up(tmp_path, "mbpp+", {"canonical_solution": "def double(x): return 1 / 0"}), "```\ndef double(x): pass\n```")
+        grade(
+            made_up(tmp_path, "mbpp+", {"canonical_solution": "def double(x): return 1 / 0"}), "```\ndef double(x): pass\n```"
+        )
 
 
 def _file(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -165,7 +168,7 @@ OTHER = "def other(x):\n    return x"
         (f"```python\n{OTHER}\n```\n```python\n{FUNCTION}\n```\n```python\nprint(double(2))\n```", FUNCTION),
         (f"```python\ndef double(x): ...\n```\nBetter:\n```python\n{FUNCTION}\n```", FUNCTION),
         (f"```bash\npip install double\n```\n```python\n{FUNCTION}\n```", FUNCTION),
-        (f"1. Item\n   ```python\n   def double(x):\n       return 2 * x\n   ```", FUNCTION),
+        ("1. Item\n   ```python\n   def double(x):\n       return 2 * x\n   ```", FUNCTION),
         (f"````markdown\n```\nnot code\n```\n````\n```python\n{FUNCTION}\n```", FUNCTION),
         (f"```python\n{FUNCTION}\n\ndef unfinished(y):\n    return (y +", FUNCTION),
         (f"<think>```python\n{OTHER}\n```</think>\n```python\n{FUNCTION}\n```", FUNCTION),
@@ -194,6 +197,7 @@ def test_extraction_completes_bodies() -> None:
         "from typing import List\n\n\ndef double(x: List): return 2\n"
     )
     assert complete(HEAD, "return 2 * x").endswith("    return 2 * x")
+    assert complete(HEAD, "y = x\n    return 2 * y").endswith("    y = x\n    return 2 * y")
 
 
 @pytest.mark.parametrize("text", ["(" * 10**5, "-" * 10**5 + "1", "def f(:\n" * 2000, "x = [\n" * 5000, "```" * 10**4, "\0"])
@@ -235,7 +239,7 @@ def test_extraction_survives_nonsense(text: str) -> None:
     ],
 )
 def test_comparison(output: Any, reference: Any, name: str, arguments: list[Any], atol: float, right: bool) -> None:
-    """Worked by hand: digits |1-2| + |2-5| + |3-6| = 7; a pyramid of base 3 and height 4 has 9 + 6 * sqrt(1.5^2 + 4^2) = 34.6."""
+    """By hand: digits |1-2| + |2-5| + |3-6| = 7; a pyramid of base 3 and height 4 has 9 + 6 * sqrt(1.5^2 + 4^2) = 34.6."""
     assert matches(output, reference, name, arguments, atol) is right
 
 
@@ -244,7 +248,7 @@ def test_types_that_json_loses() -> None:
     assert restore_types("Mbpp/124", [["1.5", "2j"]]) == [[1.5, 2j]]
     assert restore_types("Mbpp/115", [[[[1], []]]]) == [[[{1}, {}]]]
     assert restore_types("Mbpp/580", [[[1, [2]]]]) == [[(1, (2,))]]
-    assert restore_types("HumanEval/2", [[[1]]]) == [[[1]]]
+    assert restore_types("Mbpp/3", [[[1]]]) == [[[1]]]
 
 
 # --- the benchmarks themselves --------------------------------------------------------------------

@@ -20,8 +20,19 @@ from typing import Any, NamedTuple
 import pytest
 
 import hpd
-from hpd.evaluate.sandbox import ISOLATIONS, Isolation, Limits, Outcome, Program, Tests, run_many, run_program, sandbox_report
-from hpd.evaluate.sandbox import syscalls, wire
+from hpd.evaluate.sandbox import (
+    ISOLATIONS,
+    Isolation,
+    Limits,
+    Outcome,
+    Program,
+    Tests,
+    run_many,
+    run_program,
+    sandbox_report,
+    syscalls,
+    wire,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of mechanisms of Linux")
 
@@ -67,7 +78,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     for parent in (folder, folder.parent, folder.parent.parent):
         parent.chmod(0o755)  # readable for all: the user's own permissions must not be what protects it
     calls: list[bytes] = []
-    sockets = [socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)]
+    sockets = [
+        socket.create_server(("127.0.0.1", 0)),
+        socket.socket(socket.AF_UNIX),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+    ]
     names = [f"hpd-test-{os.getpid()}-{kind}" for kind in ("stream", "datagram")]
     sockets[1].bind("\0" + names[0])
     sockets[1].listen()
@@ -133,7 +148,7 @@ def test_host_is_unharmed(host: Host, outcomes: dict[str, Outcome]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != "full"])
 def test_hostile_programs_at_lower_levels(level: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One mechanism by itself: without namespaces nothing passes; without seccomp nothing gets out, which is all that is claimed."""
+    """One mechanism by itself: without namespaces nothing passes; without seccomp, which is never used so, nothing gets out."""
     monkeypatch.setenv("HPD_TEST_SECRET", SECRET)
     outcomes = attack(host, LEVELS[level])
     passed = {name for name, outcome in outcomes.items() if outcome.status == "passed"}
@@ -208,7 +223,9 @@ def solve(x):
 def test_scratch_folder() -> None:
     if not sandbox_report().isolation.namespaces:
         pytest.skip("files need namespaces")
-    outcome = run_program("open('notes', 'w').write('x' * 1000)\nimport os\nprint(os.listdir('.'), os.getcwd(), len(os.environ))")
+    outcome = run_program(
+        "open('notes', 'w').write('x' * 1000)\nimport os\nprint(os.listdir('.'), os.getcwd(), len(os.environ))"
+    )
     assert (outcome.status, outcome.stdout) == ("finished", "['notes'] /tmp 0\n")
 
 
@@ -354,11 +371,13 @@ def test_system_call_numbers() -> None:
     """The table against this machine's kernel headers."""
     names = {"x86_64": "asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
     machine = platform.machine()
-    headers = [path for path in Path("/usr/include").glob(f"**/{names.get(machine)}")]
+    headers = list(Path("/usr/include").glob(f"**/{names.get(machine)}"))
     if machine not in names or not headers:
         pytest.skip("no kernel headers here")
     lines = [line.split() for line in headers[0].read_text().splitlines() if line.startswith("#define __NR")]
-    numbers = {name.removeprefix("__NR_").removeprefix("__NR3264_"): value for _, name, value, *_ in (x for x in lines if len(x) > 2)}
+    numbers = {
+        name.removeprefix("__NR_").removeprefix("__NR3264_"): value for _, name, value, *_ in (x for x in lines if len(x) > 2)
+    }
     column = syscalls.ARCHITECTURES[machine][0]
     for table in (syscalls._COMPUTE, syscalls._FILES, syscalls._REFUSED):
         for name, both in table.items():

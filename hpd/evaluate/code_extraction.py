@@ -1,6 +1,5 @@
 """From a model's answer to a program: fenced blocks, prose around code, bodies that continue a prompt, cut answers."""
 
-import ast
 import re
 import textwrap
 import warnings
@@ -46,14 +45,11 @@ def extract_program(text: str, entry_point: str, prompt: str = "") -> str | None
 
 
 def complete(prompt: str, body: str) -> str:
-    """A prompt in Python and its continuation; a body that lost its indentation gets it back."""
-    program = prompt + body
-    if _parses(program):
-        return program
-    indented = prompt + textwrap.indent(textwrap.dedent(body), "    ")
-    if _parses(indented):
-        return indented
-    return _longest_prefix(program, keep=len(prompt.split("\n"))) or program
+    """A prompt in Python and its continuation; a body that lost its indentation, or that of its first line, gets it back."""
+    for restored in (body, "    " + body.lstrip(), textwrap.indent(textwrap.dedent(body), "    ")):
+        if _parses(prompt + restored):
+            return prompt + restored
+    return _longest_prefix(prompt + body, keep=len(prompt.split("\n"))) or prompt + body
 
 
 def _best_block(text: str, entry_point: str) -> str | None:
@@ -108,7 +104,10 @@ def _longest_prefix(code: str, keep: int = 1) -> str | None:
 
 
 def _defines(code: str, name: str) -> bool:
-    return re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.MULTILINE) is not None
+    return (
+        re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.MULTILINE)
+        is not None
+    )
 
 
 def _preamble(prompt: str, entry_point: str) -> str:
@@ -129,7 +128,7 @@ def _error_line(code: str) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes
-            ast.parse(code)
+            compile(code, "<answer>", "exec", dont_inherit=True)  # more than parsing: a return needs its function
     except SyntaxError as error:
         return error.lineno or last
     except (ValueError, RecursionError, MemoryError):

@@ -1,4 +1,5 @@
 """Fills memory by files that no limit of the address space counts."""
+
 import os
 
 files = [os.memfd_create(str(number)) for number in range(32)]

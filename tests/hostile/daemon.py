@@ -1,4 +1,5 @@
 """Detaches from its parent, twice, to go on when it is over."""
+
 import os
 import time
 

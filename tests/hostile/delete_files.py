@@ -1,4 +1,5 @@
 """Deletes a file of the user, and everything around it."""
+
 import os
 import shutil
 

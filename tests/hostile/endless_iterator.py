@@ -1,4 +1,5 @@
 """Answers with an iterator that never ends."""
+
 import itertools
 
 

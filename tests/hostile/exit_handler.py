@@ -1,4 +1,5 @@
 """Prints success at exit and leaves."""
+
 import atexit
 import os
 

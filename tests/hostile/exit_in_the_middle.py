@@ -1,4 +1,5 @@
 """Ends with success within a test."""
+
 import os
 
 

@@ -1,4 +1,5 @@
 """Answers before it is asked, on the descriptors of the conversation, and then goes silent."""
+
 import json
 import os
 import struct

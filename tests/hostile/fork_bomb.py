@@ -1,4 +1,5 @@
 """Doubles itself until the machine stops."""
+
 import os
 
 while True:

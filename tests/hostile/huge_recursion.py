@@ -1,4 +1,5 @@
 """Runs over the C stack."""
+
 import sys
 
 sys.setrecursionlimit(2**30)
@@ -6,10 +7,10 @@ sys.setrecursionlimit(2**30)
 
 class Deep:
     def __getattr__(self, name):
-        return getattr(self, name + "x"[:0])
+        return getattr(self, name + "x")
 
 
-Deep().anything
+print(Deep().anything)
 
 
 def solve(x):

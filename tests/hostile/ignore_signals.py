@@ -1,4 +1,5 @@
 """Ignores every signal that can be, and goes on."""
+
 import signal
 import threading
 

@@ -1,4 +1,5 @@
 """Fills standard error, past Python's buffers."""
+
 import os
 
 while True:

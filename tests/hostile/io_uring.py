@@ -1,4 +1,5 @@
 """Opens a socket around the calls that filters look for."""
+
 import ctypes
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,5 @@
 """Has the kernel signal the parent when a pipe becomes ready: kill by another name."""
+
 import fcntl
 import os
 import signal

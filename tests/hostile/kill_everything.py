@@ -1,4 +1,5 @@
 """Kills every process that it can name."""
+
 import os
 import signal
 

@@ -1,4 +1,5 @@
 """Kills whoever started it."""
+
 import os
 import signal
 

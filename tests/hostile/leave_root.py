@@ -1,4 +1,5 @@
 """Climbs out of its root directory, the classic way."""
+
 import os
 
 os.mkdir("/tmp/jail")

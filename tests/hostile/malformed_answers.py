@@ -1,4 +1,5 @@
 """Answers with forms that a careless reader trips over."""
+
 import json
 import os
 import struct

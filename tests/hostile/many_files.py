@@ -1,4 +1,5 @@
 """Uses up the entries of the file system."""
+
 import os
 
 for number in range(10**6):

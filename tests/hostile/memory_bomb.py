@@ -1,4 +1,5 @@
 """Takes all memory at once."""
+
 block = bytearray(64 * 2**30)
 
 

@@ -1,4 +1,5 @@
 """Asks for the privileges of a namespace of its own."""
+
 import ctypes
 import os
 

@@ -1,4 +1,5 @@
 """Makes system calls by numbers of other tables (x32), which a careless filter lets through."""
+
 import ctypes
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,5 +1,5 @@
 """Leaves threads behind that keep the process alive."""
-import os
+
 import threading
 import time
 

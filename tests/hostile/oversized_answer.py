@@ -1,4 +1,5 @@
 """Claims an answer of four gigabytes, and sends what memory holds."""
+
 import os
 
 for descriptor in range(3, 64):

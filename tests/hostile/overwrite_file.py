@@ -1,4 +1,5 @@
 """Writes into a file of the user."""
+
 with open(HOST["canary"], "w") as file:
     file.write("overwritten")
 

@@ -1,4 +1,5 @@
 """Makes assertions, comparisons and test frameworks agree with everything."""
+
 import builtins
 import json
 import operator

@@ -1,4 +1,5 @@
 """Rewrites the functions of the process that it runs in, so that they report success."""
+
 import gc
 import sys
 import types

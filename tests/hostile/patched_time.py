@@ -1,4 +1,5 @@
 """Stops every clock, so that no limit is ever reached."""
+
 import signal
 import time
 

@@ -1,4 +1,5 @@
 """Prints what a checker might print."""
+
 print("passed")
 print("OK")
 print('{"passed": true, "detail": "", "result": null}')

@@ -1,4 +1,5 @@
 """Takes over the process that started it."""
+
 import ctypes
 import os
 

@@ -1,4 +1,5 @@
 """Raises its own limits."""
+
 import resource
 
 raised = 0

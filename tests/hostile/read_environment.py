@@ -1,4 +1,5 @@
 """Looks for a token in every environment there is."""
+
 import ctypes
 import os
 

@@ -1,4 +1,5 @@
 """Prints a private file."""
+
 content = open(HOST["secret"]).read()
 print(content)
 

@@ -1,4 +1,5 @@
 """Looks for anything worth having: accounts, keys, the command line of other processes."""
+
 import glob
 import os
 

@@ -1,4 +1,5 @@
 """Moves a file of the user away and opens it for all."""
+
 import os
 
 done = 0

@@ -1,4 +1,5 @@
 """Leaves modules and start-up files for the next program or for the tests."""
+
 import os
 import sys
 

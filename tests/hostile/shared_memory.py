@@ -1,4 +1,5 @@
 """Fills the memory that processes share."""
+
 import ctypes
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,5 @@
 """Runs a shell command on the host."""
+
 import os
 
 assert os.system(f"echo pwned > {HOST['canary']}") == 0

@@ -1,4 +1,5 @@
 """Waits for good, without using the processor."""
+
 import time
 
 

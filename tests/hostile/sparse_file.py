@@ -1,4 +1,5 @@
 """Makes a file that is larger than the disk."""
+
 import os
 
 descriptor = os.open("/tmp/sparse", os.O_CREAT | os.O_RDWR)

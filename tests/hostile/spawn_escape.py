@@ -1,4 +1,5 @@
 """Starts a program of its own in a new session."""
+
 import subprocess
 import sys
 

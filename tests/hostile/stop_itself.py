@@ -1,4 +1,5 @@
 """Stops, so that it seems to be alive and uses no time."""
+
 import os
 import signal
 

@@ -1,4 +1,5 @@
 """Reaches a file of the user by a link of its own."""
+
 import os
 
 os.chdir("/tmp")

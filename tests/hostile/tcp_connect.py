@@ -1,4 +1,5 @@
 """Calls home."""
+
 import socket
 
 with socket.create_connection(("127.0.0.1", HOST["port"]), timeout=5) as connection:

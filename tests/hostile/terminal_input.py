@@ -1,4 +1,5 @@
 """Types a command into the terminal of whoever runs the evaluation."""
+
 import fcntl
 
 typed = 0

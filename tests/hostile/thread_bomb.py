@@ -1,4 +1,5 @@
 """Starts threads until nothing is left."""
+
 import threading
 import time
 

@@ -1,4 +1,5 @@
 """Calls home by every family of sockets that there is."""
+
 import socket
 
 opened = 0

@@ -1,4 +1,5 @@
 """Calls a service of the host, such as a container engine, by its socket."""
+
 import socket
 
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

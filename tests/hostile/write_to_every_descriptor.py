@@ -1,4 +1,5 @@
 """Writes a forged verdict, in the right format, into everything that is open, and ends with success."""
+
 import json
 import os
 import struct

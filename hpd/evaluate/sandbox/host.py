@@ -188,8 +188,7 @@ def run_many(
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(workers) as pool:
         futures = [
-            pool.submit(run_program, p.source, tests=p.tests, limits=p.limits or limits, isolation=isolation)
-            for p in programs
+            pool.submit(run_program, p.source, tests=p.tests, limits=p.limits or limits, isolation=isolation) for p in programs
         ]
         try:
             for future in futures:
@@ -262,13 +261,16 @@ class _Process:
         finally:
             for fd in inherited:
                 os.close(fd)
-        assert self._popen.stdin is not None and self._popen.stdout is not None and self._popen.stderr is not None
+        stdin, stdout, stderr = self._popen.stdin, self._popen.stdout, self._popen.stderr
+        assert stdin is not None
+        assert stdout is not None
+        assert stderr is not None
         self._owned = [pipe[0] for pipe in pipes.values()]
-        self.open = {self._popen.stdout.fileno(): "stdout", self._popen.stderr.fileno(): "stderr"}
+        self.open = {stdout.fileno(): "stdout", stderr.fileno(): "stderr"}
         self.open |= {pipe[0]: name for name, pipe in pipes.items()}
         fds = {"control_fd": pipes["control"][1], "verdict_fd": pipes.get("verdict", (0, None))[1], "ask_fds": ask_fds}
         with suppress(BrokenPipeError):  # it died at once: `require_report` says why
-            wire.send(self._popen.stdin.fileno(), job | fds)
+            wire.send(stdin.fileno(), job | fds)
 
     def read(self, fd: int) -> None:
         name = self.open[fd]
@@ -319,9 +321,8 @@ class _Process:
             self._popen.wait()
         for fd in self._owned:
             os.close(fd)
-        assert self._popen.stdout is not None and self._popen.stderr is not None
-        self._popen.stdout.close()
-        self._popen.stderr.close()
+        for stream in filter(None, (self._popen.stdout, self._popen.stderr)):
+            stream.close()
 
 
 @contextmanager
@@ -374,8 +375,10 @@ def _judge(program: _Process, judge: _Process | None, limits: Limits) -> tuple[S
     """The verdict, and where there is none or a failed one, what the program's end adds to it."""
     assert program.report is not None
     ended = _how_it_ended(program, limits)
+    status: Status
     if judge is None:
-        return (*(ended or ("finished", "")), None)
+        status, detail = ended or ("finished", "")
+        return status, detail, None
     verdict = judge.verdict
     if verdict is not None and verdict["passed"] is True:
         return "passed", "", wire.decode(verdict["result"])

@@ -243,8 +243,7 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
 
 # What a test may pass or expect as a type.
 _TYPES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
+    kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
 }
 
 _ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
