@@ -73,8 +73,8 @@ def _example(index: int, row: Row, seed: int) -> Example:
 def chosen_letter(text: str) -> str | None:
     r"""The option that a text chooses: in its box or after "the answer is", else the last letter that stands alone.
 
-    >>> chosen_letter(r"so \boxed{\text{B}}."), chosen_letter("Answer: (c)"), chosen_letter("A is wrong, so D."), chosen_letter("no")
-    ('B', 'C', 'D', None)
+    >>> [chosen_letter(text) for text in (r"so \boxed{\text{B}}.", "Answer: (c)", "A is wrong, so D.", "no")]
+    ['B', 'C', 'D', None]
     """
     stated = stated_answer(text)
     if stated is not None:

@@ -36,8 +36,8 @@ Data: TypeAlias = "str | Path | HubData"
 def read_rows(data: Data) -> list[Row]:
     """Rows of a Hub data set, or of a .jsonl, .json, .csv or .parquet file, plain or .gz; no file is cached anywhere.
 
-    For files not `datasets.load_dataset`: that one infers a single type per column (an answer 42 beside an answer "x + 1" fails)
-    and keeps a copy of every file it was ever given.
+    For files not `datasets.load_dataset`: that one infers a single type per column (an answer 42 beside an answer "x + 1"
+    fails) and keeps a copy of every file it was ever given.
     """
     if isinstance(data, HubData):
         return _hub_rows(data)

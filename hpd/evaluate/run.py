@@ -26,7 +26,7 @@ from hpd.evaluate.statistics import (
 )
 from hpd.evaluate.task import Answer, Comparable, Example, FinishReason, Prompt, Summary, Task, Verdict
 
-__all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_result"]
+__all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_entry", "write_result"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +246,13 @@ def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> 
     lines = [json.dumps({"eval": eval_id, **asdict(record)}, ensure_ascii=False) for record in result.records]
     _replace(records_path, "".join(line + "\n" for line in [*_other_records(records_path, eval_id), *lines]))
 
-    others = [entry for entry in _read_evals(folder) if entry.get("id") != eval_id]
-    entry = {"id": eval_id, **identity, result.metric: result.value, **figures, "records": records_path.name}
+    write_entry(folder, {"id": eval_id, **identity, result.metric: result.value, **figures, "records": records_path.name})
+
+
+def write_entry(folder: Path, entry: dict[str, Any]) -> None:
+    """Put an evaluation into evals.json, in place of one with the same id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [other for other in _read_evals(folder) if other.get("id") != entry["id"]]
     _replace(folder / "evals.json", json.dumps([*others, entry], indent=2, ensure_ascii=False) + "\n")
 
 
