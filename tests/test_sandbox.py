@@ -5,6 +5,7 @@ so `passed` means a hole. The programs know what a real attacker would have to f
 """
 
 import ast
+import json
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +162,55 @@ def test_hostile_programs_at_lower_levels(level: str, host: Host, monkeypatch: p
     assert_unharmed(host)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else; without it the tests above show this")
+@pytest.mark.parametrize("level", ISOLATIONS)
+def test_hostile_programs_of_an_ordinary_user(level: str, host: Host, tmp_path: Path) -> None:
+    """User namespaces instead of root's privileges; without them the program has the very user of the evaluating process."""
+    python = next((path for path in (sys.executable, "/usr/bin/python3") if _runs_as_nobody(path)), None)
+    if python is None:
+        pytest.skip("no Python that other users may run")
+    tmp_path.chmod(0o755)
+    for parent in (tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    programs = {path.stem: f"HOST = {host.facts!r}\n{path.read_text()}" for path in HOSTILE}
+    (tmp_path / "programs.json").write_text(json.dumps([programs, SQUARES.source, asdict(TIGHT)]))
+    script = f"""
+import json, os
+from hpd.evaluate.sandbox import ISOLATIONS, Limits, Program, Tests, run_many
+programs, tests, limits = json.load(open({str(tmp_path / "programs.json")!r}))
+sources = [source.replace("'pid': {os.getpid()}", f"'pid': {{os.getpid()}}") for source in programs.values()]
+jobs = [Program(source=source, tests=Tests(source=tests)) for source in sources]
+outcomes = run_many(jobs, num_workers=8, limits=Limits(**limits), isolation=ISOLATIONS[{level!r}])
+print(json.dumps({{name: [o.status, o.stdout + o.stderr + o.detail] for name, o in zip(programs, outcomes)}}))
+"""
+    environment = {"PYTHONPATH": str(Path(hpd.__file__).parents[1]), "HPD_TEST_SECRET": SECRET}
+    done = subprocess.run(
+        [python, "-c", script],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [name for name, (status, _) in found.items() if status == "passed"] == []
+    assert not any(SECRET in text for _, text in found.values())
+    assert_unharmed(host)
+
+
+def _runs_as_nobody(python: str) -> bool:
+    code = f"import sys; sys.path.insert(0, {str(Path(hpd.__file__).parents[1])!r}); import hpd.evaluate.sandbox"
+    try:
+        done = subprocess.run([python, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True, cwd="/")
+    except PermissionError:
+        return False
+    return done.returncode == 0
+
+
 def assert_unharmed(host: Host) -> None:
     assert (host.folder / "canary").read_text() == "alive"
     assert (host.folder / "canary").stat().st_mode & 0o777 == 0o600
@@ -245,7 +296,7 @@ def test_scratch_folder() -> None:
     ],
 )
 def test_status_and_detail(source: str, status: str, detail: str) -> None:
-    outcome = run_program(source, limits=TIGHT)
+    outcome = run_program(source, limits=replace(TIGHT, wall_seconds=60))  # a second of processor time can take many
     assert outcome.status == status
     assert detail in outcome.detail
 

@@ -130,8 +130,11 @@ def _change_root(scratch_mib: int) -> None:
 
 def _visible_paths() -> list[str]:
     """The standard library and the shared libraries that its modules load, without those inside another of them."""
-    paths = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), f"{sys.base_exec_prefix}/lib"]
-    paths += ["/lib", "/lib64", "/usr/lib", "/usr/lib64"]
+    paths = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib64", "/usr/lib64"]
+    debian = [f"{parent}/{sysconfig.get_config_var('MULTIARCH')}" for parent in ("/lib", "/usr/lib")]
+    paths += debian if os.path.isdir(debian[1]) else ["/lib", "/usr/lib"]
+    if sys.base_exec_prefix != "/usr":
+        paths.append(f"{sys.base_exec_prefix}/lib")
     folders = sorted({path for path in paths if os.path.isdir(path) and not os.path.islink(path)})
     outer = [path for path in folders if not any(path.startswith(other + "/") for other in folders)]
     return [*outer, *(path for path in ("/dev/null", "/dev/zero", "/dev/urandom") if os.path.exists(path))]
