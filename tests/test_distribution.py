@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import NUM_TOKENS, tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from hpd.cli import app
 from hpd.evaluate.bootstrap import estimate, ratio, row_weights
 from hpd.evaluate.distribution import METRICS, TextRow, _cut, check_metrics, distribution_metrics, read_text_rows
 from hpd.evaluate.settings import GenerationSettings
@@ -339,3 +342,45 @@ def test_bootstrap_covers_the_mean() -> None:
         assert found.value == pytest.approx(values.mean())
         covered += found.low <= 3.0 <= found.high
     assert 0.88 < covered / 200 < 0.99
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def _eval(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
+def test_command(tmp_path: Path) -> None:
+    student, teacher = tiny_pair("qwen2", tmp_path)
+    data = _write(tmp_path / "rows.jsonl", [row._asdict() for row in ROWS])
+    asked = (student, "--metrics", "kl,repetition", "--teacher", teacher, "--data", data, "--max-new-tokens", "6")
+    for limit in ("2", "3", "2"):
+        result = _eval(*asked, "--limit", limit, "--output", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+    assert "reverse kl" in result.output
+    entries = json.loads((tmp_path / "out" / "evals.json").read_text())
+    assert [entry["limit"] for entry in entries] == [3, 2]  # a repeated measurement replaces itself
+    assert entries[0]["distribution"]["dataset"]["forward_kl"]["value"] > 0
+    alone = _eval(student, "--metrics", "entropy", "--metrics-on", "dataset", "--data", data)
+    assert alone.exit_code == 0, alone.output
+    assert "student entropy" in alone.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metrics", "kl", "--data", "rows.jsonl"), "--teacher"),
+        (("--metrics", "entropy"), "--data FILE"),
+        (("--metrics", "entropy", "--data", "rows.jsonl", "--samples", "2"), "--samples"),
+        (("--metrics", "entropy", "--data", "rows.jsonl", "--vocabulary", "pad"), "shared_prefix"),
+        (("--metrics", "entropy", "--data", "rows.jsonl", "--few-shot", "2"), "no effect"),
+        (("--metrics-on", "dataset", "--data", "rows.jsonl"), "no effect"),
+    ],
+)
+def test_command_errors(tmp_path: Path, arguments: tuple[str, ...], message: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "rows.jsonl", [row._asdict() for row in ROWS])
+    result = _eval("nowhere/model", *arguments)
+    assert result.exit_code == 2
+    assert message in result.output

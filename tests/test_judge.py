@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from judge_server import JudgeServer, likes_longer, likes_word, position_biased, rates_by_length
+from tiny_models import tiny_model
+from typer.testing import CliRunner
 
+from hpd.cli import app
 from hpd.evaluate.judge import alpaca_eval, arena_hard, mt_bench
 from hpd.evaluate.judge_client import Judge, JudgeSettings
 from hpd.evaluate.judge_prompts import FIVE_POINTS, PREFERENCE, load_prompt, read_label, read_rating
@@ -418,6 +421,30 @@ def test_the_public_files_load(shared: Path, tmp_path: Path) -> None:
         arena = arena_hard(data / "arena_hard" / "v0.1_question.jsonl", judge=judge)
         assert len(arena.examples()) == 500
         assert all(example.answer for example in arena.examples())
+
+
+def test_command(tmp_path: Path) -> None:
+    """Two turns of a tiny model, rated over HTTP, into evals.json; the second time from the cache."""
+    model = tiny_model("llama", tmp_path / "model")
+    data = _mt_bench(tmp_path)
+    with JudgeServer(rates_by_length) as server:
+        asked = [
+            "eval", model, "--tasks", f"mt_bench={data}", "--max-new-tokens", "4", "--judge-url", server.url,
+            "--judge-model", "judge", "-o", f"judge.cache={tmp_path / 'cache.jsonl'}", "-o", "judge.price_in=1",
+            "-o", "judge.price_out=2", "--output", tmp_path / "out",
+        ]  # fmt: skip
+        outputs = []
+        for _ in range(2):
+            result = CliRunner().invoke(app, list(map(str, asked)))
+            assert result.exit_code == 0, result.output
+            outputs.append(" ".join(result.output.split()))
+            (entry,) = json.loads((tmp_path / "out" / "evals.json").read_text())
+            assert 1 <= entry["judge_score"] <= 10
+        assert len(server.requests) == 4
+    assert "4 verdicts of judge" in outputs[0]
+    assert "parse failures 0" in outputs[1]
+    refused = CliRunner().invoke(app, ["eval", str(model), "--tasks", f"mt_bench={data}"])
+    assert (refused.exit_code, "--judge-url" in refused.output) == (2, True)
 
 
 # --- win rates ------------------------------------------------------------------------------------
