@@ -86,8 +86,8 @@ def test_task_protocol(name: str, tmp_path: Path) -> None:
     assert json.dumps(dict(task.options))
     assert {"stop", "chat_template", "max_new_tokens"} <= task.defaults.keys()
     prompt = task.examples()[0].prompt
-    assert prompt == ROWS[name].get("prompt", '"""\nWrite a function to double a number.\nassert double(2) == 4\n'
-                                    'assert math.isclose(double(0.1), 0.2)\n"""\n')  # fmt: skip
+    words = '"""\nWrite a function to double a number.\nassert double(2) == 4\nassert math.isclose(double(0.1), 0.2)\n"""'
+    assert prompt == ROWS[name].get("prompt", words).rstrip()
     instruct = made_up(tmp_path, name)
     assert "Markdown code block" in str(instruct.examples()[0].prompt)
     assert "stop" not in instruct.defaults
@@ -96,7 +96,7 @@ def test_task_protocol(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["humaneval", "humaneval+"])
 def test_completions_continue_the_prompt(name: str, tmp_path: Path) -> None:
     task = made_up(tmp_path, name, style="completion")
-    verdicts = grade(task, "    return 2 * x\n", "    return 3 * x", "    return 2 * x\n\n\ndef main(:", "")
+    verdicts = grade(task, "\n    return 2 * x\n", "    return 3 * x", "    return 2 * x\n\n\ndef main(:", "")
     assert [verdict.correct for verdict in verdicts] == [True, False, True, False]
 
 

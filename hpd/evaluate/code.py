@@ -110,9 +110,7 @@ class CodeTask:
         return [
             Example(
                 id=problem.id,
-                prompt=problem.prompt
-                if self._style == "completion"
-                else self._instruction.replace("{prompt}", problem.prompt.strip()),
+                prompt=self._prompt(problem),
                 answer=problem.solution,
                 solution=problem.solution,
                 metadata=problem.row,
@@ -138,6 +136,11 @@ class CodeTask:
         """Which isolation is in effect."""
         lines = "\n".join(f"  {line}" for line in self._report.lines)
         return f"{self.name}: model-written code runs in a sandbox, level {self._report.level}\n{lines}"
+
+    def _prompt(self, problem: Problem) -> str:
+        if self._style == "completion":
+            return problem.prompt.rstrip()  # the line break is the model's: most tokenizers join it with what follows
+        return self._instruction.replace("{prompt}", problem.prompt.strip())
 
     def _source(self, problem: Problem, text: str) -> str | None:
         if self._style == "completion" and "```" not in text:
