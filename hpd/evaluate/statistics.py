@@ -71,10 +71,16 @@ def sampling_interval(values: Floats) -> Interval:
 
 
 def _bootstrap(means: Floats) -> Interval:
-    generator = np.random.default_rng(_SEED)
-    resampled = [means[generator.integers(len(means), size=len(means))].mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(_resampled_means(means), [0.025, 0.975])
     return float(low), float(high)
+
+
+def _resampled_means(values: Floats) -> Floats:
+    """Means of resamples with replacement, [_RESAMPLES]."""
+    generator = np.random.default_rng(_SEED)
+    size = len(values)
+    parts = [values[generator.integers(size, size=(_RESAMPLES // 20, size))].mean(axis=1) for _ in range(20)]
+    return np.concatenate(parts)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -144,9 +150,7 @@ def compare_paired(first: Floats, second: Floats) -> Comparison:
     both = ~(np.isnan(first).all(axis=1) | np.isnan(second).all(axis=1))
     one, two = mean_over_problems(first[both]), mean_over_problems(second[both])
     differences = two - one
-    generator = np.random.default_rng(_SEED)
-    size = len(differences)
-    resampled = np.array([differences[generator.integers(size, size=size)].mean() for _ in range(_RESAMPLES)])
+    resampled = _resampled_means(differences)
     low, high = np.quantile(resampled, [0.025, 0.975])
     single = first.shape[1] == 1 and second.shape[1] == 1 and bool(np.isin(np.concatenate([one, two]), (0.0, 1.0)).all())
     if single:

@@ -15,6 +15,8 @@ __all__ = ["Comparison", "Outcome", "compare_all"]
 _SECONDS = 20.0
 """Limit of one comparison: more than math-verify's own limits (5 s of parsing twice, 5 s of comparing) take together."""
 _MAX_PROCESSES = 8
+# A process imports sympy for a second or more, in which another one compares many answers.
+_WORTH_A_PROCESS = 24
 
 
 class Comparison(NamedTuple):
@@ -41,7 +43,7 @@ def compare_all(comparisons: Sequence[Comparison], seconds: float = _SECONDS) ->
     todo = list(dict.fromkeys(comparisons))
     if not todo:
         return {}
-    count = min(len(todo), os.cpu_count() or 1, _MAX_PROCESSES)
+    count = min(-(-len(todo) // _WORTH_A_PROCESS), os.cpu_count() or 1, _MAX_PROCESSES)
     outcomes: dict[Comparison, Outcome] = {}
     with ThreadPoolExecutor(count) as pool:
         for part in pool.map(lambda index: _compare_some(todo[index::count], seconds), range(count)):
