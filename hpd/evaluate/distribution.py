@@ -132,8 +132,7 @@ def distribution_metrics(
 ) -> dict[str, Any]:
     r"""Distances, entropies, likelihoods and text statistics of a student, with 95 % bootstrap intervals over the rows.
 
-    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p_n \| q_n), \quad
-              H_\text{own} - H_\text{data}, \quad
+    .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p_n \| q_n), \qquad
               \mathrm{ECE} = \sum_b \frac{N_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|
 
     Every figure is exact over the common vocabulary; logits exist for one chunk of positions at a time. Prompt tokens are
@@ -170,28 +169,51 @@ def distribution_metrics(
     for model in filter(None, (student, teacher)):
         add_head_function(model)
     limit = _length_limit(student, teacher, max_length)
+    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress)
     weights = row_weights(len(rows), seed)
     report: dict[str, Any] = {"num_rows": len(rows), "top_k": top_k, "max_length": limit, "common_vocabulary": vocab}
     statistics: dict[str, dict[str, Statistic]] = {}
     for text in texts:
-        if text == "dataset":
-            written = _dataset_tokens(tokenizer, rows, settings)
-        else:
-            written = _student_tokens(student, tokenizer, rows, settings, limit, progress)
-        cut, lost = _cut(written, limit, vocab)
-        sums = sum_rows(
-            student, teacher, cut, vocab=vocab, top_k=top_k, batch_size=settings.batch_size, pad_id=_pad_id(tokenizer),
-            progress=None if progress is None else _named(progress, f"reading {text} text"),
-        )  # fmt: skip
-        labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
-        statistics[text] = _likelihood_statistics(sums, metrics, with_bins=text == "dataset")
-        statistics[text] |= _text_statistics(labels, metrics, end_token_ids(student, tokenizer) if text == "student" else None)
-        counts = {"tokens": int(sums.tokens.sum()), **lost}
-        figures = {name: estimate(statistic, weights).to_json() for name, statistic in statistics[text].items()}
-        report[text] = counts | figures | (_distinct(labels) if "repetition" in metrics else {})
+        statistics[text], plain = _read(reader, text, rows, metrics)
+        report[text] = plain | {name: estimate(found, weights).to_json() for name, found in statistics[text].items()}
     if len(statistics) == 2:
         report["gap"] = _gap(statistics, weights)
     return report
+
+
+class _Reader(NamedTuple):
+    """Who reads, how far, and how the student writes."""
+
+    student: nn.Module
+    teacher: nn.Module | None
+    tokenizer: PreTrainedTokenizerBase
+    settings: GenerationSettings
+    vocab: int | None
+    limit: int | None
+    top_k: int
+    progress: Progress | None
+
+
+def _read(
+    reader: _Reader, text: str, rows: Sequence[TextRow], metrics: Sequence[str]
+) -> tuple[dict[str, Statistic], dict[str, Any]]:
+    """Figures of one set of texts: those with an interval, and counts."""
+    student, teacher, tokenizer, settings, vocab, limit, top_k, progress = reader
+    own = text == "student"
+    if own:
+        written = _student_tokens(student, tokenizer, rows, settings, limit, progress)
+    else:
+        written = _dataset_tokens(tokenizer, rows, settings)
+    cut, lost = _cut(written, limit, vocab)
+    sums = sum_rows(
+        student, teacher, cut, vocab=vocab, top_k=top_k, batch_size=settings.batch_size, pad_id=_pad_id(tokenizer),
+        progress=None if progress is None else _named(progress, f"reading {text} text"),
+    )  # fmt: skip
+    labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
+    statistics = _likelihood_statistics(sums, metrics, with_bins=not own)
+    statistics |= _text_statistics(labels, metrics, end_token_ids(student, tokenizer) if own else None)
+    distinct = _distinct(labels) if "repetition" in metrics else {}
+    return statistics, {"tokens": int(sums.tokens.sum()), **lost, **distinct}
 
 
 def _common_vocab(
