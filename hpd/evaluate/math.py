@@ -29,7 +29,7 @@ __all__ = [
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 """The system prompt of the reference evaluation (its data files hold it)."""
 
-_QUESTIONS = ("problem", "question", "Problem", "Question", "input", "question_concat")
+_QUESTIONS = ("problem", "question", "prompt", "Problem", "Question", "input", "question_concat")
 _ANSWERS = ("answer", "final_answer", "Answer", "target", "final_ans", "result")
 _SOLUTIONS = ("solution", "Solution")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
