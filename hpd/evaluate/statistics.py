@@ -161,4 +161,5 @@ def compare_paired(first: Floats, second: Floats) -> Comparison:
     else:
         tail = min((resampled <= 0).mean(), (resampled >= 0).mean())
         p_value = float(min(1.0, 2 * (tail * _RESAMPLES + 1) / (_RESAMPLES + 1)))
-    return Comparison(float(differences.mean()), (float(low), float(high)), p_value, "McNemar" if single else "bootstrap", size)
+    test = "McNemar" if single else "bootstrap"
+    return Comparison(float(differences.mean()), (float(low), float(high)), p_value, test, len(differences))
