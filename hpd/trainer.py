@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
-from hpd.losses import LossOutput, Scores, reweighted_nll
+from hpd.losses import LossOutput, Scores, TeacherScores, reweighted_nll
 from hpd.losses.operator import DEFAULT_CHUNK_BYTES, IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
@@ -149,7 +149,7 @@ class DistillTrainer(SFTTrainer):
         self._count(mode, output.stats, batch, inputs)
         return output.loss
 
-    def _loss(self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
+    def _loss(self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
         # Evaluation keeps its draws fixed: step -1 is no training step.
         step = self.state.global_step if mode == "train" else -1
         count, numbers = max(term.support.num_uniforms for term in self.terms), None

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpd.losses.chunked import Plan, chunked_reweighted_nll
-from hpd.losses.heads import Scores
+from hpd.losses.heads import Scores, TeacherScores
 from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import TileInputs
 from hpd.terms import Term
@@ -32,7 +32,7 @@ class LossOutput(NamedTuple):
 
 def reweighted_nll(
     student: Scores,
-    teacher: Scores,
+    teacher: TeacherScores,
     labels: Int[Tensor, "N"],
     terms: Sequence[Term],
     *,
@@ -55,7 +55,8 @@ def reweighted_nll(
 
     Args:
         student: hidden states and head; gradients flow to both.
-        teacher: the same of the teacher; never differentiated.
+        teacher: the same of the teacher, or what it knows of its k likeliest tokens; never differentiated. With `log_z`,
+            terms on the label and the student's draws cost no product with the teacher's head.
         labels: the token that the dataset holds at each position, each below both vocabularies.
         terms: what is learnt, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
@@ -88,7 +89,8 @@ def reweighted_nll(
             "(vocabulary: shared_prefix does)."
         )
     inputs = TileInputs(labels, uniforms, draws, kl_estimator)
-    teacher = Scores(teacher.hidden.detach(), teacher.head)
+    if isinstance(teacher, Scores):
+        teacher = teacher._replace(hidden=teacher.hidden.detach())
     plan = Plan(teacher, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
     loss, stats = IMPLEMENTATIONS[impl](student, plan)
     return LossOutput(loss, stats)

@@ -17,7 +17,16 @@ from hpd.estimators import kl_estimate
 from hpd.supports import LOGPROB_FLOOR, Columns, Draws
 from hpd.terms import Term
 
-__all__ = ["LOGPROB_FLOOR", "Sums", "TileInputs", "distribution_metrics", "sum_dtype", "term_draws", "tile_gradient_"]
+__all__ = [
+    "LOGPROB_FLOOR",
+    "Sums",
+    "TileInputs",
+    "distribution_metrics",
+    "sum_dtype",
+    "term_draws",
+    "tile_gradient_",
+    "weigh_columns",
+]
 
 Sums = dict[str, Tensor]
 
@@ -109,6 +118,17 @@ def weigh(
     """Columns of the term's support and its weights there (coefficients included); adds its value and statistics."""
     draws = term_draws(term, log_p, log_q, q, inputs)
     columns = term.support.columns(log_p, log_q, inputs.labels, draws)
+    weights = weigh_columns(term, columns, sums)
+    if draws is not None and inputs.kl_estimator != "exact" and term.support.draws_student_exactly:
+        estimate = kl_estimate(inputs.kl_estimator, log_p, log_q, draws.tokens)
+        add(sums, f"reverse_kl_{inputs.kl_estimator}", estimate)
+    if draws is not None and term.support.label:
+        add(sums, "drawn_label", (draws.tokens == inputs.labels[:, None]).float().mean(-1))
+    return columns, weights
+
+
+def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R K"]:
+    """The term's weights at its columns, coefficients included; adds its value and the objective's statistics."""
     pair = columns.teacher_logprobs, columns.student_logprobs
     if columns.coefficients is None:
         weights, value = term.objective.evaluate(*pair)
@@ -122,12 +142,7 @@ def weigh(
     if term.objective.stats is not None:
         for name, values in term.objective.stats(*pair).items():
             add(sums, name, values)
-    if draws is not None and inputs.kl_estimator != "exact" and term.support.draws_student_exactly:
-        estimate = kl_estimate(inputs.kl_estimator, log_p, log_q, draws.tokens)
-        add(sums, f"reverse_kl_{inputs.kl_estimator}", estimate)
-    if draws is not None and term.support.label:
-        add(sums, "drawn_label", (draws.tokens == inputs.labels[:, None]).float().mean(-1))
-    return columns, weights
+    return weights
 
 
 def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs) -> Draws | None:
