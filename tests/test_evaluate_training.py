@@ -129,7 +129,8 @@ def test_two_processes_answer_what_one_does(workspace):
         }  # fmt: skip
         recipe = workspace / f"ranks{processes}.yaml"
         recipe.write_text(yaml.safe_dump(tree))
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
+        command = [sys.executable, "-m", "accelerate.commands.launch",
+                   "--cpu", "--num_machines", "1", "--num_processes", str(processes),
                    "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hpd", "train", str(recipe)]  # fmt: skip
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=400, env={**os.environ, "ACCELERATE_USE_CPU": "1"}
