@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpd.experiments.grid import Cell, Experiment, expand, expand_tuning, read_experiment
+from hpd.experiments.grid import Cell, Experiment, expand, expand_tuning, read_experiment, tuning_evaluation
 from hpd.experiments.manifest import open_manifest, require_comparable
 from hpd.experiments.tuning import choose, read_choices, write_choices
 from hpd.experiments.worker import TEACHER_FIGURES, Job, evaluate_teacher, is_finished, run_job
@@ -73,7 +73,10 @@ def compare(
         choices = read_choices(folder)
         if choices is None:
             require_comparable(tuning, manifest, allow)
-            failures = run_grid([_job(experiment, cell, tuning=True) for cell in tuning], jobs, folder, "tuning", show)
+            deciding = tuning_evaluation(experiment, folder)
+            evals = (deciding,) if deciding is not None else ()
+            work = [Job(cell.recipe, cell.axes, experiment.budget, evals) for cell in tuning]
+            failures = run_grid(work, jobs, folder, "tuning", show)
             if failures:
                 return experiment, failures
             choices = choose(experiment, tuning)
@@ -84,12 +87,8 @@ def compare(
     return experiment, run_grid([_job(experiment, cell) for cell in grid], jobs, folder, "runs", show)
 
 
-def _job(experiment: Experiment, cell: Cell, tuning: bool = False) -> Job:
-    # A tuning run measures what it is tuned on, nothing else.
-    budget = experiment.budget
-    if tuning:
-        return Job(cell.recipe, cell.axes, budget)
-    return Job(cell.recipe, cell.axes, budget, tuple(experiment.evals), experiment.own_samples)
+def _job(experiment: Experiment, cell: Cell) -> Job:
+    return Job(cell.recipe, cell.axes, experiment.budget, tuple(experiment.evals), experiment.own_samples)
 
 
 def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, show: Callable[[GridState], None]) -> list[Failure]:

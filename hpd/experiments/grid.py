@@ -19,13 +19,14 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from hpd.config import Recipe, load_recipe, resolve
 from hpd.terms import nearest
 
-__all__ = ["BASE_FOLDER", "Budget", "Cell", "Evaluation", "Experiment", "Tune", "expand", "load_experiment", "read_experiment"]
+__all__ = ["BASE_FOLDER", "Budget", "Cell", "Evaluation", "Experiment", "Tune", "expand", "load_experiment", "read_experiment", "tuning_evaluation"]
 
 _STRICT = {"extra": "forbid"}
 BASE_FOLDER = "$BASE"
 """Stands in values for the folder that a `base` function wrote its files to."""
 MIN_TUNED_VALUES, MIN_TUNED_FACTOR = 4, 8.0
 SEED_PATH = "train.seed"
+VALIDATION_METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
 _SHORT_BASES = {"demo": "hpd.demo.run:demo_recipe"}
 
 
@@ -36,7 +37,8 @@ class Budget:
     __pydantic_config__ = _STRICT
 
     type: Literal["steps", "label_tokens", "flops", "seconds"]
-    """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`). seconds: wall-clock."""
+    """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`). seconds:
+    wall-clock."""
     value: float
     """How much, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of the budget spent."""
 
@@ -54,7 +56,8 @@ class Tune:
     seeds: list[int]
     """Seeds of the tuning runs; none of them may be a seed of the grid."""
     metric: str = "loss"
-    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy on the file data.validation."""
+    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another name of evals,
+    measured on the file data.validation."""
     mode: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
     per: list[str] | None = None
@@ -102,7 +105,8 @@ class Experiment:
     question: str = ""
     """What the experiment is to settle; it stands at the top of the report."""
     base: str | Mapping[str, Any]
-    """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its files and returns one."""
+    """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its files and returns
+    one."""
     set: Mapping[str, Any] = field(default_factory=dict)
     """Recipe paths replaced in the base, such as {train.max_steps: 500}."""
     axes: Mapping[str, list[Any] | Mapping[str, Any]] = field(default_factory=dict)
@@ -118,7 +122,8 @@ class Experiment:
     evals: list[Evaluation] = field(default_factory=list)
     """Evaluations of the trained student beside the recipe's own."""
     own_samples: int = 0
-    """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at temperature 1; entropy and
+    """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at temperature 1; entropy
+    and
     KLs are measured there."""
     baseline: str | None = None
     """The variant that the tests compare with, as the report names it; null: no tests."""
@@ -213,17 +218,7 @@ def expand_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
     base = base_tree(experiment, folder)
     for path, value in tune.set.items():
         put(base, path, value)
-    if tune.metric != "accuracy":
-        base["eval"] = None  # answers that nobody would look at
-    else:
-        validation = base.get("data", {}).get("validation")
-        if not isinstance(validation, str) or not Path(validation).is_file():
-            raise ValueError(
-                "tune.metric accuracy needs data.validation to be a file with prompts and answers; or tune on loss."
-            )
-        if not base.get("eval"):
-            raise ValueError("tune.metric accuracy needs the recipe's eval for its task; or tune on loss.")
-        put(base, "eval.data", validation)
+    base["eval"] = None  # `tuning_evaluation` asks for what the choice needs, on validation rows
     per, seen, cells = tuned_axes(experiment), set(), []
     for labels, changes in _product(experiment, folder):
         group = {axis: label for axis, label in labels.items() if axis in per}
@@ -235,6 +230,27 @@ def expand_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
             cells.append(_cell(base, {**group, tune.path: f"{value:g}", "seed": str(seed)}, tried, folder / "tune"))
     _require_distinct(cells)
     return cells
+
+
+def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None:
+    """The evaluation whose result is tuned on, moved to the validation file; None where a figure of the loss decides.
+
+    Raises:
+        ValueError: data.validation is no file, or neither evals nor the recipe's eval says how to grade.
+    """
+    tune = experiment.tune
+    if tune is None or tune.metric in VALIDATION_METRICS:
+        return None
+    base = base_tree(experiment, folder)
+    validation = base.get("data", {}).get("validation")
+    if not isinstance(validation, str) or not Path(validation).is_file():
+        raise ValueError(f"tune.metric {tune.metric} needs data.validation to be a file with prompts and answers; or tune on loss.")
+    own = {key: value for key, value in (base.get("eval") or {}).items() if value is not None}
+    if (given := next((e for e in experiment.evals if e.name == tune.metric), None)) is not None:
+        own |= {key: value for key, value in dataclasses.asdict(given).items() if value is not None}
+    elif not own:
+        raise ValueError("tune.metric accuracy needs the recipe's eval, or an entry of evals of that name; or tune on loss.")
+    return TypeAdapter(Evaluation).validate_python({**own, "name": tune.metric, "data": validation, "limit": None})
 
 
 def tuned_axes(experiment: Experiment) -> tuple[str, ...]:
@@ -404,14 +420,12 @@ def _check_tuning(experiment: Experiment, tune: Tune) -> None:
             f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of {MIN_TUNED_FACTOR:g} (the rate moves the "
             f"ranking more than the method does), got {tune.values}."
         )
-    higher = tune.metric in ("accuracy", "top1_agreement")
-    if higher != (tune.mode == "max"):
-        raise ValueError(
-            f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode accordingly."
-        )
-    allowed = ["loss", "forward_kl", "reverse_kl", "top1_agreement", "accuracy"]
+    allowed = [*VALIDATION_METRICS, *dict.fromkeys(["accuracy", *(e.name for e in experiment.evals)])]
     if tune.metric not in allowed:
         raise ValueError(f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}")
+    higher = tune.metric not in ("loss", "forward_kl", "reverse_kl")
+    if higher != (tune.mode == "max"):
+        raise ValueError(f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode accordingly.")
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

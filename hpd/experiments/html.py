@@ -37,7 +37,8 @@ def render_page(report: Report, live: bool = False) -> str:
     return (
         f'<!doctype html>\n<html lang="en"{" data-live" if live else ""}>\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '\n<meta name="color-scheme" content="light dark">\n'
         f'<title>{escape(report.title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{style}</style>\n</head>\n<body>\n'
         f'<header><h1>{escape(report.title)}</h1>{question}<p class="status">{escape(report.status)}</p></header>\n'
         f"<nav>{nav}</nav>\n<main>\n{_verdicts(report.verdicts)}{body}</main>\n<script>\n{script}</script>\n</body>\n</html>\n"
@@ -78,7 +79,8 @@ def _table(table: Table, heading: str = "") -> str:
     caption = f"<h3>{escape(table.title)}</h3>" if table.title and table.title != heading else ""
     label = escape(table.title or heading or "data")
     return (
-        f'{caption}<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f'{caption}<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table class="sortable"><thead>'
+        f"<tr>{head}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{note}"
     )
 
@@ -107,12 +109,14 @@ def _cell(cell: Any) -> str:
 def _panel(panel: Panel) -> str:
     return (
         f'<figure id="plot-{escape(panel.key)}"><figcaption>{escape(panel.title)}</figcaption>{to_svg(panel)}'
-        f'<details><summary>data</summary>{_table(panel_table(panel))}<p class="note">{_download(panel_table(panel))}</p></details></figure>'
+        f'<details><summary>data</summary>{_table(panel_table(panel))}<p class="note">'
+        f"{_download(panel_table(panel))}</p></details></figure>"
     )
 
 
 def _download(table: Table) -> str:
-    return f'<a class="download" download="{escape(table.key)}.csv" href="data:text/csv;charset=utf-8,{quote(table.as_csv())}">CSV</a>'
+    content = f"data:text/csv;charset=utf-8,{quote(table.as_csv())}"
+    return f'<a class="download" download="{escape(table.key)}.csv" href="{content}">CSV</a>'
 
 
 def _samples(samples: list[Sample]) -> str:
@@ -127,7 +131,10 @@ def _sample(sample: Sample) -> str:
         for writer, (text, correct) in sample.answers.items()
     )
     reference = f' <span class="reference">reference: {escape(sample.reference)}</span>' if sample.reference else ""
-    return f'<article class="sample"><p class="prompt"><code>{escape(sample.prompt)}</code>{reference}</p><div class="answers">{answers}</div></article>'
+    return (
+        f'<article class="sample"><p class="prompt"><code>{escape(sample.prompt)}</code>{reference}</p>'
+        f'<div class="answers">{answers}</div></article>'
+    )
 
 
 def _tone(correct: bool | None) -> str:

@@ -52,7 +52,8 @@ def open_manifest(
     known = json.loads(path.read_text(encoding="utf-8"))
     if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
         raise ValueError(
-            f"{folder} began with another experiment file or other overrides ({folder / FILE} is the copy). Changing the question "
+            f"{folder} began with another experiment file or other overrides ({folder / FILE} is the copy). Changing "
+            f"the question "
             "after results are known is what this prevents: restore the file, or set another output_dir."
         )
     require_equal_environments([known["environment"], found["environment"]], allow)
@@ -79,7 +80,7 @@ def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def _source(name: str, recipe: Any, sources: tuple[Any, ...]) -> str:
-    by_name = dict(zip(("teacher", "student", "data.path", "data.validation"), sources, strict=True))
+    by_name: dict[str, Any] = dict(zip(("teacher", "student", "data.path", "data.validation"), sources, strict=True))
     return str(by_name.get(name) or (recipe.eval.data if recipe.eval else ""))
 
 
@@ -122,7 +123,8 @@ def require_equal_environments(environments: Sequence[Mapping[str, Any]], allow:
         if differing:
             shown = "; ".join(f"{field}: {first.get(field)} and {other.get(field)}" for field in differing)
             raise ValueError(
-                f"Runs were made by different software, so they differ in more than the axes: {shown}. Redo them together, or accept "
+                f"Runs were made by different software, so they differ in more than the axes: {shown}. Redo them "
+                f"together, or accept "
                 f"it with --allow {','.join(differing)} (the report says so)."
             )
 

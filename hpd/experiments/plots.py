@@ -80,7 +80,7 @@ def _save(panel: Panel, kind: str, **options: Any) -> bytes:
     axis.patch.set_visible(False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GRID)
-    axis.tick_params(labelsize=9, colors=INK, color=GRID)
+    axis.tick_params(which="both", labelsize=10, colors=INK, color=GRID)
     axis.xaxis.label.set_color(INK)
     axis.yaxis.label.set_color(INK)
     axis.grid(color=GRID, linewidth=0.6)
@@ -92,7 +92,7 @@ def _save(panel: Panel, kind: str, **options: Any) -> bytes:
 
 
 def _legend(axis: Any, columns: int = 1) -> None:
-    axis.legend(fontsize=8, frameon=False, labelcolor=INK, ncols=columns)
+    axis.legend(fontsize=9, frameon=False, labelcolor=INK, ncols=columns)
 
 
 def curve_panels(results: Results) -> list[Panel]:
@@ -124,7 +124,8 @@ def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> list
 
 
 def _line_panel(
-    key: str, title: str, lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, log: bool = False, x_label: str = "step",
+    key: str, title: str, lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, log: bool = False, x_label: str
+    = "step",
     y_label: str = "", log_x: bool = False, marks: Mapping[str, float] | None = None,
 ) -> Panel:  # fmt: skip
     rows = [(name, *point) for name, points in lines.items() for point in points]
@@ -137,17 +138,12 @@ def _line_panel(
             axis.plot(x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4)
             axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             if marks and name in marks:
-                axis.plot(
-                    [marks[name]],
-                    [dict(zip(x, mean, strict=True))[marks[name]]],
-                    "o",
-                    color=color,
-                    markersize=9,
-                    fillstyle="none",
-                )
-        axis.set_xlabel(x_label, fontsize=9)
-        axis.set_ylabel(y_label, fontsize=9)
-        if log:
+                height = mean[x.index(marks[name])]
+                axis.plot([marks[name]], [height], "o", color=color, markersize=9, fillstyle="none")
+        axis.set_xlabel(x_label, fontsize=10)
+        axis.set_ylabel(y_label, fontsize=10)
+        values = [point[1] for points in lines.values() for point in points]
+        if log and min(values) > 0 and max(values) > 10 * min(values):
             axis.set_yscale("log")
         if log_x:
             axis.set_xscale("log")
@@ -198,7 +194,7 @@ def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
         axis.axvline(0, color=INK, linewidth=0.9)
         axis.set_yticks(range(len(rows)), [row.variant for row in reversed(rows)])
         axis.set_ylim(-0.6, len(rows) - 0.4)
-        axis.set_xlabel(f"difference of {label(metric)}", fontsize=9)
+        axis.set_xlabel(f"difference of {label(metric)}", fontsize=10)
 
     better = "right" if higher_is_better(metric) else "left"
     title = f"{label(metric)}: minus {rows[0].baseline}, 95 % interval (better is {better})"
@@ -261,8 +257,8 @@ def _heat_map(
                 )
         axis.set_xticks(np.arange(len(xs)) + 0.5, xs)
         axis.set_yticks(np.arange(len(ys)) + 0.5, ys)
-        axis.set_xlabel(x_name, fontsize=9)
-        axis.set_ylabel(y_name, fontsize=9)
+        axis.set_xlabel(x_name, fontsize=10)
+        axis.set_ylabel(y_name, fontsize=10)
         axis.spines[:].set_visible(False)
 
     rest = ", ".join(f"{axis.rsplit('.', 1)[-1]} {value}" for axis, value in fixed.items())

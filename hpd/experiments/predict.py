@@ -36,7 +36,8 @@ def predict(
     """One line per group of cells that differ in the seed only.
 
     Finished runs of a group give their mean time. Without any, the first cell is run for 8 steps and 32 answers in a temporary
-    folder, and (seconds per step) x steps + (seconds per answer) x answers + the rest is taken; an untrained student writes longer
+    folder, and (seconds per step) x steps + (seconds per answer) x answers + the rest is taken; an untrained student writes
+    longer
     answers than a trained one, so this is rather too much. FLOPs are scaled from the same runs.
     """
     groups: dict[str, list[Cell]] = {}

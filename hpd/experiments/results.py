@@ -124,7 +124,8 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     teacher = json.loads(teacher_file.read_text(encoding="utf-8")) if teacher_file.is_file() else {}
     return Results(
         title=experiment.name, question=experiment.question, runs=runs, axes=axes, experiment=experiment,
-        choices=read_choices(folder) or [], teacher={**_shared_teacher(runs), **teacher}, manifest=manifest, allowed=tuple(allow),
+        choices=read_choices(folder) or [], teacher={**_shared_teacher(runs), **teacher}, manifest=manifest,
+        allowed=tuple(allow),
     )  # fmt: skip
 
 
@@ -165,7 +166,8 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run
     grades = {name: {k: g for k, r in found.items() if (g := _grade(r)) is not None} for name, found in answers.items()}
     return Run(
         folder=folder, axes=axes, group=group_key(axes, order) if order else recipe.get("method") or folder.name,
-        seed=int(recipe.get("train", {}).get("seed", 42)), recipe=recipe, figures=figures, logs=_read_logs(folder / "metrics.jsonl"),
+        seed=int(recipe.get("train", {}).get("seed", 42)), recipe=recipe, figures=figures, logs=_read_logs(folder /
+        "metrics.jsonl"),
         records={name: found for name, found in grades.items() if found and name in figures}, answers=answers,
         environment=_json(folder / "environment.json", {}), cost=record.get("cost") or _json(folder / "cost.json", {}),
         teacher={"accuracy": summary["teacher accuracy"]} if "teacher accuracy" in summary else {},

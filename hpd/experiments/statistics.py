@@ -1,8 +1,10 @@
 """Statistics of a comparison: intervals over seeds, paired tests against a baseline, effect sizes, stability of training.
 
-Two sources of chance are kept apart. *Seeds*: another training run of the same recipe would end elsewhere; what a method is worth
+Two sources of chance are kept apart. *Seeds*: another training run of the same recipe would end elsewhere; what a method is
+worth
 is its mean over them, and a claim about methods rests on them alone. *Examples*: other test problems would have been answered
-otherwise. Runs of one seed share their start and their data order and all runs answer the same problems, so every test is paired.
+otherwise. Runs of one seed share their start and their data order and all runs answer the same problems, so every test is
+paired.
 
 Axes: S seeds, E examples.
 """
@@ -92,7 +94,8 @@ def paired_bootstrap(
     \sqrt{n/(n-1)})`. Tested by simulation: 92 to 97 % coverage at 5 seeds.
 
     Args:
-        differences: `[S]`, or `[S, E]` with one value per seed and example. Examples are resampled together for all seeds, since
+        differences: `[S]`, or `[S, E]` with one value per seed and example. Examples are resampled together for all seeds,
+        since
             every run answers the same ones.
 
     Reference:
@@ -124,7 +127,8 @@ def _resample_both(d: Float[ndarray, "S E"], size: int, rng: np.random.Generator
 def sign_flip_test(differences: Sequence[float] | Floats, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> float:
     """Two-sided paired permutation test of a zero mean: every pair could as well have been the other way round.
 
-    Exact up to 16 pairs, where the smallest p there can be is 2^(1 - n); above, random signs and the (count + 1) / (draws + 1) rule.
+    Exact up to 16 pairs, where the smallest p there can be is 2^(1 - n); above, random signs and the (count + 1) / (draws + 1)
+    rule.
 
     >>> sign_flip_test([1.0, 2.0, 3.0])
     0.25
@@ -166,7 +170,7 @@ def cohen_dz(differences: Sequence[float] | Floats) -> float:
     return float(d.mean() / spread)
 
 
-def cliffs_delta(variant: Sequence[float], baseline: Sequence[float]) -> float:
+def cliffs_delta(variant: Sequence[float] | Floats, baseline: Sequence[float] | Floats) -> float:
     """P(variant > baseline) - P(variant < baseline) over all pairs of runs.
 
     >>> cliffs_delta([2, 3], [1, 2])

@@ -17,7 +17,8 @@ from hpd.experiments.results import Results, higher_is_better
 from hpd.experiments.statistics import Comparison, mean_interval, stability, steps_to
 
 __all__ = [
-    "Cell", "Table", "ablation_table", "compared_metrics", "comparison_table", "environment_table", "panel_table", "recipe_table",
+    "Cell", "Table", "ablation_table", "compared_metrics", "comparison_table", "environment_table", "panel_table",
+    "recipe_table",
     "result_table", "stability_table", "tuning_table",
 ]  # fmt: skip
 
@@ -87,7 +88,8 @@ def result_table(results: Results) -> Table:
         rows.append(tuple(teacher))
     columns = (*(short(axis) for axis in results.axes),) or ("variant",)
     note = (
-        "Mean ± half of the 95 % interval over seeds (Student's t; another training run, the same test problems). Bold: the best mean, "
+        "Mean ± half of the 95 % interval over seeds (Student's t; another training run, the same test problems). "
+        "Bold: the best mean, "
         "which is not yet a finding."
     )
     return Table("results", "Results", note, (*columns, *(metric.replace("_", " ") for metric in metrics), "seeds"), rows)
@@ -96,7 +98,7 @@ def result_table(results: Results) -> Table:
 def _best(results: Results, metric: str) -> str | None:
     better = higher_is_better(metric)
     means = {g: float(np.mean(list(v.values()))) for g in results.groups if (v := results.values(g, metric))}
-    if better is None or len(means) < 2:
+    if better is None or len(set(means.values())) < 2:
         return None
     return max(means, key=lambda group: means[group] if better else -means[group])
 
@@ -126,14 +128,18 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     seeds = max((c.num_seeds for c in comparisons), default=0)
     floor = f" With {seeds} seeds it cannot go below {2.0 ** (1 - seeds):.2g}." if seeds > 1 else ""
     note = (
-        f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below 0.05 after Holm's correction "
-        f"for all {len(comparisons)} tests and a 95 % paired bootstrap interval (over seeds and, where answers are graded, problems) "
-        f"without 0; all else is no consistent win. Permutation: signs of the seeds' differences flipped.{floor} Problems: the same "
+        f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below 0.05 after "
+        f"Holm's correction "
+        f"for all {len(comparisons)} tests and a 95 % paired bootstrap interval (over seeds and, where answers are "
+        f"graded, problems) "
+        f"without 0; all else is no consistent win. Permutation: signs of the seeds' differences flipped.{floor} "
+        f"Problems: the same "
         "over test problems, which speaks of these trained models only. d_z: mean difference in its own standard deviations; "
         "delta: Cliff's."
     )
     columns = (
-        "variant", "metric", "verdict", "difference", "95 % interval", "p (Holm)", "p seeds", "p permutation", "p problems", "d_z",
+        "variant", "metric", "verdict", "difference", "95 % interval", "p (Holm)", "p seeds", "p permutation", "p problems",
+        "d_z",
         "delta", "seeds", "problems",
     )  # fmt: skip
     return Table("tests", f"Tests against {baseline}", note, columns, rows)
@@ -160,8 +166,10 @@ def tuning_table(results: Results) -> Table | None:
         rows.append((choice.group, number(choice.chosen), *tried, number(choice.spread), "yes" if choice.at_edge else ""))
     seeds = results.experiment.tune.seeds if results.experiment and results.experiment.tune else []
     note = (
-        f"{label(first.metric)} of validation rows, mean over seeds {', '.join(map(str, seeds))}, which the results do not use. Bold: taken. "
-        "Spread: worst mean minus best; small is robust. At edge: the best value is the smallest or largest tried, so a better one may "
+        f"{label(first.metric)} of validation rows, mean over seeds {', '.join(map(str, seeds))}, which the results "
+        f"do not use. Bold: taken. "
+        "Spread: worst mean minus best; small is robust. At edge: the best value is the smallest or largest tried, so "
+        "a better one may "
         "lie beyond."
     )
     columns = ("variant", "taken", *(f"{value:g}" for value in values), "spread", "at edge")
@@ -188,8 +196,10 @@ def stability_table(results: Results) -> Table:
             reached.append(Cell(text, float(np.mean(known)) if known else math.inf))
         rows.append((group, *means, *reached))
     note = (
-        "Means over seeds. Loss deviation (around its own trend) and gradient norm are of the second half of training; a spike is a "
-        "gradient norm more than 6 scaled median deviations above the running median. Entropy is the student's on teacher text, in nats."
+        "Means over seeds. Loss deviation (around its own trend) and gradient norm are of the second half of "
+        "training; a spike is a "
+        "gradient norm more than 6 scaled median deviations above the running median. Entropy is the student's on "
+        "teacher text, in nats."
     )
     columns = (
         "variant", "loss deviation", "grad norm", "its deviation", "spikes", "entropy first", "entropy lowest", "entropy last",
@@ -298,7 +308,8 @@ def cost_table(results: Results) -> Table | None:
     if not rows:
         return None
     note = (
-        "Of one run's training, mean over seeds. FLOPs are counted: 6 per weight and trained token for the student, 2 for the teacher "
+        "Of one run's training, mean over seeds. FLOPs are counted: 6 per weight and trained token for the student, 2 "
+        "for the teacher "
         "(none for sft), heads at label positions only, 2 per token generated."
     )
     return Table(

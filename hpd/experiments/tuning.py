@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpd.experiments.grid import Cell, Experiment, Tune, group_key, tuned_axes
+from hpd.experiments.grid import VALIDATION_METRICS, Cell, Experiment, Tune, group_key, tuned_axes
 
 __all__ = ["Choice", "choose", "read_choices", "write_choices"]
 
@@ -72,11 +72,14 @@ def _best(group: str, tune: Tune, tried: dict[str, list[float]]) -> Choice:
 
 
 def _measured(cell: Cell, tune: Tune) -> float:
-    name = "student after accuracy" if tune.metric == "accuracy" else f"{tune.metric} after"
-    summary = json.loads((Path(cell.recipe.output_dir) / "summary.json").read_text(encoding="utf-8"))
-    if name not in summary:
-        raise ValueError(f"The tuning run {cell.name} has no {name!r}: tuning needs data.validation (and eval for accuracy).")
-    value = float(summary[name])
+    folder = Path(cell.recipe.output_dir)
+    if tune.metric in VALIDATION_METRICS:
+        figures, name = json.loads((folder / "summary.json").read_text(encoding="utf-8")), f"{tune.metric} after"
+    else:
+        figures, name = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["figures"], tune.metric
+    if name not in figures:
+        raise ValueError(f"The tuning run {cell.name} has no {name!r}: tuning needs data.validation.")
+    value = float(figures[name])
     return value if math.isfinite(value) else math.nan
 
 
