@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpd.experiments.grid import Cell, Experiment, expand, expand_tuning, read_experiment, tuning_evaluation
+from hpd.experiments.grid import Experiment, evaluations, expand, expand_tuning, read_experiment, tuning_evaluation
 from hpd.experiments.manifest import open_manifest, require_comparable
 from hpd.experiments.tuning import choose, read_choices, write_choices
 from hpd.experiments.worker import TEACHER_FIGURES, Job, evaluate_teacher, is_finished, run_job
@@ -83,12 +83,10 @@ def compare(
             write_choices(folder, choices)
         grid = expand(experiment, folder, {choice.group: choice.chosen for choice in choices})
     require_comparable(grid, manifest, allow)
-    _evaluate_teacher(experiment, grid[0], folder)
-    return experiment, run_grid([_job(experiment, cell) for cell in grid], jobs, folder, "runs", show)
-
-
-def _job(experiment: Experiment, cell: Cell) -> Job:
-    return Job(cell.recipe, cell.axes, experiment.budget, tuple(experiment.evals), experiment.own_samples)
+    evals = evaluations(experiment, folder)
+    work = [Job(cell.recipe, cell.axes, experiment.budget, evals, experiment.own_samples) for cell in grid]
+    _evaluate_teacher(work[0], folder)
+    return experiment, run_grid(work, jobs, folder, "runs", show)
 
 
 def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, show: Callable[[GridState], None]) -> list[Failure]:
@@ -136,14 +134,14 @@ def _context() -> Any:
     return context
 
 
-def _evaluate_teacher(experiment: Experiment, cell: Cell, folder: Path) -> None:
+def _evaluate_teacher(job: Job, folder: Path) -> None:
     """The reference line of the experiment's own evaluations; the recipe's eval asks the teacher in every run."""
     target = folder / "teacher"
-    if not experiment.evals or cell.recipe.teacher.type != "model" or (target / TEACHER_FIGURES).is_file():
+    if not job.evals or job.recipe.teacher.type != "model" or (target / TEACHER_FIGURES).is_file():
         return
     (folder / "logs").mkdir(exist_ok=True)
     log = folder / "logs" / "teacher.log"
-    job = _job(experiment, cell)._replace(threads=os.cpu_count() or 1)
+    job = job._replace(threads=os.cpu_count() or 1)
     process = _context().Process(target=evaluate_teacher, args=(job, str(target), str(log)))
     process.start()
     process.join()

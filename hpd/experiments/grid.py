@@ -19,7 +19,19 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from hpd.config import Recipe, load_recipe, resolve
 from hpd.terms import nearest
 
-__all__ = ["BASE_FOLDER", "Budget", "Cell", "Evaluation", "Experiment", "Tune", "expand", "load_experiment", "read_experiment", "tuning_evaluation"]
+__all__ = [
+    "BASE_FOLDER",
+    "Budget",
+    "Cell",
+    "Evaluation",
+    "Experiment",
+    "Tune",
+    "evaluations",
+    "expand",
+    "load_experiment",
+    "read_experiment",
+    "tuning_evaluation",
+]
 
 _STRICT = {"extra": "forbid"}
 BASE_FOLDER = "$BASE"
@@ -68,7 +80,7 @@ class Tune:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One more evaluation of the trained student; what is null is as in the recipe's eval."""
+    """One more evaluation of the trained student; what is null is as in the base's eval."""
 
     __pydantic_config__ = _STRICT
 
@@ -244,9 +256,11 @@ def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None
     base = base_tree(experiment, folder)
     validation = base.get("data", {}).get("validation")
     if not isinstance(validation, str) or not Path(validation).is_file():
-        raise ValueError(f"tune.metric {tune.metric} needs data.validation to be a file with prompts and answers; or tune on loss.")
-    own = {key: value for key, value in (base.get("eval") or {}).items() if value is not None}
-    if (given := next((e for e in experiment.evals if e.name == tune.metric), None)) is not None:
+        raise ValueError(
+            f"tune.metric {tune.metric} needs data.validation to be a file with prompts and answers; or tune on loss."
+        )
+    own = {key: value for key, value in (_source_tree(experiment, folder).get("eval") or {}).items() if value is not None}
+    if (given := next((e for e in evaluations(experiment, folder) if e.name == tune.metric), None)) is not None:
         own |= {key: value for key, value in dataclasses.asdict(given).items() if value is not None}
     elif not own:
         raise ValueError("tune.metric accuracy needs the recipe's eval, or an entry of evals of that name; or tune on loss.")
@@ -275,6 +289,25 @@ def short(axis: str) -> str:
 
 def base_tree(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """The base recipe with `set` and the budget in it; a base function writes its files to `folder/base`."""
+    tree = _source_tree(experiment, folder)
+    for path, value in experiment.set.items():
+        put(tree, path, _fill(value, folder))
+    if experiment.budget is not None and experiment.budget.type == "steps":
+        put(tree, "train.max_steps", int(experiment.budget.value))
+    return tree
+
+
+def evaluations(experiment: Experiment, folder: Path) -> tuple[Evaluation, ...]:
+    """`evals`, what they leave open taken from the base's eval (even where `set` removes that from the runs)."""
+    own = {key: value for key, value in (_source_tree(experiment, folder).get("eval") or {}).items() if value is not None}
+    filled = []
+    for evaluation in experiment.evals:
+        given = {key: value for key, value in dataclasses.asdict(evaluation).items() if value is not None}
+        filled.append(TypeAdapter(Evaluation).validate_python(_fill({**own, **given}, folder)))
+    return tuple(filled)
+
+
+def _source_tree(experiment: Experiment, folder: Path) -> dict[str, Any]:
     source = experiment.base
     if isinstance(source, str):
         source = _SHORT_BASES.get(source, source)
@@ -285,10 +318,6 @@ def base_tree(experiment: Experiment, folder: Path) -> dict[str, Any]:
     else:
         tree = copy.deepcopy(dict(source))
     tree.pop("output_dir", None)
-    for path, value in experiment.set.items():
-        put(tree, path, _fill(value, folder))
-    if experiment.budget is not None and experiment.budget.type == "steps":
-        put(tree, "train.max_steps", int(experiment.budget.value))
     return tree
 
 
@@ -425,7 +454,9 @@ def _check_tuning(experiment: Experiment, tune: Tune) -> None:
         raise ValueError(f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}")
     higher = tune.metric not in ("loss", "forward_kl", "reverse_kl")
     if higher != (tune.mode == "max"):
-        raise ValueError(f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode accordingly.")
+        raise ValueError(
+            f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode accordingly."
+        )
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

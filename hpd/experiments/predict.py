@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from hpd.config import Recipe
-from hpd.experiments.grid import Budget, Cell, Evaluation, Experiment, group_key
+from hpd.experiments.grid import Budget, Cell, Evaluation, Experiment, evaluations, group_key
 
 __all__ = ["Cost", "predict"]
 
@@ -31,15 +32,19 @@ class Cost(NamedTuple):
 
 
 def predict(
-    experiment: Experiment, cells: Sequence[Cell], probe: bool = True, say: Callable[[str], None] = lambda text: None
+    experiment: Experiment,
+    folder: Path,
+    cells: Sequence[Cell],
+    probe: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Cost]:
     """One line per group of cells that differ in the seed only.
 
     Finished runs of a group give their mean time. Without any, the first cell is run for 8 steps and 32 answers in a temporary
     folder, and (seconds per step) x steps + (seconds per answer) x answers + the rest is taken; an untrained student writes
-    longer
-    answers than a trained one, so this is rather too much. FLOPs are scaled from the same runs.
+    longer answers than a trained one, so this is rather too much. FLOPs are scaled from the same runs.
     """
+    evals = evaluations(experiment, folder)
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         axes = [axis for axis in cell.axes if axis not in ("seed", "train.seed")]
@@ -52,7 +57,7 @@ def predict(
             costs.append(Cost(group, len(members), len(finished), seconds, flops, "finished runs"))
         elif probe:
             say(f"probe of {group}: {PROBE_STEPS} steps")
-            seconds, flops = _probe(experiment, members[0])
+            seconds, flops = _probe(experiment, evals, members[0])
             costs.append(Cost(group, len(members), 0, seconds, flops, "probe"))
         else:
             costs.append(Cost(group, len(members), 0, float("nan"), float("nan"), "not measured"))
@@ -66,7 +71,7 @@ def _mean_of(finished: Sequence[Cell]) -> tuple[float, float]:
     return sum(seconds) / len(seconds), sum(flops) / len(flops)
 
 
-def _probe(experiment: Experiment, cell: Cell) -> tuple[float, float]:
+def _probe(experiment: Experiment, evals: Sequence[Evaluation], cell: Cell) -> tuple[float, float]:
     """(seconds, FLOPs) of the whole run, scaled from a short one."""
     # torch and TRL take seconds to import; a prediction from finished runs does without.
     from hpd.experiments.budget import BudgetCallback, flops_per_token
@@ -74,27 +79,24 @@ def _probe(experiment: Experiment, cell: Cell) -> tuple[float, float]:
     from hpd.train import plan, steps_of, train
 
     recipe = cell.recipe
-    steps = steps_of(plan(recipe)) or PROBE_STEPS
-    num_answers = min(PROBE_EXAMPLES, recipe.eval.limit or PROBE_EXAMPLES) if recipe.eval else 0
+    planned_steps = steps_of(plan(recipe)) or PROBE_STEPS
     counter = BudgetCallback(flops_per_token(recipe))
+    own = [Evaluation(name="accuracy")] if recipe.eval else []
     with tempfile.TemporaryDirectory() as folder:
-        short = dataclasses.replace(
-            recipe,
-            output_dir=str(Path(folder) / "run"),
-            train={**recipe.train, "max_steps": min(PROBE_STEPS, steps), "warmup_steps": 0, "save_strategy": "no"},
-            eval=dataclasses.replace(recipe.eval, limit=num_answers) if recipe.eval else None,
-        )
+        changed = {"max_steps": min(PROBE_STEPS, planned_steps), "warmup_steps": 0, "save_strategy": "no"}
+        short = dataclasses.replace(recipe, output_dir=f"{folder}/run", train={**recipe.train, **changed}, eval=None)
         summary = train(short, progress=Callbacks(counter))
-        answering = _answering_seconds(Path(folder) / "run")
+        per_answer = _seconds_per_answer(dataclasses.replace(recipe, output_dir=f"{folder}/run"), [*own, *evals])
     probed = summary["steps"]
     per_step = summary["train seconds"] / probed
-    steps = _steps_within(experiment.budget, steps, per_step, {name: value / probed for name, value in counter.spent.items()})
-    rest = max(summary["seconds"] - summary["train seconds"] - answering, 0.0)
+    per = {name: value / probed for name, value in counter.spent.items()}
+    steps = _steps_within(experiment.budget, planned_steps, per_step, per)
     # Teacher and student before and after training answer the recipe's examples; the experiment's own only the trained one.
-    per_answer = answering / max(3 * num_answers, 1)
-    answers = 3 * num_examples(recipe) + sum(num_examples(recipe, e) for e in experiment.evals)
-    seconds = rest + per_step * steps + per_answer * (answers + experiment.own_samples)
-    return seconds, counter.spent["flops"] / probed * steps
+    answers = (
+        sum(3 * _num_examples(recipe, e) for e in own) + sum(_num_examples(recipe, e) for e in evals) + experiment.own_samples
+    )
+    rest = summary["seconds"] - summary["train seconds"]
+    return rest + per_step * steps + per_answer * answers, per["flops"] * steps
 
 
 def _steps_within(budget: Budget | None, steps: int, per_step: float, spent: Mapping[str, float]) -> float:
@@ -104,20 +106,23 @@ def _steps_within(budget: Budget | None, steps: int, per_step: float, spent: Map
     return min(steps, budget.value / max(one, 1e-9))
 
 
-def _answering_seconds(folder: Path) -> float:
-    """Seconds that the evaluations of the probe took."""
-    path = folder / "evals.json"
-    if not path.is_file():
+def _seconds_per_answer(recipe: Recipe, evals: Sequence[Evaluation]) -> float:
+    """Measured with the student that the probe left in `recipe.output_dir`, on the first evaluation."""
+    from hpd.evaluate import evaluate
+    from hpd.experiments.worker import task_and_settings
+    from hpd.models import load_model, load_tokenizer
+
+    if not evals:
         return 0.0
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    return sum(e["num_examples"] * e["mean_tokens"] / max(e["tokens_per_second"], 1e-9) for e in entries)
+    task, settings = task_and_settings(recipe, dataclasses.replace(evals[0], limit=PROBE_EXAMPLES))
+    trained = dataclasses.replace(recipe.student, model=recipe.output_dir, init="pretrained")
+    student, tokenizer = load_model(trained, "student"), load_tokenizer(recipe.student, "student")
+    start = time.perf_counter()
+    result = evaluate(student, tokenizer, task, settings)
+    return (time.perf_counter() - start) / result.num_examples
 
 
-def num_examples(recipe: Recipe, evaluation: Evaluation | None = None) -> int:
-    """Answers that one evaluation writes; 0 where the recipe has none."""
+def _num_examples(recipe: Recipe, evaluation: Evaluation) -> int:
     from hpd.experiments.worker import task_and_settings
 
-    if evaluation is None and recipe.eval is None:
-        return 0
-    task, _ = task_and_settings(recipe, evaluation or Evaluation(name="accuracy"))
-    return len(task.examples())
+    return len(task_and_settings(recipe, evaluation)[0].examples())

@@ -158,7 +158,7 @@ def _against_truth(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> tupl
 def long_answers(folder: Path) -> dict[str, Any]:
     """The demo's recipe, and `$BASE/truth.jsonl`: as many rows of the same task, solved right by the task's own generator.
 
-    The demo's rows were written by its teacher, so plain sft on them is sequence-level distillation (SeqKD); sft on these is not.
+    The demo's rows were written by its teacher, so sft on them is sequence-level distillation (SeqKD); sft on these is not.
     """
     path = folder / "truth.jsonl"
     if not path.is_file():
@@ -181,7 +181,7 @@ def demo_sizes(folder: Path) -> dict[str, Any]:
 
 
 def reasoning_gym_sums(folder: Path, num_rows: int = 20000) -> dict[str, Any]:
-    """The demo's pair on reasoning-gym's `chain_sum` (four one-digit numbers added or subtracted): another generator's problems.
+    """The demo's pair on reasoning-gym's `chain_sum`: four one-digit numbers added or subtracted.
 
     The demo's teacher writes the solutions, so rows whose final answer it gets wrong are dropped. Needs
     `pip install 'hpd[gym]'`.

@@ -87,7 +87,7 @@ def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> Non
         parts = {"tuning": expand_tuning(experiment, folder), "runs": expand(experiment, folder)}
         _show_axes(experiment)
         predicted = {
-            title: predict(experiment, cells, probe, lambda text: console.print(text, style="dim"))
+            title: predict(experiment, folder, cells, probe, lambda text: console.print(text, style="dim"))
             for title, cells in parts.items() if title == "runs"
         }  # fmt: skip
         seconds = _show_costs(predicted["runs"], len(parts["tuning"]))
@@ -112,13 +112,13 @@ def _show_axes(experiment: Experiment) -> None:
 
 def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
     table = Table(title="predicted cost of a run, alone on this machine", title_justify="left")
-    for column in ("variant", "runs", "finished", "seconds", "PFLOPs", "measured by"):
+    for column in ("variant", "runs", "finished", "seconds", "FLOPs", "measured by"):
         table.add_column(column, justify="left" if column in ("variant", "measured by") else "right", overflow="fold")
     for cost in costs:
         known = not math.isnan(cost.seconds)
         table.add_row(
             escape(cost.group), str(cost.num_runs), str(cost.num_finished), f"{cost.seconds:.0f}" if known else "",
-            f"{cost.flops / 1e15:.3g}" if known else "", cost.source,
+            f"{cost.flops:.2g}" if known else "", cost.source,
         )  # fmt: skip
     console.print(table)
     mean = sum(cost.seconds for cost in costs) / len(costs)
