@@ -26,7 +26,7 @@ def write(**changes):
         "name": "e", "base": {"student": "s", "teacher": "t", "data": {"path": "d.jsonl"}, "train": {"learning_rate": 1e-3}},
         "axes": {"method": ["hpd", "forward_kl"], "seed": [0, 1]}, **changes,
     }  # fmt: skip
-    return yaml.safe_dump(tree)
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def test_the_grid_is_the_product_without_the_excluded(tmp_path):

@@ -39,7 +39,8 @@ def tiny_experiment(folder: Path, **changes) -> Path:
         "base": {
             "student": str(folder / "student"), "teacher": str(folder / "teacher"),
             "data": {"path": str(folder / "rows.jsonl"), "validation": 0.2},
-            "train": {"per_device_train_batch_size": 4, "logging_steps": 2, "gradient_checkpointing": False, "learning_rate": 1e-2,
+            "train": {"per_device_train_batch_size": 4, "logging_steps": 2, "gradient_checkpointing": False,
+                      "learning_rate": 1e-2,
                       "max_length": 64,
                       "save_strategy": "no", "lr_scheduler_type": "cosine"},
         },
