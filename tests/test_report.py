@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tiny_grid import SCRIPT, hpd, tiny_grid
+from tiny_grid import SCRIPT, command, hpd, tiny_grid
 
 from hpd.experiments.grid import read_experiment
 from hpd.experiments.html import render_page
@@ -97,18 +97,16 @@ def test_text_of_models_and_users_is_escaped(grid, page):
 
 def test_plain_run_folders_get_a_report_and_a_baseline(grid, tmp_path):
     runs = sorted((grid / "runs").iterdir())
-    done = hpd("report", *runs, "--output", tmp_path / "out", "--baseline", "forward_kl, weight_decay=0.0")
-    if done.returncode == 2:  # the two methods were tuned to different decays, or to another
-        variants = re.search(r"Variants: (.*)\.$", " ".join(done.stderr.split()))
-        assert variants, done.stderr
-        name = next(part for part in re.split(r", (?=hpd|forward_kl)", variants[1]) if part.startswith("forward_kl"))
-        done = hpd("report", *runs, "--output", tmp_path / "out", "--baseline", name)
-    assert done.returncode == 0, done.stderr
-    assert "against forward_kl" in done.stdout or "forward_kl" in done.stdout
+    chosen = json.loads((grid / "tuned.json").read_text())
+    decays = {choice["group"]: choice["chosen"] for choice in chosen}
+    # Recipe keys that differ are the axes; a decay that both were tuned to is none.
+    baseline = "forward_kl" + (f", weight_decay={decays['forward_kl']}" if len(set(decays.values())) > 1 else "")
+    done = command("report", *runs, "--output", tmp_path / "out", "--baseline", baseline)
+    assert done.exit_code == 0, done.output
+    assert "against forward_kl" in done.output or " forward_kl" in done.output
     assert (tmp_path / "out" / "index.html").is_file()
-    refused = hpd("report", grid / "runs", "--output", tmp_path / "out")
-    assert refused.returncode == 2
-    assert "neither a run folder" in refused.stderr
+    assert command("report", *runs, "--baseline", "nobody").exit_code == 2
+    assert command("report", grid / "runs").exit_code == 2
 
 
 def test_runs_of_other_software_are_refused_unless_allowed(grid, tmp_path):
@@ -140,8 +138,8 @@ def test_an_unfinished_run_is_counted_and_its_curve_is_drawn(grid, tmp_path):
 def synthetic(axes, value, seeds=(0, 1)):
     """Runs whose accuracy is a function of their axes: only for what a grid of two methods does not show."""
     runs = [
-        Run(folder=None, axes=labels, group=", ".join(labels.values()), seed=seed, recipe={}, figures={"accuracy": value(labels, seed)},
-            logs=[], records={}, answers={}, environment={}, cost={}, teacher={})
+        Run(folder=None, axes=labels, group=", ".join(labels.values()), seed=seed, recipe={},
+            figures={"accuracy": value(labels, seed)}, logs=[], records={}, answers={}, environment={}, cost={}, teacher={})
         for labels in axes for seed in seeds
     ]  # fmt: skip
     return Results(title="t", runs=runs, axes=tuple(axes[0]))

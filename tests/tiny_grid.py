@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from tiny_models import tiny_pair
 
-__all__ = ["SCRIPT", "hpd", "tiny_experiment", "tiny_grid"]
+__all__ = ["SCRIPT", "command", "hpd", "tiny_experiment", "tiny_grid"]
 
 SCRIPT = "<script>document.title = 'owned'</script>"
 """Stands in a prompt of the test file, so the report must escape it."""
@@ -23,6 +23,15 @@ def hpd(*arguments, cwd=None):
         [sys.executable, "-m", "hpd", *map(str, arguments)], capture_output=True, text=True, timeout=500, cwd=cwd,
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
     )  # fmt: skip
+
+
+def command(*arguments):
+    """`hpd ARGUMENTS` in this process, where everything is imported already."""
+    from typer.testing import CliRunner
+
+    from hpd.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def tiny_experiment(folder: Path, **changes) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpd.experiments.grid import Experiment, evaluations, expand, expand_tuning, read_experiment, tuning_evaluation
-from hpd.experiments.manifest import open_manifest, require_comparable
+from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
 from hpd.experiments.tuning import choose, read_choices, write_choices
-from hpd.experiments.worker import TEACHER_FIGURES, Job, evaluate_teacher, is_finished, run_job
+from hpd.experiments.worker import Job, evaluate_teacher, run_job
 
 __all__ = ["Failure", "GridState", "compare", "run_grid"]
 
@@ -68,7 +68,7 @@ def compare(
         raise ValueError("A budget in seconds needs --jobs 1: runs beside each other slow each other down.")
     folder = experiment.folder
     tuning, grid = expand_tuning(experiment, folder), expand(experiment, folder)
-    manifest = open_manifest(folder, text, overrides, [*tuning, *grid], allow)
+    manifest = open_manifest(folder, text, overrides, tuning, grid, allow)
     if experiment.tune is not None:
         choices = read_choices(folder)
         if choices is None:

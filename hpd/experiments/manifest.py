@@ -11,20 +11,24 @@ from typing import Any
 
 import yaml
 
-from hpd.config import resolve
+from hpd.config import Recipe, resolve
 from hpd.experiments.grid import Cell
-from hpd.experiments.worker import RECORD, fingerprints
-from hpd.runs import environment
 
-__all__ = ["COMPARED", "differing_paths", "flatten", "open_manifest", "require_comparable", "require_equal_environments"]
+__all__ = [
+    "COMPARED", "FILE", "MANIFEST", "RECORD", "TEACHER_FIGURES", "differing_paths", "fingerprints", "flatten", "is_finished",
+    "open_manifest", "require_comparable", "require_equal_environments",
+]  # fmt: skip
 
 MANIFEST, FILE = "manifest.json", "experiment.yaml"
+RECORD = "experiment.json"
+"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is finished."""
+TEACHER_FIGURES = "figures.json"
 COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 """Fields of environment.json that must be equal; `--allow` names those that may differ."""
 
 
 def open_manifest(
-    folder: Path, text: str, overrides: Sequence[str], cells: Sequence[Cell], allow: Sequence[str]
+    folder: Path, text: str, overrides: Sequence[str], tuning: Sequence[Cell], grid: Sequence[Cell], allow: Sequence[str]
 ) -> dict[str, Any]:
     """Copy the experiment file to its folder before any result, or check that it is the one there.
 
@@ -33,12 +37,14 @@ def open_manifest(
     """
     if unknown := [name for name in allow if name not in (*COMPARED, "data")]:
         raise ValueError(f"--allow {', '.join(unknown)}: it takes {', '.join(COMPARED)}, data.")
+    from hpd.runs import environment  # transformers takes seconds to import; a report does without
+
     found = {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "overrides": list(overrides),
         "environment": environment(),
-        "fingerprints": _all_fingerprints(cells),
-        "cells": {Path(cell.recipe.output_dir).name: cell.axes for cell in cells},
+        "fingerprints": _all_fingerprints([*tuning, *grid]),
+        "cells": {cell.name: cell.axes for cell in grid},
     }
     path = folder / MANIFEST
     if not path.is_file():
@@ -63,6 +69,39 @@ def open_manifest(
             f"Files have changed since the experiment began: {', '.join(changed)}. Start anew in another output_dir."
         )
     return known
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for themselves.
+
+    Students are left out where their weights are random: then the configuration in the recipe's folder is enough.
+    """
+    named = {
+        "teacher": recipe.teacher.model,
+        "student": recipe.student.model,
+        "data.path": recipe.data.path,
+        "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
+        "eval.data": recipe.eval.data if recipe.eval else None,
+    }
+    return {name: _digest(Path(source)) or source for name, source in named.items() if source}
+
+
+def _digest(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()[:16]
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds everything that a grid writes."""
+    return (Path(recipe.output_dir) / RECORD).is_file()
 
 
 def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
@@ -92,7 +131,7 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
     """
     for cell in cells:
         folder = Path(cell.recipe.output_dir)
-        if not (folder / RECORD).is_file():
+        if not is_finished(cell.recipe):
             continue
         ran, wanted = (
             flatten(tree) for tree in (yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), resolve(cell.recipe))

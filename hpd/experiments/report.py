@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpd.experiments import tables
+from hpd.experiments.grid import group_key
 from hpd.experiments.plots import Panel, curve_panels, difference_panels, heat_maps, rate_panels, scaling_panels, to_png
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.statistics import Comparison, compare_paired, correct
@@ -81,10 +82,9 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
 
 def _compare(results: Results, baseline: str) -> list[Comparison]:
     if baseline not in results.groups:
-        unfinished = baseline in {run.group for run in results.runs} or (results.experiment and len(results.runs) == 0)
-        if unfinished or _is_planned(results, baseline):
-            return []
-        raise ValueError(f"The baseline {baseline!r} is no variant. Variants: {', '.join(results.groups)}.")
+        if baseline in _planned_groups(results):
+            return []  # its runs are still to come
+        raise ValueError(f"The baseline {baseline!r} is no variant. Variants: {'; '.join(results.groups)}.")
     metrics = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
     measured = {metric for run in results.runs for metric in run.figures}
     tested = [metric for metric in metrics if metric in measured]
@@ -100,15 +100,8 @@ def _compare(results: Results, baseline: str) -> list[Comparison]:
     return correct(comparisons, {metric: bool(higher_is_better(metric)) for metric in tested})
 
 
-def _is_planned(results: Results, baseline: str) -> bool:
-    from hpd.experiments.grid import group_key
-
-    planned = {
-        group_key(axes, results.axes)
-        for axes in results.manifest.get("cells", {}).values()
-        if all(a in axes for a in results.axes)
-    }
-    return baseline in planned
+def _planned_groups(results: Results) -> set[str]:
+    return {group_key(axes, results.axes) for axes in results.manifest.get("cells", {}).values()}
 
 
 def _sentence(c: Comparison, num_tests: int) -> str:
@@ -124,11 +117,7 @@ def _sentence(c: Comparison, num_tests: int) -> str:
 
 def _status(results: Results) -> str:
     finished = sum(run.finished for run in results.runs)
-    planned = sum(
-        all(axis in axes for axis in results.axes) and "train.learning_rate" not in axes
-        for axes in results.manifest.get("cells", {}).values()
-    )
-    total = max(planned, len(results.runs)) if results.manifest else len(results.runs)
+    total = len(results.manifest.get("cells", results.runs))
     seeds = sorted({run.seed for run in results.runs if run.finished})
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return f"{finished} of {total} runs finished, {len(results.groups)} variants, {len(seeds)} seeds; written {now}"

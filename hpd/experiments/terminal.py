@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hpd.display import console
-from hpd.experiments.compare import Failure, GridState, compare
 from hpd.experiments.grid import Experiment, expand, expand_tuning, load_experiment
 from hpd.experiments.predict import Cost, predict
 
-__all__ = ["compare_with_display", "dry_run"]
+if TYPE_CHECKING:
+    from hpd.experiments.compare import Failure, GridState
 
+__all__ = ["compare_with_display", "dry_run", "report_with_display"]
+
+console = Console()
 _GIB = 2**30
 
 
@@ -46,6 +48,8 @@ class _GridDisplay:
 
 def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str]) -> bool:
     """`hpd compare`: run the grid, then write the report and print its verdicts; False when a run failed."""
+    # Training libraries take seconds to import; a report does without.
+    from hpd.experiments.compare import compare
     from hpd.experiments.report import build_report, write_report
 
     load_experiment(path, overrides)

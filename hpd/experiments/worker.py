@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
@@ -18,25 +17,12 @@ from hpd.config import Recipe
 from hpd.evaluate import TASKS, GenerationSettings, Task, evaluate
 from hpd.experiments.budget import BudgetCallback, flops_per_token
 from hpd.experiments.grid import Budget, Evaluation
+from hpd.experiments.manifest import RECORD, TEACHER_FIGURES, fingerprints
 from hpd.experiments.own_samples import own_sample_metrics
 from hpd.models import load_model, load_tokenizer
 from hpd.train import Progress, quiet_libraries, train
 
-__all__ = [
-    "RECORD",
-    "TEACHER_FIGURES",
-    "Callbacks",
-    "Job",
-    "evaluate_teacher",
-    "fingerprints",
-    "is_finished",
-    "run_job",
-    "task_and_settings",
-]
-
-RECORD = "experiment.json"
-"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints."""
-TEACHER_FIGURES = "figures.json"
+__all__ = ["Callbacks", "Job", "evaluate_teacher", "run_job", "task_and_settings"]
 
 
 class Job(NamedTuple):
@@ -96,39 +82,6 @@ def _redirect(log: str) -> None:
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the run folder holds everything that `run_job` writes."""
-    return (Path(recipe.output_dir) / RECORD).is_file()
-
-
-def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for themselves.
-
-    Students are left out where their weights are random: then the configuration in the recipe's folder is enough.
-    """
-    named = {
-        "teacher": recipe.teacher.model,
-        "student": recipe.student.model,
-        "data.path": recipe.data.path,
-        "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
-        "eval.data": recipe.eval.data if recipe.eval else None,
-    }
-    return {name: _digest(Path(source)) or source for name, source in named.items() if source}
-
-
-def _digest(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                whole.update(block)
-    return whole.hexdigest()[:16]
 
 
 def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
