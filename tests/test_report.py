@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 from tiny_grid import SCRIPT, command, hpd, tiny_grid
 
-from hpd.experiments.grid import read_experiment
+from hpd.experiments.experiment import read_experiment
 from hpd.experiments.html import render_page
 from hpd.experiments.plots import Panel, heat_maps, scaling_panels, to_png, to_svg
 from hpd.experiments.report import build_report, render_markdown, write_report

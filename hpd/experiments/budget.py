@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hpd.config import Recipe
-from hpd.experiments.grid import Budget
+from hpd.experiments.experiment import Budget
 from hpd.methods import name_terms
 from hpd.models import load_config
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpd.experiments.grid import Experiment, evaluations, expand, expand_tuning, read_experiment, tuning_evaluation
+from hpd.experiments.experiment import Experiment, read_experiment
+from hpd.experiments.grid import evaluations, expand, expand_tuning, tuning_evaluation
 from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
 from hpd.experiments.tuning import choose, read_choices, write_choices
 from hpd.experiments.worker import Job, evaluate_teacher, run_job

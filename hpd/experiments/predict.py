@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hpd.config import Recipe
-from hpd.experiments.grid import Budget, Cell, Evaluation, Experiment, evaluations, group_key
+from hpd.experiments.experiment import Budget, Evaluation, Experiment
+from hpd.experiments.grid import Cell, evaluations, group_key
 
 __all__ = ["Cost", "predict"]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from hpd.experiments.grid import Experiment, axis_values, group_key, read_experiment
+from hpd.experiments.experiment import Experiment, axis_values, read_experiment
+from hpd.experiments.grid import group_key
 from hpd.experiments.manifest import FILE, MANIFEST, differing_paths, flatten, require_equal_environments
 from hpd.experiments.tuning import Choice, read_choices
 

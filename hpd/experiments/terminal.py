@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hpd.experiments.grid import Experiment, expand, expand_tuning, load_experiment
+from hpd.experiments.experiment import Experiment, load_experiment
+from hpd.experiments.grid import expand, expand_tuning
 from hpd.experiments.predict import Cost, predict
 
 if TYPE_CHECKING:

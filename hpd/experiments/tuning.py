@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpd.experiments.grid import VALIDATION_METRICS, Cell, Experiment, Tune, group_key, tuned_axes
+from hpd.experiments.experiment import VALIDATION_METRICS, Experiment, Tune
+from hpd.experiments.grid import Cell, group_key, tuned_axes
 
 __all__ = ["Choice", "choose", "read_choices", "write_choices"]
 

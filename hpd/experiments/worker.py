@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hpd.config import Recipe
 from hpd.evaluate import TASKS, GenerationSettings, Task, evaluate
 from hpd.experiments.budget import BudgetCallback, flops_per_token
-from hpd.experiments.grid import Budget, Evaluation
+from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import RECORD, TEACHER_FIGURES, fingerprints
 from hpd.experiments.own_samples import own_sample_metrics
 from hpd.models import load_model, load_tokenizer
