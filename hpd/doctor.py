@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hpd.config import Recipe
 from hpd.display import console, show_verdicts
+from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import name_terms
 from hpd.train import Plan, plan, steps_of
 
@@ -44,7 +45,8 @@ def estimate_memory(planned: Plan) -> Memory:
     width = 4 if recipe.student.dtype in ("auto", "float32") else 2
     teacher_bytes = _teacher_bytes(planned)
     vocab, hidden = config.vocab_size, config.hidden_size
-    rows = min(args.chunk_bytes // (4 * vocab), args.per_device_train_batch_size * _row_tokens(planned))
+    chunk_bytes = args.chunk_bytes or default_chunk_bytes("cuda" if torch.cuda.is_available() else "cpu")
+    rows = min(chunk_bytes // (4 * vocab), args.per_device_train_batch_size * _row_tokens(planned))
     head_gradient = 0 if recipe.lora is not None else vocab * hidden * 4
     return Memory(
         student=student * width,

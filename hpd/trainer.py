@@ -17,8 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
-from hpd.losses import LossOutput, Scores, reweighted_nll
-from hpd.losses.operator import DEFAULT_CHUNK_BYTES, IMPLEMENTATIONS
+from hpd.losses import LossOutput, Scores, TeacherScores, reweighted_nll
+from hpd.losses.operator import IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
@@ -34,12 +34,18 @@ class DistillConfig(SFTConfig):
     """Every setting of TRL's `SFTConfig`, and those of the distillation loss."""
 
     vocabulary: str = field(default="error", metadata={"help": "Unequal vocabularies: 'error', or 'shared_prefix'."})
-    impl: str = field(default="chunked", metadata={"help": "Operator: 'chunked' (fused) or 'reference' (whole logits)."})
-    chunk_bytes: int = field(
-        default=DEFAULT_CHUNK_BYTES, metadata={"help": "Bytes of one chunk of logits; two chunks are kept."}
+    impl: str = field(
+        default="chunked",
+        metadata={"help": "Operator: 'chunked' (fused), 'compiled' (also torch.compile), or 'reference' (whole logits)."},
+    )
+    chunk_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bytes of one chunk of logits; two chunks are kept. null: 128 MiB on a CPU, 512 MiB on an accelerator."
+        },
     )
     metric_stride: int = field(
-        default=8,
+        default=16,
         metadata={
             "help": "KLs, entropies and agreement on every n-th label position while training (evaluation uses all); "
             "0 turns them off. They are the only part of HPD that costs passes over the vocabulary."
@@ -57,7 +63,7 @@ class DistillConfig(SFTConfig):
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}.")
         if self.kl_estimator not in ESTIMATORS:
             raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
-        if self.chunk_bytes <= 0 or self.metric_stride < 0:
+        if (self.chunk_bytes is not None and self.chunk_bytes <= 0) or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
@@ -149,7 +155,7 @@ class DistillTrainer(SFTTrainer):
         self._count(mode, output.stats, batch, inputs)
         return output.loss
 
-    def _loss(self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
+    def _loss(self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
         # Evaluation keeps its draws fixed: step -1 is no training step.
         step = self.state.global_step if mode == "train" else -1
         count, numbers = max(term.support.num_uniforms for term in self.terms), None

@@ -12,7 +12,7 @@ from trl.models.utils import prepare_fsdp
 
 from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
-from hpd.losses import Scores
+from hpd.losses import Scores, TeacherScores
 
 __all__ = ["ModelTeacher", "SelfTeacher", "Teacher"]
 
@@ -24,8 +24,8 @@ class Teacher(Protocol):
         """Place the teacher like the student; called once, before the first step."""
         ...
 
-    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
-        """Hidden states at the label positions of `batch`, and the head; no gradient.
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
+        """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no gradient.
 
         A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up.
         """
