@@ -75,9 +75,10 @@ def test_effect_sizes():
     assert math.isnan(cohen_dz([1.0]))
 
 
-@pytest.mark.parametrize(("num_seeds", "promised"), [(4, 0.87), (5, 0.91), (10, 0.92)])
+@pytest.mark.parametrize(("num_seeds", "promised"), [(4, 0.84), (5, 0.88), (10, 0.92)])
 def test_bootstrap_covers_what_it_promises(num_seeds, promised):
-    """600 simulated experiments: how often the 95 % interval holds the true difference. Four seeds are too few for it."""
+    """600 simulated experiments: how often the 95 % interval holds the true difference. It is 87, 92 and 95 %
+    (3,000 simulations), less three standard errors here."""
     rng = np.random.default_rng(num_seeds)
     hits = 0
     for _ in range(600):

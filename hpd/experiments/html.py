@@ -14,7 +14,7 @@ from hpd.experiments.tables import Cell, Table, panel_table
 
 __all__ = ["render_page"]
 
-_LONG_LIST = 8
+_LONG_LIST, _SHOWN_OF_EACH = 9, 3
 _CHIPS = {" beats ": "win", " loses to ": "loss"}
 
 
@@ -54,9 +54,11 @@ def _verdicts(lines: list[str]) -> str:
         for tone, words in (("win", "better"), ("loss", "worse"), ("none", "no consistent win"))
     )
     items = [f'<li class="{tone}">{escape(line)}</li>' for tone, line in zip(tones, lines, strict=True)]
-    # What was found comes first; what was not is as plain, below.
+    # A long list shows the first of each kind: what was lost or not found stands as openly as what was won.
     order = sorted(range(len(items)), key=lambda i: ("win", "loss", "none").index(tones[i]))
-    shown, rest = order[:_LONG_LIST], order[_LONG_LIST:]
+    nth = {i: tones[:i].count(tones[i]) for i in order}
+    shown = [i for i in order if len(items) <= _LONG_LIST or nth[i] < _SHOWN_OF_EACH]
+    rest = [i for i in order if i not in shown]
     more = f"<details><summary>{len(rest)} more</summary><ul>{''.join(items[i] for i in rest)}</ul></details>" if rest else ""
     return (
         f'<section id="verdicts" class="verdicts"><p>{counts}</p><ul>{"".join(items[i] for i in shown)}</ul>{more}</section>\n'

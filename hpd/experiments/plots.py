@@ -20,8 +20,11 @@ INK, GRID = "#1f2328", "#d0d7de"
 """Colours that the page replaces by its own, so that a figure follows dark mode."""
 COLORS = ("#3f7fc1", "#d9772b", "#3a9d6e", "#a85bb0", "#c94f5c", "#8a8f3c", "#3fa3b8", "#a9745b", "#7276cf", "#7d8590")
 _MARKERS = "osD^vPX<>h"
-MAX_LINES = len(COLORS)
-_SIZE = (4.6, 3.1)
+MAX_LINES = 2 * len(COLORS)
+"""Dashed from the eleventh on."""
+_OUTSIDE = 5
+"""Lines from which the legend stands below the figure."""
+_WIDTH = 4.6
 _LABELS = {
     "loss": "loss", "forward_kl": "KL(teacher || student), nats", "reverse_kl": "KL(student || teacher), nats",
     "student_entropy": "student's entropy on teacher text, nats", "teacher_entropy": "teacher's entropy, nats",
@@ -46,6 +49,8 @@ class Panel(NamedTuple):
     """The numbers that are drawn."""
     draw: Callable[[Any], None]
     """Draws them on a matplotlib axis."""
+    height: float = 3.1
+    """In inches; the width is 4.6."""
 
 
 def label(metric: str) -> str:
@@ -75,7 +80,7 @@ def to_png(panel: Panel) -> bytes:
 def _save(panel: Panel, kind: str, **options: Any) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, panel.height), layout="constrained")
     axis = figure.subplots()
     axis.patch.set_visible(False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -91,8 +96,11 @@ def _save(panel: Panel, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def _legend(axis: Any, columns: int = 1) -> None:
-    axis.legend(fontsize=9, frameon=False, labelcolor=INK, ncols=columns)
+def _legend(axis: Any, count: int) -> None:
+    if count < _OUTSIDE:
+        axis.legend(fontsize=9, frameon=False, labelcolor=INK)
+    else:
+        axis.figure.legend(loc="outside lower left", fontsize=9, frameon=False, labelcolor=INK, ncols=2)
 
 
 def curve_panels(results: Results) -> list[Panel]:
@@ -129,13 +137,14 @@ def _line_panel(
     y_label: str = "", log_x: bool = False, marks: Mapping[str, float] | None = None,
 ) -> Panel:  # fmt: skip
     rows = [(name, *point) for name, points in lines.items() for point in points]
+    height = 3.1 + (0.2 * math.ceil(len(lines) / 2) if len(lines) >= _OUTSIDE else 0.0)
 
     def draw(axis: Any) -> None:
         for i, (name, points) in enumerate(lines.items()):
             x, mean, low, high = zip(*points, strict=True)
-            color = COLORS[i % len(COLORS)]
+            color, style = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
             marker = _MARKERS[i % len(_MARKERS)] if log_x or len(x) < 8 else ""
-            axis.plot(x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4)
+            axis.plot(x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4, linestyle=style)
             axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             if marks and name in marks:
                 height = mean[x.index(marks[name])]
@@ -151,9 +160,9 @@ def _line_panel(
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
             axis.minorticks_off()
         if len(lines) > 1:
-            _legend(axis, 2 if len(lines) > 5 else 1)
+            _legend(axis, len(lines))
 
-    return Panel(key, title, ("series", x_label, "mean", "low", "high"), rows, draw)
+    return Panel(key, title, ("series", x_label, "mean", "low", "high"), rows, draw, height)
 
 
 def rate_panels(choices: Sequence[Choice]) -> list[Panel]:
@@ -183,6 +192,7 @@ def difference_panels(comparisons: Sequence[Comparison]) -> list[Panel]:
 
 
 def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
+    height = max(1.6, 0.9 + 0.24 * len(rows))
     colors = {"win": COLORS[2], "loss": COLORS[4], "no consistent win": COLORS[9]}
 
     def draw(axis: Any) -> None:
@@ -199,7 +209,9 @@ def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
     better = "right" if higher_is_better(metric) else "left"
     title = f"{label(metric)}: minus {rows[0].baseline}, 95 % interval (better is {better})"
     table = [(r.variant, r.difference, r.low, r.high, r.p_holm, r.verdict) for r in rows]
-    return Panel(f"difference-{metric}", title, ("variant", "difference", "low", "high", "p (Holm)", "verdict"), table, draw)
+    return Panel(
+        f"difference-{metric}", title, ("variant", "difference", "low", "high", "p (Holm)", "verdict"), table, draw, height
+    )
 
 
 def heat_maps(results: Results, metrics: Sequence[str]) -> list[Panel]:

@@ -96,7 +96,7 @@ def result_table(results: Results) -> Table:
 
 
 def _best(results: Results, metric: str) -> str | None:
-    better = higher_is_better(metric)
+    better = None if metric == "loss" else higher_is_better(metric)  # losses of different methods are no one scale
     means = {g: float(np.mean(list(v.values()))) for g in results.groups if (v := results.values(g, metric))}
     if better is None or len(set(means.values())) < 2:
         return None
