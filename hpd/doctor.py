@@ -75,6 +75,11 @@ def _lora_parameters(config: Any, lora: Any) -> int:
 
 def _teacher_bytes(planned: Plan) -> int:
     teacher = planned.recipe.teacher
+    if teacher.type == "server":
+        # Only the head is here, and with likeliest tokens not even that.
+        width = {"bfloat16": 2, "float16": 2}.get(teacher.dtype, 4)
+        config = planned.teacher_config
+        return config.vocab_size * config.hidden_size * width if teacher.protocol == "hpd" else 0
     if teacher.type == "self":
         return 0 if planned.recipe.lora else _num_parameters(planned.teacher_config) * 4
     saved = getattr(planned.teacher_config, "dtype", None)

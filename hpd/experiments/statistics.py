@@ -40,7 +40,7 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    num_values: int
 
 
 class Comparison(NamedTuple):

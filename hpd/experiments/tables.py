@@ -105,7 +105,7 @@ def _best(results: Results, metric: str) -> str | None:
 
 def _mean_cell(values: Sequence[float], best: bool) -> Cell:
     interval = mean_interval(values)
-    if not interval.count:
+    if not interval.num_values:
         return Cell("", math.nan)
     text = number(interval.mean, 4).text
     if not math.isnan(interval.low):
