@@ -220,6 +220,51 @@ def generate(
 
 
 @app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="Experiment, a YAML file.", show_default=False)],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once; the cores are split among them.", min=1)] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the grid and its predicted cost, run nothing of it.")
+    ] = False,
+    probe: Annotated[
+        bool, typer.Option(help="With --dry-run: time a few steps of each variant that has no finished run.")
+    ] = True,
+    allow: Annotated[
+        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
+    ] = "",
+) -> None:
+    """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is run."""
+    with _user_errors():
+        from hpd.experiments import terminal
+
+        if dry_run:
+            terminal.dry_run(experiment, overrides or (), jobs, probe)
+        elif not terminal.compare_with_display(experiment, overrides or (), jobs, [a for a in allow.split(",") if a]):
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Experiments or run folders.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder for the report; default: report/ in the experiment.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Variant to test against, as the report names it.")] = None,
+    allow: Annotated[
+        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
+    ] = "",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine and renew it while runs go on.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port of --watch; 0 takes a free one.", min=0, max=65535)] = 8642,
+) -> None:
+    """Write what runs found: one HTML page, and the same as Markdown, PNG and CSV."""
+    with _user_errors():
+        from hpd.experiments.terminal import report_with_display
+
+        report_with_display(folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None)
+
+
+@app.command()
 def methods() -> None:
     """Print the table of methods."""
     with _user_errors():
