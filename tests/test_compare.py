@@ -266,6 +266,7 @@ def test_the_price_of_a_token_is_the_formula_on_the_weights(tmp_path):
 
 
 def test_short_answers_are_graded_against_all_of_them(tmp_path, monkeypatch):
+    from hpd.evaluate import Answer
     from hpd.experiments import tasks
     from hpd.experiments.tasks import ValidAnswers, right_answers, short_answers
 
@@ -273,10 +274,14 @@ def test_short_answers_are_graded_against_all_of_them(tmp_path, monkeypatch):
     recipe = short_answers(tmp_path, num_steps=2)
     task = ValidAnswers(data=tmp_path / "test.jsonl")
     example = task.examples()[0]
-    for answer in right_answers(example.prompt):
-        assert task.grade(example, f" {answer}").correct
-    assert not task.grade(example, example.prompt[1:3]).correct
-    assert not task.grade(example, "").correct
+
+    def grade(text: str) -> bool | None:
+        return task.grade([example], [Answer(text=text)])[0].correct
+
+    for answer in right_answers(str(example.prompt)):
+        assert grade(f" {answer}")
+    assert not grade(str(example.prompt)[1:3])
+    assert not grade("")
     prompts = {
         split: {row["prompt"] for row in map(json.loads, (tmp_path / f"{split}.jsonl").open())} for split in ("train", "test")
     }

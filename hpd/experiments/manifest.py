@@ -81,7 +81,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
         "student": recipe.student.model,
         "data.path": recipe.data.path,
         "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
-        "eval.data": recipe.eval.data if recipe.eval else None,
+        **{f"eval.{number}.data": entry.data for number, entry in enumerate(recipe.eval)},
     }
     return {name: _digest(Path(source)) or source for name, source in named.items() if source}
 

@@ -191,12 +191,14 @@ def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
         for line in (folder / file).read_text(encoding="utf-8").split("\n"):
             record = json.loads(line) if line else {}
             if record.get("eval") in metrics:
-                found.setdefault(metrics[record["eval"]][0], {})[str(record.get("id"))] = record
+                sample = record.get("sample", 0)
+                identity = f"{record.get('id')}#{sample}" if sample else str(record.get("id"))
+                found.setdefault(metrics[record["eval"]][0], {})[identity] = record
     return found
 
 
 def _grade(record: Mapping[str, Any]) -> float | None:
-    value = record.get("correct", record.get("score"))
+    value = record.get("score", record.get("correct"))
     return float(value) if isinstance(value, (bool, int, float)) else None
 
 

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from hpd.demo.build_teacher import IGNORED, NUM_TRAIN_ROWS, PEAK_LEARNING_RATE, build_tokenizer, encode_rows, model_config
 from hpd.demo.run import FOLDER, demo_recipe
 from hpd.demo.task import SPLITS, Row, Split, generate_rows, is_correct, split_of
-from hpd.evaluate import ExactMatch, Example, GenerationSettings, Verdict, generate_answers
+from hpd.evaluate import Answer, ExactMatch, Example, GenerationSettings, Verdict, generate_answers
 
 __all__ = ["ValidAnswers", "demo_sizes", "long_answers", "reasoning_gym_sums", "right_answers", "short_answers"]
 
@@ -64,9 +64,12 @@ class ValidAnswers(ExactMatch):
 
     name = "valid-answers"
 
-    def grade(self, example: Example, text: str) -> Verdict:
-        given = text.strip()
-        return Verdict(correct=given in example.answer.split(), extracted=given or None)
+    def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
+        return [_grade(example, answer.text.strip()) for example, answer in zip(examples, answers, strict=True)]
+
+
+def _grade(example: Example, given: str) -> Verdict:
+    return Verdict(correct=given in example.answer.split(), extracted=given or None)
 
 
 def short_answers(folder: Path, num_steps: int = SHORT_STEPS) -> dict[str, Any]:

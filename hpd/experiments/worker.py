@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +13,9 @@ import torch
 from transformers import TrainerCallback
 
 from hpd.config import Recipe
-from hpd.evaluate import TASKS, GenerationSettings, Task, evaluate
+from hpd.evaluate import GenerationSettings, Task, evaluate
+from hpd.evaluate.build import build_task
+from hpd.evaluate.settings import settings_for
 from hpd.experiments.budget import BudgetCallback, flops_per_token
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import RECORD, TEACHER_FIGURES, fingerprints
@@ -97,7 +98,7 @@ def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
     for evaluation in job.evals:
         task, settings = task_and_settings(recipe, evaluation)
         result = evaluate(student, tokenizer, task, settings, output_dir=folder, name=f"student after: {evaluation.name}")
-        figures[evaluation.name] = result.accuracy
+        figures[evaluation.name] = result.value
     if job.own_samples:
         if recipe.teacher.type != "model":
             raise ValueError("own_samples needs a teacher of type model.")
@@ -119,33 +120,25 @@ def evaluate_teacher(job: Job, folder: str, log: str) -> None:
     figures = {}
     for evaluation in job.evals:
         task, settings = task_and_settings(job.recipe, evaluation)
-        figures[evaluation.name] = evaluate(teacher, tokenizer, task, settings, output_dir=folder, name="teacher").accuracy
+        figures[evaluation.name] = evaluate(teacher, tokenizer, task, settings, output_dir=folder, name="teacher").value
     _write(Path(folder) / TEACHER_FIGURES, figures)
 
 
 def task_and_settings(recipe: Recipe, evaluation: Evaluation) -> tuple[Task, GenerationSettings]:
     """What an evaluation asks and how; what it leaves open is as in the recipe's eval."""
-    own = recipe.eval
+    own = recipe.eval[0] if recipe.eval else None
     data = evaluation.data or (own.data if own else None)
-    if data is None:
+    if not data:
         raise ValueError(f"The evaluation {evaluation.name!r} has no data, and the recipe has no eval to take it from.")
-    task = _resolve_task(evaluation.task or (own.task if own else "exact-match"))
-    settings = GenerationSettings(
-        max_new_tokens=evaluation.max_new_tokens or (own.max_new_tokens if own else 512),
-        batch_size=evaluation.batch_size or (own.batch_size if own else 32),
-        temperature=evaluation.temperature,
-        seed=evaluation.seed,
-    )
-    return task(data=data, limit=evaluation.limit or (own.limit if own else None)), settings
-
-
-def _resolve_task(name: str) -> Any:
-    if ":" not in name:
-        if name not in TASKS:
-            raise ValueError(f"Unknown task {name!r}: give one of {', '.join(TASKS)}, or package.module:name.")
-        return TASKS[name]
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    name = evaluation.task or (own.task if own else "exact-match")
+    options = own.options if own and name == own.task else {}
+    task = build_task(name, data, limit=evaluation.limit or (own.limit if own else None), options=options)
+    settings = settings_for(
+        task, None, max_new_tokens=evaluation.max_new_tokens or (own.max_new_tokens if own else None),
+        batch_size=evaluation.batch_size or (own.batch_size if own else None),
+        temperature=evaluation.temperature, seed=evaluation.seed,
+    )  # fmt: skip
+    return task, settings
 
 
 def _write(path: Path, content: Any) -> None:
