@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,14 +17,20 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
+from hpd.by_source import as_evaluated, loss_by_source, num_uniforms
 from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
-from hpd.losses import LossOutput, Scores, reweighted_nll
+from hpd.guards import GuardsConfig, check_metrics, support_overlap
+from hpd.losses import LossOutput, Scores
 from hpd.losses.operator import DEFAULT_CHUNK_BYTES, IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
+from hpd.policy_gradient import StrategyConfig
+from hpd.prefixes import Prefixes, RolloutConfig
+from hpd.regime import Regime, choose_regime
 from hpd.schedules import TaidPosition
+from hpd.step import StepState
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
 from hpd.terms import Term, TermConfig
 
@@ -76,6 +84,10 @@ class DistillTrainer(SFTTrainer):
         teacher: a loaded model, a path or Hub id, "self", or any `Teacher`.
         method: a name of METHODS (default hpd); `method_kwargs` are its parameters.
         terms: an explicit list of terms instead of a method.
+        prefixes: shares of dataset and student rows; None: the method's own, which is the dataset alone for most.
+        rollouts: how the student writes its rows.
+        strategy: how weights meet the gradient: a `StrategyConfig`, or its type.
+        guards: thresholds that warn, or stop and save.
         args: a `DistillConfig`.
         peft_config: as in TRL; an adapter on the output head is supported.
         **kwargs: everything else that `SFTTrainer` takes: train_dataset, eval_dataset, processing_class, callbacks, ...
@@ -98,13 +110,20 @@ class DistillTrainer(SFTTrainer):
         method: str | None = None,
         method_kwargs: Mapping[str, Any] | None = None,
         terms: Sequence[TermConfig | Term] = (),
+        prefixes: Prefixes | None = None,
+        rollouts: RolloutConfig | None = None,
+        strategy: StrategyConfig | str | None = None,
+        guards: GuardsConfig | None = None,
         args: DistillConfig | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         args = args or DistillConfig(output_dir="hpd-student")
-        self._term_configs = choose_terms(method if method or terms else "hpd", method_kwargs or {}, terms)
+        method = method if method or terms else "hpd"
+        self._term_configs = choose_terms(method, method_kwargs or {}, terms)
         self.terms = name_terms(self._term_configs)
+        self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
+        self._guards, self.stopped_by = guards or GuardsConfig(), None
         self._adaptive = _adaptive_positions(self._term_configs)
         model, peft_config, hide_head = _adapt_head(model, peft_config, args)
         with hide_head:
@@ -122,6 +141,8 @@ class DistillTrainer(SFTTrainer):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
             self.add_callback(_ScheduledTerms(self))
+        self._step = StepState(self)
+        self.add_callback(self._step.callback)
 
     def compute_loss(
         self,
@@ -138,28 +159,60 @@ class DistillTrainer(SFTTrainer):
         teacher = self.teacher.scores(inputs, batch)
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)
+        replicas = 1
         if mode == "train" and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count covers every process and DDP averages the gradients: undo that average.
-            scale = scale * (self.accelerator.num_processes // self.get_tp_size())
+            replicas = self.accelerator.num_processes // self.get_tp_size()
+            scale = scale * replicas
         output: LossOutput = model(
             **model_inputs(inputs),
             label_index=batch.index,
-            head_function=lambda student: self._loss(student, teacher, batch, scale, mode),
+            head_function=lambda student: self._loss(student, teacher, batch, scale, mode, replicas),
         )
         self._count(mode, output.stats, batch, inputs)
         return output.loss
 
-    def _loss(self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
-        # Evaluation keeps its draws fixed: step -1 is no training step.
-        step = self.state.global_step if mode == "train" else -1
-        count, numbers = max(term.support.num_uniforms for term in self.terms), None
+    def _loss(
+        self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+    ) -> LossOutput:
+        # Evaluation keeps its draws fixed (step -1 is no training step) and reads the dataset's rows only.
+        training = mode == "train"
+        terms = self.terms if training else as_evaluated(self.terms)
+        count, numbers = num_uniforms(terms), None
         if count:
+            step = self.state.global_step if training else -1
             numbers = uniforms(batch.keys, seed=self.args.seed, step=step, count=count)
-        return reweighted_nll(
-            student, teacher, batch.labels, self.terms,
-            uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
-            metric_stride=self.args.metric_stride if mode == "train" else 1, kl_estimator=self.args.kl_estimator,
-        )  # fmt: skip
+        if training and self.regime.strategy.type == "policy_gradient":
+            output = self._step.policy_gradient(student, teacher, batch, scale, numbers, replicas)
+        else:
+            output = loss_by_source(
+                student, teacher, batch, terms,
+                uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
+                metric_stride=self.args.metric_stride if training else 1, kl_estimator=self.args.kl_estimator,
+            )  # fmt: skip
+        if training and self._guards.overlap:
+            shared, rows = support_overlap(student, teacher, self._guards.overlap_top_k, self.args.metric_stride)
+            output.stats.update({"support_overlap": shared, "overlap_rows": rows})
+        return output
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step: rollouts come in before the label tokens are counted."""
+        batches = self._step.begin(list(itertools.islice(epoch_iterator, num_batches)))
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return self._step.sampler(super()._get_train_sampler(rows), rows)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Rollouts in use are random state too: written by every process, before the checkpoint counts as complete.
+        super()._save_rng_state(output_dir)
+        self._step.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._step.load(checkpoint)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)
@@ -182,12 +235,25 @@ class DistillTrainer(SFTTrainer):
                 # The history is what a checkpoint restores, so a resumed run goes on counting.
                 before = next((log["num_tokens"] for log in reversed(self.state.log_history) if "num_tokens" in log), 0)
                 metrics["num_tokens"] = before + int(sums["num_tokens"])
+                metrics.update(self._step.metrics())
             elif "eval_loss" in logs:
                 # The Trainer's own average weighs batches, not tokens.
                 logs["eval_loss"] = metrics.pop("value")
             metrics.pop("value", None)
             logs.update({f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()})
+        if mode == "train" and "loss" in logs:
+            self._guard(logs)
         super().log(logs, start_time)
+
+    def _guard(self, logs: dict[str, float]) -> None:
+        for guard, level, text in check_metrics(self._guards, logs, self.state.log_history):
+            seen = any(f"guard/{guard}" in log for log in self.state.log_history[-1:])
+            logs[f"guard/{guard}"] = 1.0
+            if level == "stop":
+                self.stopped_by = f"{guard}: {text}"
+                self.control.should_training_stop = self.control.should_save = True
+            if not seen or level == "stop":
+                _LOGGER.warning("guard %s at step %d: %s", guard, self.state.global_step, text)
 
     def build_scheduled_terms(self, progress: float) -> None:
         """Set `terms` to what the schedules say at `progress`, the share of training steps that lie behind."""
@@ -249,6 +315,9 @@ class _ScheduledTerms(TrainerCallback):
 
 
 _STATE_KEY = "hpd_adaptive"
+_LOGGER = logging.getLogger(__name__)
+# Sums with a denominator of their own, or that are no metrics.
+_SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
 
 
 def _adaptive_positions(configs: Sequence[TermConfig | Term]) -> dict[str, TaidPosition]:
@@ -268,9 +337,12 @@ def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
     means = {
         name: value / (metric_tokens if name in on_metric_rows else tokens)
         for name, value in sums.items()
-        if not name.startswith("value/") and name not in ("tokens", "metric_tokens", "num_tokens", "labels_dropped")
+        if not name.startswith("value/") and name not in _SPECIAL
     }
-    values = {term.name: sums[f"value/{term.name}"] / tokens for term in terms}
+    # A term on the student's text alone has no value where a window held none.
+    values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
+    if sums.get("overlap_rows"):
+        means["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
     if len(terms) > 1:
         means.update({f"loss/{name}": value for name, value in values.items()})
     means["value"] = sum(term.weight * values[term.name] for term in terms)

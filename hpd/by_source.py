@@ -1,0 +1,104 @@
+"""Terms that learn from one writer's text only: the operator runs on the label positions of each writer with the terms for it.
+
+Axes: N label positions, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpd.batch import TokenBatch
+from hpd.losses import LossOutput, Scores, reweighted_nll
+from hpd.supports import Support
+from hpd.terms import Term
+
+__all__ = ["Part", "as_evaluated", "loss_by_source", "num_uniforms", "parts_of", "sources_used", "take"]
+
+
+class Part(NamedTuple):
+    """Positions of one writer and the terms that learn from them in one call."""
+
+    positions: Tensor | None
+    """Which of the N; None: all."""
+    terms: tuple[Term, ...]
+    given: bool
+    """Whether their draws are the labels."""
+    first: bool
+    """Whether these positions are met for the first time, and so are counted."""
+
+
+def sources_used(terms: Sequence[Term]) -> set[str]:
+    """The writers that any term learns from."""
+    return {source for source in ("dataset", "student") if any(term.on in (source, "both") for term in terms)}
+
+
+def num_uniforms(terms: Sequence[Term]) -> int:
+    """Uniform numbers that a position needs."""
+    return max((term.support.num_uniforms for term in terms), default=0)
+
+
+def as_evaluated(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms as they are measured on held-out rows: all of them on the dataset's prefixes.
+
+    The tokens there are not the student's, so a term on its own tokens reads a fresh draw instead.
+    """
+    return tuple(term._replace(on="both", support=_redrawn(term)) for term in terms)
+
+
+def _redrawn(term: Term) -> Support:
+    return replace(term.support, given=False) if term.support.given else term.support
+
+
+def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[Part]:
+    """Split positions by writer where any term asks for it, and terms by where their draws come from."""
+    if all(term.on == "both" for term in terms):
+        yield Part(None, tuple(terms), False, True)
+        return
+    for source, positions in (("dataset", batch.by_dataset), ("student", batch.by_student)):
+        mine = [term for term in terms if term.on in (source, "both")]
+        first = True
+        for given in (False, True):
+            chosen = tuple(term for term in mine if term.support.given == given)
+            if chosen:
+                yield Part(positions, chosen, given, first)
+                first = False
+
+
+def loss_by_source(
+    student: Scores, teacher: Scores, batch: TokenBatch, terms: Sequence[Term], *, uniforms: Tensor | None = None,
+    metric_stride: int = 1, **options: Any,
+) -> LossOutput:  # fmt: skip
+    """`reweighted_nll`, each term on the positions that it learns from.
+
+    Args:
+        student, teacher: at all N positions.
+        batch: says who wrote what.
+        terms: what is learnt.
+        uniforms: `num_uniforms(terms)` numbers per position.
+        metric_stride, options: as for `reweighted_nll`.
+    """
+    total, stats = student.hidden.new_zeros(()), {}
+    for part in parts_of(batch, terms):
+        labels, numbers = (x if x is None or part.positions is None else x[part.positions] for x in (batch.labels, uniforms))
+        assert labels is not None
+        loss, sums = reweighted_nll(
+            take(student, part.positions), take(teacher, part.positions), labels, part.terms,
+            uniforms=numbers, draws=labels[:, None] if part.given else None,
+            metric_stride=metric_stride if part.first else 0, **options,
+        )  # fmt: skip
+        if not part.first:
+            sums = {name: value for name, value in sums.items() if name.startswith("value/")}
+        total = total + loss
+        for name, value in sums.items():
+            stats[name] = stats[name] + value if name in stats else value
+    return LossOutput(total, stats)
+
+
+def take(scores: Scores, positions: Tensor | None) -> Scores:
+    """The scores at some of the positions."""
+    return scores if positions is None else Scores(torch.index_select(scores.hidden, 0, positions), scores.head)
