@@ -13,10 +13,17 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.methods import choose_terms
+from hpd.guards import GuardsConfig, Thresholds
+from hpd.methods import choose_terms, name_terms
+from hpd.policy_gradient import StrategyConfig
+from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.regime import Regime, choose_regime
 from hpd.terms import TermConfig
 
-__all__ = ["DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "load_recipe", "resolve"]
+__all__ = [
+    "DataConfig", "DpoStageConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "StageConfig", "TeacherConfig",
+    "load_recipe", "read_recipe", "resolve",
+]  # fmt: skip
 
 _STRICT = ConfigDict(extra="forbid")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -146,9 +153,62 @@ def _teacher_shorthand(value: Any) -> Any:
     return value
 
 
+def _strategy_shorthand(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoStageConfig:
+    """A stage of direct preference optimisation by TRL's DPOTrainer."""
+
+    __pydantic_config__ = _STRICT
+
+    pairs: Literal["rollouts", "data"] = "rollouts"
+    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts. data: the rows have
+    the columns prompt, chosen and rejected."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage of a run: what it changes in the recipe around it. The student is what the stage before leaves."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    """Its folder inside output_dir."""
+    repeat: int = 1
+    """Run it n times, one after the other (name-1, name-2, ...)."""
+    teacher: Any = None
+    """Another teacher; "previous": the student that the stage before left (self-distillation in rounds)."""
+    method: str | None = None
+    """Another method; its own prefixes and strategy then count, unless given here."""
+    method_kwargs: Mapping[str, Any] | None = None
+    """Parameters of the method."""
+    terms: tuple[Any, ...] | None = None
+    """Terms instead of a method."""
+    prefixes: Mapping[str, Any] | None = None
+    """Other prefixes."""
+    rollouts: Mapping[str, Any] | None = None
+    """Changes of rollouts."""
+    strategy: Any = None
+    """Another strategy."""
+    guards: Mapping[str, Any] | None = None
+    """Changes of guards."""
+    data: Mapping[str, Any] | None = None
+    """Changes of data."""
+    train: Mapping[str, Any] | None = None
+    """Changes of train."""
+    eval: Mapping[str, Any] | None = None
+    """Changes of eval."""
+    dpo: DpoStageConfig | None = None
+    """Preference optimisation instead of distillation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run: one student, one teacher, prefixes (the dataset's) and a list of terms."""
+    """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the other."""
 
     __pydantic_config__ = _STRICT
 
@@ -164,6 +224,16 @@ class Recipe:
     """Parameters of the method, such as {reinforce: false, draw_share: 0.5}."""
     terms: tuple[TermConfig, ...] = ()
     """A weighted sum of objectives instead of a method."""
+    prefixes: Prefixes | None = None
+    """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
+    rollouts: RolloutConfig | None = None
+    """How the student writes, where it does."""
+    strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
+    """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
+    guards: GuardsConfig = GuardsConfig()
+    """Signs of trouble that warn, or stop and save."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of the run, each a change of this recipe that starts from the student that the one before left."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -175,7 +245,15 @@ class Recipe:
 
     def choose_terms(self):
         """The terms of the loss, as configured; checked."""
-        return choose_terms(self.method if self.method or self.terms else "hpd", self.method_kwargs, self.terms)
+        return choose_terms(self._method, self.method_kwargs, self.terms)
+
+    @property
+    def _method(self) -> str | None:
+        return self.method if self.method or self.terms else "hpd"
+
+    def choose_regime(self) -> Regime:
+        """Prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
+        return choose_regime(self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -189,9 +267,19 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         FileNotFoundError: no such recipe.
         ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit together.
     """
+    return read_recipe(source, overrides)[0]
+
+
+def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, Any]]:
+    """`load_recipe`, and the tree as it was written (with the overrides), which stages change part by part."""
     tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
+    return check_tree(tree), tree
+
+
+def check_tree(tree: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, checked. Raises ValueError as `load_recipe`."""
     try:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
@@ -257,8 +345,11 @@ def _explain(error: ValidationError) -> str:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     classes = {
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
-        "eval": EvalConfig, "terms": TermConfig,
+        "eval": EvalConfig, "terms": TermConfig, "replay": ReplayConfig, "prefixes": Prefixes, "rollouts": RolloutConfig,
+        "strategy": StrategyConfig, "guards": GuardsConfig, "dpo": DpoStageConfig, "stages": StageConfig,
     }  # fmt: skip
+    if "guards" in location and location[-1] != "guards":
+        return [f.name for f in dataclasses.fields(Thresholds)]
     owner = next((classes[part] for part in location if part in classes), Recipe)
     return [f.name for f in dataclasses.fields(owner)]
 
@@ -266,6 +357,11 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
 def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
+    recipe.choose_regime()
+    if recipe.stages:
+        from hpd.stages import stage_recipes
+
+        stage_recipes(recipe)
     teacher, data = recipe.teacher, recipe.data
     if teacher.type == "model" and not teacher.model:
         raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")

@@ -24,7 +24,7 @@ from hpd.runs import MetricsWriter, RunFolder
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = ["Plan", "Progress", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
 
 
 class Plan(NamedTuple):
@@ -100,8 +100,16 @@ class Progress:
         return ()
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recipe from start (or its last checkpoint) to finish.
+def train(
+    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None, baselines: bool = True
+) -> dict[str, Any]:
+    """Run a recipe from start (or its last checkpoint) to finish; one with stages, stage by stage.
+
+    Args:
+        recipe: what to run.
+        overwrite: delete an existing run first.
+        progress: what is told on the way.
+        baselines: let teacher and untrained student do the task too.
 
     Returns:
         The summary that is also written to the run folder: losses and KLs before and after, accuracies, seconds.
@@ -109,6 +117,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
     """
+    if recipe.stages:
+        from hpd.stages import train_stages
+
+        return train_stages(recipe, overwrite=overwrite, progress=progress)
     progress = progress or Progress()
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
@@ -120,10 +132,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
     teacher = _load_teacher(recipe)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
-    if resume is None:
-        summary |= _evaluate(planned, student, "student before", folder, progress)
+    if resume is None and baselines:
+        summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
-            summary |= _evaluate(planned, teacher.model, "teacher", folder, progress)
+            summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
     trainer = _trainer(planned, student, teacher, folder, progress)
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
@@ -133,9 +145,14 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
     if trainer.eval_dataset is not None:
         summary |= {f"{k} after": v for k, v in _eval_metrics(trainer).items()}
     trainer.save_model()
-    summary |= _evaluate(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
+    if trainer.stopped_by:
+        summary["stopped"] = trainer.stopped_by
+    written = sum(log.get("rollouts/tokens", 0.0) for log in trainer.state.log_history)
+    if written:
+        summary["generated tokens"] = int(written)
     if trainer.is_world_process_zero():
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
@@ -145,10 +162,12 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:
     recipe, args = planned.recipe, planned.args
     trainer = DistillTrainer(
-        model=student, teacher=teacher, terms=recipe.choose_terms(), args=args,
+        model=student, teacher=teacher, args=args,
+        method=recipe.method, method_kwargs=recipe.method_kwargs, terms=recipe.terms,
         train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None,
+        prefixes=recipe.prefixes, rollouts=recipe.rollouts, strategy=recipe.strategy, guards=recipe.guards,
+        peft_config=lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -156,6 +175,11 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
     return trainer
+
+
+def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
+    """The recipe's adapter as peft takes it."""
+    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
 
 
 def _load_teacher(recipe: Recipe) -> Teacher:
@@ -170,7 +194,7 @@ def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 
-def _evaluate(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Accuracy on the recipe's task, on the main process only."""
     config = planned.recipe.eval
     if config is None or int(os.environ.get("RANK", "0")) != 0:
