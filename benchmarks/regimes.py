@@ -82,7 +82,9 @@ def own_text_kl(student_path: Path, teacher_path: Path) -> float:
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (student_path, teacher_path))
     tokenizer = AutoTokenizer.from_pretrained(student_path)
     file = str(ROOT / "hpd" / "demo" / "data" / "validation.jsonl.gz")
-    prompts = [tokenizer(p)["input_ids"] for p in load_dataset("json", data_files=file, split="train")["prompt"][:_OWN_TEXT_ROWS]]
+    prompts = [
+        tokenizer(p)["input_ids"] for p in load_dataset("json", data_files=file, split="train")["prompt"][:_OWN_TEXT_ROWS]
+    ]
     engine = make_engine(RolloutConfig(batch_size=100), lambda: student, student, Accelerator(cpu=True), tokenizer, None)
     numbers = uniforms(torch.arange(len(prompts)), seed=0, step=0, count=40)
     total, count = 0.0, 0
@@ -133,7 +135,10 @@ def draw(results: dict[str, Any]) -> None:
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"more on-policy from top to bottom; {results['steps']} steps of 64 rows each, demo task, one seed", fontsize=9, x=0.01, ha="left"
+        f"more on-policy from top to bottom; {results['steps']} steps of 64 rows each, demo task, one seed",
+        fontsize=9,
+        x=0.01,
+        ha="left",
     )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=130)

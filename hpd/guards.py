@@ -72,9 +72,7 @@ class Finding(NamedTuple):
     text: str
 
 
-def check_metrics(
-    config: GuardsConfig, logs: Mapping[str, float], history: Sequence[Mapping[str, Any]] = ()
-) -> list[Finding]:
+def check_metrics(config: GuardsConfig, logs: Mapping[str, float], history: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
     """What the metrics of a logging step show.
 
     Args:

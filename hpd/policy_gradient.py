@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpd.batch import TokenBatch
 from hpd.by_source import Part, parts_of, take
-from hpd.losses import Head, LossOutput, Scores
+from hpd.losses import LossOutput, Scores
 from hpd.losses.reference import logits
 from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, weigh
 from hpd.supports import LOGPROB_FLOOR, Support

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["preference_rows", "train_preferences"]
 
+
 def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress) -> dict[str, Any]:
     """Run a DPO stage from start (or its last checkpoint) to finish; returns its summary.
 
@@ -88,7 +89,9 @@ def _answers(planned: Plan, student: Any, rows: Dataset) -> list[Any]:
     chat = is_conversational(dict(rows[0]))
     if chat:
         encoded: Any = [
-            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]  # type: ignore[index]
+            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]  # type: ignore[index]
             for row in rows
         ]
     else:

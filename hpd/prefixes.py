@@ -47,12 +47,16 @@ class Prefixes:
                 raise ValueError("prefixes: where one share is a schedule, the other is what it leaves: give only one of them.")
             if abs(sum(given.values()) - 1.0) > 1e-9:
                 total = sum(given.values())
-                raise ValueError(f"prefixes.dataset and prefixes.student are shares of one whole: they sum to {total:g}, not 1.")
+                raise ValueError(
+                    f"prefixes.dataset and prefixes.student are shares of one whole: they sum to {total:g}, not 1."
+                )
         adaptive = as_schedule(self.dataset)
         if adaptive is not None and adaptive.schedule == "adaptive":
             raise ValueError("prefixes: an adaptive share is the student's: write student: {schedule: adaptive, ...}.")
         if self.continue_tokens is not None and self.continue_tokens < 1:
-            raise ValueError(f"prefixes.continue_tokens must be >= 1, or null for whole completions, got {self.continue_tokens}.")
+            raise ValueError(
+                f"prefixes.continue_tokens must be >= 1, or null for whole completions, got {self.continue_tokens}."
+            )
         if self.continue_tokens is not None and not self.on_policy:
             raise ValueError("prefixes.continue_tokens has no effect without rows of the student: set prefixes.student.")
 
@@ -170,7 +174,9 @@ class RolloutConfig:
             if not valid:
                 raise ValueError(f"rollouts.{name} must be {allowed}, got {getattr(self, name)}.")
         if self.engine == "vllm" and self.teacher_share:
-            raise ValueError("rollouts.teacher_share mixes two models token by token, which vLLM cannot: use engine: transformers.")
+            raise ValueError(
+                "rollouts.teacher_share mixes two models token by token, which vLLM cannot: use engine: transformers."
+            )
         if self.engine != "vllm" and self.vllm:
             raise ValueError("rollouts.vllm has no effect with engine: transformers: remove it, or set engine: vllm.")
 

@@ -47,9 +47,7 @@ class Rollout(NamedTuple):
 class RolloutEngine(Protocol):
     """Anything that continues prompts with the student's weights as they are now."""
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int) -> list[Rollout]:
         """Continue every prompt.
 
         Args:
@@ -86,9 +84,7 @@ class TransformersEngine:
         self._student, self._accelerator, self._config = student, accelerator, config
         self._end_ids, self._pad_id, self._teacher = list(end_ids), pad_id, teacher
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int) -> list[Rollout]:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
         size = self._config.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -123,9 +119,7 @@ class TransformersEngine:
                 for module, training in modes.items():
                     module.training = training
 
-    def _batch(
-        self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor
-    ) -> list[Rollout]:
+    def _batch(self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor) -> list[Rollout]:
         length, device = max(map(len, prompts)), self._accelerator.device
         ids = torch.tensor([[self._pad_id] * (length - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -136,8 +130,9 @@ class TransformersEngine:
             pad_token_id=self._pad_id,
         )  # fmt: skip
         written = model.generate(
-            inputs=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw])
-        )[:, length:].tolist()
+            inputs=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw]),
+            synced_gpus=_is_sharded(model) or None,
+        )[:, length:].tolist()  # fmt: skip
         logprobs = torch.cat(draw.logprobs, dim=1).tolist()
         return [self._cut(*row) for row in zip(written, logprobs, limits, strict=True)]
 
@@ -145,6 +140,11 @@ class TransformersEngine:
         end = next((i + 1 for i, token in enumerate(tokens[:limit]) if token in self._end_ids), None)
         size = limit if end is None else end
         return Rollout(tokens[:size], end is not None, logprobs[:size])
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """FSDP2 gathers layer by layer, so all processes must take equally many steps; `generate` itself knows FSDP1 and ZeRO-3."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 class _Draw(LogitsProcessor):
@@ -218,9 +218,7 @@ class VLLMEngine:
         self._generation, self._accelerator, self._end_ids = generation, accelerator, set(end_ids)
         self._synced: int | None = None
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int) -> list[Rollout]:
         # A server hands each process a slice as long as its own list: all must be of one length.
         count = max(gather_object([len(prompts)])) if self._accelerator.num_processes > 1 else len(prompts)
         if count == 0:

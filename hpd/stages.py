@@ -129,7 +129,9 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
             progress.say(f"stage {stage.name} was stopped ({summaries[stage.name]['stopped']}): later stages do not run")
             break
     first, last = list(summaries.values())[0], list(summaries.values())[-1]
-    kept = {key: value for key, value in first.items() if key.endswith(" before") or key.startswith(("student before", "teacher"))}
+    kept = {
+        key: value for key, value in first.items() if key.endswith(" before") or key.startswith(("student before", "teacher"))
+    }
     total = {
         **kept, **last, "stages": summaries,
         **{key: round(sum(s.get(key, 0.0) for s in summaries.values()), 1) for key in ("seconds", "train seconds")},

@@ -28,7 +28,7 @@ from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
 from hpd.policy_gradient import StrategyConfig
 from hpd.prefixes import Prefixes, RolloutConfig
-from hpd.regime import Regime, choose_regime
+from hpd.regime import choose_regime
 from hpd.schedules import TaidPosition
 from hpd.step import StepState
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
@@ -172,9 +172,7 @@ class DistillTrainer(SFTTrainer):
         self._count(mode, output.stats, batch, inputs)
         return output.loss
 
-    def _loss(
-        self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
-    ) -> LossOutput:
+    def _loss(self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int) -> LossOutput:
         # Evaluation keeps its draws fixed (step -1 is no training step) and reads the dataset's rows only.
         training = mode == "train"
         terms = self.terms if training else as_evaluated(self.terms)

@@ -241,7 +241,12 @@ def test_neighbouring_positions_are_independent() -> None:
 
 
 def test_sources_and_rows_follow_the_tokens_through_every_layout() -> None:
-    student = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "sources": [0, 0, 1, 1], "behaviour": [0.0, 0.0, -1.0, -2.0]}
+    student = {
+        "input_ids": [5, 6, 7, 8],
+        "labels": [-100, 6, 7, 8],
+        "sources": [0, 0, 1, 1],
+        "behaviour": [0.0, 0.0, -1.0, -2.0],
+    }
     dataset = {"input_ids": [5, 9], "labels": [-100, 9], "sources": [0, 0], "behaviour": [math.nan] * 2}
     for padding_free in (False, True):
         inner = DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=padding_free)

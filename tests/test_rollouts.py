@@ -102,7 +102,9 @@ def test_generation_leaves_the_model_as_it_was(pair):
     model = AutoModelForCausalLM.from_pretrained(pair[0])
     model.generation_config.repetition_penalty = 5.0
     model.gradient_checkpointing_enable()
-    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+    peft_model = get_peft_model(
+        model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     peft_model.train()
     plain = make(peft_model, pair).generate(prompts_of(pair, TEXTS), [8] * 5, numbers(5, 8), 0)
     assert peft_model.training
@@ -308,7 +310,12 @@ def test_vllm_is_asked_for_with_its_extra(pair, teacher):
 
 
 def on_policy(pair, folder, **options):
-    options = {"method": "forward_kl", "prefixes": Prefixes(student=1.0), "rollouts": RolloutConfig(max_new_tokens=8), **options}
+    options = {
+        "method": "forward_kl",
+        "prefixes": Prefixes(student=1.0),
+        "rollouts": RolloutConfig(max_new_tokens=8),
+        **options,
+    }
     return make_trainer(pair, folder, **options)
 
 
@@ -321,7 +328,9 @@ def test_trainer_counts_the_labels_that_the_student_wrote(pair, tmp_path):
 
 def test_on_policy_training_does_not_depend_on_accumulation(pair, tmp_path):
     whole = on_policy(pair, tmp_path / "a", max_steps=2, train=rows(16))
-    split = on_policy(pair, tmp_path / "b", max_steps=2, train=rows(16), per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    split = on_policy(
+        pair, tmp_path / "b", max_steps=2, train=rows(16), per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
     start = weights(whole)
     for trainer in (whole, split):
         trainer.train()

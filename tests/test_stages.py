@@ -114,7 +114,11 @@ def test_self_distillation_in_rounds_makes_the_student_the_next_teacher(base, tm
 
 def test_an_adapter_is_merged_for_the_next_stage(base, tmp_path):
     run = tmp_path / "run"
-    train(load_recipe({**base, "lora": {"r": 2}, "stages": [{"name": "hpd"}, {"name": "sft", "method": "sft"}], "output_dir": str(run)}))
+    train(
+        load_recipe(
+            {**base, "lora": {"r": 2}, "stages": [{"name": "hpd"}, {"name": "sft", "method": "sft"}], "output_dir": str(run)}
+        )
+    )
     assert (run / "hpd" / "merged" / "config.json").is_file()
     assert not torch.equal(weights(run / "hpd" / "merged"), weights(base["student"]))
 
