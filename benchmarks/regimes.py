@@ -1,6 +1,6 @@
 """From offline to on-policy on the demo's task: recipes/regimes/*.yaml, one after the other, as a table and a picture.
 
-    python benchmarks/regimes.py --steps 300          # runs, then writes benchmarks/results/regimes.json, prints the table, draws
+    python benchmarks/regimes.py --steps 300          # runs, writes benchmarks/results/regimes.json, prints, draws
     python benchmarks/regimes.py --draw               # only table and picture, from the json
 
 Cost is the processor time of the training loop (all threads, generation and teacher included; evaluation and imports are not),
@@ -28,6 +28,7 @@ RUNS = {
 }
 # Rollouts on which the KL of the student's own text is measured.
 _OWN_TEXT_ROWS = 200
+_ROWS = 64  # of a step
 
 
 def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def own_text_kl(student_path: Path, teacher_path: Path) -> float:
 def table(results: dict[str, Any]) -> str:
     """The table of docs/regimes.md."""
     lines = [
-        "| recipe | accuracy | KL(teacher to student), held-out text | KL(student to teacher), own text | tokens generated | CPU s |",
+        "| recipe | accuracy | KL(teacher, student), held-out text | KL(student, teacher), own text | tokens written | CPU s |",
         "|---|---|---|---|---|---|",
     ]
     for name, label in RUNS.items():
@@ -113,33 +114,41 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Cost against on-policyness, and what the student's own text gained by it."""
+    """Cost against on-policyness, and what became of the student."""
     from matplotlib.figure import Figure
 
     runs = {name: results["runs"][name] for name in RUNS if name in results["runs"]}
-    labels = [RUNS[name] for name in runs]
-    figure = Figure(figsize=(10.0, 3.4), layout="constrained")
-    panels = (
-        ("cost: CPU seconds of training", "cpu_seconds", "{:.0f}", "#4c72b0"),
-        ("KL(student to teacher) on its own text, nats per token", "own_text_kl", "{:.2f}", "#c44e52"),
-        ("KL(teacher to student) on held-out text, nats per token", "forward_kl", "{:.2f}", "#55a868"),
-    )
-    for number, (axis, (title, key, form, colour)) in enumerate(zip(figure.subplots(1, 3), panels, strict=True)):
+    figure = Figure(figsize=(11.0, 3.6), layout="constrained")
+    cost, *panels = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
+    for name, row in runs.items():
+        point = row["generated_tokens"] / (results["steps"] * _ROWS), 1000 * row["cpu_seconds"] / results["steps"]
+        cost.scatter(*point, s=45, color="#4c72b0", zorder=3)
+        cost.annotate(RUNS[name], point, xytext=(7, -11), textcoords="offset points", fontsize=8)
+    cost.set_xlabel("on-policyness: tokens written per row", fontsize=8)
+    cost.set_title("cost: CPU ms per step", fontsize=9, loc="left")
+    cost.set_xlim(-1, 1.45 * cost.get_xlim()[1])
+    cost.set_ylim(0, None)
+    cost.grid(alpha=0.25)
+    for number, (axis, title, key) in enumerate(
+        zip(
+            panels,
+            ("KL(student, teacher), own text", "KL(teacher, student), held-out text"),
+            ("own_text_kl", "forward_kl"),
+            strict=True,
+        )
+    ):
         values = [row[key] for row in runs.values()]
-        bars = axis.barh(range(len(values)), values, color=colour)
-        axis.bar_label(bars, [form.format(v) for v in values], fontsize=8, padding=2)
-        axis.set_yticks(range(len(values)), labels if number == 0 else [""] * len(values), fontsize=8)
+        axis.bar_label(
+            axis.barh(range(len(values)), values, color="#c44e52"), [f"{v:.2f}" for v in values], fontsize=8, padding=2
+        )
+        axis.set_yticks(range(len(values)), [RUNS[n] if number == 0 else "" for n in runs], fontsize=8)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.15 * max(values))
-        axis.set_title(title, fontsize=8.5, loc="left")
-        axis.tick_params(axis="x", labelsize=8)
+        axis.set_xlim(0, 1.2 * max(values))
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_xlabel("nats per token", fontsize=8)
+    for axis in (cost, *panels):
+        axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"more on-policy from top to bottom; {results['steps']} steps of 64 rows each, demo task, one seed",
-        fontsize=9,
-        x=0.01,
-        ha="left",
-    )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 

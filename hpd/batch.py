@@ -156,7 +156,8 @@ class DistillCollator:
 
 def _laid_out(input_ids: Int[Tensor, "B T"], values: list[list[Any]]) -> Tensor:
     """Numbers of each token in the layout of the collated rows: one row each, or all in one (padding-free)."""
-    flat = [torch.tensor(row) for row in values] if len(values) == len(input_ids) else [torch.tensor(sum(values, []))]
+    lines = values if len(values) == len(input_ids) else [[number for row in values for number in row]]
+    flat = [torch.tensor(line) for line in lines]
     out = torch.zeros(input_ids.shape, dtype=flat[0].dtype)
     for line, row in zip(out, flat, strict=True):
         line[: len(row)] = row

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from hpd.batch import TokenBatch
 from hpd.losses import LossOutput, Scores, reweighted_nll
+from hpd.losses.reference import logits
 from hpd.supports import Support
 from hpd.terms import Term
 
-__all__ = ["Part", "as_evaluated", "loss_by_source", "num_uniforms", "parts_of", "sources_used", "take"]
+__all__ = ["Part", "as_evaluated", "label_gaps", "loss_by_source", "num_uniforms", "parts_of", "sources_used", "take"]
 
 
 class Part(NamedTuple):
@@ -97,6 +98,20 @@ def loss_by_source(
         for name, value in sums.items():
             stats[name] = stats[name] + value if name in stats else value
     return LossOutput(total, stats)
+
+
+@torch.no_grad()
+def label_gaps(student: Scores, teacher: Scores, batch: TokenBatch, stride: int) -> dict[str, Tensor]:
+    """Sums of the labels' log-probabilities by writer, on every `stride`-th of its positions, and their number."""
+    found = {}
+    for source, positions in (("dataset", batch.by_dataset), ("student", batch.by_student)):
+        assert positions is not None
+        rows = positions[:: max(stride, 1)]
+        vocab, labels = min(student.vocab, teacher.vocab), batch.labels[rows, None]
+        for name, side in (("student", student), ("teacher", teacher)):
+            found[f"gap/{source}/{name}"] = logits(take(side, rows), vocab).log_softmax(-1).gather(1, labels).sum()
+        found[f"gap/{source}/rows"] = torch.ones_like(labels, dtype=torch.float32).sum()
+    return found
 
 
 def take(scores: Scores, positions: Tensor | None) -> Scores:

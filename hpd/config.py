@@ -18,11 +18,11 @@ from hpd.methods import choose_terms, name_terms
 from hpd.policy_gradient import StrategyConfig
 from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.regime import Regime, choose_regime
+from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
 __all__ = [
-    "DataConfig", "DpoStageConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "StageConfig", "TeacherConfig",
-    "load_recipe", "read_recipe", "resolve",
+    "DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "check_tree", "load_recipe", "resolve",
 ]  # fmt: skip
 
 _STRICT = ConfigDict(extra="forbid")
@@ -158,55 +158,6 @@ def _strategy_shorthand(value: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoStageConfig:
-    """A stage of direct preference optimisation by TRL's DPOTrainer."""
-
-    __pydantic_config__ = _STRICT
-
-    pairs: Literal["rollouts", "data"] = "rollouts"
-    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts. data: the rows have
-    the columns prompt, chosen and rejected."""
-    args: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """A stage of a run: what it changes in the recipe around it. The student is what the stage before leaves."""
-
-    __pydantic_config__ = _STRICT
-
-    name: str
-    """Its folder inside output_dir."""
-    repeat: int = 1
-    """Run it n times, one after the other (name-1, name-2, ...)."""
-    teacher: Any = None
-    """Another teacher; "previous": the student that the stage before left (self-distillation in rounds)."""
-    method: str | None = None
-    """Another method; its own prefixes and strategy then count, unless given here."""
-    method_kwargs: Mapping[str, Any] | None = None
-    """Parameters of the method."""
-    terms: tuple[Any, ...] | None = None
-    """Terms instead of a method."""
-    prefixes: Mapping[str, Any] | None = None
-    """Other prefixes."""
-    rollouts: Mapping[str, Any] | None = None
-    """Changes of rollouts."""
-    strategy: Any = None
-    """Another strategy."""
-    guards: Mapping[str, Any] | None = None
-    """Changes of guards."""
-    data: Mapping[str, Any] | None = None
-    """Changes of data."""
-    train: Mapping[str, Any] | None = None
-    """Changes of train."""
-    eval: Mapping[str, Any] | None = None
-    """Changes of eval."""
-    dpo: DpoStageConfig | None = None
-    """Preference optimisation instead of distillation."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the other."""
 
@@ -230,7 +181,7 @@ class Recipe:
     """How the student writes, where it does."""
     strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
     """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
-    guards: GuardsConfig = GuardsConfig()
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     """Signs of trouble that warn, or stop and save."""
     stages: tuple[StageConfig, ...] = ()
     """Stages of the run, each a change of this recipe that starts from the student that the one before left."""
@@ -267,15 +218,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         FileNotFoundError: no such recipe.
         ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit together.
     """
-    return read_recipe(source, overrides)[0]
-
-
-def read_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, Any]]:
-    """`load_recipe`, and the tree as it was written (with the overrides), which stages change part by part."""
     tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
-    return check_tree(tree), tree
+    return check_tree(tree)
 
 
 def check_tree(tree: Mapping[str, Any]) -> Recipe:

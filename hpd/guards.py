@@ -119,7 +119,7 @@ def _share(value: float | None, first: float | None) -> float | None:
 
 @torch.no_grad()
 def support_overlap(student: Scores, teacher: Scores, top_k: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Sum over every `stride`-th position of the share of the student's `top_k` tokens among the teacher's, and their number."""
+    """Sum over every `stride`-th position of the share of the student's `top_k` tokens among the teacher's, and a count."""
     rows = slice(None, None, max(stride, 1))
     vocab = min(student.vocab, teacher.vocab)
     mine, theirs = (

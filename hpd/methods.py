@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hpd.policy_gradient import StrategyConfig
@@ -34,13 +34,16 @@ class Method:
     """Where its contexts come from."""
     rollouts: RolloutConfig | None = None
     """How the student writes, where it does; null: the defaults."""
-    strategy: StrategyConfig = StrategyConfig()
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
     """How its weights meet the gradient."""
 
 
 def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
     return (TermConfig(objective=objective, kwargs=kwargs),)
 
+
+# DistiLLM-2: at most 0.1, smaller where teacher and student are near each other.
+_SKEW = {"schedule": "skew", "start": 0.1, "end": 0.01}
 
 METHODS: dict[str, Method] = {
     "hpd": Method(
@@ -174,7 +177,7 @@ METHODS: dict[str, Method] = {
     "seqkd": Method(
         summary="sequence-level distillation: supervised fine-tuning on text that the teacher wrote",
         weight="1[v = y]",
-        use="data with the teacher's answers (hpd generate, or any engine); one-hot and cheap, and the student inherits its style",
+        use="data with the teacher's answers, written by any engine; one-hot and cheap, and the student inherits its style",
         defaults="none",
         reference="Kim and Rush 2016, arXiv 1606.07947",
         terms=_one("nll"),
@@ -201,7 +204,7 @@ METHODS: dict[str, Method] = {
         summary="skew KL on a share of student text that follows the validation loss, with replay",
         weight="that of skew_forward_kl",
         use="when generation is the bottleneck; needs data.validation and train.eval_strategy",
-        defaults="skew 0.1; share from 0, up by 0.1 when the validation loss rises by 0.1; replay of 1,000, new rows falling 1 to 0",
+        defaults="skew 0.1; share from 0, up by 0.1 when the validation loss rises by 0.1; replay of 1,000",
         reference="Ko et al. 2024, arXiv 2402.03898",
         terms=_one("skew_forward_kl"),
         prefixes=Prefixes(student=Schedule(schedule="adaptive", start=0.0, end=1.0)),
@@ -211,11 +214,11 @@ METHODS: dict[str, Method] = {
         summary="skew forward KL on the teacher's text, skew reverse KL on the student's",
         weight="skew_forward_kl on dataset rows, skew_reverse_kl on student rows",
         use="teacher-written data and rollouts side by side: raise what the teacher wrote, lower what the student should not",
-        defaults="skew 0.1 at most on each side, smaller where teacher and student differ much (adaptive)",
+        defaults="skew 0.1 at most on each side, smaller where teacher and student are near each other (adaptive)",
         reference="Ko et al. 2025, arXiv 2503.07067",
         terms=(
-            TermConfig(objective="skew_forward_kl", on="dataset", kwargs={"lam": 0.1}),
-            TermConfig(objective="skew_reverse_kl", on="student", kwargs={"lam": 0.1}),
+            TermConfig(objective="skew_forward_kl", on="dataset", kwargs={"lam": _SKEW}),
+            TermConfig(objective="skew_reverse_kl", on="student", kwargs={"lam": _SKEW}),
         ),
         prefixes=Prefixes(student=0.5),
     ),

@@ -6,9 +6,10 @@ What follows (collator, TokenBatch, operator) is the same for both.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
     else:
         for line, targets, positions in zip(ids, labels, inputs["position_ids"].tolist(), strict=True):
             starts = [i for i, position in enumerate(positions) if position == 0] + [len(line)]
-            rows += [Row(line[a:b], targets[a:b]) for a, b in zip(starts, starts[1:], strict=False) if b - a > 1]
+            rows += [Row(line[a:b], targets[a:b]) for a, b in itertools.pairwise(starts) if b - a > 1]
     return rows
 
 
@@ -101,7 +102,7 @@ class PrefixMixer:
             self.ramp = ValidationRamp(schedule.start, schedule.end, prefixes.adaptive_step, prefixes.adaptive_margin)
         self.replay = ReplayBuffer(rollouts.replay) if rollouts.replay else None
         self._current: list[list[dict[str, list[Any]]]] | None = None
-        self._sums: Counter[str] = Counter()
+        self._sums: defaultdict[str, float] = defaultdict(float)
 
     def share(self, progress: float) -> float:
         """The student's share of the rows now."""
@@ -141,7 +142,7 @@ class PrefixMixer:
         self._sums["rows"] += len(rows)
         sizes = [len(group) for group in groups]
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        return [out[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [out[a:b] for a, b in itertools.pairwise(bounds)]
 
     def _choose(
         self, rows: Sequence[Row], out: list[dict[str, list[Any]]], step: int, progress: float, share: float
@@ -218,7 +219,7 @@ class PrefixMixer:
 
     def read(self) -> dict[str, float]:
         """Sums since the last call, as `rollout_metrics` takes them."""
-        sums, self._sums = dict(self._sums), Counter()
+        sums, self._sums = dict(self._sums), defaultdict(float)
         return sums
 
     def state_dict(self) -> dict[str, Any]:

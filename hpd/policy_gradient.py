@@ -1,4 +1,4 @@
-r"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient. Both read one table of objectives.
+r"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient, from one table of objectives.
 
 Axes: N label positions, C positions of a chunk, K columns of a support, V vocabulary, R rows.
 
@@ -8,8 +8,8 @@ With A the objective's weight at a token (for drawn tokens divided by their prob
 .. math:: -\min\big(r A,\; \mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\, A\big), \qquad
           \text{but never above } -c A \text{ where } A < 0 \text{ (dual clip)}
 
-At r = 1 its gradient is that of the direct strategy, :math:`-A \nabla \log q`. Terms on whole distributions (full, top_k) have no
-token to take a ratio of: their weights are computed anew at every update.
+At r = 1 its gradient is that of the direct strategy, :math:`-A \nabla \log q`. Terms on whole distributions (full, top_k) have
+no token to take a ratio of: their weights are computed anew at every update.
 
 Unlike the reference's verl recipe, the draw for a label is compared with that label and not with the token before it.
 

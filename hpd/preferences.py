@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,12 +14,13 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 
 from hpd.batch import uniforms
-from hpd.config import DpoStageConfig, Recipe
+from hpd.config import Recipe
 from hpd.data import load_preferences
 from hpd.models import load_model
 from hpd.prefixes import RolloutConfig
 from hpd.rollouts import make_engine
 from hpd.runs import MetricsWriter, RunFolder
+from hpd.stage_config import DpoStageConfig
 
 if TYPE_CHECKING:
     from hpd.train import Plan, Progress
@@ -68,11 +69,12 @@ def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset
     needed = planned.args.max_steps * planned.args.per_device_train_batch_size * planned.args.gradient_accumulation_steps
     if planned.args.max_steps > 0:
         rows = rows.select(range(min(len(rows), max(needed, 1))))
-    answers = _answers(planned, student, rows)
+    listed = cast("list[dict[str, Any]]", list(rows))
+    answers = _answers(planned, student, listed)
     pairs = [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer}
-        for row, answer in zip(rows, answers, strict=True)
-        if _text(row["completion"]) != _text(answer)  # type: ignore[index]
+        for row, answer in zip(listed, answers, strict=True)
+        if _text(row["completion"]) != _text(answer)
     ]
     if not pairs:
         raise ValueError("Every rollout of the student equals the dataset's completion: there is nothing to prefer.")
@@ -83,19 +85,20 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _answers(planned: Plan, student: Any, rows: Dataset) -> list[Any]:
+def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[Any]:
     """The student's completion of every prompt, in the rows' own format."""
-    tokenizer, config = planned.tokenizer, planned.recipe.rollouts or RolloutConfig()
-    chat = is_conversational(dict(rows[0]))
+    tokenizer: Any = planned.tokenizer
+    config = planned.recipe.rollouts or RolloutConfig()
+    chat = is_conversational(rows[0])
     if chat:
         encoded: Any = [
             tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)[
                 "input_ids"
-            ]  # type: ignore[index]
+            ]
             for row in rows
         ]
     else:
-        encoded = [tokenizer(row["prompt"])["input_ids"] for row in rows]  # type: ignore[index]
+        encoded = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     accelerator = Accelerator(cpu=planned.args.use_cpu)
     student.to(accelerator.device)
     engine = make_engine(config, lambda: student, student, accelerator, tokenizer, None)

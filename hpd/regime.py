@@ -93,8 +93,8 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
         raise ValueError("rollouts.replay.importance and teacher_share are two ratios at once: choose one of them.")
     if not any(has_ratio(term.support) for term in terms):
         raise ValueError(
-            "strategy: policy_gradient takes likelihood ratios of single tokens, and every term sums over a whole distribution: "
-            "use support: label, sampled, label+sampled or rollout in at least one, or strategy: direct."
+            "strategy: policy_gradient takes likelihood ratios of single tokens, and every term sums a whole distribution. "
+            "Use support: label, sampled, label+sampled or rollout in at least one, or strategy: direct."
         )
     if softened := [term.name for term in terms if term.temperature != 1.0]:
         raise ValueError(f"strategy: policy_gradient is defined at temperature 1, and {', '.join(softened)} is softened.")
@@ -105,7 +105,7 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
 class RepeatedRows(Sampler[int]):
     """Every row `num_rollouts` times side by side, and the rows of every step `updates` times one after the other.
 
-    Shuffled by (seed, epoch) alone, so that all processes and resumed runs agree. Rows that do not fill a last step are left out.
+    Shuffled by (seed, epoch) alone, so that all processes and resumed runs agree. What does not fill a last step is left out.
 
     >>> list(RepeatedRows(range(5), prompts=2, num_rollouts=2, updates=1, seed=None))
     [0, 0, 1, 1, 2, 2, 3, 3]

@@ -60,7 +60,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> list[tuple[dict[str, list[Any]], int]]:
         """What a checkpoint must hold."""
-        return [tuple(stored) for stored in self._stored]
+        return [(stored.row, stored.step) for stored in self._stored]
 
     def load_state_dict(self, state: Iterable[tuple[dict[str, list[Any]], int]]) -> None:
         """Go on where `state_dict` was taken."""

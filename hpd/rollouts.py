@@ -88,13 +88,15 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
         size = self._config.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
+        # Counted before the first batch: afterwards one process would ask while another still gathers weights.
+        missing = self._missing_batches(len(batches))
         out: dict[int, Rollout] = {}
         with self._ready() as model:
             for indices in batches:
                 chosen = [prompts[i] for i in indices]
                 rows = self._batch(model, chosen, [limits[i] for i in indices], uniforms[indices])
                 out.update(zip(indices, rows, strict=True))
-            for _ in range(self._missing_batches(len(batches))):
+            for _ in range(missing):
                 self._batch(model, [[self._pad_id]], [1], torch.zeros(1, 1, dtype=torch.float64))
         return [out[i] for i in range(len(prompts))]
 
@@ -259,12 +261,12 @@ def make_engine(
         from trl.generation.vllm_generation import VLLMGeneration
 
         generation = VLLMGeneration(
-            student(), accelerator, tokenizer,  # type: ignore[arg-type]
+            base, accelerator, tokenizer,  # type: ignore[arg-type]
             temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
             repetition_penalty=config.repetition_penalty, max_completion_length=config.max_new_tokens, **config.vllm,
         )  # fmt: skip
         return VLLMEngine(generation, accelerator, end_ids)
     if config.teacher_share and teacher is None:
         raise ValueError("rollouts.teacher_share needs a teacher that runs beside the student: teacher type model.")
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     return TransformersEngine(student, accelerator, config, end_ids, pad_id, teacher)

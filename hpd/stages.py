@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpd.config import DpoStageConfig, Recipe, StageConfig, check_tree, resolve
+from hpd.config import Recipe, check_tree, resolve
+from hpd.stage_config import DpoStageConfig, StageConfig
 
 if TYPE_CHECKING:
     from hpd.train import Progress
@@ -128,7 +129,7 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
         if "stopped" in summaries[stage.name]:
             progress.say(f"stage {stage.name} was stopped ({summaries[stage.name]['stopped']}): later stages do not run")
             break
-    first, last = list(summaries.values())[0], list(summaries.values())[-1]
+    first, last = next(iter(summaries.values())), list(summaries.values())[-1]
     kept = {
         key: value for key, value in first.items() if key.endswith(" before") or key.startswith(("student before", "teacher"))
     }

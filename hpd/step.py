@@ -1,13 +1,13 @@
-"""What an optimiser step keeps beside the model: who writes its rows, what is frozen for its updates, and how both are resumed."""
+"""What an optimiser step keeps beside the model: who writes its rows, what its updates share, how both are resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
@@ -26,7 +26,8 @@ __all__ = ["StepState"]
 
 _STATE_KEY = "hpd_student_share"
 _SUMS = (
-    "rows", "student_rows", "rollouts", "tokens", "dataset_tokens", "truncated", "repetition", "seconds", "replayed", "age", "expired",
+    "rows", "student_rows", "rollouts", "tokens", "dataset_tokens", "truncated", "repetition", "seconds", "replayed", "age",
+    "expired",
 )  # fmt: skip
 
 
@@ -73,8 +74,9 @@ class StepState:
     def _make_engine(self) -> RolloutEngine:
         trainer = self._trainer
         return make_engine(
-            self._regime.rollouts, lambda: trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model),
-            trainer.accelerator, trainer._tokenizer, getattr(trainer.teacher, "model", None),
+            self._regime.rollouts, lambda: cast(nn.Module, trainer.model_wrapped),
+            trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, trainer._tokenizer,
+            getattr(trainer.teacher, "model", None),
         )  # fmt: skip
 
     def sampler(self, own: Sampler | None, rows: Any) -> Sampler | None:

@@ -46,7 +46,7 @@ class Term(NamedTuple):
             raise ValueError(f"Term {self.name!r}: on must be both, dataset or student, got {self.on!r}.")
         if support.given and self.on != "student":
             raise ValueError(
-                f"Term {self.name!r} reads the tokens that the student wrote, which exist in its own text only: set on: student."
+                f"Term {self.name!r} reads the tokens that the student wrote, and only its own text has those: set on: student."
             )
         if self.temperature <= 0:
             raise ValueError(f"Term {self.name!r}: temperature must be > 0, got {self.temperature}.")
@@ -157,9 +157,9 @@ class TermConfig:
 
     @property
     def adaptive(self) -> dict[str, Schedule]:
-        """Parameters of the objective with an adaptive schedule."""
+        """Parameters of the objective whose schedule follows what is seen in training."""
         schedules = {key: as_schedule(value) for key, value in self.kwargs.items()}
-        return {key: s for key, s in schedules.items() if s is not None and s.schedule == "adaptive"}
+        return {key: s for key, s in schedules.items() if s is not None and s.schedule in ("adaptive", "skew")}
 
     def build(self, name: str | None = None) -> Term:
         """The term, checked. Raises ValueError with the reason where the choices do not fit together."""

@@ -13,11 +13,11 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
-from hpd.by_source import as_evaluated, loss_by_source, num_uniforms
+from hpd.by_source import as_evaluated, label_gaps, loss_by_source, num_uniforms
 from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
 from hpd.guards import GuardsConfig, check_metrics, support_overlap
@@ -29,7 +29,8 @@ from hpd.pairing import common_vocab
 from hpd.policy_gradient import StrategyConfig
 from hpd.prefixes import Prefixes, RolloutConfig
 from hpd.regime import choose_regime
-from hpd.schedules import TaidPosition
+from hpd.scheduled import ScheduledTerms, adaptive_positions
+from hpd.schedules import SkewPosition
 from hpd.step import StepState
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
 from hpd.terms import Term, TermConfig
@@ -124,7 +125,7 @@ class DistillTrainer(SFTTrainer):
         self.terms = name_terms(self._term_configs)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._guards, self.stopped_by = guards or GuardsConfig(), None
-        self._adaptive = _adaptive_positions(self._term_configs)
+        self._adaptive = adaptive_positions(self._term_configs)
         model, peft_config, hide_head = _adapt_head(model, peft_config, args)
         with hide_head:
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
@@ -140,7 +141,7 @@ class DistillTrainer(SFTTrainer):
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
-            self.add_callback(_ScheduledTerms(self))
+            self.add_callback(ScheduledTerms(self))
         self._step = StepState(self)
         self.add_callback(self._step.callback)
 
@@ -188,6 +189,8 @@ class DistillTrainer(SFTTrainer):
                 uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
                 metric_stride=self.args.metric_stride if training else 1, kl_estimator=self.args.kl_estimator,
             )  # fmt: skip
+        if training and any(isinstance(position, SkewPosition) for position in self._adaptive.values()):
+            output.stats.update(label_gaps(student, teacher, batch, self.args.metric_stride))
         if training and self._guards.overlap:
             shared, rows = support_overlap(student, teacher, self._guards.overlap_top_k, self.args.metric_stride)
             output.stats.update({"support_overlap": shared, "overlap_rows": rows})
@@ -199,7 +202,7 @@ class DistillTrainer(SFTTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return self._step.sampler(super()._get_train_sampler(rows), rows)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -280,52 +283,9 @@ class DistillTrainer(SFTTrainer):
         return dict(zip(names, cast(Tensor, self.accelerator.reduce(stacked, "sum")).tolist(), strict=True))
 
 
-class _ScheduledTerms(TrainerCallback):
-    """Builds the terms of each step, and keeps the adaptive positions in the trainer's state, which checkpoints hold."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self._trainer = trainer
-        self._seen: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, saved in state.stateful_callbacks.get(_STATE_KEY, {}).items():
-            self._trainer._adaptive[name].load_state_dict(saved)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.build_scheduled_terms(state.global_step / max(state.max_steps, 1))
-        self._seen = self._totals()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = self._totals()
-        for name, position in self._trainer._adaptive.items():
-            term = name.rsplit(".", 1)[0]
-            value = now.get(f"value/{term}", 0.0) - self._seen.get(f"value/{term}", 0.0)
-            tokens = now.get("tokens", 0.0) - self._seen.get("tokens", 0.0)
-            position.update(value / max(tokens, 1.0), state.global_step / max(state.max_steps, 1))
-            state.stateful_callbacks.setdefault(_STATE_KEY, {})[name] = position.state_dict()
-
-    def _totals(self) -> dict[str, float]:
-        """Running sums of this window over all processes; read from the device only where a position adapts."""
-        if not self._trainer._adaptive:
-            return {}
-        names = [*(f"value/{term.name}" for term in self._trainer.terms), "tokens"]
-        return self._trainer.reduce_sums(self._trainer._sums["train"], names)
-
-
-_STATE_KEY = "hpd_adaptive"
 _LOGGER = logging.getLogger(__name__)
 # Sums with a denominator of their own, or that are no metrics.
 _SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
-
-
-def _adaptive_positions(configs: Sequence[TermConfig | Term]) -> dict[str, TaidPosition]:
-    """Adaptive parameters by "term.parameter"."""
-    positions = {}
-    for term, config in zip(name_terms(configs), configs, strict=True):
-        for key, schedule in config.adaptive.items() if isinstance(config, TermConfig) else ():
-            assert schedule.end is not None
-            positions[f"{term.name}.{key}"] = TaidPosition(schedule.start, schedule.end)
-    return positions
 
 
 def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
@@ -335,7 +295,7 @@ def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
     means = {
         name: value / (metric_tokens if name in on_metric_rows else tokens)
         for name, value in sums.items()
-        if not name.startswith("value/") and name not in _SPECIAL
+        if not name.startswith(("value/", "gap/")) and name not in _SPECIAL
     }
     # A term on the student's text alone has no value where a window held none.
     values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}

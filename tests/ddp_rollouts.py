@@ -29,8 +29,8 @@ def train(student: str, teacher: str, output: Path, processes: int) -> None:
     rows = [{"prompt": f"say {WORDS[i % 8]} {WORDS[i // 8]}:", "completion": f" {WORDS[i % 8]}"} for i in range(24)]
     args = DistillConfig(
         output_dir=str(output), max_steps=3, per_device_train_batch_size=8 // processes, gradient_checkpointing=False,
-        learning_rate=1e-2, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no", max_length=64, use_cpu=True,
-        optim="sgd", max_grad_norm=0.0, train_sampling_strategy="sequential", dataset_num_proc=None,
+        learning_rate=1e-2, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no", max_length=64,
+        use_cpu=True, optim="sgd", max_grad_norm=0.0, train_sampling_strategy="sequential", dataset_num_proc=None,
         metric_stride=1,
     )  # fmt: skip
     trainer = DistillTrainer(

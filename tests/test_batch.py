@@ -115,7 +115,8 @@ def test_without_mask_or_positions_every_token_is_real() -> None:
     masked = token_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
     assert bare.labels.tolist() == [6, 7, 6, 8]
     assert all(torch.equal(a, b) for a, b in zip(bare[:-1], masked[:-1], strict=True))
-    assert bare.behaviour is None and masked.behaviour is None
+    assert bare.behaviour is None
+    assert masked.behaviour is None
 
 
 def test_the_pad_token_inside_a_row_is_a_token() -> None:

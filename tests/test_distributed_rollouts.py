@@ -1,4 +1,4 @@
-"""Two processes: rollouts are disjoint, reproducible and those of one process; a sharded student writes what a whole one does."""
+"""Two processes: rollouts are disjoint, reproducible and those of one; a sharded student writes what a whole one does."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The policy gradient: equal to the direct strategy at ratio 1, to PPO's clip beyond, and to the exact expectation by enumeration."""
+"""The policy gradient: the direct strategy at ratio 1, PPO's clip beyond, and the exact expectation by enumeration."""
 
 import itertools
 
@@ -198,7 +198,7 @@ def test_sequence_mean_weighs_rows_equally(pair, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "forward_kl", "strategy": PG}, "whole distribution"),
+        ({"method": "forward_kl", "strategy": PG}, "every term sums"),
         ({"method": "hpd", "strategy": StrategyConfig(type="policy_gradient", discount=1.0)}, "support: rollout"),
         ({"method": "opd", "prefixes": Prefixes(dataset=1.0)}, "there is none"),
         ({"method": "hpd", "rollouts": RolloutConfig()}, "has no effect"),

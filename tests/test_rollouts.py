@@ -420,3 +420,18 @@ def test_end_tokens_join_model_and_tokenizer(pair, teacher):
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
     assert tokenizer.eos_token_id in end_tokens(teacher, tokenizer)
     assert isinstance(make(teacher, pair), TransformersEngine)
+
+
+def test_distillm2_skews_follow_the_gaps(pair, tmp_path):
+    trainer = make_trainer(
+        pair, tmp_path, method="distillm2", rollouts=RolloutConfig(max_new_tokens=6), max_steps=4, train=rows(32)
+    )
+    trainer.train()
+    skews = {name: position.t for name, position in trainer._adaptive.items()}
+    assert set(skews) == {"skew_forward_kl.lam", "skew_reverse_kl.lam"}
+    assert all(0.01 <= skew <= 0.1 for skew in skews.values())
+    assert all(position._count == 4 for position in trainer._adaptive.values())
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(
+        log["loss"] == pytest.approx(log["loss/skew_forward_kl"] + log["loss/skew_reverse_kl"], rel=1e-4) for log in logs
+    )
