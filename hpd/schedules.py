@@ -15,8 +15,8 @@ class Schedule:
     r"""A number as a function of training progress x in [0, 1].
 
     constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step: start before
-    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a share of prefixes, see
-    `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x / over, 1)`.
+    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a share of prefixes,
+    see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x / over, 1)`.
 
     >>> Schedule(schedule="linear", start=0.0, end=1.0, over=0.5).at(0.25)
     0.5

@@ -1,6 +1,7 @@
 """Runs in stages: each in its folder, each resumed by itself, each starting from what the one before left."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +138,15 @@ def test_an_adapter_is_merged_for_the_next_stage(base, tmp_path):
 def test_stages_that_make_no_sense(base, stages, message):
     with pytest.raises(ValueError, match=message):
         load_recipe({**base, "stages": stages})
+
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes" / "regimes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_regimes_parse_and_are_short(path):
+    recipe = load_recipe(path)
+    assert len(path.read_text().splitlines()) <= 30
+    steps = [stage.recipe.train["max_steps"] for stage in stage_recipes(recipe)] or [recipe.train["max_steps"]]
+    assert sum(steps) == 300
+    assert path.read_text().startswith("# ")
