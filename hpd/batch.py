@@ -133,11 +133,22 @@ class DistillCollator:
 
     The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss sums. Examples
     may say token by token who wrote them (`sources`) and how likely the writer found them (`behaviour`).
+
+    Args:
+        inner: the collator.
+        vocab: as in `token_batch`.
+        then: called with each finished batch, such as to ask a teacher elsewhere about it early.
     """
 
-    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], vocab: int | None = None):
+    def __init__(
+        self,
+        inner: Callable[[list[Any]], dict[str, Any]],
+        vocab: int | None = None,
+        then: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.inner = inner
         self.vocab = vocab
+        self.then = then
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         inputs = self.inner(examples)
@@ -151,6 +162,8 @@ class DistillCollator:
         inputs["labels"] = labels.view_as(inputs["labels"])
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
         inputs.update({f"label_{field}": value for field, value in batch._asdict().items() if value is not None})
+        if self.then is not None:
+            self.then(inputs)
         return inputs
 
 

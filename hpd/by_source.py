@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from hpd.batch import TokenBatch
-from hpd.losses import LossOutput, Scores, reweighted_nll
+from hpd.losses import LossOutput, Scores, TeacherScores, reweighted_nll
+from hpd.losses.heads import TopKScores
 from hpd.losses.reference import logits
+from hpd.losses.teacher_side import teacher_logits_
 from hpd.supports import Support
 from hpd.terms import Term
 
-__all__ = ["Part", "as_evaluated", "label_gaps", "loss_by_source", "num_uniforms", "parts_of", "sources_used", "take"]
+__all__ = [
+    "Part", "as_evaluated", "label_gaps", "loss_by_source", "num_uniforms", "parts_of", "sources_used", "take", "take_teacher",
+    "teacher_logits",
+]  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -71,7 +76,7 @@ def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[Part]:
 
 
 def loss_by_source(
-    student: Scores, teacher: Scores, batch: TokenBatch, terms: Sequence[Term], *, uniforms: Tensor | None = None,
+    student: Scores, teacher: TeacherScores, batch: TokenBatch, terms: Sequence[Term], *, uniforms: Tensor | None = None,
     metric_stride: int = 1, **options: Any,
 ) -> LossOutput:  # fmt: skip
     """`reweighted_nll`, each term on the positions that it learns from.
@@ -88,7 +93,7 @@ def loss_by_source(
         labels, numbers = (x if x is None or part.positions is None else x[part.positions] for x in (batch.labels, uniforms))
         assert labels is not None
         loss, sums = reweighted_nll(
-            take(student, part.positions), take(teacher, part.positions), labels, part.terms,
+            take(student, part.positions), take_teacher(teacher, part.positions), labels, part.terms,
             uniforms=numbers, draws=labels[:, None] if part.given else None,
             metric_stride=metric_stride if part.first else 0, **options,
         )  # fmt: skip
@@ -101,19 +106,47 @@ def loss_by_source(
 
 
 @torch.no_grad()
-def label_gaps(student: Scores, teacher: Scores, batch: TokenBatch, stride: int) -> dict[str, Tensor]:
+def label_gaps(student: Scores, teacher: TeacherScores, batch: TokenBatch, stride: int) -> dict[str, Tensor]:
     """Sums of the labels' log-probabilities by writer, on every `stride`-th of its positions, and their number."""
     found = {}
     for source, positions in (("dataset", batch.by_dataset), ("student", batch.by_student)):
         assert positions is not None
         rows = positions[:: max(stride, 1)]
         vocab, labels = min(student.vocab, teacher.vocab), batch.labels[rows, None]
-        for name, side in (("student", student), ("teacher", teacher)):
-            found[f"gap/{source}/{name}"] = logits(take(side, rows), vocab).log_softmax(-1).gather(1, labels).sum()
+        sides = {
+            "student": logits(take(student, rows), vocab),
+            "teacher": teacher_logits(take_teacher(teacher, rows), labels[:, 0], vocab, student.hidden),
+        }
+        for name, side in sides.items():
+            found[f"gap/{source}/{name}"] = side.log_softmax(-1).gather(1, labels).sum()
         found[f"gap/{source}/rows"] = torch.ones_like(labels, dtype=torch.float32).sum()
     return found
 
 
-def take(scores: Scores, positions: Tensor | None) -> Scores:
+def take(scores: Scores, positions: Tensor | slice | None) -> Scores:
     """The scores at some of the positions."""
-    return scores if positions is None else Scores(torch.index_select(scores.hidden, 0, positions), scores.head)
+    if positions is None:
+        return scores
+    return Scores(scores.hidden[positions], scores.head, None if scores.log_z is None else scores.log_z[positions])
+
+
+def take_teacher(scores: TeacherScores, positions: Tensor | slice | None) -> TeacherScores:
+    """`take` for a teacher, whatever it knows."""
+    if positions is None or isinstance(scores, Scores):
+        return take(scores, positions) if isinstance(scores, Scores) else scores
+    tokens, logprobs, label = (values[positions] for values in (scores.tokens, scores.logprobs, scores.label_logprobs))
+    return scores._replace(tokens=tokens, logprobs=logprobs, label_logprobs=label)
+
+
+def teacher_logits(scores: TeacherScores, labels: Tensor, vocab: int, like: Tensor) -> Tensor:
+    """`[N, vocab]` logits of a teacher, never differentiated.
+
+    Args:
+        scores: what the teacher knows at N positions.
+        labels: the label of each.
+        vocab: of the first so many tokens.
+        like: a tensor of the student's, whose device and dtype count.
+    """
+    if isinstance(scores, TopKScores):
+        return teacher_logits_(scores, labels, like.new_empty(len(labels), vocab, dtype=torch.float32))
+    return logits(scores, vocab).detach()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from hpd.checks import check_generate, check_served
 from hpd.guards import GuardsConfig, Thresholds
 from hpd.methods import choose_terms, name_terms
 from hpd.policy_gradient import StrategyConfig
@@ -22,7 +23,8 @@ from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
 __all__ = [
-    "DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "check_tree", "load_recipe", "resolve",
+    "DataConfig", "EvalConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "check_tree",
+    "load_recipe", "resolve",
 ]  # fmt: skip
 
 _STRICT = ConfigDict(extra="forbid")
@@ -57,12 +59,13 @@ class TeacherConfig:
 
     __pydantic_config__ = _STRICT
 
-    type: Literal["model", "self"] = "model"
-    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy)."""
+    type: Literal["model", "self", "server"] = "model"
+    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy).
+    server: a model that answers over HTTP."""
     model: str | None = None
-    """Hub id or local folder; required by type model."""
+    """Hub id or local folder; required by type model. Type server: the name that the server knows the model by."""
     dtype: DType = "auto"
-    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU."""
+    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU. Protocol hpd: of hidden states and head."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Load the teacher's weights quantised by bitsandbytes (extra `quantization`)."""
     tokenizer: str | None = None
@@ -73,6 +76,24 @@ class TeacherConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    url: str | None = None
+    """Type server: its base address, such as http://127.0.0.1:8765."""
+    protocol: Literal["openai", "echo", "sglang", "hpd"] | None = None
+    """Type server; null: openai. openai: /v1/completions with prompt_logprobs (vLLM). echo: the same with echo and
+    return_tokens_as_token_ids. sglang: /generate. hpd: a server that `hpd serve-teacher` runs, exact for every method."""
+    api_key_env: str | None = None
+    """Type server: name of the environment variable that holds the key. Never the key: recipes are written to run folders."""
+    top_k: int | None = None
+    """Protocols openai, echo, sglang: likeliest tokens asked for, >= 1; null: 20."""
+    tail: Literal["exact", "uniform"] = "exact"
+    """Protocols openai, echo, sglang. exact: a method that reads other tokens than label and top_k is an error. uniform: those
+    tokens share the rest of the teacher's mass evenly, an approximation."""
+    concurrency: int = 4
+    """Type server: requests at once, >= 1."""
+    timeout_seconds: float = 120.0
+    """Type server: longest wait for one answer, > 0."""
+    wait_seconds: float = 600.0
+    """Type server: how long a failed request is tried again before training saves a checkpoint and stops, >= 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +164,38 @@ class EvalConfig:
     """0 is greedy."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Completions that a model writes for the prompts of `data` (`hpd generate`)."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str | None = None
+    """Hub id or folder of another writer; null: the recipe's teacher (type self: the student)."""
+    output: str = "generated.jsonl"
+    """The JSONL file that is written: prompt and completion, and where they come from."""
+    samples: int = 1
+    """Completions per prompt, >= 1."""
+    temperature: float = 1.0
+    """0 is greedy; above 0, tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this mass, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    seed: int = 0
+    """Which draws."""
+    batch_size: int = 16
+    """Prompts per forward; requests at once for a server have teacher.concurrency."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """Completions that max_new_tokens cut. Kept ones are marked (finish_reason: length); training would end them early."""
+    filter: Literal["none", "correct"] = "none"
+    """correct: keep completions whose final answer is that of the dataset."""
+    reference: str | None = None
+    """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
+
+
 def _model_shorthand(value: Any) -> Any:
     return {"model": value} if isinstance(value, str) else value
 
@@ -191,6 +244,8 @@ class Recipe:
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
     eval: EvalConfig | None = None
     """What to run before and after training."""
+    generate: GenerateConfig | None = None
+    """What `hpd generate` writes; null: its defaults."""
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
 
@@ -293,6 +348,7 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
         "eval": EvalConfig, "terms": TermConfig, "replay": ReplayConfig, "prefixes": Prefixes, "rollouts": RolloutConfig,
         "strategy": StrategyConfig, "guards": GuardsConfig, "dpo": DpoStageConfig, "stages": StageConfig,
+        "generate": GenerateConfig,
     }  # fmt: skip
     if "guards" in location and location[-1] != "guards":
         return [f.name for f in dataclasses.fields(Thresholds)]
@@ -309,6 +365,7 @@ def _cross_check(recipe: Recipe) -> None:
 
         stage_recipes(recipe)
     teacher, data = recipe.teacher, recipe.data
+    check_served(teacher)
     if teacher.type == "model" and not teacher.model:
         raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
     if teacher.type == "self" and (teacher.model or teacher.quantization):
@@ -325,6 +382,8 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
     if recipe.eval and not recipe.eval.data:
         raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+    if recipe.generate:
+        check_generate(recipe.generate)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.losses import Scores
+from hpd.by_source import take, take_teacher, teacher_logits
+from hpd.losses import Scores, TeacherScores
 from hpd.losses.reference import logits
 
 __all__ = ["Finding", "GuardsConfig", "Thresholds", "check_metrics", "support_overlap"]
@@ -118,12 +119,14 @@ def _share(value: float | None, first: float | None) -> float | None:
 
 
 @torch.no_grad()
-def support_overlap(student: Scores, teacher: Scores, top_k: int, stride: int) -> tuple[Tensor, Tensor]:
+def support_overlap(student: Scores, teacher: TeacherScores, labels: Tensor, top_k: int, stride: int) -> tuple[Tensor, Tensor]:
     """Sum over every `stride`-th position of the share of the student's `top_k` tokens among the teacher's, and a count."""
     rows = slice(None, None, max(stride, 1))
     vocab = min(student.vocab, teacher.vocab)
-    mine, theirs = (
-        logits(Scores(side.hidden[rows], side.head), vocab).topk(min(top_k, vocab), -1).indices for side in (student, teacher)
+    sides = (
+        logits(take(student, rows), vocab),
+        teacher_logits(take_teacher(teacher, rows), labels[rows], vocab, student.hidden),
     )
+    mine, theirs = (side.topk(min(top_k, vocab), -1).indices for side in sides)
     shared = (mine[:, :, None] == theirs[:, None, :]).any(-1).to(torch.float64 if mine.device.type != "mps" else torch.float32)
     return shared.mean(-1).sum(), shared.new_tensor(float(len(shared)))

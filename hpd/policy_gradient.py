@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hpd.batch import TokenBatch
-from hpd.by_source import Part, parts_of, take
-from hpd.losses import LossOutput, Scores
+from hpd.by_source import Part, parts_of, take, take_teacher, teacher_logits
+from hpd.losses import LossOutput, Scores, TeacherScores
+from hpd.losses.operator import default_chunk_bytes
 from hpd.losses.reference import logits
 from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, weigh
 from hpd.supports import LOGPROB_FLOOR, Support
@@ -120,9 +121,9 @@ def discounted_returns(values: Tensor, rows: Tensor, discount: float) -> Tensor:
 
 
 def policy_gradient_nll(
-    student: Scores, teacher: Scores, batch: TokenBatch, terms: Sequence[Term], strategy: StrategyConfig, *,
+    student: Scores, teacher: TeacherScores, batch: TokenBatch, terms: Sequence[Term], strategy: StrategyConfig, *,
     frozen: list[Any] | None, uniforms: Tensor | None, scale: Tensor | float, row_scale: Tensor | float,
-    chunk_bytes: int, metric_stride: int = 1, teacher_share: float = 0.0,
+    chunk_bytes: int | None = None, metric_stride: int = 1, teacher_share: float = 0.0,
 ) -> tuple[LossOutput, list[Any]]:  # fmt: skip
     """The loss of the `policy_gradient` strategy; its value is the objective's, its gradient the clipped surrogate's.
 
@@ -135,7 +136,7 @@ def policy_gradient_nll(
         uniforms: numbers of the draws, used at the first update.
         scale: 1 / (label tokens of the global batch); multiplies the value, and the gradient of a token mean.
         row_scale: 1 / (rows of the global batch), for a sequence mean.
-        chunk_bytes: memory of one chunk of logits.
+        chunk_bytes: memory of one chunk of logits; None: `default_chunk_bytes`.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
         teacher_share: the teacher's share of the mixture that wrote the student's text.
 
@@ -145,7 +146,7 @@ def policy_gradient_nll(
     parts, sums, total = list(parts_of(batch, terms)), {}, student.hidden.new_zeros((), dtype=torch.float32)
     kept: list[Any] = []
     for number, part in enumerate(parts):
-        data = _PartData(part, student, teacher, batch, uniforms, chunk_bytes)
+        data = _PartData(part, student, teacher, batch, uniforms, chunk_bytes or default_chunk_bytes(batch.labels.device))
         seen = _look(data, strategy, sums, metric_stride if part.first else 0)
         state = _freeze(data, seen, strategy, teacher_share) if frozen is None else frozen[number]
         kept.append(state)
@@ -159,11 +160,16 @@ class _PartData:
     """One writer's positions, in chunks."""
 
     def __init__(
-        self, part: Part, student: Scores, teacher: Scores, batch: TokenBatch, uniforms: Tensor | None, chunk_bytes: int
+        self,
+        part: Part,
+        student: Scores,
+        teacher: TeacherScores,
+        batch: TokenBatch,
+        uniforms: Tensor | None,
+        chunk_bytes: int,
     ):
         at = part.positions
-        self.part, self.student, self.teacher = part, take(student, at), take(teacher, at)
-        self.teacher = Scores(self.teacher.hidden.detach(), self.teacher.head)
+        self.part, self.student, self.teacher = part, take(student, at), take_teacher(teacher, at)
         self.labels, self.rows, self.behaviour, self.uniforms = (
             x if x is None or at is None else x[at] for x in (batch.labels, batch.rows, batch.behaviour, uniforms)
         )
@@ -173,10 +179,15 @@ class _PartData:
         assert self.labels is not None
         self.chunks = [slice(i, min(i + rows, len(self.labels))) for i in range(0, len(self.labels), rows)]
 
-    def logprobs(self, side: Scores, chunk: slice) -> Tensor:
+    def student_logprobs(self, chunk: slice) -> Tensor:
         """`[C, V]`, normalised over the common vocabulary."""
-        found = torch.log_softmax(logits(Scores(side.hidden[chunk], side.head), self.vocab), -1)
-        return found.clamp_min(LOGPROB_FLOOR)
+        return torch.log_softmax(logits(take(self.student, chunk), self.vocab), -1).clamp_min(LOGPROB_FLOOR)
+
+    def teacher_logprobs(self, chunk: slice) -> Tensor:
+        """The same of the teacher."""
+        assert self.labels is not None
+        found = teacher_logits(take_teacher(self.teacher, chunk), self.labels[chunk], self.vocab, self.student.hidden)
+        return torch.log_softmax(found, -1).clamp_min(LOGPROB_FLOOR)
 
     def inputs(self, chunk: slice) -> TileInputs:
         assert self.labels is not None
@@ -189,7 +200,7 @@ def _look(data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: 
     """Values and metrics as they are now; tokens, weights and log-probabilities of each term that has ratios."""
     found: list[list[dict[str, Tensor]]] = [[] for _ in data.part.terms]
     for chunk in data.chunks:
-        log_q, log_p = data.logprobs(data.student, chunk), data.logprobs(data.teacher, chunk)
+        log_q, log_p = data.student_logprobs(chunk), data.teacher_logprobs(chunk)
         q = log_q.exp()
         for place, term in zip(found, data.part.terms, strict=True):
             columns, weights = weigh(term, log_p, log_q, q, data.inputs(chunk), sums)
@@ -203,10 +214,10 @@ def _look(data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: 
                 label = data.inputs(chunk).labels[:, None]
                 place.append({"old": log_q.gather(1, label), "teacher": log_p.gather(1, label)[:, 0]})
         if data.part.first:
-            add(sums, "tokens", torch.ones_like(log_q[:, 0]))
+            add(sums, tokens=torch.ones_like(log_q[:, 0]))
             if metric_stride:
                 rows = slice(-chunk.start % metric_stride, None, metric_stride)
-                distribution_metrics(log_p[rows], log_q[rows], sums)
+                distribution_metrics(log_p[rows].clone(), log_q[rows].clone(), sums)
     return [{name: torch.cat([piece[name] for piece in place]) for name in place[0]} for place in found if place]
 
 
@@ -278,8 +289,7 @@ def _surrogate(
             run, data.student.hidden[chunk], head.weight, head.bias, use_reentrant=False, preserve_rng_state=False
         )  # type: ignore[misc]
         total = total + loss
-        add(sums, "policy/clipped", clipped.detach())
-        add(sums, "policy/kl_old", drift.detach())
+        add(sums, **{"policy/clipped": clipped.detach(), "policy/kl_old": drift.detach()})
     return total
 
 
@@ -299,7 +309,7 @@ def _chunk_loss(
             drift = drift + (torch.expm1(log_ratio) - log_ratio).mean(-1)
             continue
         with torch.no_grad():
-            log_p = data.logprobs(data.teacher, chunk)
+            log_p = data.teacher_logprobs(chunk)
             _, weights = weigh(term, log_p, log_q, log_q.exp(), inputs, {})
             ratio = (log_q.gather(1, inputs.labels[:, None]) - piece["old"])[:, 0].exp().clamp_max(1.0 + strategy.clip_high)
             # 1 where the student itself wrote the text just now, and for the dataset's text.

@@ -168,6 +168,13 @@ class Support:
         )
 
     @property
+    def is_few_tokens(self) -> bool:
+        """Whether the columns are the label and unmodified draws of the student: what single log-probabilities serve."""
+        if self.whole or self.top_k:
+            return False
+        return not self.draws or (self.draws_of == "student" and self.temperature == 1.0 and not self.exclude_label)
+
+    @property
     def num_uniforms(self) -> int:
         """Uniform numbers used per position: one a draw, and one for the coin when only a share of positions is drawn."""
         return self.draws + (self.share < 1.0) if self.draws and not self.given else 0
@@ -222,17 +229,24 @@ class Support:
             return Columns(teacher_logprobs, student_logprobs, None, None)
         if self.top_k:
             return self._top_columns(teacher_logprobs, student_logprobs, labels)
-        tokens = labels[:, None] if self.label else labels.new_empty(len(labels), 0)  # [N, 0 or 1]
-        coefficients = None
         if self.whole:
+            tokens = labels[:, None]
             everything = torch.arange(student_logprobs.shape[1], device=labels.device).expand_as(student_logprobs)
             coefficients = torch.cat([torch.ones_like(student_logprobs[:, :1]), everything != tokens], dim=1)
             tokens = torch.cat([tokens, everything], dim=1)  # [N, 1 + V]
-        if self.draws:
-            assert draws is not None, "a sampled support needs its draws"
-            coefficients = self._coefficients(draws, labels)
-            tokens = torch.cat([tokens, draws.tokens], dim=1)  # [N, K]
+        else:
+            tokens, coefficients = self.token_columns(labels, draws)
         return Columns(*_gather(teacher_logprobs, student_logprobs, tokens), tokens, coefficients)
+
+    def token_columns(
+        self, labels: Int[Tensor, "N"], draws: Draws | None = None
+    ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"] | None]:
+        """Tokens and coefficients (None: all one) of a support made of the label and draws only."""
+        tokens = labels[:, None] if self.label else labels.new_empty(len(labels), 0)  # [N, 0 or 1]
+        if not self.draws:
+            return tokens, None
+        assert draws is not None, "a sampled support needs its draws"
+        return torch.cat([tokens, draws.tokens], dim=1), self._coefficients(draws, labels)
 
     def _top_columns(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Columns:
         ranked = teacher if self.top_k_of == "teacher" else student

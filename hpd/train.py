@@ -21,10 +21,15 @@ from hpd.data import Lengths, Rows, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers import ModelTeacher, SelfTeacher, Teacher, TeacherUnavailable
+from hpd.teachers.server import ServedTeacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
+
+
+class RunStopped(RuntimeError):
+    """The run ended before its last step, on purpose, with a checkpoint; the same command goes on."""
 
 
 class Plan(NamedTuple):
@@ -38,6 +43,8 @@ class Plan(NamedTuple):
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
+    served: ServedTeacher | None = None
+    """The connection to a teacher elsewhere."""
 
     def require_sound(self) -> None:
         """Raise ValueError with every verdict that would ruin the run."""
@@ -58,19 +65,36 @@ def plan(recipe: Recipe) -> Plan:
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
     teacher_config, teacher_tokenizer = student_config, tokenizer
+    served = None
     if recipe.teacher.type == "model":
         teacher_config = load_config(recipe.teacher, "teacher")
         teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher")
+    elif recipe.teacher.type == "server":
+        served = _connect(recipe, args, student_config, tokenizer)
+        teacher_config = served.config
+        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
     rows = load_rows(recipe.data)
-    verdicts = check_pair(
-        tokenizer, teacher_tokenizer, student_config, teacher_config,
-        policy=args.vocabulary, conversational=rows.conversational,
-    )  # fmt: skip
+    if teacher_tokenizer is None:
+        assert served is not None
+        verdicts = served.verdicts()
+    else:
+        verdicts = check_pair(
+            tokenizer, teacher_tokenizer, student_config, teacher_config,
+            policy=args.vocabulary, conversational=rows.conversational,
+        )  # fmt: skip
     if any(v.level == "error" and v.topic == "chat template" for v in verdicts):
         raise ValueError(next(v.text for v in verdicts if v.topic == "chat template"))
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts))
+    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts), served)
+
+
+def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
+    served = ServedTeacher(recipe.teacher, student_config.get_text_config().vocab_size)
+    served.check_terms(recipe.choose_terms())
+    served.connect(tokenizer)
+    served.check_rows(args.max_length)
+    return served
 
 
 def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
@@ -116,6 +140,7 @@ def train(
 
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
+        RunStopped: a remote teacher stayed away, or the trainer was told to stop; a checkpoint was written.
     """
     if recipe.stages:
         from hpd.stages import train_stages
@@ -126,10 +151,21 @@ def train(
     planned = plan(recipe)
     planned.require_sound()
     folder.open()
-    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or 'self'}")
+    try:
+        return _run(planned, folder, progress, baselines)
+    finally:
+        if planned.served is not None:
+            planned.served.close()
+
+
+def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
+    recipe = planned.recipe
+    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or recipe.teacher.url or 'self'}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    teacher = _load_teacher(recipe)
+    teacher = planned.served or _load_teacher(recipe)
+    if planned.served is not None:
+        folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
     if resume is None and baselines:
@@ -140,10 +176,8 @@ def train(
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
     before_training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
-    if trainer.eval_dataset is not None:
-        summary |= {f"{k} after": v for k, v in _eval_metrics(trainer).items()}
     trainer.save_model()
     summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
     summary["seconds"] = round(time.perf_counter() - started, 1)
@@ -157,6 +191,21 @@ def train(
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str, Any]:
+    """Train to the end, or to a stop whose checkpoint the next run goes on from."""
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.stop_reason is None:
+            return {f"{k} after": v for k, v in _eval_metrics(trainer).items()} if trainer.eval_dataset is not None else {}
+        reason = trainer.stop_reason
+    except TeacherUnavailable as error:
+        trainer.save_checkpoint()  # the evaluation after the last step may be what failed
+        reason = str(error)
+    step = trainer.state.global_step
+    kept = f"the checkpoint of step {step} is in {trainer.args.output_dir}" if step else "no step was done"
+    raise RunStopped(f"{reason} Training stopped: {kept}, and the same command goes on from there.")
 
 
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:

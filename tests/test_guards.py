@@ -51,9 +51,9 @@ def test_switched_off():
 
 def test_overlap_of_likeliest_tokens():
     mine, theirs = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0]]), torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3]])
-    total, count = support_overlap(Scores(mine, Head(None)), Scores(theirs, Head(None)), 2, 1)
+    total, count = support_overlap(Scores(mine, Head(None)), Scores(theirs, Head(None)), torch.zeros(2).long(), 2, 1)
     assert (float(total), float(count)) == (1.0, 2.0)
-    total, count = support_overlap(Scores(mine, Head(None)), Scores(theirs, Head(None)), 3, 1)
+    total, count = support_overlap(Scores(mine, Head(None)), Scores(theirs, Head(None)), torch.zeros(2).long(), 3, 1)
     assert float(total) == pytest.approx(1.0 + 2 / 3)
 
 

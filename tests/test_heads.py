@@ -27,7 +27,7 @@ from transformers import (
 
 from hpd.forward import add_head_function, model_inputs, scores_of
 from hpd.losses import Head, Scores, head_of, reweighted_nll
-from hpd.losses.chunked import project_
+from hpd.losses.products import project_
 from hpd.losses.reference import logits
 from hpd.methods import build_terms
 

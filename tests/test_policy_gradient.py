@@ -182,6 +182,7 @@ def test_clipping_holds_a_student_that_runs_away(pair, tmp_path):
 def test_sequence_mean_weighs_rows_equally(pair, tmp_path):
     strategy = StrategyConfig(type="policy_gradient", mean="sequence")
     trainer = make_trainer(pair, tmp_path / "a", method="sft", strategy=strategy)
+    trainer.state.max_steps = 1
     (batch,), count = trainer.get_batch_samples(iter([next(iter(trainer.get_train_dataloader()))]), 1, torch.device("cpu"))
     loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=count)
     loss.backward()

@@ -321,6 +321,7 @@ def on_policy(pair, folder, **options):
 
 def test_trainer_counts_the_labels_that_the_student_wrote(pair, tmp_path):
     trainer = on_policy(pair, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.state.max_steps = 1
     batches, count = trainer.get_batch_samples(iter(list(trainer.get_train_dataloader())), 2, torch.device("cpu"))
     assert int(count) == sum(len(TokenBatch.pop(dict(b)).by_student) for b in batches)
     assert int(count) > 0

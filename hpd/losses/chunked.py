@@ -9,18 +9,29 @@ logits, one tile of scratch and the head's gradient; never `[N, V]`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpd.losses.heads import Head, Scores
+from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
+from hpd.losses.products import Gradients, accumulate, for_products, project_, wide
+from hpd.losses.teacher_side import (
+    is_known_by_token,
+    log_normaliser,
+    mass_outside,
+    tail_mass,
+    take,
+    teacher_logits_,
+    token_logprobs,
+)
 from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, tile_gradient_
+from hpd.losses.tokens import read_few_tokens, token_gradient_
 from hpd.terms import Term
 
-__all__ = ["Plan", "chunked_reweighted_nll"]
+__all__ = ["Plan", "chunk_rows", "chunked_reweighted_nll"]
 
 # Scratch per tile on a CPU: small beside a chunk, and large enough to amortise the start of a parallel region (measured: a pass
 # over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
@@ -30,13 +41,15 @@ _TILE_BYTES = 8 * 2**20
 class Plan(NamedTuple):
     """Everything about a call that is not a differentiable tensor."""
 
-    teacher: Scores
+    teacher: TeacherScores
     inputs: TileInputs
     terms: Sequence[Term]
     scale: Tensor | float
     chunk_bytes: int
     metric_stride: int
     vocab: int
+    tile_gradient: Callable[..., Tensor] = tile_gradient_
+    """What lies between the products, where both distributions are at hand."""
 
 
 def chunked_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
@@ -55,7 +68,7 @@ class _ReweightedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head, plan: Plan, sums: Sums):
-        gradients = _Gradients.empty((hidden, weight, bias), ctx.needs_input_grad, plan.vocab)
+        gradients = _empty_gradients((hidden, weight, bias), ctx.needs_input_grad, plan.vocab)
         _walk(Scores(hidden, head._replace(weight=weight, bias=bias)), plan, gradients, sums)
         ctx.gradients = [
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
@@ -77,30 +90,20 @@ class _ReweightedNLL(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-class _Gradients(NamedTuple):
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def empty(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> _Gradients:
-        """Buffers that the walk overwrites; zeros where it only adds, or does not reach (no rows, tokens beyond `vocab`)."""
-        # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
-        hidden, weight, bias = (
-            torch.empty(t.shape, dtype=_wide(t), device=t.device) if t is not None and need else None
-            for t, need in zip(tensors, needed, strict=False)
-        )
-        if hidden is not None and tensors[1] is None:
-            hidden[:, vocab:] = 0.0
-        if weight is not None:
-            weight[vocab if len(tensors[0]) else 0 :] = 0.0  # type: ignore[arg-type]
-        if bias is not None:
-            bias.zero_()
-        return cls(hidden, weight, bias)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _empty_gradients(tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> Gradients:
+    """Buffers that the walk overwrites; zeros where it only adds, or does not reach (no rows, tokens beyond `vocab`)."""
+    # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
+    hidden, weight, bias = (
+        torch.empty(t.shape, dtype=wide(t), device=t.device) if t is not None and need else None
+        for t, need in zip(tensors, needed, strict=False)
+    )
+    if hidden is not None and tensors[1] is None:
+        hidden[:, vocab:] = 0.0
+    if weight is not None:
+        weight[vocab if len(tensors[0]) else 0 :] = 0.0  # type: ignore[arg-type]
+    if bias is not None:
+        bias.zero_()
+    return Gradients(hidden, weight, bias)
 
 
 # A CPU gives large buffers back to the system when they are freed, and clears the pages again at the next call: a tenth of
@@ -121,148 +124,112 @@ def _chunk_buffers(like: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> F
     return _cpu_scratch[dtype][:size].view(2, rows, vocab)
 
 
-def _walk(student: Scores, plan: Plan, gradients: _Gradients, sums: Sums) -> None:
+def chunk_rows(num_tokens: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Positions of a chunk: as many as the bytes allow, evened out, for a last chunk of a few rows reads the heads in vain."""
+    most = max(1, min(num_tokens, chunk_bytes // row_bytes))
+    chunks = -(-num_tokens // most)
+    return -(-num_tokens // max(chunks, 1)) or 1
+
+
+def _walk(student: Scores, plan: Plan, gradients: Gradients, sums: Sums) -> None:
     """Chunks of positions: logits of both models, gradient of the student's, products back to hidden and head."""
     num_tokens, vocab = len(student.hidden), plan.vocab
-    dtype = torch.promote_types(student.hidden.dtype, torch.float32)
-    student, teacher = _for_products(student, vocab), _for_products(plan.teacher, vocab)
-    rows = max(1, min(num_tokens, plan.chunk_bytes // (vocab * dtype.itemsize)))
+    dtype = wide(student.hidden)
+    student, ready = for_products(student, vocab), plan.teacher
+    if isinstance(ready, Scores):
+        ready = for_products(ready, vocab)
+    rows = chunk_rows(num_tokens, vocab * dtype.itemsize, plan.chunk_bytes)
     buffers = _chunk_buffers(student.hidden, rows, vocab, dtype)
     # A product of Python numbers is filled in on the device: no copy from the host, no synchronisation.
     scale = torch.ones((), dtype=dtype, device=student.hidden.device) * plan.scale * student.head.scale
+    # The slope of a softcap needs the logits beside their gradient: a second chunk, so such heads go tile by tile.
+    few = read_few_tokens(plan.terms, plan.inputs.kl_estimator) and student.head.softcap is None
+    few = few and (plan.tile_gradient is tile_gradient_ or is_known_by_token(plan.teacher))
     for start in range(0, num_tokens, rows):
         chunk = slice(start, min(start + rows, num_tokens))
-        size = chunk.stop - chunk.start
-        logits = project_(Scores(student.hidden[chunk], student.head), buffers[0, :size])
-        teacher_logits = project_(Scores(teacher.hidden[chunk], teacher.head), buffers[1, :size])
-        _outside_mass(teacher_logits, Scores(plan.teacher.hidden[chunk], plan.teacher.head), vocab, sums)
-        gradient = _chunk_gradient_(logits, teacher_logits, chunk, student.head, plan, scale, sums)
-        if gradients.hidden is None and gradients.weight is None and gradients.bias is None:
-            continue
-        _accumulate(gradient, student.hidden[chunk], student.head.weight, gradients, chunk)
+        hidden = student.hidden[chunk]
+        logits = project_(Scores(hidden, student.head), buffers[0, : len(hidden)])
+        part = _Part(take(plan.teacher, chunk), take(ready, chunk), plan.inputs.rows(chunk), buffers[1, : len(hidden)])
+        if few and is_known_by_token(plan.teacher):
+            _gradient_by_token_(logits, part, start, plan, scale, sums)
+        else:
+            _gradient_of_whole_(logits, part, start, plan, student.head, scale, sums, few)
+        add(sums, tokens=torch.ones_like(logits[:, 0]))
+        if any(buffer is not None for buffer in gradients):
+            accumulate(logits, hidden, student.head.weight, gradients, chunk)
 
 
-def _chunk_gradient_(
-    logits: Tensor, teacher_logits: Tensor, chunk: slice, head: Head, plan: Plan, scale: Tensor, sums: Sums
-) -> Float[Tensor, "C V"]:
-    """Tile by tile; on devices without a CPU's caches the chunk is one tile."""
-    size, vocab = logits.shape
+class _Part(NamedTuple):
+    """One chunk of what is not the student's."""
+
+    teacher: TeacherScores
+    ready: TeacherScores
+    """The teacher cut to the common vocabulary, in the dtype of products."""
+    inputs: TileInputs
+    buffer: Float[Tensor, "C V"]
+    """For the teacher's logits."""
+
+
+def _gradient_by_token_(logits: Tensor, part: _Part, first: int, plan: Plan, scale: Tensor, sums: Sums) -> None:
+    """No product with the teacher's head but for the positions that metrics are taken at."""
+    teacher, labels = part.teacher, part.inputs.labels
+    if plan.metric_stride:
+        rows = slice(-first % plan.metric_stride, None, plan.metric_stride)
+        chosen = logits[rows]
+        _metrics(teacher_logits_(take(part.ready, rows), labels[rows], part.buffer[: len(chosen)]), chosen, sums)
+    if teacher.vocab > plan.vocab:
+        add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, None))
+    log_z = log_normaliser(teacher, labels, plan.vocab)
+    token_gradient_(logits, lambda tokens: token_logprobs(teacher, log_z, labels, tokens), part.inputs, plan.terms, sums, scale)
+    if isinstance(teacher, TopKScores):
+        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
+
+
+def _gradient_of_whole_(
+    logits: Tensor, part: _Part, first: int, plan: Plan, head: Head, scale: Tensor, sums: Sums, few: bool
+) -> None:
+    """With the teacher's logits of the whole vocabulary."""
+    teacher, labels = part.teacher, part.inputs.labels
+    teacher_logits = teacher_logits_(part.ready, labels, part.buffer)
+    if teacher.vocab > plan.vocab:
+        add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, teacher_logits))
+    if isinstance(teacher, TopKScores):
+        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
+    if plan.metric_stride:
+        rows = slice(-first % plan.metric_stride, None, plan.metric_stride)
+        _metrics(teacher_logits[rows], logits[rows], sums)
+    if few:
+        log_p = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
+        token_gradient_(logits, lambda tokens: log_p.gather(1, tokens), part.inputs, plan.terms, sums, scale)
+        return
     # A product of finite numbers is finite; a bias, or logits from elsewhere, may mask tokens with -inf.
-    finite = all(h.weight is not None and h.bias is None for h in (head, plan.teacher.head))
-    rows = max(1, _TILE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else size
-    _chunk_metrics(logits, teacher_logits, chunk.start, rows, plan.metric_stride, sums)
-    for start in range(0, size, rows):
-        tile = slice(start, min(start + rows, size))
-        first = chunk.start + start
-        inputs = plan.inputs.rows(slice(first, chunk.start + tile.stop))
+    heads = [head, *([teacher.head] if isinstance(teacher, Scores) else [])]
+    finite = all(h.weight is not None and h.bias is None for h in heads)
+    for rows in _tiles(logits):
         slope = None
         if head.softcap is not None:
-            slope = 1.0 - (logits[tile] / head.softcap).square_()
-        gradient = tile_gradient_(logits[tile], teacher_logits[tile], inputs, plan.terms, sums, scale, finite)
+            slope = 1.0 - (logits[rows] / head.softcap).square_()
+        gradient = plan.tile_gradient(
+            logits[rows], teacher_logits[rows], part.inputs.rows(rows), plan.terms, sums, scale, finite
+        )
         if slope is not None:
             gradient.mul_(slope)
-    add(sums, "tokens", torch.ones_like(logits[:, 0]))
-    return logits
 
 
-def _chunk_metrics(logits: Tensor, teacher_logits: Tensor, first: int, tile_rows: int, stride: int, sums: Sums) -> None:
-    """Metrics of the full distributions at every `stride`-th position, counted over the whole batch.
+def _tiles(logits: Float[Tensor, "C V"]) -> Iterator[slice]:
+    """Tile by tile; on devices without a CPU's caches the chunk is one tile."""
+    size, vocab = logits.shape
+    rows = max(1, _TILE_BYTES // (vocab * logits.element_size())) if logits.device.type == "cpu" else max(size, 1)
+    for start in range(0, size, rows):
+        yield slice(start, min(start + rows, size))
 
-    The chosen rows of a chunk are taken together: spread over its tiles they would be slivers, and starting a parallel
-    region for each costs more than the arithmetic.
+
+def _metrics(teacher_logits: Tensor, logits: Tensor, sums: Sums) -> None:
+    """Metrics of the full distributions at the chosen positions of a chunk.
+
+    They are taken together: spread over the chunk's tiles they would be slivers, and starting a parallel region for each
+    costs more than the arithmetic.
     """
-    if not stride:
-        return
-    chosen = range(-first % stride, len(logits), stride)
-    for start in range(0, len(chosen), tile_rows):
-        part = chosen[start : start + tile_rows]
-        rows = slice(part.start, part.stop, stride)
+    for rows in _tiles(logits):
         log_p, log_q = (torch.log_softmax(side[rows], -1) for side in (teacher_logits, logits))
         distribution_metrics(log_p, log_q, sums)
-
-
-def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
-    """Logits of `scores`, written into `out`."""
-    hidden, head = scores
-    if head.weight is None:
-        out.copy_(hidden[:, : out.shape[1]])
-    else:
-        _product(hidden, head.weight.t(), out)
-    if head.bias is not None:
-        out.add_(head.bias)
-    if head.scale != 1.0:
-        out.mul_(head.scale)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    return out
-
-
-def _accumulate(gradient: Tensor, hidden: Tensor, weight: Tensor | None, gradients: _Gradients, chunk: slice) -> None:
-    vocab = gradient.shape[1]
-    if gradients.bias is not None:
-        gradients.bias[:vocab] += gradient.sum(0)
-    if weight is None:
-        if gradients.hidden is not None:
-            gradients.hidden[chunk, :vocab] = gradient
-        return
-    if hidden.dtype != gradient.dtype:
-        gradient = gradient.to(hidden.dtype)
-    if gradients.hidden is not None:
-        _product(gradient, weight, gradients.hidden[chunk])
-    if gradients.weight is not None:
-        target = gradients.weight[:vocab]
-        if chunk.start == 0:
-            _product(gradient.t(), hidden, target)
-        elif gradient.dtype == target.dtype:
-            target.addmm_(gradient.t(), hidden)
-        else:
-            target.add_(_wide_product(gradient.t(), hidden, target.dtype))
-
-
-def _for_products(scores: Scores, vocab: int) -> Scores:
-    """Cut to the common tokens and cast to the dtype that products run in.
-
-    Under autocast that is the autocast dtype. A CPU multiplies low precision tens of times slower than float32, so there the
-    operands are raised.
-    """
-    hidden, head = scores.hidden, scores.head.truncated(vocab)
-    dtype = torch.promote_types(hidden.dtype, head.weight.dtype) if head.weight is not None else hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and dtype == torch.float32:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    if hidden.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        dtype = torch.float32
-    if head.weight is None:
-        return Scores(hidden, head)
-    return Scores(hidden.to(dtype), head._replace(weight=head.weight.to(dtype)))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(_wide_product(a, b, out.dtype))
-
-
-def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if a.is_cuda and dtype == torch.float32:
-        # bfloat16 operands, float32 result: the accumulator is not rounded on its way out.
-        return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload]
-    return torch.mm(a, b)
-
-
-def _outside_mass(common_logits: Tensor, teacher: Scores, vocab: int, sums: Sums) -> None:
-    """Teacher mass on tokens that the student does not have (policy `shared_prefix`), summed over positions."""
-    hidden, head = teacher
-    num_extra = teacher.vocab - vocab
-    if num_extra <= 0:
-        return
-    if head.weight is None:
-        hidden = hidden[:, vocab:]
-    else:
-        head = head._replace(weight=head.weight[vocab:])
-    if head.bias is not None:
-        head = head._replace(bias=head.bias[vocab:])
-    extra = project_(_for_products(Scores(hidden, head), num_extra), common_logits.new_empty(len(common_logits), num_extra))
-    outside = torch.logsumexp(extra, -1)
-    inside = torch.logsumexp(common_logits, -1)
-    add(sums, "teacher_mass_outside", torch.sigmoid(outside - inside))

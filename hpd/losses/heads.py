@@ -5,12 +5,12 @@ Axes: N label positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["Head", "Scores", "head_of"]
+__all__ = ["Head", "Scores", "TeacherScores", "TopKScores", "head_of"]
 
 
 class Head(NamedTuple):
@@ -36,10 +36,35 @@ class Scores(NamedTuple):
 
     hidden: Float[Tensor, "N D"]
     head: Head
+    log_z: Float[Tensor, "N"] | None = None
+    """Logarithm of the sum of exp(logit) over the whole vocabulary, where it is known (a cache stores it). Then the label's
+    and drawn tokens' log-probabilities need a row of the head each, not a product with all of it."""
 
     @property
     def vocab(self) -> int:
         return self.hidden.shape[-1] if self.head.weight is None else len(self.head.weight)
+
+
+class TopKScores(NamedTuple):
+    r"""A teacher known at its k likeliest tokens and at the label.
+
+    The rest of its mass is shared evenly among all other tokens (rule `uniform_tail`), none of them above the k-th:
+
+    .. math:: \log p_v = \min\Big(\log \frac{1 - \sum_{u \in S} p_u}{V - |S|},\; \min_{u \le k} \log p_u\Big), \quad v \notin S
+
+    with S the k tokens and the label. Label supports are exact; everything else is as good as the tail is thin.
+    """
+
+    tokens: Int[Tensor, "N k"]
+    logprobs: Float[Tensor, "N k"]
+    """Nats, normalised over the whole vocabulary."""
+    label_logprobs: Float[Tensor, "N"]
+    vocab: int
+    """Tokens of the teacher's vocabulary."""
+
+
+TeacherScores: TypeAlias = Scores | TopKScores
+"""What a teacher answers for N label positions."""
 
 
 def head_of(model: nn.Module) -> Head:

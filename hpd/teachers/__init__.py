@@ -1,5 +1,5 @@
 """Where the teacher's distribution comes from."""
 
-from hpd.teachers.model import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers.model import ModelTeacher, RemoteTeacher, SelfTeacher, Teacher, TeacherUnavailable
 
-__all__ = ["ModelTeacher", "SelfTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "RemoteTeacher", "SelfTeacher", "Teacher", "TeacherUnavailable"]

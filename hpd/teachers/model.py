@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from accelerate import Accelerator
 from torch import nn
@@ -12,9 +12,22 @@ from trl.models.utils import prepare_fsdp
 
 from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
-from hpd.losses import Scores
+from hpd.losses import Scores, TeacherScores
 
-__all__ = ["ModelTeacher", "SelfTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "RemoteTeacher", "SelfTeacher", "Teacher", "TeacherUnavailable"]
+
+
+class TeacherUnavailable(RuntimeError):
+    """A teacher elsewhere gave no usable answer within its bounded wait. Training saves a checkpoint and stops.
+
+    Args:
+        message: who did not answer, and why.
+        final: asking again would not help (a wrong key, a request that the server refuses).
+    """
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final
 
 
 class Teacher(Protocol):
@@ -24,11 +37,24 @@ class Teacher(Protocol):
         """Place the teacher like the student; called once, before the first step."""
         ...
 
-    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
-        """Hidden states at the label positions of `batch`, and the head; no gradient.
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
+        """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no gradient.
 
         A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up.
         """
+        ...
+
+
+@runtime_checkable
+class RemoteTeacher(Teacher, Protocol):
+    """A teacher that takes its time and can fail: asked early, waited for at the start of a step."""
+
+    def request(self, inputs: dict[str, Any]) -> None:
+        """Start asking about a collated batch; returns at once."""
+        ...
+
+    def wait(self, inputs: dict[str, Any]) -> None:
+        """Return when `scores` has the answer about a collated batch; raises TeacherUnavailable."""
         ...
 
 

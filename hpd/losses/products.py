@@ -1,0 +1,101 @@
+"""The matrix products with the heads: logits out of hidden states, and gradients back.
+
+Axes: N label positions, C positions of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hpd.losses.heads import Scores
+
+__all__ = ["Gradients", "accumulate", "for_products", "project_", "wide"]
+
+
+class Gradients(NamedTuple):
+    """Buffers for the gradients of hidden states, head weight and bias; None where none is needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """At least float32: what logits and gradients are accumulated in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def for_products(scores: Scores, vocab: int) -> Scores:
+    """Cut to the common tokens and cast to the dtype that products run in.
+
+    Under autocast that is the autocast dtype. A CPU multiplies low precision tens of times slower than float32, so there the
+    operands are raised.
+    """
+    hidden, head = scores.hidden, scores.head.truncated(vocab)
+    dtype = torch.promote_types(hidden.dtype, head.weight.dtype) if head.weight is not None else hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    if hidden.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    if head.weight is None:
+        return scores._replace(head=head)
+    return scores._replace(hidden=hidden.to(dtype), head=head._replace(weight=head.weight.to(dtype)))
+
+
+def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
+    """Logits of `scores`, written into `out`."""
+    hidden, head, _ = scores
+    if head.weight is None:
+        out.copy_(hidden[:, : out.shape[1]])
+    else:
+        _product(hidden, head.weight.t(), out)
+    if head.bias is not None:
+        out.add_(head.bias)
+    if head.scale != 1.0:
+        out.mul_(head.scale)
+    if head.softcap is not None:
+        out.div_(head.softcap).tanh_().mul_(head.softcap)
+    return out
+
+
+def accumulate(
+    gradient: Float[Tensor, "C V"], hidden: Float[Tensor, "C D"], weight: Tensor | None, gradients: Gradients, chunk: slice
+) -> None:
+    """The chunk's part of the gradients: overwritten in the first chunk, added in the others."""
+    vocab = gradient.shape[1]
+    if gradients.bias is not None:
+        gradients.bias[:vocab] += gradient.sum(0)
+    if weight is None:
+        if gradients.hidden is not None:
+            gradients.hidden[chunk, :vocab] = gradient
+        return
+    if hidden.dtype != gradient.dtype:
+        gradient = gradient.to(hidden.dtype)
+    if gradients.hidden is not None:
+        _product(gradient, weight, gradients.hidden[chunk])
+    if gradients.weight is not None:
+        target = gradients.weight[:vocab]
+        if chunk.start == 0:
+            _product(gradient.t(), hidden, target)
+        elif gradient.dtype == target.dtype:
+            target.addmm_(gradient.t(), hidden)
+        else:
+            target.add_(_wide_product(gradient.t(), hidden, target.dtype))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(_wide_product(a, b, out.dtype))
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.is_cuda and dtype == torch.float32:
+        # bfloat16 operands, float32 result: the accumulator is not rounded on its way out.
+        return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload]
+    return torch.mm(a, b)

@@ -1,0 +1,150 @@
+"""What the operator asks of a teacher: the logits of a chunk, or the log-probabilities of a few tokens.
+
+Axes: C positions of a chunk, n tokens per position, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hpd.losses.heads import Scores, TeacherScores, TopKScores
+from hpd.losses.products import for_products, project_, wide
+
+__all__ = [
+    "is_known_by_token",
+    "log_normaliser",
+    "mass_outside",
+    "tail_mass",
+    "take",
+    "teacher_logits_",
+    "token_logprobs",
+]
+
+
+def take(teacher: TeacherScores, rows: slice) -> TeacherScores:
+    """The teacher at some positions."""
+    if isinstance(teacher, TopKScores):
+        return TopKScores(teacher.tokens[rows], teacher.logprobs[rows], teacher.label_logprobs[rows], teacher.vocab)
+    return teacher._replace(hidden=teacher.hidden[rows], log_z=None if teacher.log_z is None else teacher.log_z[rows])
+
+
+def is_known_by_token(teacher: TeacherScores) -> bool:
+    """Whether single log-probabilities can be had without the logits of the whole vocabulary."""
+    return isinstance(teacher, TopKScores) or (teacher.log_z is not None and teacher.head.weight is not None)
+
+
+def teacher_logits_(teacher: TeacherScores, labels: Int[Tensor, "C"], out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
+    """Logits of the common vocabulary, written into `out` (log-probabilities where that is what the teacher knows).
+
+    Args:
+        teacher: as `for_products` made it ready.
+        labels: the label of each position.
+        out: scratch.
+    """
+    return _spread_(teacher, labels, out) if isinstance(teacher, TopKScores) else project_(teacher, out)
+
+
+def mass_outside(
+    teacher: TeacherScores, labels: Int[Tensor, "C"], vocab: int, common_logits: Float[Tensor, "C V"] | None
+) -> Float[Tensor, "C"]:
+    """Teacher mass on tokens that the student does not have (policy `shared_prefix`).
+
+    Args:
+        teacher: not yet cut.
+        labels: the label of each position.
+        vocab: size of the common vocabulary.
+        common_logits: the teacher's logits of it; None: the teacher's own `log_z` serves.
+    """
+    if isinstance(teacher, TopKScores):
+        beyond = teacher.tokens >= vocab
+        tail = _tail(teacher, labels).exp()[:, 0] * (teacher.vocab - vocab - beyond.sum(-1))
+        return (teacher.logprobs.exp() * beyond).sum(-1) + tail
+    if common_logits is None:
+        assert teacher.log_z is not None
+        return torch.exp(_log_outside(teacher, vocab, wide(teacher.hidden)) - teacher.log_z)
+    return torch.sigmoid(_log_outside(teacher, vocab, common_logits.dtype) - torch.logsumexp(common_logits, -1))
+
+
+def tail_mass(teacher: TopKScores, labels: Int[Tensor, "C"]) -> Float[Tensor, "C"]:
+    """Teacher mass on tokens of which nothing but their sum is known."""
+    label_apart = ~(teacher.tokens == labels[:, None]).any(-1)
+    return (1.0 - teacher.logprobs.exp().sum(-1) - label_apart * teacher.label_logprobs.exp()).clamp_min(0.0)
+
+
+def _log_outside(teacher: Scores, vocab: int, dtype: torch.dtype) -> Float[Tensor, "C"]:
+    """Log of the sum of exp(logit) over the tokens beyond the common vocabulary."""
+    hidden, head, _ = teacher
+    if head.weight is None:
+        hidden = hidden[:, vocab:]
+    else:
+        head = head._replace(weight=head.weight[vocab:])
+    if head.bias is not None:
+        head = head._replace(bias=head.bias[vocab:])
+    num_extra = teacher.vocab - vocab
+    extra = hidden.new_empty(len(hidden), num_extra, dtype=dtype)
+    return torch.logsumexp(project_(for_products(Scores(hidden, head), num_extra), extra), -1)
+
+
+def log_normaliser(teacher: TeacherScores, labels: Int[Tensor, "C"], vocab: int) -> Float[Tensor, "C"]:
+    """log Z of the common vocabulary, from the stored one of the whole: what lies outside is subtracted."""
+    if isinstance(teacher, TopKScores):
+        log_z = torch.zeros_like(teacher.label_logprobs)
+    else:
+        assert teacher.log_z is not None
+        log_z = teacher.log_z.to(wide(teacher.hidden))
+    if teacher.vocab <= vocab:
+        return log_z
+    outside = mass_outside(teacher, labels, vocab, None)
+    # Stored and computed here in different orders: rounding must not leave a negative remainder.
+    return log_z + torch.log1p(-outside.clamp_max(1.0 - torch.finfo(log_z.dtype).eps))
+
+
+def token_logprobs(
+    teacher: TeacherScores, log_z: Float[Tensor, "C"], labels: Int[Tensor, "C"], tokens: Int[Tensor, "C n"]
+) -> Float[Tensor, "C n"]:
+    """Log-probabilities of some tokens, in nats: a row of the head each, or a look-up.
+
+    Args:
+        teacher: known by token (`is_known_by_token`).
+        log_z: as `log_normaliser` gives it.
+        labels: the label of each position.
+        tokens: which ones.
+    """
+    if isinstance(teacher, TopKScores):
+        return _look_up(teacher, labels, tokens) - log_z[:, None]
+    hidden, head, _ = teacher
+    assert head.weight is not None
+    rows = head.weight[tokens].to(log_z.dtype)  # [C, n, D]
+    z = torch.einsum("cnd,cd->cn", rows, hidden.to(log_z.dtype))
+    if head.bias is not None:
+        z = z + head.bias[tokens]
+    z = z * head.scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z - log_z[:, None]
+
+
+def _look_up(teacher: TopKScores, labels: Tensor, tokens: Tensor) -> Tensor:
+    matches = tokens[:, :, None] == teacher.tokens[:, None, :]  # [C, n, k]
+    found = torch.where(matches, teacher.logprobs[:, None, :], -torch.inf).amax(-1)
+    found = torch.where(matches.any(-1), found, _tail(teacher, labels))
+    return torch.where(tokens == labels[:, None], teacher.label_logprobs[:, None], found)
+
+
+def _tail(teacher: TopKScores, labels: Tensor) -> Float[Tensor, "C 1"]:
+    """Log-probability of a token that is neither among the k nor the label."""
+    label_apart = ~(teacher.tokens == labels[:, None]).any(-1, keepdim=True)  # [C, 1]
+    known = teacher.logprobs.double().exp().sum(-1, keepdim=True) + label_apart * teacher.label_logprobs.double().exp()[:, None]
+    others = (teacher.vocab - teacher.tokens.shape[1] - label_apart.long()).clamp_min(1)
+    log_share = torch.log((1.0 - known).clamp_min(torch.finfo(torch.float32).tiny) / others)
+    return torch.minimum(log_share.to(teacher.logprobs.dtype), teacher.logprobs.amin(-1, keepdim=True))
+
+
+def _spread_(teacher: TopKScores, labels: Tensor, out: Tensor) -> Tensor:
+    out.copy_(_tail(teacher, labels).expand_as(out))
+    # A token that the student does not have is written over the label's place, which is filled last.
+    inside = teacher.tokens < out.shape[1]
+    out.scatter_(1, torch.where(inside, teacher.tokens, labels[:, None]), teacher.logprobs.to(out.dtype))
+    return out.scatter_(1, labels[:, None], teacher.label_logprobs.to(out.dtype)[:, None])
