@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch
 from hpd.by_source import sources_used
-from hpd.losses import LossOutput, Scores
+from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.mixing import PrefixMixer, rollout_metrics
 from hpd.policy_gradient import policy_gradient_nll
 from hpd.regime import RepeatedRows
@@ -108,7 +108,7 @@ class StepState:
         return out
 
     def policy_gradient(
-        self, student: Scores, teacher: Scores, batch: TokenBatch, scale: Tensor, numbers: Tensor | None, replicas: int
+        self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, numbers: Tensor | None, replicas: int
     ) -> LossOutput:
         """The clipped loss of the next micro-batch.
 
