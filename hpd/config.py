@@ -146,22 +146,47 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """A task that is run on teacher and student before and after training."""
+    """A task that teacher and student are given before and after training, and the student while it trains."""
 
     __pydantic_config__ = _STRICT
 
     task: str = "exact-match"
-    """A name of TASKS."""
+    """A name of TASKS (docs/evaluation.md), or module:factory for your own."""
     data: str = ""
-    """File with prompts and answers."""
+    """Its file, or a folder with one subfolder per task; empty: its data set on the Hub."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The task's own options, such as {tolerance: 0.02}; judge.NAME for a judge's."""
     limit: int | None = None
-    """First n examples only."""
-    max_new_tokens: int = 512
-    """Longest answer, in tokens."""
+    """First n problems only."""
+    limit_seed: int | None = None
+    """Draw the n problems with this seed instead; the same ones each time."""
+    every: int | Literal["epoch"] | None = None
+    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in eval_gsm8k_accuracy, which
+    train.metric_for_best_model can name."""
+    preset: Literal["greedy", "paper"] | None = None
+    """greedy, or paper: temperature 0.7, top-p 0.95, several samples; null: as the task says, else greedy."""
+    num_samples: int | None = None
+    """Answers per problem."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; null: as the task says, else 512."""
     batch_size: int = 32
     """Prompts generated at once."""
-    temperature: float = 0.0
+    temperature: float | None = None
     """0 is greedy."""
+    top_p: float | None = None
+    """Sampling: draw from the likeliest tokens with this mass."""
+    seed: int = 0
+    """Sampling: which draws."""
+    system_prompt: str | None = None
+    """Instead of the task's; empty: none."""
+    few_shot: int = 0
+    """Worked examples in a plain-text prompt; 0: none."""
+    few_shot_data: str | None = None
+    """Their file; null: the task's training file."""
+
+
+def _one_or_many(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +267,8 @@ class Recipe:
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
-    eval: EvalConfig | None = None
-    """What to run before and after training."""
+    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
+    """What to run before and after training, and on the way: one task, or a list of them."""
     generate: GenerateConfig | None = None
     """What `hpd generate` writes; null: its defaults."""
     output_dir: str = "runs/hpd"
@@ -316,6 +341,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     node = tree
     for parent in parents:
         child = node.get(parent)
+        if isinstance(child, list):
+            raise ValueError(f"{key!r}: {parent} is a list in the recipe; change its entries there.")
         if isinstance(child, str) and parent in ("student", "teacher"):
             child = (_model_shorthand if parent == "student" else _teacher_shorthand)(child)
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
@@ -380,12 +407,22 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"data.limit must be >= 1, got {data.limit}.")
     if recipe.lora and not 0.0 <= recipe.lora.lora_dropout < 1.0:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
-    if recipe.eval and not recipe.eval.data:
-        raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+    _check_evals(recipe.eval)
     if recipe.generate:
         check_generate(recipe.generate)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+def _check_evals(evals: Sequence[EvalConfig]) -> None:
+    for config in evals:
+        if config.task == "exact-match" and not config.data:
+            raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+        if isinstance(config.every, int) and config.every < 1:
+            raise ValueError(f"eval.every must be 1 or more steps, or epoch, got {config.every}.")
+    names = [config.task for config in evals]
+    if len(set(names)) < len(names):
+        raise ValueError("eval names a task twice: their metrics would have one name.")
 
 
 def train_arguments(recipe: Recipe, **forced: Any) -> Any:
