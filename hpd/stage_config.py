@@ -52,7 +52,7 @@ class StageConfig:
     """Changes of data."""
     train: Mapping[str, Any] | None = None
     """Changes of train."""
-    eval: Mapping[str, Any] | None = None
-    """Changes of eval."""
+    eval: Any = None
+    """Changes of eval, or other tasks."""
     dpo: DpoStageConfig | None = None
     """Preference optimisation instead of distillation."""

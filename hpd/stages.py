@@ -83,7 +83,7 @@ def _changed(base: Mapping[str, Any], stage: StageConfig, student: Mapping[str, 
         if change is None:
             continue
         old = tree.get(key)
-        tree[key] = {**old, **change} if key in _MERGED and isinstance(old, Mapping) else change
+        tree[key] = {**old, **change} if key in _MERGED and isinstance(old, Mapping) and isinstance(change, Mapping) else change
     if stage.teacher == "previous":
         if not has_previous:
             raise ValueError(f"stages: {stage.name}: there is no stage before the first: teacher: previous needs one.")
