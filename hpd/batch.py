@@ -5,7 +5,7 @@ Axes: B rows, T tokens, N label positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -98,11 +98,22 @@ class DistillCollator:
     """Wraps a collator: adds the `TokenBatch`, computed beside the data (no device synchronisation in the step).
 
     The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss sums.
+
+    Args:
+        inner: what pads or flattens the rows.
+        vocab: as in `token_batch`.
     """
 
     def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], vocab: int | None = None):
         self.inner = inner
         self.vocab = vocab
+        self.fetch: Callable[[dict[str, Any], TokenBatch], Any] | None = None
+        """What a teacher reads ahead for a batch (`inputs["fetched"]`)."""
+
+    def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, TokenBatch]]:
+        """Each row of a prepared dataset with its label positions, nothing fetched."""
+        for row in dataset:
+            yield row, token_batch(self.inner([row]), self.vocab)
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         inputs = self.inner(examples)
@@ -110,6 +121,8 @@ class DistillCollator:
         labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
         labels[batch.index + 1] = batch.labels
         inputs["labels"] = labels.view_as(inputs["labels"])
+        if self.fetch is not None:
+            inputs["fetched"] = self.fetch(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
         inputs.update({f"label_{field}": value for field, value in batch._asdict().items()})
         return inputs

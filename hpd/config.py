@@ -16,10 +16,30 @@ from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from hpd.methods import choose_terms
 from hpd.terms import TermConfig
 
-__all__ = ["DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "load_recipe", "resolve"]
+__all__ = [
+    "CacheConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Recipe",
+    "TeacherConfig",
+    "load_recipe",
+    "resolve",
+]
 
 _STRICT = ConfigDict(extra="forbid")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _model_shorthand(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _teacher_shorthand(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +70,19 @@ class TeacherConfig:
 
     __pydantic_config__ = _STRICT
 
-    type: Literal["model", "self"] = "model"
-    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy)."""
+    type: Literal["model", "self", "cached", "mixture", "routed"] = "model"
+    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy). cached:
+    what `hpd cache` wrote. mixture: a weighted mixture of teachers. routed: each row has one of several teachers."""
     model: str | None = None
-    """Hub id or local folder; required by type model."""
+    """Hub id or local folder; required by type model. With type cached it may stay: the cache must then be of this model."""
+    path: str | None = None
+    """Folder of a cache (type cached); null: cache.path."""
+    teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]] = field(default_factory=dict)
+    """Teachers by name (types mixture and routed); a string is a model's path."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Share of each teacher in a mixture, > 0; divided by their sum."""
+    column: str | None = None
+    """Column of the dataset that names each row's teacher (type routed)."""
     dtype: DType = "auto"
     """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU."""
     quantization: Literal["4bit", "8bit"] | None = None
@@ -66,6 +95,46 @@ class TeacherConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+
+
+    @property
+    def title(self) -> str:
+        """What a person would call it."""
+        if self.type == "self":
+            return "itself (self-distillation)"
+        if self.type == "cached":
+            return f"the cache {self.path}"
+        if self.teachers:
+            return f"a {'mixture' if self.type == 'mixture' else 'choice'} of {', '.join(self.teachers)}"
+        return str(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What `hpd cache` writes; training reads it through `teacher: {type: cached}`."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Folder."""
+    kind: Literal["hidden", "top_k"] = "hidden"
+    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves everything.
+    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8 (hidden only): one
+    scale per position."""
+    top_k: int | None = None
+    """Tokens per position, required by kind top_k."""
+    shard_bytes: int = 256 * 2**20
+    """Size of a file; also what is lost at most when writing is killed."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "top_k") != (self.top_k is not None) or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there")
+        if self.kind == "top_k" and self.dtype == "int8":
+            raise ValueError("cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k")
+        if self.shard_bytes < 1:
+            raise ValueError("cache.shard_bytes must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +205,6 @@ class EvalConfig:
     """0 is greedy."""
 
 
-def _model_shorthand(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-def _teacher_shorthand(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
-    return value
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A run: one student, one teacher, prefixes (the dataset's) and a list of terms."""
@@ -172,6 +231,8 @@ class Recipe:
     """What to run before and after training."""
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
+    cache: CacheConfig | None = None
+    """What `hpd cache` writes of this recipe."""
 
     def choose_terms(self):
         """The terms of the loss, as configured; checked."""
@@ -196,6 +257,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    if recipe.teacher.type == "cached" and recipe.teacher.path is None and recipe.cache is not None:
+        recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, path=recipe.cache.path))
     _cross_check(recipe)
     return recipe
 
@@ -257,7 +320,7 @@ def _explain(error: ValidationError) -> str:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     classes = {
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
-        "eval": EvalConfig, "terms": TermConfig,
+        "eval": EvalConfig, "terms": TermConfig, "cache": CacheConfig,
     }  # fmt: skip
     owner = next((classes[part] for part in location if part in classes), Recipe)
     return [f.name for f in dataclasses.fields(owner)]
@@ -266,13 +329,8 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
 def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
-    teacher, data = recipe.teacher, recipe.data
-    if teacher.type == "model" and not teacher.model:
-        raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
-    if teacher.type == "self" and (teacher.model or teacher.quantization):
-        raise ValueError("teacher: self is the student itself: remove teacher.model and teacher.quantization.")
-    if recipe.student.init == "random" and teacher.type == "self":
-        raise ValueError("teacher: self would distil from random weights: give a teacher model, or init: pretrained.")
+    data = recipe.data
+    _check_teacher(recipe.teacher, recipe)
     if data.streaming and isinstance(data.validation, float):
         raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
     if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:
@@ -285,6 +343,44 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+# Fields that only some types read.
+_TEACHER_FIELDS = {
+    "path": ("cached",), "teachers": ("mixture", "routed"), "weights": ("mixture",), "column": ("routed",),
+    "quantization": ("model", "cached"),
+}  # fmt: skip
+
+
+def _check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher") -> None:
+    if teacher.type == "model" and not teacher.model:
+        raise ValueError(f"{where}.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
+    if teacher.type == "self" and (teacher.model or teacher.quantization):
+        raise ValueError(f"{where}: self is the student itself: remove {where}.model and {where}.quantization.")
+    if teacher.type == "self" and recipe.student.init == "random":
+        raise ValueError(f"{where}: self would distil from random weights: give a teacher model, or init: pretrained.")
+    if teacher.type == "cached" and not teacher.path:
+        raise ValueError(f"{where}.path is missing: give the folder that hpd cache wrote.")
+    for name, types in _TEACHER_FIELDS.items():
+        if getattr(teacher, name) and teacher.type not in types:
+            raise ValueError(f"{where}.{name} is for type {' or '.join(types)}, and the type is {teacher.type}: remove it.")
+    if teacher.type in ("mixture", "routed"):
+        _check_teachers(teacher, recipe, where)
+
+
+def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
+    if where != "teacher" or len(teacher.teachers) < 2 or teacher.model:
+        raise ValueError(f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not nested.")
+    if teacher.type == "mixture" and (set(teacher.weights) != set(teacher.teachers) or min(teacher.weights.values()) <= 0):
+        raise ValueError(
+            f"{where}.weights needs a number > 0 for each of {', '.join(teacher.teachers)}, got {dict(teacher.weights)}."
+        )
+    if teacher.type == "routed" and not teacher.column:
+        raise ValueError(f"{where}.column is missing: the column of the dataset that names each row's teacher.")
+    if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
+        raise ValueError("Routing reads the column row by row before training: set train.packing and data.streaming to false.")
+    for name, part in teacher.teachers.items():
+        _check_teacher(part, recipe, f"teacher.teachers.{name}")
 
 
 def train_arguments(recipe: Recipe, **forced: Any) -> Any:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import peft
@@ -21,7 +21,8 @@ from hpd.data import Lengths, Rows, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers import ModelTeacher, Teacher
+from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
 __all__ = ["Plan", "Progress", "plan", "quiet_libraries", "steps_of", "train"]
@@ -34,7 +35,8 @@ class Plan(NamedTuple):
     args: DistillConfig
     tokenizer: PreTrainedTokenizerBase
     student_config: Any
-    teacher_config: Any
+    teacher_configs: Mapping[str, Any]
+    """Of each teacher, by its role in messages."""
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
@@ -57,20 +59,24 @@ def plan(recipe: Recipe) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
-    teacher_config, teacher_tokenizer = student_config, tokenizer
-    if recipe.teacher.type == "model":
-        teacher_config = load_config(recipe.teacher, "teacher")
-        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher")
-    rows = load_rows(recipe.data)
-    verdicts = check_pair(
-        tokenizer, teacher_tokenizer, student_config, teacher_config,
-        policy=args.vocabulary, conversational=rows.conversational,
-    )  # fmt: skip
-    if any(v.level == "error" and v.topic == "chat template" for v in verdicts):
-        raise ValueError(next(v.text for v in verdicts if v.topic == "chat template"))
+    check_caches(recipe.teacher, tokenizer, args)
+    sources = described_by(recipe)
+    teacher_configs = {role: load_config(source, role) for role, source in sources.items()}
+    teacher_tokenizers = {role: load_tokenizer(source, role) for role, source in sources.items()}
+    rows = load_rows(recipe.data, recipe.teacher.column)
+    verdicts = []
+    for role, config in teacher_configs.items():
+        found = check_pair(
+            tokenizer, teacher_tokenizers[role], student_config, config,
+            policy=args.vocabulary, conversational=rows.conversational,
+        )  # fmt: skip
+        verdicts += found if len(sources) == 1 else [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found]
+    for verdict in verdicts:
+        if verdict.level == "error" and verdict.topic.startswith("chat template"):
+            raise ValueError(verdict.text)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts))
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts))
 
 
 def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
@@ -114,10 +120,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
     planned = plan(recipe)
     planned.require_sound()
     folder.open()
-    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or 'self'}")
+    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    teacher = _load_teacher(recipe)
+    teacher = load_teacher(recipe.teacher)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
     if resume is None:
@@ -156,12 +162,6 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
     return trainer
-
-
-def _load_teacher(recipe: Recipe) -> Teacher:
-    if recipe.teacher.type == "self":
-        return SelfTeacher()
-    return ModelTeacher(load_model(recipe.teacher, "teacher"))
 
 
 def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -23,7 +25,7 @@ from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
 from hpd.schedules import TaidPosition
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers import ModelTeacher, RoutedScores, SelfTeacher, Teacher, vocab_of
 from hpd.terms import Term, TermConfig
 
 __all__ = ["DistillConfig", "DistillTrainer"]
@@ -115,13 +117,24 @@ class DistillTrainer(SFTTrainer):
         # Whatever the model's own loss is, ours shifts labels and needs the label count of the accumulated batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.teacher = _as_teacher(teacher, args)
-        teacher_model = getattr(self.teacher, "model", None)
-        vocab = common_vocab(self._base_model, teacher_model, args.vocabulary) if teacher_model is not None else None
+        theirs = vocab_of(self.teacher)
+        vocab = common_vocab(self._base_model, theirs, args.vocabulary) if theirs is not None else None
         self.teacher.prepare(self.model, self.accelerator)
         self.data_collator = DistillCollator(self.data_collator, vocab)
+        self._introduce_rows()
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
             self.add_callback(_ScheduledTerms(self))
+
+    def _introduce_rows(self) -> None:
+        """Teachers that know rows see those of the datasets once, and read ahead for each batch from then on."""
+        teacher: Any = self.teacher
+        if hasattr(teacher, "read_rows"):
+            held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
+            known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
+            teacher.read_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
+        self.data_collator.fetch = getattr(teacher, "fetch", None)
 
     def compute_loss(
         self,
@@ -149,7 +162,11 @@ class DistillTrainer(SFTTrainer):
         self._count(mode, output.stats, batch, inputs)
         return output.loss
 
-    def _loss(self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
+    def _loss(
+        self, student: Scores, teacher: TeacherScores | RoutedScores, batch: TokenBatch, scale: Tensor, mode: str
+    ) -> LossOutput:
+        if isinstance(teacher, RoutedScores):
+            return self._loss_of_parts(student, teacher, batch, scale, mode)
         # Evaluation keeps its draws fixed: step -1 is no training step.
         step = self.state.global_step if mode == "train" else -1
         count, numbers = max(term.support.num_uniforms for term in self.terms), None
@@ -160,6 +177,19 @@ class DistillTrainer(SFTTrainer):
             uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
             metric_stride=self.args.metric_stride if mode == "train" else 1, kl_estimator=self.args.kl_estimator,
         )  # fmt: skip
+
+    def _loss_of_parts(
+        self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str
+    ) -> LossOutput:
+        """The loss is a sum over positions, so each teacher's positions may be summed on their own."""
+        loss, stats = torch.zeros((), device=scale.device), {}
+        for positions, teacher in routed.parts:
+            own = TokenBatch(batch.index[positions], batch.labels[positions], batch.keys[positions], batch.dropped)
+            part = self._loss(student._replace(hidden=student.hidden[positions]), teacher, own, scale, mode)
+            loss = loss + part.loss
+            for name, value in part.stats.items():
+                stats[name] = stats[name] + value if name in stats else value
+        return LossOutput(loss, stats)
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)

@@ -1,5 +1,16 @@
 """Where the teacher's distribution comes from."""
 
+from hpd.teachers.cached import CachedTeacher
+from hpd.teachers.mixture import MixtureTeacher, RoutedScores, RoutedTeacher, vocab_of
 from hpd.teachers.model import ModelTeacher, SelfTeacher, Teacher
 
-__all__ = ["ModelTeacher", "SelfTeacher", "Teacher"]
+__all__ = [
+    "CachedTeacher",
+    "MixtureTeacher",
+    "ModelTeacher",
+    "RoutedScores",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "vocab_of",
+]
