@@ -6,6 +6,7 @@ the cut depends on the rows alone: any number of processes, killed at any moment
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +107,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
     datasets = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)
     position_bytes = _position_bytes(config, planned)
-    layout = _lay_out(trainer.data_collator.rows(rows), max(1, config.shard_bytes // position_bytes))
+    layout = _lay_out(trainer.data_collator.rows(itertools.chain.from_iterable(datasets)), max(1, config.shard_bytes // position_bytes))
     folder, main = Path(config.path), trainer.is_world_process_zero()
     target = _target(planned, config, layout)
     if main:
