@@ -96,7 +96,6 @@ class TeacherConfig:
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
 
-
     @property
     def title(self) -> str:
         """What a person would call it."""
@@ -370,7 +369,9 @@ def _check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher
 
 def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
     if where != "teacher" or len(teacher.teachers) < 2 or teacher.model:
-        raise ValueError(f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not nested.")
+        raise ValueError(
+            f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not nested."
+        )
     if teacher.type == "mixture" and (set(teacher.weights) != set(teacher.teachers) or min(teacher.weights.values()) <= 0):
         raise ValueError(
             f"{where}.weights needs a number > 0 for each of {', '.join(teacher.teachers)}, got {dict(teacher.weights)}."

@@ -178,9 +178,7 @@ class DistillTrainer(SFTTrainer):
             metric_stride=self.args.metric_stride if mode == "train" else 1, kl_estimator=self.args.kl_estimator,
         )  # fmt: skip
 
-    def _loss_of_parts(
-        self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str
-    ) -> LossOutput:
+    def _loss_of_parts(self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
         """The loss is a sum over positions, so each teacher's positions may be summed on their own."""
         loss, stats = torch.zeros((), device=scale.device), {}
         for positions, teacher in routed.parts:

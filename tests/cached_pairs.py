@@ -18,7 +18,8 @@ def make_recipe(folder: Path, num_rows: int = 40, **changes: Any) -> Path:
     """Pair, rows and recipe under `folder`; the last four rows repeat the first."""
     student, teacher = tiny_pair("llama", folder)
     rows = [
-        {"prompt": f"say {NUMBERS[i % 10]} {i}:", "completion": " " + " ".join(NUMBERS[: 1 + i % 7])} for i in range(num_rows - 4)
+        {"prompt": f"say {NUMBERS[i % 10]} {i}:", "completion": " " + " ".join(NUMBERS[: 1 + i % 7])}
+        for i in range(num_rows - 4)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:4]]))
     recipe = {
@@ -58,3 +59,6 @@ def write_in_world(rank: int, size: int, port: int, recipe: Path, *overrides: st
         MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     write_here(recipe, *overrides)
+    from accelerate import PartialState
+
+    assert PartialState().num_processes == size

@@ -152,7 +152,11 @@ def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: 
     """
     order = np.argsort(keys, kind="stable")
     blocks = np.frombuffer(b"".join(base64.b64decode(shard["blocks"]) for shard in shards), dtype=np.int64)
-    index = {"keys": torch.from_numpy(keys[order]), "places": torch.from_numpy(order), "blocks": torch.from_numpy(blocks.copy())}
+    index = {
+        "keys": torch.from_numpy(keys[order]),
+        "places": torch.from_numpy(order),
+        "blocks": torch.from_numpy(blocks.copy()),
+    }
     write_atomically(folder / INDEX, lambda draft: save_file(index, draft))
     names = [INDEX, *([HEAD] if (folder / HEAD).is_file() else [])]
     names += sorted(str(path.relative_to(folder)) for path in (folder / TEACHER).rglob("*") if path.is_file())
@@ -251,8 +255,8 @@ class Cache:
         absent = self.missing(keys)
         if absent.any():
             raise ValueError(
-                f"{int(absent.sum())} of {len(keys)} label positions are not in the cache {self.path}: their rows (or the tokens "
-                "before them) are not those that it was written for."
+                f"{int(absent.sum())} of {len(keys)} label positions are not in the cache {self.path}: it was not written for "
+                "their rows."
             )
         places = self._places[np.searchsorted(self._keys, keys)]
         numbers = np.searchsorted(self._starts, places, side="right") - 1
@@ -291,10 +295,8 @@ class Cache:
         expected = self._blocks[self._first_blocks[number] + blocks].view(np.uint64)
         wrong = _block_digests(tensors, blocks) != expected
         if wrong.any():
-            first = int(blocks[wrong][0]) * BLOCK
-            raise CorruptCacheError(
-                f"{self.path / self.about['shards'][number]['file']} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}"
-            )
+            first, file = int(blocks[wrong][0]) * BLOCK, self.about["shards"][number]["file"]
+            raise CorruptCacheError(f"{self.path / file} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}")
 
 
 def _map_tensors(path: Path) -> dict[str, Tensor]:

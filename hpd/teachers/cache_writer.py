@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import xxhash
 from safetensors.torch import save_file
@@ -22,8 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from hpd.batch import TokenBatch
 from hpd.config import CacheConfig, Recipe
-from hpd.losses import Head, Scores, TeacherScores, TopKScores
-from hpd.losses.products import for_products, project_
+from hpd.losses import Head, Scores, TeacherScores
 from hpd.models import load_model, load_tokenizer
 from hpd.teachers.cache import (
     ABOUT,
@@ -40,7 +38,8 @@ from hpd.teachers.cache import (
     write_atomically,
     write_json,
 )
-from hpd.teachers.cached import stored_hidden
+from hpd.teachers.cache_contents import Answer, position_bytes_of, stored_dtype, stored_tensors
+from hpd.teachers.cache_layout import Layout, lay_out
 from hpd.teachers.fingerprint import differences, teacher_fingerprint, tokenizer_fingerprint
 from hpd.teachers.model import ModelTeacher, Teacher
 from hpd.teachers.sources import described_by, load_teacher
@@ -48,9 +47,6 @@ from hpd.train import Plan, plan
 from hpd.trainer import DistillTrainer
 
 __all__ = ["CacheProgress", "CacheSummary", "write_cache"]
-
-_CHUNK_BYTES = 64 * 2**20
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 class CacheSummary(NamedTuple):
@@ -73,22 +69,6 @@ class CacheProgress:
     def update(self, done: int, total: int) -> None: ...
 
 
-class _Layout(NamedTuple):
-    """Which rows and positions go where."""
-
-    rows: npt.NDArray[np.int64]
-    """Numbers of the rows with something new, shard after shard."""
-    starts: npt.NDArray[np.int64]
-    """Where in `rows` each shard starts, and the end."""
-    masks: list[npt.NDArray[np.bool_]]
-    """Of each row in `rows`: which of its label positions are stored (one seen before is not)."""
-    keys: npt.NDArray[np.int64]
-    """Of all stored positions, in the order of `rows`."""
-
-    def shard(self, number: int) -> range:
-        return range(int(self.starts[number]), int(self.starts[number + 1]))
-
-
 def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgress | None = None) -> CacheSummary:
     """Write the cache of a recipe, or what is missing of it; a finished one is verified.
 
@@ -106,8 +86,10 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
     trainer = _rows_trainer(planned)
     datasets = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)
-    position_bytes = _position_bytes(config, planned)
-    layout = _lay_out(trainer.data_collator.rows(itertools.chain.from_iterable(datasets)), max(1, config.shard_bytes // position_bytes))
+    position_bytes = position_bytes_of(config, planned)
+    layout = lay_out(
+        trainer.data_collator.rows(itertools.chain.from_iterable(datasets)), max(1, config.shard_bytes // position_bytes)
+    )
     folder, main = Path(config.path), trainer.is_world_process_zero()
     target = _target(planned, config, layout)
     if main:
@@ -121,8 +103,8 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
     if main:
         _check_disk(folder, left * position_bytes, total * position_bytes, planned, config)
         progress.say(
-            f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: {_size(total * position_bytes)} in "
-            f"{target['shards']} shards; {_size(left * position_bytes)} to write"
+            f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: {_size(total * position_bytes)} "
+            f"in {target['shards']} shards; {_size(left * position_bytes)} to write"
         )
     if todo or not (folder / ABOUT).is_file():
         _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
@@ -173,53 +155,7 @@ def _rows_trainer(planned: Plan) -> DistillTrainer:
     )  # fmt: skip
 
 
-def _lay_out(rows: Iterator[tuple[Any, TokenBatch]], shard_positions: int) -> _Layout:
-    keys, lengths = [], []
-    for row, batch in rows:
-        keys.append(batch.keys.numpy())
-        lengths.append(len(row["input_ids"]))
-    ends = np.cumsum([len(k) for k in keys])
-    if not len(ends) or not ends[-1]:
-        raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
-    everything = np.concatenate(keys)
-    new = np.zeros(len(everything), dtype=bool)
-    new[np.unique(everything, return_index=True)[1]] = True
-    masks = np.split(new, ends[:-1])
-    counts = np.array([mask.sum() for mask in masks])
-    # A row lies in one shard whole: the one in which its first position falls.
-    number = (np.cumsum(counts) - counts) // shard_positions
-    # Rows of a length beside each other, or half of every batch would be padding.
-    order = np.lexsort((lengths, number))
-    order = order[counts[order] > 0]
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(number[order])) + 1, [len(order)]])
-    chosen = [masks[i] for i in order]
-    return _Layout(order, starts, chosen, np.concatenate([keys[i][mask] for i, mask in zip(order, chosen, strict=True)]))
-
-
-def _position_bytes(config: CacheConfig, planned: Plan) -> int:
-    dtype = _stored_dtype(config, planned)
-    if config.kind == "top_k":
-        return int(config.top_k or 0) * (4 + dtype.itemsize) + 4
-    width = next(iter(planned.teacher_configs.values())).get_text_config().hidden_size
-    return width * dtype.itemsize + 4 + (4 if dtype == torch.int8 else 0)
-
-
-def _stored_dtype(config: CacheConfig, planned: Plan) -> torch.dtype:
-    if config.dtype != "auto":
-        return _DTYPES[config.dtype]
-    teacher = planned.recipe.teacher
-    if config.kind == "top_k":
-        return torch.float32
-    if teacher.quantization:
-        return torch.bfloat16
-    if teacher.type == "model" and teacher.dtype != "auto":
-        return _DTYPES[teacher.dtype]
-    if teacher.type == "self":
-        return _DTYPES.get(planned.recipe.student.dtype, torch.float32)
-    return getattr(next(iter(planned.teacher_configs.values())), "dtype", None) or torch.float32
-
-
-def _target(planned: Plan, config: CacheConfig, layout: _Layout) -> dict[str, Any]:
+def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any]:
     """What this cache is: kept in plan.json while it is written, and in cache.json."""
     recipe = planned.recipe
     teacher = recipe.student if recipe.teacher.type == "self" else recipe.teacher
@@ -229,7 +165,7 @@ def _target(planned: Plan, config: CacheConfig, layout: _Layout) -> dict[str, An
         **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
     }  # fmt: skip
     return {
-        "format": FORMAT, "kind": config.kind, "dtype": str(_stored_dtype(config, planned)).removeprefix("torch."),
+        "format": FORMAT, "kind": config.kind, "dtype": str(stored_dtype(config, planned)).removeprefix("torch."),
         "top_k": config.top_k, "shard_bytes": config.shard_bytes, "shards": len(layout.starts) - 1,
         "positions": len(layout.keys), "fingerprint": fingerprint,
     }  # fmt: skip
@@ -252,7 +188,9 @@ def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
     try:
         there = read_json(folder / PLAN)
     except CorruptCacheError:
-        raise ValueError(f"{folder / PLAN} is damaged, so nothing says what this cache is: delete it with --overwrite.") from None
+        raise ValueError(
+            f"{folder / PLAN} is damaged, so nothing says what this cache is: delete it with --overwrite."
+        ) from None
     flat = [{**content, **content["fingerprint"], "fingerprint": None} for content in (there, target)]
     changed = [name for name in differences(*flat) if not name.startswith(("name", "data"))]
     if changed:
@@ -280,12 +218,12 @@ def _check_disk(folder: Path, left: int, total: int, planned: Plan, config: Cach
     head = 0
     if config.kind == "hidden":
         text = next(iter(planned.teacher_configs.values())).get_text_config()
-        head = text.vocab_size * text.hidden_size * (4 if _stored_dtype(config, planned) == torch.float32 else 2)
+        head = text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
     free, needed = shutil.disk_usage(folder).free, left + head
     if needed > free:
         raise ValueError(
-            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has {_size(free)} free. Choose a "
-            "place with room, a narrower cache.dtype, cache.kind: top_k, or fewer rows (data.limit)."
+            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has {_size(free)} free. "
+            "Choose a place with room, a narrower cache.dtype, cache.kind: top_k, or fewer rows (data.limit)."
         )
 
 
@@ -298,13 +236,13 @@ def _size(num_bytes: float) -> str:
 
 
 def _ask(
-    trainer: DistillTrainer, planned: Plan, config: CacheConfig, layout: _Layout, rows: Any, todo: list[int], done: int,
+    trainer: DistillTrainer, planned: Plan, config: CacheConfig, layout: Layout, rows: Any, todo: list[int], done: int,
     progress: CacheProgress,
 ) -> None:  # fmt: skip
     """Load the teacher and write this process's part of the missing shards."""
     teacher = _load(planned)
     teacher.prepare(trainer.model, trainer.accelerator)
-    folder, dtype = Path(config.path), _stored_dtype(config, planned)
+    folder, dtype = Path(config.path), stored_dtype(config, planned)
     world, rank = trainer.args.world_size, trainer.args.process_index
     # Weights sharded over processes are gathered by all of them together: each runs as many forwards as the busiest.
     lockstep = any(getattr(trainer.accelerator.state, name, None) is not None for name in ("deepspeed_plugin", "fsdp_plugin"))
@@ -318,7 +256,7 @@ def _ask(
         for batch in _batches(mine, [layout.shard(n) for n in group], trainer.args.per_device_eval_batch_size, lockstep):
             answer = _answers(teacher, trainer, layout, rows, batch or range(1))
             if batch:
-                parts.append(_stored(answer, config, dtype))
+                parts.append(stored_tensors(answer, config, dtype))
                 counted += world * len(next(iter(parts[-1].values())))
                 progress.update(min(counted, len(layout.keys)), len(layout.keys))
         if parts:
@@ -338,12 +276,7 @@ def _batches(mine: range, group: list[range], size: int, lockstep: bool) -> Iter
         yield mine[i * size : (i + 1) * size]
 
 
-class _Answer(NamedTuple):
-    scores: TeacherScores
-    labels: Tensor
-
-
-def _answers(teacher: Teacher, trainer: DistillTrainer, layout: _Layout, rows: Any, chosen: range) -> _Answer:
+def _answers(teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: Any, chosen: range) -> Answer:
     """What the teacher says of the stored positions of some rows."""
     collated = trainer.data_collator([rows[int(layout.rows[i])] for i in chosen])
     mask = torch.from_numpy(np.concatenate([layout.masks[i] for i in chosen]))
@@ -353,60 +286,10 @@ def _answers(teacher: Teacher, trainer: DistillTrainer, layout: _Layout, rows: A
     mask = mask.to(batch.keys.device)
     batch = TokenBatch(batch.index[mask], batch.labels[mask], batch.keys[mask], batch.dropped)
     with torch.no_grad():
-        return _Answer(teacher.scores(inputs, batch), batch.labels)
+        return Answer(teacher.scores(inputs, batch), batch.labels)
 
 
-def _stored(answer: _Answer, config: CacheConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a shard."""
-    scores = answer.scores
-    if config.kind == "top_k":
-        return {name: tensor.cpu().contiguous() for name, tensor in _likeliest(answer, config.top_k or 0, dtype).items()}
-    if not isinstance(scores, Scores) or scores.head.weight is None:
-        raise ValueError("This teacher gives no hidden states: choose cache.kind: top_k.")
-    stored: dict[str, Tensor] = {}
-    if dtype == torch.int8:
-        hidden = scores.hidden.float()
-        stored["scale"] = hidden.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-        stored["hidden"] = (hidden / stored["scale"][:, None]).round().to(torch.int8)
-    else:
-        stored["hidden"] = scores.hidden.to(dtype)
-        if not torch.isfinite(stored["hidden"]).all():
-            raise ValueError(f"A hidden state of the teacher does not fit into {dtype}: choose cache.dtype: bfloat16 or float32.")
-    # Of what is stored, not of what was computed: so the cached distribution sums to one.
-    kept = scores._replace(hidden=stored_hidden(stored))
-    stored["log_z"] = torch.cat([torch.logsumexp(logits, -1) for logits in _logits(kept)]).float()
-    return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
-
-
-def _logits(scores: Scores) -> Iterator[Tensor]:
-    ready = for_products(scores, scores.vocab)
-    rows = max(1, _CHUNK_BYTES // (4 * scores.vocab))
-    for start in range(0, len(scores.hidden), rows):
-        hidden = ready.hidden[start : start + rows]
-        yield project_(ready._replace(hidden=hidden), hidden.new_empty(len(hidden), scores.vocab, dtype=torch.float32))
-
-
-def _likeliest(answer: _Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    scores, labels = answer
-    if isinstance(scores, TopKScores):
-        if scores.tokens.shape[1] != k:
-            raise ValueError(f"The teacher gives {scores.tokens.shape[1]} tokens a position, and cache.top_k asks for {k}.")
-        tokens, logprobs, label_logprobs = scores.tokens, scores.logprobs, scores.label_logprobs
-    else:
-        if k > scores.vocab:
-            raise ValueError(f"cache.top_k {k} is more than the {scores.vocab} tokens of the teacher.")
-        parts, first = [], 0
-        for logits in _logits(scores):
-            logprobs = torch.log_softmax(logits, -1)
-            top = logprobs.topk(k, -1)
-            own = labels[first : first + len(logits), None]
-            parts.append((top.indices, top.values, logprobs.gather(1, own)[:, 0]))
-            first += len(logits)
-        tokens, logprobs, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-    return {"tokens": tokens.int(), "logprobs": logprobs.to(dtype), "label_logprobs": label_logprobs.float()}
-
-
-def _save_teacher(folder: Path, planned: Plan, answer: _Answer, config: CacheConfig) -> None:
+def _save_teacher(folder: Path, planned: Plan, answer: Answer, config: CacheConfig) -> None:
     """Head, configuration and tokenizer: what training needs of the teacher beside its answers."""
     (source,) = list(described_by(planned.recipe).items())[:1]
     load_tokenizer(source[1], source[0]).save_pretrained(folder / TEACHER)
@@ -421,7 +304,7 @@ def _save_teacher(folder: Path, planned: Plan, answer: _Answer, config: CacheCon
     write_json(folder / "teacher.json", about)
 
 
-def _finish(folder: Path, planned: Plan, layout: _Layout, target: dict[str, Any]) -> None:
+def _finish(folder: Path, planned: Plan, layout: Layout, target: dict[str, Any]) -> None:
     shards = [read_json(folder / f"shard-{number:05d}.json") for number in range(target["shards"])]
     about = {**target, **read_json(folder / "teacher.json")}
     about.pop("shards")

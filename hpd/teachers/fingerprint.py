@@ -34,7 +34,9 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
     model = str(source.model)
     folder = Path(model)
     if not folder.is_dir():
-        folder = Path(huggingface_hub.snapshot_download(model, revision=source.revision, allow_patterns=[*_WEIGHTS, "config.json"]))
+        folder = Path(
+            huggingface_hub.snapshot_download(model, revision=source.revision, allow_patterns=[*_WEIGHTS, "config.json"])
+        )
     files = [folder / "config.json", *sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
     state = xxhash.xxh3_128()
     for file in files:

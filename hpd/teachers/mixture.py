@@ -59,8 +59,8 @@ class MixtureTeacher:
             part = teacher.scores({**inputs, "fetched": fetched.get(name)}, batch)
             if not isinstance(part, Scores):
                 raise ValueError(
-                    f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens only: use a live teacher or "
-                    "a hidden cache, or route rows instead."
+                    f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens only: use a live teacher "
+                    "or a hidden cache, or route rows instead."
                 )
             mixture = _mix(mixture, part, self.weights[name], self.vocab or part.vocab)
         assert mixture is not None
@@ -131,7 +131,8 @@ class RoutedTeacher:
                 raise ValueError(f"Rows are routed by {self.column!r}, which the dataset does not have: {', '.join(row)}.")
             if row[self.column] not in self.teachers:
                 raise ValueError(
-                    f"Row {number} has {self.column}: {row[self.column]!r}, and there is no such teacher: {', '.join(self._names)}."
+                    f"Row {number} has {self.column}: {row[self.column]!r}, and there is no such teacher: "
+                    f"{', '.join(self._names)}."
                 )
             choice = self._names.index(row[self.column])
             keys.append(batch.keys.numpy())
@@ -244,5 +245,3 @@ def vocab_of(teacher: Any) -> int | None:
 def _check_names(teachers: Mapping[str, Teacher], weights: Mapping[str, float]) -> None:
     if set(teachers) != set(weights) or min(weights.values(), default=0.0) <= 0.0:
         raise ValueError(f"A mixture needs a weight > 0 for each teacher ({', '.join(teachers)}), got {dict(weights)}.")
-
-

@@ -25,9 +25,11 @@ class Teacher(Protocol):
         ...
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
-        """What the teacher knows of the label positions of `batch`: hidden states and head, or its likeliest tokens; no gradient.
+        """What it knows of the label positions of `batch`: hidden states and head, or its likeliest tokens; no gradient.
 
-        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up.
+        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher may have two more
+        methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step, and what it returns is
+        `inputs["fetched"]` here. `read_rows(rows)` sees every (row, TokenBatch) of the datasets once, before training.
         """
         ...
 

@@ -46,7 +46,9 @@ def check_caches(teacher: TeacherConfig, tokenizer: Any, args: Any) -> None:
     for part in teacher.teachers.values():
         check_caches(part, tokenizer, args)
         if teacher.type == "mixture" and part.type == "cached" and read_about(str(part.path))["kind"] == "top_k":
-            raise ValueError(f"A mixture needs whole distributions, and {part.path} holds the likeliest tokens only: cache kind hidden.")
+            raise ValueError(
+                f"A mixture needs whole distributions, and {part.path} holds the likeliest tokens only: cache kind hidden."
+            )
     if teacher.type != "cached":
         return
     cached = read_about(str(teacher.path))["fingerprint"]
