@@ -85,7 +85,7 @@ def main() -> None:
         summary = write_cache(load_recipe(options.recipe, [*overrides, *source, *changes, f"cache.path={place}"]))
         sizes[name] = summary.bytes_per_position
         print(f"{name}: {summary.positions} positions in {time.perf_counter() - started:.1f} s", flush=True)
-    recipe = load_recipe(options.recipe, [*overrides, "teacher.type=cached", f"teacher.path={exact}"])
+    recipe = load_recipe(options.recipe, [*overrides, "teacher.type=cached", f"cache.path={exact}"])
     reading = read(recipe, {name: CachedTeacher(folder / name.replace(" ", "-")) for name in KINDS})
     truth = reading.teacher["hidden float32"]
     print(

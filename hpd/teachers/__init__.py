@@ -1,8 +1,8 @@
 """Where the teacher's distribution comes from."""
 
 from hpd.teachers.cached import CachedTeacher
-from hpd.teachers.mixture import MixtureTeacher, RoutedScores, RoutedTeacher, vocab_of
-from hpd.teachers.model import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher, vocab_of
+from hpd.teachers.model import ModelTeacher, RoutedScores, SelfTeacher, Teacher
 
 __all__ = [
     "CachedTeacher",

@@ -41,7 +41,7 @@ from hpd.teachers.cache import (
 from hpd.teachers.cache_contents import Answer, position_bytes_of, stored_dtype, stored_tensors
 from hpd.teachers.cache_layout import Layout, lay_out
 from hpd.teachers.fingerprint import differences, teacher_fingerprint, tokenizer_fingerprint
-from hpd.teachers.model import ModelTeacher, Teacher
+from hpd.teachers.model import ModelTeacher, RoutedScores, Teacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.train import Plan, plan
 from hpd.trainer import DistillTrainer
@@ -84,7 +84,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
     planned = plan(recipe)
     planned.require_sound()
     trainer = _rows_trainer(planned)
-    datasets = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)
     position_bytes = position_bytes_of(config, planned)
     layout = lay_out(
@@ -286,7 +286,9 @@ def _answers(teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: An
     mask = mask.to(batch.keys.device)
     batch = TokenBatch(batch.index[mask], batch.labels[mask], batch.keys[mask], batch.dropped)
     with torch.no_grad():
-        return Answer(teacher.scores(inputs, batch), batch.labels)
+        scores = teacher.scores(inputs, batch)
+    assert not isinstance(scores, RoutedScores), "a cache has one teacher"
+    return Answer(scores, batch.labels)
 
 
 def _save_teacher(folder: Path, planned: Plan, answer: Answer, config: CacheConfig) -> None:

@@ -73,9 +73,9 @@ class CachedTeacher:
         if missing:
             fingerprint = self.cache.about["fingerprint"]
             raise ValueError(
-                f"{missing:,} of {total:,} label positions are not in the cache {self.cache.path} (first in prepared row {first}). "
-                f"It was written for {fingerprint['data']} with max_length {fingerprint['max_length']}; another dataset, template, "
-                "tokenizer or max_length makes other rows. Train on the rows that were cached, or write a cache of these."
+                f"{missing:,} of {total:,} label positions are not in the cache {self.cache.path} (first in row {first}), "
+                f"written for {fingerprint['data']} with max_length {fingerprint['max_length']}; another dataset, template, "
+                "tokenizer or max_length makes other rows. Train on the rows that were cached, or cache these."
             )
 
     def fetch(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Tensor] | Future[dict[str, Tensor]]:

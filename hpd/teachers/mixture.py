@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
-from hpd.losses import Head, Scores, TeacherScores, TopKScores
+from hpd.losses import Head, Scores, TopKScores
 from hpd.losses.products import for_products, project_, wide
-from hpd.teachers.model import Teacher
+from hpd.teachers.model import RoutedScores, Teacher
 
-__all__ = ["MixtureTeacher", "RoutedScores", "RoutedTeacher"]
+__all__ = ["MixtureTeacher", "RoutedTeacher", "vocab_of"]
 
 # Logits of one teacher beside the mixture: a small part of what the mixture itself takes.
 _CHUNK_BYTES = 64 * 2**20
@@ -59,8 +59,8 @@ class MixtureTeacher:
             part = teacher.scores({**inputs, "fetched": fetched.get(name)}, batch)
             if not isinstance(part, Scores):
                 raise ValueError(
-                    f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens only: use a live teacher "
-                    "or a hidden cache, or route rows instead."
+                    f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens only: use a "
+                    "live teacher or a hidden cache, or route rows instead."
                 )
             mixture = _mix(mixture, part, self.weights[name], self.vocab or part.vocab)
         assert mixture is not None
@@ -82,13 +82,6 @@ def _mix(mixture: Tensor | None, scores: Scores, weight: float, vocab: int) -> F
         # Sums of probabilities would lose what is below the least float32, and reverse KLs look there.
         part.copy_(logprobs) if first else torch.logaddexp(part, logprobs, out=part)
     return mixture
-
-
-class RoutedScores(NamedTuple):
-    """The answers of several teachers, each for its own positions of a batch."""
-
-    parts: tuple[tuple[Int[Tensor, "n"], TeacherScores], ...]
-    """(positions among the batch's label positions, what their teacher says of them); at least one."""
 
 
 class RoutedTeacher:

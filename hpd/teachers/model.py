@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from accelerate import Accelerator
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 from trl.models.utils import prepare_fsdp
 
@@ -14,7 +15,14 @@ from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
 from hpd.losses import Scores, TeacherScores
 
-__all__ = ["ModelTeacher", "SelfTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "RoutedScores", "SelfTeacher", "Teacher"]
+
+
+class RoutedScores(NamedTuple):
+    """The answers of several teachers, each for its own positions of a batch."""
+
+    parts: tuple[tuple[Int[Tensor, "n"], TeacherScores], ...]
+    """(positions among the batch's label positions, what their teacher says of them); at least one."""
 
 
 class Teacher(Protocol):
@@ -24,7 +32,7 @@ class Teacher(Protocol):
         """Place the teacher like the student; called once, before the first step."""
         ...
 
-    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
         """What it knows of the label positions of `batch`: hidden states and head, or its likeliest tokens; no gradient.
 
         A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher may have two more
