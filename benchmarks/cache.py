@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpd import DistillConfig, DistillTrainer
+from hpd import DistillTrainer
 from hpd.batch import TokenBatch, uniforms
 from hpd.config import Recipe, load_recipe
 from hpd.forward import scores_of
@@ -48,9 +48,8 @@ class Reading(NamedTuple):
 
 def read(recipe: Recipe, teachers: dict[str, CachedTeacher]) -> Reading:
     planned = plan(recipe)
-    args = DistillConfig(**{**planned.args.to_dict(), "output_dir": tempfile.mkdtemp(), "report_to": "none"})
     trainer = DistillTrainer(
-        model=load_model(recipe.student, "student"), teacher=next(iter(teachers.values())), args=args,
+        model=load_model(recipe.student, "student"), teacher=next(iter(teachers.values())), args=planned.args,
         train_dataset=planned.rows.train, processing_class=planned.tokenizer,
     )  # fmt: skip
     trainer.data_collator.fetch = None

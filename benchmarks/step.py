@@ -106,8 +106,9 @@ def candidate(name: str, folder: str) -> Callable[[], None]:
     if name == "SFTTrainer":
         return step_of(SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common))
     impl = "reference" if name.endswith("(reference)") else "chunked"
+    teacher = cached_teacher(Path(folder) / "cache") if name.endswith("(cached)") else model(30, 1)
     trainer = DistillTrainer(
-        model=model(10, 0), teacher=cached_teacher(Path(folder) / "cache") if "cached" in name else model(30, 1), method=name.split(" ")[0],
+        model=model(10, 0), teacher=teacher, method=name.split(" ")[0],
         args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS), **common,
     )  # fmt: skip
     return step_of(trainer)
