@@ -174,6 +174,23 @@ def test_top_k_is_exact_at_its_tokens_and_names_its_tail(recipe, tmp_path):
     assert all(0.0 < log["teacher_tail_mass"] < 1.0 for log in logs if "loss" in log)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_top_k_leaves_the_tail_its_mass(recipe, tmp_path, dtype):
+    """Rounded log-probabilities may sum to more than one; the tail must not vanish for it."""
+    masses = {}
+    for name in ("float32", dtype):
+        small = ["cache.kind=top_k", "cache.top_k=290", f"cache.dtype={name}", f"cache.path={tmp_path / name}"]
+        assert write_cache(load_recipe(recipe, small)).bytes_per_position == (290 * 8 + 4 if name == "float32" else 290 * 6 + 8)
+        teacher = CachedTeacher(tmp_path / name)
+        empty = torch.empty(0, dtype=torch.long)
+        keys = torch.from_numpy(teacher.cache._keys)
+        scores = teacher.scores({}, TokenBatch(empty, empty, keys, torch.zeros((), dtype=torch.long)))
+        masses[name] = 1.0 - scores.logprobs.double().exp().sum(-1)
+    exact = masses["float32"].clamp_min(2.0**-24)
+    assert (masses[dtype] / exact).log().abs().max() < 1.0
+    assert (exact < 1e-4).any()
+
+
 def test_a_softcapped_teacher_and_a_longer_head(tmp_path):
     path = make_recipe(tmp_path, num_rows=12)
     for role in ("student", "teacher"):

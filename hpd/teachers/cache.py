@@ -110,7 +110,8 @@ def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray
     for i, block in enumerate(blocks.tolist()):
         state = xxhash.xxh3_64()
         for view in views:
-            state.update(memoryview(view[block * BLOCK : (block + 1) * BLOCK].numpy()))
+            data: Any = view[block * BLOCK : (block + 1) * BLOCK].numpy()
+            state.update(data)
         found[i] = state.intdigest()
     return found
 

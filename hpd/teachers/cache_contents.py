@@ -34,7 +34,7 @@ def position_bytes_of(config: CacheConfig, planned: Plan) -> int:
     """Bytes on disk of one label position."""
     dtype = stored_dtype(config, planned)
     if config.kind == "top_k":
-        return int(config.top_k or 0) * (4 + dtype.itemsize) + 4
+        return int(config.top_k or 0) * (4 + dtype.itemsize) + (4 if dtype == torch.float32 else 8)
     width = next(iter(planned.teacher_configs.values())).get_text_config().hidden_size
     return width * dtype.itemsize + 4 + (4 if dtype == torch.int8 else 0)
 
@@ -108,4 +108,8 @@ def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
             parts.append((top.indices, top.values, logprobs.gather(1, own)[:, 0]))
             first += len(logits)
         tokens, logprobs, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-    return {"tokens": tokens.int(), "logprobs": logprobs.to(dtype), "label_logprobs": label_logprobs.float()}
+    stored = {"tokens": tokens.int(), "logprobs": logprobs.to(dtype), "label_logprobs": label_logprobs.float()}
+    if dtype != torch.float32:
+        # Rounded to 16 bits, k probabilities may sum to more than one, and nothing would be left for all other tokens.
+        stored["tail"] = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(2.0**-24).float()
+    return stored

@@ -98,8 +98,11 @@ class CachedTeacher:
             found = found.result()
         stored = {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
         if self._kind == "top_k":
-            tokens, logprobs, label_logprobs = (stored[name] for name in ("tokens", "logprobs", "label_logprobs"))
-            return TopKScores(tokens.long(), logprobs.float(), label_logprobs, self.vocab)
+            logprobs = stored["logprobs"].float()
+            if "tail" in stored:
+                kept = torch.log1p(-stored["tail"]) - torch.logsumexp(logprobs, -1)
+                logprobs = logprobs + kept[:, None]
+            return TopKScores(stored["tokens"].long(), logprobs, stored["label_logprobs"], self.vocab)
         assert self._head is not None
         return Scores(stored_hidden(stored), self._head, stored["log_z"])
 
