@@ -33,7 +33,7 @@ class Teacher(Protocol):
         ...
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
-        """What it knows of the label positions of `batch`: hidden states and head, or its likeliest tokens; no gradient.
+        """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no gradient.
 
         A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher may have two more
         methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step, and what it returns is
