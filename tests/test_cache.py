@@ -186,7 +186,7 @@ def test_narrow_top_k_leaves_the_tail_its_mass(recipe, tmp_path, dtype):
         keys = torch.from_numpy(teacher.cache._keys)
         scores = teacher.scores({}, TokenBatch(empty, empty, keys, torch.zeros((), dtype=torch.long)))
         masses[name] = 1.0 - scores.logprobs.double().exp().sum(-1)
-    exact = masses["float32"].clamp_min(2.0**-24)
+    exact = masses["float32"].clamp_min(2.0**-20)
     assert (masses[dtype] / exact).log().abs().max() < 1.0
     assert (exact < 1e-4).any()
 

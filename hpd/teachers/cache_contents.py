@@ -110,6 +110,7 @@ def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
         tokens, logprobs, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
     stored = {"tokens": tokens.int(), "logprobs": logprobs.to(dtype), "label_logprobs": label_logprobs.float()}
     if dtype != torch.float32:
-        # Rounded to 16 bits, k probabilities may sum to more than one, and nothing would be left for all other tokens.
-        stored["tail"] = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(2.0**-24).float()
+        # Rounded to 16 bits, k probabilities may sum to more than one, and nothing would be left for all other tokens. The
+        # least tail is what one minus a float32 sum of k numbers can still tell from nothing.
+        stored["tail"] = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(2.0**-20).float()
     return stored
