@@ -16,9 +16,11 @@ import torch
 from timing import interleaved, machine, print_table, ratios, store_or_check
 from torch import Tensor
 
+from hpd import DistillConfig
 from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.losses.operator import DEFAULT_CHUNK_BYTES
+from hpd.losses.chunked import chunk_rows
+from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import METHODS, build_terms
 
 # label positions, hidden size of student and teacher, vocabulary
@@ -41,19 +43,22 @@ class Problem:
         self.teacher_hidden, self.teacher_weight = normal(num_tokens, teacher), normal(vocab, teacher) * teacher**-0.5
         self.labels = torch.randint(vocab, (num_tokens,), generator=generator)
         self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1)
-        self.rows = max(1, min(num_tokens, DEFAULT_CHUNK_BYTES // (4 * vocab)))
+        self.rows = chunk_rows(num_tokens, 4 * vocab, default_chunk_bytes("cpu"))
         self.buffers = torch.empty(2, self.rows, vocab)
 
     def floor(self) -> None:
         hidden, weight = self.hidden.detach(), self.weight.detach()
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
         for start in range(0, len(hidden), self.rows):
             chunk = slice(start, start + self.rows)
             student, teacher = self.buffers[:, : len(hidden[chunk])]
             torch.mm(hidden[chunk], weight.T, out=student)
             torch.mm(self.teacher_hidden[chunk], self.teacher_weight.T, out=teacher)
             torch.mm(student, weight, out=grad_hidden[chunk])
-            grad_weight.addmm_(student.T, hidden[chunk])
+            if start == 0:
+                torch.mm(student.T, hidden[chunk], out=grad_weight)
+            else:
+                grad_weight.addmm_(student.T, hidden[chunk])
 
     def ours(self, method: str, impl: str = "chunked") -> Callable[[], None]:
         terms = build_terms(method, {})
@@ -62,7 +67,8 @@ class Problem:
             self.hidden.grad = self.weight.grad = None
             reweighted_nll(
                 Scores(self.hidden, Head(self.weight)), Scores(self.teacher_hidden, Head(self.teacher_weight)),
-                self.labels, terms, uniforms=self.uniforms, scale=1 / len(self.labels), impl=impl, metric_stride=8,
+                self.labels, terms, uniforms=self.uniforms, scale=1 / len(self.labels), impl=impl,
+                metric_stride=DistillConfig.metric_stride,
             ).loss.backward()  # fmt: skip
 
         return run

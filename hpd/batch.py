@@ -102,16 +102,23 @@ class DistillCollator:
     Args:
         inner: what pads or flattens the rows.
         vocab: as in `token_batch`.
+        then: called with each finished batch, such as to ask a teacher elsewhere about it early.
     """
 
-    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], vocab: int | None = None):
+    def __init__(
+        self,
+        inner: Callable[[list[Any]], dict[str, Any]],
+        vocab: int | None = None,
+        then: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.inner = inner
         self.vocab = vocab
+        self.then = then
         self.fetch: Callable[[dict[str, Any], TokenBatch], Any] | None = None
         """What a teacher reads ahead for a batch (`inputs["fetched"]`)."""
 
     def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, TokenBatch]]:
-        """Each row of a prepared dataset with its label positions, nothing fetched."""
+        """Each row of a prepared dataset with its label positions, nothing fetched or asked."""
         for row in dataset:
             yield row, token_batch(self.inner([row]), self.vocab)
 
@@ -125,4 +132,6 @@ class DistillCollator:
             inputs["fetched"] = self.fetch(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
         inputs.update({f"label_{field}": value for field, value in batch._asdict().items()})
+        if self.then is not None:
+            self.then(inputs)
         return inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ Overrides = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
 
 
+_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later
+
+
 def _version(shown: bool) -> None:
     if shown:
         typer.echo(f"hpd {__version__}")
@@ -50,11 +54,21 @@ def _user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("HPD_DEBUG"):
             raise
-        from rich.console import Console
-
-        text = str(error) if str(error) else type(error).__name__
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(text)}", highlight=False)
+        _complain("error", str(error) if str(error) else type(error).__name__)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        # By name: importing the classes would load transformers for every command.
+        if type(error).__name__ not in ("RunStopped", "TeacherUnavailable") or os.environ.get("HPD_DEBUG"):
+            raise
+        again = shlex.join(["hpd", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        _complain("stopped", f"{error} Go on with: {again}")
+        raise typer.Exit(_TRY_AGAIN) from None
+
+
+def _complain(kind: str, text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
 
 
 def _escape(text: str) -> str:
@@ -147,6 +161,45 @@ def evaluate(
             "seed": seed,
         }
         evaluate_with_display(model, task, data, limit, settings, output, dtype)
+
+
+@app.command(name="serve-teacher")
+def serve_teacher(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],
+    port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8765,
+    host: Annotated[str, typer.Option(help="Address to bind; beyond loopback a token is required.")] = "127.0.0.1",
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable with the token that clients must show.")
+    ] = "HPD_SERVE_TOKEN",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="4bit or 8bit (extra quantization).")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is sent away for a while.", min=1)] = 64,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward, padding included.", min=1)] = 16384,
+    max_request_tokens: Annotated[int, typer.Option(help="Tokens of one request.", min=1)] = 65536,
+) -> None:
+    """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra `serve`."""
+    with _user_errors():
+        from hpd.teachers.serve import ServeSettings, serve_model
+
+        settings = ServeSettings(
+            host=host, port=port, token=os.environ.get(token_env) or None, max_waiting=max_waiting,
+            max_request_tokens=max_request_tokens,
+        )  # fmt: skip
+        serve_model(model, dtype, quantization, settings, max_batch_tokens)
+
+
+@app.command()
+def generate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
+) -> None:
+    """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was interrupted."""
+    with _user_errors():
+        from hpd.config import load_recipe
+        from hpd.display import generate_with_display
+
+        generate_with_display(load_recipe(recipe, overrides or ()), overwrite)
 
 
 @app.command()

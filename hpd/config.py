@@ -13,20 +13,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
+from hpd.checks import check_generate, check_served
 from hpd.methods import choose_terms
 from hpd.terms import TermConfig
 
 __all__ = [
-    "CacheConfig",
-    "DataConfig",
-    "EvalConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "Recipe",
-    "TeacherConfig",
-    "load_recipe",
-    "resolve",
-]
+    "CacheConfig", "DataConfig", "EvalConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig",
+    "load_recipe", "resolve",
+]  # fmt: skip
 
 _STRICT = ConfigDict(extra="forbid")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -70,11 +64,13 @@ class TeacherConfig:
 
     __pydantic_config__ = _STRICT
 
-    type: Literal["model", "self", "cached", "mixture", "routed"] = "model"
+    type: Literal["model", "self", "cached", "server", "mixture", "routed"] = "model"
     """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy). cached:
-    what `hpd cache` wrote. mixture: a weighted mixture of teachers. routed: each row has one of several teachers."""
+    what `hpd cache` wrote. server: a model that answers over HTTP. mixture: a weighted mixture of teachers. routed: each row
+    has one of several teachers."""
     model: str | None = None
-    """Hub id or local folder; required by type model. With type cached it may stay: the cache must then be of this model."""
+    """Hub id or local folder; required by type model. Type cached: may stay, the cache must then be of this model. Type server:
+    the name that the server knows the model by."""
     path: str | None = None
     """Folder of a cache (type cached); null: cache.path."""
     teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]] = field(default_factory=dict)
@@ -84,7 +80,7 @@ class TeacherConfig:
     column: str | None = None
     """Column of the dataset that names each row's teacher (type routed)."""
     dtype: DType = "auto"
-    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU."""
+    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU. Protocol hpd: of hidden states and head."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Load the teacher's weights quantised by bitsandbytes (extra `quantization`)."""
     tokenizer: str | None = None
@@ -95,6 +91,24 @@ class TeacherConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    url: str | None = None
+    """Type server: its base address, such as http://127.0.0.1:8765."""
+    protocol: Literal["openai", "echo", "sglang", "hpd"] | None = None
+    """Type server; null: openai. openai: /v1/completions with prompt_logprobs (vLLM). echo: the same with echo and
+    return_tokens_as_token_ids. sglang: /generate. hpd: a server that `hpd serve-teacher` runs, exact for every method."""
+    api_key_env: str | None = None
+    """Type server: name of the environment variable that holds the key. Never the key: recipes are written to run folders."""
+    top_k: int | None = None
+    """Protocols openai, echo, sglang: likeliest tokens asked for, >= 1; null: 20."""
+    tail: Literal["exact", "uniform"] = "exact"
+    """Protocols openai, echo, sglang. exact: a method that reads other tokens than label and top_k is an error. uniform: those
+    tokens share the rest of the teacher's mass evenly, an approximation."""
+    concurrency: int = 4
+    """Type server: requests at once, >= 1."""
+    timeout_seconds: float = 120.0
+    """Type server: longest wait for one answer, > 0."""
+    wait_seconds: float = 600.0
+    """Type server: how long a failed request is tried again before training saves a checkpoint and stops, >= 0."""
 
     @property
     def title(self) -> str:
@@ -105,7 +119,7 @@ class TeacherConfig:
             return f"the cache {self.path}"
         if self.teachers:
             return f"a {'mixture' if self.type == 'mixture' else 'choice'} of {', '.join(self.teachers)}"
-        return str(self.model)
+        return str(self.model) if self.url is None else f"{self.model or 'a model'} at {self.url}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +219,38 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Completions that a model writes for the prompts of `data` (`hpd generate`)."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str | None = None
+    """Hub id or folder of another writer; null: the recipe's teacher (type self: the student)."""
+    output: str = "generated.jsonl"
+    """The JSONL file that is written: prompt and completion, and where they come from."""
+    samples: int = 1
+    """Completions per prompt, >= 1."""
+    temperature: float = 1.0
+    """0 is greedy; above 0, tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this mass, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    seed: int = 0
+    """Which draws."""
+    batch_size: int = 16
+    """Prompts per forward; requests at once for a server have teacher.concurrency."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """Completions that max_new_tokens cut. Kept ones are marked (finish_reason: length); training would end them early."""
+    filter: Literal["none", "correct"] = "none"
+    """correct: keep completions whose final answer is that of the dataset."""
+    reference: str | None = None
+    """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A run: one student, one teacher, prefixes (the dataset's) and a list of terms."""
 
@@ -228,6 +274,8 @@ class Recipe:
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
     eval: EvalConfig | None = None
     """What to run before and after training."""
+    generate: GenerateConfig | None = None
+    """What `hpd generate` writes; null: its defaults."""
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
     cache: CacheConfig | None = None
@@ -319,7 +367,7 @@ def _explain(error: ValidationError) -> str:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     classes = {
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
-        "eval": EvalConfig, "terms": TermConfig, "cache": CacheConfig,
+        "eval": EvalConfig, "terms": TermConfig, "cache": CacheConfig, "generate": GenerateConfig,
     }  # fmt: skip
     owner = next((classes[part] for part in location if part in classes), Recipe)
     return [f.name for f in dataclasses.fields(owner)]
@@ -329,6 +377,7 @@ def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
     data = recipe.data
+    check_served(recipe.teacher)
     _check_teacher(recipe.teacher, recipe)
     if data.streaming and isinstance(data.validation, float):
         raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
@@ -340,6 +389,8 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
     if recipe.eval and not recipe.eval.data:
         raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+    if recipe.generate:
+        check_generate(recipe.generate)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
 
@@ -381,6 +432,11 @@ def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
     if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
         raise ValueError("Routing reads the column row by row before training: set train.packing and data.streaming to false.")
     for name, part in teacher.teachers.items():
+        if part.type == "server":
+            raise ValueError(
+                f"teacher.teachers.{name} is a server, which answers for whole batches: cache it, or load the model."
+            )
+        check_served(part)
         _check_teacher(part, recipe, f"teacher.teachers.{name}")
 
 

@@ -16,7 +16,7 @@ from trl.data_utils import is_conversational
 from hpd.batch import IGNORE_INDEX
 from hpd.config import DataConfig
 
-__all__ = ["Lengths", "Rows", "load_rows", "measure"]
+__all__ = ["Lengths", "PromptRow", "Rows", "load_prompts", "load_rows", "measure"]
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _MEASURED_ROWS = 256
@@ -28,6 +28,14 @@ class Rows(NamedTuple):
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset | None
     conversational: bool
+
+
+class PromptRow(NamedTuple):
+    """A prompt that wants a completion."""
+
+    prompt: str | list[dict[str, str]]
+    reference: str | None
+    """The dataset's own answer, where it has one."""
 
 
 class Lengths(NamedTuple):
@@ -79,6 +87,52 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
         parts = train.train_test_split(test_size=config.validation, seed=0)
         train, validation = parts["train"], parts["test"]
     return Rows(train, validation, is_conversational(dict(next(iter(train)))))
+
+
+def load_prompts(config: DataConfig, reference: str | None = None) -> list[PromptRow]:
+    """The prompts of the dataset, as training would see them; rows need no completion.
+
+    Args:
+        config: the recipe's `data`.
+        reference: column with the right answer; None: the completion, or the last turn of `messages`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_rows`; no prompts, or no such column.
+    """
+    datasets.disable_progress_bars()
+    renamed = {given: wanted for wanted, given in config.columns.items()}
+    prompts = []
+    for index, given in enumerate(_read(config.path, config)):
+        row: dict[str, Any] = dict(given)
+        named = {renamed.get(name, name): value for name, value in row.items()}
+        if reference is not None and reference not in row:
+            raise ValueError(f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}.")
+        prompts.append(_prompt_row(named, index, config, None if reference is None else str(row[reference])))
+    if not prompts:
+        raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
+    return prompts
+
+
+def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, reference: str | None) -> PromptRow:
+    prompt: Any
+    answer: Any
+    if row.get("messages"):
+        last = row["messages"][-1]
+        answered = last["role"] == "assistant"
+        prompt, answer = (row["messages"][:-1], last["content"]) if answered else (row["messages"], None)
+    else:
+        prompt, answer = row.get("prompt"), row.get("completion")
+        answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
+    if not prompt:
+        raise ValueError(
+            f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example data.columns: "
+            "{prompt: question}."
+        )
+    if isinstance(prompt, str) and config.format == "chat":
+        prompt = [{"role": "user", "content": prompt}]
+    if config.system_prompt and isinstance(prompt, list) and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
+    return PromptRow(prompt, reference if reference is not None else answer)
 
 
 def _read(path: str, config: DataConfig, split: str | None = None, limit: bool = True) -> Any:

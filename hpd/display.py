@@ -30,7 +30,15 @@ from hpd.terms import nearest
 from hpd.train import Progress as TrainProgress
 from hpd.train import train
 
-__all__ = ["cache_with_display", "evaluate_with_display", "show_methods", "show_summary", "show_verdicts", "train_with_display"]
+__all__ = [
+    "cache_with_display",
+    "evaluate_with_display",
+    "generate_with_display",
+    "show_methods",
+    "show_summary",
+    "show_verdicts",
+    "train_with_display",
+]
 
 console = Console()
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
@@ -174,6 +182,22 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     """Before and after, side by side, and where the student is."""
     console.print(summary_table(summary))
     console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
+
+
+def generate_with_display(recipe: Recipe, overwrite: bool = False) -> None:
+    """`hpd generate`, with a bar and the summary."""
+    from hpd.config import GenerateConfig
+    from hpd.generate import generate
+    from hpd.train import quiet_libraries
+
+    quiet_libraries()
+    summary = generate(recipe, overwrite=overwrite, progress=progress_bar("completions"))
+    console.print(
+        f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
+        f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
+        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
+        highlight=False,
+    )
 
 
 _FIGURES = ("accuracy", "loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")

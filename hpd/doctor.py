@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hpd.config import Recipe, TeacherConfig
 from hpd.display import console, show_verdicts
+from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import name_terms
 from hpd.train import Plan, plan, steps_of
 
@@ -45,7 +46,8 @@ def estimate_memory(planned: Plan) -> Memory:
     width = 4 if recipe.student.dtype in ("auto", "float32") else 2
     teacher_bytes = _teacher_bytes(planned)
     vocab, hidden = config.vocab_size, config.hidden_size
-    rows = min(args.chunk_bytes // (4 * vocab), args.per_device_train_batch_size * _row_tokens(planned))
+    chunk_bytes = args.chunk_bytes or default_chunk_bytes("cuda" if torch.cuda.is_available() else "cpu")
+    rows = min(chunk_bytes // (4 * vocab), args.per_device_train_batch_size * _row_tokens(planned))
     head_gradient = 0 if recipe.lora is not None else vocab * hidden * 4
     return Memory(
         student=student * width,
@@ -79,6 +81,10 @@ def _teacher_bytes(planned: Plan) -> int:
 
 
 def _bytes_of(teacher: TeacherConfig, config: Any, planned: Plan) -> int:
+    if teacher.type == "server":
+        # Only the head is here, and with likeliest tokens not even that.
+        width = {"bfloat16": 2, "float16": 2}.get(teacher.dtype, 4)
+        return config.vocab_size * config.hidden_size * width if teacher.protocol == "hpd" else 0
     if teacher.type == "self":
         return 0 if planned.recipe.lora else _num_parameters(config) * 4
     if teacher.type == "cached":

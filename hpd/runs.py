@@ -68,6 +68,23 @@ class RunFolder:
         (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
         self.write_json("environment.json", environment())
 
+    def keep_teacher(self, fingerprint: str | None) -> None:
+        """Note which weights a remote teacher has, or compare them with those of the run's start.
+
+        Raises:
+            ValueError: a resumed run would go on with another teacher.
+        """
+        file = self.path / "teacher.json"
+        if fingerprint is None:
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else fingerprint
+        if before != fingerprint:
+            raise ValueError(
+                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: start the first "
+                "one again, or choose another output_dir."
+            )
+        self.write_json("teacher.json", {"fingerprint": fingerprint})
+
     def write_json(self, name: str, content: Any) -> None:
         """Write a file whole or not at all."""
         target = self.path / name

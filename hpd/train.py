@@ -21,11 +21,16 @@ from hpd.data import Lengths, Rows, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
-from hpd.teachers import ModelTeacher, Teacher
+from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
+from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = ["Plan", "Progress", "RunStopped", "plan", "quiet_libraries", "steps_of", "train"]
+
+
+class RunStopped(RuntimeError):
+    """The run ended before its last step, on purpose, with a checkpoint; the same command goes on."""
 
 
 class Plan(NamedTuple):
@@ -40,6 +45,8 @@ class Plan(NamedTuple):
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
+    served: ServedTeacher | None = None
+    """The connection to a teacher elsewhere."""
 
     def require_sound(self) -> None:
         """Raise ValueError with every verdict that would ruin the run."""
@@ -60,23 +67,45 @@ def plan(recipe: Recipe) -> Plan:
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
     check_caches(recipe.teacher, tokenizer, args)
-    sources = described_by(recipe)
-    teacher_configs = {role: load_config(source, role) for role, source in sources.items()}
-    teacher_tokenizers = {role: load_tokenizer(source, role) for role, source in sources.items()}
+    served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
+    teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
     rows = load_rows(recipe.data, recipe.teacher.column)
     verdicts = []
     for role, config in teacher_configs.items():
-        found = check_pair(
-            tokenizer, teacher_tokenizers[role], student_config, config,
-            policy=args.vocabulary, conversational=rows.conversational,
-        )  # fmt: skip
-        verdicts += found if len(sources) == 1 else [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found]
+        theirs = teacher_tokenizers[role]
+        if theirs is None:
+            assert served is not None
+            found = served.verdicts()
+        else:
+            found = check_pair(
+                tokenizer, theirs, student_config, config, policy=args.vocabulary, conversational=rows.conversational
+            )
+        several = len(teacher_configs) > 1
+        verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
     for verdict in verdicts:
         if verdict.level == "error" and verdict.topic.startswith("chat template"):
             raise ValueError(verdict.text)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts))
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), served)
+
+
+def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has (None)."""
+    if served is not None:
+        tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        return {"teacher": served.config}, {"teacher": tokenizer}
+    sources = described_by(recipe)
+    configs = {role: load_config(source, role) for role, source in sources.items()}
+    return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
+
+
+def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
+    served = ServedTeacher(recipe.teacher, student_config.get_text_config().vocab_size)
+    served.check_terms(recipe.choose_terms())
+    served.connect(tokenizer)
+    served.check_rows(args.max_length)
+    return served
 
 
 def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
@@ -114,16 +143,28 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
 
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
+        RunStopped: a remote teacher stayed away, or the trainer was told to stop; a checkpoint was written.
     """
     progress = progress or Progress()
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
     folder.open()
+    try:
+        return _run(planned, folder, progress)
+    finally:
+        if planned.served is not None:
+            planned.served.close()
+
+
+def _run(planned: Plan, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    teacher = load_teacher(recipe.teacher)
+    teacher = planned.served or load_teacher(recipe.teacher)
+    if planned.served is not None:
+        folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
     if resume is None:
@@ -134,10 +175,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
     before_training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
-    if trainer.eval_dataset is not None:
-        summary |= {f"{k} after": v for k, v in _eval_metrics(trainer).items()}
     trainer.save_model()
     summary |= _evaluate(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
     summary["seconds"] = round(time.perf_counter() - started, 1)
@@ -146,6 +185,21 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str, Any]:
+    """Train to the end, or to a stop whose checkpoint the next run goes on from."""
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.stop_reason is None:
+            return {f"{k} after": v for k, v in _eval_metrics(trainer).items()} if trainer.eval_dataset is not None else {}
+        reason = trainer.stop_reason
+    except TeacherUnavailable as error:
+        trainer.save_checkpoint()  # the evaluation after the last step may be what failed
+        reason = str(error)
+    step = trainer.state.global_step
+    kept = f"the checkpoint of step {step} is in {trainer.args.output_dir}" if step else "no step was done"
+    raise RunStopped(f"{reason} Training stopped: {kept}, and the same command goes on from there.")
 
 
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,12 +21,20 @@ from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
 from hpd.losses import LossOutput, Scores, TeacherScores, reweighted_nll
-from hpd.losses.operator import DEFAULT_CHUNK_BYTES, IMPLEMENTATIONS
+from hpd.losses.operator import IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
 from hpd.schedules import TaidPosition
-from hpd.teachers import ModelTeacher, RoutedScores, SelfTeacher, Teacher, vocab_of
+from hpd.teachers import (
+    ModelTeacher,
+    RemoteTeacher,
+    RoutedScores,
+    SelfTeacher,
+    Teacher,
+    TeacherUnavailable,
+    vocab_of,
+)
 from hpd.terms import Term, TermConfig
 
 __all__ = ["DistillConfig", "DistillTrainer"]
@@ -36,12 +45,18 @@ class DistillConfig(SFTConfig):
     """Every setting of TRL's `SFTConfig`, and those of the distillation loss."""
 
     vocabulary: str = field(default="error", metadata={"help": "Unequal vocabularies: 'error', or 'shared_prefix'."})
-    impl: str = field(default="chunked", metadata={"help": "Operator: 'chunked' (fused) or 'reference' (whole logits)."})
-    chunk_bytes: int = field(
-        default=DEFAULT_CHUNK_BYTES, metadata={"help": "Bytes of one chunk of logits; two chunks are kept."}
+    impl: str = field(
+        default="chunked",
+        metadata={"help": "Operator: 'chunked' (fused), 'compiled' (also torch.compile), or 'reference' (whole logits)."},
+    )
+    chunk_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Bytes of one chunk of logits; two chunks are kept. null: 128 MiB on a CPU, 512 MiB on an accelerator."
+        },
     )
     metric_stride: int = field(
-        default=8,
+        default=16,
         metadata={
             "help": "KLs, entropies and agreement on every n-th label position while training (evaluation uses all); "
             "0 turns them off. They are the only part of HPD that costs passes over the vocabulary."
@@ -59,7 +74,7 @@ class DistillConfig(SFTConfig):
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}.")
         if self.kl_estimator not in ESTIMATORS:
             raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
-        if self.chunk_bytes <= 0 or self.metric_stride < 0:
+        if (self.chunk_bytes is not None and self.chunk_bytes <= 0) or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
@@ -120,7 +135,13 @@ class DistillTrainer(SFTTrainer):
         theirs = vocab_of(self.teacher)
         vocab = common_vocab(self._base_model, theirs, args.vocabulary) if theirs is not None else None
         self.teacher.prepare(self.model, self.accelerator)
-        self.data_collator = DistillCollator(self.data_collator, vocab)
+        self.stop_reason: str | None = None
+        self._failure: str | None = None
+        self.add_callback(_StopCleanly(self))
+        # The data loader collates one batch ahead: a remote teacher is asked about it while the student works. Worker
+        # processes have no connection.
+        early = isinstance(self.teacher, RemoteTeacher) and args.dataloader_num_workers == 0
+        self.data_collator = DistillCollator(self.data_collator, vocab, self.teacher.request if early else None)  # type: ignore[union-attr]
         self._introduce_rows()
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
@@ -189,7 +210,68 @@ class DistillTrainer(SFTTrainer):
                 stats[name] = stats[name] + value if name in stats else value
         return LossOutput(loss, stats)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A remote teacher that stays away ends it with a checkpoint of the steps done.
+
+        Raises:
+            TeacherUnavailable: after that checkpoint was written.
+        """
+        try:
+            result = super().train(*args, **kwargs)
+        except TeacherUnavailable:  # from an evaluation, between two steps
+            self.save_checkpoint()
+            raise
+        if self._failure is not None:
+            raise TeacherUnavailable(self._failure)
+        return result
+
+    def stop_cleanly(self, reason: str) -> None:
+        """Save a checkpoint and end training after the step that runs; safe to call from a signal handler or a callback.
+
+        `train` then returns as usual and `stop_reason` says why. All processes must be asked before the same step.
+        """
+        self.stop_reason = reason
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
+        state = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", "trainer_state.json")
+        # One process decides: another may look after the first has begun to write.
+        written = gather_object([os.path.isfile(state)])[0] if self.accelerator.num_processes > 1 else os.path.isfile(state)
+        if self.state.global_step and not written:
+            self._save_checkpoint(self.model, trial=None)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step; none where training must end before it."""
+        # A run that is resumed from its last step has nothing left to do.
+        if self.state.global_step < self.state.max_steps:
+            samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+            # Here, before the step: no process has entered a collective operation that the others would wait in.
+            self._failure = self._teacher_failure(samples)
+            if self._failure is None:
+                return samples, count
+            self.save_checkpoint()
+        self.control.should_training_stop = True
+        return [], None
+
+    def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
+        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it has answered."""
+        if not isinstance(self.teacher, RemoteTeacher):
+            return None
+        failure = None
+        try:
+            for batch in batches:
+                self.teacher.request(batch)
+            for batch in batches:
+                self.teacher.wait(batch)
+        except TeacherUnavailable as error:
+            failure = str(error)
+        if self.accelerator.num_processes > 1:
+            failure = next((f for f in gather_object([failure]) if f is not None), None)
+        return failure
+
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        if failure := self._teacher_failure([inputs]):
+            raise TeacherUnavailable(failure)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
@@ -242,6 +324,22 @@ class DistillTrainer(SFTTrainer):
         zero = torch.zeros((), device=device)
         stacked = torch.stack([sums.get(name, zero).to(device, sum_dtype(device)) for name in names])
         return dict(zip(names, cast(Tensor, self.accelerator.reduce(stacked, "sum")).tolist(), strict=True))
+
+
+class _StopCleanly(TrainerCallback):
+    """Carries out `DistillTrainer.stop_cleanly`."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.stop_reason is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.stop_reason is not None or self._trainer._failure is not None:
+            control.should_save = control.should_evaluate = False
 
 
 class _ScheduledTerms(TrainerCallback):

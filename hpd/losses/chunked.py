@@ -9,7 +9,7 @@ logits, one tile of scratch and the head's gradient; never `[N, V]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, tile_gr
 from hpd.losses.tokens import read_few_tokens, token_gradient_
 from hpd.terms import Term
 
-__all__ = ["Plan", "chunked_reweighted_nll"]
+__all__ = ["Plan", "chunk_rows", "chunked_reweighted_nll"]
 
 # Scratch per tile on a CPU: small beside a chunk, and large enough to amortise the start of a parallel region (measured: a pass
 # over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
@@ -48,6 +48,8 @@ class Plan(NamedTuple):
     chunk_bytes: int
     metric_stride: int
     vocab: int
+    tile_gradient: Callable[..., Tensor] = tile_gradient_
+    """What lies between the products, where both distributions are at hand."""
 
 
 def chunked_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
@@ -122,6 +124,13 @@ def _chunk_buffers(like: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> F
     return _cpu_scratch[dtype][:size].view(2, rows, vocab)
 
 
+def chunk_rows(num_tokens: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Positions of a chunk: as many as the bytes allow, evened out, for a last chunk of a few rows reads the heads in vain."""
+    most = max(1, min(num_tokens, chunk_bytes // row_bytes))
+    chunks = -(-num_tokens // most)
+    return -(-num_tokens // max(chunks, 1)) or 1
+
+
 def _walk(student: Scores, plan: Plan, gradients: Gradients, sums: Sums) -> None:
     """Chunks of positions: logits of both models, gradient of the student's, products back to hidden and head."""
     num_tokens, vocab = len(student.hidden), plan.vocab
@@ -129,12 +138,13 @@ def _walk(student: Scores, plan: Plan, gradients: Gradients, sums: Sums) -> None
     student, ready = for_products(student, vocab), plan.teacher
     if isinstance(ready, Scores):
         ready = for_products(ready, vocab)
-    rows = max(1, min(num_tokens, plan.chunk_bytes // (vocab * dtype.itemsize)))
+    rows = chunk_rows(num_tokens, vocab * dtype.itemsize, plan.chunk_bytes)
     buffers = _chunk_buffers(student.hidden, rows, vocab, dtype)
     # A product of Python numbers is filled in on the device: no copy from the host, no synchronisation.
     scale = torch.ones((), dtype=dtype, device=student.hidden.device) * plan.scale * student.head.scale
     # The slope of a softcap needs the logits beside their gradient: a second chunk, so such heads go tile by tile.
     few = read_few_tokens(plan.terms, plan.inputs.kl_estimator) and student.head.softcap is None
+    few = few and (plan.tile_gradient is tile_gradient_ or is_known_by_token(plan.teacher))
     for start in range(0, num_tokens, rows):
         chunk = slice(start, min(start + rows, num_tokens))
         hidden = student.hidden[chunk]
@@ -144,7 +154,7 @@ def _walk(student: Scores, plan: Plan, gradients: Gradients, sums: Sums) -> None
             _gradient_by_token_(logits, part, start, plan, scale, sums)
         else:
             _gradient_of_whole_(logits, part, start, plan, student.head, scale, sums, few)
-        add(sums, "tokens", torch.ones_like(logits[:, 0]))
+        add(sums, tokens=torch.ones_like(logits[:, 0]))
         if any(buffer is not None for buffer in gradients):
             accumulate(logits, hidden, student.head.weight, gradients, chunk)
 
@@ -168,11 +178,11 @@ def _gradient_by_token_(logits: Tensor, part: _Part, first: int, plan: Plan, sca
         chosen = logits[rows]
         _metrics(teacher_logits_(take(part.ready, rows), labels[rows], part.buffer[: len(chosen)]), chosen, sums)
     if teacher.vocab > plan.vocab:
-        add(sums, "teacher_mass_outside", mass_outside(teacher, labels, plan.vocab, None))
+        add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, None))
     log_z = log_normaliser(teacher, labels, plan.vocab)
     token_gradient_(logits, lambda tokens: token_logprobs(teacher, log_z, labels, tokens), part.inputs, plan.terms, sums, scale)
     if isinstance(teacher, TopKScores):
-        add(sums, "teacher_tail_mass", tail_mass(teacher, labels))
+        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
 
 
 def _gradient_of_whole_(
@@ -182,9 +192,9 @@ def _gradient_of_whole_(
     teacher, labels = part.teacher, part.inputs.labels
     teacher_logits = teacher_logits_(part.ready, labels, part.buffer)
     if teacher.vocab > plan.vocab:
-        add(sums, "teacher_mass_outside", mass_outside(teacher, labels, plan.vocab, teacher_logits))
+        add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, teacher_logits))
     if isinstance(teacher, TopKScores):
-        add(sums, "teacher_tail_mass", tail_mass(teacher, labels))
+        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
     if plan.metric_stride:
         rows = slice(-first % plan.metric_stride, None, plan.metric_stride)
         _metrics(teacher_logits[rows], logits[rows], sums)
@@ -199,7 +209,9 @@ def _gradient_of_whole_(
         slope = None
         if head.softcap is not None:
             slope = 1.0 - (logits[rows] / head.softcap).square_()
-        gradient = tile_gradient_(logits[rows], teacher_logits[rows], part.inputs.rows(rows), plan.terms, sums, scale, finite)
+        gradient = plan.tile_gradient(
+            logits[rows], teacher_logits[rows], part.inputs.rows(rows), plan.terms, sums, scale, finite
+        )
         if slope is not None:
             gradient.mul_(slope)
 

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpd.losses.chunked import Plan, chunked_reweighted_nll
+from hpd.losses.compiled import compiled_reweighted_nll
 from hpd.losses.heads import Scores, TeacherScores
 from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import TileInputs
 from hpd.terms import Term
 
-__all__ = ["IMPLEMENTATIONS", "LossOutput", "reweighted_nll"]
+__all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "reweighted_nll"]
 
-IMPLEMENTATIONS = {"reference": reference_reweighted_nll, "chunked": chunked_reweighted_nll}
+IMPLEMENTATIONS = {
+    "reference": reference_reweighted_nll,
+    "chunked": chunked_reweighted_nll,
+    "compiled": compiled_reweighted_nll,
+}
 
-# Logits of one chunk: large enough that the products run at full speed, small beside any head.
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+# Bytes of logits in one chunk, by device. A CPU's products run at full speed from here on; an accelerator also adds to the
+# head's gradient once a chunk, so that fewer chunks save traffic of the size of the head.
+_CPU_CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
+
+
+def default_chunk_bytes(device: torch.device | str) -> int:
+    """Bytes of one chunk of logits (two are kept) where none are asked for."""
+    return _CPU_CHUNK_BYTES if torch.device(device).type == "cpu" else _ACCELERATOR_CHUNK_BYTES
 
 
 class LossOutput(NamedTuple):
@@ -40,7 +52,7 @@ def reweighted_nll(
     draws: Int[Tensor, "N n"] | None = None,
     scale: Tensor | float = 1.0,
     impl: str = "chunked",
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     metric_stride: int = 1,
     kl_estimator: str = "exact",
 ) -> LossOutput:
@@ -62,8 +74,9 @@ def reweighted_nll(
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
-        impl: `chunked` or `reference`.
-        chunk_bytes: memory of one chunk of logits; two are kept.
+        impl: `chunked`; `compiled`, the same with the passes between the products through torch.compile; or `reference`.
+        chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`. The number of positions
+            in a chunk follows from it and the vocabulary.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
         kl_estimator: one of ESTIMATORS; but for exact, its estimate at the drawn tokens is added to the statistics.
 
@@ -91,6 +104,6 @@ def reweighted_nll(
     inputs = TileInputs(labels, uniforms, draws, kl_estimator)
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())
-    plan = Plan(teacher, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
+    plan = Plan(teacher, inputs, terms, scale, chunk_bytes or default_chunk_bytes(labels.device), metric_stride, vocab)
     loss, stats = IMPLEMENTATIONS[impl](student, plan)
     return LossOutput(loss, stats)

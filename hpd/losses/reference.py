@@ -50,12 +50,12 @@ def reference_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor,
         if plan.metric_stride:
             rows = slice(None, None, plan.metric_stride)
             distribution_metrics(log_p[rows], log_q[rows], sums)
-        add(sums, "tokens", torch.ones_like(log_q[:, 0]))
+        add(sums, tokens=torch.ones_like(log_q[:, 0]))
         if plan.teacher.vocab > plan.vocab:
             everything = torch.softmax(_teacher_logits(plan, z, plan.teacher.vocab), -1)
-            add(sums, "teacher_mass_outside", everything[:, plan.vocab :].sum(-1))
+            add(sums, teacher_mass_outside=everything[:, plan.vocab :].sum(-1))
         if isinstance(plan.teacher, TopKScores):
-            add(sums, "teacher_tail_mass", tail_mass(plan.teacher, plan.inputs.labels))
+            add(sums, teacher_tail_mass=tail_mass(plan.teacher, plan.inputs.labels))
     return (loss * plan.scale).to(z.dtype), sums
 
 

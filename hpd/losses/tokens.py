@@ -70,7 +70,7 @@ def token_gradient_(
         weights = weigh_columns(term, columns, sums)
         if term.support.draws and term.support.label:
             assert draws is not None
-            add(sums, "drawn_label", (draws.tokens == labels).float().mean(-1))
+            add(sums, drawn_label=(draws.tokens == labels).float().mean(-1))
         factor = term.weight * scale
         mass = mass + factor * weights.sum(-1, keepdim=True)
         updates.append((tokens, weights * -factor))

@@ -5,14 +5,18 @@ Axes and notation: see `hpd.objectives.objective`.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hpd.objectives.kl import blended_kl
-from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number
+from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number
 
 __all__ = ["akl", "taid", "todi"]
+
+
+_NUMPY_DTYPES = (torch.float32, torch.float64)
 
 
 def akl(mu: float = 0.5) -> Objective:
@@ -39,14 +43,24 @@ def akl(mu: float = 0.5) -> Objective:
 
     def head_share(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Float[Tensor, "N 1"]:
         teacher_probs = teacher_logprobs.exp()
-        descending = teacher_probs.sort(dim=-1, descending=True).values
+        descending = _descending(teacher_probs)
         head_tokens = (descending.cumsum(-1) <= mu).sum(-1, keepdim=True).clamp_min(1)  # [N, 1]
         in_head = teacher_probs >= descending.gather(-1, head_tokens - 1)
-        gap = (teacher_probs - student_logprobs.exp()).abs()
-        head_gap, total_gap = (gap * in_head).sum(-1, keepdim=True), gap.sum(-1, keepdim=True)
+        gap = student_logprobs.exp().sub_(teacher_probs).abs_()
+        total_gap = gap.sum(-1, keepdim=True)
+        head_gap = gap.mul_(in_head).sum(-1, keepdim=True)
         return torch.where(total_gap > 0, head_gap / total_gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
 
     return blended_kl(head_share, domain="distribution")
+
+
+def _descending(probs: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    """Rows from the largest to the smallest."""
+    if probs.device.type == "cpu" and probs.dtype in _NUMPY_DTYPES and not torch.compiler.is_compiling():
+        # NumPy's vector sort of values alone takes a tenth of the time of torch's, which moves indices too (2.6 against
+        # 29 ns a number here).
+        return torch.from_numpy(np.sort(probs.detach().numpy(), axis=-1)).flip(-1)
+    return probs.sort(dim=-1, descending=True).values
 
 
 def todi(beta: float = 1.0) -> Objective:
@@ -105,9 +119,10 @@ def taid(t: float) -> Objective:
         target = log_target(teacher_logprobs, student_logprobs.detach())
         return target.exp() * (target - student_logprobs)
 
-    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
-        target = log_target(teacher_logprobs, student_logprobs)
+    def fused(whole: Whole) -> Weighed:
+        path = torch.lerp(whole.student_logprobs, whole.teacher_logprobs, t, out=whole.teacher_logprobs)
+        target = torch.log_softmax(path, -1, out=path)
         probs = target.exp()
-        return probs, target.sub_(student_logprobs).mul_(probs).sum(-1)
+        return Weighed(probs, target.sub_(whole.student_logprobs).mul_(probs).sum(-1), mass=torch.ones_like(probs[:, 0]))
 
     return Objective(weights, value, domain="distribution", fused=fused)

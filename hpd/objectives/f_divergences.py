@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weights
+from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole
 
 __all__ = ["f_divergence", "total_variation"]
 
@@ -34,7 +34,12 @@ def total_variation() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return 0.5 * (teacher_logprobs.exp() - student_logprobs.exp()).abs()
 
-    return Objective(weights, value)
+    def fused(whole: Whole) -> Weighed:
+        gap = whole.teacher_logprobs.exp_().sub_(whole.student_probs)
+        divergence = torch.abs(gap, out=whole.student_logprobs).sum(-1)
+        return Weighed(gap.sign_().mul_(whole.student_probs), 0.5 * divergence, 0.5)
+
+    return Objective(weights, value, fused=fused)
 
 
 def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) -> Objective:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number, check_switch
+from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number, check_switch
 
 __all__ = ["hpd", "hpd_exact", "hpd_full"]
 
@@ -67,7 +68,35 @@ def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, rei
     """
     _check("hpd_exact", forward, reverse, mask, reinforce)
     rule = _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce)
-    return rule._replace(domain="label_and_vocabulary")
+
+    def fused(whole: Whole) -> Weighed:
+        """The label's two columns merged into its place in the vocabulary."""
+        labels, q = whole.labels[:, None], whole.student_probs
+        label_p, label_q = whole.teacher_logprobs.gather(1, labels).exp(), q.gather(1, labels)
+        log_ratio = whole.teacher_logprobs.sub_(whole.student_logprobs)
+        gap = log_ratio.gather(1, labels)
+        taken_for_label = (log_ratio == gap) & (whole.student_logprobs == whole.student_logprobs.gather(1, labels))
+        overestimated = torch.mul(q, log_ratio < 0)
+        share = overestimated.sum(-1, keepdim=True)
+        positive = (gap > 0).to(gap.dtype)
+        coefficient = (positive if mask else 1.0) + positive * share * reinforce
+        label_weight = reverse * label_q * gap + forward * coefficient * label_p
+        punished = share - (overestimated * taken_for_label).sum(-1, keepdim=True)
+        result = overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse)
+        # All weights but the label's are negative.
+        moved = label_weight.abs() - result.sum(-1, keepdim=True) + (result * taken_for_label).sum(-1, keepdim=True)
+        result.scatter_(1, labels, label_weight)
+        stats = {
+            "k1_positive": positive,
+            "reinforced": positive * share * reinforce,
+            "suppressed": (1 - positive) * mask,
+            "punished": punished,
+            "mass_moved": moved,
+        }
+        stats = {name: values[:, 0] for name, values in stats.items()}
+        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1), stats=stats)
+
+    return rule._replace(domain="label_and_vocabulary", fused=fused)
 
 
 def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> Objective:
@@ -94,7 +123,16 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
             forward_part = forward_part * (log_ratio > 0)
         return forward_part + reverse * student_logprobs.exp() * log_ratio
 
-    return Objective(weights, _likelihood(weights), fused=_fused_likelihood(weights))
+    def fused(whole: Whole) -> Weighed:
+        result, log_ratio = whole.teacher_logprobs.exp(), whole.teacher_logprobs.sub_(whole.student_logprobs)
+        if mask:
+            result.mul_(log_ratio > 0)
+        if forward != 1.0:
+            result.mul_(forward)
+        result.addcmul_(whole.student_probs, log_ratio, value=reverse)
+        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1))
+
+    return Objective(weights, _likelihood(weights), fused=fused)
 
 
 def _label_and_draws(
@@ -132,7 +170,7 @@ def _label_and_draws(
             "mass_moved": size[:, 0] + (size[:, 1:] * is_other).sum(1),
         }
 
-    return Objective(weights, _likelihood(weights), stats, domain="label", fused=_fused_likelihood(weights))
+    return Objective(weights, _likelihood(weights), stats, domain="label")
 
 
 def _likelihood(weights: Callable[[LogProbs, LogProbs], Weights]) -> Callable[[LogProbs, LogProbs], Weights]:
@@ -142,16 +180,6 @@ def _likelihood(weights: Callable[[LogProbs, LogProbs], Weights]) -> Callable[[L
         return -weights(teacher_logprobs, student_logprobs.detach()) * student_logprobs
 
     return value
-
-
-def _fused_likelihood(
-    weights: Callable[[LogProbs, LogProbs], Weights],
-) -> Callable[[LogProbs, LogProbs], tuple[Weights, PerPosition]]:
-    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
-        result = weights(teacher_logprobs, student_logprobs)
-        return result, -(result * student_logprobs).sum(-1)
-
-    return fused
 
 
 def _check(name: str, forward: float, reverse: float, *switches: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, PerPosition, Weights, check_number
+from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number
 
 __all__ = ["blended_kl", "forward_kl", "nll", "reverse_kl", "symmetric_kl"]
 
@@ -53,9 +53,9 @@ def forward_kl() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)
 
-    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
-        p = teacher_logprobs.exp()
-        return p, (teacher_logprobs - student_logprobs).mul_(p).sum(-1)
+    def fused(whole: Whole) -> Weighed:
+        p = whole.teacher_logprobs.exp()
+        return Weighed(p, whole.teacher_logprobs.sub_(whole.student_logprobs).mul_(p).sum(-1))
 
     return Objective(weights, value, drop_safe=True, fused=fused)
 
@@ -77,11 +77,11 @@ def reverse_kl() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return student_logprobs.exp() * (student_logprobs - teacher_logprobs)
 
-    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
-        q = student_logprobs.exp()
-        gap = (teacher_logprobs - student_logprobs).mul_(q)
+    def fused(whole: Whole) -> Weighed:
+        q = whole.student_probs
+        gap = whole.teacher_logprobs.sub_(whole.student_logprobs).mul_(q)
         divergence = -gap.sum(-1)
-        return gap.sub_(q), divergence
+        return Weighed(gap.sub_(q), divergence)
 
     return Objective(weights, value, fused=fused)
 
@@ -111,12 +111,13 @@ def blended_kl(
         mass = share * teacher_logprobs.exp() - (1 - share) * student_logprobs.exp()
         return mass * (teacher_logprobs - student_logprobs)
 
-    def fused(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
-        share = forward_share(teacher_logprobs, student_logprobs)
-        forward, reverse = teacher_logprobs.exp().mul_(share), student_logprobs.exp().mul_(1 - share)
-        log_ratio = teacher_logprobs - student_logprobs
-        result = reverse.mul(log_ratio - 1).add_(forward)
-        return result, forward.sub_(reverse).mul_(log_ratio).sum(-1)
+    def fused(whole: Whole) -> Weighed:
+        share = forward_share(whole.teacher_logprobs, whole.student_logprobs)
+        forward, log_ratio = whole.teacher_logprobs.exp().mul_(share), whole.teacher_logprobs.sub_(whole.student_logprobs)
+        reverse = torch.mul(whole.student_probs, 1 - share, out=whole.student_logprobs)
+        # w = F + R (d - 1) and D = sum (F - R) d, with F and R the two sides' shares: d is used up, then F.
+        result = torch.addcmul(forward, reverse, log_ratio).sub_(reverse)
+        return Weighed(result, forward.sub_(reverse).mul_(log_ratio).sum(-1))
 
     return Objective(weights, value, domain=domain, fused=fused)
 

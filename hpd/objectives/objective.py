@@ -14,14 +14,39 @@ import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["LogProbs", "Objective", "PerPosition", "Weights", "check_number", "check_switch"]
+__all__ = ["LogProbs", "Objective", "PerPosition", "Weighed", "Weights", "Whole", "check_number", "check_switch"]
 
 LogProbs: TypeAlias = Float[Tensor, "N K"]
 Weights: TypeAlias = Float[Tensor, "N K"]
 PerPosition: TypeAlias = Float[Tensor, "N"]
+
+
+class Whole(NamedTuple):
+    """Both distributions over the whole vocabulary, as the operator has them at hand (K = V, every token in order)."""
+
+    teacher_logprobs: LogProbs
+    """Scratch: may be overwritten."""
+    student_logprobs: LogProbs
+    """Scratch: may be overwritten."""
+    student_probs: Weights
+    """Their exponentials, q; to be left as they are."""
+    labels: Int[Tensor, "N"]
+
+
+class Weighed(NamedTuple):
+    """What an objective makes of the whole vocabulary."""
+
+    weights: Weights
+    """To be multiplied by `factor`: a pass saved."""
+    value: PerPosition
+    """Sum of the columns' values."""
+    factor: float = 1.0
+    mass: PerPosition | None = None
+    """Sum of the weights, factor included, where it is known without a pass."""
+    stats: dict[str, PerPosition] | None = None
 
 
 class Objective(NamedTuple):
@@ -54,13 +79,11 @@ class Objective(NamedTuple):
     whole distribution. label: column 0 is the dataset's label, the others are candidate draws of the student."""
     drop_safe: bool = False
     """Whether the tail of the vocabulary may be dropped without a tail rule: the weights do not depend on q."""
-    fused: Callable[[LogProbs, LogProbs], tuple[Weights, PerPosition]] | None = None
-    """`weights` and the sum of `value` at once, without gradient, where they share passes over the vocabulary."""
+    fused: Callable[[Whole], Weighed] | None = None
+    """`weights` and the sum of `value` on the whole vocabulary at once, without gradient, in as few passes as possible."""
 
     def evaluate(self, teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
         """Weights, and the value summed over the columns."""
-        if self.fused is not None:
-            return self.fused(teacher_logprobs, student_logprobs)
         pair = teacher_logprobs, student_logprobs
         return self.weights(*pair), self.value(*pair).sum(-1)
 

@@ -2,15 +2,17 @@
 
 from hpd.teachers.cached import CachedTeacher
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher, vocab_of
-from hpd.teachers.model import ModelTeacher, RoutedScores, SelfTeacher, Teacher
+from hpd.teachers.model import ModelTeacher, RemoteTeacher, RoutedScores, SelfTeacher, Teacher, TeacherUnavailable
 
 __all__ = [
     "CachedTeacher",
     "MixtureTeacher",
     "ModelTeacher",
+    "RemoteTeacher",
     "RoutedScores",
     "RoutedTeacher",
     "SelfTeacher",
     "Teacher",
+    "TeacherUnavailable",
     "vocab_of",
 ]

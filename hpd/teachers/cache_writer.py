@@ -120,6 +120,8 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
         raise ValueError("cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER.")
     if recipe.data.streaming:
         raise ValueError("A stream has no end that a cache could hold: set data.streaming to false for hpd cache.")
+    if recipe.teacher.type == "server":
+        raise ValueError("hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model.")
     if recipe.teacher.type == "routed":
         raise ValueError("A cache has one teacher: write one for each, and route rows to teachers of type cached.")
     if recipe.teacher.type == "mixture" and recipe.cache.kind == "hidden":

@@ -231,8 +231,10 @@ def _smallest_vocab(teachers: Iterable[Any]) -> int | None:
 
 def vocab_of(teacher: Any) -> int | None:
     """Tokens of a teacher's vocabulary; None for a teacher that is the student."""
-    model = getattr(teacher, "model", None)
-    return model.config.get_text_config().vocab_size if model is not None else getattr(teacher, "vocab", None)
+    known = getattr(teacher, "model", None) or getattr(teacher, "config", None)
+    return (
+        getattr(known, "config", known).get_text_config().vocab_size if known is not None else getattr(teacher, "vocab", None)
+    )
 
 
 def _check_names(teachers: Mapping[str, Teacher], weights: Mapping[str, float]) -> None:

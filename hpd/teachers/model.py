@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -15,7 +15,7 @@ from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
 from hpd.losses import Scores, TeacherScores
 
-__all__ = ["ModelTeacher", "RoutedScores", "SelfTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "RemoteTeacher", "RoutedScores", "SelfTeacher", "Teacher", "TeacherUnavailable"]
 
 
 class RoutedScores(NamedTuple):
@@ -23,6 +23,19 @@ class RoutedScores(NamedTuple):
 
     parts: tuple[tuple[Int[Tensor, "n"], TeacherScores], ...]
     """(positions among the batch's label positions, what their teacher says of them); at least one."""
+
+
+class TeacherUnavailable(RuntimeError):
+    """A teacher elsewhere gave no usable answer within its bounded wait. Training saves a checkpoint and stops.
+
+    Args:
+        message: who did not answer, and why.
+        final: asking again would not help (a wrong key, a request that the server refuses).
+    """
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final
 
 
 class Teacher(Protocol):
@@ -39,6 +52,19 @@ class Teacher(Protocol):
         methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step, and what it returns is
         `inputs["fetched"]` here. `read_rows(rows)` sees every (row, TokenBatch) of the datasets once, before training.
         """
+        ...
+
+
+@runtime_checkable
+class RemoteTeacher(Teacher, Protocol):
+    """A teacher that takes its time and can fail: asked early, waited for at the start of a step."""
+
+    def request(self, inputs: dict[str, Any]) -> None:
+        """Start asking about a collated batch; returns at once."""
+        ...
+
+    def wait(self, inputs: dict[str, Any]) -> None:
+        """Return when `scores` has the answer about a collated batch; raises TeacherUnavailable."""
         ...
 
 
