@@ -433,9 +433,7 @@ def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
         raise ValueError("Routing reads the column row by row before training: set train.packing and data.streaming to false.")
     for name, part in teacher.teachers.items():
         if part.type == "server":
-            raise ValueError(
-                f"teacher.teachers.{name} is a server, which answers for whole batches: cache it, or load the model."
-            )
+            raise ValueError(f"teacher.teachers.{name} is a server, which answers for whole batches: load the model here.")
         check_served(part)
         _check_teacher(part, recipe, f"teacher.teachers.{name}")
 

@@ -90,7 +90,7 @@ def test_cache_then_doctor_and_train_without_the_teachers_weights(workspace):
     assert "equal token maps" in done.stdout
     done = hpd("train", *settings, "eval=null")
     assert done.returncode == 0, done.stderr
-    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    assert json.loads((workspace / "from-cache" / "summary.json").read_text())["steps"] == 3
     done = hpd("cache", workspace / "recipe.yaml", f"cache.path={place}", "train.max_length=32")
     assert done.returncode == 2
     assert "another max_length" in done.stderr

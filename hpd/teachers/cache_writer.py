@@ -182,7 +182,8 @@ def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
         if overwrite:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for draft in folder.glob(".*.part"):
+    # Ours, and those that safetensors writes through.
+    for draft in (path for path in folder.glob(".*") if path.is_file()):
         draft.unlink()
     if not (folder / PLAN).is_file():
         write_json(folder / PLAN, target)
