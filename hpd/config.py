@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.checks import check_generate, check_served
+from hpd.checks import check_generate, check_teacher
 from hpd.methods import choose_terms
 from hpd.terms import TermConfig
 
@@ -200,22 +200,47 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """A task that is run on teacher and student before and after training."""
+    """A task that teacher and student are given before and after training, and the student while it trains."""
 
     __pydantic_config__ = _STRICT
 
     task: str = "exact-match"
-    """A name of TASKS."""
+    """A name of TASKS (docs/evaluation.md), or module:factory for your own."""
     data: str = ""
-    """File with prompts and answers."""
+    """Its file, or a folder with one subfolder per task; empty: its data set on the Hub."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The task's own options, such as {tolerance: 0.02}; judge.NAME for a judge's."""
     limit: int | None = None
-    """First n examples only."""
-    max_new_tokens: int = 512
-    """Longest answer, in tokens."""
+    """First n problems only."""
+    limit_seed: int | None = None
+    """Draw the n problems with this seed instead; the same ones each time."""
+    every: int | Literal["epoch"] | None = None
+    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in eval_gsm8k_accuracy, which
+    train.metric_for_best_model can name."""
+    preset: Literal["greedy", "paper"] | None = None
+    """greedy, or paper: temperature 0.7, top-p 0.95, several samples; null: as the task says, else greedy."""
+    num_samples: int | None = None
+    """Answers per problem."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; null: as the task says, else 512."""
     batch_size: int = 32
     """Prompts generated at once."""
-    temperature: float = 0.0
+    temperature: float | None = None
     """0 is greedy."""
+    top_p: float | None = None
+    """Sampling: draw from the likeliest tokens with this mass."""
+    seed: int = 0
+    """Sampling: which draws."""
+    system_prompt: str | None = None
+    """Instead of the task's; empty: none."""
+    few_shot: int = 0
+    """Worked examples in a plain-text prompt; 0: none."""
+    few_shot_data: str | None = None
+    """Their file; null: the task's training file."""
+
+
+def _one_or_many(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +297,8 @@ class Recipe:
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
-    eval: EvalConfig | None = None
-    """What to run before and after training."""
+    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
+    """What to run before and after training, and on the way: one task, or a list of them."""
     generate: GenerateConfig | None = None
     """What `hpd generate` writes; null: its defaults."""
     output_dir: str = "runs/hpd"
@@ -337,6 +362,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     node = tree
     for parent in parents:
         child = node.get(parent)
+        if isinstance(child, list):
+            raise ValueError(f"{key!r}: {parent} is a list in the recipe; change its entries there.")
         if isinstance(child, str) and parent in ("student", "teacher"):
             child = (_model_shorthand if parent == "student" else _teacher_shorthand)(child)
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
@@ -377,8 +404,7 @@ def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
     data = recipe.data
-    check_served(recipe.teacher)
-    _check_teacher(recipe.teacher, recipe)
+    check_teacher(recipe.teacher, recipe)
     if data.streaming and isinstance(data.validation, float):
         raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
     if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:
@@ -387,55 +413,22 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"data.limit must be >= 1, got {data.limit}.")
     if recipe.lora and not 0.0 <= recipe.lora.lora_dropout < 1.0:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
-    if recipe.eval and not recipe.eval.data:
-        raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+    _check_evals(recipe.eval)
     if recipe.generate:
         check_generate(recipe.generate)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
 
 
-# Fields that only some types read.
-_TEACHER_FIELDS = {
-    "path": ("cached",), "teachers": ("mixture", "routed"), "weights": ("mixture",), "column": ("routed",),
-    "quantization": ("model", "cached"),
-}  # fmt: skip
-
-
-def _check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher") -> None:
-    if teacher.type == "model" and not teacher.model:
-        raise ValueError(f"{where}.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
-    if teacher.type == "self" and (teacher.model or teacher.quantization):
-        raise ValueError(f"{where}: self is the student itself: remove {where}.model and {where}.quantization.")
-    if teacher.type == "self" and recipe.student.init == "random":
-        raise ValueError(f"{where}: self would distil from random weights: give a teacher model, or init: pretrained.")
-    if teacher.type == "cached" and not teacher.path:
-        raise ValueError(f"{where}.path is missing: give the folder that hpd cache wrote.")
-    for name, types in _TEACHER_FIELDS.items():
-        if getattr(teacher, name) and teacher.type not in types:
-            raise ValueError(f"{where}.{name} is for type {' or '.join(types)}, and the type is {teacher.type}: remove it.")
-    if teacher.type in ("mixture", "routed"):
-        _check_teachers(teacher, recipe, where)
-
-
-def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
-    if where != "teacher" or len(teacher.teachers) < 2 or teacher.model:
-        raise ValueError(
-            f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not nested."
-        )
-    if teacher.type == "mixture" and (set(teacher.weights) != set(teacher.teachers) or min(teacher.weights.values()) <= 0):
-        raise ValueError(
-            f"{where}.weights needs a number > 0 for each of {', '.join(teacher.teachers)}, got {dict(teacher.weights)}."
-        )
-    if teacher.type == "routed" and not teacher.column:
-        raise ValueError(f"{where}.column is missing: the column of the dataset that names each row's teacher.")
-    if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
-        raise ValueError("Routing reads the column row by row before training: set train.packing and data.streaming to false.")
-    for name, part in teacher.teachers.items():
-        if part.type == "server":
-            raise ValueError(f"teacher.teachers.{name} is a server, which answers for whole batches: load the model here.")
-        check_served(part)
-        _check_teacher(part, recipe, f"teacher.teachers.{name}")
+def _check_evals(evals: Sequence[EvalConfig]) -> None:
+    for config in evals:
+        if config.task == "exact-match" and not config.data:
+            raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+        if isinstance(config.every, int) and config.every < 1:
+            raise ValueError(f"eval.every must be 1 or more steps, or epoch, got {config.every}.")
+    names = [config.task for config in evals]
+    if len(set(names)) < len(names):
+        raise ValueError("eval names a task twice: their metrics would have one name.")
 
 
 def train_arguments(recipe: Recipe, **forced: Any) -> Any:

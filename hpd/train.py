@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from hpd.config import EvalConfig, Recipe, train_arguments
+from hpd.config import Recipe, train_arguments
 from hpd.data import Lengths, Rows, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
@@ -45,6 +46,8 @@ class Plan(NamedTuple):
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
+    evals: tuple[Any, ...] = ()
+    """`hpd.evaluate.callback.PlannedEval` of each entry of the recipe's `eval`."""
     served: ServedTeacher | None = None
     """The connection to a teacher elsewhere."""
 
@@ -87,7 +90,8 @@ def plan(recipe: Recipe) -> Plan:
             raise ValueError(verdict.text)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), served)
+    evals = _plan_evals(recipe, args)
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
 
 
 def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -106,6 +110,20 @@ def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer
     served.connect(tokenizer)
     served.check_rows(args.max_length)
     return served
+
+
+def _plan_evals(recipe: Recipe, args: DistillConfig) -> tuple[Any, ...]:
+    """The recipe's tasks with their examples, so that a missing file is found before a model is loaded."""
+    if not recipe.eval:
+        return ()
+    from hpd.evaluate.callback import plan_evals
+
+    evals = plan_evals(recipe.eval)
+    named = (args.metric_for_best_model or "").removeprefix("eval_")
+    labels = {planned.label: planned.config.every for planned in evals}
+    if named in labels and labels[named] is None:
+        raise ValueError(f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in training.")
+    return evals
 
 
 def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
@@ -204,7 +222,12 @@ def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str
 
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:
     recipe, args = planned.recipe, planned.args
-    trainer = DistillTrainer(
+    make: Callable[..., DistillTrainer] = DistillTrainer
+    if any(entry.config.every is not None for entry in planned.evals):
+        from hpd.evaluate.callback import EvaluatingTrainer
+
+        make = functools.partial(EvaluatingTrainer, evals=planned.evals, folder=folder.path)
+    trainer = make(
         model=student, teacher=teacher, terms=recipe.choose_terms(), args=args,
         train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
@@ -225,28 +248,23 @@ def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
 
 
 def _evaluate(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Accuracy on the recipe's task, on the main process only."""
-    config = planned.recipe.eval
-    if config is None or int(os.environ.get("RANK", "0")) != 0:
+    """The metric of each of the recipe's tasks, on the main process only."""
+    if not planned.evals or int(os.environ.get("RANK", "0")) != 0:
         return {}
-    from hpd.evaluate import TASKS, evaluate
+    from hpd.evaluate import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
         model.to(device)
-    result = evaluate(
-        model, planned.tokenizer, TASKS[config.task](data=config.data, limit=config.limit), _settings(config),
-        output_dir=folder.path, name=name, progress=progress.evaluating(name),
-    )  # fmt: skip
-    return {f"{name} accuracy": round(result.accuracy, 4)}
-
-
-def _settings(config: EvalConfig) -> Any:
-    from hpd.evaluate import GenerationSettings
-
-    return GenerationSettings(
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature
-    )
+    found = {}
+    for entry in planned.evals:
+        result = evaluate(
+            model, planned.tokenizer, entry.task, entry.settings,
+            output_dir=folder.path, name=name, progress=progress.evaluating(name),
+        )  # fmt: skip
+        label = entry.label if len(planned.evals) > 1 else result.metric
+        found[f"{name} {label}"] = round(result.value, 4)
+    return found
 
 
 def quiet_libraries() -> None:
