@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from hpd.config import GenerateConfig, Recipe, TeacherConfig
 
-__all__ = ["check_generate", "check_served", "check_teacher"]
+__all__ = ["check_answers_anything", "check_generate", "check_served", "check_teacher"]
 
 _SERVER_FIELDS = ("url", "protocol", "api_key_env", "top_k", "tail", "concurrency", "timeout_seconds", "wait_seconds")
 _LOADING_FIELDS = ("quantization", "attn_implementation", "trust_remote_code")
@@ -118,3 +118,17 @@ def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
         if part.type == "server":
             raise ValueError(f"teacher.teachers.{name} is a server, which answers for whole batches: load the model here.")
         check_teacher(part, recipe, f"teacher.teachers.{name}")
+
+
+def check_answers_anything(teacher: TeacherConfig) -> None:
+    """For runs whose rows the student writes.
+
+    Raises:
+        ValueError: a teacher that knows the dataset's rows only.
+    """
+    for part in (teacher, *teacher.teachers.values()):
+        if part.type in ("cached", "routed"):
+            raise ValueError(
+                f"A teacher of type {part.type} knows the dataset's rows only, and here the student writes rows: use a "
+                "live teacher or a served one, or prefixes: {dataset: 1} without a policy gradient."
+            )

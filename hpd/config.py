@@ -13,12 +13,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.checks import check_generate, check_teacher
-from hpd.methods import choose_terms
+from hpd.checks import check_answers_anything, check_generate, check_teacher
+from hpd.guards import GuardsConfig, Thresholds
+from hpd.methods import choose_terms, name_terms
+from hpd.policy_gradient import StrategyConfig
+from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.regime import Regime, choose_regime
+from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
 __all__ = [
     "CacheConfig", "DataConfig", "EvalConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig",
+    "check_tree",
     "load_recipe", "resolve",
 ]  # fmt: skip
 
@@ -275,9 +281,13 @@ class GenerateConfig:
     """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
 
 
+def _strategy_shorthand(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run: one student, one teacher, prefixes (the dataset's) and a list of terms."""
+    """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the other."""
 
     __pydantic_config__ = _STRICT
 
@@ -293,6 +303,16 @@ class Recipe:
     """Parameters of the method, such as {reinforce: false, draw_share: 0.5}."""
     terms: tuple[TermConfig, ...] = ()
     """A weighted sum of objectives instead of a method."""
+    prefixes: Prefixes | None = None
+    """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
+    rollouts: RolloutConfig | None = None
+    """How the student writes, where it does."""
+    strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
+    """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """Signs of trouble that warn, or stop and save."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of the run, each a change of this recipe that starts from the student that the one before left."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -308,7 +328,15 @@ class Recipe:
 
     def choose_terms(self):
         """The terms of the loss, as configured; checked."""
-        return choose_terms(self.method if self.method or self.terms else "hpd", self.method_kwargs, self.terms)
+        return choose_terms(self._method, self.method_kwargs, self.terms)
+
+    @property
+    def _method(self) -> str | None:
+        return self.method if self.method or self.terms else "hpd"
+
+    def choose_regime(self) -> Regime:
+        """Prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
+        return choose_regime(self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -325,6 +353,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
+    return check_tree(tree)
+
+
+def check_tree(tree: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, checked. Raises ValueError as `load_recipe`."""
     try:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
@@ -394,8 +427,12 @@ def _explain(error: ValidationError) -> str:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     classes = {
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
-        "eval": EvalConfig, "terms": TermConfig, "cache": CacheConfig, "generate": GenerateConfig,
+        "eval": EvalConfig, "terms": TermConfig, "replay": ReplayConfig, "prefixes": Prefixes, "rollouts": RolloutConfig,
+        "strategy": StrategyConfig, "guards": GuardsConfig, "dpo": DpoStageConfig, "stages": StageConfig,
+        "generate": GenerateConfig, "cache": CacheConfig,
     }  # fmt: skip
+    if "guards" in location and location[-1] != "guards":
+        return [f.name for f in dataclasses.fields(Thresholds)]
     owner = next((classes[part] for part in location if part in classes), Recipe)
     return [f.name for f in dataclasses.fields(owner)]
 
@@ -403,8 +440,15 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
 def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
+    regime = recipe.choose_regime()
+    if recipe.stages:
+        from hpd.stages import stage_recipes
+
+        stage_recipes(recipe)
     data = recipe.data
     check_teacher(recipe.teacher, recipe)
+    if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
+        check_answers_anything(recipe.teacher)
     if data.streaming and isinstance(data.validation, float):
         raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
     if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:

@@ -16,7 +16,7 @@ from trl.data_utils import is_conversational
 from hpd.batch import IGNORE_INDEX
 from hpd.config import DataConfig
 
-__all__ = ["Lengths", "PromptRow", "Rows", "load_prompts", "load_rows", "measure"]
+__all__ = ["Lengths", "PromptRow", "Rows", "load_preferences", "load_prompts", "load_rows", "measure"]
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _MEASURED_ROWS = 256
@@ -87,6 +87,23 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
         parts = train.train_test_split(test_size=config.validation, seed=0)
         train, validation = parts["train"], parts["test"]
     return Rows(train, validation, is_conversational(dict(next(iter(train)))))
+
+
+def load_preferences(config: DataConfig) -> Dataset:
+    """Rows with prompt, chosen and rejected, for preference optimisation.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_rows`; a column is missing.
+    """
+    rows = _read(config.path, config)
+    wanted = ("prompt", "chosen", "rejected")
+    given = {name: config.columns.get(name, name) for name in wanted}
+    if missing := [name for name in given.values() if name not in rows.column_names]:
+        raise ValueError(
+            f"Preference pairs need the columns prompt, chosen and rejected, and {config.path} lacks {', '.join(missing)} "
+            f"(found: {', '.join(rows.column_names)}): map them in data.columns."
+        )
+    return rows.select_columns(list(given.values())).rename_columns({v: k for k, v in given.items() if v != k})
 
 
 def load_prompts(config: DataConfig, reference: str | None = None) -> list[PromptRow]:
@@ -193,6 +210,10 @@ def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
         keep += (column,)
     renamed = {given: wanted for wanted, given in config.columns.items()}
     available = [renamed.get(name, name) for name in found]
+    if {"prompt", "chosen"} <= set(available) and not {"completion", "messages", "text", "input_ids"} & set(available):
+        # Preference data: the preferred answer is the completion.
+        renamed[config.columns.get("chosen", "chosen")] = "completion"
+        available = [renamed.get(name, name) for name in found]
     if "messages" in available and config.labels == "last_turn":
         pass
     elif not {"messages", "text", "input_ids"} & set(available) and not {"prompt", "completion"} <= set(available):

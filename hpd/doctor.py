@@ -13,6 +13,7 @@ from hpd.config import Recipe, TeacherConfig
 from hpd.display import console, show_verdicts
 from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import name_terms
+from hpd.stages import stage_recipes
 from hpd.train import Plan, plan, steps_of
 
 __all__ = ["Memory", "diagnose", "estimate_memory"]
@@ -121,6 +122,22 @@ def _activation_bytes(planned: Plan) -> int:
     return args.per_device_train_batch_size * _row_tokens(planned) * per_token * width
 
 
+def _show_regime(recipe: Recipe) -> None:
+    """Who writes the rows, where it is not the dataset alone, and the stages."""
+    regime = recipe.choose_regime()
+    if regime.prefixes.on_policy:
+        first, last = regime.prefixes.student_share(0.0), regime.prefixes.student_share(1.0)
+        span = f"{first:.0%}" if first == last else f"{first:.0%} to {last:.0%}"
+        what = f"up to {regime.prefixes.continue_tokens or regime.rollouts.max_new_tokens} tokens by {regime.rollouts.engine}"
+        adaptive = ", then as the validation loss says" if regime.prefixes.adaptive else ""
+        console.print(f"student writes {span} of the rows{adaptive}: {what}", highlight=False)
+    if regime.strategy.type != "direct":
+        console.print(f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False)
+    for stage in stage_recipes(recipe):
+        kind = "dpo" if stage.dpo else stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
+        console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
+
+
 def diagnose(recipe: Recipe) -> bool:
     """Print everything known about a run before its start; False when it would fail."""
     planned = plan(recipe)
@@ -134,6 +151,7 @@ def diagnose(recipe: Recipe) -> bool:
     console.print(f"{count} rows{held_out}; {steps if steps is not None else 'unknown'} steps of {batch} rows", highlight=False)
     for term in name_terms(recipe.choose_terms()):
         console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
+    _show_regime(recipe)
     table = Table(title="memory of a step, per process", title_justify="left", show_footer=True)
     memory = estimate_memory(planned)
     table.add_column("", footer="total")

@@ -27,7 +27,7 @@ from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "RunStopped", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
 
 
 class RunStopped(RuntimeError):
@@ -153,8 +153,16 @@ class Progress:
         return ()
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recipe from start (or its last checkpoint) to finish.
+def train(
+    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None, baselines: bool = True
+) -> dict[str, Any]:
+    """Run a recipe from start (or its last checkpoint) to finish; one with stages, stage by stage.
+
+    Args:
+        recipe: what to run.
+        overwrite: delete an existing run first.
+        progress: what is told on the way.
+        baselines: let teacher and untrained student do the task too.
 
     Returns:
         The summary that is also written to the run folder: losses and KLs before and after, accuracies, seconds.
@@ -163,19 +171,23 @@ def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None 
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
         RunStopped: a remote teacher stayed away, or the trainer was told to stop; a checkpoint was written.
     """
+    if recipe.stages:
+        from hpd.stages import train_stages
+
+        return train_stages(recipe, overwrite=overwrite, progress=progress)
     progress = progress or Progress()
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
     folder.open()
     try:
-        return _run(planned, folder, progress)
+        return _run(planned, folder, progress, baselines)
     finally:
         if planned.served is not None:
             planned.served.close()
 
 
-def _run(planned: Plan, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
@@ -185,10 +197,10 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress) -> dict[str, Any]
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
-    if resume is None:
-        summary |= _evaluate(planned, student, "student before", folder, progress)
+    if resume is None and baselines:
+        summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
-            summary |= _evaluate(planned, teacher.model, "teacher", folder, progress)
+            summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
     trainer = _trainer(planned, student, teacher, folder, progress)
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
@@ -196,9 +208,14 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress) -> dict[str, Any]
     summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
     trainer.save_model()
-    summary |= _evaluate(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
+    if trainer.stopped_by:
+        summary["stopped"] = trainer.stopped_by
+    written = sum(log.get("rollouts/tokens", 0.0) for log in trainer.state.log_history)
+    if written:
+        summary["generated tokens"] = int(written)
     if trainer.is_world_process_zero():
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
@@ -228,10 +245,12 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
 
         make = functools.partial(EvaluatingTrainer, evals=planned.evals, folder=folder.path)
     trainer = make(
-        model=student, teacher=teacher, terms=recipe.choose_terms(), args=args,
+        model=student, teacher=teacher, args=args,
+        method=recipe.method, method_kwargs=recipe.method_kwargs, terms=recipe.terms,
         train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None,
+        prefixes=recipe.prefixes, rollouts=recipe.rollouts, strategy=recipe.strategy, guards=recipe.guards,
+        peft_config=lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -241,13 +260,18 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
     return trainer
 
 
+def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
+    """The recipe's adapter as peft takes it."""
+    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
+
+
 def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
     metrics = trainer.evaluate()
     names = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 
-def _evaluate(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """The metric of each of the recipe's tasks, on the main process only."""
     if not planned.evals or int(os.environ.get("RANK", "0")) != 0:
         return {}

@@ -152,7 +152,7 @@ def _rows_trainer(planned: Plan) -> DistillTrainer:
         student = AutoModelForCausalLM.from_config(planned.student_config)
     vocab = min(config.get_text_config().vocab_size for config in planned.teacher_configs.values())
     return _RowsTrainer(
-        model=student, teacher=_Nobody(vocab), terms=planned.recipe.choose_terms(), args=planned.args,
+        model=student, teacher=_Nobody(vocab), args=planned.args,
         train_dataset=planned.rows.train, eval_dataset=planned.rows.validation, processing_class=planned.tokenizer,
     )  # fmt: skip
 
@@ -287,7 +287,7 @@ def _answers(teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: An
     batch = TokenBatch.pop(inputs)
     assert len(mask) == len(batch.keys), "the collator keeps rows and their order"
     mask = mask.to(batch.keys.device)
-    batch = TokenBatch(batch.index[mask], batch.labels[mask], batch.keys[mask], batch.dropped)
+    batch = batch.at(mask.nonzero().flatten())
     with torch.no_grad():
         scores = teacher.scores(inputs, batch)
     assert not isinstance(scores, RoutedScores), "a cache has one teacher"

@@ -205,11 +205,11 @@ def _inputs_of(inputs: Mapping[str, Any], batch: TokenBatch, own: Mapping[str, A
         for name, value in inputs.items()
         if name != "fetched"
     }
-    return smaller, TokenBatch(own["index"], batch.labels[positions], batch.keys[positions], batch.dropped)
+    return smaller, batch.at(positions)._replace(index=own["index"])
 
 
 def _on_cpu(batch: TokenBatch) -> TokenBatch:
-    return TokenBatch(*(tensor.cpu() for tensor in batch))
+    return TokenBatch(*(None if tensor is None else tensor.cpu() for tensor in batch))
 
 
 def _fetch(teacher: Any, inputs: Mapping[str, Any], batch: TokenBatch) -> Any:
