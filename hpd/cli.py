@@ -123,6 +123,20 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
             raise typer.Exit(1)
 
 
+@app.command()
+def cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another cache in cache.path first.")] = False,
+) -> None:
+    """Ask the teacher about every label position of a recipe's rows once and write its answers to cache.path."""
+    with _user_errors():
+        from hpd.config import load_recipe
+        from hpd.display import cache_with_display
+
+        cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
+
+
 @app.command(name="eval")
 def evaluate(
     models: Annotated[
