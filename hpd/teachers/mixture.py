@@ -209,7 +209,7 @@ def _inputs_of(inputs: Mapping[str, Any], batch: TokenBatch, own: Mapping[str, A
 
 
 def _on_cpu(batch: TokenBatch) -> TokenBatch:
-    return TokenBatch(*(None if tensor is None else tensor.cpu() for tensor in batch))
+    return TokenBatch(**{name: None if t is None else t.cpu() for name, t in batch._asdict().items()})  # type: ignore[arg-type]
 
 
 def _fetch(teacher: Any, inputs: Mapping[str, Any], batch: TokenBatch) -> Any:
