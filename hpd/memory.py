@@ -1,0 +1,362 @@
+"""Memory of a training step, predicted before a weight is loaded.
+
+The student's forward and backward pass, the loss operator's buffers and the teacher's forward pass are run on tensors without
+data (torch's FakeTensorMode), and what is alive at each moment is added up. So the prediction holds for every architecture,
+attention implementation, adapter, precision and kind of checkpointing that the libraries have, without a formula for each.
+
+Axes: N label positions, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from hpd.losses.chunked import chunk_rows
+from hpd.losses.operator import default_chunk_bytes
+from hpd.train import Plan
+
+__all__ = ["Fit", "Memory", "StepMemory", "parse_bytes", "row_tokens"]
+
+# A tile's logits, log-probabilities of both models, and what an objective makes of them (hpd.losses.chunked, on a CPU).
+_TILE_SCRATCH_BYTES = 4 * 8 * 2**20
+_MOST_ROWS = 4096
+"""Larger batches than this are not looked for: 99 % of them would be a mistake in the budget."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one training step on one process.
+
+    Some are there all the time; the others come and go, and the largest of the three moments decides.
+    """
+
+    student: int
+    """Weights, in the dtype they are trained in."""
+    optimizer: int
+    """The optimiser's states."""
+    teacher: int
+    """Weights."""
+    teacher_forward: int
+    """Most that the teacher's forward pass holds, before the student's begins."""
+    activations: int
+    """What the student's forward pass keeps for its backward pass."""
+    head: int
+    """The loss operator: two chunks of logits, and the gradients of head and hidden states."""
+    backward: int
+    """Most that is alive in the backward pass or the optimiser's step: activations not yet freed, gradients, the buffers of both."""
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        moments = self.teacher_forward, self.activations + self.head, self.backward
+        return self.student + self.optimizer + self.teacher + max(moments)
+
+
+class Fit(NamedTuple):
+    """What a budget allows."""
+
+    rows: int
+    """Largest per-device batch, in rows of the 99th percentile's length, with the recipe's chunk; 0: not even one."""
+    chunk_bytes: int
+    """Largest chunk with the recipe's own batch, at most all its label positions; 0: not even one position."""
+
+
+class StepMemory:
+    """Predicts the memory of a recipe's step for any batch and chunk.
+
+    Args:
+        planned: a checked recipe.
+
+    Raises:
+        ValueError: from `predict` and `fit`: the architecture's forward depends on its data and cannot be run without.
+    """
+
+    def __init__(self, planned: Plan):
+        self.recipe, self.args = planned.recipe, planned.args
+        self.tokens = row_tokens(planned)
+        self.label_share = planned.lengths.label_share
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._mode = FakeTensorMode()
+        with self._mode:
+            self._student = _fake_student(planned)
+            self._teacher = None
+            if self.recipe.teacher.type == "model":
+                self._teacher = _fake_model(planned.teacher_config, self.recipe.teacher)
+        self._teacher_bytes = _teacher_bytes(planned, self._student, self._teacher)
+        self._traced: dict[int, _Trace] = {}
+
+    @property
+    def batch(self) -> int:
+        """Rows of the recipe's per-device batch."""
+        return self.args.per_device_train_batch_size
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the recipe's chunks."""
+        return self.args.chunk_bytes or default_chunk_bytes(self.device)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the logits of one position."""
+        return 4 * len(_head(self._student))
+
+    def label_positions(self, batch: int) -> int:
+        """Label positions of a batch."""
+        return max(1, round(batch * self.tokens * self.label_share))
+
+    def predict(self, batch: int | None = None, chunk_bytes: int | None = None) -> Memory:
+        """Memory of a step on `batch` rows (None: the recipe's) with chunks of `chunk_bytes` (None: the recipe's)."""
+        batch = batch or self.batch
+        if batch not in self._traced:
+            self._traced[batch] = self._trace(batch)
+        traced = self._traced[batch]
+        trained = [p for p in self._student.parameters() if p.requires_grad]
+        gradients, name = _size(trained), str(self.args.optim)
+        held = gradients if self.args.gradient_accumulation_steps > 1 else 0
+        rows = chunk_rows(self.label_positions(batch), self.row_bytes, chunk_bytes or self.chunk_bytes)
+        logits = 2 * rows * self.row_bytes
+        # A CPU's chunks stay between steps (hpd.losses.chunked).
+        kept = logits if self.device == "cpu" else 0
+        return Memory(
+            student=_size(self._student.parameters()),
+            optimizer=_optimizer_bytes(trained, name),
+            teacher=self._teacher_bytes,
+            teacher_forward=traced.teacher + held + kept,
+            activations=traced.activations + held,
+            head=traced.head + logits + self._operator_scratch(),
+            backward=max(traced.backward, gradients + _step_scratch(trained, name)) + kept,
+        )
+
+    def fit(self, budget: int) -> Fit:
+        """The largest batch, and the largest chunk, whose step stays within `budget` bytes."""
+        rows = _largest(lambda n: self.predict(batch=n).total, budget, _MOST_ROWS)
+        chunk = _largest(
+            lambda n: self.predict(chunk_bytes=n * self.row_bytes).total, budget, self.label_positions(self.batch)
+        )
+        return Fit(rows, chunk * self.row_bytes)
+
+    def _operator_scratch(self) -> int:
+        """Tiles, and copies of the heads in the dtype that products run in (hpd.losses.products)."""
+        size = _TILE_SCRATCH_BYTES if self.device == "cpu" else 0
+        for model in (self._student, self._teacher):
+            if model is None:
+                continue
+            weight, low = _head(model), _head(model).dtype in (torch.bfloat16, torch.float16)
+            if self.device == "cpu":
+                size += 4 * weight.numel() if low else 0
+            elif (self.args.bf16 or self.args.fp16) and not low:
+                size += 2 * weight.numel()
+        return size
+
+    def _trace(self, batch: int) -> _Trace:
+        try:
+            with self._mode:
+                return _Trace(self._trace_teacher(batch), *self._trace_student(batch))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"The memory of {self.recipe.student.model} cannot be predicted: a model's forward pass depends on its data "
+                f"({type(error).__name__}: {error}). Measure a step instead."
+            ) from None
+
+    def _trace_teacher(self, batch: int) -> int:
+        with _Live() as live, torch.no_grad():
+            _backbone(self._teacher or self._student, batch, self.tokens, self.args)
+        return live.peak
+
+    def _trace_student(self, batch: int) -> tuple[int, int, int]:
+        """Activations, gradients that the operator leaves, and the most during backward (with gradients held before)."""
+        positions = self.label_positions(batch)
+        self._student.zero_grad()
+        if self.args.gradient_accumulation_steps > 1:
+            for p in self._student.parameters():
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+        held = _size(p.grad for p in self._student.parameters() if p.grad is not None)
+        with _Live() as live:
+            hidden = _backbone(self._student, batch, self.tokens, self.args).flatten(0, 1)
+            chosen = hidden.index_select(0, torch.zeros(positions, dtype=torch.long))
+            teacher_hidden = torch.empty(positions, _head(self._teacher or self._student).shape[1], dtype=chosen.dtype)
+            activations = live.now
+            loss: Any = _OperatorGradients.apply(chosen, _head(self._student))
+            head = live.now - activations
+            live.peak = live.now
+            loss.backward()
+            del teacher_hidden
+        return activations, head, live.peak + held
+
+
+class _Trace(NamedTuple):
+    """Bytes beside the weights in a step on a batch, without the operator's chunks."""
+
+    teacher: int
+    activations: int
+    head: int
+    backward: int
+
+
+class _OperatorGradients(torch.autograd.Function):
+    """What the operator leaves behind: gradients that wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        needed = ctx.needs_input_grad
+        ctx.gradients = tuple(torch.empty_like(t) if need else None for t, need in zip((hidden, weight), needed, strict=True))
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        return gradients
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            self._storages.pop(key, None)
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _fake_model(config: Any, source: Any) -> nn.Module:
+    dtype = source.dtype if source.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
+    if source.attn_implementation == "eager":
+        # Other kernels may not be installed here; like SDPA's they keep no matrix of tokens by tokens.
+        options["attn_implementation"] = "eager"
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def _fake_student(planned: Plan) -> nn.Module:
+    model: Any = _fake_model(planned.student_config, planned.recipe.student).train()
+    lora = planned.recipe.lora
+    if planned.args.gradient_checkpointing:
+        # The generator's state cannot be saved without data, and takes no memory worth counting.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if lora is None:
+        return model
+    import dataclasses
+
+    from peft import LoraConfig, get_peft_model
+
+    if planned.args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(lora)))
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head(model: Any) -> Tensor:
+    module = _base(model).get_output_embeddings()
+    return getattr(module, "base_layer", module).weight
+
+
+def _backbone(model: Any, batch: int, tokens: int, args: Any) -> Tensor:
+    """Last hidden states; the mask is one that padding makes, so that no kernel may leave it out."""
+    base = _base(model)
+    ids = torch.zeros(batch, tokens, dtype=torch.long)
+    if base.config._attn_implementation == "eager":
+        mask = torch.zeros(batch, 1, tokens, tokens, dtype=base.dtype)
+    else:
+        mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(args.bf16 or args.fp16)):
+        return base.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _teacher_bytes(planned: Plan, student: nn.Module, teacher: nn.Module | None) -> int:
+    source = planned.recipe.teacher
+    if teacher is None:
+        return 0 if planned.recipe.lora else _size(student.parameters())
+    if source.quantization:
+        width = {"4bit": 0.55, "8bit": 1.05}[source.quantization]  # weights and their scales
+        return int(sum(p.numel() for p in teacher.parameters()) * width)
+    return _size(teacher.parameters())
+
+
+def _optimizer_bytes(trained: list[Any], name: str) -> int:
+    """States of the optimisers that Trainer's `optim` names: two a parameter unless known otherwise."""
+    if "8bit" in name:
+        return 2 * sum(p.numel() for p in trained)
+    if "adafactor" in name:  # a row and a column of second moments
+        return sum(p.element_size() * (p.shape[-1] + p.numel() // p.shape[-1] if p.ndim > 1 else p.numel()) for p in trained)
+    return _size(trained) * (0 if "sgd" in name else 1 if "lion" in name or "rmsprop" in name else 2)
+
+
+def _step_scratch(trained: list[Any], name: str) -> int:
+    """Fused kernels work in place; the others make two tensors of a parameter's size at a time."""
+    return 0 if "fused" in name or "sgd" in name else 2 * max((p.numel() * p.element_size() for p in trained), default=0)
+
+
+def row_tokens(planned: Plan) -> int:
+    """Tokens of a row that the prediction is made for: the 99th percentile; a packed row is full."""
+    args, percentiles = planned.args, planned.lengths.percentiles
+    if args.packing and args.max_length:
+        return args.max_length
+    return min(percentiles[99], args.max_length or percentiles[100])
+
+
+def _largest(cost: Callable[[int], int], budget: int, most: int) -> int:
+    """The largest n in [0, most] with cost(n) <= budget; cost grows with n, nearly in straight lines."""
+    known = {1: cost(1), most: cost(most)}
+    if known[1] > budget:
+        return 0
+    low, high = (most, most) if known[most] <= budget else (1, most)
+    while high - low > 1:
+        share = (budget - known[low]) / max(known[high] - known[low], 1)
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        known[guess] = cost(guess)
+        low, high = (guess, high) if known[guess] <= budget else (low, guess)
+    return low
+
+
+_UNITS = {"": 1, "B": 1, **{f"{p}{u}": b ** (i + 1) for u, b in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT")}}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 24GiB, 500 MB or 1.5TiB.
+
+    Raises:
+        ValueError: no number, an unknown unit, or nothing at all.
+    """
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in units or float(match[1]) == 0:
+        raise ValueError(
+            f"A size of memory is a number above 0 and a unit ({', '.join(filter(None, _UNITS))}), such as 24GiB; got {text!r}."
+        )
+    return int(float(match[1]) * units[match[2].lower()])
