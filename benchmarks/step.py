@@ -9,17 +9,15 @@ labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from timing import interleaved, machine, print_table, ratios, store_or_check
+from timing import interleaved, machine, print_table, ratios, resident_mib, spread, store_or_check
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -83,12 +81,6 @@ def candidate(name: str, folder: str) -> Callable[[], None]:
     return step_of(trainer)
 
 
-def high_water_mib() -> float:
-    """Peak resident memory since this program started; getrusage's figure survives exec and would be the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def peak_mib(name: str) -> float:
     """Peak resident memory of a process that takes two such steps."""
     done = subprocess.run([sys.executable, __file__, "--peak-of", name], capture_output=True, text=True, check=True)
@@ -110,18 +102,14 @@ def main() -> None:
         if options.peak_of:
             step = candidate(options.peak_of, folder)
             step(), step()
-            print(high_water_mib())
+            print(resident_mib("VmHWM"))
             return
         names = ["SFTTrainer", *options.methods.split(",")]
         seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
     found = ratios(seconds, "SFTTrainer")
     peaks = {name: peak_mib(name) for name in names} if options.memory else {}
     print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {machine()}\n")
-    table = [
-        [name, f"{found[name]:.2f}", f"{statistics.median(seconds[name]):.2f}",
-         f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}", *([f"{peaks[name]:.0f}"] if peaks else [])]
-        for name in names
-    ]  # fmt: skip
+    table = [[name, f"{found[name]:.2f}", *spread(seconds[name]), *([f"{peaks[name]:.0f}"] if peaks else [])] for name in names]
     print_table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], table)
     result = {"machine": machine(), "ratios": {"step": found}, "seconds": seconds, "peak_mib": peaks}
     store_or_check("step", result, options.json, options.check)

@@ -51,9 +51,10 @@ _OWNERS = {
     "student": "weights of the student",
     "optimizer": "states of the optimiser",
     "teacher": "weights of the teacher",
+    "buffers": "chunks of logits, kept between steps",
     "teacher_forward": "the teacher's forward pass",
     "activations": "activations of the student",
-    "head": "loss operator: chunks of logits, gradient of the head",
+    "head": "loss operator: gradient of the head, scratch",
     "backward": "backward pass, gradients, optimiser's step",
 }
 
@@ -61,7 +62,9 @@ _OWNERS = {
 def _table(memory: Memory, step: StepMemory) -> Table:
     """What is there all the time, what comes and goes, and the peak."""
     table = Table(
-        title=f"memory of a step on {step.batch} rows of {step.tokens} tokens, per process", title_justify="left", show_footer=True
+        title=f"memory of a step on {step.batch} rows of {step.tokens} tokens, per process",
+        title_justify="left",
+        show_footer=True,
     )
     table.add_column("", footer="total at the peak")
     table.add_column("always", justify="right")
@@ -91,7 +94,9 @@ def _show_fit(step: StepMemory, needed: Memory, budget: int) -> None:
         + (
             ", all label positions at once)"
             if fit.chunk_bytes >= step.label_positions(step.batch) * step.row_bytes
-            else ")" if fit.chunk_bytes else ""
+            else ")"
+            if fit.chunk_bytes
+            else ""
         ),
         highlight=False,
     )

@@ -9,17 +9,20 @@ Axes: N label positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
+from transformers.training_args import OptimizerNames
 
 from hpd.losses.chunked import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
@@ -45,20 +48,22 @@ class Memory(NamedTuple):
     """The optimiser's states."""
     teacher: int
     """Weights."""
+    buffers: int
+    """Two chunks of logits where they stay between steps (on a CPU)."""
     teacher_forward: int
     """Most that the teacher's forward pass holds, before the student's begins."""
     activations: int
     """What the student's forward pass keeps for its backward pass."""
     head: int
-    """The loss operator: two chunks of logits, and the gradients of head and hidden states."""
+    """The loss operator: gradients of head and hidden states, scratch, and the chunks of logits where it frees them."""
     backward: int
-    """Most that is alive in the backward pass or the optimiser's step: activations not yet freed, gradients, the buffers of both."""
+    """Most that is alive in the backward pass or the optimiser's step: gradients, activations not yet freed, temporaries."""
 
     @property
     def total(self) -> int:
         """The peak."""
         moments = self.teacher_forward, self.activations + self.head, self.backward
-        return self.student + self.optimizer + self.teacher + max(moments)
+        return self.student + self.optimizer + self.teacher + self.buffers + max(moments)
 
 
 class Fit(NamedTuple):
@@ -86,11 +91,10 @@ class StepMemory:
         self.label_share = planned.lengths.label_share
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._mode = FakeTensorMode()
-        with self._mode:
-            self._student = _fake_student(planned)
-            self._teacher = None
-            if self.recipe.teacher.type == "model":
-                self._teacher = _fake_model(planned.teacher_config, self.recipe.teacher)
+        self._student = self._without_data(_meta_student(planned))
+        self._teacher = None
+        if self.recipe.teacher.type == "model":
+            self._teacher = self._without_data(_meta_model(planned.teacher_config, self.recipe.teacher))
         self._teacher_bytes = _teacher_bytes(planned, self._student, self._teacher)
         self._traced: dict[int, _Trace] = {}
 
@@ -120,29 +124,39 @@ class StepMemory:
             self._traced[batch] = self._trace(batch)
         traced = self._traced[batch]
         trained = [p for p in self._student.parameters() if p.requires_grad]
-        gradients, name = _size(trained), str(self.args.optim)
+        gradients, name = _size(trained), OptimizerNames(self.args.optim).value
         held = gradients if self.args.gradient_accumulation_steps > 1 else 0
         rows = chunk_rows(self.label_positions(batch), self.row_bytes, chunk_bytes or self.chunk_bytes)
         logits = 2 * rows * self.row_bytes
-        # A CPU's chunks stay between steps (hpd.losses.chunked).
-        kept = logits if self.device == "cpu" else 0
+        stay = self.device == "cpu"  # see hpd.losses.chunked
         return Memory(
             student=_size(self._student.parameters()),
             optimizer=_optimizer_bytes(trained, name),
             teacher=self._teacher_bytes,
-            teacher_forward=traced.teacher + held + kept,
+            buffers=logits if stay else 0,
+            teacher_forward=traced.teacher + held,
             activations=traced.activations + held,
-            head=traced.head + logits + self._operator_scratch(),
-            backward=max(traced.backward, gradients + _step_scratch(trained, name)) + kept,
+            head=traced.head + self._operator_scratch() + (0 if stay else logits),
+            backward=max(traced.backward, gradients + _step_scratch(trained, name)),
         )
 
     def fit(self, budget: int) -> Fit:
         """The largest batch, and the largest chunk, whose step stays within `budget` bytes."""
         rows = _largest(lambda n: self.predict(batch=n).total, budget, _MOST_ROWS)
-        chunk = _largest(
-            lambda n: self.predict(chunk_bytes=n * self.row_bytes).total, budget, self.label_positions(self.batch)
-        )
+        chunk = _largest(lambda n: self.predict(chunk_bytes=n * self.row_bytes).total, budget, self.label_positions(self.batch))
         return Fit(rows, chunk * self.row_bytes)
+
+    def _without_data(self, model: nn.Module) -> nn.Module:
+        """Tensors that claim to be on the CPU, whose attention kernels, unlike the meta device's, keep no matrix of weights."""
+        made: dict[int, nn.Parameter] = {}
+        with self._mode:
+            for module in model.modules():
+                for name, p in module.named_parameters(recurse=False):
+                    empty = torch.empty(p.shape, dtype=p.dtype)
+                    module._parameters[name] = made.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
+                for name, buffer in module.named_buffers(recurse=False):
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        return model
 
     def _operator_scratch(self) -> int:
         """Tiles, and copies of the heads in the dtype that products run in (hpd.losses.products)."""
@@ -247,30 +261,28 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def _fake_model(config: Any, source: Any) -> nn.Module:
+def _meta_model(config: Any, source: Any) -> nn.Module:
     dtype = source.dtype if source.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     options: dict[str, Any] = {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
     if source.attn_implementation == "eager":
         # Other kernels may not be installed here; like SDPA's they keep no matrix of tokens by tokens.
         options["attn_implementation"] = "eager"
-    return AutoModelForCausalLM.from_config(config, **options)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
-def _fake_student(planned: Plan) -> nn.Module:
-    model: Any = _fake_model(planned.student_config, planned.recipe.student).train()
+def _meta_student(planned: Plan) -> nn.Module:
+    model: Any = _meta_model(planned.student_config, planned.recipe.student).train()
     lora = planned.recipe.lora
     if planned.args.gradient_checkpointing:
         # The generator's state cannot be saved without data, and takes no memory worth counting.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     if lora is None:
         return model
-    import dataclasses
-
-    from peft import LoraConfig, get_peft_model
-
     if planned.args.gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(lora)))
+    with torch.device("meta"):
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(lora)))
 
 
 def _base(model: Any) -> Any:

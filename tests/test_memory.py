@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_models import tiny_tokenizer
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hpd.config import load_recipe
 from hpd.memory import StepMemory, parse_bytes
 from hpd.train import plan
 
 MIB = 2**20
-ROWS = [{"input_ids": [5 + (7 * i + j) % 200 for j in range(320)], "labels": [-100] * 80 + [5 + (7 * i + j) % 200 for j in range(80, 320)]} for i in range(24)]
+IDS = [[5 + (7 * i + j) % 200 for j in range(320)] for i in range(24)]
+ROWS = [{"input_ids": ids, "labels": [-100] * 80 + ids[80:]} for ids in IDS]
 
 # Three owners of the peak: weights and states, activations, the operator's chunks.
 SIZES = {
-    "weights": ({"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 4096}, {"batch": 1}),
+    "weights": ({"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 4096}, {"batch": 1}),
     "activations": ({"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1024}, {"batch": 8}),
     "logits": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 65536}, {"batch": 2}),
 }
 
-MEASURE = '''
+MEASURE = """
 import sys
 from pathlib import Path
 import torch
@@ -32,10 +33,9 @@ from transformers import TrainerCallback
 
 from hpd.config import load_recipe
 from hpd.models import load_model
-from hpd.teachers import ModelTeacher
-from hpd.train import plan, _trainer
 from hpd.runs import RunFolder
-from hpd.train import Progress
+from hpd.teachers import ModelTeacher
+from hpd.train import Progress, _trainer, plan
 
 torch.set_num_threads(1)
 
@@ -55,21 +55,19 @@ student, teacher = load_model(recipe.student, "student"), ModelTeacher(load_mode
 trainer = _trainer(planned, student, teacher, RunFolder(recipe), Progress())
 trainer.add_callback(Peak())
 trainer.train()
-'''
+"""
 
 
 def write_recipe(folder: Path, shape, batch=1, **train) -> Path:
+    folder.mkdir(exist_ok=True)
     tokenizer = tiny_tokenizer()
-    common = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True, "bos_token_id": tokenizer.bos_token_id,
-              "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    common = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True, **special}
     for role, layers in (("student", shape["num_hidden_layers"]), ("teacher", 2)):
         config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, **common, architectures=["LlamaForCausalLM"])
         config.save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
-    if not (folder / "teacher" / "model.safetensors").exists():
-        from transformers import AutoModelForCausalLM
-
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     recipe = {
         "student": {"model": str(folder / "student"), "init": "random"}, "teacher": str(folder / "teacher"),
@@ -91,5 +89,56 @@ def test_predicted_memory_is_within_a_fifth_of_the_measured_peak(tmp_path, size)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout.split()[-1])
     predicted = StepMemory(plan(load_recipe(recipe))).predict()
-    print(size, measured / MIB, predicted.total / MIB, {k: v / MIB for k, v in predicted._asdict().items()})
+    print(size, measured / MIB, predicted.total / MIB)
     assert predicted.total == pytest.approx(measured, rel=0.2), {k: v / MIB for k, v in predicted._asdict().items()}
+
+
+def step_memory(tmp_path, **train):
+    return StepMemory(plan(load_recipe(write_recipe(tmp_path, SIZES["activations"][0], batch=2, **train))))
+
+
+def test_the_largest_batch_and_chunk_fit_and_one_more_does_not(tmp_path):
+    step = step_memory(tmp_path)
+    budget = 150 * MIB
+    fit = step.fit(budget)
+    assert fit.rows > 1
+    assert step.predict(batch=fit.rows).total <= budget < step.predict(batch=fit.rows + 1).total
+    positions = step.label_positions(2)
+    assert positions == 2 * 240
+    assert fit.chunk_bytes == positions * step.row_bytes
+    tight = step.predict(chunk_bytes=100 * step.row_bytes).total
+    assert step.predict(chunk_bytes=step.fit(tight).chunk_bytes).total <= tight
+    assert 0 < step.fit(tight).chunk_bytes < fit.chunk_bytes
+    assert step.fit(MIB) == (0, 0)
+
+
+def test_what_saves_memory_is_seen(tmp_path):
+    plain = step_memory(tmp_path / "a").predict()
+    checkpointed = step_memory(tmp_path / "b", gradient_checkpointing=True).predict()
+    half = step_memory(tmp_path / "c", bf16=True).predict()
+    accumulated = step_memory(tmp_path / "d", gradient_accumulation_steps=2).predict()
+    adafactor = step_memory(tmp_path / "e", optim="adafactor").predict()
+    assert checkpointed.activations < 0.4 * plain.activations
+    assert half.activations < 0.8 * plain.activations
+    assert accumulated.activations == plain.activations + plain.student
+    assert plain.optimizer == 2 * plain.student
+    assert adafactor.optimizer < 0.1 * plain.optimizer
+    eager = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
+    eager["student"]["attn_implementation"] = "eager"
+    assert StepMemory(plan(load_recipe(eager))).predict().activations > 1.2 * plain.activations
+    lora = StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", ["lora={r: 4}"]))).predict()
+    assert lora.optimizer < 0.2 * plain.optimizer
+    assert lora.student > plain.student
+    itself = ["teacher=self", "student.init=pretrained", f"student.model={tmp_path / 'a' / 'teacher'}"]
+    assert StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", itself))).predict().teacher > 0
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("500 MB", 500_000_000), ("1.5tib", 1.5 * 2**40), ("7", 7)])
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "24 gallons", "-3GiB", "0GiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="such as 24GiB; got"):
+        parse_bytes(text)
