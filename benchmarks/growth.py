@@ -1,9 +1,10 @@
 """How the operator's time grows with label positions, vocabulary, hidden size and chunk size: a table and a plot of each.
 
-    python benchmarks/growth.py [--axes tokens,vocabulary,hidden,chunk] [--repeats 3] [--json | --check] [--plots]
+    python benchmarks/growth.py [--axes tokens,vocabulary,hidden,chunk] [--repeats 3] [--json | --check]
+    python benchmarks/growth.py --docs    # plots and tables of docs/performance.md from the stored result; measures nothing
 
-HPD and forward KL beside TRL's operator, our reference and the bare products; forward and backward; medians. One axis moves at a
-time from the middle shape.
+HPD and forward KL beside TRL's operator, our reference and the bare products; forward and backward; medians. One axis moves
+at a time from the middle shape.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from head import Problem
-from timing import interleaved, machine, print_table, ratios, store_or_check
+from timing import RESULTS, interleaved, machine, ratios, replace_block, store_or_check, stored, table
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 MIDDLE = {"tokens": 512, "vocabulary": 32768, "hidden": 512, "chunk": 64}
@@ -24,7 +25,7 @@ AXES = {
     "tokens": [128, 256, 512, 1024, 2048],
     "vocabulary": [4096, 8192, 16384, 32768, 65536],
     "hidden": [128, 256, 512, 1024],
-    "chunk": [1, 4, 16, 64],
+    "chunk": [8, 16, 32, 64],
 }
 LABELS = {"tokens": "label positions", "vocabulary": "vocabulary", "hidden": "hidden size", "chunk": "bytes of a chunk, MiB"}
 
@@ -42,12 +43,12 @@ def candidates(point: dict[str, int]) -> dict[str, Callable[[], None]]:
     }
 
 
-def measure(axis: str, repeats: int) -> dict[int, dict[str, list[float]]]:
+def measure(axis: str, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of each candidate at each point of an axis."""
-    return {value: interleaved(candidates({**MIDDLE, axis: value}), repeats) for value in AXES[axis]}
+    return {str(value): interleaved(candidates({**MIDDLE, axis: value}), repeats) for value in AXES[axis]}
 
 
-def plot(axis: str, medians: dict[int, dict[str, float]]) -> None:
+def plot(axis: str, medians: dict[str, dict[str, float]]) -> None:
     """Milliseconds over the axis, both logarithmic: a straight line of slope one is cost in proportion."""
     import matplotlib
 
@@ -56,11 +57,11 @@ def plot(axis: str, medians: dict[int, dict[str, float]]) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(figsize=(6.0, 4.0), dpi=120, layout="constrained")
-    values = list(medians)
+    values = [int(value) for value in medians]
     styles = {"bare products": ("black", "--", "."), "hpd": ("#c1121f", "-", "o"), "forward_kl": ("#e09f3e", "-", "s"),
               "TRL forward KL": ("#335c67", "-", "^"), "reference forward_kl": ("#8d99ae", "-", "v")}  # fmt: skip
     for name, (color, line, marker) in styles.items():
-        axes.plot(values, [1e3 * medians[v][name] for v in values], color=color, ls=line, marker=marker, ms=5, label=name)
+        axes.plot(values, [1e3 * at[name] for at in medians.values()], color=color, ls=line, marker=marker, ms=5, label=name)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(values, [f"{value:,}" for value in values])
@@ -83,32 +84,48 @@ def plot(axis: str, medians: dict[int, dict[str, float]]) -> None:
     plt.close(figure)
 
 
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it: milliseconds, and times the bare products."""
+    parts = []
+    for axis, medians in result["median_seconds"].items():
+        names = list(next(iter(medians.values())))
+        rows = [
+            [f"{int(v):,}", *(f"{1e3 * at[n]:.0f} ({result['ratios'][f'{axis} {v}'][n]:.2f})" for n in names)]
+            for v, at in medians.items()
+        ]
+        parts.append(table([LABELS[axis], *names], rows))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", default=",".join(AXES), help="comma-separated: " + ", ".join(AXES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--plots", action="store_true", help="draw docs/images/growth-AXIS.png")
-    parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/growth.json")
+    parser.add_argument("--json", action="store_true", help="store these axes in benchmarks/results/growth.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument(
+        "--docs", action="store_true", help="draw the plots and write the tables of the stored result, and stop"
+    )
     options = parser.parse_args()
+    if options.docs:
+        result = stored("growth")
+        for axis, medians in result["median_seconds"].items():
+            plot(axis, medians)
+        replace_block("growth tables", tables(result))
+        return
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {"machine": machine(), "ratios": {}, "median_seconds": {}}
+    result = {"machine": machine(), "ratios": {}, "median_seconds": {}}
     for axis in options.axes.split(","):
         seconds = measure(axis, options.repeats)
-        medians = {value: {name: statistics.median(times) for name, times in at.items()} for value, at in seconds.items()}
-        result["median_seconds"][axis] = medians
-        for value, at in seconds.items():
-            result["ratios"][f"{axis} {value}"] = ratios(at, "bare products")
-        print(f"\n{LABELS[axis]}, {machine()}\n")
-        names = list(next(iter(medians.values())))
-        rows = [
-            [f"{v:,}", *(f"{1e3 * at[n]:.0f} ({result['ratios'][f'{axis} {v}'][n]:.2f})" for n in names)]
-            for v, at in medians.items()
-        ]
-        print_table([LABELS[axis], *(f"{name}, ms (x products)" for name in names)], rows)
-        if options.plots:
-            plot(axis, medians)
+        result["median_seconds"][axis] = {
+            value: {name: statistics.median(times) for name, times in at.items()} for value, at in seconds.items()
+        }
+        result["ratios"] |= {f"{axis} {value}": ratios(at, "bare products") for value, at in seconds.items()}
+    print(tables(result))
+    if options.json and (RESULTS / "growth.json").is_file():
+        known = stored("growth")
+        result = {key: {**known[key], **result[key]} for key in result}
     store_or_check("growth", result, options.json, options.check)
 
 

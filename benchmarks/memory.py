@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--shape a] [--methods hpd,akl] [--json | --check]
 
-A process each; the figure is the growth of the peak resident memory over what was resident before the first call. The bound is
-what the operator must hold: the head's gradient, that of the hidden states, and two chunks of logits. Two calls, since a step of
-training finds the allocator as the one before left it. Linux only.
+The bound is what the operator must hold: gradients of head and hidden states, and two chunks of logits. `allocated` adds up the
+tensors that are alive, as an accelerator's allocator would; `resident` is the growth of the process's peak resident memory, which
+also has the workspace of matrix products and what malloc keeps. A process each; Linux only.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from head import SHAPES, TRL, Problem
-from timing import machine, print_table, resident_mib, store_or_check
+from timing import machine, replace_block, resident_mib, store_or_check, stored, table
 
+from hpd.losses.chunked import _cpu_scratch
+from hpd.memory import LiveBytes
 from hpd.methods import METHODS
 
 MIB = 2**20
+PRODUCTS = "bare products"
 
 
 def bound_mib(problem: Problem) -> float:
@@ -28,32 +32,45 @@ def bound_mib(problem: Problem) -> float:
     return 4 * (problem.weight.numel() + problem.hidden.numel() + problem.buffers.numel()) / MIB
 
 
-def measure(name: str, shape: str) -> float:
-    """Extra peak memory of one operator, in this process."""
+def measure(name: str, shape: str) -> tuple[float, float]:
+    """MiB allocated and resident at the peak of one operator, in this process."""
     problem = Problem(SHAPES[shape])
-    warm_up(shape)
-    run = problem.trl(TRL[name]) if name in TRL else problem.ours(*name.split(" "))
+    # Threads and packing buffers, which every program with matrix products has.
+    torch.mm(torch.ones(1024, SHAPES[shape][1]), torch.ones(SHAPES[shape][1], 4096))
+    run = problem.floor if name == PRODUCTS else problem.trl(TRL[name]) if name in TRL else problem.ours(*name.split(" "))
     before = resident_mib("VmRSS")
-    reset_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     run()
     run()
-    return resident_mib("VmHWM") - before
+    resident = resident_mib("VmHWM") - before
+    problem.hidden.grad = problem.weight.grad = None
+    _cpu_scratch.clear()
+    with LiveBytes() as live:
+        run()
+    # The products' own chunks were made with the problem.
+    kept = problem.buffers.numel() * 4 if name == PRODUCTS else 0
+    return (live.peak + kept) / MIB, resident
 
 
-def warm_up(shape: str) -> None:
-    """Threads and the packing buffers of matrix products, which every program with such products has."""
-    width = SHAPES[shape][1]
-    torch.mm(torch.ones(1024, width), torch.ones(width, 4096))
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_of(name: str, shape: str, threads: int) -> float:
+def peaks_of(name: str, shape: str, threads: int) -> list[float]:
     command = [sys.executable, __file__, "--peak-of", name, "--shape", shape, "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.strip().splitlines()[-1])
+    return [float(figure) for figure in done.stdout.split()[-2:]]
+
+
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it."""
+    parts = []
+    for shape, peaks in result["mib"].items():
+        num_tokens, student, teacher, vocab = SHAPES[shape]
+        bound = result["bound_mib"][shape]
+        parts.append(
+            f"Shape {shape}: {num_tokens:,} label positions, hidden size {student} (teacher {teacher}), vocabulary {vocab:,}; "
+            f"bound {bound:.0f} MiB."
+        )
+        rows = [[name, f"{a / bound:.2f}", f"{a:.0f}", f"{r:.0f}"] for name, (a, r) in peaks.items()]
+        parts.append(table(["operator", "allocated x bound", "allocated MiB", "resident MiB"], rows))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -64,26 +81,27 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/memory.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.peak_of:
-        print(measure(options.peak_of, options.shape))
+    if options.docs:
+        replace_block("memory table", tables(stored("memory")))
         return
-    found: dict[str, dict[str, float]] = {}
+    if options.peak_of:
+        print(*measure(options.peak_of, options.shape))
+        return
+    result: dict[str, Any] = {"machine": machine(), "bound_mib": {}, "mib": {}, "ratios": {}}
     for shape in SHAPES if options.shape == "all" else [options.shape]:
-        num_tokens, student, teacher, vocab = SHAPES[shape]
-        bound = bound_mib(Problem(SHAPES[shape]))
-        names = options.methods.split(",")
+        result["bound_mib"][shape] = bound = bound_mib(Problem(SHAPES[shape]))
+        names = [PRODUCTS, *options.methods.split(",")]
         if not options.no_peers:
             names += [*TRL, "forward_kl reference"]
-        peaks = {name: peak_of(name, shape, options.threads) for name in names}
-        found[shape] = {name: peak / bound for name, peak in peaks.items()}
-        print(f"\nN {num_tokens}, H {student}/{teacher}, V {vocab}, bound {bound:.0f} MiB, {machine()}\n")
-        rows = [["bound: gradients and two chunks", "1.00", f"{bound:.0f}"]]
-        rows += [[name, f"{found[shape][name]:.2f}", f"{peak:.0f}"] for name, peak in peaks.items()]
-        print_table(["operator", "x bound", "extra MiB"], rows)
-    store_or_check("memory", {"machine": machine(), "ratios": found}, options.json, options.check)
+        peaks = {name: peaks_of(name, shape, options.threads) for name in names}
+        result["mib"][shape] = peaks
+        result["ratios"][shape] = {name: allocated / bound for name, (allocated, _) in peaks.items()}
+    print(tables(result))
+    store_or_check("memory", result, options.json, options.check)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--repeats 5] [--json | --check]
 
-The same tiny student, rows, tokenizer and step for both; `hpd train` also reads its recipe, compares the pair and loads a teacher.
+The same tiny student, rows, tokenizer and step for both; `hpd train` also reads a recipe, compares the pair and loads a teacher.
 Both find the rows tokenised, as from the second start on: one pair of runs before is not counted.
 """
 

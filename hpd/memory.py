@@ -28,7 +28,7 @@ from hpd.losses.chunked import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
 from hpd.train import Plan
 
-__all__ = ["Fit", "Memory", "StepMemory", "parse_bytes", "row_tokens"]
+__all__ = ["Fit", "LiveBytes", "Memory", "StepMemory", "parse_bytes", "row_tokens"]
 
 # A tile's logits, log-probabilities of both models, and what an objective makes of them (hpd.losses.chunked, on a CPU).
 _TILE_SCRATCH_BYTES = 4 * 8 * 2**20
@@ -182,7 +182,7 @@ class StepMemory:
             ) from None
 
     def _trace_teacher(self, batch: int) -> int:
-        with _Live() as live, torch.no_grad():
+        with LiveBytes() as live, torch.no_grad():
             _backbone(self._teacher or self._student, batch, self.tokens, self.args)
         return live.peak
 
@@ -194,7 +194,7 @@ class StepMemory:
             for p in self._student.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
         held = _size(p.grad for p in self._student.parameters() if p.grad is not None)
-        with _Live() as live:
+        with LiveBytes() as live:
             hidden = _backbone(self._student, batch, self.tokens, self.args).flatten(0, 1)
             chosen = hidden.index_select(0, torch.zeros(positions, dtype=torch.long))
             teacher_hidden = torch.empty(positions, _head(self._teacher or self._student).shape[1], dtype=chosen.dtype)
@@ -231,8 +231,8 @@ class _OperatorGradients(torch.autograd.Function):
         return gradients
 
 
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
+class LiveBytes(TorchDispatchMode):
+    """A context that adds up the storages which operations make, until they are freed: `now` and `peak`, in bytes."""
 
     def __init__(self) -> None:
         super().__init__()

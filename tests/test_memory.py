@@ -6,12 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hpd import DistillConfig
 from hpd.config import load_recipe
-from hpd.memory import StepMemory, parse_bytes
+from hpd.losses import Head, Scores, chunked, reweighted_nll
+from hpd.losses.chunked import chunk_rows
+from hpd.losses.operator import default_chunk_bytes
+from hpd.memory import LiveBytes, StepMemory, parse_bytes
+from hpd.methods import build_terms
 from hpd.train import plan
 
 MIB = 2**20
@@ -131,6 +137,25 @@ def test_what_saves_memory_is_seen(tmp_path):
     assert lora.student > plain.student
     itself = ["teacher=self", "student.init=pretrained", f"student.model={tmp_path / 'a' / 'teacher'}"]
     assert StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", itself))).predict().teacher > 0
+
+
+@pytest.mark.parametrize("method", ["hpd", "forward_kl", "generalized_jsd"])
+def test_the_operator_holds_gradients_and_two_chunks(method):
+    """SmolLM2's head: at most a tenth beside the gradients of head and hidden states and two chunks of logits."""
+    tokens, width, vocab = 768, 576, 49152
+    hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.zeros(vocab, width, requires_grad=True)
+    teacher = Scores(torch.randn(tokens, width), Head(torch.zeros(vocab, width)))
+    rows = chunk_rows(tokens, 4 * vocab, default_chunk_bytes("cpu"))
+    terms = build_terms(method, {})
+    chunked._cpu_scratch.clear()
+    with LiveBytes() as live:
+        loss, _ = reweighted_nll(
+            Scores(hidden, Head(weight)), teacher, torch.zeros(tokens, dtype=torch.long), terms,
+            uniforms=torch.zeros(tokens, 1), metric_stride=DistillConfig.metric_stride,
+        )  # fmt: skip
+        loss.backward()
+    bound = 4 * (weight.numel() + hidden.numel() + 2 * rows * vocab)
+    assert bound < live.peak <= 1.1 * bound
 
 
 @pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("500 MB", 500_000_000), ("1.5tib", 1.5 * 2**40), ("7", 7)])
