@@ -20,12 +20,12 @@ from head import Problem
 from timing import RESULTS, interleaved, machine, ratios, replace_block, store_or_check, stored, table
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-MIDDLE = {"tokens": 512, "vocabulary": 32768, "hidden": 512, "chunk": 64}
+MIDDLE = {"tokens": 256, "vocabulary": 32768, "hidden": 512, "chunk": 16}
 AXES = {
-    "tokens": [128, 256, 512, 1024, 2048],
+    "tokens": [64, 128, 256, 512, 1024],
     "vocabulary": [4096, 8192, 16384, 32768, 65536],
     "hidden": [128, 256, 512, 1024],
-    "chunk": [8, 16, 32, 64],
+    "chunk": [4, 8, 16, 32],
 }
 LABELS = {"tokens": "label positions", "vocabulary": "vocabulary", "hidden": "hidden size", "chunk": "bytes of a chunk, MiB"}
 

@@ -1,10 +1,11 @@
 """Memory that the loss operator takes beside its inputs, forward and backward, for each method; peers in the same table.
 
     python benchmarks/memory.py [--shape a] [--methods hpd,akl] [--json | --check]
+    python benchmarks/memory.py --docs    # docs/performance.md's table from the stored result; measures nothing
 
 The bound is what the operator must hold: gradients of head and hidden states, and two chunks of logits. `allocated` adds up the
-tensors that are alive, as an accelerator's allocator would; `resident` is the growth of the process's peak resident memory, which
-also has the workspace of matrix products and what malloc keeps. A process each; Linux only.
+tensors that are alive, as an accelerator's allocator would; `resident` is the growth of the process's peak resident memory,
+which also has the workspace of matrix products and what malloc keeps. A process each; Linux only.
 """
 
 from __future__ import annotations

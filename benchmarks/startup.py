@@ -1,8 +1,9 @@
 """Seconds from the start of the process to the first logged step: `hpd train` beside a script with TRL's SFTTrainer.
 
     python benchmarks/startup.py [--repeats 5] [--json | --check]
+    python benchmarks/startup.py --docs   # docs/performance.md's table from the stored result; measures nothing
 
-The same tiny student, rows, tokenizer and step for both; `hpd train` also reads a recipe, compares the pair and loads a teacher.
+The same tiny student, rows, tokenizer and step for both; `hpd train` also reads a recipe, compares the pair, loads a teacher.
 Both find the rows tokenised, as from the second start on: one pair of runs before is not counted.
 """
 
@@ -17,15 +18,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
-from timing import machine, print_table, ratios, spread, store_or_check
+from timing import machine, ratios, replace_block, spread, store_or_check, stored, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
 SFT_SCRIPT = """
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -90,12 +93,23 @@ def seconds_until(stamp: Path, command: list[str], folder: Path) -> float:
     return took
 
 
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it."""
+    found = result["ratios"]["startup"]
+    rows = [[name, f"{ratio:.2f}", *spread(result["seconds"][name])] for name, ratio in found.items()]
+    return table(["start", "x SFTTrainer script", "median s", "range s"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/startup.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
     options = parser.parse_args()
+    if options.docs:
+        replace_block("startup table", tables(stored("startup")))
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder)
@@ -109,15 +123,9 @@ def main() -> None:
         # Not timing.interleaved: what is timed ends before the process does.
         rounds = [{name: run() for name, run in candidates.items()} for _ in range(options.repeats)]
     seconds = {name: [one[name] for one in rounds] for name in candidates}
-    found = ratios(seconds, "SFTTrainer script")
-    print(f"\nstart of the process to the first logged step, {machine()}\n")
-    print_table(
-        ["start", "x SFTTrainer script", "median s", "range s"],
-        [[name, f"{found[name]:.2f}", *spread(seconds[name])] for name in candidates],
-    )
-    store_or_check(
-        "startup", {"machine": machine(), "ratios": {"startup": found}, "seconds": seconds}, options.json, options.check
-    )
+    result = {"machine": machine(), "ratios": {"startup": ratios(seconds, "SFTTrainer script")}, "seconds": seconds}
+    print(tables(result))
+    store_or_check("startup", result, options.json, options.check)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the student alone.
 
     python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--json | --check] [--memory]
+    python benchmarks/step.py --docs      # docs/performance.md's table from the stored result; measures nothing
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three quarters of them
 labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not depend on them.
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from timing import interleaved, machine, print_table, ratios, resident_mib, spread, store_or_check
+from timing import interleaved, machine, ratios, replace_block, resident_mib, spread, store_or_check, stored, table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -87,6 +88,16 @@ def peak_mib(name: str) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it."""
+    peaks = result["peak_mib"]
+    rows = [
+        [name, f"{ratio:.2f}", *spread(result["seconds"][name]), *([f"{peaks[name]:.0f}"] if peaks else [])]
+        for name, ratio in result["ratios"]["step"].items()
+    ]
+    return table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="hpd,forward_kl,hpd (reference)")
@@ -96,7 +107,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/step.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
     options = parser.parse_args()
+    if options.docs:
+        replace_block("step table", tables(stored("step")))
+        return
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.peak_of:
@@ -106,12 +121,10 @@ def main() -> None:
             return
         names = ["SFTTrainer", *options.methods.split(",")]
         seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
-    found = ratios(seconds, "SFTTrainer")
-    peaks = {name: peak_mib(name) for name in names} if options.memory else {}
-    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {machine()}\n")
-    table = [[name, f"{found[name]:.2f}", *spread(seconds[name]), *([f"{peaks[name]:.0f}"] if peaks else [])] for name in names]
-    print_table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], table)
-    result = {"machine": machine(), "ratios": {"step": found}, "seconds": seconds, "peak_mib": peaks}
+    result = {"machine": machine(), "ratios": {"step": ratios(seconds, "SFTTrainer")}, "seconds": seconds}
+    result["peak_mib"] = {name: peak_mib(name) for name in names} if options.memory else {}
+    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {result['machine']}\n")
+    print(tables(result))
     store_or_check("step", result, options.json, options.check)
 
 
