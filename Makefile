@@ -30,8 +30,10 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/hpd demo --overwrite
 
+# Two workers of one thread each: a file's tests stay together, since they share what they built.
+WORKERS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"

@@ -5,16 +5,18 @@ Axes: B rows, T tokens, N label positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "DistillCollator", "TokenBatch", "token_batch", "uniforms"]
+__all__ = ["DATASET", "IGNORE_INDEX", "STUDENT", "DistillCollator", "TokenBatch", "token_batch", "uniforms"]
 
 IGNORE_INDEX = -100
+DATASET, STUDENT = 0, 1
+"""Who wrote a token."""
 
 # Odd constants of the splitmix64 generator (Steele, Lea, Flood 2014), as signed 64-bit integers.
 _GOLDEN = -0x61C8864680B583EB
@@ -33,20 +35,46 @@ class TokenBatch(NamedTuple):
     """A number that names the position by the content of its row and its place in it, whatever the packing or padding."""
     dropped: Int[Tensor, ""]
     """Labels taken out because the common vocabulary does not hold them."""
+    rows: Int[Tensor, "N"] | None = None
+    """The row of each position, counted from 0 over the rows that have a label."""
+    row_lengths: Int[Tensor, "R"] | None = None
+    """Label positions of each such row."""
+    by_dataset: Int[Tensor, "D"] | None = None
+    """Those of the N positions whose label the dataset holds; found beside the data, so that nothing waits for the device."""
+    by_student: Int[Tensor, "S"] | None = None
+    """Those whose label the student wrote."""
+    behaviour: Float[Tensor, "N"] | None = None
+    """Log-probability of the label, in nats, for whoever wrote it; NaN where that is not known."""
+
+    def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
+        """Some positions of a batch whose rows are all the dataset's."""
+        everything = torch.arange(len(positions), device=positions.device)
+        return TokenBatch(
+            self.index[positions], self.labels[positions], self.keys[positions], self.dropped,
+            by_dataset=everything, by_student=everything[:0],
+        )  # fmt: skip
 
     @classmethod
     def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
         """Take the fields that `DistillCollator` put into a batch out of it again; the model's own inputs remain."""
-        return cls(*(inputs.pop(f"label_{field}") for field in cls._fields))
+        optional = {field: inputs.pop(f"label_{field}", None) for field in cls._field_defaults}
+        return cls(*(inputs.pop(f"label_{field}") for field in cls._fields if field not in optional), **optional)
 
 
-def token_batch(inputs: Mapping[str, Tensor], vocab: int | None = None) -> TokenBatch:
+def token_batch(
+    inputs: Mapping[str, Tensor],
+    vocab: int | None = None,
+    sources: Int[Tensor, "B T"] | None = None,
+    behaviour: Float[Tensor, "B T"] | None = None,
+) -> TokenBatch:
     """Find the label positions of a collated batch.
 
     Args:
         inputs: `input_ids`, `labels` (-100 is no label; position t labels itself, as in Hugging Face models), and
             `attention_mask` (padded) or `position_ids` (padding-free: a zero starts a new row).
         vocab: tokens that both models have; labels beyond are dropped and counted.
+        sources: who wrote each token, DATASET or STUDENT; None: the dataset all of them.
+        behaviour: log-probability of each token for whoever wrote it.
     """
     input_ids, labels = inputs["input_ids"], inputs["labels"]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -60,15 +88,29 @@ def token_batch(inputs: Mapping[str, Tensor], vocab: int | None = None) -> Token
     beyond = targets >= vocab if vocab is not None else torch.zeros_like(targets, dtype=torch.bool)
     targets = torch.where(beyond, IGNORE_INDEX, targets).flatten()
     index = (targets != IGNORE_INDEX).nonzero().flatten()
-    keys = _row_keys(input_ids, positions, mask)
-    return TokenBatch(index, targets[index], keys.flatten()[index], beyond.sum())
+    segment = _segments(input_ids, positions)
+    _, rows, lengths = segment[index].unique_consecutive(return_inverse=True, return_counts=True)
+    keys = _row_keys(input_ids, positions, mask, segment)
+    # The label of position t is token t + 1, and so are its writer and that writer's log-probability.
+    source = torch.zeros_like(index) if sources is None else sources.flatten()[index + 1]
+    return TokenBatch(
+        index, targets[index], keys.flatten()[index], beyond.sum(), rows, lengths,
+        (source == DATASET).nonzero().flatten(), (source == STUDENT).nonzero().flatten(),
+        None if behaviour is None else behaviour.flatten()[index + 1],
+    )  # fmt: skip
 
 
-def _row_keys(input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Int[Tensor, "B T"]:
-    """A 64-bit key per position: hash of the whole row's tokens, then of the place in it."""
+def _segments(input_ids: Tensor, positions: Tensor) -> Int[Tensor, "BT"]:
+    """The row that each position belongs to, rows of a packed batch told apart."""
     starts = (positions == 0).flatten()
     starts[:: input_ids.shape[1]] = True
-    segment = starts.cumsum(0) - 1
+    return starts.cumsum(0) - 1
+
+
+def _row_keys(
+    input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None, segment: Int[Tensor, "BT"]
+) -> Int[Tensor, "B T"]:
+    """A 64-bit key per position: hash of the whole row's tokens, then of the place in it."""
     tokens = _mix(input_ids.long() * _GOLDEN + positions.long() * _MIX_1)
     if attention_mask is not None:
         tokens = tokens * attention_mask
@@ -97,19 +139,56 @@ def _mix(x: Tensor) -> Tensor:
 class DistillCollator:
     """Wraps a collator: adds the `TokenBatch`, computed beside the data (no device synchronisation in the step).
 
-    The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss sums.
+    The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss sums. Examples
+    may say token by token who wrote them (`sources`) and how likely the writer found them (`behaviour`).
+
+    Args:
+        inner: what pads or flattens the rows.
+        vocab: as in `token_batch`.
+        then: called with each finished batch, such as to ask a teacher elsewhere about it early.
     """
 
-    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], vocab: int | None = None):
+    def __init__(
+        self,
+        inner: Callable[[list[Any]], dict[str, Any]],
+        vocab: int | None = None,
+        then: Callable[[dict[str, Any]], None] | None = None,
+    ):
         self.inner = inner
         self.vocab = vocab
+        self.then = then
+        self.fetch: Callable[[dict[str, Any], TokenBatch], Any] | None = None
+        """What a teacher reads ahead for a batch (`inputs["fetched"]`)."""
+
+    def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, TokenBatch]]:
+        """Each row of a prepared dataset with its label positions, nothing fetched or asked."""
+        for row in dataset:
+            yield row, token_batch(self.inner([row]), self.vocab)
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         inputs = self.inner(examples)
-        batch = token_batch(inputs, self.vocab)
+        sources, behaviour = (
+            _laid_out(inputs["input_ids"], [example[name] for example in examples]) if name in examples[0] else None
+            for name in ("sources", "behaviour")
+        )
+        batch = token_batch(inputs, self.vocab, sources, behaviour)
         labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
         labels[batch.index + 1] = batch.labels
         inputs["labels"] = labels.view_as(inputs["labels"])
+        if self.fetch is not None:
+            inputs["fetched"] = self.fetch(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
-        inputs.update({f"label_{field}": value for field, value in batch._asdict().items()})
+        inputs.update({f"label_{field}": value for field, value in batch._asdict().items() if value is not None})
+        if self.then is not None:
+            self.then(inputs)
         return inputs
+
+
+def _laid_out(input_ids: Int[Tensor, "B T"], values: list[list[Any]]) -> Tensor:
+    """Numbers of each token in the layout of the collated rows: one row each, or all in one (padding-free)."""
+    lines = values if len(values) == len(input_ids) else [[number for row in values for number in row]]
+    flat = [torch.tensor(line) for line in lines]
+    out = torch.zeros(input_ids.shape, dtype=flat[0].dtype)
+    for line, row in zip(out, flat, strict=True):
+        line[: len(row)] = row
+    return out

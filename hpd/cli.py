@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ Overrides = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
 
 
+_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later
+
+
 def _version(shown: bool) -> None:
     if shown:
         typer.echo(f"hpd {__version__}")
@@ -50,11 +54,21 @@ def _user_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("HPD_DEBUG"):
             raise
-        from rich.console import Console
-
-        text = str(error) if str(error) else type(error).__name__
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(text)}", highlight=False)
+        _complain("error", str(error) if str(error) else type(error).__name__)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        # By name: importing the classes would load transformers for every command.
+        if type(error).__name__ not in ("RunStopped", "TeacherUnavailable") or os.environ.get("HPD_DEBUG"):
+            raise
+        again = shlex.join(["hpd", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        _complain("stopped", f"{error} Go on with: {again}")
+        raise typer.Exit(_TRY_AGAIN) from None
+
+
+def _complain(kind: str, text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
 
 
 def _escape(text: str) -> str:
@@ -115,30 +129,159 @@ def doctor(
             raise typer.Exit(1)
 
 
+@app.command()
+def cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another cache in cache.path first.")] = False,
+) -> None:
+    """Ask the teacher about every label position of a recipe's rows once and write its answers to cache.path."""
+    with _user_errors():
+        from hpd.config import load_recipe
+        from hpd.display import cache_with_display
+
+        cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
+
+
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the model.", show_default=False)],
-    data: Annotated[Path, typer.Option(help="File with prompts and answers (.jsonl, .json, .csv, .parquet, also .gz).")],
-    task: Annotated[str, typer.Option(help="How answers are graded.")] = "exact-match",
-    limit: Annotated[int | None, typer.Option(help="First n examples only.", min=1)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folders or Hub ids; compared with the first.", show_default=False)
+    ],
+    tasks: Annotated[
+        str, typer.Option("--tasks", "--task", "-t", help="Names with commas between them; name=FILE gives a task its file.")
+    ] = "exact-match",
+    data: Annotated[
+        Path | None, typer.Option(help="A file, or a folder with one subfolder per task; without it, the Hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First n problems of each task only.", min=1)] = None,
+    limit_seed: Annotated[int | None, typer.Option(help="Draw the n problems with this seed instead.")] = None,
+    preset: Annotated[str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 8 or 32 samples.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Answers per problem.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens; 0 is all.", min=0)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0,
+    chat_template: Annotated[str | None, typer.Option(help="auto, never or always.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help='Instead of the task\'s; "" is none.')] = None,
+    few_shot: Annotated[int, typer.Option(help="Worked examples in a plain-text prompt; 0 is none.", min=0)] = 0,
+    few_shot_data: Annotated[Path | None, typer.Option(help="Their file; without it, the task's training file.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="A task's option: name=value, or task.name=value.")
+    ] = None,
+    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint of the judge.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share a model.", min=1)] = 1,
     batch_size: BatchSize = 32,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Folder for evals.json and the answers of each example.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder of evals.json and every answer; resumes there.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Instead of tasks: kl,entropy,... on the texts of --data.")] = None,
+    metrics_on: Annotated[str | None, typer.Option(help="Texts of --metrics: dataset, student or both (default).")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model that --metrics compares with.")] = None,
+    vocabulary: Annotated[str | None, typer.Option(help="Unequal heads: error (default) or shared_prefix.")] = None,
+    harness: Annotated[str | None, typer.Option(help="lm-eval: run its --tasks with its own grading.")] = None,
 ) -> None:
-    """Let a model answer a file of problems and grade the final answers."""
+    """Let models answer benchmarks or a file of problems, and grade the answers."""
     with _user_errors():
-        from hpd.display import evaluate_with_display
+        generation = {
+            "num_samples": samples, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+            "max_new_tokens": max_new_tokens, "seed": seed, "chat_template": chat_template,
+            "system_prompt": system_prompt, "batch_size": batch_size,
+        }  # fmt: skip
+        from hpd.evaluate.modes import run_eval
 
-        settings = {
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        evaluate_with_display(model, task, data, limit, settings, output, dtype)
+        run_eval(
+            models=tuple(models), tasks=tasks, data=data, limit=limit, limit_seed=limit_seed, preset=preset,
+            generation=generation, few_shot=few_shot, few_shot_data=few_shot_data, options=tuple(option or ()),
+            judge_url=judge_url, judge_model=judge_model, engine=engine, tensor_parallel=tensor_parallel, dtype=dtype,
+            output=output, metrics=metrics, metrics_on=metrics_on, teacher=teacher, vocabulary=vocabulary, harness=harness,
+        )  # fmt: skip
+
+
+@app.command(name="serve-teacher")
+def serve_teacher(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],
+    port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8765,
+    host: Annotated[str, typer.Option(help="Address to bind; beyond loopback a token is required.")] = "127.0.0.1",
+    token_env: Annotated[
+        str, typer.Option(help="Environment variable with the token that clients must show.")
+    ] = "HPD_SERVE_TOKEN",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="4bit or 8bit (extra quantization).")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is sent away for a while.", min=1)] = 64,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward, padding included.", min=1)] = 16384,
+    max_request_tokens: Annotated[int, typer.Option(help="Tokens of one request.", min=1)] = 65536,
+) -> None:
+    """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra `serve`."""
+    with _user_errors():
+        from hpd.teachers.serve import ServeSettings, serve_model
+
+        settings = ServeSettings(
+            host=host, port=port, token=os.environ.get(token_env) or None, max_waiting=max_waiting,
+            max_request_tokens=max_request_tokens,
+        )  # fmt: skip
+        serve_model(model, dtype, quantization, settings, max_batch_tokens)
+
+
+@app.command()
+def generate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
+) -> None:
+    """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was interrupted."""
+    with _user_errors():
+        from hpd.config import load_recipe
+        from hpd.display import generate_with_display
+
+        generate_with_display(load_recipe(recipe, overrides or ()), overwrite)
+
+
+@app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="Experiment, a YAML file.", show_default=False)],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Runs at once; the cores are split among them.", min=1)] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the grid and its predicted cost, run nothing of it.")
+    ] = False,
+    probe: Annotated[
+        bool, typer.Option(help="With --dry-run: time a few steps of each variant that has no finished run.")
+    ] = True,
+    allow: Annotated[
+        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
+    ] = "",
+) -> None:
+    """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is run."""
+    with _user_errors():
+        from hpd.experiments import terminal
+
+        if dry_run:
+            terminal.dry_run(experiment, overrides or (), jobs, probe)
+        elif not terminal.compare_with_display(experiment, overrides or (), jobs, [a for a in allow.split(",") if a]):
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Experiments or run folders.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="Folder for the report; default: report/ in the experiment.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Variant to test against, as the report names it.")] = None,
+    allow: Annotated[
+        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
+    ] = "",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine and renew it while runs go on.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Port of --watch; 0 takes a free one.", min=0, max=65535)] = 8642,
+) -> None:
+    """Write what runs found: one HTML page, and the same as Markdown, PNG and CSV."""
+    with _user_errors():
+        from hpd.experiments.terminal import report_with_display
+
+        report_with_display(folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None)
 
 
 @app.command()

@@ -13,13 +13,33 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.methods import choose_terms
+from hpd.checks import check_answers_anything, check_generate, check_teacher
+from hpd.guards import GuardsConfig, Thresholds
+from hpd.methods import choose_terms, name_terms
+from hpd.policy_gradient import StrategyConfig
+from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.regime import Regime, choose_regime
+from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
-__all__ = ["DataConfig", "EvalConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "load_recipe", "resolve"]
+__all__ = [
+    "CacheConfig", "DataConfig", "EvalConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig",
+    "check_tree",
+    "load_recipe", "resolve",
+]  # fmt: skip
 
 _STRICT = ConfigDict(extra="forbid")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _model_shorthand(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _teacher_shorthand(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +70,23 @@ class TeacherConfig:
 
     __pydantic_config__ = _STRICT
 
-    type: Literal["model", "self"] = "model"
-    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy)."""
+    type: Literal["model", "self", "cached", "server", "mixture", "routed"] = "model"
+    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy). cached:
+    what `hpd cache` wrote. server: a model that answers over HTTP. mixture: a weighted mixture of teachers. routed: each row
+    has one of several teachers."""
     model: str | None = None
-    """Hub id or local folder; required by type model."""
+    """Hub id or local folder; required by type model. Type cached: may stay, the cache must then be of this model. Type server:
+    the name that the server knows the model by."""
+    path: str | None = None
+    """Folder of a cache (type cached); null: cache.path."""
+    teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]] = field(default_factory=dict)
+    """Teachers by name (types mixture and routed); a string is a model's path."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Share of each teacher in a mixture, > 0; divided by their sum."""
+    column: str | None = None
+    """Column of the dataset that names each row's teacher (type routed)."""
     dtype: DType = "auto"
-    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU."""
+    """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU. Protocol hpd: of hidden states and head."""
     quantization: Literal["4bit", "8bit"] | None = None
     """Load the teacher's weights quantised by bitsandbytes (extra `quantization`)."""
     tokenizer: str | None = None
@@ -66,6 +97,63 @@ class TeacherConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    url: str | None = None
+    """Type server: its base address, such as http://127.0.0.1:8765."""
+    protocol: Literal["openai", "echo", "sglang", "hpd"] | None = None
+    """Type server; null: openai. openai: /v1/completions with prompt_logprobs (vLLM). echo: the same with echo and
+    return_tokens_as_token_ids. sglang: /generate. hpd: a server that `hpd serve-teacher` runs, exact for every method."""
+    api_key_env: str | None = None
+    """Type server: name of the environment variable that holds the key. Never the key: recipes are written to run folders."""
+    top_k: int | None = None
+    """Protocols openai, echo, sglang: likeliest tokens asked for, >= 1; null: 20."""
+    tail: Literal["exact", "uniform"] = "exact"
+    """Protocols openai, echo, sglang. exact: a method that reads other tokens than label and top_k is an error. uniform: those
+    tokens share the rest of the teacher's mass evenly, an approximation."""
+    concurrency: int = 4
+    """Type server: requests at once, >= 1."""
+    timeout_seconds: float = 120.0
+    """Type server: longest wait for one answer, > 0."""
+    wait_seconds: float = 600.0
+    """Type server: how long a failed request is tried again before training saves a checkpoint and stops, >= 0."""
+
+    @property
+    def title(self) -> str:
+        """What a person would call it."""
+        if self.type == "self":
+            return "itself (self-distillation)"
+        if self.type == "cached":
+            return f"the cache {self.path}"
+        if self.teachers:
+            return f"a {'mixture' if self.type == 'mixture' else 'choice'} of {', '.join(self.teachers)}"
+        return str(self.model) if self.url is None else f"{self.model or 'a model'} at {self.url}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What `hpd cache` writes; training reads it through `teacher: {type: cached}`."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Folder."""
+    kind: Literal["hidden", "top_k"] = "hidden"
+    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves everything.
+    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8 (hidden only): one
+    scale per position."""
+    top_k: int | None = None
+    """Tokens per position, required by kind top_k."""
+    shard_bytes: int = 256 * 2**20
+    """Size of a file; also what is lost at most when writing is killed."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "top_k") != (self.top_k is not None) or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there")
+        if self.kind == "top_k" and self.dtype == "int8":
+            raise ValueError("cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k")
+        if self.shard_bytes < 1:
+            raise ValueError("cache.shard_bytes must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,37 +206,88 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """A task that is run on teacher and student before and after training."""
+    """A task that teacher and student are given before and after training, and the student while it trains."""
 
     __pydantic_config__ = _STRICT
 
     task: str = "exact-match"
-    """A name of TASKS."""
+    """A name of TASKS (docs/evaluation.md), or module:factory for your own."""
     data: str = ""
-    """File with prompts and answers."""
+    """Its file, or a folder with one subfolder per task; empty: its data set on the Hub."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The task's own options, such as {tolerance: 0.02}; judge.NAME for a judge's."""
     limit: int | None = None
-    """First n examples only."""
-    max_new_tokens: int = 512
-    """Longest answer, in tokens."""
+    """First n problems only."""
+    limit_seed: int | None = None
+    """Draw the n problems with this seed instead; the same ones each time."""
+    every: int | Literal["epoch"] | None = None
+    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in eval_gsm8k_accuracy, which
+    train.metric_for_best_model can name."""
+    preset: Literal["greedy", "paper"] | None = None
+    """greedy, or paper: temperature 0.7, top-p 0.95, several samples; null: as the task says, else greedy."""
+    num_samples: int | None = None
+    """Answers per problem."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; null: as the task says, else 512."""
     batch_size: int = 32
     """Prompts generated at once."""
-    temperature: float = 0.0
+    temperature: float | None = None
     """0 is greedy."""
+    top_p: float | None = None
+    """Sampling: draw from the likeliest tokens with this mass."""
+    seed: int = 0
+    """Sampling: which draws."""
+    system_prompt: str | None = None
+    """Instead of the task's; empty: none."""
+    few_shot: int = 0
+    """Worked examples in a plain-text prompt; 0: none."""
+    few_shot_data: str | None = None
+    """Their file; null: the task's training file."""
 
 
-def _model_shorthand(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
+def _one_or_many(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, Mapping) else value
 
 
-def _teacher_shorthand(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
-    return value
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Completions that a model writes for the prompts of `data` (`hpd generate`)."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str | None = None
+    """Hub id or folder of another writer; null: the recipe's teacher (type self: the student)."""
+    output: str = "generated.jsonl"
+    """The JSONL file that is written: prompt and completion, and where they come from."""
+    samples: int = 1
+    """Completions per prompt, >= 1."""
+    temperature: float = 1.0
+    """0 is greedy; above 0, tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this mass, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    seed: int = 0
+    """Which draws."""
+    batch_size: int = 16
+    """Prompts per forward; requests at once for a server have teacher.concurrency."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """Completions that max_new_tokens cut. Kept ones are marked (finish_reason: length); training would end them early."""
+    filter: Literal["none", "correct"] = "none"
+    """correct: keep completions whose final answer is that of the dataset."""
+    reference: str | None = None
+    """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
+
+
+def _strategy_shorthand(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run: one student, one teacher, prefixes (the dataset's) and a list of terms."""
+    """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the other."""
 
     __pydantic_config__ = _STRICT
 
@@ -164,18 +303,40 @@ class Recipe:
     """Parameters of the method, such as {reinforce: false, draw_share: 0.5}."""
     terms: tuple[TermConfig, ...] = ()
     """A weighted sum of objectives instead of a method."""
+    prefixes: Prefixes | None = None
+    """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
+    rollouts: RolloutConfig | None = None
+    """How the student writes, where it does."""
+    strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
+    """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """Signs of trouble that warn, or stop and save."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of the run, each a change of this recipe that starts from the student that the one before left."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
-    eval: EvalConfig | None = None
-    """What to run before and after training."""
+    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
+    """What to run before and after training, and on the way: one task, or a list of them."""
+    generate: GenerateConfig | None = None
+    """What `hpd generate` writes; null: its defaults."""
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
+    cache: CacheConfig | None = None
+    """What `hpd cache` writes of this recipe."""
 
     def choose_terms(self):
         """The terms of the loss, as configured; checked."""
-        return choose_terms(self.method if self.method or self.terms else "hpd", self.method_kwargs, self.terms)
+        return choose_terms(self._method, self.method_kwargs, self.terms)
+
+    @property
+    def _method(self) -> str | None:
+        return self.method if self.method or self.terms else "hpd"
+
+    def choose_regime(self) -> Regime:
+        """Prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
+        return choose_regime(self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -192,10 +353,17 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
+    return check_tree(tree)
+
+
+def check_tree(tree: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, checked. Raises ValueError as `load_recipe`."""
     try:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    if recipe.teacher.type == "cached" and recipe.teacher.path is None and recipe.cache is not None:
+        recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, path=recipe.cache.path))
     _cross_check(recipe)
     return recipe
 
@@ -227,6 +395,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     node = tree
     for parent in parents:
         child = node.get(parent)
+        if isinstance(child, list):
+            raise ValueError(f"{key!r}: {parent} is a list in the recipe; change its entries there.")
         if isinstance(child, str) and parent in ("student", "teacher"):
             child = (_model_shorthand if parent == "student" else _teacher_shorthand)(child)
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
@@ -257,8 +427,12 @@ def _explain(error: ValidationError) -> str:
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     classes = {
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
-        "eval": EvalConfig, "terms": TermConfig,
+        "eval": EvalConfig, "terms": TermConfig, "replay": ReplayConfig, "prefixes": Prefixes, "rollouts": RolloutConfig,
+        "strategy": StrategyConfig, "guards": GuardsConfig, "dpo": DpoStageConfig, "stages": StageConfig,
+        "generate": GenerateConfig, "cache": CacheConfig,
     }  # fmt: skip
+    if "guards" in location and location[-1] != "guards":
+        return [f.name for f in dataclasses.fields(Thresholds)]
     owner = next((classes[part] for part in location if part in classes), Recipe)
     return [f.name for f in dataclasses.fields(owner)]
 
@@ -266,13 +440,15 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
 def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
-    teacher, data = recipe.teacher, recipe.data
-    if teacher.type == "model" and not teacher.model:
-        raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
-    if teacher.type == "self" and (teacher.model or teacher.quantization):
-        raise ValueError("teacher: self is the student itself: remove teacher.model and teacher.quantization.")
-    if recipe.student.init == "random" and teacher.type == "self":
-        raise ValueError("teacher: self would distil from random weights: give a teacher model, or init: pretrained.")
+    regime = recipe.choose_regime()
+    if recipe.stages:
+        from hpd.stages import stage_recipes
+
+        stage_recipes(recipe)
+    data = recipe.data
+    check_teacher(recipe.teacher, recipe)
+    if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
+        check_answers_anything(recipe.teacher)
     if data.streaming and isinstance(data.validation, float):
         raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
     if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:
@@ -281,10 +457,22 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"data.limit must be >= 1, got {data.limit}.")
     if recipe.lora and not 0.0 <= recipe.lora.lora_dropout < 1.0:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
-    if recipe.eval and not recipe.eval.data:
-        raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+    _check_evals(recipe.eval)
+    if recipe.generate:
+        check_generate(recipe.generate)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+def _check_evals(evals: Sequence[EvalConfig]) -> None:
+    for config in evals:
+        if config.task == "exact-match" and not config.data:
+            raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+        if isinstance(config.every, int) and config.every < 1:
+            raise ValueError(f"eval.every must be 1 or more steps, or epoch, got {config.every}.")
+    names = [config.task for config in evals]
+    if len(set(names)) < len(names):
+        raise ValueError("eval names a task twice: their metrics would have one name.")
 
 
 def train_arguments(recipe: Recipe, **forced: Any) -> Any:

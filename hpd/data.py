@@ -16,7 +16,7 @@ from trl.data_utils import is_conversational
 from hpd.batch import IGNORE_INDEX
 from hpd.config import DataConfig
 
-__all__ = ["Lengths", "Rows", "load_rows", "measure"]
+__all__ = ["Lengths", "PromptRow", "Rows", "load_preferences", "load_prompts", "load_rows", "measure"]
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _MEASURED_ROWS = 256
@@ -28,6 +28,14 @@ class Rows(NamedTuple):
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset | None
     conversational: bool
+
+
+class PromptRow(NamedTuple):
+    """A prompt that wants a completion."""
+
+    prompt: str | list[dict[str, str]]
+    reference: str | None
+    """The dataset's own answer, where it has one."""
 
 
 class Lengths(NamedTuple):
@@ -52,8 +60,12 @@ class _Unusable(ValueError):
     """A path that no reader needs to try."""
 
 
-def load_rows(config: DataConfig) -> Rows:
+def load_rows(config: DataConfig, column: str | None = None) -> Rows:
     """Read the dataset and bring it into a TRL format.
+
+    Args:
+        config: where it is and what its columns mean.
+        column: one more column that rows keep (it names their teacher).
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,7 +80,7 @@ def load_rows(config: DataConfig) -> Rows:
         validation = _read(other, config, "train" if is_file else config.validation, limit=False)
     if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
-    train, validation = (None if rows is None else _shape(rows, config) for rows in (train, validation))
+    train, validation = (None if rows is None else _shape(rows, config, column) for rows in (train, validation))
     assert train is not None
     if isinstance(config.validation, float):
         assert isinstance(train, Dataset)
@@ -77,6 +89,69 @@ def load_rows(config: DataConfig) -> Rows:
         parts = train.train_test_split(test_size=config.validation, seed=0)
         train, validation = parts["train"], parts["test"]
     return Rows(train, validation, is_conversational(dict(next(iter(train)))))
+
+
+def load_preferences(config: DataConfig) -> Dataset:
+    """Rows with prompt, chosen and rejected, for preference optimisation.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_rows`; a column is missing.
+    """
+    rows = _read(config.path, config)
+    wanted = ("prompt", "chosen", "rejected")
+    given = {name: config.columns.get(name, name) for name in wanted}
+    if missing := [name for name in given.values() if name not in rows.column_names]:
+        raise ValueError(
+            f"Preference pairs need the columns prompt, chosen and rejected, and {config.path} lacks {', '.join(missing)} "
+            f"(found: {', '.join(rows.column_names)}): map them in data.columns."
+        )
+    return rows.select_columns(list(given.values())).rename_columns({v: k for k, v in given.items() if v != k})
+
+
+def load_prompts(config: DataConfig, reference: str | None = None) -> list[PromptRow]:
+    """The prompts of the dataset, as training would see them; rows need no completion.
+
+    Args:
+        config: the recipe's `data`.
+        reference: column with the right answer; None: the completion, or the last turn of `messages`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_rows`; no prompts, or no such column.
+    """
+    datasets.disable_progress_bars()
+    renamed = {given: wanted for wanted, given in config.columns.items()}
+    prompts = []
+    for index, given in enumerate(_read(config.path, config)):
+        row: dict[str, Any] = dict(given)
+        named = {renamed.get(name, name): value for name, value in row.items()}
+        if reference is not None and reference not in row:
+            raise ValueError(f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}.")
+        prompts.append(_prompt_row(named, index, config, None if reference is None else str(row[reference])))
+    if not prompts:
+        raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
+    return prompts
+
+
+def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, reference: str | None) -> PromptRow:
+    prompt: Any
+    answer: Any
+    if row.get("messages"):
+        last = row["messages"][-1]
+        answered = last["role"] == "assistant"
+        prompt, answer = (row["messages"][:-1], last["content"]) if answered else (row["messages"], None)
+    else:
+        prompt, answer = row.get("prompt"), row.get("completion")
+        answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
+    if not prompt:
+        raise ValueError(
+            f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example data.columns: "
+            "{prompt: question}."
+        )
+    if isinstance(prompt, str) and config.format == "chat":
+        prompt = [{"role": "user", "content": prompt}]
+    if config.system_prompt and isinstance(prompt, list) and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
+    return PromptRow(prompt, reference if reference is not None else answer)
 
 
 def _read(path: str, config: DataConfig, split: str | None = None, limit: bool = True) -> Any:
@@ -124,15 +199,23 @@ def _loader(path: Path) -> str | None:
     return _LOADERS.get(suffixes[-1]) if suffixes else None
 
 
-def _shape(rows: Any, config: DataConfig) -> Any:
+def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
     """Rename, wrap into messages, and refuse rows that TRL would fail on later."""
     found = list(next(iter(rows)).keys())
     for wanted, given in config.columns.items():
         if given not in found:
             raise ValueError(f"data.columns maps {wanted} to {given!r}, which the dataset does not have: {', '.join(found)}.")
     keep = ("messages", "prompt", "completion", "text", "input_ids", "labels", "tools", "chat_template_kwargs")
+    if column is not None:
+        if column not in found:
+            raise ValueError(f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}.")
+        keep += (column,)
     renamed = {given: wanted for wanted, given in config.columns.items()}
     available = [renamed.get(name, name) for name in found]
+    if {"prompt", "chosen"} <= set(available) and not {"completion", "messages", "text", "input_ids"} & set(available):
+        # Preference data: the preferred answer is the completion.
+        renamed[config.columns.get("chosen", "chosen")] = "completion"
+        available = [renamed.get(name, name) for name in found]
     if "messages" in available and config.labels == "last_turn":
         pass
     elif not {"messages", "text", "input_ids"} & set(available) and not {"prompt", "completion"} <= set(available):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,11 +24,20 @@ from transformers import TrainerCallback
 from hpd.config import Recipe
 from hpd.methods import METHODS, name_terms
 from hpd.pairing import Verdict
-from hpd.terms import nearest
+from hpd.teachers.cache_writer import CacheProgress, write_cache
 from hpd.train import Progress as TrainProgress
 from hpd.train import train
 
-__all__ = ["evaluate_with_display", "show_methods", "show_summary", "show_verdicts", "train_with_display"]
+__all__ = [
+    "cache_with_display",
+    "console",
+    "generate_with_display",
+    "progress_bar",
+    "show_methods",
+    "show_summary",
+    "show_verdicts",
+    "train_with_display",
+]
 
 console = Console()
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
@@ -131,13 +141,65 @@ def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any
     return train(recipe, overwrite=overwrite, progress=_TerminalProgress())
 
 
+class _CacheBar(CacheProgress):
+    """Label positions done, their rate and the time left, on the main process."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._shown = int(os.environ.get("RANK", "0")) == 0
+        self._start = (0.0, 0)
+
+    def say(self, text: str) -> None:
+        console.print(escape(text), highlight=False)
+
+    def update(self, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            self._bar = _bar(TextColumn("{task.fields[rate]}"))
+            self._bar.add_task("label positions", total=total, completed=done, rate="")
+            self._bar.start()
+            self._start = (time.perf_counter(), done)
+        rate = (done - self._start[1]) / max(time.perf_counter() - self._start[0], 1e-9)
+        self._bar.update(self._bar.tasks[0].id, completed=done, rate=f"{rate:,.0f}/s")
+        if done >= total:
+            self._bar.stop()
+
+
+def cache_with_display(recipe: Recipe, overwrite: bool = False) -> None:
+    """`hpd cache`: the bar, and what was written."""
+    started, bar = time.perf_counter(), _CacheBar()
+    summary = write_cache(recipe, overwrite=overwrite, progress=bar)
+    seconds = time.perf_counter() - started
+    if int(os.environ.get("RANK", "0")) == 0:
+        what = f"{summary.written:,} positions written" if summary.written else "complete and verified, nothing to write"
+        console.print(f"{summary.path}: {what} in {seconds:.0f} s", highlight=False)
+        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
+
+
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     """Before and after, side by side, and where the student is."""
     console.print(summary_table(summary))
     console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
 
 
-_FIGURES = ("accuracy", "loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+def generate_with_display(recipe: Recipe, overwrite: bool = False) -> None:
+    """`hpd generate`, with a bar and the summary."""
+    from hpd.config import GenerateConfig
+    from hpd.generate import generate
+    from hpd.train import quiet_libraries
+
+    quiet_libraries()
+    summary = generate(recipe, overwrite=overwrite, progress=progress_bar("completions"))
+    console.print(
+        f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
+        f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
+        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
+        highlight=False,
+    )
+
+
+_FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -146,54 +208,27 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_column("")
     for column in ("before", "after", "teacher"):
         table.add_column(column, justify="right")
-    figures = dict(summary)
-    for side in ("before", "after"):
-        if f"student {side} accuracy" in summary:
-            figures[f"accuracy {side}"] = summary[f"student {side} accuracy"]
+    for label in _task_labels(summary):
+        show = _nats if label.endswith("score") else _share
+        table.add_row(label, *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")))
     for figure in _FIGURES:
-        before, after = figures.get(f"{figure} before"), figures.get(f"{figure} after")
-        teacher = summary.get("teacher accuracy") if figure == "accuracy" else None
-        if before is None and after is None:
-            continue
-        show = (lambda v: "" if v is None else f"{v:.1%}") if figure in ("accuracy", "top1_agreement") else _nats
-        table.add_row(figure, show(before), show(after), show(teacher))
+        before, after = summary.get(f"{figure} before"), summary.get(f"{figure} after")
+        if before is not None or after is not None:
+            show = _share if figure == "top1_agreement" else _nats
+            table.add_row(figure, show(before), show(after), "")
     return table
+
+
+def _task_labels(summary: dict[str, Any]) -> list[str]:
+    """Metrics of the recipe's tasks."""
+    found = [key.removeprefix(prefix) for prefix in ("student before ", "student after ") for key in summary
+             if key.startswith(prefix)]  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _nats(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def evaluate_with_display(
-    model_path: str, task: str, data: Path, limit: int | None, settings: dict[str, Any], output: Path | None, dtype: str
-) -> None:
-    """`hpd eval`: load, answer, grade, print."""
-    import torch
-
-    from hpd.config import ModelConfig
-    from hpd.evaluate import TASKS, GenerationSettings, evaluate
-    from hpd.models import load_model, load_tokenizer
-    from hpd.train import quiet_libraries
-
-    quiet_libraries()
-    if task not in TASKS:
-        raise ValueError(f"Unknown task {task!r}. {nearest(task, list(TASKS))}")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    problems = TASKS[task](data=data, limit=limit)
-    source = ModelConfig(model=model_path, dtype=dtype)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(source, "model")
-    model = load_model(source, "model").to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    result = evaluate(
-        model, tokenizer, problems, GenerationSettings(**settings), output_dir=output, name=model_path,
-        progress=progress_bar(f"answers of {Path(model_path).name}"),
-    )  # fmt: skip
-    table = Table(title=f"{task} on {data.name}", title_justify="left")
-    for column in ("model", "accuracy", "95 % interval", "examples", "tokens per answer", "cut off"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    low, high = result.interval
-    table.add_row(
-        Path(model_path).name, f"{result.accuracy:.1%}", f"{low:.1%} to {high:.1%}", str(result.num_examples),
-        f"{result.mean_tokens:.0f}", f"{result.truncated:.1%}",
-    )  # fmt: skip
-    console.print(table)

@@ -8,12 +8,29 @@ from hpd.config import Recipe
 from hpd.display import console, show_verdicts
 from hpd.memory import Memory, StepMemory, parse_bytes
 from hpd.methods import name_terms
+from hpd.stages import stage_recipes
 from hpd.train import plan, steps_of
 
 __all__ = ["diagnose"]
 
 # Sizes up to this are shown in MiB.
 _GIB, _MIB = 2**30, 2**20
+
+
+def _show_regime(recipe: Recipe) -> None:
+    """Who writes the rows, where it is not the dataset alone, and the stages."""
+    regime = recipe.choose_regime()
+    if regime.prefixes.on_policy:
+        first, last = regime.prefixes.student_share(0.0), regime.prefixes.student_share(1.0)
+        span = f"{first:.0%}" if first == last else f"{first:.0%} to {last:.0%}"
+        what = f"up to {regime.prefixes.continue_tokens or regime.rollouts.max_new_tokens} tokens by {regime.rollouts.engine}"
+        adaptive = ", then as the validation loss says" if regime.prefixes.adaptive else ""
+        console.print(f"student writes {span} of the rows{adaptive}: {what}", highlight=False)
+    if regime.strategy.type != "direct":
+        console.print(f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False)
+    for stage in stage_recipes(recipe):
+        kind = "dpo" if stage.dpo else stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
+        console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
 
 
 def diagnose(recipe: Recipe, memory: str | None = None) -> bool:
@@ -38,6 +55,7 @@ def diagnose(recipe: Recipe, memory: str | None = None) -> bool:
     console.print(f"{count} rows{held_out}; {steps if steps is not None else 'unknown'} steps of {batch} rows", highlight=False)
     for term in name_terms(recipe.choose_terms()):
         console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
+    _show_regime(recipe)
     step = StepMemory(planned)
     needed = step.predict()
     console.print(_table(needed, step))

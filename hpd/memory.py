@@ -13,6 +13,7 @@ import dataclasses
 import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
+from hpd.config import TeacherConfig
 from hpd.losses.chunked import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
 from hpd.train import Plan
@@ -92,10 +94,20 @@ class StepMemory:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._mode = FakeTensorMode()
         self._student = self._without_data(_meta_student(planned))
-        self._teacher = None
-        if self.recipe.teacher.type == "model":
-            self._teacher = self._without_data(_meta_model(planned.teacher_config, self.recipe.teacher))
-        self._teacher_bytes = _teacher_bytes(planned, self._student, self._teacher)
+        source = planned.recipe.teacher
+        parts = [*source.teachers.values()] or [source]
+        configs = [*planned.teacher_configs.values()]
+        self._teachers = [
+            self._without_data(_meta_model(config, part))
+            for part, config in zip(parts, configs, strict=True)
+            if part.type == "model"
+        ]
+        # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off.
+        self._is_own_teacher = any(part.type == "self" for part in parts)
+        copied = _size(self._student.parameters()) if self._is_own_teacher and planned.recipe.lora is None else 0
+        models = [part for part in parts if part.type == "model"]
+        self._teacher_bytes = copied + sum(map(_model_bytes, models, self._teachers))
+        self._teacher_bytes += sum(map(_head_bytes, parts, configs))
         self._traced: dict[int, _Trace] = {}
 
     @property
@@ -161,9 +173,7 @@ class StepMemory:
     def _operator_scratch(self) -> int:
         """Tiles, and copies of the heads in the dtype that products run in (hpd.losses.products)."""
         size = _TILE_SCRATCH_BYTES if self.device == "cpu" else 0
-        for model in (self._student, self._teacher):
-            if model is None:
-                continue
+        for model in (self._student, *self._teachers):
             weight, low = _head(model), _head(model).dtype in (torch.bfloat16, torch.float16)
             if self.device == "cpu":
                 size += 4 * weight.numel() if low else 0
@@ -182,9 +192,13 @@ class StepMemory:
             ) from None
 
     def _trace_teacher(self, batch: int) -> int:
-        with LiveBytes() as live, torch.no_grad():
-            _backbone(self._teacher or self._student, batch, self.tokens, self.args)
-        return live.peak
+        """The most that any teacher's forward pass holds; one that remembers or is elsewhere has none."""
+        peaks = [0]
+        for model in self._teachers or ([self._student] if self._is_own_teacher else []):
+            with LiveBytes() as live, torch.no_grad():
+                _backbone(model, batch, self.tokens, self.args)
+            peaks.append(live.peak)
+        return max(peaks)
 
     def _trace_student(self, batch: int) -> tuple[int, int, int]:
         """Activations, gradients that the operator leaves, and the most during backward (with gradients held before)."""
@@ -197,7 +211,7 @@ class StepMemory:
         with LiveBytes() as live:
             hidden = _backbone(self._student, batch, self.tokens, self.args).flatten(0, 1)
             chosen = hidden.index_select(0, torch.zeros(positions, dtype=torch.long))
-            teacher_hidden = torch.empty(positions, _head(self._teacher or self._student).shape[1], dtype=chosen.dtype)
+            teacher_hidden = torch.empty(positions, max(_head(m).shape[1] for m in (self._student, *self._teachers)))
             activations = live.now
             loss: Any = _OperatorGradients.apply(chosen, _head(self._student))
             head = live.now - activations
@@ -310,14 +324,21 @@ def _size(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _teacher_bytes(planned: Plan, student: nn.Module, teacher: nn.Module | None) -> int:
-    source = planned.recipe.teacher
-    if teacher is None:
-        return 0 if planned.recipe.lora else _size(student.parameters())
+def _model_bytes(source: TeacherConfig, model: nn.Module) -> int:
     if source.quantization:
         width = {"4bit": 0.55, "8bit": 1.05}[source.quantization]  # weights and their scales
-        return int(sum(p.numel() for p in teacher.parameters()) * width)
-    return _size(teacher.parameters())
+        return int(sum(p.numel() for p in model.parameters()) * width)
+    return _size(model.parameters())
+
+
+def _head_bytes(source: TeacherConfig, config: Any) -> int:
+    """Of a teacher that is not here, only the head is, and with likeliest tokens not even that."""
+    if source.type == "server" and source.protocol == "hpd":
+        return config.vocab_size * config.hidden_size * {"bfloat16": 2, "float16": 2}.get(source.dtype, 4)
+    if source.type == "cached":
+        head = Path(str(source.path)) / "head.safetensors"
+        return head.stat().st_size if head.is_file() else 0
+    return 0
 
 
 def _optimizer_bytes(trained: list[Any], name: str) -> int:

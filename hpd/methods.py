@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from hpd.policy_gradient import StrategyConfig
+from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.schedules import Schedule
 from hpd.terms import Term, TermConfig, nearest, objective_factory, with_parameters
 
 __all__ = ["METHODS", "Method", "build_terms", "choose_terms", "method_terms", "name_terms"]
@@ -27,13 +30,20 @@ class Method:
     reference: str
     """Paper, and equation where it has a number."""
     terms: tuple[TermConfig, ...]
-    prefixes: Mapping[str, float] = field(default_factory=lambda: {"dataset": 1.0})
-    """Shares of where contexts come from."""
+    prefixes: Prefixes = Prefixes(dataset=1.0)
+    """Where its contexts come from."""
+    rollouts: RolloutConfig | None = None
+    """How the student writes, where it does; null: the defaults."""
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """How its weights meet the gradient."""
 
 
 def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
     return (TermConfig(objective=objective, kwargs=kwargs),)
 
+
+# DistiLLM-2: at most 0.1, smaller where teacher and student are near each other.
+_SKEW = {"schedule": "skew", "start": 0.1, "end": 0.01}
 
 METHODS: dict[str, Method] = {
     "hpd": Method(
@@ -163,6 +173,96 @@ METHODS: dict[str, Method] = {
         defaults="t from 0.4 to 1.0, adaptive (step size 5e-4, momentum 0.99)",
         reference="Shing et al. 2025, arXiv 2501.16937",
         terms=_one("taid", t={"schedule": "adaptive", "start": 0.4, "end": 1.0}),
+    ),
+    "seqkd": Method(
+        summary="sequence-level distillation: supervised fine-tuning on text that the teacher wrote",
+        weight="1[v = y]",
+        use="data with the teacher's answers, written by any engine; one-hot and cheap, and the student inherits its style",
+        defaults="none",
+        reference="Kim and Rush 2016, arXiv 1606.07947",
+        terms=_one("nll"),
+    ),
+    "imitkd": Method(
+        summary="imitation learning: the student's own text, labelled by the teacher's likeliest or drawn token",
+        weight="1[v = a] / n, a drawn from the teacher",
+        use="on-policy distillation from a teacher that gives tokens only",
+        defaults="share of student text falling from the dataset's to all of it; one teacher draw",
+        reference="Lin et al. 2020, arXiv 2009.07253",
+        terms=(TermConfig(objective="forward_kl", support="sampled", draws_of="teacher"),),
+        prefixes=Prefixes(student=Schedule(schedule="linear", start=0.0, end=1.0)),
+    ),
+    "gkd": Method(
+        summary="generalised distillation: a mix of the dataset's and the student's own text under a generalised JSD",
+        weight="that of generalized_jsd",
+        use="the plain on-policy baseline; prefixes.student is its lambda",
+        defaults="lambda 0.5, one coin per batch; beta 0.5",
+        reference="Agarwal et al. 2024, arXiv 2306.13649",
+        terms=_one("generalized_jsd"),
+        prefixes=Prefixes(student=0.5, mix="batch"),
+    ),
+    "distillm": Method(
+        summary="skew KL on a share of student text that follows the validation loss, with replay",
+        weight="that of skew_forward_kl",
+        use="when generation is the bottleneck; needs data.validation and train.eval_strategy",
+        defaults="skew 0.1; share from 0, up by 0.1 when the validation loss rises by 0.1; replay of 1,000",
+        reference="Ko et al. 2024, arXiv 2402.03898",
+        terms=_one("skew_forward_kl"),
+        prefixes=Prefixes(student=Schedule(schedule="adaptive", start=0.0, end=1.0)),
+        rollouts=RolloutConfig(replay=ReplayConfig()),
+    ),
+    "distillm2": Method(
+        summary="skew forward KL on the teacher's text, skew reverse KL on the student's",
+        weight="skew_forward_kl on dataset rows, skew_reverse_kl on student rows",
+        use="teacher-written data and rollouts side by side: raise what the teacher wrote, lower what the student should not",
+        defaults="skew 0.1 at most on each side, smaller where teacher and student are near each other (adaptive)",
+        reference="Ko et al. 2025, arXiv 2503.07067",
+        terms=(
+            TermConfig(objective="skew_forward_kl", on="dataset", kwargs={"lam": _SKEW}),
+            TermConfig(objective="skew_reverse_kl", on="student", kwargs={"lam": _SKEW}),
+        ),
+        prefixes=Prefixes(student=0.5),
+    ),
+    "minillm": Method(
+        summary="reverse KL of whole sequences as a policy gradient, split into an exact first step and normalised returns",
+        weight="q (log p - log q) on the vocabulary, and the mean of later log-ratios at the written token",
+        use="credit for where a token leads; the dearest of the on-policy methods",
+        defaults="teacher's share of the sampling 0.2, clip 0.2, discount 1, length normalisation",
+        reference="Gu et al. 2024, arXiv 2306.08543, eq. 3-7",
+        terms=(
+            TermConfig(objective="reverse_kl", on="student"),
+            TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0}),
+        ),
+        prefixes=Prefixes(student=1.0),
+        rollouts=RolloutConfig(teacher_share=0.2),
+        strategy=StrategyConfig(type="policy_gradient", discount=1.0, later_only=True, normalize_returns=True),
+    ),
+    "opd": Method(
+        summary="on-policy distillation: the token that the student wrote, rewarded by the teacher's log-ratio",
+        weight="log p - log q at the written token",
+        use="the second stage after any offline method; the teacher reads one token per position",
+        defaults="policy gradient with clip 0.2, discount 0",
+        reference="Thinking Machines Lab 2025, On-policy distillation",
+        terms=(TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0}),),
+        prefixes=Prefixes(student=1.0),
+        strategy=StrategyConfig(type="policy_gradient"),
+    ),
+    "psft": Method(
+        summary="proximal fine-tuning: the label's likelihood ratio is clipped, several updates per batch",
+        weight="1[v = y] as an advantage of a clipped ratio",
+        use="fine-tuning that must not run away from the model it starts from",
+        defaults="clip 0.2 below and 0.28 above, 4 updates",
+        reference="Zhu et al. 2025, arXiv 2508.17784",
+        terms=_one("nll"),
+        strategy=StrategyConfig(type="policy_gradient", clip_high=0.28, updates=4),
+    ),
+    "hpd_clipped": Method(
+        summary="HPD with its weights as advantages of a clipped ratio, as in the reference's reinforcement-learning recipe",
+        weight="that of hpd, frozen, times min(r, clip(r))",
+        use="several updates on the same draws",
+        defaults="clip 0.2",
+        reference="Zhu et al. 2026, arXiv 2604.20244 (code: verl recipe, here with the draw of the right position)",
+        terms=_one("hpd"),
+        strategy=StrategyConfig(type="policy_gradient"),
     ),
 }
 

@@ -68,6 +68,23 @@ class RunFolder:
         (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
         self.write_json("environment.json", environment())
 
+    def keep_teacher(self, fingerprint: str | None) -> None:
+        """Note which weights a remote teacher has, or compare them with those of the run's start.
+
+        Raises:
+            ValueError: a resumed run would go on with another teacher.
+        """
+        file = self.path / "teacher.json"
+        if fingerprint is None:
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else fingerprint
+        if before != fingerprint:
+            raise ValueError(
+                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: start the first "
+                "one again, or choose another output_dir."
+            )
+        self.write_json("teacher.json", {"fingerprint": fingerprint})
+
     def write_json(self, name: str, content: Any) -> None:
         """Write a file whole or not at all."""
         target = self.path / name
@@ -77,7 +94,7 @@ class RunFolder:
 
     def write_card(self, summary: dict[str, Any]) -> None:
         """The model card of the trained student, with the recipe that made it."""
-        student, teacher = self.recipe.student.model, self.recipe.teacher.model or "itself (self-distillation)"
+        student, teacher = self.recipe.student.model, self.recipe.teacher.title
         method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
         rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str)))
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")

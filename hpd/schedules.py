@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Schedule", "TaidPosition", "as_schedule", "value_at"]
+__all__ = ["Schedule", "SkewPosition", "TaidPosition", "ValidationRamp", "as_schedule", "value_at"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,8 @@ class Schedule:
     r"""A number as a function of training progress x in [0, 1].
 
     constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step: start before
-    `over`, end from there on. adaptive: TAID's rule, see `TaidPosition`. Here :math:`x' = \min(x / over, 1)`.
+    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a share of prefixes,
+    see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x / over, 1)`.
 
     >>> Schedule(schedule="linear", start=0.0, end=1.0, over=0.5).at(0.25)
     0.5
@@ -23,7 +24,7 @@ class Schedule:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
 
-    schedule: Literal["constant", "linear", "cosine", "step", "adaptive"]
+    schedule: Literal["constant", "linear", "cosine", "step", "adaptive", "skew"]
     """Shape of the curve."""
     start: float
     """Value at the first step."""
@@ -46,7 +47,7 @@ class Schedule:
             return end if progress >= self.over else self.start
         if self.schedule == "cosine":
             x = (1.0 - math.cos(math.pi * x)) / 2.0
-        return self.start if self.schedule == "constant" else self.start + (end - self.start) * x
+        return self.start if self.schedule in ("constant", "skew") else self.start + (end - self.start) * x
 
 
 def as_schedule(value: Any) -> Schedule | None:
@@ -102,3 +103,84 @@ class TaidPosition:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.t, self._change, self._previous = state["t"], state["change"], state["previous"]
+
+
+class SkewPosition:
+    r"""DistiLLM-2's adaptive skew: a small one where teacher and student are nearer on a step's labels than before.
+
+    .. math:: \alpha \leftarrow \mathrm{clip}\Big(1 - (1 - \alpha_0) \frac{\bar g}{g},\; \alpha_{min}, \alpha_0\Big), \qquad
+              g = e^{\overline{\log p(y)}} - e^{\overline{\log q(y)}}
+
+    with the gap g of the mean label probabilities at a step (student minus teacher on the student's own text) and its mean over
+    all steps so far. The paper takes one gap per row; here it is one per step and writer, since the skew is a number of a term.
+
+    Args:
+        start: alpha_0, the largest skew (published: 0.1).
+        end: the smallest (its code: 0.01).
+
+    Reference:
+        Ko et al., DistiLLM-2, 2025, arXiv 2503.07067, section 3.3 and its code.
+    """
+
+    def __init__(self, start: float, end: float):
+        self.start, self.end, self.t = start, end, start
+        self._mean, self._count = 0.0, 0
+
+    def update(self, gap: float) -> float:
+        """Take note of a step's gap and return the skew for the next step."""
+        self._count += 1
+        self._mean += (gap - self._mean) / self._count
+        ratio = self._mean / gap if gap != 0.0 else 1.0
+        self.t = min(self.start, max(self.end, 1.0 - (1.0 - self.start) * ratio))
+        return self.t
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must hold."""
+        return {"t": self.t, "mean": self._mean, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.t, self._mean, self._count = state["t"], state["mean"], state["count"]
+
+
+class ValidationRamp:
+    r"""DistiLLM's share of student-written rows: it rises by a step whenever the validation loss does.
+
+    .. math:: \phi \leftarrow \min(\phi_{end}, \phi + s), \quad L_{ref} \leftarrow L \qquad \text{if } L \ge L_{ref} + \epsilon
+
+    The first loss is the first reference.
+
+    >>> ramp = ValidationRamp(0.0, 1.0, step=0.1, margin=0.1)
+    >>> [round(ramp.update(loss), 1) for loss in (2.0, 1.5, 2.05, 2.2, 2.25)]
+    [0.0, 0.0, 0.0, 0.1, 0.1]
+
+    Args:
+        start, end: first and last share, in [0, 1].
+        step: s.
+        margin: epsilon, in the loss's unit (published: 0.1).
+
+    Reference:
+        Ko et al., DistiLLM, 2024, arXiv 2402.03898, section 3.2 and its code.
+    """
+
+    def __init__(self, start: float, end: float, step: float = 0.1, margin: float = 0.1):
+        self.end, self.step, self.margin = end, step, margin
+        self.share = start
+        self._reference: float | None = None
+
+    def update(self, loss: float) -> float:
+        """Take note of a validation loss and return the share from here on."""
+        if self._reference is None:
+            self._reference = loss
+        elif loss >= self._reference + self.margin:
+            self.share = min(self.end, self.share + self.step)
+            self._reference = loss
+        return self.share
+
+    def state_dict(self) -> dict[str, float | None]:
+        """What a checkpoint must hold."""
+        return {"share": self.share, "reference": self._reference}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.share, self._reference = state["share"], state["reference"]

@@ -99,6 +99,8 @@ class Support:
     """Share of label positions that get draws at all, in [0, 1]."""
     temperature: float = 1.0
     """Temperature of the draw, > 0; it changes which token is drawn and never the log-probabilities."""
+    given: bool = False
+    """The draw is the token that the row itself holds: the student wrote it. It is handed to the operator as a draw."""
     top_k: int = 0
     """The k likeliest tokens."""
     top_k_of: Side = "teacher"
@@ -114,6 +116,8 @@ class Support:
             raise ValueError("Draws and top_k cannot be joined: a drawn token may be one of the k, and would count twice.")
         if not (self.whole or self.label or self.draws or self.top_k):
             raise ValueError("An empty support: use full(), label(), sampled(n), top_k(k) or a sum of them.")
+        if self.given and (self.draws != 1 or self.label or self.draws_of != "student" or not self.importance):
+            raise ValueError("A rollout's own token is one draw of the student, weighted by 1 / probability, and nothing else.")
         if self.draws < 0 or self.top_k < 0:
             raise ValueError(f"sampled(n) and top_k(n) need n >= 1, got {min(self.draws, self.top_k)}.")
         if not 0.0 <= self.share <= 1.0:
@@ -144,7 +148,8 @@ class Support:
         of = "" if self.draws_of == "student" else ", of=teacher"
         parts = {
             "label": self.label,
-            f"sampled({self.draws}{of})": self.draws,
+            "rollout": self.given,
+            f"sampled({self.draws}{of})": self.draws and not self.given,
             f"top_k({self.top_k}, of={self.top_k_of}, tail={self.tail})": self.top_k,
             "full": self.whole,
         }
@@ -172,7 +177,7 @@ class Support:
     @property
     def num_uniforms(self) -> int:
         """Uniform numbers used per position: one a draw, and one for the coin when only a share of positions is drawn."""
-        return self.draws + (self.share < 1.0) if self.draws else 0
+        return self.draws + (self.share < 1.0) if self.draws and not self.given else 0
 
     def draw(
         self, logprobs: Float[Tensor, "N V"], probs: Float[Tensor, "N V"], labels: Int[Tensor, "N"],

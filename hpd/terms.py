@@ -16,6 +16,7 @@ from hpd.supports import Support
 __all__ = ["SUPPORTS", "Scalar", "Term", "TermConfig", "nearest", "objective_factory", "with_parameters"]
 
 Scalar = Union[float, Schedule]  # noqa: UP007 (pydantic reads it on Python 3.10)
+Source = Literal["both", "dataset", "student"]
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
@@ -36,10 +37,17 @@ class Term(NamedTuple):
     support: Support
     weight: float = 1.0
     temperature: float = 1.0
+    on: Source = "both"
 
     def check(self) -> Term:
         """Return self, or raise ValueError where the objective does not exist on the support."""
         support, domain = self.support, self.objective.domain
+        if self.on not in ("both", "dataset", "student"):
+            raise ValueError(f"Term {self.name!r}: on must be both, dataset or student, got {self.on!r}.")
+        if support.given and self.on != "student":
+            raise ValueError(
+                f"Term {self.name!r} reads the tokens that the student wrote, and only its own text has those: set on: student."
+            )
         if self.temperature <= 0:
             raise ValueError(f"Term {self.name!r}: temperature must be > 0, got {self.temperature}.")
         if domain == "label" and (not support.label or support.whole or support.top_k):
@@ -70,6 +78,7 @@ SUPPORTS: dict[str, dict[str, Any]] = {
     "label+full": {"label": True, "whole": True},
     "sampled": {"draws": 1},
     "label+sampled": {"label": True, "draws": 1},
+    "rollout": {"draws": 1, "given": True, "importance": True},
     "top_k": {"top_k": 1},
     "label+top_k": {"label": True, "top_k": 1},
 }
@@ -91,9 +100,12 @@ class TermConfig:
     """Factor of this term in the loss."""
     temperature: Scalar = 1.0
     """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
+    on: Source = "both"
+    """Whose text the term learns from: the dataset's, the student's own rollouts, or both. (Evaluation reads the dataset's
+    rows only, and computes every term there.)"""
     support: str | None = None
-    """full, label, sampled, label+sampled, top_k, label+top_k, or label+full; null: the objective's own (label+sampled for
-    hpd, label for nll, label+full for hpd_exact, else full)."""
+    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's own (label+sampled
+    for hpd, label for nll, label+full for hpd_exact, else full). rollout: the token that the student wrote, as its draw."""
     draws: Literal["sampled", "exact"] = "sampled"
     """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
     num_draws: int = 1
@@ -145,16 +157,16 @@ class TermConfig:
 
     @property
     def adaptive(self) -> dict[str, Schedule]:
-        """Parameters of the objective with an adaptive schedule."""
+        """Parameters of the objective whose schedule follows what is seen in training."""
         schedules = {key: as_schedule(value) for key, value in self.kwargs.items()}
-        return {key: s for key, s in schedules.items() if s is not None and s.schedule == "adaptive"}
+        return {key: s for key, s in schedules.items() if s is not None and s.schedule in ("adaptive", "skew")}
 
     def build(self, name: str | None = None) -> Term:
         """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
         fixed = self.at(0.0).exact()
         objective = _build_objective(fixed.objective, fixed.kwargs)
         support = fixed.build_support()
-        return Term(name or self.objective, objective, support, fixed.weight, fixed.temperature).check()  # type: ignore[arg-type]
+        return Term(name or self.objective, objective, support, fixed.weight, fixed.temperature, fixed.on).check()  # type: ignore[arg-type]
 
     def build_support(self) -> Support:
         """The support, with the draw's switches where it has draws."""
@@ -162,7 +174,7 @@ class TermConfig:
         if key not in SUPPORTS:
             raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
         spec = dict(SUPPORTS[key])
-        used = _DRAW_FIELDS if "draws" in spec else _TOP_K_FIELDS if "top_k" in spec else {}
+        used = {} if "given" in spec else _DRAW_FIELDS if "draws" in spec else _TOP_K_FIELDS if "top_k" in spec else {}
         idle = [
             f.name
             for f in fields(self)
@@ -174,7 +186,7 @@ class TermConfig:
                 "label+sampled for draws, top_k for the k likeliest tokens."
             )
         spec.update({option: getattr(self, name) for name, option in used.items()})
-        if "draws" in spec and self.importance is None:
+        if "draws" in spec and "given" not in spec and self.importance is None:
             spec["importance"] = self.objective not in _OWN_SUPPORTS
         if "top_k" in spec and self.top_k is None:
             raise ValueError("A top_k support needs top_k, the number of tokens.")

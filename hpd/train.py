@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import peft
@@ -16,15 +17,21 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from hpd.config import EvalConfig, Recipe, train_arguments
+from hpd.config import Recipe, train_arguments
 from hpd.data import Lengths, Rows, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
+from hpd.teachers.server import ServedTeacher
+from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
+
+
+class RunStopped(RuntimeError):
+    """The run ended before its last step, on purpose, with a checkpoint; the same command goes on."""
 
 
 class Plan(NamedTuple):
@@ -34,10 +41,15 @@ class Plan(NamedTuple):
     args: DistillConfig
     tokenizer: PreTrainedTokenizerBase
     student_config: Any
-    teacher_config: Any
+    teacher_configs: Mapping[str, Any]
+    """Of each teacher, by its role in messages."""
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
+    evals: tuple[Any, ...] = ()
+    """`hpd.evaluate.callback.PlannedEval` of each entry of the recipe's `eval`."""
+    served: ServedTeacher | None = None
+    """The connection to a teacher elsewhere."""
 
     def require_sound(self) -> None:
         """Raise ValueError with every verdict that would ruin the run."""
@@ -57,20 +69,61 @@ def plan(recipe: Recipe) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
-    teacher_config, teacher_tokenizer = student_config, tokenizer
-    if recipe.teacher.type == "model":
-        teacher_config = load_config(recipe.teacher, "teacher")
-        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher")
-    rows = load_rows(recipe.data)
-    verdicts = check_pair(
-        tokenizer, teacher_tokenizer, student_config, teacher_config,
-        policy=args.vocabulary, conversational=rows.conversational,
-    )  # fmt: skip
-    if any(v.level == "error" and v.topic == "chat template" for v in verdicts):
-        raise ValueError(next(v.text for v in verdicts if v.topic == "chat template"))
+    check_caches(recipe.teacher, tokenizer, args)
+    served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
+    teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
+    rows = load_rows(recipe.data, recipe.teacher.column)
+    verdicts = []
+    for role, config in teacher_configs.items():
+        theirs = teacher_tokenizers[role]
+        if theirs is None:
+            assert served is not None
+            found = served.verdicts()
+        else:
+            found = check_pair(
+                tokenizer, theirs, student_config, config, policy=args.vocabulary, conversational=rows.conversational
+            )
+        several = len(teacher_configs) > 1
+        verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
+    for verdict in verdicts:
+        if verdict.level == "error" and verdict.topic.startswith("chat template"):
+            raise ValueError(verdict.text)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts))
+    evals = _plan_evals(recipe, args)
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has (None)."""
+    if served is not None:
+        tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        return {"teacher": served.config}, {"teacher": tokenizer}
+    sources = described_by(recipe)
+    configs = {role: load_config(source, role) for role, source in sources.items()}
+    return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
+
+
+def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
+    served = ServedTeacher(recipe.teacher, student_config.get_text_config().vocab_size)
+    served.check_terms(recipe.choose_terms())
+    served.connect(tokenizer)
+    served.check_rows(args.max_length)
+    return served
+
+
+def _plan_evals(recipe: Recipe, args: DistillConfig) -> tuple[Any, ...]:
+    """The recipe's tasks with their examples, so that a missing file is found before a model is loaded."""
+    if not recipe.eval:
+        return ()
+    from hpd.evaluate.callback import plan_evals
+
+    evals = plan_evals(recipe.eval)
+    named = (args.metric_for_best_model or "").removeprefix("eval_")
+    labels = {planned.label: planned.config.every for planned in evals}
+    if named in labels and labels[named] is None:
+        raise ValueError(f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in training.")
+    return evals
 
 
 def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
@@ -100,55 +153,104 @@ class Progress:
         return ()
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recipe from start (or its last checkpoint) to finish.
+def train(
+    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None, baselines: bool = True
+) -> dict[str, Any]:
+    """Run a recipe from start (or its last checkpoint) to finish; one with stages, stage by stage.
+
+    Args:
+        recipe: what to run.
+        overwrite: delete an existing run first.
+        progress: what is told on the way.
+        baselines: let teacher and untrained student do the task too.
 
     Returns:
         The summary that is also written to the run folder: losses and KLs before and after, accuracies, seconds.
 
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
+        RunStopped: a remote teacher stayed away, or the trainer was told to stop; a checkpoint was written.
     """
+    if recipe.stages:
+        from hpd.stages import train_stages
+
+        return train_stages(recipe, overwrite=overwrite, progress=progress)
     progress = progress or Progress()
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
     folder.open()
-    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or 'self'}")
+    try:
+        return _run(planned, folder, progress, baselines)
+    finally:
+        if planned.served is not None:
+            planned.served.close()
+
+
+def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
+    recipe = planned.recipe
+    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    teacher = _load_teacher(recipe)
+    teacher = planned.served or load_teacher(recipe.teacher)
+    if planned.served is not None:
+        folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
-    if resume is None:
-        summary |= _evaluate(planned, student, "student before", folder, progress)
+    if resume is None and baselines:
+        summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
-            summary |= _evaluate(planned, teacher.model, "teacher", folder, progress)
+            summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
     trainer = _trainer(planned, student, teacher, folder, progress)
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
     before_training = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
-    if trainer.eval_dataset is not None:
-        summary |= {f"{k} after": v for k, v in _eval_metrics(trainer).items()}
     trainer.save_model()
-    summary |= _evaluate(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
+    if trainer.stopped_by:
+        summary["stopped"] = trainer.stopped_by
+    written = sum(log.get("rollouts/tokens", 0.0) for log in trainer.state.log_history)
+    if written:
+        summary["generated tokens"] = int(written)
     if trainer.is_world_process_zero():
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
 
 
+def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str, Any]:
+    """Train to the end, or to a stop whose checkpoint the next run goes on from."""
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.stop_reason is None:
+            return {f"{k} after": v for k, v in _eval_metrics(trainer).items()} if trainer.eval_dataset is not None else {}
+        reason = trainer.stop_reason
+    except TeacherUnavailable as error:
+        trainer.save_checkpoint()  # the evaluation after the last step may be what failed
+        reason = str(error)
+    step = trainer.state.global_step
+    kept = f"the checkpoint of step {step} is in {trainer.args.output_dir}" if step else "no step was done"
+    raise RunStopped(f"{reason} Training stopped: {kept}, and the same command goes on from there.")
+
+
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:
     recipe, args = planned.recipe, planned.args
-    trainer = DistillTrainer(
-        model=student, teacher=teacher, terms=recipe.choose_terms(), args=args,
+    make: Callable[..., DistillTrainer] = DistillTrainer
+    if any(entry.config.every is not None for entry in planned.evals):
+        from hpd.evaluate.callback import EvaluatingTrainer
+
+        make = functools.partial(EvaluatingTrainer, evals=planned.evals, folder=folder.path)
+    trainer = make(
+        model=student, teacher=teacher, args=args,
+        method=recipe.method, method_kwargs=recipe.method_kwargs, terms=recipe.terms,
         train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None,
+        prefixes=recipe.prefixes, rollouts=recipe.rollouts, strategy=recipe.strategy, guards=recipe.guards,
+        peft_config=lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -158,10 +260,9 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
     return trainer
 
 
-def _load_teacher(recipe: Recipe) -> Teacher:
-    if recipe.teacher.type == "self":
-        return SelfTeacher()
-    return ModelTeacher(load_model(recipe.teacher, "teacher"))
+def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
+    """The recipe's adapter as peft takes it."""
+    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
 
 
 def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
@@ -170,29 +271,24 @@ def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 
-def _evaluate(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Accuracy on the recipe's task, on the main process only."""
-    config = planned.recipe.eval
-    if config is None or int(os.environ.get("RANK", "0")) != 0:
+def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """The metric of each of the recipe's tasks, on the main process only."""
+    if not planned.evals or int(os.environ.get("RANK", "0")) != 0:
         return {}
-    from hpd.evaluate import TASKS, evaluate
+    from hpd.evaluate import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
         model.to(device)
-    result = evaluate(
-        model, planned.tokenizer, TASKS[config.task](data=config.data, limit=config.limit), _settings(config),
-        output_dir=folder.path, name=name, progress=progress.evaluating(name),
-    )  # fmt: skip
-    return {f"{name} accuracy": round(result.accuracy, 4)}
-
-
-def _settings(config: EvalConfig) -> Any:
-    from hpd.evaluate import GenerationSettings
-
-    return GenerationSettings(
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature
-    )
+    found = {}
+    for entry in planned.evals:
+        result = evaluate(
+            model, planned.tokenizer, entry.task, entry.settings,
+            output_dir=folder.path, name=name, progress=progress.evaluating(name),
+        )  # fmt: skip
+        label = entry.label if len(planned.evals) > 1 else result.metric
+        found[f"{name} {label}"] = round(result.value, 4)
+    return found
 
 
 def quiet_libraries() -> None:

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
+from hpd.by_source import as_evaluated, label_gaps, loss_by_source, num_uniforms
 from hpd.estimators import ESTIMATORS
 from hpd.forward import add_head_function, model_inputs
-from hpd.losses import LossOutput, Scores, TeacherScores, reweighted_nll
+from hpd.guards import GuardsConfig, check_metrics, support_overlap
+from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.losses.operator import IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
 from hpd.pairing import common_vocab
-from hpd.schedules import TaidPosition
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.policy_gradient import StrategyConfig
+from hpd.prefixes import Prefixes, RolloutConfig
+from hpd.regime import choose_regime
+from hpd.scheduled import ScheduledTerms, adaptive_positions
+from hpd.schedules import SkewPosition
+from hpd.step import StepState
+from hpd.teachers import (
+    ModelTeacher,
+    RemoteTeacher,
+    RoutedScores,
+    SelfTeacher,
+    Teacher,
+    TeacherUnavailable,
+    vocab_of,
+)
 from hpd.terms import Term, TermConfig
 
 __all__ = ["DistillConfig", "DistillTrainer"]
@@ -87,6 +106,10 @@ class DistillTrainer(SFTTrainer):
         teacher: a loaded model, a path or Hub id, "self", or any `Teacher`.
         method: a name of METHODS (default hpd); `method_kwargs` are its parameters.
         terms: an explicit list of terms instead of a method.
+        prefixes: shares of dataset and student rows; None: the method's own, which is the dataset alone for most.
+        rollouts: how the student writes its rows.
+        strategy: how weights meet the gradient: a `StrategyConfig`, or its type.
+        guards: thresholds that warn, or stop and save.
         args: a `DistillConfig`.
         peft_config: as in TRL; an adapter on the output head is supported.
         **kwargs: everything else that `SFTTrainer` takes: train_dataset, eval_dataset, processing_class, callbacks, ...
@@ -109,14 +132,21 @@ class DistillTrainer(SFTTrainer):
         method: str | None = None,
         method_kwargs: Mapping[str, Any] | None = None,
         terms: Sequence[TermConfig | Term] = (),
+        prefixes: Prefixes | None = None,
+        rollouts: RolloutConfig | None = None,
+        strategy: StrategyConfig | str | None = None,
+        guards: GuardsConfig | None = None,
         args: DistillConfig | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         args = args or DistillConfig(output_dir="hpd-student")
-        self._term_configs = choose_terms(method if method or terms else "hpd", method_kwargs or {}, terms)
+        method = method if method or terms else "hpd"
+        self._term_configs = choose_terms(method, method_kwargs or {}, terms)
         self.terms = name_terms(self._term_configs)
-        self._adaptive = _adaptive_positions(self._term_configs)
+        self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
+        self._guards, self.stopped_by = guards or GuardsConfig(), None
+        self._adaptive = adaptive_positions(self._term_configs)
         model, peft_config, hide_head = _adapt_head(model, peft_config, args)
         with hide_head:
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
@@ -126,13 +156,33 @@ class DistillTrainer(SFTTrainer):
         # Whatever the model's own loss is, ours shifts labels and needs the label count of the accumulated batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.teacher = _as_teacher(teacher, args)
-        teacher_model = getattr(self.teacher, "model", None)
-        vocab = common_vocab(self._base_model, teacher_model, args.vocabulary) if teacher_model is not None else None
+        theirs = vocab_of(self.teacher)
+        vocab = common_vocab(self._base_model, theirs, args.vocabulary) if theirs is not None else None
         self.teacher.prepare(self.model, self.accelerator)
-        self.data_collator = DistillCollator(self.data_collator, vocab)
+        self.stop_reason: str | None = None
+        self._failure: str | None = None
+        self.add_callback(_StopCleanly(self))
+        # The data loader collates one batch ahead: a remote teacher is asked about it while the student works. Worker
+        # processes have no connection.
+        early = isinstance(self.teacher, RemoteTeacher) and args.dataloader_num_workers == 0
+        early = early and not self.regime.prefixes.on_policy  # rows that are not trained on need no answer
+        self.data_collator = DistillCollator(self.data_collator, vocab, self.teacher.request if early else None)  # type: ignore[union-attr]
+        self._introduce_rows()
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
-            self.add_callback(_ScheduledTerms(self))
+            self.add_callback(ScheduledTerms(self))
+        self._step = StepState(self)
+        self.add_callback(self._step.callback)
+
+    def _introduce_rows(self) -> None:
+        """Teachers that know rows see those of the datasets once, and read ahead for each batch from then on."""
+        teacher: Any = self.teacher
+        if hasattr(teacher, "read_rows"):
+            held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
+            known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
+            teacher.read_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
+        self.data_collator.fetch = getattr(teacher, "fetch", None)
 
     def compute_loss(
         self,
@@ -149,30 +199,137 @@ class DistillTrainer(SFTTrainer):
         teacher = self.teacher.scores(inputs, batch)
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)
+        replicas = 1
         if mode == "train" and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count covers every process and DDP averages the gradients: undo that average.
-            scale = scale * (self.accelerator.num_processes // self.get_tp_size())
+            replicas = self.accelerator.num_processes // self.get_tp_size()
+            scale = scale * replicas
         output: LossOutput = model(
             **model_inputs(inputs),
             label_index=batch.index,
-            head_function=lambda student: self._loss(student, teacher, batch, scale, mode),
+            head_function=lambda student: self._loss(student, teacher, batch, scale, mode, replicas),
         )
         self._count(mode, output.stats, batch, inputs)
         return output.loss
 
-    def _loss(self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, mode: str) -> LossOutput:
-        # Evaluation keeps its draws fixed: step -1 is no training step.
-        step = self.state.global_step if mode == "train" else -1
-        count, numbers = max(term.support.num_uniforms for term in self.terms), None
+    def _loss(
+        self, student: Scores, teacher: TeacherScores | RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+    ) -> LossOutput:
+        if isinstance(teacher, RoutedScores):
+            return self._loss_of_parts(student, teacher, batch, scale, mode, replicas)
+        # Evaluation keeps its draws fixed (step -1 is no training step) and reads the dataset's rows only.
+        training = mode == "train"
+        terms = self.terms if training else as_evaluated(self.terms)
+        count, numbers = num_uniforms(terms), None
         if count:
+            step = self.state.global_step if training else -1
             numbers = uniforms(batch.keys, seed=self.args.seed, step=step, count=count)
-        return reweighted_nll(
-            student, teacher, batch.labels, self.terms,
-            uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
-            metric_stride=self.args.metric_stride if mode == "train" else 1, kl_estimator=self.args.kl_estimator,
-        )  # fmt: skip
+        if training and self.regime.strategy.type == "policy_gradient":
+            output = self._step.policy_gradient(student, teacher, batch, scale, numbers, replicas)
+        else:
+            output = loss_by_source(
+                student, teacher, batch, terms,
+                uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
+                metric_stride=self.args.metric_stride if training else 1, kl_estimator=self.args.kl_estimator,
+            )  # fmt: skip
+        if training and any(isinstance(position, SkewPosition) for position in self._adaptive.values()):
+            output.stats.update(label_gaps(student, teacher, batch, self.args.metric_stride))
+        if training and self._guards.overlap:
+            shared, rows = support_overlap(student, teacher, batch.labels, self._guards.overlap_top_k, self.args.metric_stride)
+            output.stats.update({"support_overlap": shared, "overlap_rows": rows})
+        return output
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return self._step.sampler(super()._get_train_sampler(rows), rows)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Rollouts in use are random state too: written by every process, before the checkpoint counts as complete.
+        super()._save_rng_state(output_dir)
+        self._step.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._step.load(checkpoint)
+
+    def _loss_of_parts(
+        self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+    ) -> LossOutput:
+        """The loss is a sum over positions, so each teacher's positions may be summed on their own."""
+        loss, stats = torch.zeros((), device=scale.device), {}
+        for positions, teacher in routed.parts:
+            part = self._loss(
+                student._replace(hidden=student.hidden[positions]), teacher, batch.at(positions), scale, mode, replicas
+            )
+            loss = loss + part.loss
+            for name, value in part.stats.items():
+                stats[name] = stats[name] + value if name in stats else value
+        return LossOutput(loss, stats)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A remote teacher that stays away ends it with a checkpoint of the steps done.
+
+        Raises:
+            TeacherUnavailable: after that checkpoint was written.
+        """
+        try:
+            result = super().train(*args, **kwargs)
+        except TeacherUnavailable:  # from an evaluation, between two steps
+            self.save_checkpoint()
+            raise
+        if self._failure is not None:
+            raise TeacherUnavailable(self._failure)
+        return result
+
+    def stop_cleanly(self, reason: str) -> None:
+        """Save a checkpoint and end training after the step that runs; safe to call from a signal handler or a callback.
+
+        `train` then returns as usual and `stop_reason` says why. All processes must be asked before the same step.
+        """
+        self.stop_reason = reason
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
+        state = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", "trainer_state.json")
+        # One process decides: another may look after the first has begun to write.
+        written = gather_object([os.path.isfile(state)])[0] if self.accelerator.num_processes > 1 else os.path.isfile(state)
+        if self.state.global_step and not written:
+            self._save_checkpoint(self.model, trial=None)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next step; none where training must end before it."""
+        # A run that is resumed from its last step has nothing left to do.
+        if self.state.global_step < self.state.max_steps:
+            # Rollouts come in before the label tokens are counted.
+            samples = self._step.begin(list(itertools.islice(epoch_iterator, num_batches)))
+            # Here, before the step: no process has entered a collective operation that the others would wait in.
+            self._failure = self._teacher_failure(samples)
+            if self._failure is None:
+                return samples, self._get_num_items_in_batch(samples, device)
+            self.save_checkpoint()
+        self.control.should_training_stop = True
+        return [], None
+
+    def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
+        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it has answered."""
+        if not isinstance(self.teacher, RemoteTeacher):
+            return None
+        failure = None
+        try:
+            for batch in batches:
+                self.teacher.request(batch)
+            for batch in batches:
+                self.teacher.wait(batch)
+        except TeacherUnavailable as error:
+            failure = str(error)
+        if self.accelerator.num_processes > 1:
+            failure = next((f for f in gather_object([failure]) if f is not None), None)
+        return failure
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        if failure := self._teacher_failure([inputs]):
+            raise TeacherUnavailable(failure)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
@@ -193,12 +350,25 @@ class DistillTrainer(SFTTrainer):
                 # The history is what a checkpoint restores, so a resumed run goes on counting.
                 before = next((log["num_tokens"] for log in reversed(self.state.log_history) if "num_tokens" in log), 0)
                 metrics["num_tokens"] = before + int(sums["num_tokens"])
+                metrics.update(self._step.metrics())
             elif "eval_loss" in logs:
                 # The Trainer's own average weighs batches, not tokens.
                 logs["eval_loss"] = metrics.pop("value")
             metrics.pop("value", None)
             logs.update({f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()})
+        if mode == "train" and "loss" in logs:
+            self._guard(logs)
         super().log(logs, start_time)
+
+    def _guard(self, logs: dict[str, float]) -> None:
+        for guard, level, text in check_metrics(self._guards, logs, self.state.log_history):
+            seen = any(f"guard/{guard}" in log for log in self.state.log_history[-1:])
+            logs[f"guard/{guard}"] = 1.0
+            if level == "stop":
+                self.stopped_by = f"{guard}: {text}"
+                self.control.should_training_stop = self.control.should_save = True
+            if not seen or level == "stop":
+                _LOGGER.warning("guard %s at step %d: %s", guard, self.state.global_step, text)
 
     def build_scheduled_terms(self, progress: float) -> None:
         """Set `terms` to what the schedules say at `progress`, the share of training steps that lie behind."""
@@ -227,49 +397,25 @@ class DistillTrainer(SFTTrainer):
         return dict(zip(names, cast(Tensor, self.accelerator.reduce(stacked, "sum")).tolist(), strict=True))
 
 
-class _ScheduledTerms(TrainerCallback):
-    """Builds the terms of each step, and keeps the adaptive positions in the trainer's state, which checkpoints hold."""
+_LOGGER = logging.getLogger(__name__)
+# Sums with a denominator of their own, or that are no metrics.
+_SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
+
+
+class _StopCleanly(TrainerCallback):
+    """Carries out `DistillTrainer.stop_cleanly`."""
 
     def __init__(self, trainer: DistillTrainer):
         self._trainer = trainer
-        self._seen: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, saved in state.stateful_callbacks.get(_STATE_KEY, {}).items():
-            self._trainer._adaptive[name].load_state_dict(saved)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.build_scheduled_terms(state.global_step / max(state.max_steps, 1))
-        self._seen = self._totals()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = self._totals()
-        for name, position in self._trainer._adaptive.items():
-            term = name.rsplit(".", 1)[0]
-            value = now.get(f"value/{term}", 0.0) - self._seen.get(f"value/{term}", 0.0)
-            tokens = now.get("tokens", 0.0) - self._seen.get("tokens", 0.0)
-            position.update(value / max(tokens, 1.0), state.global_step / max(state.max_steps, 1))
-            state.stateful_callbacks.setdefault(_STATE_KEY, {})[name] = position.state_dict()
+        if self._trainer.stop_reason is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
-    def _totals(self) -> dict[str, float]:
-        """Running sums of this window over all processes; read from the device only where a position adapts."""
-        if not self._trainer._adaptive:
-            return {}
-        names = [*(f"value/{term.name}" for term in self._trainer.terms), "tokens"]
-        return self._trainer.reduce_sums(self._trainer._sums["train"], names)
-
-
-_STATE_KEY = "hpd_adaptive"
-
-
-def _adaptive_positions(configs: Sequence[TermConfig | Term]) -> dict[str, TaidPosition]:
-    """Adaptive parameters by "term.parameter"."""
-    positions = {}
-    for term, config in zip(name_terms(configs), configs, strict=True):
-        for key, schedule in config.adaptive.items() if isinstance(config, TermConfig) else ():
-            assert schedule.end is not None
-            positions[f"{term.name}.{key}"] = TaidPosition(schedule.start, schedule.end)
-    return positions
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.stop_reason is not None or self._trainer._failure is not None:
+            control.should_save = control.should_evaluate = False
 
 
 def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
@@ -279,9 +425,12 @@ def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
     means = {
         name: value / (metric_tokens if name in on_metric_rows else tokens)
         for name, value in sums.items()
-        if not name.startswith("value/") and name not in ("tokens", "metric_tokens", "num_tokens", "labels_dropped")
+        if not name.startswith(("value/", "gap/")) and name not in _SPECIAL
     }
-    values = {term.name: sums[f"value/{term.name}"] / tokens for term in terms}
+    # A term on the student's text alone has no value where a window held none.
+    values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
+    if sums.get("overlap_rows"):
+        means["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
     if len(terms) > 1:
         means.update({f"loss/{name}": value for name, value in values.items()})
     means["value"] = sum(term.weight * values[term.name] for term in terms)

@@ -36,6 +36,7 @@ _TAIL = """
 | `label` | the dataset's token | |
 | `sampled` | drawn tokens, weight divided by their probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
 | `label+sampled` | the label, and draws that differ from it | the same, `draw_share`, `exclude_label` |
+| `rollout` | the token that the student wrote, weight divided by its probability; needs `on: student` | |
 | `top_k` | the k likeliest and a rule for the rest | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
 | `label+top_k` | the same, the label always among them | the same |
 | `label+full` | the label, and every token (hpd_exact) | |
@@ -51,6 +52,8 @@ terms:
 ```
 
 Each term is logged by itself as `loss/NAME`.
+
+`on: dataset` or `on: student` lets a term learn from one writer's text only ([regimes.md](regimes.md)).
 
 ## Schedules
 
@@ -83,7 +86,7 @@ def page() -> str:
     """The whole text of docs/methods.md."""
     costs = json.loads(COSTS.read_text())["methods"] if COSTS.is_file() else {}
     rows = [
-        "| method | support | prefixes | cost |",
+        "| method | support | prefixes, strategy | cost |",
         "|---|---|---|---|",
         *(_row(name, method, costs) for name, method in METHODS.items()),
     ]
@@ -99,9 +102,22 @@ def page() -> str:
 
 def _row(name: str, method: Method, costs: dict[str, float]) -> str:
     supports = ", ".join(str(term.support) for term in name_terms(method.terms))
-    prefixes = ", ".join(f"{place} {share:g}" for place, share in method.prefixes.items())
+    prefixes = _prefixes(method)
     cost = f"{costs[name] / costs['forward_kl']:.2f}" if name in costs else ""
     return f"| [`{name}`](#{name}) | {supports} | {prefixes} | {cost} |"
+
+
+def _prefixes(method: Method) -> str:
+    """The student's share in words."""
+    first, last = method.prefixes.student_share(0.0), method.prefixes.student_share(1.0)
+    if method.prefixes.adaptive:
+        share = "student 0, adaptive"
+    elif first != last:
+        share = f"student {first:g} to {last:g}"
+    else:
+        share = f"student {first:g}" if first else "dataset"
+    extras = [method.strategy.type.replace("_", " ")] if method.strategy.type != "direct" else []
+    return ", ".join([share, *extras])
 
 
 def _section(name: str, method: Method) -> str:

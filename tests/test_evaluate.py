@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hpd.evaluate import (
-    TASKS,
+    Answer,
     ExactMatch,
     Example,
     GenerationSettings,
@@ -36,10 +36,12 @@ from hpd.evaluate import (
     evaluate,
     final_answer,
     generate_answers,
+    make_task,
     same_answer,
 )
-from hpd.evaluate.generate import _SeededDraw, encode_prompt
-from hpd.evaluate.run import wilson_interval
+from hpd.evaluate.engine import _SeededDraw
+from hpd.evaluate.generate import encode_prompt
+from hpd.evaluate.statistics import wilson_interval
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
 CHAT_TEMPLATE = (
@@ -203,7 +205,7 @@ def test_every_format_reads_the_same(data, tmp_path: Path, monkeypatch, suffix: 
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    examples = TASKS["exact-match"](data=path).examples()
+    examples = make_task("exact-match", path).examples()
     assert [(example.id, example.prompt, example.answer) for example in examples] == [
         ("0", "How many eggs?", "18"),
         ("1", "How much?", "1,005"),
@@ -257,7 +259,7 @@ def test_named_columns_template_and_limit(data) -> None:
     (example,) = task.examples()
     assert example.prompt == r"290 bananas in 2 groups. Group size? Use \boxed{}."
     assert example.id == "s7"
-    assert task.grade(example, "145").correct
+    assert _grade(task, example, "145").correct
     (example, _) = ExactMatch(path, prompt_column="Body", answer_column="Answer", prompt_template="Q: {prompt}").examples()
     assert example.prompt == "Q: 290 bananas in 2 groups."
 
@@ -318,7 +320,7 @@ def test_task_errors(data, rows: list[dict[str, Any]], options: dict[str, Any], 
         ("a.csv", b"prompt,answer\na,1,2\n", "row 1 has more fields"),
         ("a.parquet", b"PAR2", "not a readable .parquet file"),
         ("a.jsonl.gz", b"plain", "not a readable .jsonl file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-9], "not a readable .jsonl file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99, mtime=0)[:-9], "not a readable .jsonl file"),
         ("a.jsonl", "é".encode("latin-1"), "not a readable .jsonl file"),
         ("a.txt", b"", "unknown format; give a .jsonl, .json, .csv, .parquet file"),
     ],
@@ -346,7 +348,12 @@ def test_missing_file(tmp_path: Path) -> None:
 )
 def test_grade(data, answer: str, text: str, verdict: Verdict) -> None:
     task = ExactMatch(data({"prompt": "?", "answer": answer}))
-    assert task.grade(task.examples()[0], text) == verdict
+    assert _grade(task, task.examples()[0], text) == verdict
+
+
+def _grade(task: Any, example: Example, text: str) -> Verdict:
+    (verdict,) = task.grade([example], [Answer(text=text)])
+    return verdict
 
 
 def test_grading_imports_no_torch() -> None:
@@ -370,8 +377,8 @@ def test_gsm8k_grades_its_own_solutions() -> None:
     task = ExactMatch(_shared("data", "gsm8k", "test_even.jsonl"))
     examples = task.examples()
     assert len(examples) > 600
-    assert all(task.grade(example, str(example.metadata["answer"])).correct for example in examples)
-    wrong = sum(task.grade(example, str(other.metadata["answer"])).correct for example, other in pairwise(examples))
+    assert all(_grade(task, example, str(example.metadata["answer"])).correct for example in examples)
+    wrong = sum(_grade(task, example, str(other.metadata["answer"])).correct for example, other in pairwise(examples))
     assert wrong < len(examples) / 20  # neighbours with the same answer by chance
 
 
@@ -379,7 +386,7 @@ def test_math500_references_are_taken_as_a_whole() -> None:
     task = ExactMatch(_shared("data", "math500", "test.jsonl"))
     examples = task.examples()
     assert all(example.answer == example.metadata["answer"].strip() for example in examples)
-    agreeing = [task.grade(example, example.metadata["solution"]).correct for example in examples]
+    agreeing = [_grade(task, example, example.metadata["solution"]).correct for example in examples]
     assert sum(agreeing) / len(agreeing) > 0.97  # the boxed answers of the reference solutions
 
 
@@ -655,7 +662,6 @@ CHAT = [{"role": "user", "content": "hi"}]
         (False, "hi", {"chat_template": "always"}, "'always', but the tokenizer has none"),
         (False, CHAT, {}, "a prompt is a chat, which needs a chat template, but .* has none"),
         (True, CHAT, {"chat_template": "never"}, "a prompt is a chat, .* 'never' and the tokenizer has one"),
-        (False, "hi", {"system_prompt": "s"}, "system_prompt is set, .* has none"),
         (True, [{"role": "system", "content": "s"}, *CHAT], {"system_prompt": "s"}, "has a system turn already"),
         (False, "", {}, "has no tokens"),
     ],
@@ -676,7 +682,8 @@ def test_prompt_errors(tokenizer, template: bool, prompt: Any, options: dict[str
         ({"seed": -1}, "seed is -1"),
         ({"top_p": 0.9}, "no effect at temperature 0"),
         ({"top_k": 5}, "no effect at temperature 0"),
-        ({"chat_template": "never", "system_prompt": "s"}, "system_prompt needs a chat template"),
+        ({"num_samples": 4}, "would write the same answer 4 times"),
+        ({"stop": ("",)}, "stop is"),
     ],
 )
 def test_settings_errors(options: dict[str, Any], message: str) -> None:
@@ -697,13 +704,15 @@ class _Letters:
     """Correct is what a model that always writes "aaaaa" answers to half of the questions."""
 
     name = "letters"
+    metric = "accuracy"
     options: dict[str, Any] = {"level": 1}  # noqa: RUF012
+    defaults: dict[str, Any] = {}  # noqa: RUF012
 
     def examples(self) -> list[Example]:
         return [Example(id=f"q{index}", prompt=prompt, answer="ab"[index % 2]) for index, prompt in enumerate(PROMPTS)]
 
-    def grade(self, example: Example, text: str) -> Verdict:
-        return Verdict(correct=text[:1] == example.answer, extracted=text[:1])
+    def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
+        return [Verdict(correct=a.text[:1] == e.answer, extracted=a.text[:1]) for e, a in zip(examples, answers, strict=True)]
 
 
 SETTINGS = GenerationSettings(max_new_tokens=5)
@@ -720,23 +729,28 @@ def _evals(folder: Path) -> list[dict[str, Any]]:
 
 def test_evaluate(writer, tokenizer, tmp_path: Path) -> None:
     result = evaluate(writer, tokenizer, _Letters(), SETTINGS, output_dir=tmp_path / "run", name="tiny")
-    assert (result.task, result.accuracy, result.num_examples) == ("letters", 0.5, 6)
+    assert (result.task, result.value, result.num_examples) == ("letters", 0.5, 6)
     assert (result.mean_tokens, result.truncated) == (5.0, 1.0)
     assert result.tokens_per_second > 0
     assert [record.correct for record in result.records] == [True, False] * 3
     (entry,) = _evals(tmp_path / "run")
     assert (entry["model"], entry["task"], entry["options"]) == ("tiny", "letters", {"level": 1})
+    assert (entry["metric"], entry["accuracy"], entry["engine"]) == ("accuracy", 0.5, "transformers")
     assert entry["settings"]["max_new_tokens"] == 5
     assert entry["interval"] == list(result.interval)
     lines = [json.loads(line) for line in (tmp_path / "run" / entry["records"]).read_text().splitlines()]
     assert lines[1] == {
         "eval": entry["id"],
         "id": "q1",
+        "sample": 0,
         "prompt": PROMPTS[1],
         "answer": "b",
         "text": "aaaaa",
+        "turns": [],
         "extracted": "a",
         "correct": False,
+        "score": 0.0,
+        "detail": "",
         "num_tokens": 5,
         "finish_reason": "length",
     }
@@ -770,7 +784,7 @@ def test_data_files_are_evaluations_of_their_own(writer, tokenizer, tmp_path: Pa
     for name in ("a", "b"):
         _jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "?", "answer": "aaaaa"}])
         task = ExactMatch(tmp_path / f"{name}.jsonl")
-        assert evaluate(writer, tokenizer, task, SETTINGS, output_dir=tmp_path).accuracy == 1.0
+        assert evaluate(writer, tokenizer, task, SETTINGS, output_dir=tmp_path).value == 1.0
     assert [Path(entry["options"]["data"]).name for entry in _evals(tmp_path)] == ["a.jsonl", "b.jsonl"]
 
 

@@ -18,9 +18,9 @@ def recipe(tmp_path_factory):
     rows = [{"prompt": f"add {i}:", "completion": f" {i} and {i}"} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl")},
+        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
         "train": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-3, "max_length": 64, "save_strategy": "no"},
+                  "learning_rate": 1e-3, "max_length": 64, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1},
     }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_one_recipe_runs_every_method_by_name(recipe, tmp_path, method):
 def test_rows_are_complete(method):
     row = METHODS[method]
     assert all((row.summary, row.weight, row.use, row.defaults, row.reference))
-    assert sum(row.prefixes.values()) == 1.0
+    assert 0.0 <= row.prefixes.student_share(0.0) <= row.prefixes.student_share(1.0) <= 1.0
     assert build_terms(method, {})
 
 

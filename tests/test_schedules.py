@@ -67,3 +67,16 @@ def test_taid_state_round_trip():
     other = TaidPosition(0.4, 1.0)
     other.load_state_dict(position.state_dict())
     assert other.update(2.0, 0.1) == position.update(2.0, 0.1)
+
+
+def test_skew_shrinks_where_the_gap_shrinks_below_its_mean_and_is_resumed():
+    from hpd.schedules import SkewPosition
+
+    skew = SkewPosition(0.1, 0.01)
+    assert skew.update(0.4) == pytest.approx(0.1)
+    assert skew.update(0.8) == pytest.approx(0.1)  # further apart than the mean of 0.6: the most skew
+    assert skew.update(0.57) == pytest.approx(1 - 0.9 * 0.59 / 0.57)
+    assert skew.update(0.1) == 0.01
+    other = SkewPosition(0.1, 0.01)
+    other.load_state_dict(skew.state_dict())
+    assert other.update(0.5) == skew.update(0.5)

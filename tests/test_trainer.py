@@ -39,8 +39,10 @@ def make_trainer(
         "dataset_num_proc": None, "max_length": 64, "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True,
         "train_sampling_strategy": "sequential",
     }  # fmt: skip
+    regime = {name: options.pop(name) for name in ("prefixes", "rollouts", "strategy", "guards") if name in options}
     settings.update(options)
     return DistillTrainer(
+        **regime,
         model=AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32),
         teacher=teacher if teacher is not None else AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32),
         method=method,

@@ -8,23 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpd.evaluate.answers import final_answer, same_answer, stated_answer
-    from hpd.evaluate.generate import Generation, GenerationSettings, generate_answers
+    from hpd.evaluate.exact_match import ExactMatch
+    from hpd.evaluate.generate import generate_answers
     from hpd.evaluate.run import EvalResult, Record, evaluate
-    from hpd.evaluate.task import TASKS, ExactMatch, Example, Prompt, Task, Verdict
+    from hpd.evaluate.settings import PRESETS, GenerationSettings, settings_for
+    from hpd.evaluate.task import Answer, Example, Prompt, Task, Verdict
+    from hpd.evaluate.tasks import TASKS, make_task
 
 _MODULES = {
     "answers": ("final_answer", "same_answer", "stated_answer"),
-    "generate": ("Generation", "GenerationSettings", "generate_answers"),
+    "exact_match": ("ExactMatch",),
+    "generate": ("generate_answers",),
     "run": ("EvalResult", "Record", "evaluate"),
-    "task": ("TASKS", "ExactMatch", "Example", "Prompt", "Task", "Verdict"),
+    "settings": ("PRESETS", "GenerationSettings", "settings_for"),
+    "task": ("Answer", "Example", "Prompt", "Task", "Verdict"),
+    "tasks": ("TASKS", "make_task"),
 }
 
 __all__ = [
+    "PRESETS",
     "TASKS",
+    "Answer",
     "EvalResult",
     "ExactMatch",
     "Example",
-    "Generation",
     "GenerationSettings",
     "Prompt",
     "Record",
@@ -33,7 +40,9 @@ __all__ = [
     "evaluate",
     "final_answer",
     "generate_answers",
+    "make_task",
     "same_answer",
+    "settings_for",
     "stated_answer",
 ]
 

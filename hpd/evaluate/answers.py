@@ -16,6 +16,9 @@ _SENTENCE_END = re.compile(r"""[.!?][*_"`)]*(?:\s|$)""")
 _NUMBER_IN_PROSE = re.compile(rf"(?<![0-9A-Za-z_./)\]])[-\u2212]?[$€£¥]?{_NUMBER}(?:/[0-9]+)?")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
+_FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
+
 # Words that change the number before them: what they follow is not "a number and its unit".
 _VALUE_WORDS = "and|or|to|over|plus|minus|times|half|pi|squared|cubed|dozen|hundred|thousand|million|billion|trillion"
 _QUANTITY = re.compile(
@@ -84,6 +87,49 @@ def same_answer(first: str, second: str) -> bool:
         units = {number.unit for number in numbers if number and number.unit}
         return numbers[0].value == numbers[1].value and len(units) < 2
     return _squeeze(left) == _squeeze(right) != ""
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The value of an answer that is nothing but a number, perhaps with a unit; else None."""
+    quantity = _quantity(_normalise(text))
+    return quantity.value if quantity else None
+
+
+def last_math(text: str) -> str | None:
+    r"""The last formula (``$...$``, ``\(...\)``, ``\[...\]``) of a text, unless a number outside of formulas comes after it.
+
+    >>> last_math("so $x = 1$, that is $y = x + 1$."), last_math("so $x = 1$, that is 2.")
+    ('y = x + 1', None)
+    """
+    formulas = list(_FORMULA.finditer(text))
+    if not formulas or _NUMBER_IN_PROSE.search(text, formulas[-1].end()):
+        return None
+    return next(part.strip() for part in formulas[-1].groups() if part is not None) or None
+
+
+def split_answers(text: str) -> list[str]:
+    r"""The answers of a list: parts between commas, semicolons, "and", "or" that are outside of brackets.
+
+    Every such comma separates: in a list, ``1,234`` is two answers.
+
+    >>> split_answers(r"$(0,2)$, $(0,-2)$ and $3$"), split_answers(r"\{1, 2\}")
+    (['(0,2)', '(0,-2)', '3'], ['1', '2'])
+    """
+    text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\$|\\[,;:! ]", "", text).strip()
+    text = re.sub(r"\\text\s*\{\s*(and|or|,)\s*\}", r" \1 ", text)
+    outer = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
+    parts, depth, start = [], 0, 0
+    text = outer[1] if outer else text
+    for match in _SEPARATOR.finditer(text):
+        token = match.group()
+        if token in "([{":
+            depth += 1
+        elif token in ")]}":
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
 def _first_line(text: str) -> str:

@@ -2,35 +2,53 @@
 
 import hashlib
 import json
-import math
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.evaluate.generate import GREEDY, FinishReason, Generation, GenerationSettings, Progress, generate_answers
-from hpd.evaluate.task import Example, Prompt, Task, Verdict
+from hpd.evaluate.engine import Engine, TransformersEngine
+from hpd.evaluate.generate import Generated, Progress, answer_examples
+from hpd.evaluate.partial import PartialAnswers
+from hpd.evaluate.settings import GREEDY, GenerationSettings
+from hpd.evaluate.statistics import (
+    Floats,
+    majority,
+    mean_interval,
+    mean_over_problems,
+    pass_at_k,
+    sampling_interval,
+)
+from hpd.evaluate.task import Answer, Comparable, Example, FinishReason, Prompt, Summary, Task, Verdict
 
-_Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+__all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_entry", "write_result"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One example, what the model wrote and how it was graded."""
+    """One answer and how it was graded."""
 
     id: str
+    """The example's."""
+    sample: int
+    """Which answer to it, from 0."""
     prompt: Prompt
     answer: str
     """The reference."""
     text: str
-    """What the model wrote."""
+    """What the model wrote; of a conversation: last."""
+    turns: tuple[str, ...]
+    """Every reply of a conversation, else empty."""
     extracted: str | None
-    correct: bool
+    correct: bool | None
+    score: float | None
+    """The number that is averaged; None: ungraded."""
+    detail: str
     num_tokens: int
     finish_reason: FinishReason
 
@@ -40,18 +58,31 @@ class EvalResult:
     """A model's result on a task."""
 
     task: str
-    accuracy: float
-    """Share of correct answers, 0 to 1."""
+    metric: str
+    """What `value` is: accuracy, rouge_l, ..."""
+    value: float
+    """Mean over problems of the mean over their graded samples."""
     interval: tuple[float, float]
-    """95 % Wilson interval of the accuracy: the error from having drawn these examples and no others."""
+    """95 % interval of `value`: the error from having drawn these problems and no others (`mean_interval`)."""
     num_examples: int
+    num_samples: int
+    """Answers per problem."""
+    num_ungraded: int
+    """Answers without a verdict; they count nowhere else."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """pass@k, maj@n, the spread over samples, and what the task itself sums up."""
     mean_tokens: float
     """Mean length of an answer, in tokens."""
     truncated: float
-    """Share of answers cut at the length limit, 0 to 1: where it is large, accuracy measures the limit."""
+    """Share of answers cut at the length limit, 0 to 1: where it is large, the metric measures the limit."""
     tokens_per_second: float
     """Tokens written per second of generation, all rows of a batch together."""
     records: tuple[Record, ...]
+
+    def scores(self) -> Floats:
+        """`Record.score` as [problems, samples], NaN where ungraded."""
+        values = [np.nan if record.score is None else record.score for record in self.records]
+        return np.array(values, dtype=np.float64).reshape(self.num_examples, self.num_samples)
 
 
 def evaluate(
@@ -65,12 +96,13 @@ def evaluate(
 ) -> EvalResult:
     """Let a model answer a task's examples, grade the answers and, with `output_dir`, write both down.
 
-    `evals.json` is a list with one entry per (model, task, options, settings): a repeated evaluation replaces its own
+    `evals.json` is a list with one entry per (model, task, options, settings, engine): a repeated evaluation replaces its own
     entry, all others survive. `records-<task>.jsonl` holds the records of the same evaluations; its lines name their
     entry's id. Both are replaced atomically; two processes must not write to one folder at the same time.
 
     Args:
-        model, tokenizer, settings, progress: as for `generate_answers`.
+        model, tokenizer, settings, progress: as for `generate_answers`. `settings` are taken as they are: the task's own
+            defaults are merged in by `settings_for`.
         task: examples and grader.
         output_dir: a run folder, made if missing; None writes nothing.
         name: the model's name in evals.json; None takes the path that it was loaded from.
@@ -78,77 +110,149 @@ def evaluate(
     Raises:
         ValueError: the task has no examples, or evals.json is not a list of evaluations; see also `generate_answers`.
     """
+    path = str(getattr(model, "name_or_path", ""))
+    engine = TransformersEngine(model, tokenizer)
+    return evaluate_engine(engine, task, settings, output_dir, name=name or path or type(model).__name__, progress=progress)
+
+
+def evaluate_engine(
+    engine: Engine,
+    task: Task,
+    settings: GenerationSettings,
+    output_dir: str | Path | None = None,
+    *,
+    name: str,
+    progress: Progress | None = None,
+    fingerprint: str | None = None,
+) -> EvalResult:
+    """`evaluate` with an engine of your choice.
+
+    Args:
+        fingerprint: what tells the model's weights from others of the same name. With it, finished batches are kept in
+            `partial-<id>.jsonl` under `output_dir` until the evaluation is complete, and an interrupted one goes on.
+    """
     examples = task.examples()
     if not examples:
         raise ValueError(f"the task {task.name!r} has no examples; give data with at least one.")
+    identity = identify(name, task, settings, engine.name)
+    partial = None
     if output_dir is not None:
-        _read_evals(Path(output_dir))  # an unreadable file should stop the run before its hours of generation
-    start = time.perf_counter()
-    generations = generate_answers(model, tokenizer, [example.prompt for example in examples], settings, progress)
-    seconds = time.perf_counter() - start
-    records = tuple(
-        _record(example, generation, task.grade(example, generation.text))
-        for example, generation in zip(examples, generations, strict=True)
-    )
-    num_correct, num_tokens = sum(record.correct for record in records), sum(record.num_tokens for record in records)
-    result = EvalResult(
-        task=task.name,
-        accuracy=num_correct / len(records),
-        interval=wilson_interval(num_correct, len(records)),
-        num_examples=len(records),
-        mean_tokens=num_tokens / len(records),
-        truncated=sum(record.finish_reason == "length" for record in records) / len(records),
-        tokens_per_second=num_tokens / seconds,
-        records=records,
-    )
+        folder = Path(output_dir)
+        _read_evals(folder)  # an unreadable file should stop the run before its hours of generation
+        if fingerprint is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            prompts = _digest([(example.prompt, example.follow_ups) for example in examples])
+            partial = PartialAnswers(
+                folder / f"partial-{_digest(identity)}.jsonl", {**identity, "fingerprint": fingerprint, "prompts": prompts}
+            )
+    generated = answer_examples(engine, examples, settings, progress, partial)
+    result = grade_answers(task, examples, generated, settings.num_samples)
     if output_dir is not None:
-        model_name = name or getattr(model, "name_or_path", "") or type(model).__name__
-        _write(Path(output_dir), model_name, task, settings, result)
+        write_result(Path(output_dir), identity, result)
+    if partial is not None:
+        partial.remove()
     return result
 
 
-def wilson_interval(num_correct: int, num_examples: int) -> tuple[float, float]:
-    r"""95 % interval of a proportion k/n; unlike the normal one it stays inside [0, 1] and is not empty at 0 or 1.
-
-    .. math:: \frac{k + z^2/2 \pm z \sqrt{k (n - k) / n + z^2 / 4}}{n + z^2}
-
-    >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
-    [0.49, 0.943]
-
-    Reference:
-        Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
-    """
-    centre = num_correct + _Z_95**2 / 2
-    margin = _Z_95 * math.sqrt(num_correct * (num_examples - num_correct) / num_examples + _Z_95**2 / 4)
-    low, high = ((centre + side) / (num_examples + _Z_95**2) for side in (-margin, margin))
-    return max(0.0, low), min(1.0, high)
+def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -> dict[str, Any]:
+    """What makes an evaluation the same as another one, as JSON values."""
+    return {
+        "model": name, "task": task.name, "options": dict(task.options), "settings": asdict(settings), "engine": engine,
+    }  # fmt: skip
 
 
-def _record(example: Example, generation: Generation, verdict: Verdict) -> Record:
-    return Record(
-        id=example.id,
-        prompt=example.prompt,
-        answer=example.answer,
-        text=generation.text,
-        extracted=verdict.extracted,
-        correct=verdict.correct,
-        num_tokens=generation.num_tokens,
-        finish_reason=generation.finish_reason,
+def grade_answers(task: Task, examples: Sequence[Example], generated: Generated, num_samples: int) -> EvalResult:
+    """The result that a model's answers amount to."""
+    answers = generated.answers
+    repeated = [example for example in examples for _ in range(num_samples)]
+    verdicts = task.grade(repeated, answers)
+    assert len(verdicts) == len(answers), f"{task.name} gave {len(verdicts)} verdicts on {len(answers)} answers"
+    values = np.array([np.nan if v.value is None else v.value for v in verdicts], dtype=np.float64)
+    values = values.reshape(len(examples), num_samples)
+    if np.isnan(values).all():
+        raise ValueError(f"no answer of {task.name!r} could be graded; the first: {verdicts[0].detail or 'no reason given'}")
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    figures = _figures(task, verdicts, values)
+    if isinstance(task, Summary):
+        figures |= task.summary(repeated, answers, verdicts)
+    return EvalResult(
+        task=task.name,
+        metric=task.metric,
+        value=float(mean_over_problems(values).mean()),
+        interval=mean_interval(values),
+        num_examples=len(examples),
+        num_samples=num_samples,
+        num_ungraded=int(np.isnan(values).sum()),
+        figures=figures,
+        mean_tokens=num_tokens / len(answers),
+        truncated=sum(answer.finish_reason == "length" for answer in answers) / len(answers),
+        tokens_per_second=num_tokens / generated.seconds if generated.seconds else 0.0,
+        records=tuple(
+            _record(index % num_samples, *parts) for index, parts in enumerate(zip(repeated, answers, verdicts, strict=True))
+        ),
     )
 
 
-def _write(folder: Path, model: str, task: Task, settings: GenerationSettings, result: EvalResult) -> None:
-    identity = {"model": model, "task": task.name, "options": dict(task.options), "settings": asdict(settings)}
-    eval_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    figures = {key: value for key, value in vars(result).items() if key not in ("task", "records")}
+def _figures(task: Task, verdicts: Sequence[Verdict], values: Floats) -> dict[str, Any]:
+    """What several samples per problem tell beyond their mean."""
+    num_problems, num_samples = values.shape
+    if num_samples == 1:
+        return {}
+    figures: dict[str, Any] = {f"avg@{num_samples}": float(mean_over_problems(values).mean())}
+    if not np.isnan(values).any():
+        per_sample = values.mean(axis=0)  # each is the result of one run
+        figures |= {"sampling_interval": sampling_interval(values), "std_over_samples": float(per_sample.std(ddof=1))}
+    correct = [verdict.correct for verdict in verdicts]
+    if any(verdict is None for verdict in correct):
+        return figures
+    counts = np.array(correct, dtype=bool).reshape(num_problems, num_samples).sum(axis=1)
+    for k in [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples] + [num_samples]:
+        figures[f"pass@{k}"] = float(np.mean([pass_at_k(num_samples, int(count), k) for count in counts]))
+    if isinstance(task, Comparable):
+        rows = [slice(start, start + num_samples) for start in range(0, len(verdicts), num_samples)]
+        votes = [majority([v.extracted for v in verdicts[row]], correct[row], task.same) for row in rows]
+        figures[f"maj@{num_samples}"] = float(np.mean(votes))
+    return figures
+
+
+def _record(sample: int, example: Example, answer: Answer, verdict: Verdict) -> Record:
+    return Record(
+        id=example.id,
+        sample=sample,
+        prompt=example.prompt,
+        answer=example.answer,
+        text=answer.text,
+        turns=answer.turns,
+        extracted=verdict.extracted,
+        correct=verdict.correct,
+        score=verdict.value,
+        detail=verdict.detail,
+        num_tokens=answer.num_tokens,
+        finish_reason=answer.finish_reason,
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> None:
+    """Put a result into evals.json, and its records beside it, in place of an earlier one of the same identity."""
+    eval_id = _digest(identity)
+    figures = {key: value for key, value in vars(result).items() if key not in ("task", "value", "records")}
     folder.mkdir(parents=True, exist_ok=True)
 
-    records_path = folder / f"records-{task.name}.jsonl"
+    records_path = folder / f"records-{result.task}.jsonl"
     lines = [json.dumps({"eval": eval_id, **asdict(record)}, ensure_ascii=False) for record in result.records]
     _replace(records_path, "".join(line + "\n" for line in [*_other_records(records_path, eval_id), *lines]))
 
-    others = [entry for entry in _read_evals(folder) if entry.get("id") != eval_id]
-    entry = {"id": eval_id, **identity, **figures, "records": records_path.name}
+    write_entry(folder, {"id": eval_id, **identity, result.metric: result.value, **figures, "records": records_path.name})
+
+
+def write_entry(folder: Path, entry: dict[str, Any]) -> None:
+    """Put an evaluation into evals.json, in place of one with the same id."""
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [other for other in _read_evals(folder) if other.get("id") != entry["id"]]
     _replace(folder / "evals.json", json.dumps([*others, entry], indent=2, ensure_ascii=False) + "\n")
 
 

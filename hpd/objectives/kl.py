@@ -5,6 +5,7 @@ Axes and notation: see `hpd.objectives.objective`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -60,19 +61,26 @@ def forward_kl() -> Objective:
     return Objective(weights, value, drop_safe=True, fused=fused)
 
 
-def reverse_kl() -> Objective:
+def reverse_kl(baseline: float = 0.0) -> Objective:
     r"""Reverse Kullback-Leibler divergence, mode-seeking.
 
-    .. math:: D = \sum_v q_v (\log q_v - \log p_v), \qquad w_v = q_v (\delta_v - 1)
+    .. math:: D = \sum_v q_v (\log q_v - \log p_v), \qquad w_v = q_v (\delta_v - 1 + b)
 
-    The -1 changes nothing on the whole vocabulary, and makes the gradient exact on a truncated support.
+    The -1 changes nothing on the whole vocabulary, and makes the gradient exact on a truncated support. On tokens drawn from
+    the student, weighted by 1 / q, the advantage is :math:`\delta_v - 1 + b`: a constant there has mean zero, and b = 1 leaves
+    the log-ratio, whose variance vanishes where the distributions agree.
+
+    Args:
+        baseline: b; 0 is the exact weight, 1 suits draws of the student (a `sampled` or `rollout` support).
 
     Reference:
         Gu et al., MiniLLM, 2024, arXiv 2306.08543.
     """
+    check_number("reverse_kl: baseline", baseline, -math.inf)
+    offset = 1.0 - baseline
 
     def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
-        return student_logprobs.exp() * (teacher_logprobs - student_logprobs - 1)
+        return student_logprobs.exp() * (teacher_logprobs - student_logprobs - offset)
 
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return student_logprobs.exp() * (student_logprobs - teacher_logprobs)
@@ -81,7 +89,7 @@ def reverse_kl() -> Objective:
         q = whole.student_probs
         gap = whole.teacher_logprobs.sub_(whole.student_logprobs).mul_(q)
         divergence = -gap.sum(-1)
-        return Weighed(gap.sub_(q), divergence)
+        return Weighed(gap.sub_(q, alpha=offset), divergence)
 
     return Objective(weights, value, fused=fused)
 

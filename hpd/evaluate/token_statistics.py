@@ -1,0 +1,172 @@
+"""What two models say at every label position of some texts, without keeping `[N, V]`; summed per row.
+
+Axes: B rows of a batch, T tokens, N label positions, C positions of a chunk, V common vocabulary, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hpd.batch import IGNORE_INDEX, token_batch
+from hpd.forward import scores_of
+from hpd.losses.chunked import project_
+from hpd.losses.heads import Scores
+from hpd.losses.tile import LOGPROB_FLOOR, sum_dtype
+
+__all__ = ["NUM_BINS", "RowSums", "TextTokens", "sum_rows"]
+
+NUM_BINS = 15
+"""Equal bins of confidence, as in Guo et al. 2017."""
+
+_CHUNK_BYTES = 16 * 2**20
+
+
+class TextTokens(NamedTuple):
+    """One text: token ids, of which those after the prompt are labels."""
+
+    ids: list[int]
+    is_label: list[bool]
+
+
+class RowSums(NamedTuple):
+    """Sums over the label positions of each row."""
+
+    tokens: NDArray[np.float64]
+    """[R] label positions."""
+    values: dict[str, NDArray[np.float64]]
+    """[R] each; nats, or positions for shares."""
+    bins: dict[str, NDArray[np.float64]]
+    """Per model [R, bins, 3]: positions, confidence and hits of the likeliest token, by confidence."""
+
+
+def sum_rows(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    texts: Sequence[TextTokens],
+    *,
+    vocab: int | None,
+    top_k: int,
+    batch_size: int,
+    pad_id: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> RowSums:
+    """Run both models over the texts, longest first, and sum what they say over the label positions of each.
+
+    Args:
+        student, teacher: models that `hpd.forward.add_head_function` has prepared, on one device.
+        texts: token ids below `vocab`, with at least one label each.
+        vocab: tokens that both models have; None where there is no teacher.
+        top_k: size of the sets that `overlap` compares.
+        batch_size: rows per forward pass; memory and speed only.
+        pad_id: any token id.
+        progress: called with (rows so far, rows).
+    """
+    order = sorted(range(len(texts)), key=lambda row: -len(texts[row].ids))
+    sums: dict[str, Tensor] = {}
+    device = next(student.parameters()).device
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        inputs = _collate([texts[row] for row in rows], pad_id, device)
+        batch = token_batch(inputs, vocab)
+        row_of = torch.tensor(rows, device=device)[batch.index // inputs["input_ids"].shape[1]]  # [N]
+        both = [None if model is None else _wide(scores_of(model, inputs, batch.index)) for model in (student, teacher)]
+        assert both[0] is not None
+        for chunk in _chunks(len(batch.index), max(scores.vocab for scores in both if scores)):
+            sides = [None if scores is None else Scores(scores.hidden[chunk], scores.head) for scores in both]
+            _add_chunk(sums, sides, batch.labels[chunk], row_of[chunk], len(texts), vocab, top_k)
+        if progress is not None:
+            progress(min(start + batch_size, len(order)), len(order))
+    arrays = {name: total.double().cpu().numpy() for name, total in sums.items()}
+    bins = {name.removeprefix("bins/"): arrays.pop(name) for name in list(arrays) if name.startswith("bins/")}
+    return RowSums(arrays.pop("tokens"), arrays, bins)
+
+
+def _collate(texts: Sequence[TextTokens], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    length = max(len(text.ids) for text in texts)
+    fields = {"input_ids": [], "labels": [], "attention_mask": []}
+    for ids, is_label in texts:
+        padding = length - len(ids)
+        labels = [token if bit else IGNORE_INDEX for token, bit in zip(ids, is_label, strict=True)]
+        fields["input_ids"].append(ids + [pad_id] * padding)
+        fields["labels"].append(labels + [IGNORE_INDEX] * padding)
+        fields["attention_mask"].append([1] * len(ids) + [0] * padding)
+    return {name: torch.tensor(values, device=device) for name, values in fields.items()}
+
+
+def _wide(scores: Scores) -> Scores:
+    """In float32 or wider: this is measured, not trained, and rounding the logits would show in a small divergence."""
+    dtype = torch.promote_types(scores.hidden.dtype, torch.float32)
+    weight, bias = (None if t is None else t.detach().to(dtype) for t in (scores.head.weight, scores.head.bias))
+    return Scores(scores.hidden.to(dtype), scores.head._replace(weight=weight, bias=bias))
+
+
+def _chunks(count: int, vocab: int) -> list[slice]:
+    size = max(1, _CHUNK_BYTES // (4 * vocab))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _add_chunk(
+    sums: dict[str, Tensor],
+    sides: Sequence[Scores | None],
+    labels: Int[Tensor, "C"],
+    row_of: Int[Tensor, "C"],
+    num_rows: int,
+    vocab: int | None,
+    top_k: int,
+) -> None:
+    dtype = sum_dtype(labels.device)
+    logprobs: list[Float[Tensor, "C V"]] = []  # student, teacher
+    values: dict[str, Float[Tensor, "C"]] = {"tokens": torch.ones_like(labels, dtype=dtype)}
+    for name, scores in zip(("student", "teacher"), sides, strict=True):
+        if scores is None:
+            continue
+        logits = project_(scores, scores.hidden.new_empty(len(labels), scores.vocab))
+        if vocab is not None and scores.vocab > vocab:
+            whole = logits.logsumexp(-1)
+            logits = logits[:, :vocab]
+            values[f"{name}_mass_outside"] = -torch.expm1(logits.logsumexp(-1) - whole)
+        log_q = torch.log_softmax(logits, -1).clamp_(min=LOGPROB_FLOOR)
+        values |= _one_model(name, log_q, labels)
+        confidence, guess = log_q.max(-1)
+        _add_bins(sums, name, confidence.exp(), guess == labels, row_of, num_rows)
+        logprobs.append(log_q)
+    if len(logprobs) == 2:
+        values |= _two_models(logprobs[0], logprobs[1], top_k)
+    for name, value in values.items():
+        if name not in sums:
+            sums[name] = torch.zeros(num_rows, dtype=dtype, device=labels.device)
+        sums[name].index_add_(0, row_of, value.to(dtype))
+
+
+def _one_model(name: str, log_q: Float[Tensor, "C V"], labels: Int[Tensor, "C"]) -> dict[str, Float[Tensor, "C"]]:
+    return {
+        f"{name}_nll": -log_q.gather(1, labels[:, None])[:, 0],
+        f"{name}_entropy": -(log_q.exp() * log_q).sum(-1),
+    }
+
+
+def _two_models(log_q: Float[Tensor, "C V"], log_p: Float[Tensor, "C V"], top_k: int) -> dict[str, Float[Tensor, "C"]]:
+    gap = log_p - log_q
+    ours, theirs = (side.topk(min(top_k, side.shape[1]), -1).indices for side in (log_q, log_p))
+    return {
+        "forward_kl": (log_p.exp() * gap).sum(-1),
+        "reverse_kl": -(log_q.exp() * gap).sum(-1),
+        "overlap": (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1).to(log_q.dtype),
+        "top1_agreement": (ours[:, 0] == theirs[:, 0]).to(log_q.dtype),
+    }
+
+
+def _add_bins(sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int) -> None:
+    key, dtype = f"bins/{name}", sum_dtype(confidence.device)
+    if key not in sums:
+        sums[key] = torch.zeros(num_rows, NUM_BINS, 3, dtype=dtype, device=confidence.device)
+    place = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, hit.to(confidence.dtype)], -1).to(dtype)
+    sums[key].view(-1, 3).index_add_(0, row_of * NUM_BINS + place, values)

@@ -1,0 +1,153 @@
+"""What a run costs, counted while it trains; and a stop where an equal budget is spent.
+
+FLOPs are counted, not timed. A product of a weight with a token is 2 FLOPs, so a forward pass of a token costs 2 B for the B
+weights of the backbone (embedding rows are looked up, not multiplied), the backward pass twice that, and the head's V D weights
+count at label positions only, which are the only ones that reach it:
+
+    student   6 B_s x trained tokens + 6 V D_s x label tokens
+    teacher   2 B_t x trained tokens + 2 V D_t x label tokens      (0 for sft, which needs none)
+    rollouts  2 (B_s + V D_s) x tokens that the student reads or writes while generating
+
+Attention's products of tokens with tokens, the optimiser and the element-wise part of the loss are left out; all methods share
+them. A frozen backbone under LoRA saves a third of the student's part, which is counted as if it did not.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from hpd.config import Recipe
+from hpd.experiments.experiment import Budget
+from hpd.methods import name_terms
+from hpd.models import load_config
+
+__all__ = ["BudgetCallback", "FlopsPerToken", "flops_per_token"]
+
+_STATE_KEY = "hpd_budget"
+
+
+class FlopsPerToken(NamedTuple):
+    """FLOPs of a token in training."""
+
+    backbone: float
+    """Student and teacher, per trained token."""
+    head: float
+    """Student and teacher, per label token."""
+    rollout: float
+    """Student, per token read or written while generating."""
+
+
+def flops_per_token(recipe: Recipe) -> FlopsPerToken:
+    """The three prices of the module's formula, from the models' configurations."""
+    student_backbone, student_head = _weights(load_config(recipe.student, "student"))
+    teacher_backbone, teacher_head = 0, 0
+    if any(term.name.partition("#")[0] != "nll" for term in name_terms(recipe.choose_terms())):
+        if recipe.teacher.type == "model":
+            teacher_backbone, teacher_head = _weights(load_config(recipe.teacher, "teacher"))
+        elif recipe.teacher.type == "self":
+            teacher_backbone, teacher_head = student_backbone, student_head
+        else:
+            # A stored or remote teacher is no forward pass here; its head still meets the stored hidden states.
+            teacher_head = student_head
+    return FlopsPerToken(
+        backbone=6.0 * student_backbone + 2.0 * teacher_backbone,
+        head=6.0 * student_head + 2.0 * teacher_head,
+        rollout=2.0 * (student_backbone + student_head),
+    )
+
+
+def _weights(config: Any) -> tuple[int, int]:
+    """Weights of the backbone without embeddings, and of the head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    embeddings = {id(p): p.numel() for module in (model.get_input_embeddings(), head) for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters()) - sum(embeddings.values()), head.weight.numel()
+
+
+class BudgetCallback(TrainerCallback):
+    """Counts tokens, FLOPs and seconds of training, keeps them in the trainer's state, and stops where the budget is spent.
+
+    With a budget other than steps, learning rate and term schedules follow the share of the budget that is spent, so that
+    they end where the run ends: `state.max_steps` is re-estimated after every step.
+
+    Args:
+        price: see `flops_per_token`.
+        budget: None or type steps only count.
+    """
+
+    def __init__(self, price: FlopsPerToken, budget: Budget | None = None):
+        self._price, self._budget = price, budget if budget is not None and budget.type != "steps" else None
+        self.spent = {"label_tokens": 0.0, "trained_tokens": 0.0, "rollout_tokens": 0.0, "flops": 0.0, "seconds": 0.0}
+        self._hooks: list[Any] = []
+        self._started = self._before = 0.0
+        self._ceiling = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the budget was spent (True where only steps count)."""
+        return self._budget is None or self.spent[self._budget.type] >= self._budget.value
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
+    ) -> None:
+        self.spent |= state.stateful_callbacks.get(_STATE_KEY, {})
+        self._before, self._started, self._ceiling = self.spent["seconds"], time.perf_counter(), state.max_steps
+        # peft calls its base model's forward past the hooks in training, and the base model itself in generation.
+        modules = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+        self._hooks = [module.register_forward_pre_hook(self._count, with_kwargs=True) for module in modules]
+        if self._budget is not None and lr_scheduler is not None:
+            inner = getattr(lr_scheduler, "scheduler", lr_scheduler)
+            if not hasattr(inner, "lr_lambdas"):
+                raise ValueError(
+                    f"A budget of {self._budget.type} needs a schedule of transformers, not {type(inner).__name__}."
+                )
+            inner.lr_lambdas = [self._follow_budget(schedule) for schedule in inner.lr_lambdas]
+
+    def _follow_budget(self, schedule: Any) -> Any:
+        # The schedule is written in steps of the ceiling; position 0 is asked for before the first step.
+        return lambda step: schedule(0 if step == 0 else self._share() * self._ceiling)
+
+    def _share(self) -> float:
+        assert self._budget is not None
+        return min(self.spent[self._budget.type] / self._budget.value, 1.0)
+
+    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, torch.Tensor):
+            return
+        labels = kwargs.get("label_index")
+        if labels is None:
+            self.spent["rollout_tokens"] += ids.numel()
+        elif module.training:
+            self.spent["trained_tokens"] += ids.numel()
+            self.spent["label_tokens"] += len(labels)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Before the scheduler's step, which reads the share.
+        price, spent = self._price, self.spent
+        spent["flops"] = (
+            price.backbone * spent["trained_tokens"]
+            + price.head * spent["label_tokens"]
+            + price.rollout * spent["rollout_tokens"]
+        )
+        spent["seconds"] = self._before + time.perf_counter() - self._started
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks[_STATE_KEY] = dict(self.spent)
+        if self._budget is None:
+            return
+        if self.complete:
+            control.should_training_stop = True
+        else:
+            state.max_steps = min(
+                max(state.global_step + 1, round(state.global_step / max(self._share(), 1e-9))), self._ceiling
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()

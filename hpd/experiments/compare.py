@@ -1,0 +1,172 @@
+"""`hpd compare`: tune, freeze, run the grid, each run in a process of its own and resumable by itself."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpd.experiments.experiment import Experiment, read_experiment
+from hpd.experiments.grid import evaluations, expand, expand_tuning, tuning_evaluation
+from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
+from hpd.experiments.tuning import choose, read_choices, write_choices
+from hpd.experiments.worker import Job, evaluate_teacher, run_job
+
+__all__ = ["Failure", "GridState", "compare", "run_grid"]
+
+_POLL_SECONDS = 0.2
+
+
+class Failure(NamedTuple):
+    """A run that ended without its result."""
+
+    name: str
+    log: Path
+    reason: str
+
+
+class GridState(NamedTuple):
+    """What a display needs while a grid runs."""
+
+    title: str
+    done: int
+    total: int
+    running: dict[str, tuple[int, int]]
+    """Run -> (step, steps)."""
+
+
+def compare(
+    path: Path,
+    overrides: Sequence[str] = (),
+    jobs: int = 1,
+    allow: Sequence[str] = (),
+    show: Callable[[GridState], None] = lambda state: None,
+) -> tuple[Experiment, list[Failure]]:
+    """Run what is missing of an experiment.
+
+    Args:
+        path: the experiment file; it is copied to the experiment's folder before the first run.
+        overrides: `key=value` assignments to the experiment's keys, such as `set.train.max_steps=50`.
+        jobs: runs at once; the machine's threads are split among them.
+        allow: fields of the environment that may differ between runs.
+        show: called a few times a second.
+
+    Returns:
+        The experiment, and the runs that failed; all others are finished.
+
+    Raises:
+        FileNotFoundError, ValueError: an experiment that is not valid, has changed, or compares what is not comparable.
+    """
+    text = path.read_text(encoding="utf-8")
+    experiment = read_experiment(text, overrides)
+    if jobs < 1:
+        raise ValueError(f"jobs must be >= 1, got {jobs}.")
+    if jobs > 1 and experiment.budget is not None and experiment.budget.type == "seconds":
+        raise ValueError("A budget in seconds needs --jobs 1: runs beside each other slow each other down.")
+    folder = experiment.folder
+    tuning, grid = expand_tuning(experiment, folder), expand(experiment, folder)
+    manifest = open_manifest(folder, text, overrides, tuning, grid, allow)
+    if experiment.tune is not None:
+        choices = read_choices(folder)
+        if choices is None:
+            require_comparable(tuning, manifest, allow)
+            deciding = tuning_evaluation(experiment, folder)
+            evals = (deciding,) if deciding is not None else ()
+            work = [Job(cell.recipe, cell.axes, experiment.budget, evals) for cell in tuning]
+            failures = run_grid(work, jobs, folder, "tuning", show)
+            if failures:
+                return experiment, failures
+            choices = choose(experiment, tuning)
+            write_choices(folder, choices)
+        grid = expand(experiment, folder, {choice.group: choice.chosen for choice in choices})
+    require_comparable(grid, manifest, allow)
+    evals = evaluations(experiment, folder)
+    work = [Job(cell.recipe, cell.axes, experiment.budget, evals, experiment.own_samples) for cell in grid]
+    _evaluate_teacher(work[0], folder)
+    return experiment, run_grid(work, jobs, folder, "runs", show)
+
+
+def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, show: Callable[[GridState], None]) -> list[Failure]:
+    """Run the unfinished of `work`, `jobs` at once; a crash loses one run."""
+    waiting = [job for job in work if not is_finished(job.recipe)]
+    done = len(work) - len(waiting)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    context = _context()
+    running: dict[str, tuple[Any, Job]] = {}
+    failures: list[Failure] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                job = waiting.pop(0)
+                name = Path(job.recipe.output_dir).name
+                process = context.Process(
+                    target=run_job, args=(job._replace(threads=threads), str(logs / f"{title}-{name}.log"))
+                )
+                process.start()
+                running[name] = (process, job)
+            time.sleep(_POLL_SECONDS)
+            for name, (process, job) in list(running.items()):
+                if process.is_alive():
+                    continue
+                del running[name]
+                done += 1
+                if not is_finished(job.recipe):
+                    failures.append(_failure(name, logs / f"{title}-{name}.log", process.exitcode))
+            show(GridState(title, done, len(work), {name: _steps(job) for name, (_, job) in running.items()}))
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.join()
+    return failures
+
+
+def _context() -> Any:
+    """Forks from a server that has imported everything and run nothing, which saves seconds of imports per run."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["hpd.experiments.worker"])
+    return context
+
+
+def _evaluate_teacher(job: Job, folder: Path) -> None:
+    """The reference line of the experiment's own evaluations; the recipe's eval asks the teacher in every run."""
+    target = folder / "teacher"
+    if not job.evals or job.recipe.teacher.type != "model" or (target / TEACHER_FIGURES).is_file():
+        return
+    (folder / "logs").mkdir(exist_ok=True)
+    log = folder / "logs" / "teacher.log"
+    job = job._replace(threads=os.cpu_count() or 1)
+    process = _context().Process(target=evaluate_teacher, args=(job, str(target), str(log)))
+    process.start()
+    process.join()
+    if not (target / TEACHER_FIGURES).is_file():
+        raise ValueError(f"The teacher could not be evaluated: {_failure('teacher', log, process.exitcode).reason}")
+
+
+def _failure(name: str, log: Path, exit_code: int | None) -> Failure:
+    lines = (
+        [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if log.is_file()
+        else []
+    )
+    return Failure(name, log, lines[-1].strip() if lines else f"the process ended with exit code {exit_code}")
+
+
+def _steps(job: Job) -> tuple[int, int]:
+    """Last logged step and planned steps."""
+    path = Path(job.recipe.output_dir) / "metrics.jsonl"
+    total = int(job.recipe.train.get("max_steps", 0) or 0)
+    if not path.is_file():
+        return 0, total
+    last = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]
+    try:
+        return int(json.loads(last)["step"]), total
+    except (ValueError, KeyError):
+        return 0, total  # a line that is being written

@@ -1,0 +1,274 @@
+"""The experiment file: what is compared, under which budget, tuned how, tested against whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+from hpd.terms import nearest
+
+__all__ = [
+    "SEED_PATH", "VALIDATION_METRICS", "Budget", "Evaluation", "Experiment", "Tune", "axis_label", "axis_values",
+    "load_experiment", "put", "read_experiment",
+]  # fmt: skip
+
+_STRICT = {"extra": "forbid"}
+MIN_TUNED_VALUES, MIN_TUNED_FACTOR = 4, 8.0
+SEED_PATH = "train.seed"
+VALIDATION_METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every run of the grid may spend on training; evaluation is not counted."""
+
+    __pydantic_config__ = _STRICT
+
+    type: Literal["steps", "label_tokens", "flops", "seconds"]
+    """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`). seconds:
+    wall-clock."""
+    value: float
+    """How much, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of the budget spent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """A setting chosen per variant on validation data, with seeds of its own, before the test grid runs with the choice."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """The recipe path that is tuned; a learning rate needs at least four values over a factor of 8."""
+    values: list[float]
+    """What is tried."""
+    seeds: list[int]
+    """Seeds of the tuning runs; none of them may be a seed of the grid."""
+    metric: str = "loss"
+    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another name of evals,
+    measured on the file data.validation."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    per: list[str] | None = None
+    """Axes that get a choice of their own; null: every axis but the seed. The other axes stand at their first value."""
+    set: Mapping[str, Any] = field(default_factory=dict)
+    """Recipe paths replaced while tuning, such as {train.max_steps: 300}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One more evaluation of the trained student; what is null is as in the base's eval."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    """The name of the figure in the report, such as sampled_accuracy."""
+    task: str | None = None
+    """A name of TASKS, or "package.module:name" of a `Task` that takes data and limit."""
+    data: str | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def _tune_shorthand(value: Any) -> Any:
+    """`{train.learning_rate: [...], ...}` is `{path: train.learning_rate, values: [...], ...}`."""
+    if not isinstance(value, Mapping):
+        return value
+    paths = [key for key in value if "." in key]
+    if len(paths) != 1:
+        return dict(value)
+    return {**{k: v for k, v in value.items() if k != paths[0]}, "path": paths[0], "values": value[paths[0]]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A question, and the grid of runs that answers it."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    """Title, and the default folder: runs/NAME."""
+    question: str = ""
+    """What the experiment is to settle; it stands at the top of the report."""
+    base: str | Mapping[str, Any]
+    """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its files and returns
+    one."""
+    set: Mapping[str, Any] = field(default_factory=dict)
+    """Recipe paths replaced in the base, such as {train.max_steps: 500}."""
+    axes: Mapping[str, list[Any] | Mapping[str, Any]] = field(default_factory=dict)
+    """`seed`, or a recipe path -> its values, or {label: value}. The grid is their product."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """One more axis, `variant`: name -> recipe keys that replace the base's."""
+    exclude: list[Mapping[str, Any]] = field(default_factory=list)
+    """Cells left out: those that match every axis of an entry (a label or a list of labels)."""
+    budget: Budget | None = None
+    """Equal budget of all runs; null: what the recipes say."""
+    tune: Annotated[Tune | None, BeforeValidator(_tune_shorthand)] = None
+    """What is chosen per variant before the grid runs."""
+    evals: list[Evaluation] = field(default_factory=list)
+    """Evaluations of the trained student beside the recipe's own."""
+    own_samples: int = 0
+    """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at temperature 1; entropy
+    and
+    KLs are measured there."""
+    baseline: str | None = None
+    """The variant that the tests compare with, as the report names it; null: no tests."""
+    metrics: list[str] = field(default_factory=lambda: ["accuracy", "forward_kl"])
+    """Figures that are tested; all of them together are one family for the correction."""
+    reach: Mapping[str, float] = field(default_factory=dict)
+    """Metric of the training log -> level; the report counts the steps to it."""
+    output_dir: str | None = None
+    """The experiment's folder; null: runs/NAME."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def seeds(self) -> list[int]:
+        """Values of the seed axis."""
+        return list(axis_values(self.axes[axis]).values()) if (axis := _seed_axis(self.axes)) else []
+
+
+def read_experiment(text: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Check the text of an experiment file.
+
+    Raises:
+        ValueError: not YAML, unknown keys, or settings that would make the comparison unfair.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The experiment is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError("The experiment holds no mapping: it starts with keys such as name, base, axes.")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        experiment = TypeAdapter(Experiment).validate_python(tree)
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+    _cross_check(experiment)
+    return experiment
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """`read_experiment` of a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"No experiment at {path}." + (f" Experiments there: {', '.join(known)}." if known else ""))
+    return read_experiment(path.read_text(encoding="utf-8"), overrides)
+
+
+def put(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Set `a.b.c` in nested dicts, in place; dicts on the way are made or replaced where they are null or text."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        if isinstance(tree.get(parent), str) and parent in ("student", "teacher"):
+            tree[parent] = {"model": tree[parent]}
+        elif not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def axis_values(values: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Label -> value of an axis."""
+    return dict(values) if isinstance(values, Mapping) else {axis_label(value): value for value in values}
+
+
+def _seed_axis(axes: Mapping[str, Any]) -> str | None:
+    return next((axis for axis in ("seed", SEED_PATH) if axis in axes), None)
+
+
+def _cross_check(experiment: Experiment) -> None:
+    axes, tune = experiment.axes, experiment.tune
+    for axis, values in {**axes, **({"variant": experiment.variants} if experiment.variants else {})}.items():
+        if len(axis_values(values)) != len(values) or not values:
+            raise ValueError(f"The axis {axis!r} needs one or more different values, got {values!r}.")
+    if experiment.variants and ("method" in axes or "variant" in axes):
+        raise ValueError("Give variants or a method axis, not both: a variant names its method.")
+    known = [*axes, *(["variant"] if experiment.variants else [])]
+    for axis in [a for rule in experiment.exclude for a in rule] + list(tune.per or [] if tune else []):
+        if axis not in known:
+            raise ValueError(f"exclude or tune.per names {axis!r}, which is no axis. {nearest(axis, known)}")
+    if experiment.budget is not None and experiment.budget.value <= 0:
+        raise ValueError(f"budget.value must be > 0, got {experiment.budget.value:g}.")
+    if experiment.budget is not None and experiment.budget.type == "steps" and "train.max_steps" in axes:
+        raise ValueError("budget.type steps fixes train.max_steps, which is also an axis: remove one.")
+    if tune is not None:
+        _check_tuning(experiment, tune)
+
+
+def _check_tuning(experiment: Experiment, tune: Tune) -> None:
+    if shared := set(tune.seeds) & set(experiment.seeds):
+        raise ValueError(
+            f"tune.seeds and the grid share seed {', '.join(map(str, sorted(shared)))}: a rate chosen on a seed of the test is "
+            "fitted to it. Use other seeds for tuning."
+        )
+    if not tune.seeds:
+        raise ValueError("tune.seeds is empty: give one or more seeds that the grid does not use.")
+    if tune.path in experiment.axes:
+        raise ValueError(f"{tune.path} is tuned and an axis: remove one.")
+    values = sorted(set(tune.values))
+    if tune.path == "train.learning_rate" and (len(values) < MIN_TUNED_VALUES or values[-1] < MIN_TUNED_FACTOR * values[0]):
+        raise ValueError(
+            f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of {MIN_TUNED_FACTOR:g} (the rate moves the "
+            f"ranking more than the method does), got {tune.values}."
+        )
+    allowed = [*VALIDATION_METRICS, *dict.fromkeys(["accuracy", *(e.name for e in experiment.evals)])]
+    if tune.metric not in allowed:
+        raise ValueError(f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}")
+    higher = tune.metric not in ("loss", "forward_kl", "reverse_kl")
+    if higher != (tune.mode == "max"):
+        raise ValueError(
+            f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode accordingly."
+        )
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise ValueError(f"An override is written key=value, got {text!r}.")
+    top, _, rest = key.partition(".")
+    parsed = yaml.safe_load(value)
+    # Recipe paths hold dots, so below `set`, `axes` and `tune` the rest of the key is one name.
+    if rest and (top in ("set", "axes") or rest.startswith("train.")):
+        tree[top] = {**(tree.get(top) or {}), rest: parsed}
+    else:
+        put(tree, key, parsed)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    known = [f.name for f in dataclasses.fields(Experiment)]
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            hint = nearest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else "See docs/experiments.md."
+            lines.append(f"unknown key {path!r}; {hint}")
+        elif "missing" in item["type"]:
+            lines.append(f"{path!r} is missing")
+        else:
+            lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+    return "The experiment is not valid: " + "; ".join(dict.fromkeys(lines))
+
+
+def axis_label(value: Any) -> str:
+    """How a value is called in names and tables."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,186 @@
+"""What is fixed before the first result: the experiment file, versions, and the content of everything that is read."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpd.config import Recipe, resolve
+from hpd.experiments.grid import Cell
+
+__all__ = [
+    "COMPARED", "FILE", "MANIFEST", "RECORD", "TEACHER_FIGURES", "differing_paths", "fingerprints", "flatten", "is_finished",
+    "open_manifest", "require_comparable", "require_equal_environments",
+]  # fmt: skip
+
+MANIFEST, FILE = "manifest.json", "experiment.yaml"
+RECORD = "experiment.json"
+"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is finished."""
+TEACHER_FIGURES = "figures.json"
+COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
+"""Fields of environment.json that must be equal; `--allow` names those that may differ."""
+
+
+def open_manifest(
+    folder: Path, text: str, overrides: Sequence[str], tuning: Sequence[Cell], grid: Sequence[Cell], allow: Sequence[str]
+) -> dict[str, Any]:
+    """Copy the experiment file to its folder before any result, or check that it is the one there.
+
+    Raises:
+        ValueError: the folder holds another experiment, or versions or data have changed since it began.
+    """
+    if unknown := [name for name in allow if name not in (*COMPARED, "data")]:
+        raise ValueError(f"--allow {', '.join(unknown)}: it takes {', '.join(COMPARED)}, data.")
+    from hpd.runs import environment  # transformers takes seconds to import; a report does without
+
+    found = {
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "overrides": list(overrides),
+        "environment": environment(),
+        "fingerprints": _all_fingerprints([*tuning, *grid]),
+        "cells": {cell.name: cell.axes for cell in grid},
+    }
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / "runs").exists() or (folder / "tune").exists():
+            raise ValueError(f"{folder} holds runs but no {MANIFEST}: choose another output_dir.")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(text, encoding="utf-8")
+        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        path.write_text(json.dumps({**found, "started": started}, indent=2) + "\n", encoding="utf-8")
+        return found
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
+        raise ValueError(
+            f"{folder} began with another experiment file or other overrides ({folder / FILE} is the copy). Changing "
+            f"the question "
+            "after results are known is what this prevents: restore the file, or set another output_dir."
+        )
+    require_equal_environments([known["environment"], found["environment"]], allow)
+    if "data" not in allow and known["fingerprints"] != found["fingerprints"]:
+        changed = sorted(name for name, digest in found["fingerprints"].items() if known["fingerprints"].get(name) != digest)
+        raise ValueError(
+            f"Files have changed since the experiment began: {', '.join(changed)}. Start anew in another output_dir."
+        )
+    return known
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for themselves.
+
+    Students are left out where their weights are random: then the configuration in the recipe's folder is enough.
+    """
+    named = {
+        "teacher": recipe.teacher.model,
+        "student": recipe.student.model,
+        "data.path": recipe.data.path,
+        "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
+        **{f"eval.{number}.data": entry.data for number, entry in enumerate(recipe.eval)},
+    }
+    return {name: _digest(Path(source)) or source for name, source in named.items() if source}
+
+
+def _digest(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()[:16]
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run folder holds everything that a grid writes."""
+    return (Path(recipe.output_dir) / RECORD).is_file()
+
+
+def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    seen: set[str] = set()
+    for cell in cells:
+        recipe = cell.recipe
+        key = json.dumps([recipe.teacher.model, recipe.student.model, str(recipe.data), str(recipe.eval)])
+        if key not in seen:
+            seen.add(key)
+            sources = (recipe.teacher.model, recipe.student.model, recipe.data.path, recipe.data.validation)
+            for name, digest in fingerprints(recipe).items():
+                found.setdefault(f"{name}: {_source(name, recipe, sources)}", digest)
+    return dict(sorted(found.items()))
+
+
+def _source(name: str, recipe: Any, sources: tuple[Any, ...]) -> str:
+    by_name: dict[str, Any] = dict(zip(("teacher", "student", "data.path", "data.validation"), sources, strict=True))
+    return str(by_name.get(name) or (recipe.eval.data if recipe.eval else ""))
+
+
+def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Finished runs must be runs of this grid: recipe, versions and data as they are now.
+
+    Raises:
+        ValueError: with the run and what differs.
+    """
+    for cell in cells:
+        folder = Path(cell.recipe.output_dir)
+        if not is_finished(cell.recipe):
+            continue
+        ran, wanted = (
+            flatten(tree) for tree in (yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), resolve(cell.recipe))
+        )
+        if changed := sorted(p for p in ran.keys() | wanted.keys() if ran.get(p) != wanted.get(p) and p != "output_dir"):
+            shown = ", ".join(f"{p} ({ran.get(p)!r}, not {wanted.get(p)!r})" for p in changed)
+            raise ValueError(
+                f"{folder} is finished with another recipe: {shown}. Runs may differ in the axes only; delete it to redo it."
+            )
+        try:
+            own = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            require_equal_environments([manifest["environment"], own], allow)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        known = set(manifest["fingerprints"].values())
+        if "data" not in allow and (foreign := [n for n, digest in record["fingerprints"].items() if digest not in known]):
+            raise ValueError(
+                f"{folder} read other files than this experiment does: {', '.join(foreign)}. Delete it to redo it."
+            )
+
+
+def require_equal_environments(environments: Sequence[Mapping[str, Any]], allow: Sequence[str]) -> None:
+    """Raise ValueError where versions or platform differ, unless the field is in `allow`."""
+    first = environments[0]
+    for other in environments[1:]:
+        differing = [field for field in COMPARED if field not in allow and first.get(field) != other.get(field)]
+        if differing:
+            shown = "; ".join(f"{field}: {first.get(field)} and {other.get(field)}" for field in differing)
+            raise ValueError(
+                f"Runs were made by different software, so they differ in more than the axes: {shown}. Redo them "
+                f"together, or accept "
+                f"it with --allow {','.join(differing)} (the report says so)."
+            )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b.c` -> value; empty mappings and lists are values."""
+    if not isinstance(tree, Mapping) or (prefix and not tree):
+        return {prefix: tree}
+    return {
+        path: value
+        for key, child in tree.items()
+        for path, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def differing_paths(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Recipe paths in which runs differ, output_dir left out."""
+    flat = [flatten(recipe) for recipe in recipes]
+    paths = dict.fromkeys(path for recipe in flat for path in recipe)
+    return [p for p in paths if p != "output_dir" and any(recipe.get(p) != flat[0].get(p) for recipe in flat[1:])]

@@ -1,0 +1,76 @@
+"""Entropy and KLs on what the trained student writes itself: what exposure to its own prefixes does to it.
+
+Axes: B rows, T tokens, N label positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hpd.evaluate import GenerationSettings, generate_answers
+from hpd.evaluate.task import Prompt
+
+__all__ = ["own_sample_metrics"]
+
+_BATCH = 32
+
+
+def own_sample_metrics(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+) -> dict[str, float]:
+    """Means over the tokens that the student writes after `prompts`, in nats per token.
+
+    Prompts in chat form are refused: their template would have to be cut at the right token.
+
+    Returns:
+        own_entropy (the student's), own_reverse_kl = KL(student || teacher) and own_forward_kl = KL(teacher || student).
+    """
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("own_samples needs prompts of plain text; use `hpd eval` for chats.")
+    answers = generate_answers(student, tokenizer, list(prompts), settings)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(prompts), _BATCH):
+        pairs = list(zip(prompts[start : start + _BATCH], answers[start : start + _BATCH], strict=True))
+        sums += _sum_batch(student, teacher, tokenizer, pairs)
+    tokens = max(float(sums[0]), 1.0)
+    names = ("own_entropy", "own_forward_kl", "own_reverse_kl")
+    return {name: round(float(value) / tokens, 6) for name, value in zip(names, sums[1:], strict=True)}
+
+
+@torch.no_grad()
+def _sum_batch(student: Any, teacher: Any, tokenizer: Any, pairs: Sequence[tuple[Any, Any]]) -> Float[Tensor, "4"]:
+    device = next(student.parameters()).device
+    prefixes = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
+    own = [
+        tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        + [tokenizer.eos_token_id] * (answer.finish_reason == "stop")
+        for _, answer in pairs
+    ]
+    rows = [prefix + written for prefix, written in zip(prefixes, own, strict=True)]
+    longest = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+    position = torch.arange(longest, device=device)
+    # Position t predicts token t + 1: the written tokens are predicted from the prompt's last one on.
+    first = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)[:, None]
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)[:, None]
+    chosen = (position >= first) & (position < last)  # [B, T]
+    # Padding stands on the right, where causal attention never looks at it.
+    log_q = student(input_ids=ids).logits[chosen].float().log_softmax(-1)  # [N, V]
+    vocab = log_q.shape[-1]
+    log_p = teacher(input_ids=ids).logits[chosen][:, :vocab].float().log_softmax(-1)
+    if log_p.shape[-1] != vocab:
+        raise ValueError(f"own_samples needs equal vocabularies, got {vocab} and {log_p.shape[-1]} rows.")
+    p, q = log_p.exp(), log_q.exp()
+    values = [-(q * log_q).sum(), (p * (log_p - log_q)).sum(), (q * (log_q - log_p)).sum()]
+    return torch.stack([chosen.sum().double(), *(value.double() for value in values)]).cpu()

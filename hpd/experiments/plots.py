@@ -1,0 +1,315 @@
+"""Figures of a report: small panels, each with the table of numbers that it draws."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpd.experiments.results import Results, higher_is_better
+from hpd.experiments.statistics import Comparison, mean_interval
+from hpd.experiments.tuning import Choice
+
+__all__ = ["Panel", "curve_panels", "difference_panels", "heat_maps", "rate_panels", "scaling_panels", "to_png", "to_svg"]
+
+INK, GRID = "#1f2328", "#d0d7de"
+"""Colours that the page replaces by its own, so that a figure follows dark mode."""
+COLORS = ("#3f7fc1", "#d9772b", "#3a9d6e", "#a85bb0", "#c94f5c", "#8a8f3c", "#3fa3b8", "#a9745b", "#7276cf", "#7d8590")
+_MARKERS = "osD^vPX<>h"
+MAX_LINES = 2 * len(COLORS)
+"""Dashed from the eleventh on."""
+_OUTSIDE = 5
+"""Lines from which the legend stands below the figure."""
+_WIDTH = 4.6
+_LABELS = {
+    "loss": "loss", "forward_kl": "KL(teacher || student), nats", "reverse_kl": "KL(student || teacher), nats",
+    "student_entropy": "student's entropy on teacher text, nats", "teacher_entropy": "teacher's entropy, nats",
+    "grad_norm": "gradient norm", "accuracy": "accuracy", "sampled_accuracy": "accuracy, sampled at temperature 1",
+    "own_entropy": "student's entropy on its own text, nats", "own_reverse_kl": "KL(student || teacher) on own text, nats",
+    "own_forward_kl": "KL(teacher || student) on own text, nats", "top1_agreement": "agreement on the likeliest token",
+}  # fmt: skip
+BRANCHES = {
+    "k1_positive": "student underestimates the label", "reinforced": "reinforced", "suppressed": "suppressed",
+    "punished": "draw punished",
+}  # fmt: skip
+
+
+class Panel(NamedTuple):
+    """One figure."""
+
+    key: str
+    """File name."""
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+    """The numbers that are drawn."""
+    draw: Callable[[Any], None]
+    """Draws them on a matplotlib axis."""
+    height: float = 3.1
+    """In inches; the width is 4.6."""
+
+
+def label(metric: str) -> str:
+    """The metric in words, with its unit."""
+    return _LABELS.get(metric, metric.replace("_", " "))
+
+
+def to_svg(panel: Panel) -> str:
+    """Without fixed colours for ink and grid, and with text as text."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key}):
+        text = _save(panel, "svg", facecolor="none", metadata={"Date": None}).decode("utf-8")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--line)")
+    # Every figure names its parts alike; on one page ids must differ.
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{panel.key}-\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{panel.key}-", text)
+    words = panel.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
+
+
+def to_png(panel: Panel) -> bytes:
+    """On white, at 144 dots per inch."""
+    return _save(panel, "png", facecolor="white", dpi=144)
+
+
+def _save(panel: Panel, kind: str, **options: Any) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, panel.height), layout="constrained")
+    axis = figure.subplots()
+    axis.patch.set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GRID)
+    axis.tick_params(which="both", labelsize=10, colors=INK, color=GRID)
+    axis.xaxis.label.set_color(INK)
+    axis.yaxis.label.set_color(INK)
+    axis.grid(color=GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    panel.draw(axis)
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, **options)
+    return stream.getvalue()
+
+
+def _legend(axis: Any, count: int) -> None:
+    if count < _OUTSIDE:
+        axis.legend(fontsize=9, frameon=False, labelcolor=INK)
+    else:
+        axis.figure.legend(loc="outside lower left", fontsize=9, frameon=False, labelcolor=INK, ncols=2)
+
+
+def curve_panels(results: Results) -> list[Panel]:
+    """Means over seeds of what training logs, a band from the lowest to the highest seed; and HPD's branches per variant."""
+    panels = []
+    by_group: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in results.runs:
+        if run.logs:
+            by_group.setdefault(run.group, []).append(run.logs)
+    shown = dict(list(by_group.items())[:MAX_LINES])
+    for metric in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm"):
+        lines = {group: line for group, logs in shown.items() if (line := _mean_line(logs, metric))}
+        if lines:
+            panels.append(_line_panel(f"curve-{metric}", f"{label(metric)} over training", lines, log=metric.endswith("kl")))
+    for group, logs in shown.items():
+        lines = {words: line for name, words in BRANCHES.items() if (line := _mean_line(logs, name))}
+        if lines:
+            panels.append(_line_panel(f"branches-{_slug(group)}", f"{group}: share of label tokens", lines))
+    return panels
+
+
+def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> list[tuple[float, float, float, float]]:
+    """(step, mean, low, high) at the steps that every seed logged."""
+    series = [{log["step"]: float(log[metric]) for log in run if "loss" in log and log.get(metric) is not None} for run in logs]
+    series = [points for points in series if points]
+    steps = sorted(set.intersection(*map(set, series))) if series else []
+    found = [(step, [points[step] for points in series]) for step in steps]
+    return [(step, float(np.mean(v)), min(v), max(v)) for step, v in found if all(map(math.isfinite, v))]
+
+
+def _line_panel(
+    key: str, title: str, lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, log: bool = False, x_label: str
+    = "step",
+    y_label: str = "", log_x: bool = False, marks: Mapping[str, float] | None = None,
+) -> Panel:  # fmt: skip
+    rows = [(name, *point) for name, points in lines.items() for point in points]
+    height = 3.1 + (0.2 * math.ceil(len(lines) / 2) if len(lines) >= _OUTSIDE else 0.0)
+
+    def draw(axis: Any) -> None:
+        for i, (name, points) in enumerate(lines.items()):
+            x, mean, low, high = zip(*points, strict=True)
+            color, style = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
+            marker = _MARKERS[i % len(_MARKERS)] if log_x or len(x) < 8 else ""
+            axis.plot(x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4, linestyle=style)
+            axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            if marks and name in marks:
+                height = mean[x.index(marks[name])]
+                axis.plot([marks[name]], [height], "o", color=color, markersize=9, fillstyle="none")
+        axis.set_xlabel(x_label, fontsize=10)
+        axis.set_ylabel(y_label, fontsize=10)
+        values = [point[1] for points in lines.values() for point in points]
+        if log and min(values) > 0 and max(values) > 10 * min(values):
+            axis.set_yscale("log")
+        if log_x:
+            axis.set_xscale("log")
+            ticks = sorted({point[0] for points in lines.values() for point in points})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            axis.minorticks_off()
+        if len(lines) > 1:
+            _legend(axis, len(lines))
+
+    return Panel(key, title, ("series", x_label, "mean", "low", "high"), rows, draw, height)
+
+
+def rate_panels(choices: Sequence[Choice]) -> list[Panel]:
+    """What tuning measured: the metric over the tried values; a ring marks the one that was taken."""
+    if not choices:
+        return []
+    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    for choice in choices[:MAX_LINES]:
+        found = sorted((float(value), seeds) for value, seeds in choice.tried.items())
+        lines[choice.group] = [(v, float(np.mean(s)), min(s), max(s)) for v, s in found if np.isfinite(s).all()]
+    first = choices[0]
+    marks = {choice.group: choice.chosen for choice in choices[:MAX_LINES]}
+    title = f"{label(first.metric)} on validation rows, by {first.path.rsplit('.', 1)[-1].replace('_', ' ')}"
+    x_label = first.path.rsplit(".", 1)[-1].replace("_", " ")
+    panel = _line_panel("robustness", title, lines, x_label=x_label, log_x=True, log=first.metric.endswith("kl"), marks=marks)
+    return [panel]
+
+
+def difference_panels(comparisons: Sequence[Comparison]) -> list[Panel]:
+    """Per metric: every variant minus the baseline with its 95 % interval."""
+    panels = []
+    for metric in dict.fromkeys(c.metric for c in comparisons):
+        rows = [c for c in comparisons if c.metric == metric and not math.isnan(c.difference)]
+        if rows:
+            panels.append(_difference_panel(metric, rows))
+    return panels
+
+
+def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
+    height = max(1.6, 0.9 + 0.24 * len(rows))
+    colors = {"win": COLORS[2], "loss": COLORS[4], "no consistent win": COLORS[9]}
+
+    def draw(axis: Any) -> None:
+        for y, row in enumerate(reversed(rows)):
+            color = colors[row.verdict]
+            if not math.isnan(row.low):
+                axis.plot([row.low, row.high], [y, y], color=color, linewidth=2.2, solid_capstyle="round")
+            axis.plot([row.difference], [y], "o", color=color, markersize=6)
+        axis.axvline(0, color=INK, linewidth=0.9)
+        axis.set_yticks(range(len(rows)), [row.variant for row in reversed(rows)])
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.set_xlabel(f"difference of {label(metric)}", fontsize=10)
+
+    better = "right" if higher_is_better(metric) else "left"
+    title = f"{label(metric)}: minus {rows[0].baseline}, 95 % interval (better is {better})"
+    table = [(r.variant, r.difference, r.low, r.high, r.p_holm, r.verdict) for r in rows]
+    return Panel(
+        f"difference-{metric}", title, ("variant", "difference", "low", "high", "p (Holm)", "verdict"), table, draw, height
+    )
+
+
+def heat_maps(results: Results, metrics: Sequence[str]) -> list[Panel]:
+    """The mean of each metric over every pair of numeric axes; one map per value of the other axes."""
+    axes = {axis: values for axis in results.axes if (values := _numeric(results, axis)) and len(values) > 1}
+    panels = []
+    names = list(axes)
+    for i, y_axis in enumerate(names):
+        for x_axis in names[i + 1 :]:
+            others = [axis for axis in results.axes if axis not in (x_axis, y_axis)]
+            for rest in dict.fromkeys(tuple(run.axes[axis] for axis in others) for run in results.runs if run.finished):
+                fixed = dict(zip(others, rest, strict=True))
+                panels += [p for metric in metrics if (p := _heat_map(results, metric, x_axis, y_axis, axes, fixed))]
+    return panels
+
+
+def _numeric(results: Results, axis: str) -> dict[str, float] | None:
+    labels = dict.fromkeys(run.axes[axis] for run in results.runs if run.finished)
+    try:
+        return dict(sorted(((name, float(name.removeprefix("x"))) for name in labels), key=lambda item: item[1]))
+    except ValueError:
+        return None
+
+
+def _heat_map(
+    results: Results, metric: str, x_axis: str, y_axis: str, axes: Mapping[str, Mapping[str, float]], fixed: Mapping[str, str]
+) -> Panel | None:
+    xs, ys = list(axes[x_axis]), list(axes[y_axis])
+    cells: dict[tuple[str, str], list[float]] = {}
+    for run in results.runs:
+        if metric in run.figures and all(run.axes[axis] == value for axis, value in fixed.items()):
+            cells.setdefault((run.axes[y_axis], run.axes[x_axis]), []).append(run.figures[metric])
+    if len(cells) < 2:
+        return None
+    grid = np.array([[np.mean(cells[y, x]) if (y, x) in cells else math.nan for x in xs] for y in ys])
+    x_name, y_name = (axis.rsplit(".", 1)[-1].replace("_", " ") for axis in (x_axis, y_axis))
+
+    def draw(axis: Any) -> None:
+        axis.grid(False)
+        low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+        axis.pcolormesh(
+            grid, cmap="cividis" if higher_is_better(metric) else "cividis_r", edgecolors="none", vmin=low, vmax=high
+        )
+        for row, col in np.ndindex(*grid.shape):
+            if not math.isnan(value := grid[row, col]):
+                dark = ((value - low) / max(high - low, 1e-12) < 0.55) == bool(higher_is_better(metric))
+                axis.text(
+                    col + 0.5,
+                    row + 0.5,
+                    f"{value:.3g}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="#ffffff" if dark else "#000000",
+                )
+        axis.set_xticks(np.arange(len(xs)) + 0.5, xs)
+        axis.set_yticks(np.arange(len(ys)) + 0.5, ys)
+        axis.set_xlabel(x_name, fontsize=10)
+        axis.set_ylabel(y_name, fontsize=10)
+        axis.spines[:].set_visible(False)
+
+    rest = ", ".join(f"{axis.rsplit('.', 1)[-1]} {value}" for axis, value in fixed.items())
+    key = f"heat-{_slug(metric)}-{_slug(y_name)}-{_slug(x_name)}" + (f"-{_slug(rest)}" if rest else "")
+    rows = [(y, x, float(np.mean(v)), len(v)) for (y, x), v in cells.items()]
+    title = f"{label(metric)} over {y_name} and {x_name}" + (f" ({rest})" if rest else "")
+    return Panel(key, title, (y_name, x_name, "mean", "runs"), rows, draw)
+
+
+def scaling_panels(results: Results, metrics: Sequence[str]) -> list[Panel]:
+    """Each metric over one numeric axis, a line per combination of the others."""
+    panels = []
+    for axis in results.axes:
+        values = _numeric(results, axis)
+        if values is None or len(values) < 2 or min(values.values()) <= 0:
+            continue
+        others = [other for other in results.axes if other != axis]
+        for metric in metrics:
+            found: dict[str, dict[float, list[float]]] = {}
+            for run in results.runs:
+                if metric in run.figures:
+                    name = ", ".join(run.axes[other] for other in others) or label(metric)
+                    found.setdefault(name, {}).setdefault(values[run.axes[axis]], []).append(run.figures[metric])
+            lines = {name: _interval_line(points) for name, points in list(found.items())[:MAX_LINES] if len(points) > 1}
+            if lines:
+                words = axis.rsplit(".", 1)[-1].replace("_", " ")
+                key = f"scaling-{_slug(metric)}-{_slug(words)}"
+                panels.append(_line_panel(key, f"{label(metric)} over {words}", lines, x_label=words, log_x=True))
+    return panels
+
+
+def _interval_line(points: Mapping[float, Sequence[float]]) -> list[tuple[float, float, float, float]]:
+    line = []
+    for x, values in sorted(points.items()):
+        interval = mean_interval(values)
+        alone = math.isnan(interval.low)
+        line.append((x, interval.mean, interval.mean if alone else interval.low, interval.mean if alone else interval.high))
+    return line
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w]+", "-", text).strip("-").lower()

@@ -1,0 +1,222 @@
+"""Run folders as they are read for a report: through their files only, finished or not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpd.experiments.experiment import Experiment, axis_values, read_experiment
+from hpd.experiments.grid import group_key
+from hpd.experiments.manifest import FILE, MANIFEST, differing_paths, flatten, require_equal_environments
+from hpd.experiments.tuning import Choice, read_choices
+
+__all__ = ["Results", "Run", "higher_is_better", "read_results"]
+
+_AFTER = " after"
+_TEACHER_NAMES = ("teacher",)
+_LOWER = ("loss", "kl", "perplexity", "tokens", "seconds", "flops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one run folder holds."""
+
+    folder: Path
+    axes: dict[str, str]
+    """Axis -> label, the seed left out."""
+    group: str
+    """The variant's name: its labels."""
+    seed: int
+    recipe: dict[str, Any]
+    figures: dict[str, float]
+    """Metric -> value of the trained student; empty while the run goes on."""
+    logs: list[dict[str, Any]]
+    records: dict[str, dict[str, float]]
+    """Metric -> example -> grade."""
+    answers: dict[str, dict[str, dict[str, Any]]]
+    """Metric -> example -> its record."""
+    environment: dict[str, Any]
+    cost: dict[str, float]
+    teacher: dict[str, float]
+    """Metric -> the teacher's value."""
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.figures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Everything that a report is made of."""
+
+    title: str
+    runs: list[Run]
+    axes: tuple[str, ...]
+    question: str = ""
+    experiment: Experiment | None = None
+    choices: list[Choice] = field(default_factory=list)
+    teacher: dict[str, float] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    allowed: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> dict[str, list[Run]]:
+        """Variant -> its finished runs, in the order of the grid."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if run.finished:
+                found.setdefault(run.group, []).append(run)
+        return found
+
+    def values(self, group: str, metric: str) -> dict[int, float]:
+        """Seed -> value."""
+        return {run.seed: run.figures[metric] for run in self.groups.get(group, []) if metric in run.figures}
+
+    def records(self, group: str, metric: str) -> dict[int, dict[str, float]]:
+        """Seed -> example -> grade."""
+        return {run.seed: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
+
+
+def higher_is_better(metric: str) -> bool | None:
+    """True or False; None for what is neither better high nor low (entropies)."""
+    if "entropy" in metric:
+        return None
+    return not any(metric == part or metric.endswith(f"_{part}") for part in _LOWER)
+
+
+def read_results(paths: Sequence[Path], allow: Sequence[str] = ()) -> Results:
+    """Read one experiment folder, or any number of run folders.
+
+    Raises:
+        FileNotFoundError: a folder that is neither.
+        ValueError: experiments mixed with other folders, or runs made by different software (unless allowed).
+    """
+    for path in paths:
+        if not (path / MANIFEST).is_file() and not (path / "recipe.yaml").is_file():
+            raise FileNotFoundError(f"{path} is neither a run folder (recipe.yaml) nor an experiment ({MANIFEST}).")
+    experiments = [path for path in paths if (path / MANIFEST).is_file()]
+    if experiments and len(paths) > 1:
+        raise ValueError("Give one experiment, or run folders: two grids have no common axes.")
+    results = _read_experiment(experiments[0], allow) if experiments else _read_runs(paths, allow)
+    environments = [run.environment for run in results.runs if run.environment]
+    if environments:
+        require_equal_environments(environments, allow)
+    return results
+
+
+def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    experiment = read_experiment((folder / FILE).read_text(encoding="utf-8"), manifest["overrides"])
+    axes = tuple(
+        a for a in (["variant"] * bool(experiment.variants) + list(experiment.axes)) if a not in ("seed", "train.seed")
+    )
+    order = {label: i for i, label in enumerate(_labels(experiment))}
+    cells = manifest["cells"]
+    folders = [path for path in sorted((folder / "runs").glob("*")) if path.name in cells and (path / "recipe.yaml").is_file()]
+    runs = [_read_run(path, {axis: cells[path.name][axis] for axis in axes}, axes) for path in folders]
+    runs.sort(key=lambda run: ([order.get(label, 0) for label in run.axes.values()], run.seed))
+    teacher_file = folder / "teacher" / "figures.json"
+    teacher = json.loads(teacher_file.read_text(encoding="utf-8")) if teacher_file.is_file() else {}
+    return Results(
+        title=experiment.name, question=experiment.question, runs=runs, axes=axes, experiment=experiment,
+        choices=read_choices(folder) or [], teacher={**_shared_teacher(runs), **teacher}, manifest=manifest,
+        allowed=tuple(allow),
+    )  # fmt: skip
+
+
+def _labels(experiment: Experiment) -> list[str]:
+    named = [dict(experiment.variants), *(axis_values(values) for values in experiment.axes.values())]
+    return [label for values in named for label in values]
+
+
+def _read_runs(paths: Sequence[Path], allow: Sequence[str]) -> Results:
+    recipes = [yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")) for path in paths]
+    axes = [path for path in differing_paths(recipes) if path != "train.seed"]
+    flat = [flatten(recipe) for recipe in recipes]
+    runs = [
+        _read_run(path, {axis: str(tree.get(axis, "default")) for axis in axes}, tuple(axes))
+        for path, tree in zip(paths, flat, strict=True)
+    ]
+    if not axes and len({run.seed for run in runs}) < len(runs):
+        raise ValueError("Two of the runs have the same recipe and seed: give each once.")
+    title = paths[0].name if len(paths) == 1 else f"{len(paths)} runs"
+    return Results(title=title, runs=runs, axes=tuple(axes), teacher=_shared_teacher(runs), allowed=tuple(allow))
+
+
+def _shared_teacher(runs: Iterable[Run]) -> dict[str, float]:
+    return next((run.teacher for run in runs if run.teacher), {})
+
+
+def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run:
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    record = _json(folder / "experiment.json", {})
+    summary = _json(folder / "summary.json", {})
+    figures = {key.removesuffix(_AFTER): value for key, value in summary.items() if key.endswith(_AFTER) and _is_number(value)}
+    if "student after accuracy" in summary:
+        figures["accuracy"] = summary["student after accuracy"]
+    answers = _answers(folder)
+    figures |= {key: value for key, value in record.get("figures", {}).items() if _is_number(value)}
+    if summary and not figures:
+        figures["train_seconds"] = float(summary.get("train seconds", math.nan))
+    grades = {name: {k: g for k, r in found.items() if (g := _grade(r)) is not None} for name, found in answers.items()}
+    return Run(
+        folder=folder, axes=axes, group=group_key(axes, order) if order else recipe.get("method") or folder.name,
+        seed=int(recipe.get("train", {}).get("seed", 42)), recipe=recipe, figures=figures, logs=_read_logs(folder /
+        "metrics.jsonl"),
+        records={name: found for name, found in grades.items() if found and name in figures}, answers=answers,
+        environment=_json(folder / "environment.json", {}), cost=record.get("cost") or _json(folder / "cost.json", {}),
+        teacher={"accuracy": summary["teacher accuracy"]} if "teacher accuracy" in summary else {},
+    )  # fmt: skip
+
+
+def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Metric -> example -> record, of the student after training; the teacher's under "teacher"."""
+    metrics = {}
+    for entry in _json(folder / "evals.json", []):
+        model = str(entry.get("model", ""))
+        name = "accuracy" if model == "student after" else model.removeprefix("student after: ")
+        if model.startswith("student after") or model in _TEACHER_NAMES:
+            metrics[entry["id"]] = (name, entry.get("records", ""))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for file in {file for _, file in metrics.values() if file}:
+        if not (folder / file).is_file():
+            continue
+        # Split at line feeds only: answers may hold other line separators, which JSON leaves as they are.
+        for line in (folder / file).read_text(encoding="utf-8").split("\n"):
+            record = json.loads(line) if line else {}
+            if record.get("eval") in metrics:
+                sample = record.get("sample", 0)
+                identity = f"{record.get('id')}#{sample}" if sample else str(record.get("id"))
+                found.setdefault(metrics[record["eval"]][0], {})[identity] = record
+    return found
+
+
+def _grade(record: Mapping[str, Any]) -> float | None:
+    value = record.get("score", record.get("correct"))
+    return float(value) if isinstance(value, (bool, int, float)) else None
+
+
+def _read_logs(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    logs = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            logs += [json.loads(line)] if line else []
+        except ValueError:
+            continue  # the last line of a run that is writing, or was killed
+    return logs
+
+
+def _json(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,331 @@
+"""Tables of a report: what is shown, and what it sorts by."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpd.experiments.grid import short
+from hpd.experiments.manifest import COMPARED, flatten
+from hpd.experiments.plots import Panel, label
+from hpd.experiments.results import Results, higher_is_better
+from hpd.experiments.statistics import Comparison, mean_interval, stability, steps_to
+
+__all__ = [
+    "Cell", "Table", "ablation_table", "compared_metrics", "comparison_table", "environment_table", "panel_table",
+    "recipe_table",
+    "result_table", "stability_table", "tuning_table",
+]  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """A cell that sorts by something else than its text, or has a tone (win, loss, best)."""
+
+    text: str
+    sort: float | str
+    tone: str = ""
+
+
+class Table(NamedTuple):
+    """Rows under columns; a cell is text, a number, or a `Cell`."""
+
+    key: str
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+    def as_csv(self) -> str:
+        """Numbers at full precision."""
+        stream = io.StringIO(newline="")
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows([[_plain(cell) for cell in row] for row in self.rows])
+        return stream.getvalue()
+
+
+def _plain(cell: Any) -> Any:
+    value = (
+        cell.sort if isinstance(cell, Cell) and cell.text not in ("", str(cell.sort)) and isinstance(cell.sort, str) else cell
+    )
+    if isinstance(value, Cell):
+        value = value.sort
+    return "" if isinstance(value, float) and math.isnan(value) else value
+
+
+def number(value: float | None, digits: int = 3) -> Cell:
+    """A number to `digits` significant digits; empty where there is none."""
+    if value is None or math.isnan(value):
+        return Cell("", math.nan)
+    return Cell(f"{value:.{digits}g}" if abs(value) < 1e4 or math.isinf(value) else f"{value:,.0f}", float(value))
+
+
+def compared_metrics(results: Results) -> list[str]:
+    """What the tables show, in order: the experiment's metrics, then everything else that the runs measured."""
+    found = dict.fromkeys(metric for run in results.runs for metric in run.figures)
+    first = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
+    return [m for m in first if m in found] + [m for m in found if m not in first]
+
+
+def result_table(results: Results) -> Table:
+    """Mean and 95 % interval over seeds, per variant and metric."""
+    metrics = compared_metrics(results)
+    best = {metric: _best(results, metric) for metric in metrics}
+    rows = []
+    for group, runs in results.groups.items():
+        cells: list[Any] = [*(runs[0].axes[axis] for axis in results.axes)] or [group]
+        for metric in metrics:
+            cells.append(_mean_cell(list(results.values(group, metric).values()), best[metric] == group))
+        rows.append((*cells, len(runs)))
+    if results.teacher:
+        width = max(len(results.axes), 1)
+        teacher = ["teacher", *[""] * (width - 1), *(number(results.teacher.get(metric)) for metric in metrics), ""]
+        rows.append(tuple(teacher))
+    columns = (*(short(axis) for axis in results.axes),) or ("variant",)
+    note = (
+        "Mean ± half of the 95 % interval over seeds (Student's t; another training run, the same test problems). "
+        "Bold: the best mean, "
+        "which is not yet a finding."
+    )
+    return Table("results", "Results", note, (*columns, *(metric.replace("_", " ") for metric in metrics), "seeds"), rows)
+
+
+def _best(results: Results, metric: str) -> str | None:
+    better = None if metric == "loss" else higher_is_better(metric)  # losses of different methods are no one scale
+    means = {g: float(np.mean(list(v.values()))) for g in results.groups if (v := results.values(g, metric))}
+    if better is None or len(set(means.values())) < 2:
+        return None
+    return max(means, key=lambda group: means[group] if better else -means[group])
+
+
+def _mean_cell(values: Sequence[float], best: bool) -> Cell:
+    interval = mean_interval(values)
+    if not interval.num_values:
+        return Cell("", math.nan)
+    text = number(interval.mean, 4).text
+    if not math.isnan(interval.low):
+        text += f" ± {(interval.high - interval.mean):.2g}"
+    return Cell(text, interval.mean, "best" if best else "")
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+    """Every test, wins and the lack of them alike."""
+    tones = {"win": "win", "loss": "loss", "no consistent win": "none"}
+    rows = [
+        (
+            c.variant, c.metric.replace("_", " "), Cell(c.verdict, c.verdict, tones[c.verdict]), number(c.difference),
+            Cell("" if math.isnan(c.low) else f"{c.low:.3g} to {c.high:.3g}", c.low), number(c.p_holm), number(c.p_seeds),
+            number(c.p_permutation), number(c.p_examples), number(c.d_z), number(c.delta), c.num_seeds, c.num_examples or "",
+        )
+        for c in comparisons
+    ]  # fmt: skip
+    baseline = comparisons[0].baseline if comparisons else ""
+    seeds = max((c.num_seeds for c in comparisons), default=0)
+    floor = f" With {seeds} seeds it cannot go below {2.0 ** (1 - seeds):.2g}." if seeds > 1 else ""
+    note = (
+        f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below 0.05 after "
+        f"Holm's correction "
+        f"for all {len(comparisons)} tests and a 95 % paired bootstrap interval (over seeds and, where answers are "
+        f"graded, problems) "
+        f"without 0; all else is no consistent win. Permutation: signs of the seeds' differences flipped.{floor} "
+        f"Problems: the same "
+        "over test problems, which speaks of these trained models only. d_z: mean difference in its own standard deviations; "
+        "delta: Cliff's."
+    )
+    columns = (
+        "variant", "metric", "verdict", "difference", "95 % interval", "p (Holm)", "p seeds", "p permutation", "p problems",
+        "d_z",
+        "delta", "seeds", "problems",
+    )  # fmt: skip
+    return Table("tests", f"Tests against {baseline}", note, columns, rows)
+
+
+def tuning_table(results: Results) -> Table | None:
+    """What was tried for each variant, what was taken, and how much the choice matters."""
+    if not results.choices:
+        return None
+    first = results.choices[0]
+    values = sorted({float(value) for choice in results.choices for value in choice.tried})
+    rows = []
+    for choice in results.choices:
+        means = choice.means
+        tried = [
+            Cell(cell.text, cell.sort, "best" if value == choice.chosen else "")
+            for value in values
+            for cell in [number(means.get(value), 4)]
+        ]
+        tried = [
+            Cell("diverged", math.inf) if value in means and math.isnan(means[value]) else c
+            for value, c in zip(values, tried, strict=True)
+        ]
+        rows.append((choice.group, number(choice.chosen), *tried, number(choice.spread), "yes" if choice.at_edge else ""))
+    seeds = results.experiment.tune.seeds if results.experiment and results.experiment.tune else []
+    note = (
+        f"{label(first.metric)} of validation rows, mean over seeds {', '.join(map(str, seeds))}, which the results "
+        f"do not use. Bold: taken. "
+        "Spread: worst mean minus best; small is robust. At edge: the best value is the smallest or largest tried, so "
+        "a better one may "
+        "lie beyond."
+    )
+    columns = ("variant", "taken", *(f"{value:g}" for value in values), "spread", "at edge")
+    return Table("tuning", f"Robustness to {short(first.path).replace('_', ' ')}", note, columns, rows)
+
+
+def stability_table(results: Results) -> Table:
+    """How smoothly the variants trained, as means over their seeds."""
+    reach = dict(results.experiment.reach) if results.experiment else {}
+    rows = []
+    for group, runs in results.groups.items():
+        found = np.array([stability(run.logs) for run in runs], dtype=float)
+        means = [number(float(column.mean())) for column in found.T]
+        reached = []
+        for metric, level in reach.items():
+            mode = "max" if higher_is_better(metric) else "min"
+            steps = [steps_to(run.logs, metric, level, mode) for run in runs]
+            known = [step for step in steps if step is not None]
+            text = (
+                "never"
+                if not known
+                else f"{np.mean(known):.0f}" + (f" ({len(known)} of {len(steps)} seeds)" if None in steps else "")
+            )
+            reached.append(Cell(text, float(np.mean(known)) if known else math.inf))
+        rows.append((group, *means, *reached))
+    note = (
+        "Means over seeds. Loss deviation (around its own trend) and gradient norm are of the second half of "
+        "training; a spike is a "
+        "gradient norm more than 6 scaled median deviations above the running median. Entropy is the student's on "
+        "teacher text, in nats."
+    )
+    columns = (
+        "variant", "loss deviation", "grad norm", "its deviation", "spikes", "entropy first", "entropy lowest", "entropy last",
+        *(f"steps to {metric.replace('_', ' ')} {level:g}" for metric, level in reach.items()),
+    )  # fmt: skip
+    return Table("stability", "Stability of training", note, columns, rows)
+
+
+def ablation_table(results: Results, metrics: Sequence[str]) -> Table | None:
+    """The effect of every two-valued axis: second label minus first, all other axes and the seed held."""
+    rows = []
+    for axis in results.axes:
+        labels = list(dict.fromkeys(run.axes[axis] for run in results.runs if run.finished))
+        if len(labels) != 2 or axis in ("variant", "method") or len(results.groups) < 3:
+            continue
+        on, off = ("on", "off") if set(labels) == {"on", "off"} else (labels[1], labels[0])
+        for metric in metrics:
+            per_seed = _switch_effect(results, axis, on, off, metric)
+            if per_seed:
+                interval = mean_interval([float(np.mean(v)) for v in per_seed.values()])
+                bounds = "" if math.isnan(interval.low) else f"{interval.low:.3g} to {interval.high:.3g}"
+                pairs = sum(map(len, per_seed.values()))
+                rows.append(
+                    (
+                        short(axis),
+                        f"{off} → {on}",
+                        metric.replace("_", " "),
+                        number(interval.mean),
+                        Cell(bounds, interval.low),
+                        pairs,
+                    )
+                )
+    if not rows:
+        return None
+    note = (
+        "Mean change when one switch is turned and all other axes stay, with Student's 95 % interval over seeds (uncorrected). "
+        "A run counts where its counterpart exists."
+    )
+    return Table(
+        "ablation", "What each switch does", note, ("switch", "change", "metric", "effect", "95 % interval", "pairs"), rows
+    )
+
+
+def _switch_effect(results: Results, axis: str, on: str, off: str, metric: str) -> dict[int, list[float]]:
+    """Seed -> differences, one per combination of the other axes."""
+    others = [other for other in results.axes if other != axis]
+    cells = {
+        (tuple(r.axes[o] for o in others), r.axes[axis], r.seed): r.figures[metric] for r in results.runs if metric in r.figures
+    }
+    per_seed: dict[int, list[float]] = {}
+    for (rest, switch, seed), value in cells.items():
+        if switch == on and (rest, off, seed) in cells:
+            per_seed.setdefault(seed, []).append(value - cells[rest, off, seed])
+    return per_seed
+
+
+def recipe_table(results: Results) -> Table:
+    """Recipe paths in which the variants differ; what all share is in each run folder's recipe.yaml."""
+    groups = {group: flatten(runs[0].recipe) for group, runs in _all_groups(results).items()}
+    paths = dict.fromkeys(path for flat in groups.values() for path in flat)
+    varying = [
+        p for p in paths if p not in ("output_dir", "train.seed") and len({str(flat.get(p)) for flat in groups.values()}) > 1
+    ]
+    rows = [(group, *("" if flat.get(p) is None else str(flat.get(p)) for p in varying)) for group, flat in groups.items()]
+    note = "Every recipe key in which the variants differ, beside the seed. All other keys are equal."
+    return Table("recipes", "How the recipes differ", note, ("variant", *varying), rows)
+
+
+def _all_groups(results: Results) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for run in results.runs:
+        found.setdefault(run.group, []).append(run)
+    return found
+
+
+def environment_table(results: Results) -> Table:
+    """Versions and machine, and what the runs cost."""
+    environments = [run.environment for run in results.runs if run.environment]
+    rows: list[tuple[Any, ...]] = []
+    for field in (*COMPARED, "cpu_count"):
+        values = dict.fromkeys(_one_line(env.get(field)) for env in environments)
+        rows.append((field.replace("_", " "), " | ".join(values)))
+    if results.allowed:
+        rows.append(("allowed to differ", ", ".join(results.allowed)))
+    if results.manifest:
+        rows.append(
+            (
+                "experiment file",
+                f"copied before the first run, {results.manifest['started']}, sha256 {results.manifest['sha256'][:16]}",
+            )
+        )
+    rows += [("data and models", f"{name} ({digest})") for name, digest in results.manifest.get("fingerprints", {}).items()]
+    return Table(
+        "environment", "Environment", "Versions, machine, and fingerprints of everything that was read.", ("", "value"), rows
+    )
+
+
+def cost_table(results: Results) -> Table | None:
+    """Mean spending per variant."""
+    rows: list[tuple[Any, ...]] = []
+    for group, runs in results.groups.items():
+        costs = [run.cost for run in runs if run.cost]
+        if costs:
+            names = ("label_tokens", "trained_tokens", "rollout_tokens", "flops", "seconds")
+            rows.append((group, *(number(float(np.mean([cost.get(name, math.nan) for cost in costs]))) for name in names)))
+    if not rows:
+        return None
+    note = (
+        "Of one run's training, mean over seeds. FLOPs are counted: 6 per weight and trained token for the student, 2 "
+        "for the teacher "
+        "(none for sft), heads at label positions only, 2 per token generated."
+    )
+    return Table(
+        "cost",
+        "What training cost",
+        note,
+        ("variant", "label tokens", "trained tokens", "rollout tokens", "FLOPs", "seconds"),
+        rows,
+    )
+
+
+def panel_table(panel: Panel) -> Table:
+    """The numbers behind a figure."""
+    rows = [tuple(number(cell, 4) if isinstance(cell, float) else cell for cell in row) for row in panel.rows]
+    return Table(panel.key, panel.title, "", panel.columns, rows)
+
+
+def _one_line(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)

