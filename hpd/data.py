@@ -52,6 +52,8 @@ class Lengths(NamedTuple):
     """Share of rows left without any label by it."""
     ends_with_eos: float
     """Share of uncut rows whose last label is an end-of-sequence token."""
+    label_share: float
+    """Labels among all tokens, after max_length."""
 
 
 class _Unusable(ValueError):
@@ -282,6 +284,7 @@ def measure(
     return Lengths(
         len(sizes), {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)}, float(left.mean()),
         float((sizes > (max_length or np.inf)).mean()), float((left == 0).mean()), float(np.mean(finished or [0.0])),
+        float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
     )  # fmt: skip
 
 

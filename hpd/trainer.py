@@ -84,6 +84,11 @@ class DistillConfig(SFTConfig):
             raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
         if (self.chunk_bytes is not None and self.chunk_bytes <= 0) or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "activation_offloading moves activations from an accelerator to the CPU's memory, and there is none here: "
+                "remove it (gradient_checkpointing saves memory everywhere)."
+            )
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
