@@ -18,7 +18,9 @@ from hpd.guards import GuardsConfig, Thresholds
 from hpd.methods import choose_terms, name_terms
 from hpd.policy_gradient import StrategyConfig
 from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.recipe_file import read_yaml, shorten
 from hpd.regime import Regime, choose_regime
+from hpd.secrets import check_no_secrets, redact_tree
 from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
@@ -27,7 +29,7 @@ __all__ = [
     "load_recipe", "resolve",
 ]  # fmt: skip
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -51,6 +53,8 @@ class ModelConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    allow_pickle: bool = False
+    """Take weights from a pickle (pytorch_model.bin) where there are no safetensors. Off unless you trust who wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,8 @@ class TeacherConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    allow_pickle: bool = False
+    """Take weights from a pickle (pytorch_model.bin) where there are no safetensors. Off unless you trust who wrote it."""
     url: str | None = None
     """Type server: its base address, such as http://127.0.0.1:8765."""
     protocol: Literal["openai", "echo", "sglang", "hpd"] | None = None
@@ -298,7 +304,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         FileNotFoundError: no such recipe.
         ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit together.
     """
-    tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    tree = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
     return check_tree(tree)
@@ -310,27 +316,19 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    check_no_secrets(resolve(recipe, redacted=False))
     _cross_check(recipe)
     return recipe
 
 
-def resolve(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every default written out, as plain data for YAML."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+def resolve(recipe: Recipe, redacted: bool = True) -> dict[str, Any]:
+    """The recipe with every default written out, as plain data for YAML.
 
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" Recipes there: {', '.join(known)}." if known else ""
-        raise FileNotFoundError(f"No recipe at {path}.{hint}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no mapping: a recipe starts with keys such as student, teacher, data.")
-    return tree
+    Args:
+        redacted: replace secrets, which a recipe that was built in Python may hold (`load_recipe` refuses them).
+    """
+    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return redact_tree(tree) if redacted else tree
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -366,7 +364,7 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             lines.append(f"{path!r} is missing")
         else:
-            lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+            lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {shorten(item['input'])}")
     return "The recipe is not valid: " + "; ".join(dict.fromkeys(lines))
 
 
@@ -392,6 +390,9 @@ def _cross_check(recipe: Recipe) -> None:
 
         stage_recipes(recipe)
     teacher, data = recipe.teacher, recipe.data
+    named = {"student.model": recipe.student.model, "data.path": data.path, "output_dir": recipe.output_dir}
+    if empty := next((name for name, value in named.items() if not value.strip()), None):
+        raise ValueError(f"{empty} is empty: give a path, or (models and data) a Hub id.")
     check_served(teacher)
     if teacher.type == "model" and not teacher.model:
         raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
@@ -405,6 +406,8 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"data.validation as a share must be in (0, 1), got {data.validation}.")
     if data.limit is not None and data.limit < 1:
         raise ValueError(f"data.limit must be >= 1, got {data.limit}.")
+    if recipe.lora and recipe.lora.r < 1:
+        raise ValueError(f"lora.r must be >= 1, got {recipe.lora.r}.")
     if recipe.lora and not 0.0 <= recipe.lora.lora_dropout < 1.0:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
     _check_evals(recipe.eval)
