@@ -1,6 +1,6 @@
 """Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the student alone.
 
-    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--json | --check] [--memory]
+    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check] [--memory]
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three quarters of them
 labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not depend on them.
@@ -19,12 +19,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from timing import interleaved, machine, print_table, ratios, store_or_check
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd import DistillConfig, DistillTrainer
+from hpd.batch import DistillCollator, TokenBatch
+from hpd.teachers import CachedTeacher
+from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard, write_atomically
 
 VOCAB, TOKENS, ROWS, LABELLED = 49152, 512, 2, 0.75
 SHAPE = {
@@ -61,8 +66,15 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     batch = next(iter(trainer.get_train_dataloader()))
     count = batch["labels"][:, 1:].ne(-100).sum()
 
+    fetch = getattr(trainer.data_collator, "fetch", None)
+    keys = TokenBatch(*(batch[f"label_{field}"] for field in TokenBatch._fields)) if fetch else None
+
     def step() -> None:
-        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
+        inputs = dict(batch)
+        if fetch:
+            # As in the trainer's own loop, what the next step reads is fetched while this one runs.
+            batch["fetched"] = fetch(batch, keys)
+        trainer.training_step(trainer.model, inputs, num_items_in_batch=count)
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
@@ -70,14 +82,33 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     return step
 
 
+def cached_teacher(folder: Path) -> CachedTeacher:
+    """A float32 hidden cache of the rows: the teacher's shape, random numbers."""
+    collator = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    keys = torch.cat([batch.keys for _, batch in collator.rows(rows())])
+    generator = torch.Generator().manual_seed(1)
+    shard = {
+        "hidden": torch.randn(len(keys), SHAPE["hidden_size"], generator=generator),
+        "log_z": torch.full((len(keys),), 11.0),
+    }
+    folder.mkdir()
+    save_shard(folder, 0, shard)
+    head = {"weight": torch.randn(VOCAB, SHAPE["hidden_size"], generator=generator) * 0.02}
+    write_atomically(folder / "head.safetensors", lambda draft: save_file(head, draft))
+    about = {"format": FORMAT, "kind": "hidden", "vocab": VOCAB, "head": {"scale": 1.0, "softcap": None}, "fingerprint": {}}
+    save_index(folder, keys.numpy(), [read_json(folder / "shard-00000.json")], about)
+    return CachedTeacher(folder)
+
+
 def candidate(name: str, folder: str) -> Callable[[], None]:
-    """`SFTTrainer`, or a method of the table with a live teacher."""
+    """`SFTTrainer`, or a method of the table with a live teacher or a cached one."""
     common = {"train_dataset": rows(), "processing_class": tokenizer()}
     if name == "SFTTrainer":
         return step_of(SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common))
     impl = "reference" if name.endswith("(reference)") else "chunked"
+    teacher = cached_teacher(Path(folder) / "cache") if name.endswith("(cached)") else model(30, 1)
     trainer = DistillTrainer(
-        model=model(10, 0), teacher=model(30, 1), method=name.split(" ")[0],
+        model=model(10, 0), teacher=teacher, method=name.split(" ")[0],
         args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS), **common,
     )  # fmt: skip
     return step_of(trainer)
@@ -100,6 +131,7 @@ def main() -> None:
     parser.add_argument("--methods", default="hpd,forward_kl,hpd (reference)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cached", action="store_true", help="also HPD with a cached teacher")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/step.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
@@ -112,7 +144,7 @@ def main() -> None:
             step(), step()
             print(high_water_mib())
             return
-        names = ["SFTTrainer", *options.methods.split(",")]
+        names = ["SFTTrainer", *options.methods.split(","), *(["hpd (cached)"] if options.cached else [])]
         seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
     found = ratios(seconds, "SFTTrainer")
     peaks = {name: peak_mib(name) for name in names} if options.memory else {}

@@ -68,6 +68,10 @@ def _user_errors() -> Iterator[None]:
 def _complain(kind: str, text: str) -> None:
     from rich.console import Console
 
+    from hpd.secrets import redact
+
+    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a stranger's.
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split()))
     Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
 
 
@@ -121,6 +125,20 @@ def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
         if not diagnose(load_recipe(recipe, overrides or ())):
             raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another cache in cache.path first.")] = False,
+) -> None:
+    """Ask the teacher about every label position of a recipe's rows once and write its answers to cache.path."""
+    with _user_errors():
+        from hpd.config import load_recipe
+        from hpd.display import cache_with_display
+
+        cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
 
 
 @app.command(name="eval")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from hpd.config import Recipe
+from hpd.config import Recipe, TeacherConfig
 from hpd.display import console, show_verdicts
 from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import name_terms
@@ -76,18 +77,25 @@ def _lora_parameters(config: Any, lora: Any) -> int:
 
 def _teacher_bytes(planned: Plan) -> int:
     teacher = planned.recipe.teacher
+    parts = teacher.teachers.values() if teacher.teachers else [teacher]
+    return sum(_bytes_of(part, config, planned) for part, config in zip(parts, planned.teacher_configs.values(), strict=True))
+
+
+def _bytes_of(teacher: TeacherConfig, config: Any, planned: Plan) -> int:
     if teacher.type == "server":
         # Only the head is here, and with likeliest tokens not even that.
         width = {"bfloat16": 2, "float16": 2}.get(teacher.dtype, 4)
-        config = planned.teacher_config
         return config.vocab_size * config.hidden_size * width if teacher.protocol == "hpd" else 0
     if teacher.type == "self":
-        return 0 if planned.recipe.lora else _num_parameters(planned.teacher_config) * 4
-    saved = getattr(planned.teacher_config, "dtype", None)
+        return 0 if planned.recipe.lora else _num_parameters(config) * 4
+    if teacher.type == "cached":
+        head = Path(str(teacher.path)) / "head.safetensors"
+        return head.stat().st_size if head.is_file() else 0
+    saved = getattr(config, "dtype", None)
     width = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}.get(teacher.dtype) or (saved.itemsize if saved else 4.0)
     if teacher.quantization:
         width = {"4bit": 0.55, "8bit": 1.05}[teacher.quantization]  # weights and their scales
-    return int(_num_parameters(planned.teacher_config) * width)
+    return int(_num_parameters(config) * width)
 
 
 def _optimizer_states(name: str) -> int:

@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import peft
@@ -18,12 +18,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config import Recipe, train_arguments
-from hpd.data import Lengths, Rows, load_rows, measure
+from hpd.data import Lengths, Rows, check_ids, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher, TeacherUnavailable
+from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.server import ServedTeacher
+from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
 __all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
@@ -40,7 +41,8 @@ class Plan(NamedTuple):
     args: DistillConfig
     tokenizer: PreTrainedTokenizerBase
     student_config: Any
-    teacher_config: Any
+    teacher_configs: Mapping[str, Any]
+    """Of each teacher, by its role in messages."""
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
@@ -67,30 +69,40 @@ def plan(recipe: Recipe) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
-    teacher_config, teacher_tokenizer = student_config, tokenizer
-    served = None
-    if recipe.teacher.type == "model":
-        teacher_config = load_config(recipe.teacher, "teacher")
-        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher")
-    elif recipe.teacher.type == "server":
-        served = _connect(recipe, args, student_config, tokenizer)
-        teacher_config = served.config
-        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
-    rows = load_rows(recipe.data)
-    if teacher_tokenizer is None:
-        assert served is not None
-        verdicts = served.verdicts()
-    else:
-        verdicts = check_pair(
-            tokenizer, teacher_tokenizer, student_config, teacher_config,
-            policy=args.vocabulary, conversational=rows.conversational,
-        )  # fmt: skip
-    if any(v.level == "error" and v.topic == "chat template" for v in verdicts):
-        raise ValueError(next(v.text for v in verdicts if v.topic == "chat template"))
+    check_caches(recipe.teacher, tokenizer, args)
+    served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
+    teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
+    rows = load_rows(recipe.data, recipe.teacher.column)
+    verdicts = []
+    for role, config in teacher_configs.items():
+        theirs = teacher_tokenizers[role]
+        if theirs is None:
+            assert served is not None
+            found = served.verdicts()
+        else:
+            found = check_pair(
+                tokenizer, theirs, student_config, config, policy=args.vocabulary, conversational=rows.conversational
+            )
+        several = len(teacher_configs) > 1
+        verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
+    for verdict in verdicts:
+        if verdict.level == "error" and verdict.topic.startswith("chat template"):
+            raise ValueError(verdict.text)
+    check_ids(rows.train, student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts), evals, served)
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has (None)."""
+    if served is not None:
+        tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        return {"teacher": served.config}, {"teacher": tokenizer}
+    sources = described_by(recipe)
+    configs = {role: load_config(source, role) for role, source in sources.items()}
+    return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
 
 
 def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
@@ -168,7 +180,6 @@ def train(
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
-    folder.open()
     try:
         return _run(planned, folder, progress, baselines)
     finally:
@@ -178,10 +189,13 @@ def train(
 
 def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
     recipe = planned.recipe
-    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or recipe.teacher.url or 'self'}")
+    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    teacher = planned.served or _load_teacher(recipe)
+    teacher = planned.served or load_teacher(recipe.teacher)
+    trainer = _trainer(planned, student, teacher, folder, progress)
+    # Not before everything is loaded and fits together: what cannot start leaves nothing behind.
+    folder.open()
     if planned.served is not None:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
@@ -190,7 +204,6 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
         summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
             summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
-    trainer = _trainer(planned, student, teacher, folder, progress)
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
     before_training = time.perf_counter()
@@ -252,12 +265,6 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
     """The recipe's adapter as peft takes it."""
     return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
-
-
-def _load_teacher(recipe: Recipe) -> Teacher:
-    if recipe.teacher.type == "self":
-        return SelfTeacher()
-    return ModelTeacher(load_model(recipe.teacher, "teacher"))
 
 
 def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:

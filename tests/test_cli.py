@@ -72,6 +72,30 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(workspace):
     assert not (workspace / "never").exists()
 
 
+def test_cache_then_doctor_and_train_without_the_teachers_weights(workspace):
+    place = workspace / "cache"
+    done = hpd("cache", workspace / "recipe.yaml", f"cache.path={place}")
+    assert done.returncode == 0, done.stderr
+    assert "bytes each" in done.stdout
+    assert "positions written" in done.stdout
+    assert (place / "cache.json").is_file()
+    settings = [
+        workspace / "recipe.yaml",
+        f"cache.path={place}",
+        "teacher.type=cached",
+        f"output_dir={workspace / 'from-cache'}",
+    ]
+    done = hpd("train", *settings, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "equal token maps" in done.stdout
+    done = hpd("train", *settings, "eval=null")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workspace / "from-cache" / "summary.json").read_text())["steps"] == 3
+    done = hpd("cache", workspace / "recipe.yaml", f"cache.path={place}", "train.max_length=32")
+    assert done.returncode == 2
+    assert "another max_length" in done.stderr
+
+
 def test_doctor_reports_pair_lengths_and_memory(workspace):
     done = hpd("doctor", workspace / "recipe.yaml")
     assert done.returncode == 0, done.stderr
