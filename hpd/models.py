@@ -44,6 +44,10 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
             f"The {role} {path!r} is a {config.model_type} model, which is not a causal language model that transformers "
             "knows. Give a text-generation model, or set trust_remote_code if its repository brings the code."
         )
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise ValueError(
+            f"The {role} {path!r} has num_hidden_layers {config.get_text_config().num_hidden_layers}: >= 1 is needed."
+        )
     described = isinstance(source, TeacherConfig) and source.type == "cached"  # a cache keeps no weights of its teacher
     if not described and not (isinstance(source, ModelConfig) and source.init == "random"):
         check_files(path, config, role, source.allow_pickle)

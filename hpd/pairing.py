@@ -107,11 +107,15 @@ def _beyond_the_head(student: Any, student_config: Any) -> list[Verdict]:
         text = f"the eos_token {student.eos_token!r} is token {student.eos_token_id}, and the student's head has {head}: name "
         return [Verdict("error", "vocabulary", text + "one of its tokens as eos_token in tokenizer_config.json.")]
     if set(beyond) - set(student.get_added_vocab()):
-        text = f"the tokenizer has {max(beyond.values()) + 1} tokens and the student's head {head}: they are of different models."
+        text = (
+            f"the tokenizer has {max(beyond.values()) + 1} tokens and the student's head {head}: they are of different models."
+        )
         return [Verdict("error", "vocabulary", text)]
     if beyond:
         # As Gemma's token for images in its models that read text alone.
-        text = f"{len(beyond)} added tokens ({', '.join(sorted(beyond)[:3])}) lie beyond the head of {head}: no row may have them"
+        text = (
+            f"{len(beyond)} added tokens ({', '.join(sorted(beyond)[:3])}) lie beyond the head of {head}: no row may have them"
+        )
         return [Verdict("warning", "vocabulary", text)]
     return []
 

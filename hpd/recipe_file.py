@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["read_yaml", "shorten"]
+__all__ = ["parse_yaml", "read_text", "read_yaml", "shorten"]
 
 MAX_VALUES = 100_000
 """Values of a file once its aliases are followed. Recipes have hundreds; a few lines of nested aliases can make billions."""
@@ -28,9 +28,17 @@ def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
+        FileNotFoundError, ValueError: as `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path, kind), str(path), kind, "student, teacher, data")
+
+
+def read_text(path: Path, kind: str) -> str:
+    """A file of text.
+
+    Raises:
         FileNotFoundError: no such file.
-        ValueError: not UTF-8, not YAML, YAML that would build Python objects, a key given twice, no mapping, or more values
-            than any recipe has.
+        ValueError: a folder, or bytes that are not UTF-8.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the YAML file of the {kind}.")
@@ -39,21 +47,35 @@ def read_yaml(path: Path, kind: str = "recipe") -> dict[str, Any]:
         hint = f" YAML files there: {', '.join(known[:8])}." if known else ""
         raise FileNotFoundError(f"No {kind} at {path}.{hint}")
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save the {kind} as UTF-8.") from None
+
+
+def parse_yaml(text: str, name: str, kind: str, keys: str) -> dict[str, Any]:
+    """The mapping in a YAML text.
+
+    Args:
+        name: what the text is called in errors.
+        kind: what it should be.
+        keys: how such a mapping starts.
+
+    Raises:
+        ValueError: not YAML, YAML that would build Python objects, a key given twice, no mapping, or more values than any
+            recipe has.
+    """
     try:
-        tree = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         # A date such as 2026-13-45 looks like one to the resolver and is none to the constructor.
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise ValueError(f"{name} is not valid YAML: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be a {kind}.") from None
+        raise ValueError(f"{name} is nested too deeply to be a {kind}.") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no mapping: a {kind} starts with keys such as student, teacher, data.")
-    _check_size(tree, path, kind)
+        raise ValueError(f"{name} holds no mapping: a {kind} starts with keys such as {keys}.")
+    _check_size(tree, name, kind)
     return tree
 
 
@@ -70,11 +92,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_size(tree: Any, path: Path, kind: str) -> None:
+def _check_size(tree: Any, name: str, kind: str) -> None:
     waiting, num_values = [tree], 0
     while waiting:
         value = waiting.pop()
         num_values += 1
         if num_values > MAX_VALUES:
-            raise ValueError(f"{path} has more than {MAX_VALUES} values with its aliases (*name) followed: that is no {kind}.")
+            raise ValueError(f"{name} has more than {MAX_VALUES} values with its aliases (*name) followed: that is no {kind}.")
         waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -20,7 +20,9 @@ _KINDS = {bool: "a truth value", int: "a number", float: "a number", dict: "an o
 def check_columns(columns: list[str]) -> None:
     """Refuse what the student would be trained without."""
     if media := [name for name in columns if name in _OTHER_MEDIA]:
-        raise ValueError(f"The dataset has the column {media[0]}, and hpd distils text only: remove rows and column that need it.")
+        raise ValueError(
+            f"The dataset has the column {media[0]}, and hpd distils text only: remove rows and column that need it."
+        )
 
 
 def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
@@ -42,7 +44,9 @@ def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
     if isinstance(completion, list) and completion[-1]["role"] != "assistant":
         raise ValueError(f"Row {index} ends with a {completion[-1]['role']} message: there is no answer to learn.")
     if messages and labels != "all" and all(turn["role"] != "assistant" for turn in messages):
-        raise ValueError(f"Row {index} has no assistant message: there is no answer to learn. Remove it, or set data.labels: all.")
+        raise ValueError(
+            f"Row {index} has no assistant message: there is no answer to learn. Remove it, or set data.labels: all."
+        )
 
 
 def check_types(row: Mapping[str, Any], index: int) -> None:
@@ -72,12 +76,18 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
         if turn["role"] not in ROLES:
             raise ValueError(f"{where} has the role {turn['role']!r}; known: {', '.join(ROLES)}. Rename it in the file.")
         content = turn["content"]
-        parts = [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"] if _is_list(content) else []
+        parts = (
+            [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]
+            if _is_list(content)
+            else []
+        )
         if parts:
             kind = parts[0].get("type") if isinstance(parts[0], Mapping) else type(parts[0]).__name__
             raise ValueError(f"{where} holds a part of type {kind}, and hpd distils text only: remove the row.")
         if not isinstance(content, (str, list, type(None))):
-            raise ValueError(f"{where} has content that is {_KINDS.get(type(content), type(content).__name__)}, and should be text.")
+            raise ValueError(
+                f"{where} has content that is {_KINDS.get(type(content), type(content).__name__)}, and should be text."
+            )
         if not content and turn["role"] == "assistant" and not turn.get("tool_calls"):
             raise ValueError(f"{where} is an empty assistant message: remove the row or fill it.")
 

@@ -59,11 +59,16 @@ def as_schedule(value: Any) -> Schedule | None:
 
 def _checked(tree: Mapping[str, Any]) -> Schedule:
     """A schedule from plain data; where it stands (kwargs), pydantic has not seen it."""
-    shapes = get_args(Schedule.__annotations__["schedule"]) or get_args(get_type_hints(Schedule)["schedule"])
+    shapes = get_args(get_type_hints(Schedule)["schedule"])
     known = [f.name for f in fields(Schedule)]
     numbers = {key: value for key, value in tree.items() if key != "schedule"}
     wrong = [k for k, v in numbers.items() if isinstance(v, bool) or not (isinstance(v, (int, float)) and math.isfinite(v))]
-    if tree["schedule"] not in shapes or set(tree) - set(known) or "start" not in tree or [k for k in wrong if tree[k] is not None]:
+    if (
+        tree["schedule"] not in shapes
+        or set(tree) - set(known)
+        or "start" not in tree
+        or [k for k in wrong if tree[k] is not None]
+    ):
         raise ValueError(
             f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got {dict(tree)}."
         )

@@ -15,8 +15,8 @@ _NAMES = re.compile(r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|
 _VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)(_[A-Z0-9]+)?$")
 # Prefixes that the services give their keys, so that nobody uses them for anything else.
 _SHAPES = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}|xox[bp]-[\w\-]{20,}"
-    r"|AKIA[0-9A-Z]{16}|wandb_v\d_[A-Za-z0-9_]{20,})"
+    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,}"
+    r"|xox[bp]-[\w\-]{20,}|AKIA[0-9A-Z]{16}|wandb_v\d_[A-Za-z0-9_]{20,})"
 )
 _IN_URL = re.compile(r"(?<=://)([^/\s@'\"]+)@")
 _LEAST = 8

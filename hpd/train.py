@@ -67,6 +67,7 @@ def plan(recipe: Recipe) -> Plan:
     quiet_libraries()
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
+    _check_loggers(args)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
     check_caches(recipe.teacher, tokenizer, args)
@@ -93,6 +94,15 @@ def plan(recipe: Recipe) -> Plan:
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
     return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _check_loggers(args: DistillConfig) -> None:
+    """Unknown or missing trackers, which the Trainer would notice with all models loaded."""
+    try:
+        for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
+            make()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
 
 
 def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Malformed data sets."""
 
+# ruff: noqa: E501 (a case is a line)
+
 from __future__ import annotations
 
 import gzip
@@ -147,7 +149,7 @@ PROBLEMS: dict[str, Case] = {
     "no prompts": Case(problems(b'{"answer": "a"}\n'), "prompt"),
     "null answers": Case(problems(b'{"prompt": "a", "answer": null}\n'), "answer"),
     "answers of a wrong kind": Case(problems(b'{"prompt": "a", "answer": {"b": [1]}}\n'), "answer"),
-    "prompts of a wrong kind": Case(problems(b'{"prompt": 5, "answer": "b"}\n'), "prompt"),
+    "prompts of a wrong kind": Case(problems(b'{"prompt": {"q": 1}, "answer": "b"}\n'), "prompt"),
     "not utf-8": Case(problems(b'{"prompt": "caf\xe9", "answer": "b"}\n'), "utf-8"),
     "gz cut short": Case(problems(_GZ[:50], name="p.jsonl.gz"), "is not a readable"),
     "parquet that is not": Case(problems(_PROBLEM, name="p.parquet"), "is not a readable"),

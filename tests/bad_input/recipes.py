@@ -1,5 +1,7 @@
 """Malformed recipes."""
 
+# ruff: noqa: E501 (a case is a line)
+
 from __future__ import annotations
 
 from collections.abc import Callable
