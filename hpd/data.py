@@ -113,8 +113,8 @@ def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
     for index, ids in enumerate(rows["input_ids"]):
         if ids and max(ids) >= vocab_size:
             raise ValueError(
-                f"Row {index} has the token {max(ids)} among its input_ids, and the student's head has {vocab_size} tokens: the "
-                "rows were tokenised for another model."
+                f"Row {index} has the token {max(ids)} among its input_ids, and the student's head has {vocab_size} tokens: "
+                "the rows were tokenised for another model."
             )
 
 

@@ -1,4 +1,4 @@
-"""The lowest direct dependencies that pyproject.toml allows, in a virtual environment of their own, and a part of the tests there.
+"""A part of the tests with the lowest direct dependencies that pyproject.toml allows, in an environment of their own.
 
 torch is taken from the environment that runs this: its lowest version is a download of gigabytes.
 """

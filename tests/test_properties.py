@@ -1,5 +1,7 @@
 """Properties that hold for whatever input: recipes, collation and supports."""
 
+# ruff: noqa: PT017 (whether it raises is not known before)
+
 from __future__ import annotations
 
 import pytest
