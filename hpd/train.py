@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config import Recipe, train_arguments
-from hpd.data import Lengths, Rows, load_rows, measure
+from hpd.data import Lengths, Rows, check_ids, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
@@ -67,6 +67,7 @@ def plan(recipe: Recipe) -> Plan:
     quiet_libraries()
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
+    _check_loggers(args)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
     check_caches(recipe.teacher, tokenizer, args)
@@ -88,10 +89,20 @@ def plan(recipe: Recipe) -> Plan:
     for verdict in verdicts:
         if verdict.level == "error" and verdict.topic.startswith("chat template"):
             raise ValueError(verdict.text)
+    check_ids(rows.train, student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
     return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _check_loggers(args: DistillConfig) -> None:
+    """Unknown or missing trackers, which the Trainer would notice with all models loaded."""
+    try:
+        for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
+            make()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
 
 
 def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -179,7 +190,6 @@ def train(
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
-    folder.open()
     try:
         return _run(planned, folder, progress, baselines)
     finally:
@@ -193,6 +203,9 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or load_teacher(recipe.teacher)
+    trainer = _trainer(planned, student, teacher, folder, progress)
+    # Not before everything is loaded and fits together: what cannot start leaves nothing behind.
+    folder.open()
     if planned.served is not None:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
@@ -201,7 +214,6 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
         summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
             summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
-    trainer = _trainer(planned, student, teacher, folder, progress)
     if trainer.eval_dataset is not None and resume is None:
         summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
     before_training = time.perf_counter()
