@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config import Recipe, train_arguments
@@ -26,7 +28,7 @@ from hpd.teachers import ModelTeacher, SelfTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.server import ServedTeacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "open_together", "plan", "quiet_libraries", "steps_of", "train"]
 
 
 class RunStopped(RuntimeError):
@@ -168,12 +170,38 @@ def train(
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
-    folder.open()
+    open_together(folder, planned.args)
     try:
         return _run(planned, folder, progress, baselines)
     finally:
         if planned.served is not None:
             planned.served.close()
+
+
+def open_together(folder: RunFolder, args: Any) -> None:
+    """Open a run folder from its main process, when all processes have checked it.
+
+    Args:
+        folder: the folder, checked by its constructor.
+        args: TrainingArguments; they know the processes.
+
+    Raises:
+        ValueError: processes find different checkpoints there, since machines do not share it.
+    """
+    assert args.device is not None  # asking for it joins the processes
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        folder.open()
+    processes.wait_for_everyone()
+    folder.opened_elsewhere()
+    if processes.num_processes > 1:
+        found = gather_object([folder.checkpoint])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"Processes find different checkpoints in {folder.path}: {', '.join(sorted({str(name) for name in found}))}. "
+                "All machines must see one output_dir: put it on shared storage."
+            )
 
 
 def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
@@ -182,7 +210,7 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or _load_teacher(recipe)
-    if planned.served is not None:
+    if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
@@ -197,7 +225,9 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
     summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
     trainer.save_model()
-    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    summary |= evaluate_task(planned, student, "student after", folder, progress, together=sharded)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
     if trainer.stopped_by:
@@ -266,9 +296,16 @@ def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 
-def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """The metric of each of the recipe's tasks, on the main process only."""
-    if not planned.evals or int(os.environ.get("RANK", "0")) != 0:
+def evaluate_task(
+    planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress, together: bool = False
+) -> dict[str, Any]:
+    """The metric of each of the recipe's tasks, found by the main process.
+
+    Args:
+        together: all processes generate the same answers, since a sharded model runs on all of them or not at all.
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if not planned.evals or not (is_main or together):
         return {}
     from hpd.evaluate import evaluate
 
@@ -279,7 +316,7 @@ def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progr
     for entry in planned.evals:
         result = evaluate(
             model, planned.tokenizer, entry.task, entry.settings,
-            output_dir=folder.path, name=name, progress=progress.evaluating(name),
+            output_dir=folder.path if is_main else None, name=name, progress=progress.evaluating(name),
         )  # fmt: skip
         label = entry.label if len(planned.evals) > 1 else result.metric
         found[f"{name} {label}"] = round(result.value, 4)
