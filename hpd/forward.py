@@ -78,7 +78,16 @@ def scores_of(model: nn.Module, inputs: dict[str, Any], index: Int[Tensor, "N"])
             model(**model_inputs(inputs), label_index=index, head_function=lambda scores: kept.append(_outliving(model, scores)))
     finally:
         model.train(training)
+        _free_gathered(model)
     return kept[0]
+
+
+def _free_gathered(model: nn.Module) -> None:
+    """FSDP2 keeps the last units gathered for the backward pass, which does not come here."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _outliving(model: nn.Module, scores: Scores) -> Scores:

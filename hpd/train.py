@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import peft
@@ -219,14 +219,16 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
         if isinstance(teacher, ModelTeacher):
             summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
     trainer = _trainer(planned, student, teacher, folder, progress)
-    if trainer.eval_dataset is not None and resume is None:
-        summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None and resume is None and sharded
+    if trainer.eval_dataset is not None and resume is None and not sharded:
+        summary |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
     before_training = time.perf_counter()
     summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
     trainer.save_model()
     student = trainer.accelerator.unwrap_model(trainer.model)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     summary |= evaluate_task(planned, student, "student after", folder, progress, together=sharded)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
@@ -246,7 +248,13 @@ def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str
     try:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stop_reason is None:
-            return {f"{k} after": v for k, v in _eval_metrics(trainer).items()} if trainer.eval_dataset is not None else {}
+            found = {}
+            if trainer.args.eval_on_start:
+                first = next(log for log in trainer.state.log_history if "eval_loss" in log)
+                found |= {f"{k} before": v for k, v in _eval_metrics(first).items()}
+            if trainer.eval_dataset is not None:
+                found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+            return found
         reason = trainer.stop_reason
     except TeacherUnavailable as error:
         trainer.save_checkpoint()  # the evaluation after the last step may be what failed
@@ -290,8 +298,7 @@ def _load_teacher(recipe: Recipe) -> Teacher:
     return ModelTeacher(load_model(recipe.teacher, "teacher"))
 
 
-def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
-    metrics = trainer.evaluate()
+def _eval_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     names = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 

@@ -19,6 +19,10 @@ from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd import DistillConfig, DistillTrainer
+from hpd.batch import token_batch, uniforms
+from hpd.forward import add_head_function, model_inputs, scores_of
+from hpd.losses import reweighted_nll
+from hpd.methods import choose_terms, name_terms
 from hpd.prefixes import Prefixes, RolloutConfig
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -148,8 +152,7 @@ def fsdp2(pair: Path, output: Path) -> None:
         _let_fsdp_run_on_cpu()
     options = {"fsdp": True, "fsdp_config": {"version": 2}} if world_size() > 1 else {}
     folder = output / f"fsdp2-{world_size()}"
-    trainer = make_trainer(pair, folder, evaluation=5, **options)
-    before = trainer.evaluate()
+    trainer = make_trainer(pair, folder, evaluation=5, eval_on_start=True, eval_strategy="steps", eval_steps=2, **options)
     trainer.train()
     trainer.save_model()
     local = {}
@@ -160,13 +163,112 @@ def fsdp2(pair: Path, output: Path) -> None:
     teacher_owned = sum(id(p) in owned for p in trainer.teacher.model.parameters())
     report(
         "fsdp2", output, whole_weights(trainer), trainer.state.log_history, engine=trainer.accelerator.distributed_type.value,
-        before=before, local_share=local, teacher_in_optimizer=teacher_owned,
+        local_share=local, teacher_in_optimizer=teacher_owned,
     )  # fmt: skip
+
+
+def _zero(stage: int, pair: Path, output: Path) -> None:
+    """`DistillTrainer` under DeepSpeed, which runs on a CPU with DS_ACCELERATOR=cpu."""
+    options = {}
+    if world_size() > 1:
+        zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+        deepspeed = {
+            "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        }  # fmt: skip
+        options = {"deepspeed": deepspeed, "use_cpu": False}
+    name = f"zero{stage}"
+    trainer = make_trainer(pair, output / f"{name}-{world_size()}", evaluation=5, eval_on_start=True, **options)
+    trainer.train()
+    trainer.save_model()
+    distributed.is_initialized() and distributed.barrier()
+    saved = AutoModelForCausalLM.from_pretrained(output / f"{name}-{world_size()}")
+    weights = torch.cat([p.detach().flatten().double() for p in saved.parameters()])
+    report(name, output, weights, trainer.state.log_history, engine=trainer.accelerator.distributed_type.value)
+
+
+def zero2(pair: Path, output: Path) -> None:
+    _zero(2, pair, output)
+
+
+def zero3(pair: Path, output: Path) -> None:
+    _zero(3, pair, output)
+
+
+def fully_shard(pair: Path, output: Path) -> None:
+    """torch's own `fully_shard` on student and teacher, against the same global batch in one process: tied and untied head."""
+    for family in ("pair", "untied"):
+        _fully_shard(pair.parent / family, output, f"fully_shard_{family}")
+
+
+def _fully_shard(pair: Path, output: Path, name: str) -> None:
+    from torch.distributed import fsdp
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    rank, world = distributed.get_rank(), world_size()
+    load = AutoModelForCausalLM.from_pretrained
+    tokenizer = AutoTokenizer.from_pretrained(pair / "student")
+    encoded = tokenizer([f"{r['prompt']}{r['completion']}" for r in rows(2 * world)], return_tensors="pt", padding=True)
+    labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+    labels[2:3, :-1] = labels[3:4] = -100  # the second process has one label at most
+    whole, teacher, sharded, frozen = (
+        add_head_function(load(pair / which)) for which in ("student", "teacher", "student", "teacher")
+    )
+    frozen.requires_grad_(False)
+    for model in (sharded, frozen):
+        for layer in model.model.layers:
+            fsdp.fully_shard(layer)
+        fsdp.fully_shard(model, reshard_after_forward=True)
+    terms = name_terms(choose_terms("hpd", {}, ()))
+    inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+    count = len(token_batch(inputs).labels)
+
+    def loss_of(student, its_teacher, part, step, scale):
+        piece = {key: value[part] for key, value in inputs.items()}
+        batch = token_batch(piece)
+        known = scores_of(its_teacher, piece, batch.index)
+        numbers = uniforms(batch.keys, seed=0, step=step, count=max(term.support.num_uniforms for term in terms))
+        return student(
+            **model_inputs(piece), label_index=batch.index,
+            head_function=lambda scores: reweighted_nll(scores, known, batch.labels, terms, uniforms=numbers, scale=scale).loss,
+        )  # fmt: skip
+
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9) for model in (whole, sharded)]
+    gradient_difference = loss_difference = 0.0
+    for step in range(4):
+        expected = loss_of(whole, teacher, slice(None), step, 1.0 / count)
+        loss = loss_of(sharded, frozen, slice(2 * rank, 2 * rank + 2), step, world / count)  # FSDP averages over processes
+        expected.backward()
+        loss.backward()
+        total = loss.detach().clone() / world
+        distributed.all_reduce(total)
+        loss_difference = max(loss_difference, abs(float(total - expected)))
+        for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
+            gradient_difference = max(gradient_difference, float((ours.grad.full_tensor() - theirs.grad).abs().max()))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    final = torch.cat([p.detach().full_tensor().flatten().double() for p in sharded.parameters()])
+    reference = torch.cat([p.detach().flatten().double() for p in whole.parameters()])
+    held = sum(p.to_local().numel() for p in frozen.parameters()) / sum(p.numel() for p in teacher.parameters())
+    report(
+        name, output, final, [], gradients=gradient_difference, losses=loss_difference,
+        final=float((final - reference).abs().max()), teacher_share=held,
+    )  # fmt: skip
+
+
+def refusals(pair: Path, output: Path) -> None:
+    """A recipe that asks for FSDP where accelerate would run DDP."""
+    try:
+        make_trainer(pair, output / "refused", fsdp=True, fsdp_config={"version": 2})
+    except ValueError as error:
+        report("refusals", output, torch.zeros(1), [], message=str(error))
 
 
 CHECKS = {
     function.__name__: function
-    for function in (plain, accumulated, uneven, rollouts, low_precision, self_teacher, resumed, straight, fsdp2)
+    for function in (plain, accumulated, uneven, rollouts, low_precision, self_teacher, resumed, straight, fsdp2, fully_shard, refusals, zero2, zero3)
 }
 
 
