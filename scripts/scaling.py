@@ -229,6 +229,20 @@ CASES: dict[str, Setup] = {
 }  # fmt: skip
 
 
+def summary(gpus: Sequence[int] = (8, 64, 128, 256, 1024)) -> str:
+    """Markdown: tokens per second and GPU of every case, with what bounds it."""
+    lines = [
+        f"| tokens/s/GPU on | {' | '.join(f'{count:,} GPUs' for count in gpus)} | GB/GPU on {gpus[0]}, {gpus[-1]:,} |",
+        "|---" * (len(gpus) + 2) + "|",
+    ]
+    for name, setup in CASES.items():
+        steps = [predict(setup, count) for count in gpus]
+        cells = " | ".join(f"{step.tokens_per_gpu_second:,.0f} ({step.bound})" for step in steps)
+        memory = ", ".join(f"{bytes_per_gpu(setup, count) / 1e9:.1f}" for count in (gpus[0], gpus[-1]))
+        lines.append(f"| {name} | {cells} | {memory} |")
+    return "\n".join(lines)
+
+
 def plot(path: Path) -> None:
     """Tokens per second and GPU against GPUs, one line per case."""
     import matplotlib
@@ -307,6 +321,7 @@ def main() -> None:
     if changed:
         print(table(Setup(**changed)))
         return
+    print(summary() + "\n")
     for name, setup in CASES.items():
         print(f"### {name}\n\n{table(setup)}\n")
     plot(picture)

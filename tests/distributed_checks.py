@@ -264,6 +264,8 @@ def refusals(pair: Path, output: Path) -> None:
         make_trainer(pair, output / "refused", fsdp=True, fsdp_config={"version": 2})
     except ValueError as error:
         report("refusals", output, torch.zeros(1), [], message=str(error))
+    else:
+        raise AssertionError("FSDP was asked for, DDP chosen, and nobody said so")
 
 
 CHECKS = {

@@ -153,8 +153,10 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     assert torch.equal(weights_of(run), weights_of(folder / "straight"))
 
 
-ONE = ("plain", "uneven", "rollouts", "low_precision", "self_teacher", "straight", "fsdp2")
-TWO = (*ONE, "accumulated", "resumed", "fully_shard", "refusals")
+DDP = ("plain", "uneven", "rollouts", "low_precision", "self_teacher", "straight")
+ONE = (*DDP, "fsdp2")
+# A recipe's FSDP stays in the environment, so what asks for it comes last.
+TWO = (*DDP, "accumulated", "resumed", "refusals", "fsdp2", "fully_shard")
 FOUR = ("plain", "uneven", "rollouts", "fsdp2", "fully_shard")
 REFERENCE = {"accumulated": "plain", "resumed": "straight"}
 
