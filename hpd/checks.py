@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from hpd.config import GenerateConfig, TeacherConfig
+    from hpd.config import GenerateConfig, Recipe, TeacherConfig
 
-__all__ = ["check_generate", "check_served"]
+__all__ = ["check_answers_anything", "check_generate", "check_served", "check_teacher"]
 
 _SERVER_FIELDS = ("url", "protocol", "api_key_env", "top_k", "tail", "concurrency", "timeout_seconds", "wait_seconds")
 _LOADING_FIELDS = ("quantization", "attn_implementation", "trust_remote_code")
+# Fields that only some types read.
+_TEACHER_FIELDS = {
+    "path": ("cached",), "teachers": ("mixture", "routed"), "weights": ("mixture",), "column": ("routed",),
+    "quantization": ("model", "cached"),
+}  # fmt: skip
 
 
 def check_served(teacher: TeacherConfig) -> None:
@@ -25,7 +30,7 @@ def check_served(teacher: TeacherConfig) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(teacher)}
     served = teacher.type == "server"
     idle = [name for name in (_LOADING_FIELDS if served else _SERVER_FIELDS) if getattr(teacher, name) != defaults[name]]
-    if idle and (served or teacher.type in ("model", "self")):
+    if idle:
         raise ValueError(f"teacher.{idle[0]} has no effect on teacher type {teacher.type}: remove it, or change the type.")
     if not served:
         return
@@ -72,3 +77,58 @@ def check_generate(config: GenerateConfig) -> None:
         raise ValueError("generate.reference has no effect without filter: correct.")
     if not config.output.endswith(".jsonl"):
         raise ValueError(f"generate.output must end with .jsonl, got {config.output!r}.")
+
+
+def check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher") -> None:
+    """The fields of a teacher and of those that it is made of; `where` is its place in the recipe.
+
+    Raises:
+        ValueError: a missing field, one without effect, or teachers that cannot be combined.
+    """
+    check_served(teacher)
+    if teacher.type == "model" and not teacher.model:
+        raise ValueError(f"{where}.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
+    if teacher.type == "self" and (teacher.model or teacher.quantization):
+        raise ValueError(f"{where}: self is the student itself: remove {where}.model and {where}.quantization.")
+    if teacher.type == "self" and recipe.student.init == "random":
+        raise ValueError(f"{where}: self would distil from random weights: give a teacher model, or init: pretrained.")
+    if teacher.type == "cached" and not teacher.path:
+        raise ValueError(f"{where}.path is missing: give the folder that hpd cache wrote.")
+    for name, types in _TEACHER_FIELDS.items():
+        if getattr(teacher, name) and teacher.type not in types:
+            raise ValueError(f"{where}.{name} is for type {' or '.join(types)}, and the type is {teacher.type}: remove it.")
+    if teacher.type in ("mixture", "routed"):
+        _check_teachers(teacher, recipe, where)
+
+
+def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
+    if where != "teacher" or len(teacher.teachers) < 2 or teacher.model:
+        raise ValueError(
+            f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not nested."
+        )
+    if teacher.type == "mixture" and (set(teacher.weights) != set(teacher.teachers) or min(teacher.weights.values()) <= 0):
+        raise ValueError(
+            f"{where}.weights needs a number > 0 for each of {', '.join(teacher.teachers)}, got {dict(teacher.weights)}."
+        )
+    if teacher.type == "routed" and not teacher.column:
+        raise ValueError(f"{where}.column is missing: the column of the dataset that names each row's teacher.")
+    if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
+        raise ValueError("Routing reads the column row by row before training: set train.packing and data.streaming to false.")
+    for name, part in teacher.teachers.items():
+        if part.type == "server":
+            raise ValueError(f"teacher.teachers.{name} is a server, which answers for whole batches: load the model here.")
+        check_teacher(part, recipe, f"teacher.teachers.{name}")
+
+
+def check_answers_anything(teacher: TeacherConfig) -> None:
+    """For runs whose rows the student writes.
+
+    Raises:
+        ValueError: a teacher that knows the dataset's rows only.
+    """
+    for part in (teacher, *teacher.teachers.values()):
+        if part.type in ("cached", "routed"):
+            raise ValueError(
+                f"A teacher of type {part.type} knows the dataset's rows only, and here the student writes rows: use a "
+                "live teacher or a served one, or prefixes: {dataset: 1} without a policy gradient."
+            )

@@ -113,14 +113,34 @@ def _dry_run(recipe: Any) -> None:
 
 
 @app.command()
-def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def doctor(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory that a step may take, such as 24GiB: shows the largest batch and chunk.")
+    ] = None,
+) -> None:
     """Show what a recipe will load, whether the pair fits, how long the rows are and the memory that a step needs."""
     with _user_errors():
         from hpd.config import load_recipe
         from hpd.doctor import diagnose
 
-        if not diagnose(load_recipe(recipe, overrides or ())):
+        if not diagnose(load_recipe(recipe, overrides or ()), memory):
             raise typer.Exit(1)
+
+
+@app.command()
+def cache(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another cache in cache.path first.")] = False,
+) -> None:
+    """Ask the teacher about every label position of a recipe's rows once and write its answers to cache.path."""
+    with _user_errors():
+        from hpd.config import load_recipe
+        from hpd.display import cache_with_display
+
+        cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
 
 
 @app.command(name="eval")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.checks import check_generate, check_served
+from hpd.checks import check_answers_anything, check_generate, check_teacher
 from hpd.guards import GuardsConfig, Thresholds
 from hpd.methods import choose_terms, name_terms
 from hpd.policy_gradient import StrategyConfig
@@ -23,12 +23,23 @@ from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
 __all__ = [
-    "DataConfig", "EvalConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig", "check_tree",
+    "CacheConfig", "DataConfig", "EvalConfig", "GenerateConfig", "LoraConfig", "ModelConfig", "Recipe", "TeacherConfig",
+    "check_tree",
     "load_recipe", "resolve",
 ]  # fmt: skip
 
 _STRICT = ConfigDict(extra="forbid")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _model_shorthand(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _teacher_shorthand(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +70,21 @@ class TeacherConfig:
 
     __pydantic_config__ = _STRICT
 
-    type: Literal["model", "self", "server"] = "model"
-    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy).
-    server: a model that answers over HTTP."""
+    type: Literal["model", "self", "cached", "server", "mixture", "routed"] = "model"
+    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or a copy). cached:
+    what `hpd cache` wrote. server: a model that answers over HTTP. mixture: a weighted mixture of teachers. routed: each row
+    has one of several teachers."""
     model: str | None = None
-    """Hub id or local folder; required by type model. Type server: the name that the server knows the model by."""
+    """Hub id or local folder; required by type model. Type cached: may stay, the cache must then be of this model. Type server:
+    the name that the server knows the model by."""
+    path: str | None = None
+    """Folder of a cache (type cached); null: cache.path."""
+    teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]] = field(default_factory=dict)
+    """Teachers by name (types mixture and routed); a string is a model's path."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Share of each teacher in a mixture, > 0; divided by their sum."""
+    column: str | None = None
+    """Column of the dataset that names each row's teacher (type routed)."""
     dtype: DType = "auto"
     """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU. Protocol hpd: of hidden states and head."""
     quantization: Literal["4bit", "8bit"] | None = None
@@ -94,6 +115,45 @@ class TeacherConfig:
     """Type server: longest wait for one answer, > 0."""
     wait_seconds: float = 600.0
     """Type server: how long a failed request is tried again before training saves a checkpoint and stops, >= 0."""
+
+    @property
+    def title(self) -> str:
+        """What a person would call it."""
+        if self.type == "self":
+            return "itself (self-distillation)"
+        if self.type == "cached":
+            return f"the cache {self.path}"
+        if self.teachers:
+            return f"a {'mixture' if self.type == 'mixture' else 'choice'} of {', '.join(self.teachers)}"
+        return str(self.model) if self.url is None else f"{self.model or 'a model'} at {self.url}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What `hpd cache` writes; training reads it through `teacher: {type: cached}`."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Folder."""
+    kind: Literal["hidden", "top_k"] = "hidden"
+    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves everything.
+    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8 (hidden only): one
+    scale per position."""
+    top_k: int | None = None
+    """Tokens per position, required by kind top_k."""
+    shard_bytes: int = 256 * 2**20
+    """Size of a file; also what is lost at most when writing is killed."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "top_k") != (self.top_k is not None) or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there")
+        if self.kind == "top_k" and self.dtype == "int8":
+            raise ValueError("cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k")
+        if self.shard_bytes < 1:
+            raise ValueError("cache.shard_bytes must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,16 +281,6 @@ class GenerateConfig:
     """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
 
 
-def _model_shorthand(value: Any) -> Any:
-    return {"model": value} if isinstance(value, str) else value
-
-
-def _teacher_shorthand(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
-    return value
-
-
 def _strategy_shorthand(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
@@ -273,6 +323,8 @@ class Recipe:
     """What `hpd generate` writes; null: its defaults."""
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
+    cache: CacheConfig | None = None
+    """What `hpd cache` writes of this recipe."""
 
     def choose_terms(self):
         """The terms of the loss, as configured; checked."""
@@ -310,6 +362,8 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    if recipe.teacher.type == "cached" and recipe.teacher.path is None and recipe.cache is not None:
+        recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, path=recipe.cache.path))
     _cross_check(recipe)
     return recipe
 
@@ -375,7 +429,7 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
         "eval": EvalConfig, "terms": TermConfig, "replay": ReplayConfig, "prefixes": Prefixes, "rollouts": RolloutConfig,
         "strategy": StrategyConfig, "guards": GuardsConfig, "dpo": DpoStageConfig, "stages": StageConfig,
-        "generate": GenerateConfig,
+        "generate": GenerateConfig, "cache": CacheConfig,
     }  # fmt: skip
     if "guards" in location and location[-1] != "guards":
         return [f.name for f in dataclasses.fields(Thresholds)]
@@ -386,19 +440,15 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
 def _cross_check(recipe: Recipe) -> None:
     """Choices that cannot go together, found before anything is loaded."""
     recipe.choose_terms()
-    recipe.choose_regime()
+    regime = recipe.choose_regime()
     if recipe.stages:
         from hpd.stages import stage_recipes
 
         stage_recipes(recipe)
-    teacher, data = recipe.teacher, recipe.data
-    check_served(teacher)
-    if teacher.type == "model" and not teacher.model:
-        raise ValueError("teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
-    if teacher.type == "self" and (teacher.model or teacher.quantization):
-        raise ValueError("teacher: self is the student itself: remove teacher.model and teacher.quantization.")
-    if recipe.student.init == "random" and teacher.type == "self":
-        raise ValueError("teacher: self would distil from random weights: give a teacher model, or init: pretrained.")
+    data = recipe.data
+    check_teacher(recipe.teacher, recipe)
+    if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
+        check_answers_anything(recipe.teacher)
     if data.streaming and isinstance(data.validation, float):
         raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
     if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:

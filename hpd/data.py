@@ -52,14 +52,20 @@ class Lengths(NamedTuple):
     """Share of rows left without any label by it."""
     ends_with_eos: float
     """Share of uncut rows whose last label is an end-of-sequence token."""
+    label_share: float
+    """Labels among all tokens, after max_length."""
 
 
 class _Unusable(ValueError):
     """A path that no reader needs to try."""
 
 
-def load_rows(config: DataConfig) -> Rows:
+def load_rows(config: DataConfig, column: str | None = None) -> Rows:
     """Read the dataset and bring it into a TRL format.
+
+    Args:
+        config: where it is and what its columns mean.
+        column: one more column that rows keep (it names their teacher).
 
     Raises:
         FileNotFoundError: no such file.
@@ -74,7 +80,7 @@ def load_rows(config: DataConfig) -> Rows:
         validation = _read(other, config, "train" if is_file else config.validation, limit=False)
     if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
-    train, validation = (None if rows is None else _shape(rows, config) for rows in (train, validation))
+    train, validation = (None if rows is None else _shape(rows, config, column) for rows in (train, validation))
     assert train is not None
     if isinstance(config.validation, float):
         assert isinstance(train, Dataset)
@@ -193,13 +199,17 @@ def _loader(path: Path) -> str | None:
     return _LOADERS.get(suffixes[-1]) if suffixes else None
 
 
-def _shape(rows: Any, config: DataConfig) -> Any:
+def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
     """Rename, wrap into messages, and refuse rows that TRL would fail on later."""
     found = list(next(iter(rows)).keys())
     for wanted, given in config.columns.items():
         if given not in found:
             raise ValueError(f"data.columns maps {wanted} to {given!r}, which the dataset does not have: {', '.join(found)}.")
     keep = ("messages", "prompt", "completion", "text", "input_ids", "labels", "tools", "chat_template_kwargs")
+    if column is not None:
+        if column not in found:
+            raise ValueError(f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}.")
+        keep += (column,)
     renamed = {given: wanted for wanted, given in config.columns.items()}
     available = [renamed.get(name, name) for name in found]
     if {"prompt", "chosen"} <= set(available) and not {"completion", "messages", "text", "input_ids"} & set(available):
@@ -274,6 +284,7 @@ def measure(
     return Lengths(
         len(sizes), {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)}, float(left.mean()),
         float((sizes > (max_length or np.inf)).mean()), float((left == 0).mean()), float(np.mean(finished or [0.0])),
+        float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
     )  # fmt: skip
 
 

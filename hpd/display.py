@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,10 +24,12 @@ from transformers import TrainerCallback
 from hpd.config import Recipe
 from hpd.methods import METHODS, name_terms
 from hpd.pairing import Verdict
+from hpd.teachers.cache_writer import CacheProgress, write_cache
 from hpd.train import Progress as TrainProgress
 from hpd.train import train
 
 __all__ = [
+    "cache_with_display",
     "console",
     "generate_with_display",
     "progress_bar",
@@ -135,6 +139,42 @@ def progress_bar(description: str) -> Callable[[int, int], None]:
 def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     """`hpd.train.train` with bars."""
     return train(recipe, overwrite=overwrite, progress=_TerminalProgress())
+
+
+class _CacheBar(CacheProgress):
+    """Label positions done, their rate and the time left, on the main process."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._shown = int(os.environ.get("RANK", "0")) == 0
+        self._start = (0.0, 0)
+
+    def say(self, text: str) -> None:
+        console.print(escape(text), highlight=False)
+
+    def update(self, done: int, total: int) -> None:
+        if not self._shown:
+            return
+        if self._bar is None:
+            self._bar = _bar(TextColumn("{task.fields[rate]}"))
+            self._bar.add_task("label positions", total=total, completed=done, rate="")
+            self._bar.start()
+            self._start = (time.perf_counter(), done)
+        rate = (done - self._start[1]) / max(time.perf_counter() - self._start[0], 1e-9)
+        self._bar.update(self._bar.tasks[0].id, completed=done, rate=f"{rate:,.0f}/s")
+        if done >= total:
+            self._bar.stop()
+
+
+def cache_with_display(recipe: Recipe, overwrite: bool = False) -> None:
+    """`hpd cache`: the bar, and what was written."""
+    started, bar = time.perf_counter(), _CacheBar()
+    summary = write_cache(recipe, overwrite=overwrite, progress=bar)
+    seconds = time.perf_counter() - started
+    if int(os.environ.get("RANK", "0")) == 0:
+        what = f"{summary.written:,} positions written" if summary.written else "complete and verified, nothing to write"
+        console.print(f"{summary.path}: {what} in {seconds:.0f} s", highlight=False)
+        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
 
 
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:

@@ -216,6 +216,8 @@ def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
         # Prompts are sent as token ids: what the server's own template or BOS rule would add is under our control.
         source = ModelConfig(model=recipe.student.model, tokenizer=teacher.tokenizer or recipe.student.tokenizer)
         return str(teacher.model), _ServerWriter(teacher, load_tokenizer(source, "teacher"), config)
+    if config.model is None and teacher.type not in ("model", "self"):
+        raise ValueError(f"A teacher of type {teacher.type} writes nothing: name the writer in generate.model.")
     source: ModelConfig | TeacherConfig = teacher if teacher.type == "model" else recipe.student
     if config.model is not None:
         source = ModelConfig(model=config.model, dtype="auto")

@@ -32,7 +32,7 @@ def common_vocab(student: Any, teacher: Any, policy: str) -> int:
     """Number of leading tokens that both heads have.
 
     Args:
-        student: a model or its configuration.
+        student: a model, its configuration, or the number of its tokens.
         teacher: the same.
         policy: `error` refuses unequal sizes; `shared_prefix` cuts both heads to the shorter one.
 
@@ -41,7 +41,9 @@ def common_vocab(student: Any, teacher: Any, policy: str) -> int:
     """
     if policy not in POLICIES:
         raise ValueError(f"vocabulary must be one of {', '.join(POLICIES)}, got {policy!r}.")
-    ours, theirs = (getattr(m, "config", m).get_text_config().vocab_size for m in (student, teacher))
+    ours, theirs = (
+        m if isinstance(m, int) else getattr(m, "config", m).get_text_config().vocab_size for m in (student, teacher)
+    )
     if ours != theirs and policy == "error":
         raise ValueError(
             f"The student's head has {ours} tokens and the teacher's {theirs}. If the tokenizers agree on the first "

@@ -105,7 +105,7 @@ class RunFolder:
 
     def write_card(self, summary: dict[str, Any]) -> None:
         """The model card of the trained student, with the recipe that made it."""
-        student, teacher = self.recipe.student.model, _teacher_name(self.recipe)
+        student, teacher = self.recipe.student.model, self.recipe.teacher.title
         method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
         rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str)))
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
@@ -116,10 +116,6 @@ class RunFolder:
             f"| measure | value |\n|---|---|\n{rows}\n\n```yaml\n{recipe}```\n"
         )
         (self.path / "README.md").write_text(text, encoding="utf-8")
-
-
-def _teacher_name(recipe: Recipe) -> str:
-    return recipe.teacher.model or recipe.teacher.url or "itself (self-distillation)"
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

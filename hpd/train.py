@@ -24,8 +24,9 @@ from hpd.data import Lengths, Rows, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher, TeacherUnavailable
+from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.server import ServedTeacher
+from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
 __all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "open_together", "plan", "quiet_libraries", "steps_of", "train"]
@@ -42,7 +43,8 @@ class Plan(NamedTuple):
     args: DistillConfig
     tokenizer: PreTrainedTokenizerBase
     student_config: Any
-    teacher_config: Any
+    teacher_configs: Mapping[str, Any]
+    """Of each teacher, by its role in messages."""
     rows: Rows
     lengths: Lengths
     verdicts: tuple[Verdict, ...]
@@ -69,30 +71,39 @@ def plan(recipe: Recipe) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
-    teacher_config, teacher_tokenizer = student_config, tokenizer
-    served = None
-    if recipe.teacher.type == "model":
-        teacher_config = load_config(recipe.teacher, "teacher")
-        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher")
-    elif recipe.teacher.type == "server":
-        served = _connect(recipe, args, student_config, tokenizer)
-        teacher_config = served.config
-        teacher_tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
-    rows = load_rows(recipe.data)
-    if teacher_tokenizer is None:
-        assert served is not None
-        verdicts = served.verdicts()
-    else:
-        verdicts = check_pair(
-            tokenizer, teacher_tokenizer, student_config, teacher_config,
-            policy=args.vocabulary, conversational=rows.conversational,
-        )  # fmt: skip
-    if any(v.level == "error" and v.topic == "chat template" for v in verdicts):
-        raise ValueError(next(v.text for v in verdicts if v.topic == "chat template"))
+    check_caches(recipe.teacher, tokenizer, args)
+    served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
+    teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
+    rows = load_rows(recipe.data, recipe.teacher.column)
+    verdicts = []
+    for role, config in teacher_configs.items():
+        theirs = teacher_tokenizers[role]
+        if theirs is None:
+            assert served is not None
+            found = served.verdicts()
+        else:
+            found = check_pair(
+                tokenizer, theirs, student_config, config, policy=args.vocabulary, conversational=rows.conversational
+            )
+        several = len(teacher_configs) > 1
+        verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
+    for verdict in verdicts:
+        if verdict.level == "error" and verdict.topic.startswith("chat template"):
+            raise ValueError(verdict.text)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_config, rows, lengths, tuple(verdicts), evals, served)
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has (None)."""
+    if served is not None:
+        tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        return {"teacher": served.config}, {"teacher": tokenizer}
+    sources = described_by(recipe)
+    configs = {role: load_config(source, role) for role, source in sources.items()}
+    return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
 
 
 def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
@@ -206,10 +217,10 @@ def open_together(folder: RunFolder, args: Any) -> None:
 
 def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
     recipe = planned.recipe
-    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.model or recipe.teacher.url or 'self'}")
+    progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    teacher = planned.served or _load_teacher(recipe)
+    teacher = planned.served or load_teacher(recipe.teacher)
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
@@ -290,12 +301,6 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
     """The recipe's adapter as peft takes it."""
     return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
-
-
-def _load_teacher(recipe: Recipe) -> Teacher:
-    if recipe.teacher.type == "self":
-        return SelfTeacher()
-    return ModelTeacher(load_model(recipe.teacher, "teacher"))
 
 
 def _eval_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -35,7 +36,15 @@ from hpd.regime import choose_regime
 from hpd.scheduled import ScheduledTerms, adaptive_positions
 from hpd.schedules import SkewPosition
 from hpd.step import StepState
-from hpd.teachers import ModelTeacher, RemoteTeacher, SelfTeacher, Teacher, TeacherUnavailable
+from hpd.teachers import (
+    ModelTeacher,
+    RemoteTeacher,
+    RoutedScores,
+    SelfTeacher,
+    Teacher,
+    TeacherUnavailable,
+    vocab_of,
+)
 from hpd.terms import Term, TermConfig
 
 __all__ = ["DistillConfig", "DistillTrainer"]
@@ -77,6 +86,11 @@ class DistillConfig(SFTConfig):
             raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
         if (self.chunk_bytes is not None and self.chunk_bytes <= 0) or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "activation_offloading moves activations from an accelerator to the CPU's memory, and there is none here: "
+                "remove it (gradient_checkpointing saves memory everywhere)."
+            )
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -145,8 +159,8 @@ class DistillTrainer(SFTTrainer):
         # Whatever the model's own loss is, ours shifts labels and needs the label count of the accumulated batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.teacher = _as_teacher(teacher, args)
-        known = getattr(self.teacher, "model", None) or getattr(self.teacher, "config", None)
-        vocab = common_vocab(self._base_model, known, args.vocabulary) if known is not None else None
+        theirs = vocab_of(self.teacher)
+        vocab = common_vocab(self._base_model, theirs, args.vocabulary) if theirs is not None else None
         self.teacher.prepare(self.model, self.accelerator)
         self.stop_reason: str | None = None
         self._failure: str | None = None
@@ -156,11 +170,22 @@ class DistillTrainer(SFTTrainer):
         early = isinstance(self.teacher, RemoteTeacher) and args.dataloader_num_workers == 0
         early = early and not self.regime.prefixes.on_policy  # rows that are not trained on need no answer
         self.data_collator = DistillCollator(self.data_collator, vocab, self.teacher.request if early else None)  # type: ignore[union-attr]
+        self._introduce_rows()
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
             self.add_callback(ScheduledTerms(self))
         self._step = StepState(self)
         self.add_callback(self._step.callback)
+
+    def _introduce_rows(self) -> None:
+        """Teachers that know rows see those of the datasets once, and read ahead for each batch from then on."""
+        teacher: Any = self.teacher
+        if hasattr(teacher, "read_rows"):
+            held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
+            known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
+            teacher.read_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
+        self.data_collator.fetch = getattr(teacher, "fetch", None)
 
     def compute_loss(
         self,
@@ -194,8 +219,10 @@ class DistillTrainer(SFTTrainer):
         return loss
 
     def _loss(
-        self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+        self, student: Scores, teacher: TeacherScores | RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
     ) -> LossOutput:
+        if isinstance(teacher, RoutedScores):
+            return self._loss_of_parts(student, teacher, batch, scale, mode, replicas)
         # Evaluation keeps its draws fixed (step -1 is no training step) and reads the dataset's rows only.
         training = mode == "train"
         terms = self.terms if training else as_evaluated(self.terms)
@@ -249,6 +276,20 @@ class DistillTrainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._step.load(checkpoint)
+
+    def _loss_of_parts(
+        self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+    ) -> LossOutput:
+        """The loss is a sum over positions, so each teacher's positions may be summed on their own."""
+        loss, stats = torch.zeros((), device=scale.device), {}
+        for positions, teacher in routed.parts:
+            part = self._loss(
+                student._replace(hidden=student.hidden[positions]), teacher, batch.at(positions), scale, mode, replicas
+            )
+            loss = loss + part.loss
+            for name, value in part.stats.items():
+                stats[name] = stats[name] + value if name in stats else value
+        return LossOutput(loss, stats)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A remote teacher that stays away ends it with a checkpoint of the steps done.

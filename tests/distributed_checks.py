@@ -111,6 +111,13 @@ def low_precision(pair: Path, output: Path) -> None:
     trained("low_precision", pair, output, bf16=True, gradient_checkpointing=True)
 
 
+def cached(pair: Path, output: Path) -> None:
+    """Every process reads its own rows from one cache; the last batch is uneven, and its filling is not in the cache."""
+    from hpd.teachers import CachedTeacher
+
+    trained("cached", pair, output, count=11, max_steps=2, teacher=CachedTeacher(pair / "cache"))
+
+
 def self_teacher(pair: Path, output: Path) -> None:
     trained("self_teacher", pair, output, teacher="self", method="forward_kl", max_steps=2)
 
@@ -270,7 +277,7 @@ def refusals(pair: Path, output: Path) -> None:
 
 CHECKS = {
     function.__name__: function
-    for function in (plain, accumulated, uneven, rollouts, low_precision, self_teacher, resumed, straight, fsdp2, fully_shard, refusals, zero2, zero3)
+    for function in (plain, accumulated, uneven, rollouts, low_precision, self_teacher, cached, resumed, straight, fsdp2, fully_shard, refusals, zero2, zero3)
 }
 
 

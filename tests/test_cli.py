@@ -72,11 +72,49 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(workspace):
     assert not (workspace / "never").exists()
 
 
+def test_cache_then_doctor_and_train_without_the_teachers_weights(workspace):
+    place = workspace / "cache"
+    done = hpd("cache", workspace / "recipe.yaml", f"cache.path={place}")
+    assert done.returncode == 0, done.stderr
+    assert "bytes each" in done.stdout
+    assert "positions written" in done.stdout
+    assert (place / "cache.json").is_file()
+    settings = [
+        workspace / "recipe.yaml",
+        f"cache.path={place}",
+        "teacher.type=cached",
+        f"output_dir={workspace / 'from-cache'}",
+    ]
+    done = hpd("train", *settings, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "equal token maps" in done.stdout
+    done = hpd("train", *settings, "eval=null")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workspace / "from-cache" / "summary.json").read_text())["steps"] == 3
+    done = hpd("cache", workspace / "recipe.yaml", f"cache.path={place}", "train.max_length=32")
+    assert done.returncode == 2
+    assert "another max_length" in done.stderr
+
+
 def test_doctor_reports_pair_lengths_and_memory(workspace):
     done = hpd("doctor", workspace / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     for word in ("vocabulary", "end of sequence", "max_length", "teacher", "activations", "total", "18 rows"):
         assert word in done.stdout, word
+
+
+def test_doctor_states_what_fits_a_budget(workspace):
+    done = hpd("doctor", workspace / "recipe.yaml", "--memory", "1GiB")
+    assert done.returncode == 0, done.stderr
+    assert "1.00 GiB: this recipe's step leaves" in done.stdout
+    assert "Largest train.per_device_train_batch_size" in done.stdout
+    assert "largest train.chunk_bytes on 4 rows" in done.stdout
+    tight = hpd("doctor", workspace / "recipe.yaml", "--memory", "1MB")
+    assert tight.returncode == 1
+    assert "more. Largest train.per_device_train_batch_size none" in tight.stdout
+    wrong = hpd("doctor", workspace / "recipe.yaml", "--memory", "much")
+    assert wrong.returncode == 2
+    assert "such as 24GiB; got 'much'" in wrong.stderr
 
 
 def test_eval_prints_accuracy_and_writes_answers(workspace):

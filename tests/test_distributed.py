@@ -16,12 +16,14 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from distributed_checks import rows as counting_rows
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe
 from hpd.engine import check_engine
 from hpd.even import FilledOrder, fill
+from hpd.teachers.cache_writer import write_cache
 from hpd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +83,16 @@ def recipe_file(folder, name, batch, **train_settings):
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def cached_recipe(folder):
+    """What `hpd cache` writes for the rows of tests/distributed_checks.py."""
+    (folder / "counting.jsonl").write_text("".join(json.dumps(row) + "\n" for row in counting_rows(11)))
+    return {
+        "student": str(folder / "pair/student"), "teacher": str(folder / "pair/teacher"),
+        "data": {"path": str(folder / "counting.jsonl")}, "train": {"max_length": 64, "use_cpu": True},
+        "cache": {"path": str(folder / "pair/cache"), "dtype": "float32"}, "output_dir": str(folder / "unused"),
+    }  # fmt: skip
 
 
 def metrics_of(run):
@@ -153,16 +165,17 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     assert torch.equal(weights_of(run), weights_of(folder / "straight"))
 
 
-DDP = ("plain", "uneven", "rollouts", "low_precision", "self_teacher", "straight")
+DDP = ("plain", "uneven", "rollouts", "low_precision", "self_teacher", "cached", "straight")
 ONE = (*DDP, "fsdp2")
 # A recipe's FSDP stays in the environment, so what asks for it comes last.
 TWO = (*DDP, "accumulated", "resumed", "refusals", "fsdp2", "fully_shard")
-FOUR = ("plain", "uneven", "rollouts", "fsdp2", "fully_shard")
+FOUR = ("plain", "uneven", "rollouts", "cached", "fsdp2", "fully_shard")
 REFERENCE = {"accumulated": "plain", "resumed": "straight"}
 
 
 @pytest.fixture(scope="module")
 def figures(folder):
+    write_cache(load_recipe(cached_recipe(folder)))
     for processes, names in ((1, ONE), (2, TWO), (4, FOUR)):
         torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", processes)
         done = launch(*torchrun, SCRIPT, folder / "pair", folder / "out", *names)

@@ -17,7 +17,7 @@ import yaml
 from tiny_models import NUM_TOKENS, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd.config import DataConfig, EvalConfig, LoraConfig, ModelConfig, Recipe, TeacherConfig, load_recipe
+from hpd.config import CacheConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, Recipe, TeacherConfig, load_recipe
 from hpd.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +152,8 @@ def test_published_batches_are_what_the_comments_say():
 HOLDERS: dict[type, set[str]] = {
     Recipe: {"recipe", "self"},
     ModelConfig: {"source", "student"},
-    TeacherConfig: {"source", "teacher"},
+    TeacherConfig: {"source", "teacher", "part"},
+    CacheConfig: {"config", "cache"},
     DataConfig: {"config", "data"},
     EvalConfig: {"config", "eval"},
 }

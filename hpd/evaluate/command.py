@@ -94,9 +94,12 @@ def evaluate_models(
     settings = {task.name: command.settings(task) for task in command.tasks}
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
+    said = set()
     for task in command.tasks:
         if isinstance(task, Notice):
-            progress.say(task.notice(settings[task.name].num_samples * len(command.models)))
+            head, _, details = task.notice(settings[task.name].num_samples * len(command.models)).partition("\n")
+            progress.say(head if not details or details in said else f"{head}\n{details}")
+            said.add(details)
     results: dict[str, dict[str, EvalResult]] = {task.name: {} for task in command.tasks}
     for model in command.models:
         engine = load_engine(command, model)

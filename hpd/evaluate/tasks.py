@@ -57,12 +57,12 @@ TASKS: dict[str, TaskEntry] = {
         "hpd.evaluate.gpqa:Gpqa", _in("gpqa", files=(*_FILES, "*.csv")), _hub("Idavidrein/gpqa", "gpqa_diamond", "train")
     ),
     "humaneval": TaskEntry("hpd.evaluate.code:human_eval", _in("humaneval"), _hub("openai/openai_humaneval")),
-    "humaneval+": TaskEntry("hpd.evaluate.code:human_eval_plus", _in("humanevalplus"), _hub("evalplus/humanevalplus")),
+    "humaneval+": TaskEntry("hpd.evaluate.code:human_eval_plus", _in("humanevalplus")),
     "mbpp": TaskEntry(
         "hpd.evaluate.code:mbpp", _in("mbpp", files=("test*.jsonl*", "sanitized*.jsonl*", "*.jsonl*")),
         _hub("google-research-datasets/mbpp", "full"),
     ),
-    "mbpp+": TaskEntry("hpd.evaluate.code:mbpp_plus", _in("mbppplus"), _hub("evalplus/mbppplus")),
+    "mbpp+": TaskEntry("hpd.evaluate.code:mbpp_plus", _in("mbppplus")),
     "dolly": TaskEntry("hpd.evaluate.dialogue:dolly", _in("dolly")),
     "self_instruct": TaskEntry("hpd.evaluate.dialogue:self_instruct", _in("self_instruct", files=("user_oriented*",))),
     "vicuna": TaskEntry("hpd.evaluate.dialogue:vicuna", _in("vicuna", files=("minillm_valid*", "*.jsonl*"))),

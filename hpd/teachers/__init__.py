@@ -1,5 +1,18 @@
 """Where the teacher's distribution comes from."""
 
-from hpd.teachers.model import ModelTeacher, RemoteTeacher, SelfTeacher, Teacher, TeacherUnavailable
+from hpd.teachers.cached import CachedTeacher
+from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher, vocab_of
+from hpd.teachers.model import ModelTeacher, RemoteTeacher, RoutedScores, SelfTeacher, Teacher, TeacherUnavailable
 
-__all__ = ["ModelTeacher", "RemoteTeacher", "SelfTeacher", "Teacher", "TeacherUnavailable"]
+__all__ = [
+    "CachedTeacher",
+    "MixtureTeacher",
+    "ModelTeacher",
+    "RemoteTeacher",
+    "RoutedScores",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "Teacher",
+    "TeacherUnavailable",
+    "vocab_of",
+]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 
 from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
 from hpd.losses import Scores, TeacherScores
 
-__all__ = ["ModelTeacher", "RemoteTeacher", "SelfTeacher", "Teacher", "TeacherUnavailable"]
+__all__ = ["ModelTeacher", "RemoteTeacher", "RoutedScores", "SelfTeacher", "Teacher", "TeacherUnavailable"]
+
+
+class RoutedScores(NamedTuple):
+    """The answers of several teachers, each for its own positions of a batch."""
+
+    parts: tuple[tuple[Int[Tensor, "n"], TeacherScores], ...]
+    """(positions among the batch's label positions, what their teacher says of them); at least one."""
 
 
 class TeacherUnavailable(RuntimeError):
@@ -37,10 +45,12 @@ class Teacher(Protocol):
         """Place the teacher like the student; called once, before the first step."""
         ...
 
-    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
         """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no gradient.
 
-        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up.
+        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher may have two more
+        methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step, and what it returns is
+        `inputs["fetched"]` here. `read_rows(rows)` sees every (row, TokenBatch) of the datasets once, before training.
         """
         ...
 

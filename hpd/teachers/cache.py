@@ -1,0 +1,308 @@
+"""A teacher's answers on disk: what the files are, how they are checked, how positions are looked up.
+
+    cache.json              what the cache is, and size and digest of every other file; written last
+    index.safetensors       sorted keys of the label positions, the place of each, a digest per block of 64 positions
+    shard-00000.safetensors the answers, position after position
+    shard-00000.json        size, digests and blocks of that shard; written after it
+    head.safetensors        the teacher's output head (kind hidden)
+    teacher/                the teacher's configuration and tokenizer
+    plan.json               what is being written; a later `hpd cache` goes on only if it plans the same
+
+Everything that is read is checked first: cache.json by its own digest, the small files whole, shards by the blocks in use.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpd.losses import Head
+
+__all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "digest_file", "read_about", "write_atomically"]
+
+FORMAT = 1
+"""Version of the files; another one is refused."""
+BLOCK = 64
+"""Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more than the row."""
+ABOUT, PLAN, INDEX, HEAD, TEACHER = "cache.json", "plan.json", "index.safetensors", "head.safetensors", "teacher"
+
+Places = npt.NDArray[np.int64]
+
+
+class CorruptCacheError(ValueError):
+    """A file of the cache is missing, cut or changed."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file that appears under its name whole, on the disk, or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    write(draft)
+    # safetensors leaves its files to their owner alone; a cache serves a group.
+    os.chmod(draft, 0o644)
+    for place in (draft, path.parent):
+        if place == path.parent:
+            os.replace(draft, path)
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object that carries the digest of itself."""
+    text = json.dumps({**content, "checksum": _digest_json(content)}, indent=1)
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        CorruptCacheError: it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        digest = content.pop("checksum")
+    except (ValueError, KeyError, AttributeError):
+        raise CorruptCacheError(f"{path} is damaged. {_REPAIR}") from None
+    if digest != _digest_json(content):
+        raise CorruptCacheError(f"{path} is damaged: its content does not have its digest. {_REPAIR}")
+    return content
+
+
+_REPAIR = "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the rest anew."
+
+
+def _digest_json(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def digest_file(path: Path, size: int = -1) -> str:
+    """Digest of a file, or of its first `size` bytes; several GB/s."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        if size >= 0:
+            state.update(file.read(size))
+        else:
+            while chunk := file.read(2**24):
+                state.update(chunk)
+    return state.hexdigest()
+
+
+def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
+    """One 64-bit digest per block, over the bytes of all tensors at its positions."""
+    views = [tensors[name].flatten(1).view(torch.uint8) if tensors[name].dim() > 1 else tensors[name][:, None].view(torch.uint8)
+             for name in sorted(tensors)]  # fmt: skip
+    found = np.empty(len(blocks), dtype=np.uint64)
+    for i, block in enumerate(blocks.tolist()):
+        state = xxhash.xxh3_64()
+        for view in views:
+            data: Any = view[block * BLOCK : (block + 1) * BLOCK].numpy()
+            state.update(data)
+        found[i] = state.intdigest()
+    return found
+
+
+def save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    """Write a shard, then its description: a shard with a description is whole."""
+    path = folder / f"shard-{number:05d}.safetensors"
+    write_atomically(path, lambda draft: save_file(tensors, draft))
+    num_positions = len(next(iter(tensors.values())))
+    blocks = _block_digests(tensors, np.arange(-(-num_positions // BLOCK)))
+    with path.open("rb") as file:
+        header_bytes = 8 + int.from_bytes(file.read(8), "little")
+    about = {
+        "file": path.name, "positions": num_positions, "bytes": path.stat().st_size, "digest": digest_file(path),
+        "header_bytes": header_bytes, "header_digest": digest_file(path, header_bytes),
+        "blocks": base64.b64encode(blocks.tobytes()).decode(),
+    }  # fmt: skip
+    write_json(path.with_suffix(".json"), about)
+
+
+def describe_shard(folder: Path, number: int) -> dict[str, Any] | None:
+    """The description of a whole shard; None where it is unfinished, missing or damaged."""
+    path = folder / f"shard-{number:05d}.safetensors"
+    try:
+        about = read_json(path.with_suffix(".json"))
+        whole = path.stat().st_size == about["bytes"] and digest_file(path) == about["digest"]
+    except (OSError, CorruptCacheError):
+        return None
+    return about if whole else None
+
+
+def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Merge finished shards into the index, then write cache.json, which makes the cache complete.
+
+    Args:
+        keys: of all positions, in the order of the shards.
+        shards: their descriptions.
+        about: what else cache.json says.
+    """
+    order = np.argsort(keys, kind="stable")
+    blocks = np.frombuffer(b"".join(base64.b64decode(shard["blocks"]) for shard in shards), dtype=np.int64)
+    index = {
+        "keys": torch.from_numpy(keys[order]),
+        "places": torch.from_numpy(order),
+        "blocks": torch.from_numpy(blocks.copy()),
+    }
+    write_atomically(folder / INDEX, lambda draft: save_file(index, draft))
+    names = [INDEX, *([HEAD] if (folder / HEAD).is_file() else [])]
+    names += sorted(str(path.relative_to(folder)) for path in (folder / TEACHER).rglob("*") if path.is_file())
+    files = {name: {"bytes": (folder / name).stat().st_size, "digest": digest_file(folder / name)} for name in names}
+    listed = [{key: value for key, value in shard.items() if key != "blocks"} for shard in shards]
+    write_json(folder / ABOUT, {**about, "files": files, "shards": listed})
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What a cache is, with sizes of all files and the digests of those under teacher/ checked; reads no answers.
+
+    Raises:
+        ValueError: there is no cache, an unfinished one, or one of another format.
+        CorruptCacheError: a file is missing, cut or damaged.
+    """
+    folder = Path(path)
+    if not (folder / ABOUT).is_file():
+        if (folder / PLAN).is_file():
+            done, total = len(list(folder.glob("shard-*.json"))), read_json(folder / PLAN)["shards"]
+            raise ValueError(
+                f"The cache {folder} is unfinished ({done} of {total} shards): run hpd cache with its recipe again, it goes on "
+                "where it stopped."
+            )
+        raise ValueError(f"There is no cache at {folder}: write one with hpd cache RECIPE cache.path={folder}.")
+    about = read_json(folder / ABOUT)
+    if about["format"] != FORMAT:
+        raise ValueError(f"The cache {folder} has format {about['format']}, this version of hpd reads {FORMAT}: write it anew.")
+    for name, expected in {**about["files"], **{shard["file"]: shard for shard in about["shards"]}}.items():
+        file = folder / name
+        if not file.is_file():
+            raise CorruptCacheError(f"The cache {folder} misses {name}. {_REPAIR}")
+        if file.stat().st_size != expected["bytes"]:
+            raise CorruptCacheError(
+                f"{file} has {file.stat().st_size:,} bytes, {expected['bytes']:,} were written: it is cut or changed. {_REPAIR}"
+            )
+        if name.startswith(TEACHER):
+            _check_digest(file, expected["digest"])
+    return about
+
+
+def _check_digest(file: Path, digest: str) -> None:
+    if digest_file(file) != digest:
+        raise CorruptCacheError(f"{file} is damaged: it is not what was written. {_REPAIR}")
+
+
+class Cache:
+    """Reads a cache: opened shards stay mapped, nothing is kept in memory but the pages that the system keeps.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError, CorruptCacheError: as `read_about`; index or head are damaged.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.about = read_about(path)
+        for name, expected in self.about["files"].items():
+            _check_digest(self.path / name, expected["digest"])
+        self._map_index()
+
+    def _map_index(self) -> None:
+        index = _map_tensors(self.path / INDEX)
+        self._keys, self._places, self._blocks = (index[name].numpy() for name in ("keys", "places", "blocks"))
+        sizes = np.array([shard["positions"] for shard in self.about["shards"]])
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self._first_blocks = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
+        self._shards: dict[int, dict[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "about": self.about}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map_index()
+
+    @property
+    def head(self) -> Head:
+        """The teacher's head, mapped from its file."""
+        tensors, extras = _map_tensors(self.path / HEAD), self.about["head"]
+        return Head(tensors["weight"], tensors.get("bias"), extras["scale"], extras["softcap"])
+
+    def missing(self, keys: Places) -> npt.NDArray[np.bool_]:
+        """Which of these positions the cache does not hold."""
+        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return self._keys[at] != keys
+
+    def read(self, keys: Places) -> dict[str, Tensor]:
+        """The stored tensors at these positions, in their order.
+
+        Raises:
+            ValueError: a position is not in the cache.
+            CorruptCacheError: the shard that holds it is missing, cut or damaged.
+        """
+        absent = self.missing(keys)
+        if absent.any():
+            raise ValueError(
+                f"{int(absent.sum())} of {len(keys)} label positions are not in the cache {self.path}: it was not written for "
+                "their rows."
+            )
+        places = self._places[np.searchsorted(self._keys, keys)]
+        numbers = np.searchsorted(self._starts, places, side="right") - 1
+        found: dict[str, Tensor] = {}
+        for number in np.unique(numbers).tolist() or [0]:
+            where = np.flatnonzero(numbers == number)
+            rows = places[where] - self._starts[number]
+            tensors = self._open(number)
+            self._check_blocks(number, tensors, np.unique(rows // BLOCK))
+            for name, tensor in tensors.items():
+                out = found.setdefault(name, tensor.new_empty(len(keys), *tensor.shape[1:]))
+                out[torch.from_numpy(where)] = tensor[torch.from_numpy(rows)]
+        return found
+
+    def verify(self) -> None:
+        """Read every shard and compare all of it with what was written.
+
+        Raises:
+            CorruptCacheError: the first difference.
+        """
+        for shard in self.about["shards"]:
+            _check_digest(self.path / shard["file"], shard["digest"])
+
+    def _open(self, number: int) -> dict[str, Tensor]:
+        if number not in self._shards:
+            shard = self.about["shards"][number]
+            file = self.path / shard["file"]
+            # The header says where tensors begin and what they are: blocks cannot tell a changed one.
+            if not file.is_file() or digest_file(file, shard["header_bytes"]) != shard["header_digest"]:
+                raise CorruptCacheError(f"{file} is missing or its header is damaged. {_REPAIR}")
+            self._shards[number] = _map_tensors(file)
+        return self._shards[number]
+
+    def _check_blocks(self, number: int, tensors: Mapping[str, Tensor], blocks: Places) -> None:
+        """Every time that a block is read: a disk may lose a bit between two epochs."""
+        expected = self._blocks[self._first_blocks[number] + blocks].view(np.uint64)
+        wrong = _block_digests(tensors, blocks) != expected
+        if wrong.any():
+            first, file = int(blocks[wrong][0]) * BLOCK, self.about["shards"][number]["file"]
+            raise CorruptCacheError(f"{self.path / file} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}")
+
+
+def _map_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise CorruptCacheError(f"{path} cannot be read: {error}. {_REPAIR}") from None

@@ -1,0 +1,117 @@
+"""A teacher that was asked before: its answers come from a cache, its weights are never loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from hpd.batch import TokenBatch
+from hpd.losses import Scores, TeacherScores, TopKScores
+from hpd.teachers.cache import Cache
+
+__all__ = ["CachedTeacher", "stored_hidden"]
+
+
+class CachedTeacher:
+    """Looks the label positions of a batch up by their keys, whatever the order, packing, padding or number of processes.
+
+    Kind hidden answers with hidden states, head and log-normaliser: exact for every objective. Kind top_k answers with the k
+    likeliest tokens and the label.
+
+    Args:
+        path: the folder that `hpd cache` wrote.
+
+    Raises:
+        ValueError: no cache, an unfinished or a damaged one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.cache = Cache(path)
+        about = self.cache.about
+        self.vocab: int = about["vocab"]
+        """Tokens of the teacher's vocabulary."""
+        self._kind: str = about["kind"]
+        self._head = self.cache.head if self._kind == "hidden" else None
+        self._device = torch.device("cpu")
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker fetches and nothing else.
+        return {**self.__dict__, "_head": None, "_pool": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+        self._device = accelerator.device
+        if self._head is not None:
+            weight, bias = (None if t is None else t.to(self._device) for t in (self._head.weight, self._head.bias))
+            self._head = self._head._replace(weight=weight, bias=bias)
+
+    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], TokenBatch]]) -> None:
+        """Check that every label position of the dataset is in the cache.
+
+        Raises:
+            ValueError: how many are not, and which row is the first.
+        """
+        missing, total, first = 0, 0, None
+        for number, (_, batch) in enumerate(rows):
+            absent = int(self.cache.missing(batch.keys.numpy()).sum())
+            missing, total = missing + absent, total + len(batch.keys)
+            first = number if first is None and absent else first
+        if missing:
+            fingerprint = self.cache.about["fingerprint"]
+            raise ValueError(
+                f"{missing:,} of {total:,} label positions are not in the cache {self.cache.path} (first in row {first}), "
+                f"written for {fingerprint['data']} with max_length {fingerprint['max_length']}; another dataset, template, "
+                "tokenizer or max_length makes other rows. Train on the rows that were cached, or cache these."
+            )
+
+    def fetch(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Tensor] | Future[dict[str, Tensor]]:
+        """Read the answers for a collated batch, beside the step: in a loader's worker here and now, else in a thread.
+
+        accelerate collates one batch ahead, so a thread has a whole step to read in.
+        """
+        keys = batch.keys.cpu().numpy()
+        if get_worker_info() is not None:
+            return self.cache.read(keys)
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="hpd-cache")
+        return self._pool.submit(self._read, keys)
+
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
+        found = inputs.get("fetched")
+        if found is None:
+            found = self.cache.read(batch.keys.cpu().numpy())
+        if isinstance(found, Future):
+            found = found.result()
+        stored = {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
+        if self._kind == "top_k":
+            logprobs = stored["logprobs"].float()
+            if "tail" in stored:
+                kept = torch.log1p(-stored["tail"]) - torch.logsumexp(logprobs, -1)
+                logprobs = logprobs + kept[:, None]
+            return TopKScores(stored["tokens"].long(), logprobs, stored["label_logprobs"], self.vocab)
+        assert self._head is not None
+        return Scores(stored_hidden(stored), self._head, stored["log_z"])
+
+    def _read(self, keys: np.ndarray) -> dict[str, Tensor]:
+        found = self.cache.read(keys)
+        return {name: tensor.pin_memory() for name, tensor in found.items()} if self._device.type == "cuda" else found
+
+
+def stored_hidden(stored: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states as the cache holds them; int8 times the scale of each row."""
+    hidden = stored["hidden"]
+    return hidden.float() * stored["scale"][:, None] if "scale" in stored else hidden
