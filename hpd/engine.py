@@ -48,7 +48,9 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
     zero = accelerator.state.deepspeed_plugin if got == DistributedType.DEEPSPEED else None
     if zero is not None and zero.zero_stage == 3:
         if not zero.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError("ZeRO-3 without zero3_save_16bit_model exports no weights: set it (recipes/accelerate/zero3.yaml).")
+            raise ValueError(
+                "ZeRO-3 without zero3_save_16bit_model exports no weights: set it (recipes/accelerate/zero3.yaml)."
+            )
     if zero is not None and zero.zero_stage == 3 and recomputes:
         raise ValueError(
             "strategy: policy_gradient reads the head again in the backward pass, when ZeRO-3 has emptied it: use ZeRO-2 or FSDP2."

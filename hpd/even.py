@@ -25,11 +25,13 @@ _OF_TOKENS = ("input_ids", "labels", "completion_mask", "assistant_masks", "posi
 def fills_last_batch(args: Any, rows: Any) -> bool:
     """Whether several processes share rows whose number and order are known.
 
-    Streams and the orders by length keep accelerate's rule, which repeats rows.
+    Streams, unprepared rows and the orders by length keep accelerate's rule, which repeats rows.
     """
     return (
         args.world_size > 1
         and isinstance(rows, Dataset)
+        and "labels" in rows.column_names
+        and not args.accelerator_config.split_batches
         and not args.dataloader_drop_last
         and args.train_sampling_strategy in ("random", "sequential")
     )

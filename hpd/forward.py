@@ -75,7 +75,9 @@ def scores_of(model: nn.Module, inputs: dict[str, Any], index: Int[Tensor, "N"])
     kept: list[Scores] = []
     try:
         with torch.no_grad():
-            model(**model_inputs(inputs), label_index=index, head_function=lambda scores: kept.append(_outliving(model, scores)))
+            model(
+                **model_inputs(inputs), label_index=index, head_function=lambda scores: kept.append(_outliving(model, scores))
+            )
     finally:
         model.train(training)
         _free_gathered(model)

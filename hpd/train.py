@@ -18,6 +18,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config import Recipe, train_arguments
 from hpd.data import Lengths, Rows, load_rows, measure
@@ -29,7 +30,18 @@ from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "open_together", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = [
+    "Plan",
+    "Progress",
+    "RunStopped",
+    "evaluate_task",
+    "lora_of",
+    "open_together",
+    "plan",
+    "quiet_libraries",
+    "steps_of",
+    "train",
+]
 
 
 class RunStopped(RuntimeError):
@@ -225,7 +237,9 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
-    if resume is None and baselines:
+    if resume is None and baselines and planned.evals and is_deepspeed_zero3_enabled():
+        progress.say("ZeRO-3 loads models in pieces that run only in training: no task is done before it")
+    elif resume is None and baselines:
         summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
             summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
@@ -322,7 +336,7 @@ def evaluate_task(
     from hpd.evaluate import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+    if not together and not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
         model.to(device)
     found = {}
     for entry in planned.evals:

@@ -268,7 +268,10 @@ def plot(path: Path) -> None:
 
 def measured(found: dict) -> str:
     """Markdown tables of what scripts/scaling_measure.py found, with the arithmetic rate that the formula above implies."""
-    lines = ["| width | parameters | processes | ms/step | ms/token (all processes) | GFLOP/s a process |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| width | parameters | processes | ms/step | ms/token (all processes) | GFLOP/s a process |",
+        "|---|---|---|---|---|---|",
+    ]
     for entry in found["steps"]:
         width, tokens = entry["width"], entry["tokens"]
         setup = Setup(

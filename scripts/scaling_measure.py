@@ -1,6 +1,6 @@
 """What scripts/scaling.py --measure runs: cost per token on this machine against model size, processes and cache bandwidth.
 
-    torchrun --standalone --nproc_per_node 2 scripts/scaling_measure.py WIDTH OUTPUT.json
+torchrun --standalone --nproc_per_node 2 scripts/scaling_measure.py WIDTH OUTPUT.json
 """
 
 from __future__ import annotations

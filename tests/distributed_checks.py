@@ -277,7 +277,22 @@ def refusals(pair: Path, output: Path) -> None:
 
 CHECKS = {
     function.__name__: function
-    for function in (plain, accumulated, uneven, rollouts, low_precision, self_teacher, cached, resumed, straight, fsdp2, fully_shard, refusals, zero2, zero3)
+    for function in (
+        plain,
+        accumulated,
+        uneven,
+        rollouts,
+        low_precision,
+        self_teacher,
+        cached,
+        resumed,
+        straight,
+        fsdp2,
+        fully_shard,
+        refusals,
+        zero2,
+        zero3,
+    )
 }
 
 

@@ -267,7 +267,10 @@ def accelerator(engine, **state):
         (accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=1)), "fsdp_version: 2"),
         (accelerator(DistributedType.MEGATRON_LM), "Megatron-LM"),
         (accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=True)), "context parallelism"),
-        (accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=True)), "sequence parallelism"),
+        (
+            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=True)),
+            "sequence parallelism",
+        ),
         (
             accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=False, tp_enabled=True)),
             "Tensor parallelism",
