@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -45,16 +46,8 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         raise ValueError("Megatron-LM computes its own loss: use FSDP2 or DeepSpeed ZeRO (recipes/accelerate/).")
     if got == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml).")
-    zero = accelerator.state.deepspeed_plugin if got == DistributedType.DEEPSPEED else None
-    if zero is not None and zero.zero_stage == 3:
-        if not zero.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError(
-                "ZeRO-3 without zero3_save_16bit_model exports no weights: set it (recipes/accelerate/zero3.yaml)."
-            )
-    if zero is not None and zero.zero_stage == 3 and recomputes:
-        raise ValueError(
-            "strategy: policy_gradient reads the head again in the backward pass, when ZeRO-3 has emptied it: use ZeRO-2 or FSDP2."
-        )
+    if got == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        _check_zero3(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"], recomputes)
     layout = accelerator.parallelism_config
     for name, flag in (("context", "cp_enabled"), ("sequence", "sp_enabled")):
         if layout is not None and getattr(layout, flag, False):
@@ -67,4 +60,14 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         raise ValueError(
             "Tensor parallelism shards a model when it is loaded, and recipes load whole models: use FSDP2 "
             "(recipes/accelerate/fsdp2.yaml), or serve a large teacher with vLLM (teacher: {type: server})."
+        )
+
+
+def _check_zero3(settings: Mapping[str, Any], recomputes: bool) -> None:
+    if not settings.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError("ZeRO-3 without zero3_save_16bit_model exports no weights: set it (recipes/accelerate/zero3.yaml).")
+    if recomputes:
+        raise ValueError(
+            "strategy: policy_gradient reads the head again in the backward pass, when ZeRO-3 has emptied it: use ZeRO-2 or "
+            "FSDP2."
         )

@@ -76,7 +76,9 @@ def scores_of(model: nn.Module, inputs: dict[str, Any], index: Int[Tensor, "N"])
     try:
         with torch.no_grad():
             model(
-                **model_inputs(inputs), label_index=index, head_function=lambda scores: kept.append(_outliving(model, scores))
+                **model_inputs(inputs),
+                label_index=index,
+                head_function=lambda scores: kept.append(_outliving(model, scores)),
             )
     finally:
         model.train(training)

@@ -14,6 +14,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -203,7 +204,8 @@ def bytes_per_gpu(setup: Setup, gpus: int) -> float:
 def table(setup: Setup, gpus: Sequence[int] = GPUS) -> str:
     """Markdown: one line per number of GPUs."""
     lines = [
-        "| GPUs | ms/step | arithmetic | communication | latency | teacher's data | rollouts | tokens/s/GPU | GB/GPU | bound by |",
+        "| GPUs | ms/step | arithmetic | communication | latency | teacher's data | rollouts | tokens/s/GPU | GB/GPU "
+        "| bound by |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for count in gpus:
@@ -294,7 +296,7 @@ def _help_texts() -> dict[str, str]:
     body = ast.parse(inspect.getsource(Setup)).body[0].body  # type: ignore[attr-defined]
     return {
         field.target.id: text.value.value  # type: ignore[union-attr]
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 

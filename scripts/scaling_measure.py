@@ -80,7 +80,7 @@ def measure_steps(width: int) -> dict[str, Any]:
 
 
 def measure_cache(width: int, folder: Path) -> dict[str, Any]:
-    """GB/s and tokens/s of reading hidden states (bfloat16) row by row in random order, from this machine's disk or page cache."""
+    """GB/s and tokens/s of reading hidden states (bfloat16) row by row in random order, from disk or page cache."""
     file = folder / "rows.bin"
     shape = (_CACHE_TOKENS // LENGTH, LENGTH * width)
     numpy.zeros(shape, dtype=numpy.uint16).tofile(file)

@@ -2,8 +2,8 @@
 
 Usage: torchrun --nproc_per_node N distributed_checks.py STUDENT_FOLDER OUTPUT NAME...
 
-Every check writes NAME-N.json from its first process: logs, the largest difference between processes' weights, and the weights of
-the trained student beside it. What a single process finds is written by the same script, started with N = 1.
+Every check writes NAME-N.json from its first process: logs, the largest difference between processes' weights, and the
+weights of the trained student beside it. What a single process finds is written by the same script, started with N = 1.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def make_trainer(pair: Path, folder: Path, count: int = 24, accumulation: int = 
     evaluation = options.pop("evaluation", 0)
     settings = {
         "max_steps": 3, "per_device_train_batch_size": GLOBAL_BATCH // accumulation // world_size(),
-        "gradient_accumulation_steps": accumulation, "gradient_checkpointing": False, "learning_rate": 1e-2, "report_to": "none",
-        "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "metric_stride": 1, "dataset_num_proc": None,
+        "gradient_accumulation_steps": accumulation, "gradient_checkpointing": False, "learning_rate": 1e-2,
+        "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "metric_stride": 1,
+        "dataset_num_proc": None,
         "max_length": 64, "use_cpu": True, "bf16": False, "per_device_eval_batch_size": 2,
     }  # fmt: skip
     load = AutoModelForCausalLM.from_pretrained
