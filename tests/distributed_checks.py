@@ -175,34 +175,6 @@ def fsdp2(pair: Path, output: Path) -> None:
     )  # fmt: skip
 
 
-def _zero(stage: int, pair: Path, output: Path) -> None:
-    """`DistillTrainer` under DeepSpeed, which runs on a CPU with DS_ACCELERATOR=cpu."""
-    options = {}
-    if world_size() > 1:
-        zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
-        deepspeed = {
-            "zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
-            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        }  # fmt: skip
-        options = {"deepspeed": deepspeed, "use_cpu": False}
-    name = f"zero{stage}"
-    trainer = make_trainer(pair, output / f"{name}-{world_size()}", evaluation=5, eval_on_start=True, **options)
-    trainer.train()
-    trainer.save_model()
-    distributed.is_initialized() and distributed.barrier()
-    saved = AutoModelForCausalLM.from_pretrained(output / f"{name}-{world_size()}")
-    weights = torch.cat([p.detach().flatten().double() for p in saved.parameters()])
-    report(name, output, weights, trainer.state.log_history, engine=trainer.accelerator.distributed_type.value)
-
-
-def zero2(pair: Path, output: Path) -> None:
-    _zero(2, pair, output)
-
-
-def zero3(pair: Path, output: Path) -> None:
-    _zero(3, pair, output)
-
-
 def fully_shard(pair: Path, output: Path) -> None:
     """torch's own `fully_shard` on student and teacher, against the same global batch in one process: tied and untied head."""
     for family in ("pair", "untied"):
@@ -291,8 +263,6 @@ CHECKS = {
         fsdp2,
         fully_shard,
         refusals,
-        zero2,
-        zero3,
     )
 }
 

@@ -76,7 +76,7 @@ def recipe_file(folder, name, batch, **train_settings):
         "train": {"num_train_epochs": 1, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 2,
                   "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-2, "max_length": 64,
                   "use_cpu": True, "bf16": False,
-                  "lr_scheduler_type": "constant", **train_settings},
+                  "lr_scheduler_type": "constant", "metric_stride": 1, **train_settings},
         "eval": {"data": str(folder / "problems.jsonl"), "max_new_tokens": 8, "every": 1},
         "output_dir": str(folder / name),
     }  # fmt: skip
