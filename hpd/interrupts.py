@@ -40,7 +40,7 @@ class Signals:
     def handle(self, number: int, frame: Any) -> None:
         """A second signal ends the program at once; checkpoints are then as after a kill."""
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # A forked helper (a loader's worker, a grader) inherits the handler. Ctrl-C reaches it too: it lives while it is needed.
+        # A forked helper (a loader's worker, a grader) inherits the handler; Ctrl-C reaches it too, and it is still needed.
         forked = os.getpid() != self._process
         if forked and number == signal.SIGINT:
             return

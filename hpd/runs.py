@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from hpd._version import __version__
 from hpd.checkpoints import newest_complete, replace_text
 from hpd.config import Recipe, resolve
+from hpd.recipe_file import read_yaml
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
 
@@ -39,12 +40,13 @@ class RunFolder:
     def __init__(self, recipe: Recipe, overwrite: bool = False):
         self.path = Path(recipe.output_dir)
         self.recipe = recipe
+        self._replaces = False
         self._check(overwrite)
 
     @property
     def checkpoint(self) -> str | None:
         """The newest complete checkpoint, to resume from."""
-        found = newest_complete(self.path)
+        found = None if self._replaces else newest_complete(self.path)
         return None if found is None else str(found)
 
     def _check(self, overwrite: bool) -> None:
@@ -55,11 +57,11 @@ class RunFolder:
         if not recipe_file.is_file():
             raise ValueError(f"{self.path} is not empty and no run of hpd: choose another output_dir.")
         if overwrite:
-            shutil.rmtree(self.path)
+            self._replaces = True
             return
-        before = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+        before = read_yaml(recipe_file)
         # Guards only watch: a run that one of them stopped may go on under others.
-        if {**before, "guards": None} != {**_comparable(self.recipe), "guards": None}:
+        if not isinstance(before, dict) or {**before, "guards": None} != {**_comparable(self.recipe), "guards": None}:
             raise ValueError(
                 f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with --overwrite."
             )
@@ -67,11 +69,16 @@ class RunFolder:
             raise ValueError(f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another output_dir.")
 
     def open(self) -> None:
-        """Write what the run is, before its first step.
+        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and not earlier.
+
+        Of several processes the main one calls this, after all have made their check.
 
         Raises:
             OSError: the folder cannot be written.
         """
+        if self._replaces:
+            shutil.rmtree(self.path)
+            self._replaces = False
         text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,6 +94,10 @@ class RunFolder:
         """What was measured before the first step, if it was measured to the end."""
         file = self.path / "baselines.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def opened_elsewhere(self) -> None:
+        """The main process has called `open`."""
+        self._replaces = False
 
     def keep_teacher(self, fingerprint: str | None) -> None:
         """Note which weights a remote teacher has, or compare them with those of the run's start.

@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.checkpoints import writing
 from hpd.config import Recipe, train_arguments
-from hpd.data import Lengths, Rows, load_rows, measure
+from hpd.data import Lengths, Rows, check_ids, load_rows, measure
 from hpd.interrupts import Interrupted, Signals
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
@@ -32,7 +35,18 @@ from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = [
+    "Plan",
+    "Progress",
+    "RunStopped",
+    "evaluate_task",
+    "lora_of",
+    "open_together",
+    "plan",
+    "quiet_libraries",
+    "steps_of",
+    "train",
+]
 
 
 class Plan(NamedTuple):
@@ -68,6 +82,7 @@ def plan(recipe: Recipe) -> Plan:
     quiet_libraries()
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
+    _check_loggers(args)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
     check_caches(recipe.teacher, tokenizer, args)
@@ -89,10 +104,20 @@ def plan(recipe: Recipe) -> Plan:
     for verdict in verdicts:
         if verdict.level == "error" and verdict.topic.startswith("chat template"):
             raise ValueError(verdict.text)
+    check_ids(rows.train, student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
     return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _check_loggers(args: DistillConfig) -> None:
+    """Unknown or missing trackers, which the Trainer would notice with all models loaded."""
+    try:
+        for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
+            make()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
 
 
 def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -181,12 +206,37 @@ def train(
         folder = RunFolder(recipe, overwrite)
         planned = plan(recipe)
         planned.require_sound()
-        folder.open()
         try:
             return _run(planned, folder, progress or Progress(), baselines, signals)
         finally:
             if planned.served is not None:
                 planned.served.close()
+
+
+def open_together(folder: RunFolder, args: Any) -> None:
+    """Open a run folder from its main process, when all processes have checked it.
+
+    Args:
+        folder: the folder, checked by its constructor.
+        args: TrainingArguments; they know the processes.
+
+    Raises:
+        ValueError: processes find different checkpoints there, since machines do not share it.
+    """
+    assert args.device is not None  # asking for it joins the processes
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        folder.open()
+    processes.wait_for_everyone()
+    folder.opened_elsewhere()
+    if processes.num_processes > 1:
+        found = gather_object([folder.checkpoint])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"Processes find different checkpoints in {folder.path}: {', '.join(sorted({str(name) for name in found}))}. "
+                "All machines must see one output_dir: put it on shared storage."
+            )
 
 
 def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, signals: Signals) -> dict[str, Any]:
@@ -195,35 +245,36 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or load_teacher(recipe.teacher)
-    if planned.served is not None:
+    # Not before the models are loaded: what cannot start leaves nothing behind.
+    open_together(folder, planned.args)
+    if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume, before = folder.checkpoint, folder.baselines()
     to_measure = resume is None and before is None
     before = before or {}
-    if to_measure and baselines:
+    if to_measure and baselines and planned.evals and is_deepspeed_zero3_enabled():
+        progress.say("ZeRO-3 loads models in pieces that run only in training: no task is done before it")
+    elif to_measure and baselines:
         before |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
             before |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
     trainer = _trainer(planned, student, teacher, folder, progress)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None and resume is None and sharded
     if to_measure:
-        if trainer.eval_dataset is not None:
-            before |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
+        if trainer.eval_dataset is not None and not sharded:
+            before |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
         if trainer.is_world_process_zero():
             folder.write_json("baselines.json", before)
     summary |= before
     before_training = time.perf_counter()
     with signals.stopping(trainer):
         trainer.train(resume_from_checkpoint=resume)
+    summary["train seconds"] = round(time.perf_counter() - before_training, 1)
     with _keeping_steps(trainer):
-        if trainer.stop_reason is not None:
-            raise Interrupted(trainer.stop_reason)
-        if trainer.eval_dataset is not None:
-            summary |= {f"{k} after": v for k, v in _eval_metrics(trainer).items()}
-        summary["train seconds"] = round(time.perf_counter() - before_training, 1)
-        with writing(folder.path):
-            trainer.save_model()
-        summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+        summary |= _finish(planned, trainer, folder, progress)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
     if trainer.stopped_by:
@@ -235,6 +286,22 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _finish(planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """What comes after the last step: evaluate the student and write it down."""
+    if trainer.stop_reason is not None:
+        raise Interrupted(trainer.stop_reason)
+    found: dict[str, Any] = {}
+    if trainer.eval_dataset is not None:
+        first = [log for log in trainer.state.log_history if log["step"] == 0 and "eval_loss" in log]
+        found |= {f"{k} before": v for log in first[:1] for k, v in _eval_metrics(log).items()}
+        found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+    with writing(folder.path):
+        trainer.save_model()
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    return found | evaluate_task(planned, student, "student after", folder, progress, together=sharded)
 
 
 @contextlib.contextmanager
@@ -278,26 +345,32 @@ def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
     return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
 
 
-def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
-    metrics = trainer.evaluate()
+def _eval_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     names = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 
-def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """The metric of each of the recipe's tasks, on the main process only."""
-    if not planned.evals or int(os.environ.get("RANK", "0")) != 0:
+def evaluate_task(
+    planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress, together: bool = False
+) -> dict[str, Any]:
+    """The metric of each of the recipe's tasks, found by the main process.
+
+    Args:
+        together: all processes generate the same answers, since a sharded model runs on all of them or not at all.
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if not planned.evals or not (is_main or together):
         return {}
     from hpd.evaluate import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+    if not together and not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
         model.to(device)
     found = {}
     for entry in planned.evals:
         result = evaluate(
             model, planned.tokenizer, entry.task, entry.settings,
-            output_dir=folder.path, name=name, progress=progress.evaluating(name),
+            output_dir=folder.path if is_main else None, name=name, progress=progress.evaluating(name),
         )  # fmt: skip
         label = entry.label if len(planned.evals) > 1 else result.metric
         found[f"{name} {label}"] = round(result.value, 4)
