@@ -47,7 +47,8 @@ def printed_table(request):
 
 def environment(**more):
     return {
-        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",         "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb", **more,
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb", **more,
     }  # fmt: skip
 
 
