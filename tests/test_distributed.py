@@ -40,9 +40,10 @@ def printed_table(request):
     yield
     if TABLE:
         write = request.config.pluginmanager.getplugin("terminalreporter").write_line
-        write("\n| check | processes | largest difference of a metric | of a weight |\n|---|---|---|---|")
-        for name, processes, metric, weight in TABLE:
-            write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            write("\n| check | processes | largest difference of a metric | of a weight |\n|---|---|---|---|")
+            for name, processes, metric, weight in TABLE:
+                write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")
 
 
 def environment(**more):
