@@ -46,9 +46,10 @@ def printed_table(request):
                 write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")
 
 
-def environment(**more):
+def environment():
     return {
-        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",         "NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb", **more,
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200",
+        "TERM": "dumb",
     }  # fmt: skip
 
 
