@@ -133,7 +133,9 @@ def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
     assert {path.name for path in two.iterdir()} == names
     assert {"recipe.yaml", "summary.json", "evals.json", "metrics.jsonl", "model.safetensors"} <= names
     evals = [json.loads((run / "evals.json").read_text()) for run in (two, one)]
-    assert [entry["value"] for entry in evals[0]] == [entry["value"] for entry in evals[1]]
+    for name in ("model", "accuracy", "mean_tokens", "num_examples"):
+        assert [entry[name] for entry in evals[0]] == [entry[name] for entry in evals[1]]
+    assert len(evals[0]) == 5
     summaries = [json.loads((run / "summary.json").read_text()) for run in (two, one)]
     assert summaries[0].keys() == summaries[1].keys()
     assert summaries[0]["steps"] == summaries[1]["steps"] == 2
