@@ -89,7 +89,10 @@ def replace_block(name: str, text: str) -> None:
 
 def stored(name: str) -> dict[str, Any]:
     """What a benchmark stored with --json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path} does not exist: measure first, with --json.")
+    return json.loads(path.read_text())
 
 
 def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) -> None:

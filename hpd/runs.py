@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hpd._version import __version__
 from hpd.config import Recipe, resolve
+from hpd.recipe_file import read_yaml
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
 
@@ -55,7 +56,7 @@ class RunFolder:
         if overwrite:
             self._replaces = True
             return
-        if yaml.safe_load(recipe_file.read_text(encoding="utf-8")) != _comparable(self.recipe):
+        if read_yaml(recipe_file) != _comparable(self.recipe):
             raise ValueError(
                 f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with --overwrite."
             )

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config import Recipe, train_arguments
-from hpd.data import Lengths, Rows, load_rows, measure
+from hpd.data import Lengths, Rows, check_ids, load_rows, measure
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
@@ -81,6 +81,7 @@ def plan(recipe: Recipe) -> Plan:
     quiet_libraries()
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
+    _check_loggers(args)
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
     check_caches(recipe.teacher, tokenizer, args)
@@ -102,10 +103,20 @@ def plan(recipe: Recipe) -> Plan:
     for verdict in verdicts:
         if verdict.level == "error" and verdict.topic.startswith("chat template"):
             raise ValueError(verdict.text)
+    check_ids(rows.train, student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
     return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _check_loggers(args: DistillConfig) -> None:
+    """Unknown or missing trackers, which the Trainer would notice with all models loaded."""
+    try:
+        for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
+            make()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
 
 
 def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,7 +204,6 @@ def train(
     folder = RunFolder(recipe, overwrite)
     planned = plan(recipe)
     planned.require_sound()
-    open_together(folder, planned.args)
     try:
         return _run(planned, folder, progress, baselines)
     finally:
@@ -233,6 +243,8 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or load_teacher(recipe.teacher)
+    # Not before the models are loaded: what cannot start leaves nothing behind.
+    open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
