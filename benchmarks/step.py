@@ -67,7 +67,7 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     count = batch["labels"][:, 1:].ne(-100).sum()
 
     fetch = getattr(trainer.data_collator, "fetch", None)
-    keys = TokenBatch(*(batch[f"label_{field}"] for field in TokenBatch._fields)) if fetch else None
+    keys = TokenBatch.pop(dict(batch)) if fetch else None
 
     def step() -> None:
         inputs = dict(batch)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from hpd.config import GenerateConfig, Recipe, TeacherConfig
 
-__all__ = ["check_answers_anything", "check_generate", "check_served", "check_teacher"]
+__all__ = ["check_answers_anything", "check_generate", "check_served", "check_teacher", "check_train_values"]
 
 _SERVER_FIELDS = ("url", "protocol", "api_key_env", "top_k", "tail", "concurrency", "timeout_seconds", "wait_seconds")
-_LOADING_FIELDS = ("quantization", "attn_implementation", "trust_remote_code")
+_LOADING_FIELDS = ("quantization", "attn_implementation", "trust_remote_code", "allow_pickle")
+# Least values of fields of `train` that their libraries take without a check, or complain about in the middle of a run.
+_AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 2,
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "logging_steps": 0, "save_steps": 0,
+    "save_total_limit": 1, "dataloader_num_workers": 0, "seed": 0,
+}  # fmt: skip
+# Fields that would do nothing: the recipe loads model and tokenizer itself.
+_ELSEWHERE = {
+    "trust_remote_code": "student.trust_remote_code (and teacher.trust_remote_code)",
+    "model_init_kwargs": "student.dtype, student.attn_implementation and student.revision",
+}
 # Fields that only some types read.
 _TEACHER_FIELDS = {
     "path": ("cached",), "teachers": ("mixture", "routed"), "weights": ("mixture",), "column": ("routed",),
@@ -132,3 +145,20 @@ def check_answers_anything(teacher: TeacherConfig) -> None:
                 f"A teacher of type {part.type} knows the dataset's rows only, and here the student writes rows: use a "
                 "live teacher or a served one, or prefixes: {dataset: 1} without a policy gradient."
             )
+
+
+def check_train_values(values: Mapping[str, Any]) -> None:
+    """Fields of `train`, of the right types, against what a run can use.
+
+    Raises:
+        ValueError: a number out of range or not finite, or a field that has its place elsewhere in the recipe.
+    """
+    for key, value in values.items():
+        if key in _ELSEWHERE and value:
+            raise ValueError(f"train.{key} has no effect: set {_ELSEWHERE[key]} instead.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"train.{key} must be finite, got {value}.")
+        if key in _AT_LEAST and value is not None and value < _AT_LEAST[key]:
+            raise ValueError(f"train.{key} must be >= {_AT_LEAST[key]}, got {value}.")
+    if values.get("max_steps", -1) <= 0 and values.get("num_train_epochs", 3.0) <= 0:
+        raise ValueError(f"train.num_train_epochs must be > 0 without train.max_steps, got {values['num_train_epochs']}.")

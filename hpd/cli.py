@@ -68,6 +68,10 @@ def _user_errors() -> Iterator[None]:
 def _complain(kind: str, text: str) -> None:
     from rich.console import Console
 
+    from hpd.secrets import redact
+
+    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a stranger's.
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split()))
     Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
 
 

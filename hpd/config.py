@@ -13,12 +13,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from hpd.checks import check_answers_anything, check_generate, check_teacher
+from hpd.checks import check_answers_anything, check_generate, check_teacher, check_train_values
 from hpd.guards import GuardsConfig, Thresholds
 from hpd.methods import choose_terms, name_terms
 from hpd.policy_gradient import StrategyConfig
 from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.recipe_file import read_yaml, shorten
 from hpd.regime import Regime, choose_regime
+from hpd.secrets import check_no_secrets, redact_tree
 from hpd.stage_config import DpoStageConfig, StageConfig
 from hpd.terms import TermConfig
 
@@ -28,7 +30,7 @@ __all__ = [
     "load_recipe", "resolve",
 ]  # fmt: skip
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -62,6 +64,8 @@ class ModelConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    allow_pickle: bool = False
+    """Take weights from a pickle (pytorch_model.bin) where there are no safetensors. Off unless you trust who wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,8 @@ class TeacherConfig:
     """sdpa, flash_attention_2, ...; null: what transformers chooses."""
     trust_remote_code: bool = False
     """Run code that the model's repository brings. Off unless you have read it."""
+    allow_pickle: bool = False
+    """Take weights from a pickle (pytorch_model.bin) where there are no safetensors. Off unless you trust who wrote it."""
     url: str | None = None
     """Type server: its base address, such as http://127.0.0.1:8765."""
     protocol: Literal["openai", "echo", "sglang", "hpd"] | None = None
@@ -350,7 +356,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         FileNotFoundError: no such recipe.
         ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit together.
     """
-    tree = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    tree = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
     return check_tree(tree)
@@ -362,29 +368,21 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
+    check_no_secrets(resolve(recipe, redacted=False))
     if recipe.teacher.type == "cached" and recipe.teacher.path is None and recipe.cache is not None:
         recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, path=recipe.cache.path))
     _cross_check(recipe)
     return recipe
 
 
-def resolve(recipe: Recipe) -> dict[str, Any]:
-    """The recipe with every default written out, as plain data for YAML."""
-    return TypeAdapter(Recipe).dump_python(recipe, mode="json")
+def resolve(recipe: Recipe, redacted: bool = True) -> dict[str, Any]:
+    """The recipe with every default written out, as plain data for YAML.
 
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        hint = f" Recipes there: {', '.join(known)}." if known else ""
-        raise FileNotFoundError(f"No recipe at {path}.{hint}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds no mapping: a recipe starts with keys such as student, teacher, data.")
-    return tree
+    Args:
+        redacted: replace secrets, which a recipe that was built in Python may hold (`load_recipe` refuses them).
+    """
+    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return redact_tree(tree) if redacted else tree
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -403,8 +401,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node = node[parent]
     try:
         node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         node[last] = value
+    except RecursionError:
+        raise ValueError(f"The value of {key} is nested too deeply.") from None
 
 
 def _explain(error: ValidationError) -> str:
@@ -420,7 +420,7 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             lines.append(f"{path!r} is missing")
         else:
-            lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
+            lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {shorten(item['input'])}")
     return "The recipe is not valid: " + "; ".join(dict.fromkeys(lines))
 
 
@@ -446,6 +446,9 @@ def _cross_check(recipe: Recipe) -> None:
 
         stage_recipes(recipe)
     data = recipe.data
+    named = {"student.model": recipe.student.model, "data.path": data.path, "output_dir": recipe.output_dir}
+    if empty := next((name for name, value in named.items() if not value.strip()), None):
+        raise ValueError(f"{empty} is empty: give a path, or (models and data) a Hub id.")
     check_teacher(recipe.teacher, recipe)
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         check_answers_anything(recipe.teacher)
@@ -455,6 +458,8 @@ def _cross_check(recipe: Recipe) -> None:
         raise ValueError(f"data.validation as a share must be in (0, 1), got {data.validation}.")
     if data.limit is not None and data.limit < 1:
         raise ValueError(f"data.limit must be >= 1, got {data.limit}.")
+    if recipe.lora and recipe.lora.r < 1:
+        raise ValueError(f"lora.r must be >= 1, got {recipe.lora.r}.")
     if recipe.lora and not 0.0 <= recipe.lora.lora_dropout < 1.0:
         raise ValueError(f"lora.lora_dropout must be in [0, 1), got {recipe.lora.lora_dropout}.")
     _check_evals(recipe.eval)
@@ -503,10 +508,15 @@ def train_arguments(recipe: Recipe, **forced: Any) -> Any:
         try:
             values[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"train.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+            raise ValueError(f"train.{key}: {error.errors()[0]['msg']}, got {shorten(value)}") from None
+    check_train_values(values)
     if recipe.data.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("data.streaming needs train.max_steps: a stream has no known length.")
     values.setdefault("max_length", 1024)
     values["assistant_only_loss"] = recipe.data.labels == "assistant"
     values["completion_only_loss"] = None if recipe.data.labels != "all" else False
-    return DistillConfig(output_dir=recipe.output_dir, **{**values, **forced})
+    try:
+        return DistillConfig(output_dir=recipe.output_dir, **{**values, **forced})
+    except (TypeError, ValueError, ImportError, NotImplementedError, RuntimeError) as error:
+        # transformers, TRL and accelerate check the fields against each other and the machine, each with its own error.
+        raise ValueError(f"train: {' '.join(str(error).split())}") from None

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import jinja2
 import numpy as np
-from datasets import Dataset, IterableDataset, load_dataset
+import pandas
+import pyarrow.compute
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template
 from trl.data_utils import is_conversational
 
 from hpd.batch import IGNORE_INDEX
 from hpd.config import DataConfig
+from hpd.row_checks import check_columns, check_row, check_types, why_unreadable
 
-__all__ = ["Lengths", "PromptRow", "Rows", "load_preferences", "load_prompts", "load_rows", "measure"]
+__all__ = ["Lengths", "PromptRow", "Rows", "check_ids", "load_preferences", "load_prompts", "load_rows", "measure"]
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _MEASURED_ROWS = 256
@@ -80,7 +85,12 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
         validation = _read(other, config, "train" if is_file else config.validation, limit=False)
     if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
-    train, validation = (None if rows is None else _shape(rows, config, column) for rows in (train, validation))
+    try:
+        train, validation = (None if rows is None else _shape(rows, config, column) for rows in (train, validation))
+    except UnicodeDecodeError as error:
+        # JSON is taken apart without a look at its text, which fails where a row is read.
+        local = _local(config.path)
+        raise ValueError(f"The dataset {config.path} cannot be read: {_why(local, error)}") from None
     assert train is not None
     if isinstance(config.validation, float):
         assert isinstance(train, Dataset)
@@ -89,6 +99,26 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
         parts = train.train_test_split(test_size=config.validation, seed=0)
         train, validation = parts["train"], parts["test"]
     return Rows(train, validation, is_conversational(dict(next(iter(train)))))
+
+
+def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
+    """For rows that are token ids already: are they of this vocabulary?
+
+    Raises:
+        ValueError: an id that the student has no row for, with the number of the first such row.
+    """
+    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
+        return
+    tokens = rows.data.column("input_ids").combine_chunks().flatten()
+    greatest = pyarrow.compute.max(tokens).as_py()  # type: ignore[attr-defined]
+    if greatest is None or greatest < vocab_size:
+        return
+    for index, ids in enumerate(rows["input_ids"]):
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"Row {index} has the token {max(ids)} among its input_ids, and the student's head has {vocab_size} tokens: "
+                "the rows were tokenised for another model."
+            )
 
 
 def load_preferences(config: DataConfig) -> Dataset:
@@ -135,6 +165,7 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
 def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, reference: str | None) -> PromptRow:
     prompt: Any
     answer: Any
+    check_types({name: row[name] for name in ("prompt", "messages") if row.get(name) is not None}, index)
     if row.get("messages"):
         last = row["messages"][-1]
         answered = last["role"] == "assistant"
@@ -156,22 +187,41 @@ def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, referenc
 
 def _read(path: str, config: DataConfig, split: str | None = None, limit: bool = True) -> Any:
     split = split or config.split
+    local = None
+    # Its log of a parser's error would come before ours, which says more.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         local = _local(path)
-        rows = (
-            load_dataset(local[0], data_files=local[1], split=split, streaming=config.streaming)
-            if local
-            else load_dataset(path, config.name, split=split, streaming=config.streaming)
-        )
+        if local is None:
+            rows = load_dataset(path, config.name, split=split, streaming=config.streaming)
+        else:
+            # Cells of a CSV file are text: guessed types would make numbers of answers and null of "NA".
+            cells: dict[str, Any] = _text_cells(local[1][0]) if local[0] == "csv" else {}
+            rows = load_dataset(local[0], data_files=local[1], split=split, streaming=config.streaming, **cells)
+        if isinstance(rows, Dataset) and len(rows):
+            rows[0]  # text that is no UTF-8 is noticed where a row is read
     except _Unusable as error:
         raise ValueError(str(error)) from None
     except FileNotFoundError:
         raise
     except Exception as error:
         # datasets wraps parser errors of five libraries; whatever it was, this dataset cannot be read.
-        cause = error.__cause__ or error
-        raise ValueError(f"The dataset {path} cannot be read: {' '.join(str(cause).split())[:300]}") from None
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"The dataset {path} (split {split}) has no rows.") from None
+        raise ValueError(f"The dataset {path} cannot be read: {_why(local, error)}") from None
     return rows.take(config.limit) if limit and config.limit else rows
+
+
+def _text_cells(file: str) -> dict[str, Any]:
+    columns = pandas.read_csv(file, nrows=0).columns
+    return {"features": Features({str(name): Value("string") for name in columns}), "keep_default_na": False}
+
+
+def _why(local: tuple[str, list[str]] | None, error: Exception) -> str:
+    if local is None:
+        return " ".join(str(error.__cause__ or error).split())[:300]
+    reasons = {file: why_unreadable(Path(file), local[0], error) for file in local[1]}
+    return next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{Path(f).name}: {r}" for f, r in reasons.items())
 
 
 def _local(path: str) -> tuple[str, list[str]] | None:
@@ -181,6 +231,8 @@ def _local(path: str) -> tuple[str, list[str]] | None:
         files = sorted(p for p in place.iterdir() if _loader(p))
         if not files:
             raise _Unusable(f"The folder {path} holds no .jsonl, .json, .csv or .parquet file.")
+        if len({_loader(p) for p in files}) > 1:
+            raise _Unusable(f"The folder {path} holds files of several formats ({files[0].name}, ...): give one of them.")
         return str(_loader(files[0])), [str(p) for p in files]
     if place.is_file():
         loader = _loader(place)
@@ -202,6 +254,7 @@ def _loader(path: Path) -> str | None:
 def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
     """Rename, wrap into messages, and refuse rows that TRL would fail on later."""
     found = list(next(iter(rows)).keys())
+    check_columns(found)
     for wanted, given in config.columns.items():
         if given not in found:
             raise ValueError(f"data.columns maps {wanted} to {given!r}, which the dataset does not have: {', '.join(found)}.")
@@ -234,6 +287,7 @@ def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
 def _convert(row: Mapping[str, Any], index: int, config: DataConfig, renamed: Mapping[str, str], keep: tuple[str, ...]) -> Any:
     out = {renamed.get(name, name): value for name, value in row.items() if renamed.get(name, name) in keep}
     if "input_ids" in out:
+        check_row(out, index, config.labels)
         return out
     if "prompt" in out and "completion" in out:
         out.pop("text", None)
@@ -242,21 +296,14 @@ def _convert(row: Mapping[str, Any], index: int, config: DataConfig, renamed: Ma
             out["prompt"] = [{"role": "user", "content": out["prompt"]}]
             out["completion"] = [{"role": "assistant", "content": out["completion"]}]
     elif "messages" in out and config.labels == "last_turn":
+        check_types(out, index)
         messages = out.pop("messages")
         out["prompt"], out["completion"] = messages[:-1], messages[-1:]
-    _check_row(out, index)
+    check_row(out, index, config.labels)
     first = "prompt" if "prompt" in out else "messages"
     if config.system_prompt and isinstance(out.get(first), list) and out[first][0]["role"] != "system":
         out[first] = [{"role": "system", "content": config.system_prompt}, *out[first]]
     return out
-
-
-def _check_row(row: Mapping[str, Any], index: int) -> None:
-    for name in ("prompt", "completion", "messages", "text"):
-        if name in row and not row[name]:
-            raise ValueError(f"Row {index} has an empty {name}: remove the row or fill it.")
-    if "completion" in row and isinstance(row["completion"], list) and row["completion"][-1]["role"] != "assistant":
-        raise ValueError(f"Row {index} ends with a {row['completion'][-1]['role']} message: there is no answer to learn.")
 
 
 def measure(
@@ -268,8 +315,11 @@ def measure(
         ValueError: not a single label is left in the measured rows.
     """
     lengths, kept, finished = [], [], []
-    for row in rows.take(_MEASURED_ROWS):
-        ids, mask = _tokenise(dict(row), tokenizer, labels)
+    for index, row in enumerate(rows.take(_MEASURED_ROWS)):
+        try:
+            ids, mask = _tokenise(dict(row), tokenizer, labels)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"Row {index}: the student's chat template refuses it: {error}.") from None
         lengths.append(len(ids))
         kept.append(sum(mask[:max_length]))
         if max_length is None or len(ids) <= max_length:

@@ -23,7 +23,7 @@ Level = Literal["warn", "stop"]
 class Thresholds:
     """At which value of a metric something happens; null: never."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     warn: float | None = None
     """Say so, once per crossing."""
@@ -35,7 +35,7 @@ class Thresholds:
 class GuardsConfig:
     """What is watched. Metrics are those of a logging step, over all processes; nothing is synchronised for them."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     length_ratio: Thresholds = Thresholds(warn=2.0)
     """Length inflation: rollouts' mean length over that of the dataset's completions to the same prompts; above."""

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hpd.config import ModelConfig, TeacherConfig
+from hpd.weights import check_files, check_loaded
 
 __all__ = ["load_config", "load_model", "load_tokenizer"]
 
@@ -26,7 +27,7 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     """The model's configuration: the cheapest proof that the path is a causal language model.
 
     Raises:
-        ValueError: not a folder or Hub id, no model there, or not a causal language model.
+        ValueError: not a folder or Hub id, no model there, not a causal language model, or files that cannot be its weights.
     """
     path = source.model
     assert path is not None
@@ -35,14 +36,33 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     _check_folder(path, role)
     try:
         config = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the values in a config.json are anybody's, and so is what their checks raise
         raise ValueError(_explain(path, role, error)) from None
+    _check_no_foreign_kernels(config, source, role)
     if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
         raise ValueError(
             f"The {role} {path!r} is a {config.model_type} model, which is not a causal language model that transformers "
             "knows. Give a text-generation model, or set trust_remote_code if its repository brings the code."
         )
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise ValueError(
+            f"The {role} {path!r} has num_hidden_layers {config.get_text_config().num_hidden_layers}: >= 1 is needed."
+        )
+    described = isinstance(source, TeacherConfig) and source.type == "cached"  # a cache keeps no weights of its teacher
+    if not described and not (isinstance(source, ModelConfig) and source.init == "random"):
+        check_files(path, config, role, source.allow_pickle)
     return config
+
+
+def _check_no_foreign_kernels(config: Any, source: ModelConfig | TeacherConfig, role: str) -> None:
+    """A config.json may name an attention kernel on the Hub, which transformers would fetch and run."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        kernel = getattr(config, name, None)
+        if isinstance(kernel, str) and "/" in kernel and kernel != source.attn_implementation:
+            raise ValueError(
+                f"The {role} {source.model!r} asks for the kernel {kernel!r} from the Hub, which is code. Remove it from its "
+                f"config.json, or set attn_implementation: {kernel} if you trust it."
+            )
 
 
 def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrainedTokenizerBase:
@@ -56,7 +76,7 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
     _check_folder(path, f"{role} tokenizer", needs_config=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above: Rust's parser raises a bare Exception
         raise ValueError(_explain(path, f"{role} tokenizer", error)) from None
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -76,16 +96,28 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     if isinstance(source, ModelConfig) and source.init == "random":
         set_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype == "auto" else dtype).eval()
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32 if dtype == "auto" else dtype, trust_remote_code=source.trust_remote_code
+            ).eval()
+        except Exception as error:  # as below
+            raise ValueError(_explain(str(source.model), role, error)) from None
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    options["use_safetensors"] = None if source.allow_pickle else True
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
     if isinstance(source, TeacherConfig) and source.quantization is not None:
         options["quantization_config"] = _quantization(source.quantization)
     try:
-        return AutoModelForCausalLM.from_pretrained(str(source.model), dtype=dtype, **options).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # Other shapes are let through here, to be named by check_loaded.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(source.model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        model, info = loaded
+    except Exception as error:  # weights and configuration are anybody's, and so is what they make a library raise
         raise ValueError(_explain(str(source.model), role, error)) from None
+    check_loaded(model, str(source.model), role, info)
+    return model.eval()
 
 
 def _check_folder(path: str, role: str, needs_config: bool = True) -> None:
@@ -114,7 +146,12 @@ def _quantization(bits: str) -> BitsAndBytesConfig:
 
 
 def _explain(path: str, role: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+    if "trust_remote_code" in str(error):
+        return (
+            f"The {role} {path!r} brings code of its own, which is not run: use a model that transformers knows, or, if you "
+            f"have read that code, set trust_remote_code: true."
+        )
     if not Path(path).exists():
         return (
             f"The {role} {path!r} is no folder here, and cannot be had from the Hub either. Check the name (make models makes "

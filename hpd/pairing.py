@@ -65,6 +65,7 @@ def check_pair(
     """Everything that silently ruins a distillation when it is wrong."""
     verdicts = [_vocabulary(student, teacher, student_config, teacher_config, policy)]
     verdicts.append(_end_of_sequence(student, teacher, student_config))
+    verdicts += _beyond_the_head(student, student_config)
     if conversational:
         verdicts.append(_chat_template(student, teacher))
     if student.pad_token_id is None:
@@ -98,6 +99,27 @@ def _vocabulary(student: Any, teacher: Any, student_config: Any, teacher_config:
     return Verdict("warning" if beyond else "ok", "vocabulary", text)
 
 
+def _beyond_the_head(student: Any, student_config: Any) -> list[Verdict]:
+    """Tokens of the tokenizer that the student has no row for: text with them fails in the middle of training."""
+    head = student_config.get_text_config().vocab_size
+    beyond = {token: i for token, i in student.get_vocab().items() if i >= head}
+    if student.eos_token_id is not None and student.eos_token_id >= head:
+        text = f"the eos_token {student.eos_token!r} is token {student.eos_token_id}, and the student's head has {head}: name "
+        return [Verdict("error", "vocabulary", text + "one of its tokens as eos_token in tokenizer_config.json.")]
+    if set(beyond) - set(student.get_added_vocab()):
+        text = (
+            f"the tokenizer has {max(beyond.values()) + 1} tokens and the student's head {head}: they are of different models."
+        )
+        return [Verdict("error", "vocabulary", text)]
+    if beyond:
+        # As Gemma's token for images in its models that read text alone.
+        text = (
+            f"{len(beyond)} added tokens ({', '.join(sorted(beyond)[:3])}) lie beyond the head of {head}: no row may have them"
+        )
+        return [Verdict("warning", "vocabulary", text)]
+    return []
+
+
 def _end_of_sequence(student: Any, teacher: Any, student_config: Any) -> Verdict:
     if student.eos_token != teacher.eos_token:
         return Verdict(
@@ -127,8 +149,16 @@ def _chat_template(student: Any, teacher: Any) -> Verdict:
         )  # fmt: skip
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        ours, theirs = (tok.apply_chat_template(messages, tokenize=False) for tok in (student, teacher))
-    except Exception:  # a template is a program of its author's: whatever it raises, it does not render this
+        ours = student.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program of its author's: whatever it raises, it does not render this
+        return Verdict(
+            "error", "chat template",
+            f"the student's chat template cannot render a plain conversation ({type(error).__name__}: {error}): correct it, or "
+            "set train.chat_template_path.",
+        )  # fmt: skip
+    try:
+        theirs = teacher.apply_chat_template(messages, tokenize=False)
+    except Exception:  # as above
         return Verdict("warning", "chat template", "the teacher has no template that renders a plain conversation")
     if ours != theirs:
         return Verdict(

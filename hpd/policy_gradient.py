@@ -45,7 +45,7 @@ __all__ = ["StrategyConfig", "as_strategy", "clipped_surrogate", "discounted_ret
 class StrategyConfig:
     """Optimisation strategy; the fields below type are those of policy_gradient."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     type: Literal["direct", "policy_gradient"] = "direct"
     """direct: weights times log-likelihood. policy_gradient: weights as advantages of PPO's clipped ratio."""

@@ -20,7 +20,7 @@ class Prefixes:
     0.25
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     dataset: Scalar | None = None
     """Share of rows whose text is the dataset's, in [0, 1]; null: what student leaves."""
@@ -96,7 +96,7 @@ class ReplayConfig:
         Ko et al., DistiLLM, 2024, arXiv 2402.03898, section 3.2 (off-policy use of student-generated text).
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     capacity: int = 1000
     """Rollouts kept on each process; the oldest leave first."""
@@ -125,7 +125,7 @@ class ReplayConfig:
 class RolloutConfig:
     """How the student writes."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: the student's own generate, on any device. vllm: vLLM through TRL (extra `vllm`, needs a GPU)."""

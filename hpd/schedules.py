@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 __all__ = ["Schedule", "SkewPosition", "TaidPosition", "ValidationRamp", "as_schedule", "value_at"]
 
@@ -22,7 +22,7 @@ class Schedule:
     0.5
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     schedule: Literal["constant", "linear", "cosine", "step", "adaptive", "skew"]
     """Shape of the curve."""
@@ -53,8 +53,26 @@ class Schedule:
 def as_schedule(value: Any) -> Schedule | None:
     """`value` as a schedule, if it is one; a mapping with a `schedule` key is."""
     if isinstance(value, Mapping) and "schedule" in value:
-        return Schedule(**value)
+        return _checked(value)
     return value if isinstance(value, Schedule) else None
+
+
+def _checked(tree: Mapping[str, Any]) -> Schedule:
+    """A schedule from plain data; where it stands (kwargs), pydantic has not seen it."""
+    shapes = get_args(get_type_hints(Schedule)["schedule"])
+    known = [f.name for f in fields(Schedule)]
+    numbers = {key: value for key, value in tree.items() if key != "schedule"}
+    wrong = [k for k, v in numbers.items() if isinstance(v, bool) or not (isinstance(v, (int, float)) and math.isfinite(v))]
+    if (
+        tree["schedule"] not in shapes
+        or set(tree) - set(known)
+        or "start" not in tree
+        or [k for k in wrong if tree[k] is not None]
+    ):
+        raise ValueError(
+            f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got {dict(tree)}."
+        )
+    return Schedule(**tree)
 
 
 def value_at(value: Any, progress: float) -> Any:

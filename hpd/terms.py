@@ -91,7 +91,7 @@ _SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
 class TermConfig:
     """One term of the loss, as a recipe writes it."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     objective: str
     """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name" of your own
@@ -240,6 +240,8 @@ def _build_objective(name: str, kwargs: Mapping[str, Any]) -> Objective:
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"{name!r} cannot be imported: write package.module:name.")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

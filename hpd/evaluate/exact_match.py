@@ -126,6 +126,10 @@ def _require_values(data: Data, rows: Sequence[Row], column: str) -> None:
             f"{data}: {len(empty)} of {len(rows)} rows have no {column!r} (the first is row {empty[0]}); "
             "fill or remove these rows, or choose another column."
         )
+    if objects := [number for number, value in enumerate(values, start=1) if isinstance(value, dict)]:
+        raise ValueError(
+            f"{data}: row {objects[0]} has an object as {column!r}; give text, a number or (prompts) a list of messages."
+        )
 
 
 def _fill_template(template: str, fields: Mapping[str, str], row: Row) -> Prompt:

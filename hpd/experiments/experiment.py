@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from hpd.recipe_file import parse_yaml, read_text
 from hpd.terms import nearest
 
 __all__ = [
@@ -145,12 +146,7 @@ def read_experiment(text: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ValueError: not YAML, unknown keys, or settings that would make the comparison unfair.
     """
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The experiment is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError("The experiment holds no mapping: it starts with keys such as name, base, axes.")
+    tree = parse_yaml(text, "The experiment", "experiment", "name, base, axes")
     for override in overrides:
         _override(tree, override)
     try:
@@ -167,10 +163,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         FileNotFoundError: no such file.
     """
-    if not path.is_file():
-        known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"No experiment at {path}." + (f" Experiments there: {', '.join(known)}." if known else ""))
-    return read_experiment(path.read_text(encoding="utf-8"), overrides)
+    return read_experiment(read_text(path, "experiment"), overrides)
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:

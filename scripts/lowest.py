@@ -1,0 +1,58 @@
+"""A part of the tests with the lowest direct dependencies that pyproject.toml allows, in an environment of their own.
+
+torch is taken from the environment that runs this: its lowest version is a download of gigabytes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = [
+    "tests/test_config.py",
+    "tests/test_data.py",
+    "tests/test_losses.py",
+    "tests/test_trainer.py",
+    "tests/test_generate.py",
+]
+_KEPT = ("torch",)
+
+
+def lowest(requirements: list[str]) -> list[str]:
+    """`name>=1.2,<2` as `name==1.2`."""
+    found: dict[str, str] = {}
+    for text in requirements:
+        match = re.fullmatch(r"([\w.\-]+)(?:\[[\w,\-]+\])?>=([\w.]+)(?:,.*)?", text.replace(" ", ""))
+        assert match, f"{text}: every dependency needs a lower bound"
+        if match[1] not in _KEPT:
+            found[match[1]] = max(found.get(match[1], ""), match[2], key=_key)
+    return [f"{name}=={version}" for name, version in found.items()]
+
+
+def _key(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def main(folder: str) -> int:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = lowest(project["dependencies"] + [r for r in project["optional-dependencies"]["dev"] if "selenium" not in r])
+    place = ROOT / folder
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    python = str(place / "bin" / "python")
+    # torch and what belongs to it come from here, behind the folder's own packages on the path.
+    site = next((place / "lib").glob("python*/site-packages"))
+    (site / "zz_torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    print("\n".join(pins), flush=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins], check=True)
+    return subprocess.run([python, "-m", "pytest", "-q", "-x", *TESTS], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Malformed input: recipes, data sets, tokenizers and checkpoints, each with the error that a user should read."""

@@ -1,0 +1,77 @@
+"""Nothing is overwritten without --overwrite: what is there is resumed, kept or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import tiny_pair
+from typer.testing import CliRunner
+
+from hpd.cli import app
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("overwrite")
+    tiny_pair("llama", folder)
+    rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": {"path": str(folder / "rows.jsonl")},
+        "train": {"max_steps": 1, "per_device_train_batch_size": 2, "max_length": 64, "gradient_checkpointing": False},
+        "generate": {"output": str(folder / "out.jsonl"), "max_new_tokens": 4, "truncated": "keep"},
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def run(*arguments) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    return done.exit_code, done.output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_train_refuses_what_is_there(place):
+    assert run("train", place / "recipe.yaml")[0] == 0
+    before = contents(place / "run")
+    for changes, message in (
+        ((), "finished"),
+        (("method=akl",), "another recipe"),
+        (("output_dir=" + str(place / "student"),), "no run"),
+    ):
+        code, text = run("train", place / "recipe.yaml", *changes)
+        assert code == 2
+        assert message in " ".join(text.split())
+        assert contents(place / "run") == before
+    # Another's folder is not deleted even with the switch.
+    student = contents(place / "student")
+    assert run("train", place / "recipe.yaml", f"output_dir={place / 'student'}", "--overwrite")[0] == 2
+    assert contents(place / "student") == student
+    assert run("train", place / "recipe.yaml", "method=akl", "--overwrite")[0] == 0
+    assert contents(place / "run") != before
+
+
+def test_generate_refuses_output_that_is_there(place):
+    assert run("generate", place / "recipe.yaml")[0] == 0
+    before = (place / "out.jsonl").read_bytes()
+    code, text = run("generate", place / "recipe.yaml", "generate.seed=5")
+    assert code == 2
+    assert "exists" in text
+    assert (place / "out.jsonl").read_bytes() == before
+    assert run("generate", place / "recipe.yaml", "generate.seed=5", "--overwrite")[0] == 0
+
+
+def test_eval_keeps_earlier_entries(place):
+    (place / "problems.jsonl").write_text('{"prompt": "add one", "answer": "two"}\n')
+    command = ["eval", place / "student", "--data", place / "problems.jsonl", "--output", place / "ev", "--max-new-tokens"]
+    assert run(*command, 4)[0] == 0
+    first = json.loads((place / "ev" / "evals.json").read_text())
+    assert run(*command, 5)[0] == 0
+    assert [entry for entry in json.loads((place / "ev" / "evals.json").read_text()) if entry in first] == first
