@@ -237,7 +237,8 @@ class Support:
             pair = _gather(teacher_logprobs, student_logprobs, tokens)
             # The label counts once: its own column among the others is emptied.
             own = labels[:, None] + 1
-            return Columns(*(side.scatter(1, own, LOGPROB_FLOOR) for side in pair), tokens, coefficients)
+            teacher, student = (side.scatter(1, own, LOGPROB_FLOOR) for side in pair)
+            return Columns(teacher, student, tokens, coefficients)
         tokens, coefficients = self.token_columns(labels, draws)
         return Columns(*_gather(teacher_logprobs, student_logprobs, tokens), tokens, coefficients)
 

@@ -272,9 +272,8 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
     before_training = time.perf_counter()
     with signals.stopping(trainer):
         trainer.train(resume_from_checkpoint=resume)
-    summary["train seconds"] = round(time.perf_counter() - before_training, 1)
     with _keeping_steps(trainer):
-        summary |= _finish(planned, trainer, folder, progress)
+        summary |= _finish(planned, trainer, folder, progress, before_training)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
     if trainer.stopped_by:
@@ -288,7 +287,9 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
     return summary
 
 
-def _finish(planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+def _finish(
+    planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress, started: float
+) -> dict[str, Any]:  # fmt: skip
     """What comes after the last step: evaluate the student and write it down."""
     if trainer.stop_reason is not None:
         raise Interrupted(trainer.stop_reason)
@@ -297,6 +298,7 @@ def _finish(planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress:
         first = [log for log in trainer.state.log_history if log["step"] == 0 and "eval_loss" in log]
         found |= {f"{k} before": v for log in first[:1] for k, v in _eval_metrics(log).items()}
         found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+    found["train seconds"] = round(time.perf_counter() - started, 1)
     with writing(folder.path):
         trainer.save_model()
     student = trainer.accelerator.unwrap_model(trainer.model)
