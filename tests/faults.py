@@ -227,7 +227,8 @@ def left_behind(run: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    files = {"weights": load_file(run / "model.safetensors"), "last weights": load_file(last / "model.safetensors")}
+    weights = "adapter_model.safetensors" if (run / "adapter_model.safetensors").is_file() else "model.safetensors"
+    files = {"weights": load_file(run / weights), "last weights": load_file(last / weights)}
     for name in ("optimizer.pt", "scheduler.pt", *(path.name for path in last.glob("rollouts-*"))):
         files[name] = torch.load(last / name, weights_only=True)
     logs = [_without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
