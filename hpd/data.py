@@ -107,7 +107,8 @@ def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return
-    greatest = pyarrow.compute.max(rows.data.column("input_ids").combine_chunks().flatten()).as_py()
+    flat = rows.data.column("input_ids").combine_chunks().flatten()
+    greatest = pyarrow.compute.min_max(flat)["max"].as_py()
     if greatest is None or greatest < vocab_size:
         return
     for index, ids in enumerate(rows["input_ids"]):
@@ -195,8 +196,8 @@ def _read(path: str, config: DataConfig, split: str | None = None, limit: bool =
             # Cells of a CSV file are text: guessed types would make numbers of answers and null of "NA".
             cells: dict[str, Any] = _text_cells(local[1][0]) if local[0] == "csv" else {}
             rows = load_dataset(local[0], data_files=local[1], split=split, streaming=config.streaming, **cells)
-        if not config.streaming and len(rows):
-            rows[0]  # text that is no UTF-8 is noticed where a row is read
+        if isinstance(rows, Dataset) and len(rows):
+            rows[:1]  # text that is no UTF-8 is noticed where a row is read
     except _Unusable as error:
         raise ValueError(str(error)) from None
     except FileNotFoundError:

@@ -110,11 +110,12 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
         options["quantization_config"] = _quantization(source.quantization)
     try:
         # Other shapes are let through here, to be named by check_loaded.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source.model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:  # weights and configuration are anybody's, and so is what they make a library raise
         raise ValueError(_explain(str(source.model), role, error)) from None
+    model, info = loaded
     check_loaded(model, str(source.model), role, info)
     return model.eval()
 
