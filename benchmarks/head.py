@@ -1,6 +1,7 @@
 """Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
 
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
+    python benchmarks/head.py --docs      # docs/performance.md's table from the stored result; measures nothing
 
 The floor is the products that no method can do without, in the same chunks: three with the student's head (logits, gradient of
 the hidden states, gradient of the head), one with the teacher's. Run it on an idle machine with OMP_WAIT_POLICY=PASSIVE.
@@ -9,11 +10,11 @@ the hidden states, gradient of the head), one with the teacher's. Run it on an i
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from timing import interleaved, machine, print_table, ratios, store_or_check
+from timing import interleaved, machine, ratios, replace_block, spread, store_or_check, stored, table
 from torch import Tensor
 
 from hpd import DistillConfig
@@ -31,7 +32,7 @@ TRL = {"TRL forward KL": 0.0, "TRL JSD 0.5": 0.5, "TRL reverse KL": 1.0}
 class Problem:
     """Random hidden states and heads of one shape."""
 
-    def __init__(self, shape: tuple[int, int, int, int], seed: int = 0):
+    def __init__(self, shape: tuple[int, int, int, int], seed: int = 0, chunk_bytes: int | None = None):
         num_tokens, student, teacher, vocab = shape
         generator = torch.Generator().manual_seed(seed)
 
@@ -43,7 +44,8 @@ class Problem:
         self.teacher_hidden, self.teacher_weight = normal(num_tokens, teacher), normal(vocab, teacher) * teacher**-0.5
         self.labels = torch.randint(vocab, (num_tokens,), generator=generator)
         self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1)
-        self.rows = chunk_rows(num_tokens, 4 * vocab, default_chunk_bytes("cpu"))
+        self.chunk_bytes = chunk_bytes or default_chunk_bytes("cpu")
+        self.rows = chunk_rows(num_tokens, 4 * vocab, self.chunk_bytes)
         self.buffers = torch.empty(2, self.rows, vocab)
 
     def floor(self) -> None:
@@ -68,7 +70,7 @@ class Problem:
             reweighted_nll(
                 Scores(self.hidden, Head(self.weight)), Scores(self.teacher_hidden, Head(self.teacher_weight)),
                 self.labels, terms, uniforms=self.uniforms, scale=1 / len(self.labels), impl=impl,
-                metric_stride=DistillConfig.metric_stride,
+                chunk_bytes=self.chunk_bytes, metric_stride=DistillConfig.metric_stride,
             ).loss.backward()  # fmt: skip
 
         return run
@@ -97,6 +99,24 @@ def measure(shape: str, methods: list[str], repeats: int, peers: bool) -> tuple[
     return ratios(seconds, "floor"), seconds
 
 
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it."""
+    place = result["machine"]
+    parts = [f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place.get('date', '')}".rstrip(", ") + "."]
+    for shape, found in result["ratios"].items():
+        num_tokens, student, teacher, vocab = SHAPES[shape]
+        seconds = result.get("seconds", {}).get(shape, {})
+        rows = [
+            [name, f"{ratio:.2f}", *(spread(seconds[name], 1e3, 0) if name in seconds else ["", ""])]
+            for name, ratio in found.items()
+        ]
+        parts.append(
+            f"Shape {shape}: {num_tokens:,} label positions, hidden size {student} (teacher {teacher}), vocabulary {vocab:,}."
+        )
+        parts.append(table(["operator", "x floor", "median ms", "range ms"], rows))
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
@@ -106,20 +126,19 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/head.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--docs", action="store_true", help="write the stored ratios into docs/performance.md, and stop")
     options = parser.parse_args()
+    if options.docs:
+        replace_block("head table", tables(stored("head")))
+        return
     torch.set_num_threads(options.threads)
-    found: dict[str, dict[str, float]] = {}
+    result: dict[str, Any] = {"machine": machine(), "ratios": {}, "seconds": {}}
     for shape in SHAPES if options.shape == "all" else [options.shape]:
-        num_tokens, student, teacher, vocab = SHAPES[shape]
-        found[shape], seconds = measure(shape, options.methods.split(","), options.repeats, not options.no_peers)
-        print(f"\nN {num_tokens}, H {student}/{teacher}, V {vocab}, {machine()}\n")
-        rows = [
-            [name, f"{ratio:.2f}", f"{statistics.median(seconds[name]) * 1e3:.0f}",
-             f"{min(seconds[name]) * 1e3:.0f}-{max(seconds[name]) * 1e3:.0f}"]
-            for name, ratio in found[shape].items()
-        ]  # fmt: skip
-        print_table(["operator", "x floor", "median ms", "range ms"], rows)
-    result = {"machine": machine(), "ratios": found, "methods": found.get("a", next(iter(found.values())))}
+        result["ratios"][shape], result["seconds"][shape] = measure(
+            shape, options.methods.split(","), options.repeats, not options.no_peers
+        )
+    print(tables(result))
+    result["methods"] = result["ratios"].get("a", next(iter(result["ratios"].values())))
     store_or_check("head", result, options.json, options.check)
 
 

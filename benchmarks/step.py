@@ -1,6 +1,7 @@
 """Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the student alone.
 
     python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check] [--memory]
+    python benchmarks/step.py --docs      # docs/performance.md's table from the stored result; measures nothing
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three quarters of them
 labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not depend on them.
@@ -9,7 +10,6 @@ labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from timing import interleaved, machine, print_table, ratios, store_or_check
+from timing import interleaved, machine, ratios, replace_block, resident_mib, spread, store_or_check, stored, table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -67,7 +67,7 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     count = batch["labels"][:, 1:].ne(-100).sum()
 
     fetch = getattr(trainer.data_collator, "fetch", None)
-    keys = TokenBatch(*(batch[f"label_{field}"] for field in TokenBatch._fields)) if fetch else None
+    keys = TokenBatch.pop(dict(batch)) if fetch else None
 
     def step() -> None:
         inputs = dict(batch)
@@ -114,16 +114,20 @@ def candidate(name: str, folder: str) -> Callable[[], None]:
     return step_of(trainer)
 
 
-def high_water_mib() -> float:
-    """Peak resident memory since this program started; getrusage's figure survives exec and would be the parent's."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def peak_mib(name: str) -> float:
     """Peak resident memory of a process that takes two such steps."""
     done = subprocess.run([sys.executable, __file__, "--peak-of", name], capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
+
+
+def tables(result: dict[str, Any]) -> str:
+    """A stored result as docs/performance.md shows it."""
+    peaks = result["peak_mib"]
+    rows = [
+        [name, f"{ratio:.2f}", *spread(result["seconds"][name]), *([f"{peaks[name]:.0f}"] if peaks else [])]
+        for name, ratio in result["ratios"]["step"].items()
+    ]
+    return table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], rows)
 
 
 def main() -> None:
@@ -136,26 +140,24 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/step.json")
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
     options = parser.parse_args()
+    if options.docs:
+        replace_block("step table", tables(stored("step")))
+        return
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.peak_of:
             step = candidate(options.peak_of, folder)
             step(), step()
-            print(high_water_mib())
+            print(resident_mib("VmHWM"))
             return
         names = ["SFTTrainer", *options.methods.split(","), *(["hpd (cached)"] if options.cached else [])]
         seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
-    found = ratios(seconds, "SFTTrainer")
-    peaks = {name: peak_mib(name) for name in names} if options.memory else {}
-    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {machine()}\n")
-    table = [
-        [name, f"{found[name]:.2f}", f"{statistics.median(seconds[name]):.2f}",
-         f"{min(seconds[name]):.2f}-{max(seconds[name]):.2f}", *([f"{peaks[name]:.0f}"] if peaks else [])]
-        for name in names
-    ]  # fmt: skip
-    print_table(["step", "x SFTTrainer", "median s", "range s", *(["peak MiB"] if peaks else [])], table)
-    result = {"machine": machine(), "ratios": {"step": found}, "seconds": seconds, "peak_mib": peaks}
+    result = {"machine": machine(), "ratios": {"step": ratios(seconds, "SFTTrainer")}, "seconds": seconds}
+    result["peak_mib"] = {name: peak_mib(name) for name in names} if options.memory else {}
+    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {result['machine']}\n")
+    print(tables(result))
     store_or_check("step", result, options.json, options.check)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
+DOCS = RESULTS.parent.parent / "docs" / "performance.md"
 # A machine that other work shares drifts by this much between runs.
 MARGIN = 0.15
 
@@ -39,6 +40,12 @@ def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, float]:
     }
 
 
+def spread(values: list[float], factor: float = 1.0, digits: int = 2) -> list[str]:
+    """Median and range, for a row of a table."""
+    low, middle, high = (factor * f(values) for f in (min, statistics.median, max))
+    return [f"{middle:.{digits}f}", f"{low:.{digits}f}-{high:.{digits}f}"]
+
+
 def machine() -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     model = platform.processor()
@@ -50,14 +57,42 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
+def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, as docs/performance.md shows it."""
-    for row in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(row) + " |")
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    print(table(header, rows))
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process; getrusage's peak survives exec and would be the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+
+def replace_block(name: str, text: str) -> None:
+    """Rewrite what stands between `<!-- name -->` and `<!-- end -->` in docs/performance.md."""
+    page = DOCS.read_text(encoding="utf-8")
+    start, found, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not found or not end:
+        sys.exit(f"{DOCS} has no block <!-- {name} --> ... <!-- end -->.")
+    DOCS.write_text(f"{start}{found}{text}\n{end}{after}", encoding="utf-8")
+
+
+def stored(name: str) -> dict[str, Any]:
+    """What a benchmark stored with --json."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path} does not exist: measure first, with --json.")
+    return json.loads(path.read_text())
 
 
 def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) -> None:
@@ -66,7 +101,7 @@ def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) 
     if store:
         path.write_text(json.dumps(result, indent=2) + "\n")
     if check:
-        known = json.loads(path.read_text())["ratios"]
+        known = stored(name)["ratios"]
         worse = [
             f"{shape} {key}: {new[key]:.2f}, stored {old[key]:.2f}"
             for shape, old in known.items()
@@ -75,4 +110,4 @@ def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) 
             if key in new and new[key] > old[key] * (1 + MARGIN)
         ]
         if worse:
-            sys.exit("slower than stored by more than 15 %: " + "; ".join(worse))
+            sys.exit("worse than stored by more than 15 %: " + "; ".join(worse))

@@ -117,13 +117,19 @@ def _dry_run(recipe: Any) -> None:
 
 
 @app.command()
-def doctor(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def doctor(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory that a step may take, such as 24GiB: shows the largest batch and chunk.")
+    ] = None,
+) -> None:
     """Show what a recipe will load, whether the pair fits, how long the rows are and the memory that a step needs."""
     with _user_errors():
         from hpd.config import load_recipe
         from hpd.doctor import diagnose
 
-        if not diagnose(load_recipe(recipe, overrides or ())):
+        if not diagnose(load_recipe(recipe, overrides or ()), memory):
             raise typer.Exit(1)
 
 

@@ -57,6 +57,8 @@ class Lengths(NamedTuple):
     """Share of rows left without any label by it."""
     ends_with_eos: float
     """Share of uncut rows whose last label is an end-of-sequence token."""
+    label_share: float
+    """Labels among all tokens, after max_length."""
 
 
 class _Unusable(ValueError):
@@ -107,8 +109,8 @@ def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names:
         return
-    flat = rows.data.column("input_ids").combine_chunks().flatten()
-    greatest = pyarrow.compute.min_max(flat)["max"].as_py()
+    tokens = rows.data.column("input_ids").combine_chunks().flatten()
+    greatest = pyarrow.compute.max(tokens).as_py()  # type: ignore[attr-defined]
     if greatest is None or greatest < vocab_size:
         return
     for index, ids in enumerate(rows["input_ids"]):
@@ -197,7 +199,7 @@ def _read(path: str, config: DataConfig, split: str | None = None, limit: bool =
             cells: dict[str, Any] = _text_cells(local[1][0]) if local[0] == "csv" else {}
             rows = load_dataset(local[0], data_files=local[1], split=split, streaming=config.streaming, **cells)
         if isinstance(rows, Dataset) and len(rows):
-            rows[:1]  # text that is no UTF-8 is noticed where a row is read
+            rows[0]  # text that is no UTF-8 is noticed where a row is read
     except _Unusable as error:
         raise ValueError(str(error)) from None
     except FileNotFoundError:
@@ -332,6 +334,7 @@ def measure(
     return Lengths(
         len(sizes), {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)}, float(left.mean()),
         float((sizes > (max_length or np.inf)).mean()), float((left == 0).mean()), float(np.mean(finished or [0.0])),
+        float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
     )  # fmt: skip
 
 

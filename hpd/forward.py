@@ -6,6 +6,7 @@ gradients go unsynchronised and sharded weights are never gathered.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hpd.losses.heads import Scores, head_of
 
@@ -54,10 +56,11 @@ def add_head_function(model: nn.Module) -> nn.Module:
             return original(*args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state.flatten(0, 1)
         # Looked up at every call: FSDP and PEFT replace the head after this patch.
-        head = head_of(self)
-        assert label_index is not None
-        assert head.weight is not None
-        return head_function(Scores(hidden.index_select(0, label_index).to(head.weight.device), head))
+        with _gathered_by_zero(self):
+            head = head_of(self)
+            assert label_index is not None
+            assert head.weight is not None
+            return head_function(Scores(hidden.index_select(0, label_index).to(head.weight.device), head))
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
     model._has_head_function = True  # type: ignore[assignment]
@@ -68,8 +71,44 @@ def scores_of(model: nn.Module, inputs: dict[str, Any], index: Int[Tensor, "N"])
     """Hidden states at `index` and the head, without gradient and with dropout off."""
     training = model.training
     model.eval()
+    # What leaves the forward through a closure is not cast to the engine's output dtype.
+    kept: list[Scores] = []
     try:
         with torch.no_grad():
-            return model(**model_inputs(inputs), label_index=index, head_function=lambda scores: scores)
+            model(
+                **model_inputs(inputs),
+                label_index=index,
+                head_function=lambda scores: kept.append(_outliving(model, scores)),
+            )
     finally:
         model.train(training)
+        _free_gathered(model)
+    return kept[0]
+
+
+def _free_gathered(model: nn.Module) -> None:
+    """FSDP2 keeps the last units gathered for the backward pass, which does not come here."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _outliving(model: nn.Module, scores: Scores) -> Scores:
+    """`scores` with a head that is still there after the forward, when an engine frees what it gathered."""
+    head = scores.head
+    gathered = isinstance(model, FSDPModule) or hasattr(head.weight, "ds_id")
+    if not gathered or head.weight is None:
+        return scores
+    bias = None if head.bias is None else head.bias.clone()
+    return scores._replace(head=head._replace(weight=head.weight.clone(), bias=bias))
+
+
+def _gathered_by_zero(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed ZeRO-3 empties parameters outside their own module's forward, and the head's is never called."""
+    parameters = list(model.get_output_embeddings().parameters()) if hasattr(model, "get_output_embeddings") else []
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)

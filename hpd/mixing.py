@@ -139,7 +139,8 @@ class PrefixMixer:
             if self.replay is not None:
                 self.replay.add((out[request.place] for request in requests), step)
         self._sums["seconds"] += time.perf_counter() - started
-        self._sums["rows"] += len(rows)
+        # Rows without a label fill the last batch of several processes.
+        self._sums["rows"] += sum(any(label != IGNORE_INDEX for label in row.labels) for row in rows)
         sizes = [len(group) for group in groups]
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
         return [out[a:b] for a, b in itertools.pairwise(bounds)]

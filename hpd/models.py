@@ -113,6 +113,7 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(source.model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+        model, info = loaded
     except Exception as error:  # weights and configuration are anybody's, and so is what they make a library raise
         raise ValueError(_explain(str(source.model), role, error)) from None
     model, info = loaded

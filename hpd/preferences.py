@@ -34,11 +34,11 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
     Raises:
         ValueError: rows without the columns that `dpo.pairs` asks for, or settings that DPOConfig does not have.
     """
-    from hpd.train import evaluate_task, lora_of, plan
+    from hpd.train import evaluate_task, lora_of, open_together, plan
 
     planned = plan(recipe)
     folder = RunFolder(recipe)
-    folder.open()
+    open_together(folder, planned.args)
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     rows = preference_rows(planned, student, dpo)

@@ -39,12 +39,13 @@ class RunFolder:
     def __init__(self, recipe: Recipe, overwrite: bool = False):
         self.path = Path(recipe.output_dir)
         self.recipe = recipe
+        self._replaces = False
         self._check(overwrite)
 
     @property
     def checkpoint(self) -> str | None:
         """The newest checkpoint, to resume from."""
-        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+        return get_last_checkpoint(str(self.path)) if self.path.is_dir() and not self._replaces else None
 
     def _check(self, overwrite: bool) -> None:
         if not self.path.is_dir() or not any(self.path.iterdir()):
@@ -53,7 +54,7 @@ class RunFolder:
         if not recipe_file.is_file():
             raise ValueError(f"{self.path} is not empty and no run of hpd: choose another output_dir.")
         if overwrite:
-            shutil.rmtree(self.path)
+            self._replaces = True
             return
         if read_yaml(recipe_file) != _comparable(self.recipe):
             raise ValueError(
@@ -63,11 +64,21 @@ class RunFolder:
             raise ValueError(f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another output_dir.")
 
     def open(self) -> None:
-        """Write what the run is, before its first step."""
+        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and not earlier.
+
+        Of several processes the main one calls this, after all have made their check.
+        """
+        if self._replaces:
+            shutil.rmtree(self.path)
+            self._replaces = False
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
         (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
         self.write_json("environment.json", environment())
+
+    def opened_elsewhere(self) -> None:
+        """The main process has called `open`."""
+        self._replaces = False
 
     def keep_teacher(self, fingerprint: str | None) -> None:
         """Note which weights a remote teacher has, or compare them with those of the run's start.

@@ -40,8 +40,8 @@ def check_no_secrets(tree: Mapping[str, Any]) -> None:
         )  # fmt: skip
         if why:
             raise ValueError(
-                f"{path} {why}, and run folders keep recipes. Remove it: the Hub reads HF_TOKEN (or `hf auth login`), "
-                "Weights & Biases WANDB_API_KEY, and servers the variable that their api_key_env or key_env names."
+                f"{path} {why}, and run folders keep recipes. Remove it: the Hub reads HF_TOKEN (or `hf auth login`), Weights "
+                "& Biases WANDB_API_KEY, and servers the variable that their api_key_env or key_env names."
             )
 
 

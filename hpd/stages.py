@@ -102,13 +102,17 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
     Raises:
         ValueError: the folder holds another run, or this one, finished.
     """
+    from accelerate import PartialState
+
+    from hpd.config import train_arguments
     from hpd.runs import RunFolder
-    from hpd.train import Progress, train
+    from hpd.train import Progress, open_together, train
 
     progress = progress or Progress()
     stages = stage_recipes(recipe)
     folder = RunFolder(recipe, overwrite)
-    folder.open()
+    open_together(folder, train_arguments(recipe))
+    processes = PartialState()
     summaries: dict[str, Any] = {}
     for stage in stages:
         finished = Path(stage.recipe.output_dir) / "summary.json"
@@ -118,7 +122,9 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
             continue
         progress.say(f"stage {stage.name}")
         for before in stages[: len(summaries)][-1:]:
-            _hand_on(before.recipe)
+            if processes.is_main_process:
+                _hand_on(before.recipe)
+            processes.wait_for_everyone()
         if stage.dpo is not None:
             from hpd.preferences import train_preferences
 
@@ -137,6 +143,6 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
         **kept, **last, "stages": summaries,
         **{key: round(sum(s.get(key, 0.0) for s in summaries.values()), 1) for key in ("seconds", "train seconds")},
     }  # fmt: skip
-    if len(summaries) == len(stages):
+    if len(summaries) == len(stages) and processes.is_main_process:
         folder.write_json("summary.json", total)
     return total

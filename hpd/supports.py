@@ -234,8 +234,12 @@ class Support:
             everything = torch.arange(student_logprobs.shape[1], device=labels.device).expand_as(student_logprobs)
             coefficients = torch.cat([torch.ones_like(student_logprobs[:, :1]), everything != tokens], dim=1)
             tokens = torch.cat([tokens, everything], dim=1)  # [N, 1 + V]
-        else:
-            tokens, coefficients = self.token_columns(labels, draws)
+            pair = _gather(teacher_logprobs, student_logprobs, tokens)
+            # The label counts once: its own column among the others is emptied.
+            own = labels[:, None] + 1
+            teacher, student = (side.scatter(1, own, LOGPROB_FLOOR) for side in pair)
+            return Columns(teacher, student, tokens, coefficients)
+        tokens, coefficients = self.token_columns(labels, draws)
         return Columns(*_gather(teacher_logprobs, student_logprobs, tokens), tokens, coefficients)
 
     def token_columns(

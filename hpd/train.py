@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config import Recipe, train_arguments
 from hpd.data import Lengths, Rows, check_ids, load_rows, measure
@@ -27,7 +30,18 @@ from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
 from hpd.trainer import DistillConfig, DistillTrainer
 
-__all__ = ["Plan", "Progress", "RunStopped", "evaluate_task", "lora_of", "plan", "quiet_libraries", "steps_of", "train"]
+__all__ = [
+    "Plan",
+    "Progress",
+    "RunStopped",
+    "evaluate_task",
+    "lora_of",
+    "open_together",
+    "plan",
+    "quiet_libraries",
+    "steps_of",
+    "train",
+]
 
 
 class RunStopped(RuntimeError):
@@ -197,30 +211,62 @@ def train(
             planned.served.close()
 
 
+def open_together(folder: RunFolder, args: Any) -> None:
+    """Open a run folder from its main process, when all processes have checked it.
+
+    Args:
+        folder: the folder, checked by its constructor.
+        args: TrainingArguments; they know the processes.
+
+    Raises:
+        ValueError: processes find different checkpoints there, since machines do not share it.
+    """
+    assert args.device is not None  # asking for it joins the processes
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        folder.open()
+    processes.wait_for_everyone()
+    folder.opened_elsewhere()
+    if processes.num_processes > 1:
+        found = gather_object([folder.checkpoint])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"Processes find different checkpoints in {folder.path}: {', '.join(sorted({str(name) for name in found}))}. "
+                "All machines must see one output_dir: put it on shared storage."
+            )
+
+
 def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or load_teacher(recipe.teacher)
-    trainer = _trainer(planned, student, teacher, folder, progress)
-    # Not before everything is loaded and fits together: what cannot start leaves nothing behind.
-    folder.open()
-    if planned.served is not None:
+    # Not before the models are loaded: what cannot start leaves nothing behind.
+    open_together(folder, planned.args)
+    if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
     resume = folder.checkpoint
-    if resume is None and baselines:
+    if resume is None and baselines and planned.evals and is_deepspeed_zero3_enabled():
+        progress.say("ZeRO-3 loads models in pieces that run only in training: no task is done before it")
+    elif resume is None and baselines:
         summary |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
             summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
-    if trainer.eval_dataset is not None and resume is None:
-        summary |= {f"{k} before": v for k, v in _eval_metrics(trainer).items()}
+    trainer = _trainer(planned, student, teacher, folder, progress)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None and resume is None and sharded
+    if trainer.eval_dataset is not None and resume is None and not sharded:
+        summary |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
     before_training = time.perf_counter()
     summary |= _train_and_evaluate(trainer, resume)
     summary["train seconds"] = round(time.perf_counter() - before_training, 1)
     trainer.save_model()
-    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    summary |= evaluate_task(planned, student, "student after", folder, progress, together=sharded)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
     if trainer.stopped_by:
@@ -239,7 +285,13 @@ def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str
     try:
         trainer.train(resume_from_checkpoint=resume)
         if trainer.stop_reason is None:
-            return {f"{k} after": v for k, v in _eval_metrics(trainer).items()} if trainer.eval_dataset is not None else {}
+            found = {}
+            if trainer.args.eval_on_start:
+                first = next(log for log in trainer.state.log_history if "eval_loss" in log)
+                found |= {f"{k} before": v for k, v in _eval_metrics(first).items()}
+            if trainer.eval_dataset is not None:
+                found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+            return found
         reason = trainer.stop_reason
     except TeacherUnavailable as error:
         trainer.save_checkpoint()  # the evaluation after the last step may be what failed
@@ -277,26 +329,32 @@ def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
     return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
 
 
-def _eval_metrics(trainer: DistillTrainer) -> dict[str, float]:
-    metrics = trainer.evaluate()
+def _eval_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     names = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 
-def evaluate_task(planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """The metric of each of the recipe's tasks, on the main process only."""
-    if not planned.evals or int(os.environ.get("RANK", "0")) != 0:
+def evaluate_task(
+    planned: Plan, model: Any, name: str, folder: RunFolder, progress: Progress, together: bool = False
+) -> dict[str, Any]:
+    """The metric of each of the recipe's tasks, found by the main process.
+
+    Args:
+        together: all processes generate the same answers, since a sharded model runs on all of them or not at all.
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if not planned.evals or not (is_main or together):
         return {}
     from hpd.evaluate import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+    if not together and not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
         model.to(device)
     found = {}
     for entry in planned.evals:
         result = evaluate(
             model, planned.tokenizer, entry.task, entry.settings,
-            output_dir=folder.path, name=name, progress=progress.evaluating(name),
+            output_dir=folder.path if is_main else None, name=name, progress=progress.evaluating(name),
         )  # fmt: skip
         label = entry.label if len(planned.evals) > 1 else result.metric
         found[f"{name} {label}"] = round(result.value, 4)

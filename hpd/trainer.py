@@ -20,7 +20,9 @@ from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.by_source import as_evaluated, label_gaps, loss_by_source, num_uniforms
+from hpd.engine import check_engine
 from hpd.estimators import ESTIMATORS
+from hpd.even import FilledOrder, fill, fills_last_batch
 from hpd.forward import add_head_function, model_inputs
 from hpd.guards import GuardsConfig, check_metrics, support_overlap
 from hpd.losses import LossOutput, Scores, TeacherScores
@@ -84,6 +86,11 @@ class DistillConfig(SFTConfig):
             raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
         if (self.chunk_bytes is not None and self.chunk_bytes <= 0) or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "activation_offloading moves activations from an accelerator to the CPU's memory, and there is none here: "
+                "remove it (gradient_checkpointing saves memory everywhere)."
+            )
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -145,6 +152,7 @@ class DistillTrainer(SFTTrainer):
         model, peft_config, hide_head = _adapt_head(model, peft_config, args)
         with hide_head:
             super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
+        check_engine(args, self.accelerator, recomputes=self.regime.strategy.type == "policy_gradient")
         student = self.accelerator.unwrap_model(self.model)
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
         add_head_function(self._base_model)
@@ -199,13 +207,16 @@ class DistillTrainer(SFTTrainer):
             # The count covers every process and DDP averages the gradients: undo that average.
             replicas = self.accelerator.num_processes // self.get_tp_size()
             scale = scale * replicas
-        output: LossOutput = model(
-            **model_inputs(inputs),
-            label_index=batch.index,
-            head_function=lambda student: self._loss(student, teacher, batch, scale, mode, replicas),
-        )
-        self._count(mode, output.stats, batch, inputs)
-        return output.loss
+        stats: dict[str, Tensor] = {}
+
+        def head_function(student: Scores) -> Tensor:
+            output = self._loss(student, teacher, batch, scale, mode, replicas)
+            stats.update(output.stats)  # as a result of the forward they would be cast to FSDP2's bfloat16, counts and all
+            return output.loss
+
+        loss = model(**model_inputs(inputs), label_index=batch.index, head_function=head_function)
+        self._count(mode, stats, batch, inputs)
+        return loss
 
     def _loss(
         self, student: Scores, teacher: TeacherScores | RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
@@ -237,6 +248,24 @@ class DistillTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return self._step.sampler(super()._get_train_sampler(rows), rows)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:  # fmt: skip
+        if fills_last_batch(self.args, dataset) and not (is_training and self.regime.repeats):
+            count, dataset = len(dataset), fill(dataset, batch_size * self.args.world_size)
+            shuffled = is_training and self.args.train_sampling_strategy == "random"
+            sampler_fn = lambda rows: FilledOrder(count, len(rows), shuffled, self.args.data_seed)  # noqa: E731
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole student, loadable by `from_pretrained` in one process, whatever engine shards it."""
+        if self.is_fsdp_enabled and not _internal_call:
+            # The Trainer writes nothing here, without a word, where checkpoints are sharded.
+            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            return
+        super().save_model(output_dir, _internal_call)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Rollouts in use are random state too: written by every process, before the checkpoint counts as complete.

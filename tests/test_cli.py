@@ -103,6 +103,20 @@ def test_doctor_reports_pair_lengths_and_memory(workspace):
         assert word in done.stdout, word
 
 
+def test_doctor_states_what_fits_a_budget(workspace):
+    done = hpd("doctor", workspace / "recipe.yaml", "--memory", "1GiB")
+    assert done.returncode == 0, done.stderr
+    assert "1.00 GiB: this recipe's step leaves" in done.stdout
+    assert "Largest train.per_device_train_batch_size" in done.stdout
+    assert "largest train.chunk_bytes on 4 rows" in done.stdout
+    tight = hpd("doctor", workspace / "recipe.yaml", "--memory", "1MB")
+    assert tight.returncode == 1
+    assert "more. Largest train.per_device_train_batch_size none" in tight.stdout
+    wrong = hpd("doctor", workspace / "recipe.yaml", "--memory", "much")
+    assert wrong.returncode == 2
+    assert "such as 24GiB; got 'much'" in wrong.stderr
+
+
 def test_eval_prints_accuracy_and_writes_answers(workspace):
     student = yaml.safe_load((workspace / "recipe.yaml").read_text())["student"]
     done = hpd("eval", student, "--data", workspace / "problems.jsonl", "--max-new-tokens", 4, "--output", workspace / "ev")

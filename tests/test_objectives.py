@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hpd.objectives import OBJECTIVES, Objective
+from hpd.supports import full, label
 
 FLOOR = -1e5  # nats, what the operator puts in the place of -inf
 Row = Sequence[float]
@@ -605,7 +606,8 @@ def test_hpd_exact_is_the_expectation_over_the_draw(switches: dict[str, Any]) ->
             expected_stats[name] = expected_stats[name] + chance * metric
     tokens = torch.cat([labels, torch.arange(7).expand(20, 7)], 1)
     torch.testing.assert_close(to_vocabulary(exact, teacher, student, tokens), expected)
-    for name, metric in exact.stats(teacher.gather(1, tokens), student.gather(1, tokens)).items():
+    columns = (label() + full()).columns(teacher, student, labels[:, 0])
+    for name, metric in exact.stats(columns.teacher_logprobs, columns.student_logprobs).items():
         torch.testing.assert_close(metric, expected_stats[name], msg=name)
 
 

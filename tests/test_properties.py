@@ -57,7 +57,9 @@ def test_any_bytes_are_a_recipe_or_a_value_error(content, tmp_path_factory):
 
 
 _ROWS = st.lists(
-    st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=2, max_size=9).filter(lambda r: any(b for _, b in r[1:])),
+    st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=2, max_size=9).filter(
+        lambda row: any(label for _, label in row[1:])
+    ),
     min_size=1, max_size=5,
 )  # fmt: skip
 

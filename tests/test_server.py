@@ -383,7 +383,7 @@ def test_redirects_are_not_followed_with_the_key(pair, prompts, monkeypatch):
             top_k_teacher(url, pair, api_key_env="TEACHER_KEY")
 
 
-def test_training_stops_with_a_checkpoint_and_goes_on_bit_for_bit(pair, rows, tmp_path):
+def test_training_stops_with_a_checkpoint_and_goes_on(pair, rows, tmp_path):
     options = {"train": {"gradient_accumulation_steps": 2, "max_steps": 4}}
     with served(load_backend(pair[1])) as url:
         train(recipe(pair, rows, tmp_path / "straight", hpd_teacher(url), **options))

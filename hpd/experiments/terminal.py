@@ -132,10 +132,10 @@ def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
 
 
 def _show_total(experiment: Experiment, recipe: Any, seconds: float, jobs: int) -> None:
-    from hpd.doctor import estimate_memory
+    from hpd.memory import StepMemory
     from hpd.train import plan
 
-    memory = estimate_memory(plan(recipe)).total * jobs / _GIB
+    memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
     total = f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
     console.print(
         f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add any. "

@@ -63,11 +63,11 @@ def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, rei
 
     .. math:: P = \sum_v q_v 1[k_v < 0], \qquad w_{1 + v} = c_r\, q_v \min(k_v, 0)
 
-    and w_y as in `hpd`. The support gives the label's second column coefficient 0. Arguments, errors and stats are
-    those of `hpd`, with the draws' share of n replaced by their probability.
+    and w_y as in `hpd`. The support empties the label's second column. Arguments, errors and stats are those of `hpd`,
+    with the draws' share of n replaced by their probability.
     """
     _check("hpd_exact", forward, reverse, mask, reinforce)
-    rule = _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce)
+    rule = _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce, label_is_apart=True)
 
     def fused(whole: Whole) -> Weighed:
         """The label's two columns merged into its place in the vocabulary."""
@@ -75,26 +75,23 @@ def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, rei
         label_p, label_q = whole.teacher_logprobs.gather(1, labels).exp(), q.gather(1, labels)
         log_ratio = whole.teacher_logprobs.sub_(whole.student_logprobs)
         gap = log_ratio.gather(1, labels)
-        taken_for_label = (log_ratio == gap) & (whole.student_logprobs == whole.student_logprobs.gather(1, labels))
         overestimated = torch.mul(q, log_ratio < 0)
         share = overestimated.sum(-1, keepdim=True)
         positive = (gap > 0).to(gap.dtype)
         coefficient = (positive if mask else 1.0) + positive * share * reinforce
         label_weight = reverse * label_q * gap + forward * coefficient * label_p
-        punished = share - (overestimated * taken_for_label).sum(-1, keepdim=True)
-        result = overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse)
-        # All weights but the label's are negative.
-        moved = label_weight.abs() - result.sum(-1, keepdim=True) + (result * taken_for_label).sum(-1, keepdim=True)
+        result = overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse).scatter_(1, labels, 0.0)
+        others = result.sum(-1, keepdim=True)  # none of them positive
         result.scatter_(1, labels, label_weight)
         stats = {
             "k1_positive": positive,
             "reinforced": positive * share * reinforce,
             "suppressed": (1 - positive) * mask,
-            "punished": punished,
-            "mass_moved": moved,
+            "punished": share - label_q * (gap < 0),
+            "mass_moved": label_weight.abs() - others,
         }
         stats = {name: values[:, 0] for name, values in stats.items()}
-        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1), stats=stats)
+        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1), mass=(others + label_weight)[:, 0], stats=stats)
 
     return rule._replace(domain="label_and_vocabulary", fused=fused)
 
@@ -136,9 +133,13 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
 
 
 def _label_and_draws(
-    draw_share: Callable[[Tensor], Tensor | float], forward: float, reverse: float, mask: bool, reinforce: bool
-) -> Objective:
-    """The rule shared by `hpd` and `hpd_exact`; `draw_share` is what each draw column counts for, one in sum."""
+    draw_share: Callable[[Tensor], Tensor | float], forward: float, reverse: float, mask: bool, reinforce: bool,
+    label_is_apart: bool = False,
+) -> Objective:  # fmt: skip
+    """The rule shared by `hpd` and `hpd_exact`.
+
+    `draw_share` is what each draw column counts for, one in sum; `label_is_apart` says that no draw is the label.
+    """
 
     def split(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor, Tensor]:
         """Label's log-ratio [N, 1], draws' log-ratio [N, n] and the share [N, n] of each overestimated draw, else 0."""
@@ -160,7 +161,7 @@ def _label_and_draws(
         label, _, share = split(teacher_logprobs, student_logprobs)
         positive = (label > 0).to(label.dtype)[:, 0]
         same_student = student_logprobs[:, 1:] == student_logprobs[:, :1]
-        is_other = ~(same_student & (teacher_logprobs[:, 1:] == teacher_logprobs[:, :1]))
+        is_other = ~(same_student & (teacher_logprobs[:, 1:] == teacher_logprobs[:, :1])) | label_is_apart
         size = weights(teacher_logprobs, student_logprobs).abs()
         return {
             "k1_positive": positive,

@@ -209,7 +209,8 @@ def _inputs_of(inputs: Mapping[str, Any], batch: TokenBatch, own: Mapping[str, A
 
 
 def _on_cpu(batch: TokenBatch) -> TokenBatch:
-    return TokenBatch(*(None if tensor is None else tensor.cpu() for tensor in batch))
+    moved = (None if tensor is None else tensor.cpu() for tensor in batch)
+    return TokenBatch(*moved)  # type: ignore[arg-type] (optional fields stay None)
 
 
 def _fetch(teacher: Any, inputs: Mapping[str, Any], batch: TokenBatch) -> Any:

@@ -6,10 +6,10 @@ import copy
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from jaxtyping import Int
 from torch import Tensor, nn
 from trl.models import prepare_deepspeed
-from trl.models.utils import prepare_fsdp
 
 from hpd.batch import TokenBatch
 from hpd.forward import add_head_function, scores_of
@@ -83,7 +83,8 @@ class ModelTeacher:
         if getattr(plugins, "deepspeed_plugin", None) is not None:
             self.model = prepare_deepspeed(self.model, accelerator)
         elif getattr(plugins, "fsdp_plugin", None) is not None:
-            self.model = prepare_fsdp(self.model, accelerator)
+            # Layer by layer, as the student; TRL's prepare_fsdp makes one unit of the teacher and gathers all of it at once.
+            self.model = fsdp2_prepare_model(accelerator, self.model)
         else:
             # A model placed by quantisation or a device map must not be moved.
             placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)

@@ -152,7 +152,7 @@ class ServedTeacher:
         key = _key(inputs["label_keys"])
         if key in self._answers:
             return
-        batch = TokenBatch(*(inputs[f"label_{name}"] for name in TokenBatch._fields))
+        batch = TokenBatch.pop(dict(inputs))
         groups = grouped(rows_of(inputs, batch), _ROWS_PER_REQUEST, self._backend.max_request_tokens)
         self._answers[key] = [self._pool.submit(self._backend.ask, group) for group in groups]
         while len(self._answers) > _KEPT_ANSWERS:
