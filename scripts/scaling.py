@@ -259,6 +259,7 @@ def plot(path: Path) -> None:
         axes.plot(counts, [predict(setup, gpus).tokens_per_gpu_second for gpus in counts], style, label=name, markersize=5)
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens / second / GPU")
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_yticks(rates := (2_000, 5_000, 10_000, 20_000, 40_000), [f"{rate:,}" for rate in rates])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
