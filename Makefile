@@ -9,12 +9,13 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-distributed test-lowest check audit lint types models bench-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-lowest check audit lint types models bench-check clean
 
 help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
 	@echo "make test       install and run the default tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-faults  kill a training run 60 times (HPD_FAULTS=n) in six ways and compare what it leaves, bit for bit"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
@@ -39,6 +40,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
+
+test-faults: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_faults.py -m "slow or not slow"
 
 test-distributed: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/test_distributed.py tests/test_distributed_rollouts.py

@@ -60,7 +60,8 @@ def _user_errors() -> Iterator[None]:
         # By name: importing the classes would load transformers for every command.
         if type(error).__name__ not in ("RunStopped", "TeacherUnavailable") or os.environ.get("HPD_DEBUG"):
             raise
-        again = shlex.join(["hpd", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        words = [word for word in sys.argv[1:] if word != "--overwrite"]
+        again = shlex.join(["hpd", *words, *getattr(error, "overrides", ())])
         _complain("stopped", f"{error} Go on with: {again}")
         raise typer.Exit(_TRY_AGAIN) from None
 

@@ -52,12 +52,20 @@ class GuardsConfig:
     """How many likeliest tokens support_overlap compares."""
     negative_divergence: Thresholds = Thresholds(warn=-1e-3)
     """Lowest KL of the logging step, in nats per token; below. A KL cannot be negative: its arithmetic went wrong."""
-    non_finite: Literal["off", "warn", "stop"] = "stop"
-    """What a loss, gradient norm or KL that is NaN or infinite does."""
+    non_finite: Literal["off", "warn", "stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does. stop and skip look at every step, before the optimiser: stop keeps
+    the weights, saves a checkpoint and ends the run; skip leaves the step out. Both write the batch to nonfinite/. warn looks
+    at the logged figures only, and so costs no synchronisation."""
+    max_skipped_steps: int | None = None
+    """How many steps of the run skip may leave out before it stops; null: 10."""
 
     def __post_init__(self) -> None:
         if self.overlap_top_k < 1:
             raise ValueError(f"guards.overlap_top_k must be >= 1, got {self.overlap_top_k}.")
+        if self.max_skipped_steps is not None and self.non_finite != "skip":
+            raise ValueError("guards.max_skipped_steps has no effect without guards.non_finite: skip.")
+        if self.max_skipped_steps is not None and self.max_skipped_steps < 1:
+            raise ValueError(f"guards.max_skipped_steps must be >= 1, got {self.max_skipped_steps}.")
 
     @property
     def overlap(self) -> bool:
@@ -111,7 +119,9 @@ def _non_finite(config: GuardsConfig, logs: Mapping[str, float]) -> list[Finding
     if config.non_finite == "off":
         return []
     names = [n for n in ("loss", "grad_norm", "forward_kl", "reverse_kl") if not math.isfinite(logs.get(n, 0.0))]
-    return [Finding("non_finite", config.non_finite, f"{' and '.join(names)} not finite")] if names else []
+    # Under skip, what is left is a figure that no step is made of.
+    level: Level = "stop" if config.non_finite == "stop" else "warn"
+    return [Finding("non_finite", level, f"{' and '.join(names)} not finite")] if names else []
 
 
 def _share(value: float | None, first: float | None) -> float | None:

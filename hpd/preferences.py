@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,18 +15,27 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 
 from hpd.batch import uniforms
+from hpd.checkpoints import writing
 from hpd.config import Recipe
 from hpd.data import load_preferences
+from hpd.interrupts import Interrupted, Signals
 from hpd.models import load_model
 from hpd.prefixes import RolloutConfig
+from hpd.resumable import Resumable
 from hpd.rollouts import make_engine
 from hpd.runs import MetricsWriter, RunFolder
 from hpd.stage_config import DpoStageConfig
+from hpd.stopping import ends_resumable
 
 if TYPE_CHECKING:
     from hpd.train import Plan, Progress
 
+
 __all__ = ["preference_rows", "train_preferences"]
+
+
+class _PreferenceTrainer(Resumable, DPOTrainer):
+    """TRL's DPOTrainer with checkpoints that are complete or do not count."""
 
 
 def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress) -> dict[str, Any]:
@@ -33,7 +43,13 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
 
     Raises:
         ValueError: rows without the columns that `dpo.pairs` asks for, or settings that DPOConfig does not have.
+        RunStopped: as `hpd.train.train`.
     """
+    with ends_resumable(Path(recipe.output_dir)) as signals:
+        return _train_preferences(recipe, dpo, progress, signals)
+
+
+def _train_preferences(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals) -> dict[str, Any]:
     from hpd.train import evaluate_task, lora_of, open_together, plan
 
     planned = plan(recipe)
@@ -42,15 +58,19 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     rows = preference_rows(planned, student, dpo)
-    trainer = DPOTrainer(
+    trainer = _PreferenceTrainer(
         model=student, args=_arguments(planned, dpo), train_dataset=rows, processing_class=planned.tokenizer,
         peft_config=lora_of(recipe), callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     before = time.perf_counter()
-    trainer.train(resume_from_checkpoint=folder.checkpoint)
+    with signals.stopping(trainer):
+        trainer.train(resume_from_checkpoint=folder.checkpoint)
+    if trainer.stop_reason is not None:
+        raise Interrupted(trainer.stop_reason)
     summary: dict[str, Any] = {"method": "dpo", "train seconds": round(time.perf_counter() - before, 1)}
-    trainer.save_model()
+    with writing(folder.path):
+        trainer.save_model()
     summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
     summary |= {"seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():

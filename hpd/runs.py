@@ -8,15 +8,16 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hpd._version import __version__
+from hpd.checkpoints import newest_complete, replace_text
 from hpd.config import Recipe, resolve
 from hpd.recipe_file import read_yaml
 
@@ -44,11 +45,13 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> str | None:
-        """The newest checkpoint, to resume from."""
-        return get_last_checkpoint(str(self.path)) if self.path.is_dir() and not self._replaces else None
+        """The newest complete checkpoint, to resume from."""
+        found = None if self._replaces else newest_complete(self.path)
+        return None if found is None else str(found)
 
     def _check(self, overwrite: bool) -> None:
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        # A kill may have come before the first file was whole.
+        if not self.path.is_dir() or all(file.name.endswith(".part") for file in self.path.iterdir()):
             return
         recipe_file = self.path / "recipe.yaml"
         if not recipe_file.is_file():
@@ -56,7 +59,8 @@ class RunFolder:
         if overwrite:
             self._replaces = True
             return
-        if read_yaml(recipe_file) != _comparable(self.recipe):
+        # Guards only watch: a run that one of them stopped may go on under others.
+        if {**read_yaml(recipe_file), "guards": None} != {**_comparable(self.recipe), "guards": None}:
             raise ValueError(
                 f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with --overwrite."
             )
@@ -67,14 +71,28 @@ class RunFolder:
         """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and not earlier.
 
         Of several processes the main one calls this, after all have made their check.
+
+        Raises:
+            OSError: the folder cannot be written.
         """
         if self._replaces:
             shutil.rmtree(self.path)
             self._replaces = False
-        self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
-        (self.path / "recipe.yaml").write_text(text, encoding="utf-8")
-        self.write_json("environment.json", environment())
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path / "recipe.yaml", text)
+            self.write_json("environment.json", environment())
+        except OSError as error:
+            raise OSError(
+                f"The run folder {self.path} cannot be written: {error.strerror}. Make it writable, make space, or choose "
+                "another output_dir."
+            ) from error
+
+    def baselines(self) -> dict[str, Any] | None:
+        """What was measured before the first step, if it was measured to the end."""
+        file = self.path / "baselines.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def opened_elsewhere(self) -> None:
         """The main process has called `open`."""
@@ -99,10 +117,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file whole or not at all."""
-        target = self.path / name
-        draft = target.with_name(f".{name}.part")
-        draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, target)
+        replace_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def write_card(self, summary: dict[str, Any]) -> None:
         """The model card of the trained student, with the recipe that made it."""
@@ -161,24 +176,20 @@ def _git_commit() -> str | None:
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every log to metrics.jsonl; on resume, drops the lines after the checkpoint that is resumed from."""
+    """Appends every log to metrics.jsonl; a resumed run begins with the lines that its checkpoint remembers, and no others."""
 
     def __init__(self, folder: RunFolder):
         self._path = folder.path / "metrics.jsonl"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not self._path.is_file():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= state.global_step and state.global_step:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue  # a line that a kill cut short
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if state.is_world_process_zero:
+            replace_text(self._path, "".join(_line(log["step"], log) for log in state.log_history))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(_line(state.global_step, logs))
+
+
+def _line(step: int, logs: Mapping[str, Any]) -> str:
+    return json.dumps({"step": step, **{key: value for key, value in logs.items() if key != "step"}}) + "\n"

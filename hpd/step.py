@@ -146,11 +146,24 @@ class StepState:
     def _has_state(self) -> bool:
         return self._regime.rollouts.replay is not None or self._regime.strategy.updates > 1
 
+    def state(self) -> dict[str, Any] | None:
+        """What a step changes and a later one reads; None: nothing."""
+        if not self._has_state:
+            return None
+        rows = None if self.mixer is None else self.mixer.state_dict()
+        return {"rows": rows, "frozen": list(self._frozen)}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on where `state` was called."""
+        if state is not None:
+            self._frozen = state["frozen"]
+            if self.mixer is not None:
+                self.mixer.load_state_dict(state["rows"])
+
     def save(self, checkpoint: str) -> None:
         """Write this process's part of a checkpoint."""
         if self._has_state:
-            rows = None if self.mixer is None else self.mixer.state_dict()
-            torch.save({"rows": rows, "frozen": self._frozen}, self._file(checkpoint))
+            torch.save(self.state(), self._file(checkpoint))
 
     def load(self, checkpoint: str) -> None:
         """Go on where `save` was called.
@@ -166,10 +179,7 @@ class StepState:
                 f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume with as many "
                 "processes as the checkpoint was written with, or start again with --overwrite."
             )
-        state = torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device)
-        self._frozen = state["frozen"]
-        if self.mixer is not None:
-            self.mixer.load_state_dict(state["rows"])
+        self.restore(torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device))
 
     def _file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"rollouts-rank{self._trainer.accelerator.process_index}.pt"

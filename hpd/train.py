@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,7 +10,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
@@ -20,11 +22,14 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from hpd.checkpoints import writing
 from hpd.config import Recipe, train_arguments
 from hpd.data import Lengths, Rows, check_ids, load_rows, measure
+from hpd.interrupts import Interrupted, Signals
 from hpd.models import load_config, load_model, load_tokenizer
 from hpd.pairing import Verdict, check_pair
 from hpd.runs import MetricsWriter, RunFolder
+from hpd.stopping import RunStopped, ends_resumable
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
@@ -42,10 +47,6 @@ __all__ = [
     "steps_of",
     "train",
 ]
-
-
-class RunStopped(RuntimeError):
-    """The run ended before its last step, on purpose, with a checkpoint; the same command goes on."""
 
 
 class Plan(NamedTuple):
@@ -194,21 +195,22 @@ def train(
 
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
-        RunStopped: a remote teacher stayed away, or the trainer was told to stop; a checkpoint was written.
+        RunStopped: SIGTERM or Ctrl-C (caught in the main thread only), a remote teacher that stays away, a disk that takes no
+            more, or NaN: the steps done are saved, and the message says how to go on.
     """
-    if recipe.stages:
-        from hpd.stages import train_stages
+    with ends_resumable(Path(recipe.output_dir)) as signals:
+        if recipe.stages:
+            from hpd.stages import train_stages
 
-        return train_stages(recipe, overwrite=overwrite, progress=progress)
-    progress = progress or Progress()
-    folder = RunFolder(recipe, overwrite)
-    planned = plan(recipe)
-    planned.require_sound()
-    try:
-        return _run(planned, folder, progress, baselines)
-    finally:
-        if planned.served is not None:
-            planned.served.close()
+            return train_stages(recipe, overwrite=overwrite, progress=progress)
+        folder = RunFolder(recipe, overwrite)
+        planned = plan(recipe)
+        planned.require_sound()
+        try:
+            return _run(planned, folder, progress or Progress(), baselines, signals)
+        finally:
+            if planned.served is not None:
+                planned.served.close()
 
 
 def open_together(folder: RunFolder, args: Any) -> None:
@@ -237,7 +239,7 @@ def open_together(folder: RunFolder, args: Any) -> None:
             )
 
 
-def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) -> dict[str, Any]:
+def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, signals: Signals) -> dict[str, Any]:
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
@@ -248,25 +250,40 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
     summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
-    resume = folder.checkpoint
-    if resume is None and baselines and planned.evals and is_deepspeed_zero3_enabled():
+    resume, before = folder.checkpoint, folder.baselines()
+    to_measure = resume is None and before is None
+    before = before or {}
+    if to_measure and baselines and planned.evals and is_deepspeed_zero3_enabled():
         progress.say("ZeRO-3 loads models in pieces that run only in training: no task is done before it")
-    elif resume is None and baselines:
-        summary |= evaluate_task(planned, student, "student before", folder, progress)
+    elif to_measure and baselines:
+        before |= evaluate_task(planned, student, "student before", folder, progress)
         if isinstance(teacher, ModelTeacher):
-            summary |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
+            before |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
     trainer = _trainer(planned, student, teacher, folder, progress)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
     trainer.args.eval_on_start = trainer.eval_dataset is not None and resume is None and sharded
-    if trainer.eval_dataset is not None and resume is None and not sharded:
-        summary |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+    if to_measure:
+        if trainer.eval_dataset is not None and not sharded:
+            before |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+        if trainer.is_world_process_zero():
+            folder.write_json("baselines.json", before)
+    summary |= before
     before_training = time.perf_counter()
-    summary |= _train_and_evaluate(trainer, resume)
-    summary["train seconds"] = round(time.perf_counter() - before_training, 1)
-    trainer.save_model()
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    summary |= evaluate_task(planned, student, "student after", folder, progress, together=sharded)
+    with signals.stopping(trainer):
+        trainer.train(resume_from_checkpoint=resume)
+    with _keeping_steps(trainer):
+        if trainer.stop_reason is not None:
+            raise Interrupted(trainer.stop_reason)
+        if trainer.eval_dataset is not None:
+            first = [log for log in trainer.state.log_history if log["step"] == 0 and "eval_loss" in log]
+            summary |= {f"{k} before": v for log in first[:1] for k, v in _eval_metrics(log).items()}
+            summary |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+        summary["train seconds"] = round(time.perf_counter() - before_training, 1)
+        with writing(folder.path):
+            trainer.save_model()
+        student = trainer.accelerator.unwrap_model(trainer.model)
+        summary |= evaluate_task(planned, student, "student after", folder, progress, together=sharded)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     summary["steps"] = trainer.state.global_step
     if trainer.stopped_by:
@@ -280,25 +297,17 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool) 
     return summary
 
 
-def _train_and_evaluate(trainer: DistillTrainer, resume: str | None) -> dict[str, Any]:
-    """Train to the end, or to a stop whose checkpoint the next run goes on from."""
+@contextlib.contextmanager
+def _keeping_steps(trainer: DistillTrainer) -> Iterator[None]:
+    """Save the last step before something ends the run after it, if training did not."""
     try:
-        trainer.train(resume_from_checkpoint=resume)
-        if trainer.stop_reason is None:
-            found = {}
-            if trainer.args.eval_on_start:
-                first = next(log for log in trainer.state.log_history if "eval_loss" in log)
-                found |= {f"{k} before": v for k, v in _eval_metrics(first).items()}
-            if trainer.eval_dataset is not None:
-                found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
-            return found
-        reason = trainer.stop_reason
-    except TeacherUnavailable as error:
-        trainer.save_checkpoint()  # the evaluation after the last step may be what failed
-        reason = str(error)
-    step = trainer.state.global_step
-    kept = f"the checkpoint of step {step} is in {trainer.args.output_dir}" if step else "no step was done"
-    raise RunStopped(f"{reason} Training stopped: {kept}, and the same command goes on from there.")
+        yield
+    except (Interrupted, TeacherUnavailable) as error:
+        # The best model is not that of the last step; and a signal may find each process somewhere else.
+        alone = trainer.accelerator.num_processes == 1
+        if not trainer.args.load_best_model_at_end and (alone or not isinstance(error, Interrupted)):
+            trainer.save_checkpoint()
+        raise
 
 
 def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,7 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
@@ -29,10 +28,12 @@ from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.losses.operator import IMPLEMENTATIONS
 from hpd.losses.tile import sum_dtype
 from hpd.methods import choose_terms, name_terms
+from hpd.nonfinite import NonFinite, NonFiniteWatch
 from hpd.pairing import common_vocab
 from hpd.policy_gradient import StrategyConfig
 from hpd.prefixes import Prefixes, RolloutConfig
 from hpd.regime import choose_regime
+from hpd.resumable import Resumable
 from hpd.scheduled import ScheduledTerms, adaptive_positions
 from hpd.schedules import SkewPosition
 from hpd.step import StepState
@@ -46,6 +47,7 @@ from hpd.teachers import (
     vocab_of,
 )
 from hpd.terms import Term, TermConfig
+from hpd.window import Window
 
 __all__ = ["DistillConfig", "DistillTrainer"]
 
@@ -97,7 +99,7 @@ class DistillConfig(SFTConfig):
         super().__post_init__()
 
 
-class DistillTrainer(SFTTrainer):
+class DistillTrainer(Resumable, SFTTrainer):
     """Distil `teacher` into `model`.
 
     The loss is the sum over label tokens divided by the label tokens of the whole global batch (all processes, all
@@ -162,9 +164,8 @@ class DistillTrainer(SFTTrainer):
         theirs = vocab_of(self.teacher)
         vocab = common_vocab(self._base_model, theirs, args.vocabulary) if theirs is not None else None
         self.teacher.prepare(self.model, self.accelerator)
-        self.stop_reason: str | None = None
-        self._failure: str | None = None
-        self.add_callback(_StopCleanly(self))
+        self.skipped_steps = 0
+        self._watch = self._make_watch()
         # The data loader collates one batch ahead: a remote teacher is asked about it while the student works. Worker
         # processes have no connection.
         early = isinstance(self.teacher, RemoteTeacher) and args.dataloader_num_workers == 0
@@ -176,6 +177,13 @@ class DistillTrainer(SFTTrainer):
             self.add_callback(ScheduledTerms(self))
         self._step = StepState(self)
         self.add_callback(self._step.callback)
+        self.window = Window(self)
+
+    def _make_watch(self) -> NonFiniteWatch:
+        policy = self._guards.non_finite
+        if policy == "skip" and self.is_deepspeed_enabled:
+            raise ValueError("guards.non_finite: skip: DeepSpeed applies a step before it can be left out: use stop or warn.")
+        return NonFiniteWatch(self, policy, self._guards.max_skipped_steps or _MAX_SKIPPED_STEPS)
 
     def _introduce_rows(self) -> None:
         """Teachers that know rows see those of the datasets once, and read ahead for each batch from then on."""
@@ -215,6 +223,8 @@ class DistillTrainer(SFTTrainer):
             return output.loss
 
         loss = model(**model_inputs(inputs), label_index=batch.index, head_function=head_function)
+        if mode == "train":
+            self._watch.see(teacher, loss)
         self._count(mode, stats, batch, inputs)
         return loss
 
@@ -271,11 +281,13 @@ class DistillTrainer(SFTTrainer):
         # Rollouts in use are random state too: written by every process, before the checkpoint counts as complete.
         super()._save_rng_state(output_dir)
         self._step.save(output_dir)
+        self.window.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._step.load(checkpoint)
+            self.window.load(checkpoint)
 
     def _loss_of_parts(
         self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
@@ -292,48 +304,36 @@ class DistillTrainer(SFTTrainer):
         return LossOutput(loss, stats)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A remote teacher that stays away ends it with a checkpoint of the steps done.
+        """As in `Resumable`. What training cannot go on with ends it with a checkpoint of the steps done.
 
         Raises:
-            TeacherUnavailable: after that checkpoint was written.
+            TeacherUnavailable: a remote teacher stayed away.
+            NonFinite: a loss or gradient was NaN or infinite, and the guard's policy is to stop.
         """
         try:
-            result = super().train(*args, **kwargs)
-        except TeacherUnavailable:  # from an evaluation, between two steps
-            self.save_checkpoint()
+            return super().train(*args, **kwargs)
+        except (TeacherUnavailable, NonFinite):
+            self.end_early()
             raise
-        if self._failure is not None:
-            raise TeacherUnavailable(self._failure)
-        return result
-
-    def stop_cleanly(self, reason: str) -> None:
-        """Save a checkpoint and end training after the step that runs; safe to call from a signal handler or a callback.
-
-        `train` then returns as usual and `stop_reason` says why. All processes must be asked before the same step.
-        """
-        self.stop_reason = reason
-
-    def save_checkpoint(self) -> None:
-        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
-        state = os.path.join(str(self.args.output_dir), f"checkpoint-{self.state.global_step}", "trainer_state.json")
-        # One process decides: another may look after the first has begun to write.
-        written = gather_object([os.path.isfile(state)])[0] if self.accelerator.num_processes > 1 else os.path.isfile(state)
-        if self.state.global_step and not written:
-            self._save_checkpoint(self.model, trial=None)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of the next step; none where training must end before it."""
-        # A run that is resumed from its last step has nothing left to do.
-        if self.state.global_step < self.state.max_steps:
-            # Rollouts come in before the label tokens are counted.
-            samples = self._step.begin(list(itertools.islice(epoch_iterator, num_batches)))
-            # Here, before the step: no process has entered a collective operation that the others would wait in.
-            self._failure = self._teacher_failure(samples)
-            if self._failure is None:
-                return samples, self._get_num_items_in_batch(samples, device)
-            self.save_checkpoint()
-        self.control.should_training_stop = True
-        return [], None
+        """The micro-batches of the next step; none where a resumed run has no step left to do."""
+        self.stop_if_asked()
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        before = self._step.state()
+        # Rollouts come in before the label tokens are counted.
+        samples = self._step.begin(list(itertools.islice(epoch_iterator, num_batches)))
+        # Here, before the step: no process has entered a collective operation that the others would wait in.
+        if failure := self._teacher_failure(samples):
+            self._step.restore(before)
+            raise TeacherUnavailable(failure)
+        self._watch.begin(samples, before)
+        return samples, self._get_num_items_in_batch(samples, device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._watch.check(super()._get_grad_norm(model, grad_norm))
 
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
         """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it has answered."""
@@ -352,6 +352,7 @@ class DistillTrainer(SFTTrainer):
         return failure
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        self.stop_in_evaluation()
         if failure := self._teacher_failure([inputs]):
             raise TeacherUnavailable(failure)
         inputs = self._prepare_inputs(inputs)
@@ -381,6 +382,8 @@ class DistillTrainer(SFTTrainer):
             metrics.pop("value", None)
             logs.update({f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()})
         if mode == "train" and "loss" in logs:
+            if self.skipped_steps:
+                logs["skipped_steps"] = self.skipped_steps
             self._guard(logs)
         super().log(logs, start_time)
 
@@ -422,24 +425,10 @@ class DistillTrainer(SFTTrainer):
 
 
 _LOGGER = logging.getLogger(__name__)
+# Of a run, where guards.max_skipped_steps does not say: some bad rows, not a run that has diverged.
+_MAX_SKIPPED_STEPS = 10
 # Sums with a denominator of their own, or that are no metrics.
 _SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
-
-
-class _StopCleanly(TrainerCallback):
-    """Carries out `DistillTrainer.stop_cleanly`."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.stop_reason is not None:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer.stop_reason is not None or self._trainer._failure is not None:
-            control.should_save = control.should_evaluate = False
 
 
 def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:

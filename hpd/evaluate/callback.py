@@ -96,11 +96,20 @@ class EvaluatingTrainer(DistillTrainer):
         self._due += due
         self._validation_due = validation_due
 
+    def evaluation_plan(self) -> dict[str, Any]:
+        return {"tasks": [planned.label for planned in self._due], "validation": self._validation_due}
+
+    def plan_evaluation(self, plan: dict[str, Any]) -> None:
+        self.schedule([planned for planned in self._evals if planned.label in plan["tasks"]], plan["validation"])
+
     def _run_task(self, planned: PlannedEval) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         engine = TransformersEngine(model, self.processing_class)  # type: ignore[arg-type]
         examples = planned.task.examples()
-        generated = answer_examples(engine, examples, planned.settings, group=self._group())
+        # Alone, a process may stop between two batches; several would have to agree at each.
+        alone = self.accelerator.num_processes == 1
+        progress = (lambda done, total: self.stop_in_evaluation()) if alone else None
+        generated = answer_examples(engine, examples, planned.settings, progress, group=self._group())
         shared: list[Any] = [None]
         if self.is_world_process_zero():
             result = grade_answers(planned.task, examples, generated, planned.settings.num_samples)

@@ -1,0 +1,193 @@
+"""What a trainer needs to stop at any moment and to go on as if nothing had happened, beside what transformers does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from hpd.checkpoints import (
+    CheckpointFailed,
+    is_complete,
+    mark_complete,
+    newest_complete,
+    read_mark,
+    remove_incomplete,
+    rotate,
+    writing,
+)
+
+__all__ = ["Resumable", "StopTraining"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class StopTraining(Exception):
+    """Leaves the training loop of transformers, which would otherwise finish as a run that has ended does.
+
+    That is: load the best model, delete checkpoints, and log the averages of a whole run.
+    """
+
+
+class Resumable(Trainer):
+    """A Trainer whose checkpoints are complete or do not count, and that stops when it is told to.
+
+    A stop is carried out before the next step, or in an evaluation before its next batch; that evaluation is then done again
+    as a whole where training goes on.
+    """
+
+    stop_reason: str | None = None
+    """Why training was told to stop."""
+    _unfinished: dict[str, Any] | None = None
+    """The evaluation that runs: what it consists of, and the state before it."""
+    _to_repeat: dict[str, Any] | None = None
+    """The evaluation that the resumed checkpoint says was broken off."""
+
+    def stop_cleanly(self, reason: str) -> None:
+        """Save a checkpoint and end training before the next step; safe to call from a signal handler or a callback.
+
+        `train` then returns as usual and `stop_reason` says why. With several processes, one that is asked stops all.
+        """
+        self.stop_reason = reason
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Raises:
+            ValueError: it is True, and there is none.
+            CheckpointFailed: a checkpoint could not be written; the one before it is as it was.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_complete(self._run) or "")
+            if not resume_from_checkpoint:
+                raise ValueError(f"There is no complete checkpoint in {self._run}.")
+        if resume_from_checkpoint:
+            self._to_repeat = (read_mark(Path(resume_from_checkpoint)) or {}).get("evaluation")
+            # Last of the callbacks: those before restore what an evaluation may change.
+            self.add_callback(_RepeatEvaluation(self))
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        except StopTraining:
+            self.end_early()
+            return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def end_early(self) -> None:
+        """Save what was done so far, and tell the callbacks that training is over."""
+        try:
+            if self._unfinished is not None:
+                before = self._unfinished
+                del self.state.log_history[before["logs"] :]
+                self.state.stateful_callbacks = before["callbacks"]
+            self.save_checkpoint()
+        finally:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
+        if self.state.global_step:
+            self._save_checkpoint(self.model, trial=None)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: the same answer on all of them."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        mine = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(mine, "sum") > 0)  # type: ignore[operator]
+
+    def stop_if_asked(self) -> None:
+        """Raise StopTraining, on all processes or on none, where any was told to stop."""
+        if self.agree(self.stop_reason is not None):
+            self.stop_reason = self.stop_reason or "Another process was told to stop."
+            raise StopTraining
+
+    def stop_in_evaluation(self) -> None:
+        """`stop_if_asked`, if this is an evaluation of training: others have no checkpoint to go on from."""
+        if self._unfinished is not None:
+            self.stop_if_asked()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.stop_if_asked()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.stop_in_evaluation()
+        return super().prediction_step(*args, **kwargs)
+
+    def evaluation_plan(self) -> dict[str, Any]:
+        """What the next evaluation will consist of, as JSON; nothing, where all are alike."""
+        return {}
+
+    def plan_evaluation(self, plan: dict[str, Any]) -> None:
+        """Have the next evaluation consist of that."""
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        self._unfinished = {
+            "plan": self.evaluation_plan(), "logs": len(self.state.log_history),
+            "callbacks": copy.deepcopy(self.state.stateful_callbacks),
+        }  # fmt: skip
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._unfinished = None
+        return metrics
+
+    def repeat_evaluation(self) -> None:
+        """Do the evaluation that the resumed checkpoint was saved in the middle of."""
+        plan, self._to_repeat = self._to_repeat, None
+        if plan is None:
+            return
+        self.plan_evaluation(plan)
+        is_best = self._determine_best_metric(self._evaluate(None, None), None)
+        if is_best and self.args.save_strategy == SaveStrategy.BEST:
+            self._save_checkpoint(self.model, None)
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.agree(is_complete(folder)):
+            # Saved before: writing it again in place could spoil it. Which one is best may have been found since.
+            self._name_best(folder.parent)
+            return
+        if self.args.should_save:
+            remove_incomplete(folder)
+        self.accelerator.wait_for_everyone()
+        # transformers would delete older checkpoints before this one counts.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    mark_complete(folder, {"step": self.state.global_step, "evaluation": (self._unfinished or {}).get("plan")})
+        except CheckpointFailed:
+            if self.args.should_save:  # half a checkpoint on a full disk is in the way of the next one
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate(folder.parent, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self, run: Path) -> None:
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+
+class _RepeatEvaluation(TrainerCallback):
+    """Before the first step of a resumed run, while no random number of training has been drawn."""
+
+    def __init__(self, trainer: Resumable):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.repeat_evaluation()

@@ -1,0 +1,80 @@
+"""The logging window: sums since the last log, which a checkpoint between two logs must hold, or the next log is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from hpd.trainer import DistillTrainer
+
+__all__ = ["Window"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Window:
+    """Takes and restores what a trainer has summed since its last log: statistics, losses, rollouts, steps left out."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self._trainer = trainer
+        self._loaded: dict[str, Any] | None = None
+        trainer.add_callback(_RestoreWindow(self))
+
+    def take(self) -> dict[str, Any]:
+        """A copy that later steps do not change."""
+        trainer, mixer = self._trainer, self._trainer._step.mixer
+        return {
+            "sums": dict(trainer._sums["train"]),
+            "rollouts": {} if mixer is None else dict(mixer._sums),
+            "loss": trainer._tr_loss.clone(),
+            "last_logged": trainer._globalstep_last_logged,
+            "skipped_steps": trainer.skipped_steps,
+        }
+
+    def put(self, state: dict[str, Any]) -> None:
+        """Go on where `take` was called."""
+        trainer, mixer = self._trainer, self._trainer._step.mixer
+        trainer._sums["train"] = dict(state["sums"])
+        if mixer is not None:
+            mixer._sums = defaultdict(float, state["rollouts"])
+        trainer._tr_loss.copy_(state["loss"])
+        trainer._globalstep_last_logged = state["last_logged"]
+        trainer.skipped_steps = state["skipped_steps"]
+
+    def save(self, checkpoint: str) -> None:
+        """Write this process's part of a checkpoint."""
+        torch.save(self.take(), self._file(checkpoint))
+
+    def load(self, checkpoint: str) -> None:
+        """Read it again; it is put back when training begins, since the Trainer starts its own sums in between."""
+        file = self._file(checkpoint)
+        if file.is_file():
+            self._loaded = torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device)
+        else:
+            _LOGGER.warning(
+                "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on only.",
+                checkpoint, file.name,
+            )  # fmt: skip
+
+    def restore(self) -> None:
+        """Put back what `load` read."""
+        if self._loaded is not None:
+            self.put(self._loaded)
+            self._loaded = None
+
+    def _file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"window-rank{self._trainer.accelerator.process_index}.pt"
+
+
+class _RestoreWindow(TrainerCallback):
+    def __init__(self, window: Window):
+        self._window = window
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._window.restore()
