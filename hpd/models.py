@@ -116,7 +116,6 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
         model, info = loaded
     except Exception as error:  # weights and configuration are anybody's, and so is what they make a library raise
         raise ValueError(_explain(str(source.model), role, error)) from None
-    model, info = loaded
     check_loaded(model, str(source.model), role, info)
     return model.eval()
 
