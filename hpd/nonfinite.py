@@ -92,7 +92,7 @@ class NonFiniteWatch:
 
     def begin(self, batches: Sequence[dict[str, Any]], rows_before: Any) -> None:
         """Note the micro-batches of the next step, and what to go back to."""
-        if self.active:
+        if self.active and self._trainer.is_in_train:
             # The loss takes fields out of a batch; the tensors are shared.
             self._batches, self._rows = [dict(batch) for batch in batches], rows_before
             self._window = self._trainer.window.take()
