@@ -46,9 +46,10 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         raise ValueError("Megatron-LM computes its own loss: use FSDP2 or DeepSpeed ZeRO (recipes/accelerate/).")
     if got == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:  # type: ignore[union-attr]
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml).")
-    deepspeed: Any = accelerator.state.deepspeed_plugin
-    if got == DistributedType.DEEPSPEED and deepspeed.zero_stage == 3:
-        _check_zero3(deepspeed.deepspeed_config["zero_optimization"], recomputes)
+    if got == DistributedType.DEEPSPEED:
+        deepspeed: Any = accelerator.state.deepspeed_plugin
+        if deepspeed.zero_stage == 3:
+            _check_zero3(deepspeed.deepspeed_config["zero_optimization"], recomputes)
     layout = accelerator.parallelism_config
     for name, flag in (("context", "cp_enabled"), ("sequence", "sp_enabled")):
         if layout is not None and getattr(layout, flag, False):

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd import DistillConfig, DistillTrainer
+from hpd import DistillConfig, DistillTrainer, TermConfig
 from hpd.batch import token_batch, uniforms
 from hpd.forward import add_head_function, model_inputs, scores_of
 from hpd.losses import reweighted_nll
@@ -45,7 +45,7 @@ def world_size() -> int:
 
 def make_trainer(pair: Path, folder: Path, count: int = 24, accumulation: int = 1, **options) -> DistillTrainer:
     """A trainer whose global batch is 8 rows on any number of processes."""
-    regime = {name: options.pop(name) for name in ("prefixes", "rollouts", "method", "teacher") if name in options}
+    regime = {name: options.pop(name) for name in ("prefixes", "rollouts", "method", "terms", "teacher") if name in options}
     evaluation = options.pop("evaluation", 0)
     settings = {
         "max_steps": 3, "per_device_train_batch_size": GLOBAL_BATCH // accumulation // world_size(),
@@ -120,7 +120,9 @@ def cached(pair: Path, output: Path) -> None:
 
 
 def self_teacher(pair: Path, output: Path) -> None:
-    trained("self_teacher", pair, output, teacher="self", max_steps=2)  # KLs start at zero, and Adam then follows rounding
+    """Beside the labels: on its own, a KL to oneself starts at zero, and Adam follows the rounding."""
+    terms = [TermConfig(objective="nll"), TermConfig(objective="forward_kl")]
+    trained("self_teacher", pair, output, teacher="self", terms=terms)
 
 
 def resumed(pair: Path, output: Path) -> None:
