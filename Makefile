@@ -15,7 +15,7 @@ help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
 	@echo "make test       install and run the default tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-faults  kill a training run 60 times (HPD_FAULTS=n) in six ways and compare what it leaves, bit for bit"
+	@echo "make test-faults  disturb a training run 120 times (HPD_FAULTS=n) in six ways and compare what it leaves, bit for bit"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
