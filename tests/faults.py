@@ -182,7 +182,7 @@ def _wait_for_moment(process: Any, run: Path, draw: random.Random, spans: list[f
 
 
 @contextlib.contextmanager
-def disk(folder: Path, mebibytes: int = 64) -> Iterator[bool]:
+def disk(folder: Path, mebibytes: int = 256) -> Iterator[bool]:
     """A file system of its own at `folder`, where this user may mount one; says whether that is so."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
