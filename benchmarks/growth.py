@@ -54,7 +54,7 @@ def plot(axis: str, medians: dict[str, dict[str, float]]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = plt.subplots(figsize=(6.0, 4.0), dpi=120, layout="constrained")
     values = [int(value) for value in medians]
@@ -66,17 +66,14 @@ def plot(axis: str, medians: dict[str, dict[str, float]]) -> None:
     axes.set_yscale("log")
     axes.set_xticks(values, [f"{value:,}" for value in values])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
-    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(LABELS[axis])
     axes.set_ylabel("forward and backward, ms")
-    fixed = ", ".join(
-        f"{LABELS[name].split(',')[0]} {value:,}{' MiB' if name == 'chunk' else ''}"
-        for name, value in MIDDLE.items()
-        if name != axis
-    )
-    axes.set_title(fixed, fontsize=8)
+    words = {**LABELS, "chunk": "chunks of"}
+    fixed = [f"{words[name]} {value:,}{' MiB' if name == 'chunk' else ''}" for name, value in MIDDLE.items() if name != axis]
+    axes.set_title(", ".join(fixed), fontsize=8)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     IMAGES.mkdir(parents=True, exist_ok=True)

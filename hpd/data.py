@@ -209,7 +209,12 @@ def _read(path: str, config: DataConfig, split: str | None = None, limit: bool =
         if "corresponds to no data" in str(error):
             raise ValueError(f"The dataset {path} (split {split}) has no rows.") from None
         raise ValueError(f"The dataset {path} cannot be read: {_why(local, error)}") from None
-    return rows.take(config.limit) if limit and config.limit else rows
+    return _first(rows, config.limit) if limit and config.limit else rows
+
+
+def _first(rows: Any, count: int) -> Any:
+    """At most so many rows; `take` of older versions of datasets wants them all to be there."""
+    return rows.take(min(count, len(rows)) if isinstance(rows, Dataset) else count)
 
 
 def _text_cells(file: str) -> dict[str, Any]:
@@ -315,7 +320,7 @@ def measure(
         ValueError: not a single label is left in the measured rows.
     """
     lengths, kept, finished = [], [], []
-    for index, row in enumerate(rows.take(_MEASURED_ROWS)):
+    for index, row in enumerate(_first(rows, _MEASURED_ROWS)):
         try:
             ids, mask = _tokenise(dict(row), tokenizer, labels)
         except jinja2.TemplateError as error:

@@ -8,6 +8,7 @@ import functools
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -245,6 +246,7 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or load_teacher(recipe.teacher)
+    _check_lora(recipe, student)
     # Not before the models are loaded: what cannot start leaves nothing behind.
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
@@ -331,6 +333,25 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
     return trainer
+
+
+def _check_lora(recipe: Recipe, student: torch.nn.Module) -> None:
+    """Every module that the adapter names must be there; peft complains only if none is, and later."""
+    targets = recipe.lora.target_modules if recipe.lora else "all-linear"
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in student.named_modules()]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if missing:
+        known = sorted(
+            {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)}
+        )
+        raise ValueError(
+            f"lora.target_modules names {', '.join(missing)}, which the student has not; it has {', '.join(known)}."
+        )
 
 
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:

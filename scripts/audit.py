@@ -19,10 +19,14 @@ def main() -> int:
     except (subprocess.TimeoutExpired, ValueError, KeyError):
         print("audit skipped: the advisory service cannot be reached")
         return 0
-    found = [(p["name"], p["version"], v) for p in packages for v in p.get("vulns", ())]
+    audited = [p for p in packages if "skip_reason" not in p]
+    if not audited:
+        print(f"audit skipped: the service knows none of {len(packages)} packages (an index that is not PyPI?)")
+        return 0
+    found = [(p["name"], p["version"], v) for p in audited for v in p.get("vulns", ())]
     for name, version, hole in found:
         print(f"{name} {version}: {hole['id']}, fixed in {', '.join(hole['fix_versions']) or 'no release yet'}")
-    print(f"audit: {len(packages)} packages, {len(found)} known holes")
+    print(f"audit: {len(audited)} of {len(packages)} packages looked up, {len(found)} known holes")
     return 1 if any(hole["fix_versions"] for _, _, hole in found) else 0
 
 

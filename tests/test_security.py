@@ -116,6 +116,9 @@ def test_changed_checkpoints_do_not_run_code_on_resume(pair, tmp_path, name):
     (run / "summary.json").unlink()
     shutil.rmtree(run / "checkpoint-2")
     torch.save(Payload(canary), run / "checkpoint-1" / name)
+    mark = json.loads((run / "checkpoint-1" / "complete.json").read_text())
+    mark["bytes"][name] = (run / "checkpoint-1" / name).stat().st_size  # as an attacker would: the mark is no signature
+    (run / "checkpoint-1" / "complete.json").write_text(json.dumps(mark))
     with pytest.raises((ValueError, pickle.UnpicklingError, RuntimeError)):
         train(recipe)
     assert not canary.exists()

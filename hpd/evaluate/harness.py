@@ -43,8 +43,8 @@ def run_harness(
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--harness lm-eval needs lm-evaluation-harness: pip install 'hpd[lm-eval]'.")
     import torch
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.evaluator import simple_evaluate  # type: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # type: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=str(include) if include is not None else None)
     unknown = [task for task in tasks if task not in manager.all_tasks]

@@ -193,7 +193,7 @@ def reasoning_gym_sums(folder: Path, num_rows: int = 20000) -> dict[str, Any]:
         ValueError: reasoning-gym is not installed.
     """
     try:
-        import reasoning_gym
+        import reasoning_gym  # type: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("This base needs reasoning-gym: pip install 'hpd[gym]'.") from None
     recipe = demo_recipe(folder)
