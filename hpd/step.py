@@ -179,7 +179,8 @@ class StepState:
                 f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume with as many "
                 "processes as the checkpoint was written with, or start again with --overwrite."
             )
-        self.restore(torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device))
+        # Several processes on a CPU call it cpu:0, which torch.load does not know.
+        self.restore(torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device.type))
 
     def _file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"rollouts-rank{self._trainer.accelerator.process_index}.pt"

@@ -55,7 +55,8 @@ class Window:
         """Read it again; it is put back when training begins, since the Trainer starts its own sums in between."""
         file = self._file(checkpoint)
         if file.is_file():
-            self._loaded = torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device)
+            # Several processes on a CPU call it cpu:0, which torch.load does not know.
+            self._loaded = torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device.type)
         else:
             _LOGGER.warning(
                 "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on only.",
