@@ -14,7 +14,7 @@ from hpd.experiments.experiment import Experiment, read_experiment
 from hpd.experiments.grid import evaluations, expand, expand_tuning, tuning_evaluation
 from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
 from hpd.experiments.tuning import choose, read_choices, write_choices
-from hpd.experiments.worker import Job, evaluate_teacher, run_job
+from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
 
 __all__ = ["Failure", "GridState", "compare", "run_grid"]
 
@@ -138,7 +138,7 @@ def _context() -> Any:
 def _evaluate_teacher(job: Job, folder: Path) -> None:
     """The reference line of the experiment's own evaluations; the recipe's eval asks the teacher in every run."""
     target = folder / "teacher"
-    if not job.evals or job.recipe.teacher.type != "model" or (target / TEACHER_FIGURES).is_file():
+    if not job.evals or not has_model(job.recipe) or (target / TEACHER_FIGURES).is_file():
         return
     (folder / "logs").mkdir(exist_ok=True)
     log = folder / "logs" / "teacher.log"

@@ -32,7 +32,12 @@ __all__ = [
 
 BASE_FOLDER = "$BASE"
 """Stands in values for the folder that a `base` function wrote its files to."""
-_SHORT_BASES = {"demo": "hpd.demo.run:demo_recipe"}
+_SHORT_BASES = {
+    "demo": "hpd.demo.run:demo_recipe",
+    "chains": "hpd.experiments.tasks:chains",
+    "gym_chains": "hpd.experiments.tasks:gym_chains",
+    "short_answers": "hpd.experiments.tasks:short_answers",
+}
 
 
 class Cell(NamedTuple):

@@ -23,7 +23,7 @@ from hpd.experiments.own_samples import own_sample_metrics
 from hpd.models import load_model, load_tokenizer
 from hpd.train import Progress, quiet_libraries, train
 
-__all__ = ["Callbacks", "Job", "evaluate_teacher", "run_job", "task_and_settings"]
+__all__ = ["Callbacks", "Job", "evaluate_teacher", "has_model", "run_job", "task_and_settings"]
 
 
 class Job(NamedTuple):
@@ -100,8 +100,10 @@ def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
         result = evaluate(student, tokenizer, task, settings, output_dir=folder, name=f"student after: {evaluation.name}")
         figures[evaluation.name] = result.value
     if job.own_samples:
-        if recipe.teacher.type != "model":
-            raise ValueError("own_samples needs a teacher of type model.")
+        if not has_model(recipe):
+            raise ValueError(
+                "own_samples needs a teacher of type model, or of type cached with the model that it is a cache of."
+            )
         teacher = load_model(recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
         where = Evaluation(name="own", limit=job.own_samples) if recipe.eval or not job.evals else job.evals[0]
         task, settings = task_and_settings(recipe, dataclasses.replace(where, limit=job.own_samples, temperature=1.0))
@@ -122,6 +124,11 @@ def evaluate_teacher(job: Job, folder: str, log: str) -> None:
         task, settings = task_and_settings(job.recipe, evaluation)
         figures[evaluation.name] = evaluate(teacher, tokenizer, task, settings, output_dir=folder, name="teacher").value
     _write(Path(folder) / TEACHER_FIGURES, figures)
+
+
+def has_model(recipe: Recipe) -> bool:
+    """Whether the teacher can be loaded: a cache answers about its own rows only, but may name its model."""
+    return recipe.teacher.type in ("model", "cached") and recipe.teacher.model is not None
 
 
 def task_and_settings(recipe: Recipe, evaluation: Evaluation) -> tuple[Task, GenerationSettings]:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-from hpd.batch import TokenBatch
+from torch import Tensor
 
 __all__ = ["Layout", "lay_out"]
 
@@ -29,15 +28,18 @@ class Layout(NamedTuple):
         return range(int(self.starts[number]), int(self.starts[number + 1]))
 
 
-def lay_out(rows: Iterable[tuple[Any, TokenBatch]], shard_positions: int) -> Layout:
+def lay_out(rows: Iterable[tuple[Any, Tensor]], shard_positions: int) -> Layout:
     """Cut prepared rows into shards of about `shard_positions` positions; depends on the rows alone.
+
+    Args:
+        rows: each with the keys of its label positions.
 
     Raises:
         ValueError: no row has a label.
     """
     keys, lengths = [], []
-    for row, batch in rows:
-        keys.append(batch.keys.numpy())
+    for row, own in rows:
+        keys.append(own.numpy())
         lengths.append(len(row["input_ids"]))
     ends = np.cumsum([len(k) for k in keys])
     if not len(ends) or not ends[-1]:

@@ -59,16 +59,16 @@ class CachedTeacher:
             weight, bias = (None if t is None else t.to(self._device) for t in (self._head.weight, self._head.bias))
             self._head = self._head._replace(weight=weight, bias=bias)
 
-    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], TokenBatch]]) -> None:
+    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
         """Check that every label position of the dataset is in the cache.
 
         Raises:
             ValueError: how many are not, and which row is the first.
         """
         missing, total, first = 0, 0, None
-        for number, (_, batch) in enumerate(rows):
-            absent = int(self.cache.missing(batch.keys.numpy()).sum())
-            missing, total = missing + absent, total + len(batch.keys)
+        for number, (_, keys) in enumerate(rows):
+            absent = int(self.cache.missing(keys.numpy()).sum())
+            missing, total = missing + absent, total + len(keys)
             first = number if first is None and absent else first
         if missing:
             fingerprint = self.cache.about["fingerprint"]

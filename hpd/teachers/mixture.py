@@ -46,7 +46,7 @@ class MixtureTeacher:
         for teacher in self.teachers.values():
             teacher.prepare(student, accelerator)
 
-    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], TokenBatch]]) -> None:
+    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
         _read_rows(self.teachers.values(), rows)
 
     def fetch(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Any]:
@@ -111,15 +111,15 @@ class RoutedTeacher:
         for teacher in self.teachers.values():
             teacher.prepare(student, accelerator)
 
-    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], TokenBatch]]) -> None:
+    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
         """Learn which teacher each row has.
 
         Raises:
             ValueError: the column is missing, names no teacher, or gives one and the same row to two.
         """
         keys, choices, numbers = [], [], []
-        own: list[list[tuple[Mapping[str, Any], TokenBatch]]] = [[] for _ in self._names]
-        for number, (row, batch) in enumerate(rows):
+        own: list[list[tuple[Mapping[str, Any], Tensor]]] = [[] for _ in self._names]
+        for number, (row, own_keys) in enumerate(rows):
             if self.column not in row:
                 raise ValueError(f"Rows are routed by {self.column!r}, which the dataset does not have: {', '.join(row)}.")
             if row[self.column] not in self.teachers:
@@ -128,11 +128,11 @@ class RoutedTeacher:
                     f"{', '.join(self._names)}."
                 )
             choice = self._names.index(row[self.column])
-            keys.append(batch.keys.numpy())
-            choices.append(np.full(len(batch.keys), choice))
-            numbers.append(np.full(len(batch.keys), number))
+            keys.append(own_keys.numpy())
+            choices.append(np.full(len(own_keys), choice))
+            numbers.append(np.full(len(own_keys), number))
             if hasattr(self.teachers[row[self.column]], "read_rows"):
-                own[choice].append(({}, batch))
+                own[choice].append(({}, own_keys))
         self._learn(*(np.concatenate(parts) for parts in (keys, choices, numbers)))
         for name, its_rows in zip(self._names, own, strict=True):
             _read_rows([self.teachers[name]], its_rows)
@@ -217,7 +217,7 @@ def _fetch(teacher: Any, inputs: Mapping[str, Any], batch: TokenBatch) -> Any:
     return teacher.fetch(inputs, batch) if hasattr(teacher, "fetch") else None
 
 
-def _read_rows(teachers: Iterable[Any], rows: Iterable[tuple[Mapping[str, Any], TokenBatch]]) -> None:
+def _read_rows(teachers: Iterable[Any], rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
     readers = [teacher for teacher in teachers if hasattr(teacher, "read_rows")]
     if len(readers) > 1:
         rows = list(rows)

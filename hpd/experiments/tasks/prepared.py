@@ -1,0 +1,97 @@
+"""Files that the runs of many experiments share: made once, kept in `$HPD_HOME/tasks` (by default `~/.cache/hpd/tasks`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from hpd.demo.build_teacher import encode_rows
+from hpd.demo.task import Row
+
+__all__ = ["copy_to", "learn", "prepare", "write_rows"]
+
+_CACHE = "cache"
+
+
+def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]]) -> Path:
+    """The folder of a task's files, made where it is missing; a half-made one is never seen.
+
+    Args:
+        choices: what the files follow from, as JSON; other choices make another folder.
+        build: writes the files into a folder and returns the recipe whose rows and teacher are cached beside them (hidden
+            states in float32: exact for every method, and no run pays for the teacher's forward again).
+    """
+    digest = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
+    root = Path(os.environ.get("HPD_HOME") or Path.home() / ".cache" / "hpd") / "tasks"
+    target = root / f"{name}-{digest}"
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as draft:
+        files = Path(draft) / "files"
+        _write_cache(files, build(files))
+        try:
+            os.replace(files, target)
+        except OSError:
+            if not target.is_dir():  # another process was first
+                raise
+    return target
+
+
+def copy_to(folder: Path, prepared: Path) -> dict[str, str]:
+    """Copy the files to an experiment's own folder, and return the teacher that reads the cache, which stays where it is."""
+    shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns(_CACHE), dirs_exist_ok=True)
+    return {"type": "cached", "model": str(folder / "teacher"), "path": str(prepared / _CACHE)}
+
+
+def _write_cache(folder: Path, recipe: Mapping[str, Any]) -> None:
+    # The command line imports this package before it knows what it is asked for.
+    from hpd.config import load_recipe
+    from hpd.teachers.cache_writer import write_cache
+
+    cache = {"path": str(folder / _CACHE), "kind": "hidden", "dtype": "float32"}
+    write_cache(load_recipe({**recipe, "cache": cache, "output_dir": str(folder / "unused")}))
+
+
+def learn(
+    config: Any,
+    tokenizer: Any,
+    draw: Callable[[random.Random], Row],
+    name: str,
+    *,
+    num_steps: int,
+    batch_size: int,
+    rate: float,
+) -> LlamaForCausalLM:
+    """A model that learnt solutions with the next-token loss, each row new: AdamW, one cycle of the rate."""
+    rng = random.Random(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=num_steps, pct_start=0.1)
+        for _ in range(num_steps):
+            ids, labels = encode_rows(tokenizer, [draw(rng) for _ in range(batch_size)])
+            # Padding stands on the right, where causal attention never looks at it.
+            model(input_ids=ids, labels=labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+    return model.eval()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSON Lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

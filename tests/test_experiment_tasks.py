@@ -1,0 +1,138 @@
+"""The tasks of the experiments, made small: their files, their graders, and a grid that reads their cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hpd.cli import app
+from hpd.config import load_recipe
+from hpd.demo.task import SPLITS, is_correct
+from hpd.evaluate import Answer
+from hpd.experiments.tasks import ValidAnswers, chains, prepared, short, short_answers
+from hpd.experiments.tasks.chains import draw_chain
+from hpd.experiments.tasks.short import right_answers
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Both tasks with few rows and hardly any training; the folder of each."""
+    from hpd.experiments.tasks import chains as function
+
+    module = __import__("sys").modules[function.__module__]
+    sizes = {"train": 60, "validation": 20, "test": 40}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPD_HOME", str(tmp_path_factory.mktemp("home")))
+        for owner in (module, short):
+            patch.setattr(owner, "NUM_ROWS", sizes)
+            patch.setattr(owner, "TEACHER_STEPS", 60)
+            patch.setattr(owner, "STUDENT_STEPS", 4)
+            patch.setattr(owner, "BATCH", 16)
+        patch.setattr(module, "_CHOICES", [sizes])
+        folders = {name: tmp_path_factory.mktemp(name) for name in ("chains", "short")}
+        yield {
+            "chains": (folders["chains"], chains(folders["chains"])),
+            "short": (folders["short"], short_answers(folders["short"])),
+        }
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("task", ["chains", "short"])
+def test_the_splits_share_no_problem(small, task):
+    folder, _ = small[task]
+    prompts = [{row["prompt"] for row in _rows(folder / f"{split}.jsonl")} for split in SPLITS]
+    assert all(prompts)
+    assert not any(one & other for one in prompts for other in prompts if one is not other)
+
+
+def test_a_chain_is_solved_one_equation_at_a_time(small):
+    folder, _ = small["chains"]
+    rows = _rows(folder / "truth.jsonl")
+    assert len(rows) == 60
+    for row in rows:
+        *_, last = equations = row["completion"].partition("####")[0].split(",")
+        assert len(equations) == 5
+        assert all(str(eval(left)) == right for left, right in (equation.split("=") for equation in equations))
+        assert last.endswith(f"={row['answer']}")
+        assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
+        assert is_correct(row["completion"], row["answer"])
+
+
+def test_a_chain_is_never_below_zero_or_above_twenty():
+    import random
+
+    def values(chain):
+        return [chain] if isinstance(chain, int) else [chain.value, *values(chain.left), *values(chain.right)]
+
+    rng = random.Random(0)
+    assert all(0 <= value <= 20 for _ in range(200) for value in values(draw_chain(rng, "train", 5)))
+
+
+def test_short_answers_are_graded_against_all_of_them(small):
+    folder, recipe = small["short"]
+    task = ValidAnswers(data=folder / "test.jsonl")
+    example = task.examples()[0]
+
+    def grade(text: str) -> bool | None:
+        return task.grade([example], [Answer(text=text)])[0].correct
+
+    for answer in right_answers(str(example.prompt)):
+        assert grade(f" {answer}")
+    assert not grade(str(example.prompt)[1:3])
+    assert not grade("")
+    assert load_recipe({**recipe, "output_dir": str(folder / "run")}).teacher.type == "cached"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["kl_of_truth_to_teacher_nats"] > 1  # sixty steps teach little, and the report says so
+
+
+def test_files_are_made_once_and_other_choices_make_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPD_HOME", str(tmp_path))
+    monkeypatch.setattr(prepared, "_write_cache", lambda folder, recipe: None)
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        folder.mkdir()
+        (folder / "rows.jsonl").write_text("{}")
+        return {}
+
+    first = prepared.prepare("task", [1], build)
+    assert prepared.prepare("task", [1], build) == first
+    assert prepared.prepare("task", [2], build) != first
+    assert len(built) == 2
+    assert [path.name for path in first.iterdir()] == ["rows.jsonl"]
+
+    def breaks(folder):
+        folder.mkdir()
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        prepared.prepare("task", [3], breaks)
+    assert len(list((tmp_path / "tasks").iterdir())) == 2  # nothing half-made stays
+
+
+def test_a_grid_reads_the_cache_and_asks_its_model_about_own_samples(small, tmp_path):
+    """Tuned on validation problems; one variant has rows of its own and asks the teacher itself."""
+    folder, recipe = small["chains"]
+    experiment = tmp_path / "grid.yaml"
+    tree = {
+        "name": "grid", "base": recipe, "set": {"eval": None}, "budget": {"type": "steps", "value": 3},
+        "variants": {
+            "hpd": {"method": "hpd"},
+            "sft": {"method": "sft", "data.path": str(folder / "truth.jsonl"), "teacher": str(folder / "teacher")},
+        },
+        "axes": {"seed": [0, 1]}, "evals": [{"name": "sampled_accuracy", "temperature": 1.0, "limit": 8}],
+        "own_samples": 8, "baseline": "sft", "metrics": ["sampled_accuracy", "forward_kl"], "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    experiment.write_text(json.dumps(tree))
+    done = CliRunner().invoke(app, ["compare", str(experiment)])
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "out/runs/hpd__seed-0/experiment.json").read_text())["figures"]
+    assert set(figures) == {"sampled_accuracy", "own_entropy", "own_forward_kl", "own_reverse_kl"}
+    assert (tmp_path / "out/teacher/figures.json").is_file()
+    assert load_recipe(tmp_path / "out/runs/hpd__seed-0/recipe.yaml").teacher.type == "cached"
+    assert "sampled_accuracy" in (tmp_path / "out/report/report.md").read_text()
