@@ -2,9 +2,10 @@
 
     python benchmarks/cache_start.py [--gigabytes 1] [--repeats 3]
 
-A start depends on how much the cache holds, not on what its numbers say: the teacher is one layer of random weights, as wide as
-SmolLM2-135M, over a tiny vocabulary, and rows have about as many label tokens as GSM8K's. The rows are tokenised already, as from
-the second start on; reading them, checking every shard's index and finding every position of every row is what is timed.
+A start depends on how much the cache holds, not on what its numbers say: the teacher is one layer of random weights, as wide
+as SmolLM2-135M, over a tiny vocabulary, and rows have about as many label tokens as GSM8K's. The rows are tokenised already,
+as from the second start on; what is timed is the rest: imports, models, the cache's index, and finding every position of every
+row in it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def main() -> None:
         commands = {"live": train, f"cached, {size / 1e9:.2f} GB": [*train, "teacher.type=cached"]}
         for name, command in commands.items():
             taken = [seconds_until(folder / "run" / "metrics.jsonl", command, folder) for _ in range(options.repeats + 1)][1:]
-            print(f"{name}: first step after {statistics.median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})", flush=True)
+            print(
+                f"{name}: first step after {statistics.median(taken):.1f} s ({min(taken):.1f} to {max(taken):.1f})", flush=True
+            )
 
 
 if __name__ == "__main__":

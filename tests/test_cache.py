@@ -172,6 +172,7 @@ def test_top_k_is_exact_at_its_tokens_and_names_its_tail(recipe, tmp_path):
     train(load_recipe(recipe, [*small, "teacher.type=cached", f"output_dir={tmp_path / 'trained'}"]))
     logs = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
     assert all(0.0 < log["teacher_tail_mass"] < 1.0 for log in logs if "loss" in log)
+    assert all(0.0 < log["draws_off_top_k"] <= 1.0 for log in logs if "loss" in log)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

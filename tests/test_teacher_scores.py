@@ -61,6 +61,7 @@ def test_all_tokens_known_are_the_whole_distribution(terms: Any, teacher_vocab: 
     given = problem(255, teacher_vocab=teacher_vocab)
     known = compute(top_k_of(given, teacher_vocab), terms, rows=5)
     assert float(known.stats.pop("teacher_tail_mass")) == pytest.approx(0.0, abs=1e-9)
+    assert float(known.stats.pop("draws_off_top_k", torch.zeros(()))) == 0.0
     assert_equal(known, compute(given, terms, rows=5), rtol=1e-7, atol=1e-7)
 
 
@@ -96,6 +97,20 @@ def test_tail_mass_is_what_lies_outside() -> None:
     exact.scatter_(1, known.teacher.tokens, 0.0).scatter_(1, given.labels[:, None], 0.0)
     stats = compute(known, TERMS["hpd"]).stats
     assert float(stats["teacher_tail_mass"]) == pytest.approx(float(exact.sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_draws_that_a_top_k_teacher_can_only_bound_are_counted(impl: str) -> None:
+    given = problem(255)
+    known = top_k_of(given, 9)
+    draws = torch.randint(0, 255, (NUM_TOKENS, 1), generator=torch.Generator().manual_seed(3))
+    draws[::2] = known.teacher.tokens[::2, :1]
+    draws[1] = given.labels[1]
+    stats = compute(known, TERMS["hpd"], impl=impl, draws=draws).stats
+    off = [int(token) not in {*map(int, known.teacher.tokens[i]), int(given.labels[i])} for i, token in enumerate(draws)]
+    assert 0 < sum(off) < NUM_TOKENS
+    assert float(stats["draws_off_top_k"]) == pytest.approx(sum(off))
+    assert "draws_off_top_k" not in compute(given, TERMS["hpd"], impl=impl, draws=draws).stats
 
 
 def test_low_precision_rows_are_read_in_full_precision() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpd.losses.chunked import Plan, chunked_reweighted_nll
 from hpd.losses.compiled import compiled_reweighted_nll
-from hpd.losses.heads import Scores, TeacherScores
+from hpd.losses.heads import Scores, TeacherScores, TopKScores
 from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import TileInputs
 from hpd.terms import Term
@@ -101,7 +101,7 @@ def reweighted_nll(
             f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels to -100 "
             "(vocabulary: shared_prefix does)."
         )
-    inputs = TileInputs(labels, uniforms, draws, kl_estimator)
+    inputs = TileInputs(labels, uniforms, draws, kl_estimator, teacher.tokens if isinstance(teacher, TopKScores) else None)
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())
     plan = Plan(teacher, inputs, terms, scale, chunk_bytes or default_chunk_bytes(labels.device), metric_stride, vocab)

@@ -41,11 +41,13 @@ class TileInputs(NamedTuple):
     draws: Int[Tensor, "R n"] | None
     kl_estimator: str = "exact"
     """Further estimate of the reverse KL at the drawn tokens; exact: none."""
+    known: Int[Tensor, "R k"] | None = None
+    """The tokens that a top-k teacher knows beside the label; None: the teacher knows all."""
 
     def rows(self, rows: slice) -> TileInputs:
         """The part that belongs to some positions."""
-        uniforms, draws = (None if x is None else x[rows] for x in (self.uniforms, self.draws))
-        return TileInputs(self.labels[rows], uniforms, draws, self.kl_estimator)
+        uniforms, draws, known = (None if x is None else x[rows] for x in (self.uniforms, self.draws, self.known))
+        return TileInputs(self.labels[rows], uniforms, draws, self.kl_estimator, known)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -147,9 +149,19 @@ def weigh(
     if draws is not None and inputs.kl_estimator != "exact" and term.support.draws_student_exactly:
         estimate = kl_estimate(inputs.kl_estimator, log_p, log_q, draws.tokens)
         add(sums, **{f"reverse_kl_{inputs.kl_estimator}": estimate})
-    if draws is not None and term.support.label:
-        add(sums, drawn_label=(draws.tokens == inputs.labels[:, None]).float().mean(-1))
+    if draws is not None:
+        watch_draws(term, draws.tokens, inputs, sums)
     return columns, weights
+
+
+def watch_draws(term: Term, tokens: Int[Tensor, "R n"], inputs: TileInputs, sums: Sums) -> None:
+    """Add the shares of drawn tokens that equal the label, and that a top-k teacher can only bound."""
+    labels = inputs.labels[:, None]
+    if term.support.label:
+        add(sums, drawn_label=(tokens == labels).float().mean(-1))
+    if inputs.known is not None:
+        known = (tokens[:, :, None] == inputs.known[:, None, :]).any(-1) | (tokens == labels)
+        add(sums, draws_off_top_k=(~known).float().mean(-1))
 
 
 def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R K"]:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpd.losses.tile import Sums, TileInputs, add, weigh_columns
+from hpd.losses.tile import Sums, TileInputs, watch_draws, weigh_columns
 from hpd.supports import LOGPROB_FLOOR, Columns, Draws
 from hpd.terms import Term
 
@@ -68,9 +68,9 @@ def token_gradient_(
             log_q_at = student_at(tokens)
         columns = Columns(log_p, log_q_at.clamp_min(LOGPROB_FLOOR), tokens, coefficients)
         weights = weigh_columns(term, columns, sums)
-        if term.support.draws and term.support.label:
+        if term.support.draws:
             assert draws is not None
-            add(sums, drawn_label=(draws.tokens == labels).float().mean(-1))
+            watch_draws(term, draws.tokens, inputs, sums)
         factor = term.weight * scale
         mass = mass + factor * weights.sum(-1, keepdim=True)
         updates.append((tokens, weights * -factor))
