@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -37,7 +38,7 @@ def small(tmp_path_factory):
         }
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -126,13 +127,39 @@ def test_a_grid_reads_the_cache_and_asks_its_model_about_own_samples(small, tmp_
             "sft": {"method": "sft", "data.path": str(folder / "truth.jsonl"), "teacher": str(folder / "teacher")},
         },
         "axes": {"seed": [0, 1]}, "evals": [{"name": "sampled_accuracy", "temperature": 1.0, "limit": 8}],
-        "own_samples": 8, "baseline": "sft", "metrics": ["sampled_accuracy", "forward_kl"], "output_dir": str(tmp_path / "out"),
+        "own_samples": 8, "own_samples_every": 2, "baseline": "sft",
+        "metrics": ["sampled_accuracy", "forward_kl"], "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
     experiment.write_text(json.dumps(tree))
     done = CliRunner().invoke(app, ["compare", str(experiment)])
     assert done.exit_code == 0, done.output
     figures = json.loads((tmp_path / "out/runs/hpd__seed-0/experiment.json").read_text())["figures"]
     assert set(figures) == {"sampled_accuracy", "own_entropy", "own_forward_kl", "own_reverse_kl"}
+    curve = _rows(tmp_path / "out/runs/hpd__seed-0/own_samples.jsonl")
+    assert [line["step"] for line in curve] == [0, 2]
+    assert curve[0]["own_entropy"] > 0
+    assert "curve-own_entropy" in (tmp_path / "out/report/report.md").read_text()
     assert (tmp_path / "out/teacher/figures.json").is_file()
     assert load_recipe(tmp_path / "out/runs/hpd__seed-0/recipe.yaml").teacher.type == "cached"
     assert "sampled_accuracy" in (tmp_path / "out/report/report.md").read_text()
+
+
+def test_own_samples_leave_training_alone_and_go_on_where_a_run_was_resumed(tmp_path):
+    import torch
+    from transformers import TrainerState
+
+    from hpd.experiments.own_samples import OwnSampleCurve
+
+    seen = []
+    student = torch.nn.Linear(1, 1)
+    curve = OwnSampleCurve(tmp_path / "own.jsonl", 2, lambda model: seen.append(model.training) or {"own_entropy": 1.0})
+    state = TrainerState()
+    curve.on_train_begin(None, state, None, model=student)
+    for state.global_step in (1, 2, 3, 4):
+        curve.on_step_end(None, state, None, model=student)
+    assert [line["step"] for line in _rows(tmp_path / "own.jsonl")] == [0, 2, 4]
+    assert seen == [False] * 3
+    assert student.training
+    state.global_step = 3  # its checkpoint is of step 3: step 4 is done again
+    curve.on_train_begin(None, state, None, model=student)
+    assert [line["step"] for line in _rows(tmp_path / "own.jsonl")] == [0, 2]

@@ -85,7 +85,8 @@ def compare(
         grid = expand(experiment, folder, {choice.group: choice.chosen for choice in choices})
     require_comparable(grid, manifest, allow)
     evals = evaluations(experiment, folder)
-    work = [Job(cell.recipe, cell.axes, experiment.budget, evals, experiment.own_samples) for cell in grid]
+    own = experiment.own_samples, experiment.own_samples_every
+    work = [Job(cell.recipe, cell.axes, experiment.budget, evals, *own) for cell in grid]
     _evaluate_teacher(work[0], folder)
     return experiment, run_grid(work, jobs, folder, "runs", show)
 

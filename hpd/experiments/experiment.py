@@ -118,8 +118,10 @@ class Experiment:
     """Evaluations of the trained student beside the recipe's own."""
     own_samples: int = 0
     """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at temperature 1; entropy
-    and
-    KLs are measured there."""
+    and KLs are measured there."""
+    own_samples_every: int | None = None
+    """The same before training and after every n-th step, as a curve of the report; null: after training only. Its time
+    counts in a budget of seconds."""
     baseline: str | None = None
     """The variant that the tests compare with, as the report names it; null: no tests."""
     metrics: list[str] = field(default_factory=lambda: ["accuracy", "forward_kl"])
@@ -198,6 +200,10 @@ def _cross_check(experiment: Experiment) -> None:
     for axis in [a for rule in experiment.exclude for a in rule] + list(tune.per or [] if tune else []):
         if axis not in known:
             raise ValueError(f"exclude or tune.per names {axis!r}, which is no axis. {nearest(axis, known)}")
+    if experiment.own_samples < 0 or (experiment.own_samples_every is not None and experiment.own_samples_every < 1):
+        raise ValueError("own_samples must be >= 0, and own_samples_every >= 1 or null.")
+    if experiment.own_samples_every is not None and not experiment.own_samples:
+        raise ValueError("own_samples_every says how often, and own_samples is 0: say how many prompts.")
     if experiment.budget is not None and experiment.budget.value <= 0:
         raise ValueError(f"budget.value must be > 0, got {experiment.budget.value:g}.")
     if experiment.budget is not None and experiment.budget.type == "steps" and "train.max_steps" in axes:

@@ -15,14 +15,16 @@ from hpd.config import Recipe, resolve
 from hpd.experiments.grid import Cell
 
 __all__ = [
-    "COMPARED", "FILE", "MANIFEST", "RECORD", "TEACHER_FIGURES", "differing_paths", "fingerprints", "flatten", "is_finished",
-    "open_manifest", "require_comparable", "require_equal_environments",
+    "COMPARED", "FILE", "MANIFEST", "OWN_LOGS", "RECORD", "TEACHER_FIGURES", "differing_paths", "fingerprints", "flatten",
+    "is_finished", "open_manifest", "require_comparable", "require_equal_environments",
 ]  # fmt: skip
 
 MANIFEST, FILE = "manifest.json", "experiment.yaml"
 RECORD = "experiment.json"
 """What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is finished."""
 TEACHER_FIGURES = "figures.json"
+OWN_LOGS = "own_samples.jsonl"
+"""What a run measured on its student's own text, by step."""
 COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 """Fields of environment.json that must be equal; `--allow` names those that may differ."""
 

@@ -5,18 +5,20 @@ Axes: B rows, T tokens, N label positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.evaluate.task import Prompt
 
-__all__ = ["own_sample_metrics"]
+__all__ = ["OwnSampleCurve", "own_sample_metrics"]
 
 _BATCH = 32
 
@@ -45,6 +47,38 @@ def own_sample_metrics(
     tokens = max(float(sums[0]), 1.0)
     names = ("own_entropy", "own_forward_kl", "own_reverse_kl")
     return {name: round(float(value) / tokens, 6) for name, value in zip(names, sums[1:], strict=True)}
+
+
+class OwnSampleCurve(TrainerCallback):
+    """Measures the student's own text before the first step and after every n-th; training sees nothing of it.
+
+    Args:
+        path: gets a line per measurement, the step and its figures; lines of steps that a resumed run does again are dropped.
+        every: optimiser steps between two measurements.
+        measure: takes the student, in evaluation mode, and returns its figures.
+    """
+
+    def __init__(self, path: Path, every: int, measure: Callable[[nn.Module], dict[str, float]]):
+        self._path, self._every, self._measure = path, every, measure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if state.global_step and self._path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if not state.global_step:
+            self._add(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._add(state.global_step, model)
+
+    def _add(self, step: int, model: Any) -> None:
+        was_training = model.training
+        model.eval()
+        figures = self._measure(model)
+        model.train(was_training)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ _LABELS = {
     "own_entropy": "student's entropy on its own text, nats", "own_reverse_kl": "KL(student || teacher) on own text, nats",
     "own_forward_kl": "KL(teacher || student) on own text, nats", "top1_agreement": "agreement on the likeliest token",
 }  # fmt: skip
+OWN_METRICS = ("own_entropy", "own_forward_kl", "own_reverse_kl")
 BRANCHES = {
     "k1_positive": "student underestimates the label", "reinforced": "reinforced", "suppressed": "suppressed",
     "punished": "draw punished",
@@ -111,7 +112,7 @@ def curve_panels(results: Results) -> list[Panel]:
         if run.logs:
             by_group.setdefault(run.group, []).append(run.logs)
     shown = dict(list(by_group.items())[:MAX_LINES])
-    for metric in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm"):
+    for metric in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", *OWN_METRICS):
         lines = {group: line for group, logs in shown.items() if (line := _mean_line(logs, metric))}
         if lines:
             panels.append(_line_panel(f"curve-{metric}", f"{label(metric)} over training", lines, log=metric.endswith("kl")))
@@ -124,7 +125,14 @@ def curve_panels(results: Results) -> list[Panel]:
 
 def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> list[tuple[float, float, float, float]]:
     """(step, mean, low, high) at the steps that every seed logged."""
-    series = [{log["step"]: float(log[metric]) for log in run if "loss" in log and log.get(metric) is not None} for run in logs]
+    series = [
+        {
+            log["step"]: float(log[metric])
+            for log in run
+            if ("loss" in log or metric in OWN_METRICS) and log.get(metric) is not None
+        }
+        for run in logs
+    ]
     series = [points for points in series if points]
     steps = sorted(set.intersection(*map(set, series))) if series else []
     found = [(step, [points[step] for points in series]) for step in steps]

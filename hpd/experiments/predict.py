@@ -93,9 +93,10 @@ def _probe(experiment: Experiment, evals: Sequence[Evaluation], cell: Cell) -> t
     per = {name: value / probed for name, value in counter.spent.items()}
     steps = _steps_within(experiment.budget, planned_steps, per_step, per)
     # Teacher and student before and after training answer the recipe's examples; the experiment's own only the trained one.
-    answers = (
-        sum(3 * _num_examples(recipe, e) for e in own) + sum(_num_examples(recipe, e) for e in evals) + experiment.own_samples
-    )
+    every = experiment.own_samples_every
+    own_times = 1 + (1 + int(steps) // every if every else 0)
+    answers = sum(3 * _num_examples(recipe, e) for e in own) + sum(_num_examples(recipe, e) for e in evals)
+    answers += own_times * experiment.own_samples
     rest = summary["seconds"] - summary["train seconds"]
     return rest + per_step * steps + per_answer * answers, per["flops"] * steps
 

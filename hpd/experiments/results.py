@@ -13,7 +13,7 @@ import yaml
 
 from hpd.experiments.experiment import Experiment, axis_values, read_experiment
 from hpd.experiments.grid import group_key
-from hpd.experiments.manifest import FILE, MANIFEST, differing_paths, flatten, require_equal_environments
+from hpd.experiments.manifest import FILE, MANIFEST, OWN_LOGS, differing_paths, flatten, require_equal_environments
 from hpd.experiments.tuning import Choice, read_choices
 
 __all__ = ["Results", "Run", "higher_is_better", "read_results"]
@@ -167,8 +167,8 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run
     grades = {name: {k: g for k, r in found.items() if (g := _grade(r)) is not None} for name, found in answers.items()}
     return Run(
         folder=folder, axes=axes, group=group_key(axes, order) if order else recipe.get("method") or folder.name,
-        seed=int(recipe.get("train", {}).get("seed", 42)), recipe=recipe, figures=figures, logs=_read_logs(folder /
-        "metrics.jsonl"),
+        seed=int(recipe.get("train", {}).get("seed", 42)), recipe=recipe, figures=figures,
+        logs=_read_logs(folder / "metrics.jsonl") + _read_logs(folder / OWN_LOGS),
         records={name: found for name, found in grades.items() if found and name in figures}, answers=answers,
         environment=_json(folder / "environment.json", {}), cost=record.get("cost") or _json(folder / "cost.json", {}),
         teacher={"accuracy": summary["teacher accuracy"]} if "teacher accuracy" in summary else {},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from hpd.evaluate.build import build_task
 from hpd.evaluate.settings import settings_for
 from hpd.experiments.budget import BudgetCallback, flops_per_token
 from hpd.experiments.experiment import Budget, Evaluation
-from hpd.experiments.manifest import RECORD, TEACHER_FIGURES, fingerprints
-from hpd.experiments.own_samples import own_sample_metrics
+from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
+from hpd.experiments.own_samples import OwnSampleCurve, own_sample_metrics
 from hpd.models import load_model, load_tokenizer
 from hpd.train import Progress, quiet_libraries, train
 
@@ -34,6 +34,7 @@ class Job(NamedTuple):
     budget: Budget | None = None
     evals: tuple[Evaluation, ...] = ()
     own_samples: int = 0
+    own_samples_every: int | None = None
     threads: int = 1
 
 
@@ -64,7 +65,7 @@ def run_job(job: Job, log: str | None = None) -> None:
     record: dict[str, Any] = {"axes": job.axes, "fingerprints": fingerprints(job.recipe)}
     if not (folder / "summary.json").is_file():
         counter = BudgetCallback(flops_per_token(job.recipe), job.budget)
-        train(job.recipe, progress=Callbacks(counter))
+        train(job.recipe, progress=Callbacks(counter, *_own_curve(job, folder)))
         if not counter.complete:
             assert job.budget is not None
             raise ValueError(
@@ -100,15 +101,27 @@ def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
         result = evaluate(student, tokenizer, task, settings, output_dir=folder, name=f"student after: {evaluation.name}")
         figures[evaluation.name] = result.value
     if job.own_samples:
-        if not has_model(recipe):
-            raise ValueError(
-                "own_samples needs a teacher of type model, or of type cached with the model that it is a cache of."
-            )
-        teacher = load_model(recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
-        where = Evaluation(name="own", limit=job.own_samples) if recipe.eval or not job.evals else job.evals[0]
-        task, settings = task_and_settings(recipe, dataclasses.replace(where, limit=job.own_samples, temperature=1.0))
-        figures |= own_sample_metrics(student, teacher, tokenizer, [e.prompt for e in task.examples()], settings)
+        figures |= _measure_own(job, tokenizer, device)(student)
     return figures
+
+
+def _own_curve(job: Job, folder: Path) -> list[TrainerCallback]:
+    if not job.own_samples_every:
+        return []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    measure = _measure_own(job, load_tokenizer(job.recipe.student, "student"), device)
+    return [OwnSampleCurve(folder / OWN_LOGS, job.own_samples_every, measure)]
+
+
+def _measure_own(job: Job, tokenizer: Any, device: str) -> Callable[[torch.nn.Module], dict[str, float]]:
+    recipe = job.recipe
+    if not has_model(recipe):
+        raise ValueError("own_samples needs a teacher of type model, or of type cached with the model that it is a cache of.")
+    teacher = load_model(recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
+    where = Evaluation(name="own", limit=job.own_samples) if recipe.eval or not job.evals else job.evals[0]
+    task, settings = task_and_settings(recipe, dataclasses.replace(where, limit=job.own_samples, temperature=1.0))
+    prompts = [example.prompt for example in task.examples()]
+    return lambda student: own_sample_metrics(student, teacher, tokenizer, prompts, settings)
 
 
 def evaluate_teacher(job: Job, folder: str, log: str) -> None:
