@@ -144,9 +144,9 @@ class BudgetCallback(TrainerCallback):
         if self.complete:
             control.should_training_stop = True
         else:
-            state.max_steps = min(
-                max(state.global_step + 1, round(state.global_step / max(self._share(), 1e-9))), self._ceiling
-            )
+            # Two beyond: the Trainer stops at max_steps before it asks here whether the budget is spent.
+            ahead = max(state.global_step + 2, round(state.global_step / max(self._share(), 1e-9)))
+            state.max_steps = min(ahead, self._ceiling)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:
