@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import torch
 from rich.table import Table
 
 from hpd.config import Recipe
@@ -77,6 +79,9 @@ def diagnose(recipe: Recipe, memory: str | None = None, devices: int = 1, tflops
     budget = parse_bytes(memory) if memory is not None else None
     if devices < 1 or (tflops is not None and tflops <= 0):
         raise ValueError(f"--devices must be >= 1 and --tflops > 0, got {devices} and {tflops}.")
+    if not torch.accelerator.is_available() and not recipe.train.get("use_cpu"):
+        # transformers refuses bf16 without a device for it; a recipe for another machine is looked at all the same.
+        recipe = dataclasses.replace(recipe, train={**recipe.train, "use_cpu": True})
     planned = plan(recipe)
     show_verdicts(planned.verdicts)
     rows = planned.rows

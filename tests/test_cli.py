@@ -117,6 +117,8 @@ def test_doctor_counts_the_run_s_arithmetic(workspace):
     said = " ".join(done.stdout.split())
     assert f"{step / 1e9:.3g} GFLOP in a step of {rows} rows" in said
     assert f"{step * 10 / 2e9 / 3600:,.3g} hours on 2 devices that reach 0.001 TFLOP/s each" in said
+    elsewhere = hpd("doctor", workspace / "recipe.yaml", "train.bf16=true")  # a recipe for a GPU, looked at where there is none
+    assert elsewhere.returncode == 0, elsewhere.stderr
     wrong = hpd("doctor", workspace / "recipe.yaml", "--tflops", "0")
     assert wrong.returncode == 2
     assert "--tflops > 0" in " ".join(wrong.stderr.split())
