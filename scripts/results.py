@@ -17,37 +17,46 @@ from hpd.experiments.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, TARGET = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
-COLUMNS = {
+COLUMNS: dict[str, tuple[str, ...] | None] = {
     "results": (
         "accuracy", "sampled accuracy", "forward kl", "reverse kl", "student entropy", "own entropy", "own reverse kl",
     ),
-    "tests": ("metric", "difference", "95 % interval", "p (Holm)", "d_z", "verdict"),
-    "stability": None, "tuning": None, "ablation": None,
+    "stability": None, "tuning": None, "ablation": None, "cost": None,
 }  # fmt: skip
 """Table -> the columns that docs/results.md shows beside those that name the row; None: all."""
-_BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: (\w+))? -->\n(?:.*?\n)?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
 def copy_report(name: str, runs: Path) -> Report:
     """The report of a grid, written to docs/results/NAME."""
-    report = build_report([runs / name], allow=["git_commit"])
+    report = build_report([runs / name])
     folder = TARGET / name
     shutil.rmtree(folder, ignore_errors=True)
     write_report(report, folder).unlink()
     return report
 
 
-def table_of(report: Report, key: str, metric: str | None = None) -> str:
-    """A table of a report as Markdown, cut to the columns above; of tests, one metric's rows if asked."""
+def table_of(report: Report, key: str) -> str:
+    """A table of a report as Markdown, cut to the columns above."""
     table = next(t for section in report.sections for t in section.tables if t.key == key)
     chosen = COLUMNS[key]
-    named = [c for c in table.columns if chosen is None or c in chosen or c in ("variant", *_axes(table))]
+    named = [c for c in table.columns if chosen is None or c in chosen or c in _axes(table)]
     places = [table.columns.index(c) for c in named]
-    rows = [tuple(row[i] for i in places) for row in table.rows]
-    if metric is not None:
-        at = named.index("metric")
-        rows = [row for row in rows if str(row[at]).replace(" ", "_") == metric]
-    return markdown_table(Table(key, "", "", tuple(named), rows))
+    return markdown_table(Table(key, "", "", tuple(named), [tuple(row[i] for i in places) for row in table.rows]))
+
+
+def verdicts_of(report: Report) -> str:
+    """Every test in one table: a row for a variant, a column for a metric; wins and losses in bold."""
+    metrics = list(dict.fromkeys(c.metric for c in report.comparisons))
+    rows: dict[str, dict[str, str]] = {}
+    for c in report.comparisons:
+        said = "no consistent win" if c.verdict == "no consistent win" else f"**{c.verdict}**"
+        p = "<0.0001" if c.p_holm < 1e-4 else f"{c.p_holm:.2g}"
+        rows.setdefault(c.variant, {})[c.metric] = f"{said} {c.difference:+.3g} (p {p})"
+    head = ["| against " + report.comparisons[0].baseline, *(metric.replace("_", " ") for metric in metrics)]
+    lines = [" | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += [f"| {name} | " + " | ".join(cells.get(metric, "") for metric in metrics) + " |" for name, cells in rows.items()]
+    return "\n".join(lines)
 
 
 def _axes(table: Table) -> tuple[str, ...]:
@@ -55,7 +64,7 @@ def _axes(table: Table) -> tuple[str, ...]:
     if table.key != "results":
         return ()
     first = next(i for i, column in enumerate(table.columns) if column == "accuracy")
-    return table.columns[:first]
+    return tuple(table.columns[:first])
 
 
 def main() -> None:
@@ -68,11 +77,16 @@ def main() -> None:
     reports = {name: copy_report(name, options.runs) for name in names}
 
     def fill(found: re.Match[str]) -> str:
-        name, key, metric = found.groups()
+        name, key, baseline = found.groups()
         if name not in reports:
             return found[0]
+        if key == "verdicts":
+            report = build_report([options.runs / name], baseline) if baseline else reports[name]
+            table = verdicts_of(report)
+        else:
+            table = table_of(reports[name], key)
         head = found[0].partition("\n")[0]
-        return f"{head}\n{table_of(reports[name], key, metric)}\n<!-- end -->"
+        return f"{head}\n{table}\n<!-- end -->"
 
     PAGE.write_text(_BLOCK.sub(fill, text), encoding="utf-8")
 
