@@ -24,6 +24,7 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "stability": None, "tuning": None, "ablation": None, "cost": None,
 }  # fmt: skip
 """Table -> the columns that docs/results.md shows beside those that name the row; None: all."""
+MOST_BRANCHES = 6
 _BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -33,6 +34,14 @@ def copy_report(name: str, runs: Path) -> Report:
     folder = TARGET / name
     shutil.rmtree(folder, ignore_errors=True)
     write_report(report, folder).unlink()
+    # One figure per variant: of a large grid, the numbers in data/ are enough.
+    branches = list(folder.glob("plots/branches-*.png"))
+    if len(branches) > MOST_BRANCHES:
+        for file in branches:
+            file.unlink()
+        page = folder / "report.md"
+        lines = page.read_text(encoding="utf-8").split("\n\n")
+        page.write_text("\n\n".join(line for line in lines if "(plots/branches-" not in line), encoding="utf-8")
     return report
 
 

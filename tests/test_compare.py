@@ -104,6 +104,15 @@ def test_runs_may_differ_in_the_axes_only():
     require_equal_environments([old, new], ["packages"])
 
 
+def test_variants_stand_in_the_order_of_their_own_axis():
+    from hpd.experiments.results import _label_order
+
+    experiment = read_experiment(write(axes={"method_kwargs.reverse": [0.0, 0.5, 1.0], "method_kwargs.draw_share": [1.0, 0.0]}))
+    order = _label_order(experiment)
+    assert list(order["method_kwargs.reverse"]) == ["0", "0.5", "1"]
+    assert list(order["method_kwargs.draw_share"]) == ["1", "0"]  # a label of two axes has a place in each
+
+
 def test_choices_say_when_the_best_is_at_the_edge():
     choice = Choice("hpd", "train.learning_rate", "loss", "min", 2e-3, {"0.001": [1.0, 1.2], "0.002": [0.9], "0.004": [1.4]})
     assert not choice.at_edge

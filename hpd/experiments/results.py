@@ -116,11 +116,11 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     axes = tuple(
         a for a in (["variant"] * bool(experiment.variants) + list(experiment.axes)) if a not in ("seed", "train.seed")
     )
-    order = {label: i for i, label in enumerate(_labels(experiment))}
+    order = _label_order(experiment)
     cells = manifest["cells"]
     folders = [path for path in sorted((folder / "runs").glob("*")) if path.name in cells and (path / "recipe.yaml").is_file()]
     runs = [_read_run(path, {axis: cells[path.name][axis] for axis in axes}, axes) for path in folders]
-    runs.sort(key=lambda run: ([order.get(label, 0) for label in run.axes.values()], run.seed))
+    runs.sort(key=lambda run: ([order[axis].get(label, 0) for axis, label in run.axes.items()], run.seed))
     teacher_file = folder / "teacher" / "figures.json"
     teacher = json.loads(teacher_file.read_text(encoding="utf-8")) if teacher_file.is_file() else {}
     return Results(
@@ -130,9 +130,10 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     )  # fmt: skip
 
 
-def _labels(experiment: Experiment) -> list[str]:
-    named = [dict(experiment.variants), *(axis_values(values) for values in experiment.axes.values())]
-    return [label for values in named for label in values]
+def _label_order(experiment: Experiment) -> dict[str, dict[str, int]]:
+    """Axis -> label -> its place in the file."""
+    axes = {"variant": dict(experiment.variants), **{axis: axis_values(values) for axis, values in experiment.axes.items()}}
+    return {axis: {label: place for place, label in enumerate(values)} for axis, values in axes.items()}
 
 
 def _read_runs(paths: Sequence[Path], allow: Sequence[str]) -> Results:
