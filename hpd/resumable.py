@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from hpd.checkpoint_files import check_readable, check_whole, reading, weights_file
 from hpd.checkpoints import (
     CheckpointFailed,
     is_complete,
@@ -61,6 +62,7 @@ class Resumable(Trainer):
 
         Raises:
             ValueError: it is True, and there is none.
+            CheckpointUnreadable: a file of it is damaged.
             CheckpointFailed: a checkpoint could not be written; the one before it is as it was.
         """
         if resume_from_checkpoint is True:
@@ -68,6 +70,7 @@ class Resumable(Trainer):
             if not resume_from_checkpoint:
                 raise ValueError(f"There is no complete checkpoint in {self._run}.")
         if resume_from_checkpoint:
+            check_readable(Path(resume_from_checkpoint))
             self._to_repeat = (read_mark(Path(resume_from_checkpoint)) or {}).get("evaluation")
             # Last of the callbacks: those before restore what an evaluation may change.
             self.add_callback(_RepeatEvaluation(self))
@@ -176,6 +179,28 @@ class Resumable(Trainer):
         if self.args.should_save:
             rotate(folder.parent, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(weights_file(Path(resume_from_checkpoint))):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # transformers goes on with a warning, which leaves what the file lacks as it was before training.
+        check_whole(self.model, load_result)  # type: ignore[arg-type]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        with reading(weights_file(Path(str(self.state.best_model_checkpoint)))):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "") / "optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with reading(Path(checkpoint or "") / f"rng_state{rank}.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _name_best(self, run: Path) -> None:
         best = run / f"checkpoint-{self.state.best_global_step}"

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from hpd.checkpoint_files import reading
+
 if TYPE_CHECKING:
     from hpd.trainer import DistillTrainer
 
 __all__ = ["Window"]
 
 _LOGGER = logging.getLogger(__name__)
+_PARTS = ("sums", "rollouts", "loss", "last_logged", "skipped_steps")
 
 
 class Window:
@@ -56,7 +59,12 @@ class Window:
         file = self._file(checkpoint)
         if file.is_file():
             # Several processes on a CPU call it cpu:0, which torch.load does not know.
-            self._loaded = torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device.type)
+            device = self._trainer.accelerator.device.type
+            with reading(file):
+                found = torch.load(file, weights_only=True, map_location=device)
+                if lacking := [name for name in _PARTS if name not in found]:
+                    raise ValueError(f"it lacks {', '.join(lacking)}")
+            self._loaded = found
         else:
             _LOGGER.warning(
                 "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on only.",
