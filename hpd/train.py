@@ -288,6 +288,9 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
             before |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
         if trainer.is_world_process_zero():
             folder.write_json("baselines.json", before)
+    elif resume is None and trainer.eval_dataset is not None and not sharded:
+        # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows depends.
+        next(iter(trainer.get_eval_dataloader()))
     summary |= before
     before_training = time.perf_counter()
     with signals.stopping(trainer):

@@ -38,6 +38,7 @@ class Window:
             "loss": trainer._tr_loss.clone(),
             "last_logged": trainer._globalstep_last_logged,
             "skipped_steps": trainer.skipped_steps,
+            "last_step": {name: float(value) for name, value in (trainer.last_step or {}).items()},
         }
 
     def put(self, state: dict[str, Any]) -> None:
@@ -49,6 +50,7 @@ class Window:
         trainer._tr_loss.copy_(state["loss"])
         trainer._globalstep_last_logged = state["last_logged"]
         trainer.skipped_steps = state["skipped_steps"]
+        trainer.last_step = state.get("last_step")
 
     def save(self, checkpoint: str) -> None:
         """Write this process's part of a checkpoint."""
