@@ -188,9 +188,10 @@ class Resumable(Trainer):
     def _end_epoch(self) -> None:
         """What the Trainer does behind the last step of an epoch, and skips where it goes on from there."""
         self._to_end, step = False, self.last_step or {}
+        model: Any = self.model
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         self._maybe_log_save_evaluate(
-            self._tr_loss, step.get("grad_norm"), self.model, None, self.state.epoch, None, time.time(),
+            self._tr_loss, step.get("grad_norm"), model, None, self.state.epoch, None, time.time(),
             learning_rate=step.get("learning_rate"),
         )  # fmt: skip
 
