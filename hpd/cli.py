@@ -124,13 +124,17 @@ def doctor(
     memory: Annotated[
         str | None, typer.Option(help="Memory that a step may take, such as 24GiB: shows the largest batch and chunk.")
     ] = None,
+    devices: Annotated[int, typer.Option(help="Processes of the run, one device each.", min=1)] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s that a device reaches in training (an H100 in bfloat16: about 400): hours.")
+    ] = None,
 ) -> None:
-    """Show what a recipe will load, whether the pair fits, how long the rows are and the memory that a step needs."""
+    """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and the run costs."""
     with _user_errors():
         from hpd.config import load_recipe
         from hpd.doctor import diagnose
 
-        if not diagnose(load_recipe(recipe, overrides or ()), memory):
+        if not diagnose(load_recipe(recipe, overrides or ()), memory, devices, tflops):
             raise typer.Exit(1)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
+import torch
 from rich.table import Table
 
 from hpd.config import Recipe
 from hpd.display import console, show_verdicts
+from hpd.experiments.budget import flops_per_token
 from hpd.memory import Memory, StepMemory, parse_bytes
 from hpd.methods import name_terms
 from hpd.stages import stage_recipes
-from hpd.train import plan, steps_of
+from hpd.train import Plan, plan, steps_of
 
 __all__ = ["diagnose"]
 
@@ -33,17 +38,50 @@ def _show_regime(recipe: Recipe) -> None:
         console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
 
 
-def diagnose(recipe: Recipe, memory: str | None = None) -> bool:
+def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | None) -> None:
+    """Floating-point operations of the run, and hours at a given speed; what the student writes itself comes on top."""
+    price, lengths, args = flops_per_token(planned.recipe), planned.lengths, planned.args
+    tokens = lengths.label_tokens / max(lengths.label_share, 1e-9)
+    rows = devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    step = rows * (price.backbone * tokens + price.head * lengths.label_tokens)
+    text = f"arithmetic: {_flop(step)} in a step of {rows} rows of {tokens:,.0f} tokens ({lengths.label_tokens:,.0f} labels)"
+    if steps is not None:
+        if args.max_steps <= 0:
+            steps = math.ceil(steps / devices)
+        text += f"; {_flop(step * steps)} in {steps:,} steps"
+        if tflops is not None:
+            hours = step * steps / (tflops * 1e12 * devices) / 3600
+            text += f": {hours:,.3g} hours on {devices} device{'s' * (devices != 1)} that reach {tflops:g} TFLOP/s each"
+    if planned.recipe.choose_regime().prefixes.on_policy:
+        text += "; generation not counted"
+    console.print(text, highlight=False)
+
+
+def _flop(count: float) -> str:
+    for power, unit in ((21, "ZFLOP"), (18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return f"{count / 1e9:.3g} GFLOP"
+
+
+def diagnose(recipe: Recipe, memory: str | None = None, devices: int = 1, tflops: float | None = None) -> bool:
     """Print everything known about a run before its start; False when it would fail.
 
     Args:
         recipe: what to look at.
         memory: a budget such as 24GiB that a step must stay within.
+        devices: processes of the run, one device each, >= 1.
+        tflops: what a device reaches in training, in TFLOP/s, > 0: gives hours.
 
     Raises:
         ValueError: the budget is no size; see also `hpd.train.plan` and `hpd.memory.StepMemory`.
     """
     budget = parse_bytes(memory) if memory is not None else None
+    if devices < 1 or (tflops is not None and tflops <= 0):
+        raise ValueError(f"--devices must be >= 1 and --tflops > 0, got {devices} and {tflops}.")
+    if not torch.accelerator.is_available() and not recipe.train.get("use_cpu"):
+        # transformers refuses bf16 without a device for it; a recipe for another machine is looked at all the same.
+        recipe = dataclasses.replace(recipe, train={**recipe.train, "use_cpu": True})
     planned = plan(recipe)
     show_verdicts(planned.verdicts)
     rows = planned.rows
@@ -56,6 +94,7 @@ def diagnose(recipe: Recipe, memory: str | None = None) -> bool:
     for term in name_terms(recipe.choose_terms()):
         console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
     _show_regime(recipe)
+    _show_work(planned, steps, devices, tflops)
     step = StepMemory(planned)
     needed = step.predict()
     console.print(_table(needed, step))

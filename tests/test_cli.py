@@ -103,6 +103,27 @@ def test_doctor_reports_pair_lengths_and_memory(workspace):
         assert word in done.stdout, word
 
 
+def test_doctor_counts_the_run_s_arithmetic(workspace):
+    from hpd.config import load_recipe
+    from hpd.experiments.budget import flops_per_token
+    from hpd.train import plan
+
+    done = hpd("doctor", workspace / "recipe.yaml", "train.max_steps=10", "--devices", "2", "--tflops", "0.001")
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(workspace / "recipe.yaml", ["train.max_steps=10"])
+    price, planned = flops_per_token(recipe), plan(recipe)
+    labels, rows = planned.lengths.label_tokens, 2 * planned.args.per_device_train_batch_size
+    step = rows * (price.backbone * labels / planned.lengths.label_share + price.head * labels)
+    said = " ".join(done.stdout.split())
+    assert f"{step / 1e9:.3g} GFLOP in a step of {rows} rows" in said
+    assert f"{step * 10 / 2e9 / 3600:,.3g} hours on 2 devices that reach 0.001 TFLOP/s each" in said
+    elsewhere = hpd("doctor", workspace / "recipe.yaml", "train.bf16=true")  # a recipe for a GPU, looked at where there is none
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    wrong = hpd("doctor", workspace / "recipe.yaml", "--tflops", "0")
+    assert wrong.returncode == 2
+    assert "--tflops > 0" in " ".join(wrong.stderr.split())
+
+
 def test_doctor_states_what_fits_a_budget(workspace):
     done = hpd("doctor", workspace / "recipe.yaml", "--memory", "1GiB")
     assert done.returncode == 0, done.stderr

@@ -265,3 +265,58 @@ def test_the_price_of_a_token_is_the_formula_on_the_weights(tmp_path):
     hpd_price, sft_price = (flops_per_token(load_recipe({**base, "method": method})) for method in ("hpd", "sft"))
     assert hpd_price == (6 * student + 2 * teacher, 6 * head + 2 * teacher_head, 2 * (student + head))
     assert sft_price == (6 * student, 6 * head, 2 * (student + head))
+
+
+def test_a_budget_in_seconds_stops_the_run(tmp_path):
+    from hpd.experiments.worker import Job, run_job
+
+    path = tiny_experiment(tmp_path, budget=None, tune=None)
+    tree = {**yaml.safe_load(path.read_text())["base"], "method": "sft", "output_dir": str(tmp_path / "seconds")}
+    tree["train"] = {**tree["train"], "max_steps": 100_000, "logging_steps": 1, "warmup_steps": 0}
+    run_job(Job(load_recipe(tree), {"seed": "0"}, Budget(type="seconds", value=2.0)))
+    cost = json.loads((tmp_path / "seconds" / "cost.json").read_text())
+    assert 2.0 <= cost["seconds"] < 6.0  # a step of this pair takes hundredths of a second, here or on a busy machine
+    logs = [json.loads(line) for line in (tmp_path / "seconds" / "metrics.jsonl").read_text().splitlines()]
+    rates = [log["learning_rate"] for log in logs if "loss" in log]
+    assert rates == sorted(rates, reverse=True)  # cosine over the seconds that are spent
+    assert rates[-1] < 0.1 * 1e-2
+    with pytest.raises(ValueError, match="needs --jobs 1"):
+        compare(tiny_experiment(tmp_path, budget={"type": "seconds", "value": 2.0}, set={"train.max_steps": 9}), jobs=2)
+
+
+def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
+    """Killed after its first checkpoint: the budget covers both lives, and the student is the undisturbed one."""
+    import multiprocessing
+    import os
+    import signal
+    import time
+
+    from safetensors.torch import load_file
+
+    from hpd.experiments.worker import Job, run_job
+
+    path = tiny_experiment(tmp_path, budget=None, tune=None)
+    tree = {**yaml.safe_load(path.read_text())["base"], "method": "hpd"}
+    tree["train"] = {**tree["train"], "max_steps": 400, "save_strategy": "steps", "save_steps": 5, "logging_steps": 5}
+    jobs = [
+        Job(
+            load_recipe({**tree, "output_dir": str(tmp_path / name)}), {"seed": "0"}, Budget(type="label_tokens", value=3000)
+        )  # 2988 before the last step: what is left is less than half a step
+        for name in ("undisturbed", "killed")
+    ]
+    run_job(jobs[0])
+    process = multiprocessing.get_context("spawn").Process(target=run_job, args=(jobs[1],))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint-5" / "complete.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "killed" / "experiment.json").is_file(), "killed too late: raise the budget"
+    run_job(jobs[1])
+    costs = [json.loads((tmp_path / name / "cost.json").read_text()) for name in ("undisturbed", "killed")]
+    for kind in ("label_tokens", "trained_tokens", "flops"):
+        assert costs[0][kind] == costs[1][kind] > 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "killed"))
+    assert all((one[key] == other[key]).all() for key in one)

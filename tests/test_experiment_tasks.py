@@ -83,7 +83,8 @@ def test_short_answers_are_graded_against_all_of_them(small):
 
     for answer in right_answers(str(example.prompt)):
         assert grade(f" {answer}")
-    assert not grade(str(example.prompt)[1:3])
+    assert not grade(str(example.prompt)[1])
+    assert not grade(right_answers(str(example.prompt))[0][0])
     assert not grade("")
     assert load_recipe({**recipe, "output_dir": str(folder / "run")}).teacher.type == "cached"
     report = json.loads((folder / "report.json").read_text())

@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from tiny_grid import SCRIPT, command, hpd, tiny_grid
@@ -344,3 +345,29 @@ def test_markdown_cells_cannot_start_markup(grid, tmp_path):
 def test_experiment_file_of_the_report_is_the_frozen_copy(grid):
     frozen = read_experiment((grid / "experiment.yaml").read_text())
     assert frozen.name == build_report([grid]).title == "tiny"
+
+
+def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "results_script", Path(__file__).resolve().parents[1] / "scripts" / "results.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page, blocks = tmp_path / "results.md", ("results", "verdicts", "verdicts hpd", "stability")
+    page.write_text("# R\n" + "".join(f"\n<!-- table grid {block} -->\n<!-- end -->\n" for block in blocks) + "\nend\n")
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "TARGET", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--runs", str(grid.parent)])
+    for _ in range(2):  # filled again, nothing is added
+        script.main()
+        text = page.read_text()
+        assert text.count("<!-- table grid") == text.count("<!-- end -->") == len(blocks)
+    assert "| against forward_kl | accuracy | forward kl |" in text
+    assert "| against hpd | accuracy | forward kl |" in text
+    assert text.count("no consistent win") == 4  # two seeds bear no finding
+    assert (tmp_path / "results" / "grid" / "report.md").is_file()
+    assert not (tmp_path / "results" / "grid" / "index.html").exists()

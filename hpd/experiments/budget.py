@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hpd.config import Recipe
+from hpd.config import Recipe, TeacherConfig
 from hpd.experiments.experiment import Budget
 from hpd.methods import name_terms
 from hpd.models import load_config
@@ -43,21 +43,30 @@ class FlopsPerToken(NamedTuple):
 
 def flops_per_token(recipe: Recipe) -> FlopsPerToken:
     """The three prices of the module's formula, from the models' configurations."""
-    student_backbone, student_head = _weights(load_config(recipe.student, "student"))
-    teacher_backbone, teacher_head = 0, 0
+    student = _weights(load_config(recipe.student, "student"))
+    student_backbone, student_head = student
+    teacher_backbone, teacher_head = 0.0, 0.0
     if any(term.name.partition("#")[0] != "nll" for term in name_terms(recipe.choose_terms())):
-        if recipe.teacher.type == "model":
-            teacher_backbone, teacher_head = _weights(load_config(recipe.teacher, "teacher"))
-        elif recipe.teacher.type == "self":
-            teacher_backbone, teacher_head = student_backbone, student_head
-        else:
-            # A stored or remote teacher is no forward pass here; its head still meets the stored hidden states.
-            teacher_head = student_head
+        teacher_backbone, teacher_head = _teacher_weights(recipe.teacher, student)
     return FlopsPerToken(
         backbone=6.0 * student_backbone + 2.0 * teacher_backbone,
         head=6.0 * student_head + 2.0 * teacher_head,
         rollout=2.0 * (student_backbone + student_head),
     )
+
+
+def _teacher_weights(teacher: TeacherConfig, student: tuple[int, int]) -> tuple[float, float]:
+    """Weights that a token meets: of all teachers of a mixture, of the mean one where rows are routed."""
+    if teacher.type == "model":
+        return _weights(load_config(teacher, "teacher"))
+    if teacher.type == "self":
+        return student
+    if teacher.teachers:
+        each = [_teacher_weights(one, student) for one in teacher.teachers.values()]
+        count = 1 if teacher.type == "mixture" else len(each)
+        return sum(backbone for backbone, _ in each) / count, sum(head for _, head in each) / count
+    # A stored or remote teacher is no forward pass here; its head still meets the stored hidden states.
+    return 0.0, student[1]
 
 
 def _weights(config: Any) -> tuple[int, int]:
@@ -144,9 +153,9 @@ class BudgetCallback(TrainerCallback):
         if self.complete:
             control.should_training_stop = True
         else:
-            state.max_steps = min(
-                max(state.global_step + 1, round(state.global_step / max(self._share(), 1e-9))), self._ceiling
-            )
+            # Two beyond: the Trainer stops at max_steps before it asks here whether the budget is spent.
+            ahead = max(state.global_step + 2, round(state.global_step / max(self._share(), 1e-9)))
+            state.max_steps = min(ahead, self._ceiling)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:

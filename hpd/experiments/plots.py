@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ MAX_LINES = 2 * len(COLORS)
 """Dashed from the eleventh on."""
 _OUTSIDE = 5
 """Lines from which the legend stands below the figure."""
-_WIDTH = 4.6
+_WIDTH, _TITLE_CHARACTERS = 4.6, 58
 _LABELS = {
     "loss": "loss", "forward_kl": "KL(teacher || student), nats", "reverse_kl": "KL(student || teacher), nats",
     "student_entropy": "student's entropy on teacher text, nats", "teacher_entropy": "teacher's entropy, nats",
@@ -74,15 +75,18 @@ def to_svg(panel: Panel) -> str:
 
 
 def to_png(panel: Panel) -> bytes:
-    """On white, at 144 dots per inch."""
-    return _save(panel, "png", facecolor="white", dpi=144)
+    """On white, at 144 dots per inch, under its title: a file stands alone, where the page has a caption."""
+    return _save(panel, "png", panel.title, facecolor="white", dpi=144)
 
 
-def _save(panel: Panel, kind: str, **options: Any) -> bytes:
+def _save(panel: Panel, kind: str, title: str = "", **options: Any) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, panel.height), layout="constrained")
+    lines = textwrap.wrap(title, _TITLE_CHARACTERS)
+    figure = Figure(figsize=(_WIDTH, panel.height + 0.2 * len(lines)), layout="constrained")
     axis = figure.subplots()
+    if lines:
+        figure.suptitle("\n".join(lines), x=0.015, ha="left", fontsize=10, color=INK, parse_math=False)
     axis.patch.set_visible(False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GRID)
@@ -212,7 +216,7 @@ def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
         axis.axvline(0, color=INK, linewidth=0.9)
         axis.set_yticks(range(len(rows)), [row.variant for row in reversed(rows)])
         axis.set_ylim(-0.6, len(rows) - 0.4)
-        axis.set_xlabel(f"difference of {label(metric)}", fontsize=10)
+        axis.set_xlabel(f"difference to {rows[0].baseline}", fontsize=10)
 
     better = "right" if higher_is_better(metric) else "left"
     title = f"{label(metric)}: minus {rows[0].baseline}, 95 % interval (better is {better})"

@@ -15,7 +15,9 @@ from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.statistics import Comparison, compare_paired, correct
 from hpd.experiments.tables import Cell, Table
 
-__all__ = ["Report", "Sample", "Section", "build_report", "check_target", "file_name", "report_on", "write_report"]
+__all__ = [
+    "Report", "Sample", "Section", "build_report", "check_target", "file_name", "markdown_table", "report_on", "write_report",
+]  # fmt: skip
 
 NUM_SAMPLES = 8
 _PAGES = ("index.html", "report.md")
@@ -234,13 +236,13 @@ def render_markdown(report: Report) -> str:
     for section in report.sections:
         parts.append(f"## {section.title}")
         for table in section.tables:
-            parts += [_markdown_table(table), _inline(table.note)]
+            parts += [markdown_table(table), _inline(table.note)]
         parts += [f"![{_inline(panel.title)}](plots/{file_name(panel.key)}.png)" for panel in section.panels]
     if report.samples:
         parts.append("## Sample answers")
         writers = list(dict.fromkeys(writer for sample in report.samples for writer in sample.answers))
         rows = [(s.prompt, *(_marked(*s.answers.get(w, ("", None))) for w in writers)) for s in report.samples]
-        parts.append(_markdown_table(Table("samples", "", "", ("problem", *writers), rows)))
+        parts.append(markdown_table(Table("samples", "", "", ("problem", *writers), rows)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -248,7 +250,7 @@ def _marked(text: str, correct: bool | None) -> str:
     return text if correct is None else f"{'✓' if correct else '✗'} {text}"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     lines = [table.columns, tuple("---" for _ in table.columns)]
     for row in table.rows:
         lines.append(tuple(_bold(cell) if isinstance(cell, Cell) else _inline(str(cell)) for cell in row))

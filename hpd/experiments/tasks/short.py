@@ -1,14 +1,15 @@
 """A task of short answers of which several are right.
 
-``(47)12,85,63,91,30=`` asks for a larger number than the first, and may be answered by 85, 63 or 91. What a perfect teacher
-says is known exactly, the uniform distribution over the right answers, so a student that covers its teacher spreads over all
-of them and one that seeks modes settles on some: the difference between the two directions of KL that one-answer tasks cannot
-show. The teacher is a 2-layer transformer trained on that distribution; `report.json` says how far from it it stayed. The
-student has learnt to answer with any of the listed numbers, right or wrong.
+``(4)1,8,6,9,3=`` asks for two of the listed digits that are larger than the first, in any order: ``8,6``, ``9,8`` and four more
+are right. What a perfect teacher says is known exactly, the uniform distribution over the right answers, so a student that
+covers its teacher spreads over all of them and one that seeks modes settles on some: the difference between the two
+directions of KL that one-answer tasks cannot show. The teacher is a 2-layer transformer trained on that distribution;
+`report.json` says how far from it it stayed. The student has learnt half of the task.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -26,29 +27,30 @@ from hpd.experiments.tasks.prepared import copy_to, learn, prepare, write_rows
 __all__ = ["ValidAnswers", "right_answers", "short_answers"]
 
 NUM_LISTED, NUM_VALID = 5, (2, 4)
-"""Numbers in a problem beside the first, and how many of them may be larger than it."""
-NUM_ROWS = {"train": 12000, "validation": 500, "test": 500}
+"""Digits in a problem beside the first, and how many of them may be larger than it."""
+NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
 SHORT_TEACHER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHORT_STUDENT = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 1500, 600, 128, 2e-3
+SHORT_STUDENT = {"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 3, "num_attention_heads": 3}
+TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 1000, 500, 64, 4e-3
 
 
-def right_answers(prompt: str) -> list[int]:
-    """The listed numbers that are larger than the first.
+def right_answers(prompt: str) -> list[str]:
+    """All ordered pairs of listed digits that are larger than the first.
 
-    >>> right_answers("(47)12,85,63,91,30=")
-    [85, 63, 91]
+    >>> right_answers("(7)1,8,6,9,3=")
+    ['8,9', '9,8']
     """
     first, _, listed = prompt.removeprefix("(").removesuffix("=").partition(")")
-    return [number for number in map(int, listed.split(",")) if number > int(first)]
+    larger = [digit for digit in listed.split(",") if digit > first]
+    return [",".join(pair) for pair in itertools.permutations(larger, 2)]
 
 
 def _draw_prompt(rng: random.Random, split: Split) -> str:
     """A problem of a split; its text decides which, so splits are disjoint."""
     while True:
-        first, *listed = rng.sample(range(10, 100), NUM_LISTED + 1)
-        prompt = f"({first}){','.join(map(str, listed))}="
-        if NUM_VALID[0] <= len(right_answers(prompt)) <= NUM_VALID[1] and split_of(prompt) == split:
+        first, *listed = rng.sample("0123456789", NUM_LISTED + 1)
+        prompt = f"({first}){','.join(listed)}="
+        if NUM_VALID[0] <= sum(digit > first for digit in listed) <= NUM_VALID[1] and split_of(prompt) == split:
             return prompt
 
 
@@ -89,13 +91,10 @@ def _tree(folder: Path) -> dict[str, Any]:
 
 def _build(folder: Path) -> dict[str, Any]:
     tokenizer = build_tokenizer()
-    options: dict[str, Any] = {"batch_size": BATCH, "rate": RATE}
-    teacher = learn(
-        model_config(tokenizer, SHORT_TEACHER), tokenizer, _right, "short teacher", num_steps=TEACHER_STEPS, **options
-    )
-    student = learn(
-        model_config(tokenizer, SHORT_STUDENT), tokenizer, _any, "short student", num_steps=STUDENT_STEPS, **options
-    )
+    shapes = model_config(tokenizer, SHORT_TEACHER), model_config(tokenizer, SHORT_STUDENT)
+    large = {"num_steps": TEACHER_STEPS, "batch_size": 2 * BATCH, "rate": 0.75 * RATE}
+    teacher = learn(shapes[0], tokenizer, _right, "short teacher", **large)
+    student = learn(shapes[1], tokenizer, _right, "short student", num_steps=STUDENT_STEPS, batch_size=BATCH, rate=RATE)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -113,12 +112,7 @@ def _build(folder: Path) -> dict[str, Any]:
 def _right(rng: random.Random) -> Row:
     """Answers drawn uniformly from the right ones: the loss's minimum is the truth."""
     prompt = _draw_prompt(rng, "train")
-    return Row(prompt=prompt, completion=str(rng.choice(right_answers(prompt))), answer="")
-
-
-def _any(rng: random.Random) -> Row:
-    prompt = _draw_prompt(rng, "train")
-    return Row(prompt=prompt, completion=rng.choice(prompt.removesuffix("=").partition(")")[2].split(",")), answer="")
+    return Row(prompt=prompt, completion=rng.choice(right_answers(prompt)), answer="")
 
 
 def _teacher_rows(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, str]]:
@@ -132,7 +126,7 @@ def _teacher_rows(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[
 
 
 def _listed(prompt: str) -> str:
-    return " ".join(map(str, right_answers(prompt)))
+    return " ".join(right_answers(prompt))
 
 
 @torch.no_grad()
@@ -141,7 +135,7 @@ def _against_truth(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> tupl
     kl = mass = 0.0
     for prompt in prompts:
         answers = right_answers(prompt)
-        ids, labels = encode_rows(tokenizer, [Row(prompt=prompt, completion=str(a), answer="") for a in answers])
+        ids, labels = encode_rows(tokenizer, [Row(prompt=prompt, completion=a, answer="") for a in answers])
         logprobs = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
         targets = labels[:, 1:]
         chosen = logprobs.gather(-1, targets.clamp_min(0)[..., None])[..., 0].masked_fill(targets == IGNORED, 0.0).sum(1)

@@ -1,0 +1,95 @@
+"""Writes docs/results/NAME (report, plots, data) from finished grids, and the tables of docs/results.md.
+
+    python scripts/results.py [NAME ...] [--runs runs]
+
+The HTML page is left out of the repository: `hpd report runs/NAME` builds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+from hpd.experiments.report import Report, build_report, markdown_table, write_report
+from hpd.experiments.tables import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, TARGET = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+COLUMNS: dict[str, tuple[str, ...] | None] = {
+    "results": (
+        "accuracy", "sampled accuracy", "forward kl", "reverse kl", "student entropy", "own entropy", "own reverse kl",
+    ),
+    "stability": None, "tuning": None, "ablation": None, "cost": None,
+}  # fmt: skip
+"""Table -> the columns that docs/results.md shows beside those that name the row; None: all."""
+_BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
+
+
+def copy_report(name: str, runs: Path) -> Report:
+    """The report of a grid, written to docs/results/NAME."""
+    report = build_report([runs / name])
+    folder = TARGET / name
+    shutil.rmtree(folder, ignore_errors=True)
+    write_report(report, folder).unlink()
+    return report
+
+
+def table_of(report: Report, key: str) -> str:
+    """A table of a report as Markdown, cut to the columns above."""
+    table = next(t for section in report.sections for t in section.tables if t.key == key)
+    chosen = COLUMNS[key]
+    named = [c for c in table.columns if chosen is None or c in chosen or c in _axes(table)]
+    places = [table.columns.index(c) for c in named]
+    return markdown_table(Table(key, "", "", tuple(named), [tuple(row[i] for i in places) for row in table.rows]))
+
+
+def verdicts_of(report: Report) -> str:
+    """Every test in one table: a row for a variant, a column for a metric; wins and losses in bold."""
+    metrics = list(dict.fromkeys(c.metric for c in report.comparisons))
+    rows: dict[str, dict[str, str]] = {}
+    for c in report.comparisons:
+        said = "no consistent win" if c.verdict == "no consistent win" else f"**{c.verdict}**"
+        p = "<0.0001" if c.p_holm < 1e-4 else f"{c.p_holm:.2g}"
+        rows.setdefault(c.variant, {})[c.metric] = f"{said} {c.difference:+.3g} (p {p})"
+    head = ["| against " + report.comparisons[0].baseline, *(metric.replace("_", " ") for metric in metrics)]
+    lines = [" | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += [f"| {name} | " + " | ".join(cells.get(metric, "") for metric in metrics) + " |" for name, cells in rows.items()]
+    return "\n".join(lines)
+
+
+def _axes(table: Table) -> tuple[str, ...]:
+    """The columns that name the row: those before the first figure."""
+    if table.key != "results":
+        return ()
+    first = next(i for i, column in enumerate(table.columns) if column == "accuracy")
+    return tuple(table.columns[:first])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    options = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    names = options.names or sorted({found[1] for found in _BLOCK.finditer(text)})
+    reports = {name: copy_report(name, options.runs) for name in names}
+
+    def fill(found: re.Match[str]) -> str:
+        name, key, baseline = found.groups()
+        if name not in reports:
+            return found[0]
+        if key == "verdicts":
+            report = build_report([options.runs / name], baseline) if baseline else reports[name]
+            table = verdicts_of(report)
+        else:
+            table = table_of(reports[name], key)
+        head = found[0].partition("\n")[0]
+        return f"{head}\n{table}\n<!-- end -->"
+
+    PAGE.write_text(_BLOCK.sub(fill, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
