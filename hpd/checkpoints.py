@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 __all__ = [
-    "CheckpointFailed", "is_complete", "mark_complete", "newest_complete", "read_mark", "remove_incomplete", "replace_text",
-    "rotate", "writing",
+    "CheckpointFailed", "earlier_complete", "is_complete", "mark_complete", "newest_complete", "read_mark", "remove_incomplete",
+    "replace_text", "rotate", "step_of", "writing",
 ]  # fmt: skip
 
 _LOGGER = logging.getLogger(__name__)
@@ -43,12 +43,16 @@ def mark_complete(folder: Path, notes: Mapping[str, Any]) -> None:
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What `mark_complete` wrote; None where it did not get so far, or a file is gone or cut short."""
+    """What `mark_complete` wrote; None where it did not get so far, its list is damaged, or a file is gone or cut short."""
     mark = folder / _MARK
     if not mark.is_file():
         return None
-    found: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
-    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in found["bytes"].items())
+    try:
+        found: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
+        sizes = dict(found["bytes"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
     return found if whole else None
 
 
@@ -57,16 +61,30 @@ def is_complete(folder: Path) -> bool:
     return read_mark(folder) is not None
 
 
-def newest_complete(run: Path) -> Path | None:
-    """The checkpoint of the most steps that is whole; a warning names each that is not."""
+def newest_complete(run: Path, quiet: bool = False) -> Path | None:
+    """The checkpoint of the most steps that is whole; a warning names each that is not, unless it is `quiet`."""
     for step, folder in reversed(_steps(run)):
         if is_complete(folder):
             return folder
-        _LOGGER.warning(
-            "%s is incomplete (the run was killed while it was written or deleted) and is skipped. It is replaced when step %d "
-            "is saved again; delete it if you need the space.", folder, step,
-        )  # fmt: skip
+        if not quiet:
+            _LOGGER.warning(
+                "%s is incomplete (the run was killed while it was written or deleted) and is skipped. It is replaced when "
+                "step %d is saved again; delete it if you need the space.", folder, step,
+            )  # fmt: skip
     return None
+
+
+def earlier_complete(checkpoint: Path) -> Path | None:
+    """The newest complete checkpoint of the same run with fewer steps than this one."""
+    step = step_of(checkpoint)
+    before = [folder for number, folder in _steps(checkpoint.parent) if step is not None and number < step]
+    return next((folder for folder in reversed(before) if is_complete(folder)), None)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step after which a checkpoint was saved; None for a folder of another name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def remove_incomplete(folder: Path) -> None:
@@ -121,8 +139,8 @@ def replace_text(target: Path, text: str) -> None:
 
 def _steps(run: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders by step."""
-    found = [(_NAME.fullmatch(path.name), path) for path in run.glob("checkpoint-*") if path.is_dir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    found = [(step_of(path), path) for path in run.glob("checkpoint-*") if path.is_dir()]
+    return sorted((step, path) for step, path in found if step is not None)
 
 
 def _flush(path: Path) -> None:

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import jinja2
 import numpy as np
 import pandas
 import pyarrow.compute
 from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template
 from trl.data_utils import is_conversational
 
 from hpd.batch import IGNORE_INDEX
 from hpd.config import DataConfig
 from hpd.row_checks import check_columns, check_row, check_types, why_unreadable
+from hpd.templates import training_template
 
 __all__ = ["Lengths", "PromptRow", "Rows", "check_ids", "load_preferences", "load_prompts", "load_rows", "measure"]
 
@@ -320,11 +319,8 @@ def measure(
         ValueError: not a single label is left in the measured rows.
     """
     lengths, kept, finished = [], [], []
-    for index, row in enumerate(_first(rows, _MEASURED_ROWS)):
-        try:
-            ids, mask = _tokenise(dict(row), tokenizer, labels)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"Row {index}: the student's chat template refuses it: {error}.") from None
+    for row in _first(rows, _MEASURED_ROWS):
+        ids, mask = _tokenise(dict(row), tokenizer, labels)
         lengths.append(len(ids))
         kept.append(sum(mask[:max_length]))
         if max_length is None or len(ids) <= max_length:
@@ -375,10 +371,10 @@ def _tokenise_messages(messages: list[Any], tokenizer: Any, labels: str) -> tupl
     if labels != "assistant":
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         return ids, [True] * len(ids)
-    template = None if "{% generation %}" in tokenizer.chat_template else get_training_chat_template(tokenizer)
     rendered = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
-    )
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        chat_template=training_template(tokenizer, labels),
+    )  # fmt: skip
     return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
 
 

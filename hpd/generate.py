@@ -22,6 +22,7 @@ from hpd.evaluate.generate import encode_prompt
 from hpd.models import load_model, load_tokenizer
 from hpd.teachers.dialects import read_json
 from hpd.teachers.http import BadAnswer, Connection, read_key
+from hpd.templates import check_prompts
 
 __all__ = ["Completion", "generate"]
 
@@ -48,6 +49,8 @@ class Job(NamedTuple):
 
 class Writer(Protocol):
     """Something that completes prompts."""
+
+    tokenizer: PreTrainedTokenizerBase
 
     def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         """Completions of one chunk; the same whenever it is called again."""
@@ -81,6 +84,7 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int
     if config.filter == "correct" and all(row.reference is None for row in rows):
         raise ValueError("generate.filter: correct needs right answers: name their column in generate.reference.")
     name, writer = _writer(recipe, config)
+    check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
     jobs = [Job(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
     part = _Part(output.with_name(output.name + ".part"), _identity(recipe, config, rows), overwrite)
     try:
@@ -239,7 +243,7 @@ def _seed(*parts: int) -> int:
 class _ModelWriter:
     def __init__(self, source: ModelConfig | TeacherConfig, config: GenerateConfig):
         self._config = config
-        self._tokenizer = load_tokenizer(source, "writer")
+        self.tokenizer = load_tokenizer(source, "writer")
         model: Any = load_model(source, "writer")
         if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,7 +251,7 @@ class _ModelWriter:
 
     def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         settings = _settings(self._config, prompts[0], _seed(self._config.seed, chunk))
-        answers = generate_answers(self._model, self._tokenizer, prompts, settings)
+        answers = generate_answers(self._model, self.tokenizer, prompts, settings)
         return [Completion(answer.text, answer.num_tokens, answer.finish_reason) for answer in answers]
 
     def close(self) -> None: ...
@@ -256,7 +260,7 @@ class _ModelWriter:
 class _ServerWriter:
     def __init__(self, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig):
         assert teacher.url is not None
-        self._config, self._tokenizer, self._model = config, tokenizer, teacher.model
+        self._config, self.tokenizer, self._model = config, tokenizer, teacher.model
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"), api_key=read_key(teacher.api_key_env),
             timeout_seconds=teacher.timeout_seconds, wait_seconds=teacher.wait_seconds, connections=teacher.concurrency,
@@ -270,7 +274,7 @@ class _ServerWriter:
         config = self._config
         seed = _seed(config.seed, job.row, job.sample)
         body = {
-            "model": self._model, "prompt": encode_prompt(self._tokenizer, prompt, _settings(config, prompt, seed)),
+            "model": self._model, "prompt": encode_prompt(self.tokenizer, prompt, _settings(config, prompt, seed)),
             "max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p, "seed": seed,
         }  # fmt: skip
         if config.top_k:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hpd.train import Plan, Progress
 
 
-__all__ = ["preference_rows", "train_preferences"]
+__all__ = ["dpo_arguments", "preference_rows", "train_preferences"]
 
 
 class _PreferenceTrainer(Resumable, DPOTrainer):
@@ -59,7 +59,7 @@ def _train_preferences(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, 
     student = load_model(recipe.student, "student", planned.args.seed)
     rows = preference_rows(planned, student, dpo)
     trainer = _PreferenceTrainer(
-        model=student, args=_arguments(planned, dpo), train_dataset=rows, processing_class=planned.tokenizer,
+        model=student, args=dpo_arguments(planned, dpo), train_dataset=rows, processing_class=planned.tokenizer,
         peft_config=lora_of(recipe), callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -128,8 +128,12 @@ def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[An
     return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
 
 
-def _arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
-    """`train` as far as DPOConfig knows it, and `dpo.args`."""
+def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
+    """`train` as far as DPOConfig knows it, and `dpo.args`.
+
+    Raises:
+        ValueError: `dpo.args` names a field that DPOConfig has not.
+    """
     known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
     if unknown := [key for key in dpo.args if key not in known]:
         raise ValueError(f"dpo.args.{unknown[0]} is no field of TRL's DPOConfig.")

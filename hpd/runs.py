@@ -17,6 +17,7 @@ import yaml
 from transformers import TrainerCallback
 
 from hpd._version import __version__
+from hpd.checkpoint_files import check_readable
 from hpd.checkpoints import newest_complete, replace_text
 from hpd.config import Recipe, resolve
 from hpd.recipe_file import read_yaml
@@ -35,6 +36,7 @@ class RunFolder:
 
     Raises:
         ValueError: the folder holds something else, or a finished run.
+        CheckpointUnreadable: a file of the checkpoint that it would go on from is damaged.
     """
 
     def __init__(self, recipe: Recipe, overwrite: bool = False):
@@ -67,6 +69,8 @@ class RunFolder:
             )
         if (self.path / "summary.json").is_file():
             raise ValueError(f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another output_dir.")
+        if (newest := newest_complete(self.path, quiet=True)) is not None:
+            check_readable(newest)
 
     def open(self) -> None:
         """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and not earlier.
@@ -91,9 +95,13 @@ class RunFolder:
             ) from error
 
     def baselines(self) -> dict[str, Any] | None:
-        """What was measured before the first step, if it was measured to the end."""
+        """What was measured before the first step, if it was measured to the end.
+
+        Raises:
+            ValueError: the file of it is damaged.
+        """
         file = self.path / "baselines.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return _read_object(file, "it is measured again") if file.is_file() else None
 
     def opened_elsewhere(self) -> None:
         """The main process has called `open`."""
@@ -108,7 +116,7 @@ class RunFolder:
         file = self.path / "teacher.json"
         if fingerprint is None:
             return
-        before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"] if file.is_file() else fingerprint
+        before = _read_object(file, "it is written again")["fingerprint"] if file.is_file() else fingerprint
         if before != fingerprint:
             raise ValueError(
                 f"This run began with the teacher {before}, and the server now answers with {fingerprint}: start the first "
@@ -133,6 +141,17 @@ class RunFolder:
             f"| measure | value |\n|---|---|\n{rows}\n\n```yaml\n{recipe}```\n"
         )
         (self.path / "README.md").write_text(text, encoding="utf-8")
+
+
+def _read_object(file: Path, otherwise: str) -> dict[str, Any]:
+    """A JSON object of the run folder; `otherwise` says what happens where the file is not there."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and {otherwise}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (no JSON object): delete it, and {otherwise}.")
+    return found
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

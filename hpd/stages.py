@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +14,7 @@ from hpd.stage_config import DpoStageConfig, StageConfig
 if TYPE_CHECKING:
     from hpd.train import Progress
 
-__all__ = ["Stage", "stage_recipes", "train_stages"]
+__all__ = ["Stage", "check_stages", "stage_recipes", "train_stages"]
 
 # Parts of a recipe that a stage changes key by key; the others it replaces.
 _MERGED = ("rollouts", "guards", "data", "train", "eval", "method_kwargs")
@@ -56,6 +56,11 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
     return stages
 
 
+def _summary(stage: Stage) -> Path:
+    """What says that a stage is finished."""
+    return Path(stage.recipe.output_dir) / "summary.json"
+
+
 def _handed_on(recipe: Recipe) -> Path:
     """Where the next stage finds a whole model: an adapter is merged into its base for it."""
     return Path(recipe.output_dir) / "merged" if recipe.lora else Path(recipe.output_dir)
@@ -93,6 +98,50 @@ def _changed(base: Mapping[str, Any], stage: StageConfig, student: Mapping[str, 
     return tree
 
 
+def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Check configurations, tokenizers and data of all these stages before the first of them trains or writes anything.
+
+    A stage whose student (or teacher, under `teacher: previous`) is not there yet is looked at with the recipe's student, which
+    has the same tokenizer and architecture. A teacher behind a server may be started later: of such a stage the rows are read.
+
+    Raises:
+        ValueError: as `hpd.train.plan`, with the stage's name.
+    """
+    from hpd.data import load_preferences, load_rows
+    from hpd.preferences import dpo_arguments
+    from hpd.train import plan
+
+    for number, stage in enumerate(stages):
+        try:
+            if number and stage.recipe.teacher.type == "server":
+                load_rows(stage.recipe.data, stage.recipe.teacher.column)
+                continue
+            planned = plan(_with_what_is_there(stage.recipe, recipe))
+            if planned.served is not None:
+                planned.served.close()
+            planned.require_sound()
+            if stage.dpo is not None:
+                dpo_arguments(planned, stage.dpo)
+                if stage.dpo.pairs == "data":
+                    load_preferences(stage.recipe.data)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"stages: {stage.name}: {error}") from None
+
+
+def _with_what_is_there(stage: Recipe, recipe: Recipe) -> Recipe:
+    """A stage's recipe with the run's own student in the place of models that earlier stages will write."""
+    run, own = Path(recipe.output_dir), recipe.student
+
+    def is_to_come(model: str | None) -> bool:
+        return model is not None and run in Path(model).parents and not (Path(model) / "config.json").is_file()
+
+    if is_to_come(stage.student.model):
+        stage = replace(stage, student=own)
+    if is_to_come(stage.teacher.model):
+        stage = replace(stage, teacher=replace(stage.teacher, model=own.model, tokenizer=own.tokenizer))
+    return stage
+
+
 def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Run a recipe's stages in order; finished ones are skipped, an unfinished one goes on from its last checkpoint.
 
@@ -100,7 +149,7 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
         The last stage's summary, with every stage's under `stages` and the seconds of all of them.
 
     Raises:
-        ValueError: the folder holds another run, or this one, finished.
+        ValueError: the folder holds another run, or this one, finished; or as `check_stages`.
     """
     from accelerate import PartialState
 
@@ -111,14 +160,15 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
     progress = progress or Progress()
     stages = stage_recipes(recipe)
     folder = RunFolder(recipe, overwrite)
+    done = set() if overwrite else {stage.name for stage in stages if _summary(stage).is_file()}
+    check_stages(recipe, [stage for stage in stages if stage.name not in done])
     open_together(folder, train_arguments(recipe))
     processes = PartialState()
     summaries: dict[str, Any] = {}
     for stage in stages:
-        finished = Path(stage.recipe.output_dir) / "summary.json"
-        if finished.is_file():
+        if _summary(stage).is_file():
             progress.say(f"stage {stage.name}: finished already")
-            summaries[stage.name] = json.loads(finished.read_text(encoding="utf-8"))
+            summaries[stage.name] = json.loads(_summary(stage).read_text(encoding="utf-8"))
             continue
         progress.say(f"stage {stage.name}")
         for before in stages[: len(summaries)][-1:]:

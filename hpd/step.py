@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch
 from hpd.by_source import sources_used
+from hpd.checkpoint_files import reading
 from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.mixing import PrefixMixer, rollout_metrics
 from hpd.policy_gradient import policy_gradient_nll
@@ -180,7 +181,9 @@ class StepState:
                 "processes as the checkpoint was written with, or start again with --overwrite."
             )
         # Several processes on a CPU call it cpu:0, which torch.load does not know.
-        self.restore(torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device.type))
+        device = self._trainer.accelerator.device.type
+        with reading(file):
+            self.restore(torch.load(file, weights_only=True, map_location=device))
 
     def _file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"rollouts-rank{self._trainer.accelerator.process_index}.pt"

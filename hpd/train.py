@@ -34,6 +34,7 @@ from hpd.stopping import RunStopped, ends_resumable
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, load_teacher
+from hpd.templates import check_templates, read_template
 from hpd.trainer import DistillConfig, DistillTrainer
 
 __all__ = [
@@ -90,6 +91,9 @@ def plan(recipe: Recipe) -> Plan:
     served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
     teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
     rows = load_rows(recipe.data, recipe.teacher.column)
+    if args.chat_template_path is not None:
+        # The trainer puts it there itself, and by then every row has been looked at.
+        tokenizer.chat_template = read_template(args.chat_template_path)
     verdicts = []
     for role, config in teacher_configs.items():
         theirs = teacher_tokenizers[role]
@@ -105,11 +109,25 @@ def plan(recipe: Recipe) -> Plan:
     for verdict in verdicts:
         if verdict.level == "error" and verdict.topic.startswith("chat template"):
             raise ValueError(verdict.text)
+    rows = _take_templates(rows, tokenizer, recipe, args)
     check_ids(rows.train, student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
     return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _take_templates(rows: Rows, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, args: DistillConfig) -> Rows:
+    """The rows, all of which the student's chat template takes; a stream's are looked at as they come."""
+    if not rows.conversational:
+        return rows
+    labels, drawn = recipe.data.labels, isinstance(recipe.data.validation, float)
+    names = {"train": "of the training rows" if drawn else "", "validation": "of the validation rows"}
+    train, validation = (
+        check_templates(getattr(rows, part), tokenizer, labels, name=name, num_proc=args.dataset_num_proc)
+        for part, name in names.items()
+    )
+    return rows._replace(train=train, validation=validation)
 
 
 def _check_loggers(args: DistillConfig) -> None:
@@ -270,6 +288,9 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
             before |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
         if trainer.is_world_process_zero():
             folder.write_json("baselines.json", before)
+    elif resume is None and trainer.eval_dataset is not None and not sharded:
+        # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows depends.
+        next(iter(trainer.get_eval_dataloader()))
     summary |= before
     before_training = time.perf_counter()
     with signals.stopping(trainer):

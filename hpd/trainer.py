@@ -319,7 +319,7 @@ class DistillTrainer(Resumable, SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; none where a resumed run has no step left to do."""
         self.stop_if_asked()
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return [], None
         before = self._step.state()
@@ -333,7 +333,9 @@ class DistillTrainer(Resumable, SFTTrainer):
         return samples, self._get_num_items_in_batch(samples, device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return self._watch.check(super()._get_grad_norm(model, grad_norm))
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.last_step = {"grad_norm": grad_norm, "learning_rate": self._get_learning_rate()}
+        return self._watch.check(grad_norm)
 
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
         """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it has answered."""

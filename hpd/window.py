@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from hpd.checkpoint_files import reading
+
 if TYPE_CHECKING:
     from hpd.trainer import DistillTrainer
 
 __all__ = ["Window"]
 
 _LOGGER = logging.getLogger(__name__)
+_PARTS = ("sums", "rollouts", "loss", "last_logged", "skipped_steps")
 
 
 class Window:
@@ -35,6 +38,7 @@ class Window:
             "loss": trainer._tr_loss.clone(),
             "last_logged": trainer._globalstep_last_logged,
             "skipped_steps": trainer.skipped_steps,
+            "last_step": {name: float(value) for name, value in (trainer.last_step or {}).items()},
         }
 
     def put(self, state: dict[str, Any]) -> None:
@@ -46,6 +50,7 @@ class Window:
         trainer._tr_loss.copy_(state["loss"])
         trainer._globalstep_last_logged = state["last_logged"]
         trainer.skipped_steps = state["skipped_steps"]
+        trainer.last_step = state.get("last_step")
 
     def save(self, checkpoint: str) -> None:
         """Write this process's part of a checkpoint."""
@@ -56,7 +61,12 @@ class Window:
         file = self._file(checkpoint)
         if file.is_file():
             # Several processes on a CPU call it cpu:0, which torch.load does not know.
-            self._loaded = torch.load(file, weights_only=True, map_location=self._trainer.accelerator.device.type)
+            device = self._trainer.accelerator.device.type
+            with reading(file):
+                found = torch.load(file, weights_only=True, map_location=device)
+                if lacking := [name for name in _PARTS if name not in found]:
+                    raise ValueError(f"it lacks {', '.join(lacking)}")
+            self._loaded = found
         else:
             _LOGGER.warning(
                 "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on only.",

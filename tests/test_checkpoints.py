@@ -10,6 +10,7 @@ from test_trainer import make_trainer, rows, weights
 from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
+from hpd.checkpoint_files import CheckpointUnreadable
 from hpd.checkpoints import CheckpointFailed, is_complete, mark_complete, newest_complete, rotate, writing
 from hpd.interrupts import Interrupted, catch_signals
 
@@ -129,3 +130,15 @@ def test_resuming_without_a_complete_checkpoint_is_an_error(pair, tmp_path, capl
     checkpoint(tmp_path, 3, complete=False)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="no complete checkpoint"):
         make_trainer(pair, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_best_checkpoint_that_is_damaged_is_named(pair, tmp_path):
+    class Damage(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (tmp_path / f"checkpoint-{state.global_step}" / "model.safetensors").write_bytes(bytes(1000))
+
+    options = {**OPTIONS, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = make_trainer(pair, tmp_path, train=rows(12), evaluation=rows(4), **options)
+    trainer.add_callback(Damage())
+    with pytest.raises(CheckpointUnreadable, match=r"model.safetensors of the checkpoint .* cannot be read"):
+        trainer.train()

@@ -8,8 +8,10 @@ from datasets import Dataset
 from tiny_models import tiny_pair
 from transformers import AutoTokenizer
 
-from hpd.config import DataConfig
+from hpd.config import DataConfig, load_recipe
 from hpd.data import load_rows, measure
+from hpd.templates import check_templates
+from hpd.train import plan
 
 ROWS = [{"question": f"what is {i}?", "answer": f"it is {i}", "id": i} for i in range(10)]
 COLUMNS = {"prompt": "question", "completion": "answer"}
@@ -140,3 +142,97 @@ def test_measure_counts_the_labels_that_training_keeps(tmp_path):
     assistant = measure(rows, tokenizer, 512, "assistant").label_tokens
     assert 0 < assistant < everything
     assert assistant == len(tokenizer("one two<|im_end|>", add_special_tokens=False)["input_ids"])
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate user/assistant') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+USER, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}
+
+
+def chats(count=300, bad=None, turns=(USER, USER, ANSWER)):
+    return [{"messages": list(turns) if i == bad else [USER, ANSWER]} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_pair("llama", folder)
+    return folder
+
+
+def recipe_of_chats(pair, tmp_path, template=ALTERNATE, bad=None, turns=(USER, USER, ANSWER), **data):
+    (tmp_path / "t.jinja").write_text(template)
+    path = write(tmp_path / "chats.jsonl", chats(bad=bad, turns=turns))
+    tree = {
+        "student": str(pair / "student"), "teacher": str(pair / "teacher"), "data": {"path": str(path), **data},
+        "train": {"max_length": 64, "max_steps": 2, "chat_template_path": str(tmp_path / "t.jinja")},
+        "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    return load_recipe(tree)
+
+
+@pytest.mark.parametrize("labels", ["completion", "assistant", "last_turn", "all"])
+def test_a_template_that_refuses_a_late_row_is_told_with_its_number(pair, tmp_path, labels):
+    template = ALTERNATE.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+    options = {"labels": labels, "template": template}
+    plan(recipe_of_chats(pair, tmp_path, **options))
+    said = r"Row 290 \(turns: user, user.* it begins 'what\?'\): the student's chat template refuses it: Roles must alternate"
+    with pytest.raises(ValueError, match=said):
+        plan(recipe_of_chats(pair, tmp_path, bad=290, **options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "message"),
+    [
+        ("{{ messages[0].content + '' }}", None, "Row 299.*None"),
+        (
+            "{{ messages[0].a.b if messages[0].content == 'x' else messages[0].content }}",
+            "x",
+            "Row 299.*(undefined|no attribute)",
+        ),
+    ],
+)
+def test_whatever_a_template_raises_is_told(pair, tmp_path, template, content, message):
+    with pytest.raises(ValueError, match=message):
+        plan(recipe_of_chats(pair, tmp_path, template, bad=299, turns=({"role": "user", "content": content}, ANSWER)))
+
+
+def test_rows_for_validation_and_streams_are_looked_at(pair, tmp_path):
+    other = write(tmp_path / "other.jsonl", chats(5, bad=3))
+    with pytest.raises(ValueError, match="Row 3 of the validation rows"):
+        plan(recipe_of_chats(pair, tmp_path, validation=str(other)))
+    with pytest.raises(ValueError, match=r"Row \d+ of the (training|validation) rows"):
+        plan(recipe_of_chats(pair, tmp_path, bad=290, validation=0.5))
+    stream = plan(recipe_of_chats(pair, tmp_path, bad=290, streaming=True)).rows.train
+    with pytest.raises(ValueError, match="Row 290"):
+        list(stream)
+
+
+def test_tools_and_options_of_a_row_reach_its_template(pair):
+    tokenizer = AutoTokenizer.from_pretrained(pair / "student")
+    tokenizer.chat_template = (
+        "{{ tools[0].name }}{{ messages[0].content }}{% if strict %}{{ raise_exception('strict') }}{% endif %}"
+    )
+    row = {"messages": [USER, ANSWER], "tools": '[{"name": "search"}]'}
+    check_templates(Dataset.from_list([row]), tokenizer, "completion")
+    with pytest.raises(ValueError, match="Row 1.*strict"):
+        check_templates(
+            Dataset.from_list([{**row, "chat_template_kwargs": {"strict": s}} for s in (False, True)]), tokenizer, "all"
+        )
+
+
+def test_a_base_model_trains_on_conversations_with_the_template_that_is_named(pair, tmp_path):
+    recipe = recipe_of_chats(pair, tmp_path)
+    assert plan(recipe).lengths.num_rows == 256
+    (pair / "student" / "chat_template.jinja").rename(tmp_path / "own.jinja")
+    try:
+        planned = plan(recipe)
+    finally:
+        (tmp_path / "own.jinja").rename(pair / "student" / "chat_template.jinja")
+    assert planned.tokenizer.chat_template == ALTERNATE
+    planned.require_sound()

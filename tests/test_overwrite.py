@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny_grid import tiny_experiment
 from tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app
+from hpd.experiments.report import Report, Section, check_target, write_report
+from hpd.experiments.tables import Table
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,55 @@ def test_eval_keeps_earlier_entries(place):
     first = json.loads((place / "ev" / "evals.json").read_text())
     assert run(*command, 5)[0] == 0
     assert [entry for entry in json.loads((place / "ev" / "evals.json").read_text()) if entry in first] == first
+
+
+REPORT = Report("t", "", "none", [], [], [Section("s", "S", [Table("results", "", "", ("a",), [("b",)])], [])], [])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "index.html", "report.md", "data/results.csv", ".hidden"])
+def test_a_report_is_not_written_over_what_is_no_report(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name.split('/')[0]} and no report"):
+        write_report(REPORT, tmp_path)
+    assert list(contents(tmp_path).values()) == [b"mine"]
+    with pytest.raises(ValueError, match="is a file"):
+        write_report(REPORT, tmp_path / name)
+
+
+def test_a_report_is_written_into_an_empty_folder_and_over_a_report(tmp_path):
+    write_report(REPORT, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    write_report(REPORT._replace(title="u"), tmp_path)
+    assert "<title>u</title>" in (tmp_path / "index.html").read_text()
+    assert (tmp_path / "data" / "results.csv").read_text() == "a\nb\n"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    check_target(tmp_path / "none")
+
+
+def test_report_refuses_a_folder_of_others(place, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, text = run("report", place / "run", "--output", tmp_path)
+    assert code == 2
+    assert "holds notes.txt and no report" in " ".join(text.split())
+    assert list(contents(tmp_path).values()) == [b"mine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("report/notes.txt", "holds notes.txt and no report|holds report but no manifest.json"),
+        ("runs/a/weights", "holds runs but no manifest.json"),
+        ("tuned.json", "holds tuned.json but no manifest.json"),
+        ("experiment.yaml", "holds another experiment.yaml"),
+    ],
+)
+def test_compare_refuses_a_folder_of_others(tmp_path, name, message):
+    experiment = tiny_experiment(tmp_path)
+    theirs = tmp_path / "grid" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    code, text = run("compare", experiment)
+    assert code == 2
+    assert re.search(message, " ".join(text.split()))
+    assert list(contents(tmp_path / "grid").values()) == [b"mine"]

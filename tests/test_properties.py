@@ -4,16 +4,25 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_losses import assert_equal, compute, problem
+from test_trainer import make_trainer
+from tiny_models import tiny_pair
+from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd.batch import IGNORE_INDEX, token_batch
 from hpd.config import load_recipe, resolve
-from hpd.terms import SUPPORTS, TermConfig
+from hpd.objectives import OBJECTIVES
+from hpd.supports import Support
+from hpd.terms import SUPPORTS, Term, TermConfig
 
 GOOD = {"student": "a", "teacher": "b", "data": {"path": "c"}}
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
@@ -100,3 +109,111 @@ def test_any_term_is_built_or_refused(name, draws, k, share, objective):
         return
     assert term.support.draws == (draws if "sampled" in name else 1 if name == "rollout" else 0)
     assert yaml.safe_load(yaml.safe_dump(extra)) == extra
+
+
+def _examples(rows):
+    return [{"input_ids": [t for t, _ in row], "labels": [t if bit else IGNORE_INDEX for t, bit in row]} for row in rows]
+
+
+def _found(batches):
+    """(key, label) of every label position, in no order: packing puts rows where they fit."""
+    found = [token_batch(dict(batch), 32) for batch in batches]
+    return sorted(pair for batch in found for pair in zip(batch.keys.tolist(), batch.labels.tolist(), strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=_ROWS, room=st.integers(0, 12), size=st.integers(1, 3))
+def test_packed_rows_have_the_labels_and_keys_of_single_ones(rows, room, size):
+    """TRL's packing into rows of any length that holds the longest, collated any number at a time."""
+    examples = _examples(rows)
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    free = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    packed = list(pack_dataset(Dataset.from_list(examples), max(map(len, rows)) + room, "bfd"))
+    single = _found(collate([example]) for example in examples)
+    assert _found(collate(examples[i : i + size]) for i in range(0, len(examples), size)) == single
+    assert _found(free(packed[i : i + size]) for i in range(0, len(packed), size)) == single
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=_ROWS, max_length=st.integers(2, 9), size=st.integers(1, 3))
+def test_packing_that_truncates_keeps_the_prefix_of_a_row(rows, max_length, size):
+    """A cut row is a row of its own: labels and draws of its prefix, packed or not."""
+    free = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    packed = list(pack_dataset(Dataset.from_list(_examples(rows)), max_length, "bfd"))
+    cut = [{name: values[:max_length] for name, values in example.items()} for example in _examples(rows)]
+    expected = _found(collate([example]) for example in cut)
+    assert _found(free(packed[i : i + size]) for i in range(0, len(packed), size)) == expected
+    assert sorted(label for _, label in expected) == sorted(t for row in rows for t, bit in row[1:max_length] if bit)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}], ids=["padded", "packed"])
+def test_the_trainer_truncates_to_the_prefix_whatever_the_layout(tmp_path_factory, tmp_path, options):
+    """The rows of every length from DistillTrainer's own loader against slices made here."""
+    folder = tmp_path_factory.getbasetemp() / "truncated-pair"
+    pair = (folder / "student", folder / "teacher")
+    if not folder.is_dir():
+        tiny_pair("llama", folder)
+    rows = [{"input_ids": [3 + (7 * i + j) % 90 for j in range(3 + 2 * i)]} for i in range(8)]
+    trainer = make_trainer(pair, tmp_path, train=rows, max_length=9, per_device_train_batch_size=4, **options)
+    loader = trainer.get_train_dataloader()
+    found = sorted(
+        pair for batch in loader for pair in zip(batch["label_keys"].tolist(), batch["label_labels"].tolist(), strict=True)
+    )
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    cut = [{"input_ids": row["input_ids"][:9], "labels": row["input_ids"][:9]} for row in rows]
+    expected = [token_batch(dict(collate([row])), 300) for row in cut]
+    assert found == sorted(pair for batch in expected for pair in zip(batch.keys.tolist(), batch.labels.tolist(), strict=True))
+
+
+_SIDES, _VOCAB = st.sampled_from(["teacher", "student"]), 11
+_SWITCHES = {
+    "whole": st.booleans(), "label": st.booleans(), "draws": st.integers(0, 3), "draws_of": _SIDES, "importance": st.booleans(),
+    "exclude_label": st.booleans(), "share": st.floats(0.0, 1.0), "temperature": st.floats(0.2, 4.0),
+    "top_k": st.integers(0, 14), "top_k_of": _SIDES, "tail": st.sampled_from(["drop", "bucket", "renormalize"]),
+}  # fmt: skip
+# Switches one by one, too, since most combinations of all are refused.
+_SUPPORT_FIELDS = st.fixed_dictionaries({}, optional=_SWITCHES) | st.fixed_dictionaries(
+    {"label": st.booleans()}, optional={name: _SWITCHES[name] for name in ("top_k", "tail", "top_k_of")}
+)
+_SUPPORT_FIELDS |= st.fixed_dictionaries(
+    {"label": st.just(True), "draws": st.integers(1, 3)},
+    optional={name: _SWITCHES[name] for name in ("draws_of", "importance", "exclude_label", "share", "temperature")},
+)
+# Those that need no parameters.
+_OBJECTIVES = sorted(
+    name
+    for name, factory in OBJECTIVES.items()
+    if all(p.default is not p.empty for p in inspect.signature(factory).parameters.values())
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    support=_SUPPORT_FIELDS, objective=st.sampled_from(_OBJECTIVES), weight=st.floats(0.1, 3.0), softened=st.floats(0.3, 3.0),
+    rows=st.integers(1, 5), sharpness=st.sampled_from([0.1, 1.0, 4.0]),
+)  # fmt: skip
+def test_any_support_is_refused_or_its_gradient_is_the_references(support, objective, weight, softened, rows, sharpness):
+    try:
+        term = Term(objective, OBJECTIVES[objective](), Support(**support), weight, softened).check()
+    except ValueError as error:
+        assert "." in str(error)
+        return
+    case = problem(_VOCAB, num_tokens=5, sharpness=sharpness)
+    oracle = compute(case, [term], impl="reference")
+    assert all(grad is None or bool(grad.isfinite().all()) for grad in oracle.grads)
+    assert_equal(compute(case, [term], rows=rows), oracle, rtol=1e-9, atol=1e-11)
+
+
+def test_many_terms_are_accepted():
+    """The properties above would hold if everything were refused."""
+    accepted = 0
+    for name in SUPPORTS:
+        for objective in _OBJECTIVES:
+            extra = {"top_k": 3} if "top_k" in name else {}
+            try:
+                TermConfig(objective=objective, support=name, on="student" if name == "rollout" else "both", **extra).build()
+                accepted += 1
+            except ValueError:
+                continue
+    assert accepted > 50

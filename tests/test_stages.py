@@ -140,6 +140,44 @@ def test_stages_that_make_no_sense(base, stages, message):
         load_recipe({**base, "stages": stages})
 
 
+MISTAKES = {
+    "first stage, no such data": (
+        [{"name": "a", "data": {"path": "none.jsonl"}}, {"name": "b"}], "stages: a: No dataset at none.jsonl"),
+    "second stage, no such data": (
+        [{"name": "a"}, {"name": "b", "data": {"path": "none.jsonl"}}], "stages: b: No dataset at none.jsonl"),
+    "second stage, wrong columns": (
+        [{"name": "a"}, {"name": "b", "data": {"columns": {"prompt": "question"}}}], "stages: b: data.columns maps prompt"),
+    "no label left": ([{"name": "a"}, {"name": "b", "train": {"max_length": 2}}], "stages: b: Every label is masked"),
+    "next teacher, wrong data": (
+        [{"name": "a"}, {"name": "b", "teacher": "previous", "data": {"path": "none.jsonl"}}], "stages: b: No dataset"),
+    "no pairs": ([{"name": "a"}, {"name": "b", "dpo": {"pairs": "data"}}], "stages: b: Preference pairs need"),
+    "unknown argument": (
+        [{"name": "a"}, {"name": "b", "dpo": {"pairs": "rollouts", "args": {"no_such": 1}}}], "stages: b: dpo.args.*no field"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_mistake_in_any_stage_is_found_before_anything_is_written(base, tmp_path, name, lora):
+    stages, message = MISTAKES[name]
+    run = tmp_path / "run"
+    tree = {**base, "lora": lora, "stages": stages, "output_dir": str(run)}
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe(tree))
+    assert not run.exists()
+
+
+def test_a_mistake_leaves_the_run_that_overwrite_would_delete(base, tmp_path):
+    run = tmp_path / "run"
+    good = {**base, "train": {**base["train"], "max_steps": 1}, "stages": [{"name": "a"}], "output_dir": str(run)}
+    train(load_recipe(good))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    bad = {**good, "stages": [{"name": "a", "data": {"path": "none.jsonl"}}]}
+    with pytest.raises(ValueError, match="stages: a: No dataset"):
+        train(load_recipe(bad), overwrite=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes" / "regimes").glob("*.yaml"))
 
 

@@ -102,6 +102,9 @@ class EvaluatingTrainer(DistillTrainer):
     def plan_evaluation(self, plan: dict[str, Any]) -> None:
         self.schedule([planned for planned in self._evals if planned.label in plan["tasks"]], plan["validation"])
 
+    def drop_evaluation(self) -> None:
+        self._due, self._validation_due = [], True
+
     def _run_task(self, planned: PlannedEval) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         engine = TransformersEngine(model, self.processing_class)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from hpd.evaluate.engine import Engine, Request, TransformersEngine
 from hpd.evaluate.partial import PartialAnswers
 from hpd.evaluate.settings import GREEDY, GenerationSettings
 from hpd.evaluate.task import Answer, Example, Message, Prompt
+from hpd.templates import taken_by_template
 
 __all__ = ["Generated", "Group", "Progress", "answer_examples", "encode_prompt", "generate_answers"]
 
@@ -162,7 +163,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
     """Token ids of a prompt as the model should see it, up to the first token of the answer.
 
     Raises:
-        ValueError: a chat or chat_template="always" without a chat template; two system turns; a prompt without tokens.
+        ValueError: a chat or chat_template="always" without a chat template, or with one that refuses it; two system turns; a
+            prompt without tokens.
     """
     templated = settings.chat_template == "always" or (settings.chat_template == "auto" and tokenizer.chat_template)
     if templated and not tokenizer.chat_template:
@@ -173,7 +175,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: 
             if turns[0]["role"] == "system":
                 raise ValueError("system_prompt is set, but a prompt has a system turn already; leave out one of them.")
             turns.insert(0, {"role": "system", "content": settings.system_prompt})
-        text = cast("str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        with taken_by_template("a prompt", turns, "model"):
+            text = cast("str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     elif isinstance(prompt, str):
         text = f"{settings.system_prompt}\n\n{prompt}" if settings.system_prompt else prompt
     else:

@@ -26,9 +26,7 @@ class PartialAnswers:
         self.path = path
         self._identity = json.loads(json.dumps(identity))
         self._batches: dict[int, tuple[list[Answer], float]] = {}
-        kept = self._read()
-        # Written anew in any case: a line that was cut short would swallow the next one.
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        self._kept: list[Any] | None = self._read()
 
     def __len__(self) -> int:
         """Answers that need not be generated again."""
@@ -39,6 +37,11 @@ class PartialAnswers:
         return self._batches.get(number)
 
     def append(self, number: int, answers: Sequence[Answer], seconds: float) -> None:
+        if self._kept is not None:
+            # Written anew in any case: a line that was cut short would swallow the next one.
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._kept)
+            self.path.write_text(text, encoding="utf-8")
+            self._kept = None
         line = {"batch": number, "seconds": seconds, "answers": [asdict(answer) for answer in answers]}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

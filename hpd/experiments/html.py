@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from hpd.experiments.plots import Panel, to_svg
-from hpd.experiments.report import Report, Sample, Section
+from hpd.experiments.report import Report, Sample, Section, file_name
 from hpd.experiments.tables import Cell, Table, panel_table
 
 __all__ = ["render_page"]
@@ -109,6 +109,7 @@ def _cell(cell: Any) -> str:
 
 
 def _panel(panel: Panel) -> str:
+    panel = panel._replace(key=file_name(panel.key))
     return (
         f'<figure id="plot-{escape(panel.key)}"><figcaption>{escape(panel.title)}</figcaption>{to_svg(panel)}'
         f'<details><summary>data</summary>{_table(panel_table(panel))}<p class="note">'
@@ -118,7 +119,7 @@ def _panel(panel: Panel) -> str:
 
 def _download(table: Table) -> str:
     content = f"data:text/csv;charset=utf-8,{quote(table.as_csv())}"
-    return f'<a class="download" download="{escape(table.key)}.csv" href="{content}">CSV</a>'
+    return f'<a class="download" download="{escape(file_name(table.key))}.csv" href="{content}">CSV</a>'
 
 
 def _samples(samples: list[Sample]) -> str:

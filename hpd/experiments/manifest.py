@@ -22,6 +22,7 @@ __all__ = [
 MANIFEST, FILE = "manifest.json", "experiment.yaml"
 RECORD = "experiment.json"
 """What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is finished."""
+_RESULTS = ("runs", "tune", "report", "logs", "tuned.json")
 TEACHER_FIGURES = "figures.json"
 OWN_LOGS = "own_samples.jsonl"
 """What a run measured on its student's own text, by step."""
@@ -50,8 +51,10 @@ def open_manifest(
     }
     path = folder / MANIFEST
     if not path.is_file():
-        if (folder / "runs").exists() or (folder / "tune").exists():
-            raise ValueError(f"{folder} holds runs but no {MANIFEST}: choose another output_dir.")
+        if foreign := [name for name in _RESULTS if (folder / name).exists()]:
+            raise ValueError(f"{folder} holds {', '.join(foreign)} but no {MANIFEST}: choose another output_dir.")
+        if (folder / FILE).is_file() and (folder / FILE).read_text(encoding="utf-8") != text:
+            raise ValueError(f"{folder} holds another {FILE} and no {MANIFEST}: choose another output_dir.")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE).write_text(text, encoding="utf-8")
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

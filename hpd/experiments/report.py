@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,12 @@ from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.statistics import Comparison, compare_paired, correct
 from hpd.experiments.tables import Cell, Table
 
-__all__ = ["Report", "Sample", "Section", "build_report", "markdown_table", "write_report"]
+__all__ = [
+    "Report", "Sample", "Section", "build_report", "check_target", "file_name", "markdown_table", "report_on", "write_report",
+]  # fmt: skip
 
 NUM_SAMPLES = 8
+_PAGES = ("index.html", "report.md")
 
 
 class Section(NamedTuple):
@@ -60,7 +64,11 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
     Raises:
         FileNotFoundError, ValueError: see `read_results`; or the baseline is no variant.
     """
-    results = read_results(paths, allow)
+    return report_on(read_results(paths, allow), baseline)
+
+
+def report_on(results: Results, baseline: str | None = None) -> Report:
+    """Evaluate what was read; see `build_report`."""
     experiment = results.experiment
     baseline = baseline or (experiment.baseline if experiment else None)
     comparisons = _compare(results, baseline) if baseline and results.groups else []
@@ -173,21 +181,51 @@ def _prompt_text(prompt: Any) -> str:
     return str(prompt)
 
 
+def check_target(folder: Path) -> None:
+    """A report is written into a new or an empty folder, or over a report.
+
+    Raises:
+        ValueError: the folder is a file, or holds something else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"The report's folder {folder} is a file: give a folder in --output.")
+    found = sorted(path.name for path in folder.iterdir())
+    if found and not set(_PAGES) <= set(found):
+        raise ValueError(
+            f"{folder} holds {', '.join(found[:4])}{', ...' if found[4:] else ''} and no report ({' and '.join(_PAGES)}), so "
+            "nothing is written there: give another folder in --output, or empty this one."
+        )
+
+
+def file_name(key: str) -> str:
+    """What a table or figure is called in files and on the page, where its key may hold anybody's words."""
+    return re.sub(r"[^\w.-]+", "-", key).strip(".-") or "unnamed"
+
+
 def write_report(report: Report, folder: Path) -> Path:
-    """Write index.html, report.md, plots/*.png and data/*.csv; returns the page's path."""
+    """Write index.html, report.md, plots/*.png and data/*.csv; returns the page's path.
+
+    Raises:
+        ValueError: the folder holds something else than a report.
+    """
     from hpd.experiments.html import render_page
 
+    check_target(folder)
     for sub in ("plots", "data"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
+    # First, since they are what the folder is known by if a kill comes in between.
+    page, text = (folder / name for name in _PAGES)
+    text.write_text(render_markdown(report), encoding="utf-8")
+    page.write_text(render_page(report), encoding="utf-8")
     for section in report.sections:
         for table in section.tables:
-            (folder / "data" / f"{table.key}.csv").write_text(table.as_csv(), encoding="utf-8")
+            (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")
         for panel in section.panels:
-            (folder / "plots" / f"{panel.key}.png").write_bytes(to_png(panel))
-            (folder / "data" / f"{panel.key}.csv").write_text(tables.panel_table(panel).as_csv(), encoding="utf-8")
-    (folder / "report.md").write_text(render_markdown(report), encoding="utf-8")
-    page = folder / "index.html"
-    page.write_text(render_page(report), encoding="utf-8")
+            name = file_name(panel.key)
+            (folder / "plots" / f"{name}.png").write_bytes(to_png(panel))
+            (folder / "data" / f"{name}.csv").write_text(tables.panel_table(panel).as_csv(), encoding="utf-8")
     return page
 
 
@@ -198,8 +236,8 @@ def render_markdown(report: Report) -> str:
     for section in report.sections:
         parts.append(f"## {section.title}")
         for table in section.tables:
-            parts += [markdown_table(table), table.note]
-        parts += [f"![{_inline(panel.title)}](plots/{panel.key}.png)" for panel in section.panels]
+            parts += [markdown_table(table), _inline(table.note)]
+        parts += [f"![{_inline(panel.title)}](plots/{file_name(panel.key)}.png)" for panel in section.panels]
     if report.samples:
         parts.append("## Sample answers")
         writers = list(dict.fromkeys(writer for sample in report.samples for writer in sample.answers))

@@ -51,9 +51,10 @@ def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow:
     """`hpd compare`: run the grid, then write the report and print its verdicts; False when a run failed."""
     # Training libraries take seconds to import; a report does without.
     from hpd.experiments.compare import compare
-    from hpd.experiments.report import build_report, write_report
+    from hpd.experiments.report import build_report, check_target, write_report
 
-    load_experiment(path, overrides)
+    # Known before hours of runs, not behind them.
+    check_target(load_experiment(path, overrides).folder / "report")
     display = _GridDisplay()
     with display.live:
         experiment, failures = compare(path, overrides, jobs, allow, display)
@@ -148,14 +149,15 @@ def report_with_display(
     folders: Sequence[Path], output: Path | None, baseline: str | None, allow: Sequence[str], port: int | None
 ) -> None:
     """`hpd report`: write the report, or serve it while runs go on."""
-    from hpd.experiments.report import build_report, write_report
+    from hpd.experiments.report import build_report, check_target, write_report
 
     if port is not None:
         _serve(list(folders), baseline, allow, port)
         return
-    report = build_report(folders, baseline, allow)
     single = len(folders) == 1 and (folders[0] / "manifest.json").is_file()
     target = output or (folders[0] / "report" if single else Path("runs/report"))
+    check_target(target)
+    report = build_report(folders, baseline, allow)
     page = write_report(report, target)
     for line in report.verdicts:
         console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)

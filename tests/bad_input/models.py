@@ -127,6 +127,30 @@ def _no_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
+_REFUSES = (
+    b"{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    b"{{ m.content }}{% endfor %}"
+)
+
+
+def _late(bad: list[str]) -> Callable[[Path], list[str]]:
+    """300 conversations, the last of which has these roles, for a template that wants the user first."""
+
+    def build(folder: Path) -> list[str]:
+        given = [["user", "assistant"]] * 299 + [bad]
+        chats = [{"messages": [{"role": role, "content": "x"} for role in roles]} for roles in given]
+        (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        return [*student(write("chat_template.jinja", _REFUSES))(folder), f"data.path={folder / 'chats.jsonl'}"]
+
+    return build
+
+
+def _late_prompt(folder: Path) -> list[str]:
+    given = _late(["assistant", "user"])(folder)
+    model = given[2].partition("=")[2]
+    return ["generate", "{recipe}", f"generate.model={model}", given[3], f"generate.output={folder / 'out.jsonl'}"]
+
+
 def _bigger_vocabulary(folder: Path) -> None:
     tree = json.loads((folder / "tokenizer.json").read_text())
     for i in range(40):
@@ -149,6 +173,10 @@ TOKENIZERS: dict[str, Case] = {
     "no template": Case(student(_no_template, "data.format=chat"), "no chat template.*train.chat_template_path"),
     "broken template": Case(student(write("chat_template.jinja", b"{% for m in messages %}"), "data.format=chat"), "chat template"),
     "template that refuses": Case(student(write("chat_template.jinja", b"{{ raise_exception('no') }}"), "data.format=chat"), "chat template"),
+    "template that refuses a late row": Case(_late(["system", "assistant"]), "Row 299 .turns: system, assistant.*user first"),
+    "template that refuses a late prompt": Case(_late_prompt, "Row 299 .turns: assistant, user.*the writer's chat template.*user first"),
+    "template that refuses a problem": Case(used("eval", write("chat_template.jinja", b"{{ raise_exception('no chat') }}")), "a prompt .turns: user.*no chat"),
+    "no such template": Case(lambda f: ["train", "{recipe}", f"train.chat_template_path={f / 'none.jinja'}"], "train.chat_template_path.*none.jinja"),
     "path of nothing": Case(lambda f: ["train", "{recipe}", f"student.tokenizer={f / 'none'}"], "tokenizer.*does not exist"),
     "path of a file": Case(lambda f: ["train", "{recipe}", "student.tokenizer={rows}"], "tokenizer.*is a file"),
 }
