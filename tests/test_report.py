@@ -371,3 +371,13 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
     assert text.count("no consistent win") == 4  # two seeds bear no finding
     assert (tmp_path / "results" / "grid" / "report.md").is_file()
     assert not (tmp_path / "results" / "grid" / "index.html").exists()
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    def draw(axis):
+        axis.plot([0, 1], [0, 1], label="costs $\\frac$ more")
+        axis.legend()
+
+    panel = Panel("k", "title of $\\frac$", ("x",), [(0,)], draw)
+    assert to_png(panel).startswith(b"\x89PNG")
+    assert "costs $\\frac$ more" in to_svg(panel)

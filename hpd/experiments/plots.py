@@ -64,7 +64,8 @@ def to_svg(panel: Panel) -> str:
     """Without fixed colours for ink and grid, and with text as text."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key}):
+    # A dollar in a name is no formula.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False}):
         text = _save(panel, "svg", facecolor="none", metadata={"Date": None}).decode("utf-8")
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--line)")
     # Every figure names its parts alike; on one page ids must differ.
@@ -76,7 +77,10 @@ def to_svg(panel: Panel) -> str:
 
 def to_png(panel: Panel) -> bytes:
     """On white, at 144 dots per inch, under its title: a file stands alone, where the page has a caption."""
-    return _save(panel, "png", panel.title, facecolor="white", dpi=144)
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        return _save(panel, "png", panel.title, facecolor="white", dpi=144)
 
 
 def _save(panel: Panel, kind: str, title: str = "", **options: Any) -> bytes:
@@ -86,7 +90,7 @@ def _save(panel: Panel, kind: str, title: str = "", **options: Any) -> bytes:
     figure = Figure(figsize=(_WIDTH, panel.height + 0.2 * len(lines)), layout="constrained")
     axis = figure.subplots()
     if lines:
-        figure.suptitle("\n".join(lines), x=0.015, ha="left", fontsize=10, color=INK, parse_math=False)
+        figure.suptitle("\n".join(lines), x=0.015, ha="left", fontsize=10, color=INK)
     axis.patch.set_visible(False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GRID)
