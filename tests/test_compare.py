@@ -208,7 +208,8 @@ def test_a_changed_question_foreign_runs_and_changed_data_are_refused(grid):
 def test_dry_run_writes_nothing_and_names_the_method_of_its_prediction(grid, tmp_path):
     done = command("compare", grid.parent / "tiny.yaml", "--dry-run", "--no-probe")
     assert done.exit_code == 0, done.output
-    for word in ("finished runs", "method: hpd, forward_kl", "equal budget: 12 steps", "Memory of 1 at once"):
+    words = ("finished runs", "method: hpd, forward_kl", "equal budget: 12 steps", "Memory of 1 at once", "other: 0.00 hours")
+    for word in words:
         assert word in done.output, word
     folder = tmp_path / "new"
     folder.mkdir()

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hpd.experiments.experiment import Experiment, load_experiment
 from hpd.experiments.grid import expand, expand_tuning
+from hpd.experiments.manifest import is_finished
 from hpd.experiments.predict import Cost, predict
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> Non
             title: predict(experiment, folder, cells, probe, lambda text: console.print(text, style="dim"))
             for title, cells in parts.items() if title == "runs"
         }  # fmt: skip
-        seconds = _show_costs(predicted["runs"], len(parts["tuning"]))
+        unfinished = [cell for cell in parts["tuning"] if not is_finished(cell.recipe)]
+        seconds = _show_costs(predicted["runs"], len(unfinished))
         _show_total(experiment, parts["runs"][0].recipe, seconds, jobs)
 
 
@@ -128,7 +130,7 @@ def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
         )  # fmt: skip
     console.print(table)
     mean = sum(cost.seconds for cost in costs) / len(costs)
-    # A tuning run evaluates less than a run of the grid and is taken to cost as much.
+    # Those still to come; a tuning run evaluates less than a run of the grid and is taken to cost as much.
     return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning
 
 
