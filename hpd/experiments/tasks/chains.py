@@ -14,7 +14,9 @@ and version of PyTorch.
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +35,6 @@ NUM_OPERATIONS, LARGEST_VALUE = 5, 20
 PRETRAINING_OPERATIONS = (1, 3)
 """What the students have learnt."""
 NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
-GYM_TERMS = (4, 6)
 MAX_TOKENS, MAX_NEW_TOKENS = 80, 48
 TEACHER = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 STUDENTS = {
@@ -43,7 +44,7 @@ STUDENTS = {
 }
 TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 700, 600, 64, 4e-3
 _CHOICES = [
-    NUM_OPERATIONS, LARGEST_VALUE, PRETRAINING_OPERATIONS, NUM_ROWS, GYM_TERMS, MAX_TOKENS, TEACHER, STUDENTS, TEACHER_STEPS,
+    NUM_OPERATIONS, LARGEST_VALUE, PRETRAINING_OPERATIONS, NUM_ROWS, MAX_TOKENS, TEACHER, STUDENTS, TEACHER_STEPS,
     STUDENT_STEPS, BATCH, RATE,
 ]  # fmt: skip
 
@@ -54,10 +55,10 @@ def chains(folder: Path) -> dict[str, Any]:
 
 
 def gym_chains(folder: Path) -> dict[str, Any]:
-    """The same models on reasoning-gym's `chain_sum`: 4 to 6 one-digit numbers added or subtracted.
+    """The same models on reasoning-gym's `chain_sum` of six one-digit numbers.
 
-    Problems with a negative answer are left out (the models write none), and so are training rows whose answer the teacher
-    gets wrong, as a grader would. Needs `pip install 'hpd[gym]'`.
+    Problems that leave the teacher's range on the way are left out, and so are training rows whose answer it gets wrong, as a
+    grader would. Needs `pip install 'hpd[gym]'`.
 
     Raises:
         ValueError: reasoning-gym is not installed.
@@ -66,7 +67,9 @@ def gym_chains(folder: Path) -> dict[str, Any]:
         import reasoning_gym  # type: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("This base needs reasoning-gym: pip install 'hpd[gym]'.") from None
-    return _recipe(folder, prepare("gym_chains", _CHOICES, lambda target: _build_gym(target, reasoning_gym.create_dataset)))
+    return _recipe(
+        folder, prepare("gym_chains", [*_CHOICES, "in range"], lambda target: _build_gym(target, reasoning_gym.create_dataset))
+    )
 
 
 def draw_chain(rng: random.Random, split: Split, num_operations: int = NUM_OPERATIONS) -> Operation:
@@ -158,13 +161,15 @@ def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, An
 
     copied = shutil.ignore_patterns("cache", "*.jsonl")
     shutil.copytree(prepare("chains", _CHOICES, _build), folder, ignore=copied)
-    low, high = GYM_TERMS
-    size = NUM_ROWS["train"]
-    dataset = create_dataset("chain_sum", seed=0, size=2 * size, min_terms=low, max_terms=high, min_digits=1, max_digits=1)
+    size, terms = NUM_ROWS["train"], NUM_OPERATIONS + 1
+    dataset = create_dataset(
+        "chain_sum", seed=0, size=8 * size, min_terms=terms, max_terms=terms, min_digits=1, max_digits=1
+    )  # fmt: skip
     problems = {}
     for item in dataset:
         prompt = item["metadata"]["expression"].replace(" ", "") + "="
-        if int(item["answer"]) >= 0:
+        on_the_way = itertools.accumulate(map(int, re.findall(r"[+-]?\d+", prompt)))
+        if all(0 <= value <= LARGEST_VALUE for value in on_the_way):
             problems[prompt] = {"prompt": prompt, "answer": item["answer"]}
     source = ModelConfig(model=str(folder / "teacher"))
     rows = _written(load_model(source, "teacher"), load_tokenizer(source, "teacher"), list(problems.values())[:size])
