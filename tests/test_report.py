@@ -373,6 +373,14 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
     assert not (tmp_path / "results" / "grid" / "index.html").exists()
 
 
+def test_powers_of_a_logarithmic_axis_are_plain_numbers():
+    from hpd.experiments.plots import _line_panel
+
+    panel = _line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
+    assert ">0.01<" in to_svg(panel)
+    assert "mathdefault" not in to_svg(panel)
+
+
 def test_a_dollar_in_a_name_is_no_formula():
     def draw(axis):
         axis.plot([0, 1], [0, 1], label="costs $\\frac$ more")

@@ -170,6 +170,8 @@ def _line_panel(
         values = [point[1] for points in lines.values() for point in points]
         if log and min(values) > 0 and max(values) > 10 * min(values):
             axis.set_yscale("log")
+            # matplotlib writes powers as formulas, which are switched off for the sake of names.
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if log_x:
             axis.set_xscale("log")
             ticks = sorted({point[0] for points in lines.values() for point in points})
