@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hpd.experiments.report import Report, build_report, markdown_table, write_report
 from hpd.experiments.tables import Table
+from hpd.experiments.tasks.prepared import home
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, TARGET = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
@@ -34,6 +35,8 @@ def copy_report(name: str, runs: Path) -> Report:
     folder = TARGET / name
     shutil.rmtree(folder, ignore_errors=True)
     write_report(report, folder).unlink()
+    for file in (folder / "report.md", *folder.glob("data/*.csv")):  # where this machine keeps tasks is nobody's business
+        file.write_text(file.read_text(encoding="utf-8").replace(str(home()), "$HPD_HOME"), encoding="utf-8")
     # One figure per variant: of a large grid, the numbers in data/ are enough.
     branches = list(folder.glob("plots/branches-*.png"))
     if len(branches) > MOST_BRANCHES:

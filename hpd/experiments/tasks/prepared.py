@@ -18,9 +18,14 @@ from transformers import LlamaForCausalLM
 from hpd.demo.build_teacher import encode_rows
 from hpd.demo.task import Row
 
-__all__ = ["copy_to", "learn", "prepare", "write_rows"]
+__all__ = ["copy_to", "home", "learn", "prepare", "write_rows"]
 
 _CACHE = "cache"
+
+
+def home() -> Path:
+    """Where files that many runs share are kept: `$HPD_HOME`, by default `~/.cache/hpd`."""
+    return Path(os.environ.get("HPD_HOME") or Path.home() / ".cache" / "hpd")
 
 
 def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]]) -> Path:
@@ -32,7 +37,7 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
             states in float32: exact for every method, and no run pays for the teacher's forward again).
     """
     digest = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
-    root = Path(os.environ.get("HPD_HOME") or Path.home() / ".cache" / "hpd") / "tasks"
+    root = home() / "tasks"
     target = root / f"{name}-{digest}"
     if target.is_dir():
         return target
