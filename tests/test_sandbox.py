@@ -165,14 +165,18 @@ def test_hostile_programs_at_lower_levels(level: str, host: Host, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else; without it the tests above show this")
 @pytest.mark.parametrize("level", ISOLATIONS)
-def test_hostile_programs_of_an_ordinary_user(level: str, host: Host, tmp_path: Path) -> None:
+def test_hostile_programs_of_an_ordinary_user(
+    level: str, host: Host, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """User namespaces instead of root's privileges; without them the program has the very user of the evaluating process."""
     python = next((path for path in (sys.executable, "/usr/bin/python3") if _runs_as_nobody(path)), None)
     if python is None:
         pytest.skip("no Python that other users may run")
-    tmp_path.chmod(0o755)
-    for parent in (tmp_path.parent, tmp_path.parent.parent):
-        parent.chmod(0o755)
+    # pytest's folders are its user's own: all that it made on the way here are opened (a worker of xdist has one more).
+    base = tmp_path_factory.getbasetemp()
+    opened = [tmp_path, *(parent for parent in tmp_path.parents if parent.is_relative_to(base)), base.parent]
+    for folder in [*opened, *([base.parent.parent] if base.name.startswith("popen-") else [])]:
+        folder.chmod(0o755)
     programs = {path.stem: f"HOST = {host.facts!r}\n{path.read_text()}" for path in HOSTILE}
     (tmp_path / "programs.json").write_text(json.dumps([programs, SQUARES.source, asdict(TIGHT)]))
     script = f"""
