@@ -27,7 +27,7 @@ import torch
 from hpd.demo.build_teacher import build_tokenizer, model_config
 from hpd.demo.task import SPLITS, Operation, Row, Split, evaluate, is_correct, operation, prompt_of, split_of, write_solution
 from hpd.evaluate import GenerationSettings, generate_answers
-from hpd.experiments.tasks.prepared import copy_to, learn, prepare, write_rows
+from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
 
 __all__ = ["chains", "draw_chain", "gym_chains"]
 
@@ -91,18 +91,10 @@ def _recipe(folder: Path, prepared: Path) -> dict[str, Any]:
 
 
 def _tree(folder: Path) -> dict[str, Any]:
-    return {
-        "student": str(folder / "student-x1"),
-        "teacher": str(folder / "teacher"),
-        "method": "hpd",
-        "data": {"path": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")},
-        "train": {
-            "max_steps": 200, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 200, "learning_rate": 2e-3,
-            "lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01, "adam_beta2": 0.98, "max_grad_norm": 1.0,
-            "max_length": MAX_TOKENS, "logging_steps": 10, "gradient_checkpointing": False, "metric_stride": 4,
-            "save_strategy": "no", "dataloader_drop_last": True,
-        },
-    }  # fmt: skip
+    return distil(
+        folder, "student-x1", max_steps=200, per_device_train_batch_size=32, per_device_eval_batch_size=200,
+        max_length=MAX_TOKENS, metric_stride=4,
+    )  # fmt: skip
 
 
 def _build(folder: Path) -> dict[str, Any]:

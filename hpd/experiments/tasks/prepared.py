@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from hpd.demo.build_teacher import encode_rows
 from hpd.demo.task import Row
 
-__all__ = ["copy_to", "home", "learn", "prepare", "write_rows"]
+__all__ = ["copy_to", "distil", "home", "learn", "prepare", "write_rows"]
 
 _CACHE = "cache"
 
@@ -57,6 +57,21 @@ def copy_to(folder: Path, prepared: Path) -> dict[str, str]:
     """Copy the files to an experiment's own folder, and return the teacher that reads the cache, which stays where it is."""
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns(_CACHE), dirs_exist_ok=True)
     return {"type": "cached", "model": str(folder / "teacher"), "path": str(prepared / _CACHE)}
+
+
+def distil(folder: Path, student: str, **train: Any) -> dict[str, Any]:
+    """The recipe of a prepared folder with its live teacher; `train` says what is the task's own."""
+    shared = {
+        "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01, "adam_beta2": 0.98,
+        "logging_steps": 10, "gradient_checkpointing": False, "save_strategy": "no", "dataloader_drop_last": True,
+    }  # fmt: skip
+    return {
+        "student": str(folder / student),
+        "teacher": str(folder / "teacher"),
+        "method": "hpd",
+        "data": {"path": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")},
+        "train": {**shared, **train},
+    }
 
 
 def _write_cache(folder: Path, recipe: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ import torch
 from hpd.demo.build_teacher import IGNORED, build_tokenizer, encode_rows, model_config
 from hpd.demo.task import SPLITS, Row, Split, split_of
 from hpd.evaluate import Answer, ExactMatch, Example, GenerationSettings, Verdict, generate_answers
-from hpd.experiments.tasks.prepared import copy_to, learn, prepare, write_rows
+from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
 
 __all__ = ["ValidAnswers", "right_answers", "short_answers"]
 
@@ -75,18 +75,10 @@ def short_answers(folder: Path) -> dict[str, Any]:
 
 
 def _tree(folder: Path) -> dict[str, Any]:
-    return {
-        "student": str(folder / "student"),
-        "teacher": str(folder / "teacher"),
-        "method": "hpd",
-        "data": {"path": str(folder / "train.jsonl"), "validation": str(folder / "validation.jsonl")},
-        "train": {
-            "max_steps": 300, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 250, "learning_rate": 2e-3,
-            "lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01, "adam_beta2": 0.98, "max_length": 32,
-            "logging_steps": 10, "gradient_checkpointing": False, "metric_stride": 1, "save_strategy": "no",
-            "dataloader_drop_last": True,
-        },
-    }  # fmt: skip
+    return distil(
+        folder, "student", max_steps=200, per_device_train_batch_size=64, per_device_eval_batch_size=250, max_length=32,
+        metric_stride=1,
+    )  # fmt: skip
 
 
 def _build(folder: Path) -> dict[str, Any]:
