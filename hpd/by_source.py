@@ -21,7 +21,7 @@ from hpd.supports import Support
 from hpd.terms import Term
 
 __all__ = [
-    "Part", "as_evaluated", "label_gaps", "loss_by_source", "num_uniforms", "parts_of", "sources_used", "take", "take_teacher",
+    "Part", "as_evaluated", "label_gaps", "loss_by_source", "num_uniforms", "parts_of", "sources_used",
     "teacher_logits",
 ]  # fmt: skip
 
@@ -93,7 +93,7 @@ def loss_by_source(
         labels, numbers = (x if x is None or part.positions is None else x[part.positions] for x in (batch.labels, uniforms))
         assert labels is not None
         loss, sums = reweighted_nll(
-            take(student, part.positions), take_teacher(teacher, part.positions), labels, part.terms,
+            student.at(part.positions), teacher.at(part.positions), labels, part.terms,
             uniforms=numbers, draws=labels[:, None] if part.given else None,
             metric_stride=metric_stride if part.first else 0, **options,
         )  # fmt: skip
@@ -114,28 +114,13 @@ def label_gaps(student: Scores, teacher: TeacherScores, batch: TokenBatch, strid
         rows = positions[:: max(stride, 1)]
         vocab, labels = min(student.vocab, teacher.vocab), batch.labels[rows, None]
         sides = {
-            "student": logits(take(student, rows), vocab),
-            "teacher": teacher_logits(take_teacher(teacher, rows), labels[:, 0], vocab, student.hidden),
+            "student": logits(student.at(rows), vocab),
+            "teacher": teacher_logits(teacher.at(rows), labels[:, 0], vocab, student.hidden),
         }
         for name, side in sides.items():
             found[f"gap/{source}/{name}"] = side.log_softmax(-1).gather(1, labels).sum()
         found[f"gap/{source}/rows"] = torch.ones_like(labels, dtype=torch.float32).sum()
     return found
-
-
-def take(scores: Scores, positions: Tensor | slice | None) -> Scores:
-    """The scores at some of the positions."""
-    if positions is None:
-        return scores
-    return Scores(scores.hidden[positions], scores.head, None if scores.log_z is None else scores.log_z[positions])
-
-
-def take_teacher(scores: TeacherScores, positions: Tensor | slice | None) -> TeacherScores:
-    """`take` for a teacher, whatever it knows."""
-    if positions is None or isinstance(scores, Scores):
-        return take(scores, positions) if isinstance(scores, Scores) else scores
-    tokens, logprobs, label = (values[positions] for values in (scores.tokens, scores.logprobs, scores.label_logprobs))
-    return scores._replace(tokens=tokens, logprobs=logprobs, label_logprobs=label)
 
 
 def teacher_logits(scores: TeacherScores, labels: Tensor, vocab: int, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.by_source import take, take_teacher, teacher_logits
+from hpd.by_source import teacher_logits
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.reference import logits
 
@@ -134,8 +134,8 @@ def support_overlap(student: Scores, teacher: TeacherScores, labels: Tensor, top
     rows = slice(None, None, max(stride, 1))
     vocab = min(student.vocab, teacher.vocab)
     sides = (
-        logits(take(student, rows), vocab),
-        teacher_logits(take_teacher(teacher, rows), labels[rows], vocab, student.hidden),
+        logits(student.at(rows), vocab),
+        teacher_logits(teacher.at(rows), labels[rows], vocab, student.hidden),
     )
     mine, theirs = (side.topk(min(top_k, vocab), -1).indices for side in sides)
     shared = (mine[:, :, None] == theirs[:, None, :]).any(-1).to(torch.float64 if mine.device.type != "mps" else torch.float32)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
-from hpd.by_source import take, take_teacher, teacher_logits
+from hpd.by_source import teacher_logits
 from hpd.forward import model_inputs
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.reference import logits
@@ -205,11 +205,11 @@ class NonFiniteWatch:
         for row in positions.rows.unique().tolist():
             where = (positions.rows == row).nonzero().flatten()
             labels = positions.labels[where]
-            theirs = None if isinstance(teacher, RoutedScores) else _nll_of(take_teacher(teacher, where), labels, student)
+            theirs = None if isinstance(teacher, RoutedScores) else _nll_of(teacher.at(where), labels, student)
             line = int(positions.index[where[0]]) // inputs["input_ids"].shape[1]
             found.append({
                 "micro_batch": number, "row": row, "labels": len(where),
-                "student_nll": float(_nll(logits(take(student, where)), labels)), "teacher_nll": theirs,
+                "student_nll": float(_nll(logits(student.at(where)), labels)), "teacher_nll": theirs,
                 "text": trainer._tokenizer.decode(inputs["input_ids"][line]),
             })  # fmt: skip
         return found

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hpd.batch import TokenBatch
-from hpd.by_source import Part, parts_of, take, take_teacher, teacher_logits
+from hpd.by_source import Part, parts_of, teacher_logits
 from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.losses.operator import default_chunk_bytes
 from hpd.losses.reference import logits
@@ -169,7 +169,7 @@ class _PartData:
         chunk_bytes: int,
     ):
         at = part.positions
-        self.part, self.student, self.teacher = part, take(student, at), take_teacher(teacher, at)
+        self.part, self.student, self.teacher = part, student.at(at), teacher.at(at)
         self.labels, self.rows, self.behaviour, self.uniforms = (
             x if x is None or at is None else x[at] for x in (batch.labels, batch.rows, batch.behaviour, uniforms)
         )
@@ -181,12 +181,12 @@ class _PartData:
 
     def student_logprobs(self, chunk: slice) -> Tensor:
         """`[C, V]`, normalised over the common vocabulary."""
-        return torch.log_softmax(logits(take(self.student, chunk), self.vocab), -1).clamp_min(LOGPROB_FLOOR)
+        return torch.log_softmax(logits(self.student.at(chunk), self.vocab), -1).clamp_min(LOGPROB_FLOOR)
 
     def teacher_logprobs(self, chunk: slice) -> Tensor:
         """The same of the teacher."""
         assert self.labels is not None
-        found = teacher_logits(take_teacher(self.teacher, chunk), self.labels[chunk], self.vocab, self.student.hidden)
+        found = teacher_logits(self.teacher.at(chunk), self.labels[chunk], self.vocab, self.student.hidden)
         return torch.log_softmax(found, -1).clamp_min(LOGPROB_FLOOR)
 
     def inputs(self, chunk: slice) -> TileInputs:

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
 """From row weights [S, R] to the figure of each resample [S]."""
 
-_RESAMPLES = 1000
+_ROW_RESAMPLES = 1000
 
 
 class Estimate(NamedTuple):
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
         return {"value": self.value, "interval": [self.low, self.high]}
 
 
-def row_weights(num_rows: int, seed: int = 0, resamples: int = _RESAMPLES) -> Floats:
+def row_weights(num_rows: int, seed: int = 0, resamples: int = _ROW_RESAMPLES) -> Floats:
     """How often each resample drew each row, [S, R]. One matrix for two figures makes their difference a paired one."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=resamples).astype(np.float64)

@@ -72,7 +72,7 @@ def measure_with_display(
             "model": model, "teacher": teacher, "data": str(data), "limit": limit, "metrics": chosen, "texts": read,
             "vocabulary": vocabulary, "settings": dataclasses.asdict(settings),
         }  # fmt: skip
-        _keep(output, identity, report)
+        _keep_report(output, identity, report)
 
 
 def _names(text: str) -> list[str]:
@@ -115,7 +115,7 @@ def _measure(
     )  # fmt: skip
 
 
-def _keep(folder: Path | None, identity: dict[str, Any], report: dict[str, Any]) -> None:
+def _keep_report(folder: Path | None, identity: dict[str, Any], report: dict[str, Any]) -> None:
     from hpd.evaluate.run import write_entry
 
     if folder is not None:

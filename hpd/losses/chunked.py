@@ -23,7 +23,6 @@ from hpd.losses.teacher_side import (
     log_normaliser,
     mass_outside,
     tail_mass,
-    take,
     teacher_logits_,
     token_logprobs,
 )
@@ -149,7 +148,7 @@ def _walk(student: Scores, plan: Plan, gradients: Gradients, sums: Sums) -> None
         chunk = slice(start, min(start + rows, num_tokens))
         hidden = student.hidden[chunk]
         logits = project_(Scores(hidden, student.head), buffers[0, : len(hidden)])
-        part = _Part(take(plan.teacher, chunk), take(ready, chunk), plan.inputs.rows(chunk), buffers[1, : len(hidden)])
+        part = _Part(plan.teacher.at(chunk), ready.at(chunk), plan.inputs.rows(chunk), buffers[1, : len(hidden)])
         if few and is_known_by_token(plan.teacher):
             _gradient_by_token_(logits, part, start, plan, scale, sums)
         else:
@@ -176,7 +175,7 @@ def _gradient_by_token_(logits: Tensor, part: _Part, first: int, plan: Plan, sca
     if plan.metric_stride:
         rows = slice(-first % plan.metric_stride, None, plan.metric_stride)
         chosen = logits[rows]
-        _metrics(teacher_logits_(take(part.ready, rows), labels[rows], part.buffer[: len(chosen)]), chosen, sums)
+        _metrics(teacher_logits_(part.ready.at(rows), labels[rows], part.buffer[: len(chosen)]), chosen, sums)
     if teacher.vocab > plan.vocab:
         add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, None))
     log_z = log_normaliser(teacher, labels, plan.vocab)

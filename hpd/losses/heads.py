@@ -44,6 +44,14 @@ class Scores(NamedTuple):
     def vocab(self) -> int:
         return self.hidden.shape[-1] if self.head.weight is None else len(self.head.weight)
 
+    def at(self, positions: Tensor | slice | None) -> Scores:
+        """The scores at some of the positions; None: at all of them."""
+        if positions is None:
+            return self
+        return self._replace(
+            hidden=self.hidden[positions], log_z=None if self.log_z is None else self.log_z[positions]
+        )
+
 
 class TopKScores(NamedTuple):
     r"""A teacher known at its k likeliest tokens and at the label.
@@ -61,6 +69,13 @@ class TopKScores(NamedTuple):
     label_logprobs: Float[Tensor, "N"]
     vocab: int
     """Tokens of the teacher's vocabulary."""
+
+    def at(self, positions: Tensor | slice | None) -> TopKScores:
+        """The scores at some of the positions; None: at all of them."""
+        if positions is None:
+            return self
+        tokens, logprobs, label = (t[positions] for t in (self.tokens, self.logprobs, self.label_logprobs))
+        return self._replace(tokens=tokens, logprobs=logprobs, label_logprobs=label)
 
 
 TeacherScores: TypeAlias = Scores | TopKScores

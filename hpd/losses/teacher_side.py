@@ -17,17 +17,9 @@ __all__ = [
     "log_normaliser",
     "mass_outside",
     "tail_mass",
-    "take",
     "teacher_logits_",
     "token_logprobs",
 ]
-
-
-def take(teacher: TeacherScores, rows: slice) -> TeacherScores:
-    """The teacher at some positions."""
-    if isinstance(teacher, TopKScores):
-        return TopKScores(teacher.tokens[rows], teacher.logprobs[rows], teacher.label_logprobs[rows], teacher.vocab)
-    return teacher._replace(hidden=teacher.hidden[rows], log_z=None if teacher.log_z is None else teacher.log_z[rows])
 
 
 def is_known_by_token(teacher: TeacherScores) -> bool:
