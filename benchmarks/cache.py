@@ -20,14 +20,14 @@ from torch import Tensor
 from hpd import DistillTrainer
 from hpd.batch import TokenBatch, uniforms
 from hpd.config import Recipe, load_recipe
-from hpd.forward import scores_of
-from hpd.losses.reference import logits
+from hpd.losses.products import logits
 from hpd.losses.teacher_side import log_normaliser, token_logprobs
+from hpd.methods.sampling import inverse_cdf
 from hpd.models import load_model
-from hpd.supports import inverse_cdf
+from hpd.models.forward import scores_of
 from hpd.teachers import CachedTeacher
-from hpd.teachers.cache_writer import write_cache
-from hpd.train import plan
+from hpd.training.caching import write_cache
+from hpd.training.plan import plan
 
 KINDS = {
     "hidden float32": ["cache.dtype=float32"],

@@ -20,8 +20,8 @@ import torch
 from head import SHAPES, TRL, Problem
 from timing import machine, replace_block, resident_mib, store_or_check, stored, table
 
+from hpd.estimate.memory import LiveBytes
 from hpd.losses.chunked import _cpu_scratch
-from hpd.memory import LiveBytes
 from hpd.methods import METHODS
 
 MIB = 2**20

@@ -36,7 +36,8 @@ def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from hpd.config import load_recipe
-    from hpd.train import Progress, train
+    from hpd.progress import Progress
+    from hpd.training.run import train
 
     class Clock(TrainerCallback):
         seconds = 0.0
@@ -76,9 +77,9 @@ def own_text_kl(student_path: Path, teacher_path: Path) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hpd.batch import uniforms
-    from hpd.estimators import kl_estimate
-    from hpd.prefixes import RolloutConfig
-    from hpd.rollouts import make_engine
+    from hpd.generation.rollouts import make_engine
+    from hpd.methods.prefixes import RolloutConfig
+    from hpd.objectives.estimators import kl_estimate
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (student_path, teacher_path))
     tokenizer = AutoTokenizer.from_pretrained(student_path)

@@ -28,8 +28,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd import DistillConfig, DistillTrainer
 from hpd.batch import DistillCollator, TokenBatch
+from hpd.files import write_atomically
 from hpd.teachers import CachedTeacher
-from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard, write_atomically
+from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard
 
 VOCAB, TOKENS, ROWS, LABELLED = 49152, 512, 2, 0.75
 SHAPE = {

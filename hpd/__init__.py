@@ -1,66 +1,47 @@
 """Distil language models: every method one row of one table, one fused operator, Hybrid Policy Distillation exact."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hpd._version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hpd.config import Recipe, load_recipe
-    from hpd.functional import distillation_loss, fused_distillation_loss
     from hpd.losses import Head, LossOutput, Scores, reweighted_nll
+    from hpd.losses.functional import distillation_loss, fused_distillation_loss
     from hpd.methods import METHODS
+    from hpd.methods.supports import Support
+    from hpd.methods.terms import Term, TermConfig
     from hpd.objectives import OBJECTIVES, Objective
-    from hpd.supports import Support
-    from hpd.terms import Term, TermConfig
-    from hpd.train import train
-    from hpd.trainer import DistillConfig, DistillTrainer
-
-__all__ = [
-    "METHODS",
-    "OBJECTIVES",
-    "DistillConfig",
-    "DistillTrainer",
-    "Head",
-    "LossOutput",
-    "Objective",
-    "Recipe",
-    "Scores",
-    "Support",
-    "Term",
-    "TermConfig",
-    "__version__",
-    "distillation_loss",
-    "fused_distillation_loss",
-    "load_recipe",
-    "reweighted_nll",
-    "train",
-]
+    from hpd.training.arguments import DistillConfig
+    from hpd.training.run import train
+    from hpd.training.trainer import DistillTrainer
 
 # Importing hpd loads nothing: torch and transformers take seconds, and `hpd --help` needs neither.
 _HOMES = {
     "METHODS": "hpd.methods",
     "OBJECTIVES": "hpd.objectives",
-    "DistillConfig": "hpd.trainer",
-    "DistillTrainer": "hpd.trainer",
+    "DistillConfig": "hpd.training.arguments",
+    "DistillTrainer": "hpd.training.trainer",
     "Head": "hpd.losses",
     "LossOutput": "hpd.losses",
     "Objective": "hpd.objectives",
     "Recipe": "hpd.config",
     "Scores": "hpd.losses",
-    "Support": "hpd.supports",
-    "Term": "hpd.terms",
-    "TermConfig": "hpd.terms",
-    "distillation_loss": "hpd.functional",
-    "fused_distillation_loss": "hpd.functional",
+    "Support": "hpd.methods.supports",
+    "Term": "hpd.methods.terms",
+    "TermConfig": "hpd.methods.terms",
+    "distillation_loss": "hpd.losses.functional",
+    "fused_distillation_loss": "hpd.losses.functional",
     "load_recipe": "hpd.config",
     "reweighted_nll": "hpd.losses",
-    "train": "hpd.train",
+    "train": "hpd.training.run",
 }
+
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hpd' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), name)

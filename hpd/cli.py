@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hpd._version import __version__
+from hpd import __version__
 
 app = typer.Typer(
     help="Distil language models: HPD and every other method as one row of one table.",
@@ -69,7 +69,7 @@ def _user_errors() -> Iterator[None]:
 def _complain(kind: str, text: str) -> None:
     from rich.console import Console
 
-    from hpd.secrets import redact
+    from hpd.config.secrets import redact
 
     # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a stranger's.
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split()))
@@ -93,13 +93,13 @@ def train(
 ) -> None:
     """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint."""
     with _user_errors():
-        from hpd.config import load_recipe
+        from hpd.config.load import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
         if dry_run:
             _dry_run(loaded)
             return
-        from hpd.display import show_summary, train_with_display
+        from hpd.terminal.training import show_summary, train_with_display
 
         show_summary(loaded, train_with_display(loaded, overwrite=overwrite))
 
@@ -107,9 +107,9 @@ def train(
 def _dry_run(recipe: Any) -> None:
     import yaml
 
-    from hpd.config import resolve
-    from hpd.display import show_verdicts
-    from hpd.train import plan
+    from hpd.config.check import resolve
+    from hpd.terminal.console import show_verdicts
+    from hpd.training.plan import plan
 
     planned = plan(recipe)
     typer.echo(yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True), nl=False)
@@ -131,8 +131,8 @@ def doctor(
 ) -> None:
     """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and the run costs."""
     with _user_errors():
-        from hpd.config import load_recipe
-        from hpd.doctor import diagnose
+        from hpd.config.load import load_recipe
+        from hpd.terminal.doctor import diagnose
 
         if not diagnose(load_recipe(recipe, overrides or ()), memory, devices, tflops):
             raise typer.Exit(1)
@@ -146,8 +146,8 @@ def cache(
 ) -> None:
     """Ask the teacher about every label position of a recipe's rows once and write its answers to cache.path."""
     with _user_errors():
-        from hpd.config import load_recipe
-        from hpd.display import cache_with_display
+        from hpd.config.load import load_recipe
+        from hpd.terminal.training import cache_with_display
 
         cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
 
@@ -199,7 +199,7 @@ def evaluate(
             "max_new_tokens": max_new_tokens, "seed": seed, "chat_template": chat_template,
             "system_prompt": system_prompt, "batch_size": batch_size,
         }  # fmt: skip
-        from hpd.evaluate.modes import run_eval
+        from hpd.terminal.evaluation import run_eval
 
         run_eval(
             models=tuple(models), tasks=tasks, data=data, limit=limit, limit_seed=limit_seed, preset=preset,
@@ -225,7 +225,7 @@ def serve_teacher(
 ) -> None:
     """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra `serve`."""
     with _user_errors():
-        from hpd.teachers.serve import ServeSettings, serve_model
+        from hpd.teachers.remote.serve import ServeSettings, serve_model
 
         settings = ServeSettings(
             host=host, port=port, token=os.environ.get(token_env) or None, max_waiting=max_waiting,
@@ -242,8 +242,8 @@ def generate(
 ) -> None:
     """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was interrupted."""
     with _user_errors():
-        from hpd.config import load_recipe
-        from hpd.display import generate_with_display
+        from hpd.config.load import load_recipe
+        from hpd.terminal.training import generate_with_display
 
         generate_with_display(load_recipe(recipe, overrides or ()), overwrite)
 
@@ -265,7 +265,7 @@ def compare(
 ) -> None:
     """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is run."""
     with _user_errors():
-        from hpd.experiments import terminal
+        from hpd.terminal import experiments as terminal
 
         if dry_run:
             terminal.dry_run(experiment, overrides or (), jobs, probe)
@@ -288,7 +288,7 @@ def report(
 ) -> None:
     """Write what runs found: one HTML page, and the same as Markdown, PNG and CSV."""
     with _user_errors():
-        from hpd.experiments.terminal import report_with_display
+        from hpd.terminal.experiments import report_with_display
 
         report_with_display(folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None)
 
@@ -297,7 +297,7 @@ def report(
 def methods() -> None:
     """Print the table of methods."""
     with _user_errors():
-        from hpd.display import show_methods
+        from hpd.terminal.training import show_methods
 
         show_methods()
 
@@ -310,7 +310,7 @@ def demo(
 ) -> None:
     """Distil a tiny model on this machine, without any download, and show what changed."""
     with _user_errors():
-        from hpd.demo.run import run_demo
+        from hpd.terminal.demo import run_demo
 
         run_demo(output_dir, overrides or (), overwrite)
 

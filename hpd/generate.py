@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,17 +14,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hpd.config import GenerateConfig, ModelConfig, Recipe, TeacherConfig, resolve
-from hpd.data import PromptRow, load_prompts
+from hpd.config.check import resolve
+from hpd.config.models import ModelConfig, TeacherConfig
+from hpd.config.schema import GenerateConfig, Recipe
+from hpd.data.rows import PromptRow, load_prompts
+from hpd.data.templates import check_prompts
 from hpd.evaluate import GenerationSettings, generate_answers
-from hpd.evaluate.answers import final_answer, same_answer, stated_answer
-from hpd.evaluate.generate import encode_prompt
-from hpd.models import load_model, load_tokenizer
-from hpd.teachers.dialects import read_json
-from hpd.teachers.http import BadAnswer, Connection, read_key
-from hpd.templates import check_prompts
+from hpd.evaluate.benchmarks.answers import final_answer, same_answer, stated_answer
+from hpd.files import _Part
+from hpd.generation.engine import encode_prompt
+from hpd.http import BadAnswer, Connection, read_key
+from hpd.models.load import load_model, load_tokenizer
+from hpd.teachers.remote.dialects import read_json
 
 __all__ = ["Completion", "generate"]
+
 
 # Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats whole chunks.
 CHUNK = 32
@@ -147,54 +151,6 @@ def _row(job: Job, row: PromptRow, completion: Completion, config: GenerateConfi
         "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "seed": config.seed,
         "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason,
     }  # fmt: skip
-
-
-class _Part:
-    """Chunks done so far, one JSON line each behind a line that says of what; a line that a kill cut short is dropped."""
-
-    def __init__(self, path: Path, identity: str, overwrite: bool):
-        self.path = path
-        self._lines: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._resume(identity, overwrite)
-        if not self._lines:
-            self._lines = [identity]
-            path.write_text(identity + "\n", encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-
-    def _resume(self, identity: str, overwrite: bool) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8").split("\n")[:-1]
-        if lines and lines[0] != identity:
-            if overwrite:
-                return
-            raise ValueError(
-                f"{self.path} holds completions of other settings, another model or other rows. Go on with those, delete it, "
-                "or start anew with --overwrite."
-            )
-        self._lines = lines
-        with self.path.open("r+b") as file:
-            file.truncate(len(whole))
-
-    @property
-    def done(self) -> int:
-        return len(self._lines) - 1
-
-    def append(self, completions: list[list[Any]]) -> None:
-        line = json.dumps(completions, ensure_ascii=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._lines.append(line)
-
-    def completions(self) -> Iterator[list[Any]]:
-        for line in self._lines[1:]:
-            yield from json.loads(line)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> str:

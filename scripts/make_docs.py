@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from hpd.methods import METHODS, Method, name_terms
+from hpd.methods.terms import SUPPORTS, TermConfig
 from hpd.objectives import OBJECTIVES
-from hpd.terms import SUPPORTS, TermConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"

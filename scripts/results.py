@@ -12,7 +12,8 @@ import re
 import shutil
 from pathlib import Path
 
-from hpd.experiments.report import Report, build_report, markdown_table, write_report
+from hpd.experiments.pages import markdown_table, write_report
+from hpd.experiments.report import Report, build_report
 from hpd.experiments.tables import Table
 from hpd.experiments.tasks.prepared import home
 

@@ -21,9 +21,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hpd.forward import add_head_function, scores_of
 from hpd.losses import reweighted_nll
 from hpd.methods import METHODS, choose_terms, name_terms
+from hpd.models.forward import add_head_function, scores_of
 
 WIDTHS = (128, 256, 512)
 VOCAB, LAYERS, ROWS, LENGTH, STEPS = 8192, 4, 4, 128, 5

@@ -45,7 +45,7 @@ def write_here(recipe: Path, *overrides: str) -> None:
 
     torch.set_num_threads(1)
     from hpd.config import load_recipe
-    from hpd.teachers.cache_writer import write_cache
+    from hpd.training.caching import write_cache
 
     write_cache(load_recipe(recipe, overrides))
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd import DistillConfig, DistillTrainer
 from hpd.batch import uniforms
-from hpd.mixing import rows_of
-from hpd.prefixes import Prefixes, RolloutConfig
-from hpd.rollouts import make_engine
+from hpd.generation.rollouts import make_engine
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.training.mixing import rows_of
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd import DistillConfig, DistillTrainer, TermConfig
 from hpd.batch import token_batch, uniforms
-from hpd.forward import add_head_function, model_inputs, scores_of
 from hpd.losses import reweighted_nll
 from hpd.methods import choose_terms, name_terms
-from hpd.prefixes import Prefixes, RolloutConfig
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.models.forward import add_head_function, model_inputs, scores_of
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 GLOBAL_BATCH = 8

@@ -48,7 +48,7 @@ class Account:
 
 def _context() -> Any:
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd.train", "faults"])
+    context.set_forkserver_preload(["hpd.training.single", "faults"])
     return context
 
 
@@ -62,7 +62,8 @@ def live(tree: dict[str, Any], log: str, plan: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     from hpd.config import load_recipe
-    from hpd.train import RunStopped, train
+    from hpd.training.run import train
+    from hpd.training.stopping import RunStopped
 
     _set_up(plan)
     try:

@@ -14,8 +14,8 @@ import torch
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd.teachers.backend import Backend
-from hpd.teachers.serve import ServeSettings, build_app
+from hpd.teachers.remote.backend import Backend
+from hpd.teachers.remote.serve import ServeSettings, build_app
 
 
 def load_backend(folder: Any, **options: Any) -> Backend:

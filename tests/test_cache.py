@@ -15,13 +15,16 @@ from hpd import METHODS
 from hpd.batch import TokenBatch
 from hpd.config import load_recipe
 from hpd.losses import Scores, TopKScores
-from hpd.losses.reference import logits
+from hpd.losses.products import logits
 from hpd.methods import build_terms
-from hpd.runs import RunFolder
+from hpd.progress import Progress
 from hpd.teachers import CachedTeacher
-from hpd.teachers.cache_writer import write_cache
 from hpd.teachers.sources import load_teacher
-from hpd.train import Progress, _trainer, plan, train
+from hpd.training.caching import write_cache
+from hpd.training.folder import RunFolder
+from hpd.training.plan import plan
+from hpd.training.run import train
+from hpd.training.single import _trainer
 
 
 @pytest.fixture(scope="module")

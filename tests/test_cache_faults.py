@@ -16,14 +16,14 @@ from cached_pairs import files_of, make_recipe, write_here, write_in_world
 from hpd.config import load_recipe
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache, CorruptCacheError
-from hpd.teachers.cache_writer import write_cache
+from hpd.training.caching import write_cache
 
 
 @pytest.fixture(scope="module")
 def processes():
     """Processes that start in milliseconds: forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cached_pairs", "hpd.teachers.cache_writer"])
+    context.set_forkserver_preload(["cached_pairs", "hpd.training.caching"])
     return context
 
 

@@ -10,9 +10,16 @@ from test_trainer import make_trainer, rows, weights
 from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
-from hpd.checkpoint_files import CheckpointUnreadable
-from hpd.checkpoints import CheckpointFailed, is_complete, mark_complete, newest_complete, rotate, writing
-from hpd.interrupts import Interrupted, catch_signals
+from hpd.training.checkpoints import (
+    CheckpointFailed,
+    CheckpointUnreadable,
+    is_complete,
+    mark_complete,
+    newest_complete,
+    rotate,
+    writing,
+)
+from hpd.training.stopping import Interrupted, catch_signals
 
 
 @pytest.fixture(scope="module")

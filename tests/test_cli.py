@@ -105,8 +105,8 @@ def test_doctor_reports_pair_lengths_and_memory(workspace):
 
 def test_doctor_counts_the_run_s_arithmetic(workspace):
     from hpd.config import load_recipe
-    from hpd.experiments.budget import flops_per_token
-    from hpd.train import plan
+    from hpd.estimate.cost import flops_per_token
+    from hpd.training.plan import plan
 
     done = hpd("doctor", workspace / "recipe.yaml", "train.max_steps=10", "--devices", "2", "--tflops", "0.001")
     assert done.returncode == 0, done.stderr

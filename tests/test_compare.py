@@ -11,9 +11,8 @@ from tiny_grid import command, tiny_experiment, tiny_grid
 from hpd.config import load_recipe
 from hpd.experiments.compare import compare
 from hpd.experiments.experiment import Budget, load_experiment, read_experiment
-from hpd.experiments.grid import expand, expand_tuning
+from hpd.experiments.grid import Choice, expand, expand_tuning
 from hpd.experiments.manifest import differing_paths, require_equal_environments
-from hpd.experiments.tuning import Choice
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -232,7 +231,7 @@ def test_a_run_that_fails_costs_only_itself(tmp_path):
 
 @pytest.mark.parametrize("kind", ["label_tokens", "flops"])
 def test_a_budget_stops_the_run_and_the_schedule_ends_there(tmp_path, kind):
-    from hpd.experiments.budget import flops_per_token
+    from hpd.estimate.cost import flops_per_token
     from hpd.experiments.worker import Job, run_job
 
     path = tiny_experiment(tmp_path, budget=None, tune=None)
@@ -260,7 +259,7 @@ def test_a_budget_stops_the_run_and_the_schedule_ends_there(tmp_path, kind):
 def test_the_price_of_a_token_is_the_formula_on_the_weights(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from hpd.experiments.budget import flops_per_token
+    from hpd.estimate.cost import flops_per_token
 
     path = tiny_experiment(tmp_path)
     base = yaml.safe_load(path.read_text())["base"]

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import yaml
 
-from hpd import config
-from hpd.config import load_recipe, resolve, train_arguments
+from hpd.config import check as config
+from hpd.config import load_recipe, resolve
+from hpd.training.arguments import train_arguments
 
 GOOD = {"student": "org/student", "teacher": "org/teacher", "data": {"path": "rows.jsonl"}}
 

@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pair
 from typer.testing import CliRunner
 
-from hpd.checkpoint_files import CheckpointUnreadable
-from hpd.checkpoints import mark_complete, newest_complete
 from hpd.cli import app
 from hpd.config import load_recipe
-from hpd.train import train
+from hpd.training.checkpoints import CheckpointUnreadable, mark_complete, newest_complete
+from hpd.training.run import train
 
 
 @pytest.fixture(scope="module")

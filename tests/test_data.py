@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from hpd.config import DataConfig, load_recipe
 from hpd.data import load_rows, measure
-from hpd.templates import check_templates
-from hpd.train import plan
+from hpd.data.templates import check_templates
+from hpd.training.plan import plan
 
 ROWS = [{"question": f"what is {i}?", "answer": f"it is {i}", "id": i} for i in range(10)]
 COLUMNS = {"prompt": "question", "completion": "answer"}

@@ -21,10 +21,10 @@ from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe
-from hpd.engine import check_engine
-from hpd.even import FilledOrder, fill
-from hpd.teachers.cache_writer import write_cache
-from hpd.train import train
+from hpd.data.samplers import FilledOrder, fill
+from hpd.training.arguments import check_engine
+from hpd.training.caching import write_cache
+from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests/distributed_checks.py"

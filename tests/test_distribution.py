@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 from hpd.cli import app
-from hpd.evaluate.bootstrap import estimate, ratio, row_weights
 from hpd.evaluate.distribution import METRICS, TextRow, _cut, check_metrics, distribution_metrics, read_text_rows
-from hpd.evaluate.settings import GenerationSettings
-from hpd.evaluate.text_statistics import distinct_ngrams, longest_loop, repeated_ngrams
-from hpd.evaluate.token_statistics import TextTokens, sum_rows
-from hpd.forward import add_head_function
+from hpd.evaluate.statistics import estimate, ratio, row_weights
+from hpd.evaluate.token_statistics import TextTokens, distinct_ngrams, longest_loop, repeated_ngrams, sum_rows
+from hpd.generation.settings import GenerationSettings
+from hpd.models.forward import add_head_function
 
 ROWS = [
     TextRow("say one", "one two three four"),
@@ -123,7 +122,7 @@ def test_a_student_that_is_its_teacher(pair) -> None:
 def test_training_reports_the_same_divergence(tmp_path: Path) -> None:
     """`hpd eval --metrics kl` on the validation rows gives what the trainer logs for them."""
     from hpd.config import load_recipe
-    from hpd.train import train
+    from hpd.training.run import train
 
     student, teacher = tiny_pair("qwen2", tmp_path)
     rows = [{"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": c}]} for p, c in ROWS]

@@ -74,7 +74,7 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     options = {"train": rows(64), "per_device_train_batch_size": 1, "max_steps": 4, "logging_steps": 2}
     few = reads_of(make_trainer(pair, tmp_path / "a", gradient_accumulation_steps=2, **options), monkeypatch)
     many = reads_of(make_trainer(pair, tmp_path / "b", gradient_accumulation_steps=8, **options), monkeypatch)
-    assert few["hpd/trainer.py:reduce_sums"] == many["hpd/trainer.py:reduce_sums"] == 2
+    assert few["hpd/training/trainer.py:reduce_sums"] == many["hpd/training/trainer.py:reduce_sums"] == 2
     growing = {name for name in many if many[name] > few[name]}
     # Where the tensors are on the CPU already: whether labels are in range, and whether there is a factor to scale by; the test
     # above shows that no other device is asked. The collator runs on the CPU, in the loader's workers if there are any.

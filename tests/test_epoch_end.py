@@ -9,9 +9,10 @@ from faults import left_behind, same
 from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
-from hpd.checkpoints import read_mark
 from hpd.config import load_recipe
-from hpd.train import Progress, train
+from hpd.progress import Progress
+from hpd.training.checkpoints import read_mark
+from hpd.training.run import train
 
 
 class _Killed(Exception):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpd.estimators import ESTIMATORS, kl_estimate
+from hpd.objectives.estimators import ESTIMATORS, kl_estimate
 
 
 def logprobs(vocab=50, rows=4):

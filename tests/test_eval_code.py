@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from hpd.evaluate.code import CodeTask, human_eval, human_eval_plus, mbpp, mbpp_plus
-from hpd.evaluate.code_extraction import complete, extract_program
-from hpd.evaluate.code_oracle import matches
-from hpd.evaluate.evalplus_inputs import restore_types
-from hpd.evaluate.task import Answer, Notice, Task
+from hpd.evaluate.benchmarks.code import CodeTask, human_eval, human_eval_plus, mbpp, mbpp_plus
+from hpd.evaluate.benchmarks.code_oracle import matches
+from hpd.evaluate.benchmarks.code_problems import complete, extract_program, restore_types
+from hpd.evaluate.task import Notice, Task
+from hpd.generation.engine import Answer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of mechanisms of Linux")
 

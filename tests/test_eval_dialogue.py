@@ -12,10 +12,11 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.evaluate import evaluate
-from hpd.evaluate.dialogue import alpaca_prompt, dolly, rouge_l, self_instruct, sni, vicuna
-from hpd.evaluate.rows import read_rows
-from hpd.evaluate.settings import GenerationSettings
-from hpd.evaluate.task import Answer, Task
+from hpd.evaluate.benchmarks.dialogue import alpaca_prompt, dolly, rouge_l, self_instruct, sni, vicuna
+from hpd.evaluate.benchmarks.rows import read_rows
+from hpd.evaluate.task import Task
+from hpd.generation.engine import Answer
+from hpd.generation.settings import GenerationSettings
 
 ROWS = [
     {"instruction": "Name a colour.", "input": "", "output": "Red is a colour."},

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hpd.evaluate import Answer, make_task
-from hpd.evaluate.answers import last_math, split_answers
-from hpd.evaluate.gpqa import Gpqa, chosen_letter
-from hpd.evaluate.verifier import Comparison, compare_all
+from hpd.evaluate.benchmarks.answers import last_math, split_answers
+from hpd.evaluate.benchmarks.gpqa import Gpqa, chosen_letter
+from hpd.evaluate.benchmarks.verifier import Comparison, compare_all
 
 
 def _write(path: Path, *rows: dict) -> Path:

@@ -39,9 +39,8 @@ from hpd.evaluate import (
     make_task,
     same_answer,
 )
-from hpd.evaluate.engine import _SeededDraw
-from hpd.evaluate.generate import encode_prompt
 from hpd.evaluate.statistics import wilson_interval
+from hpd.generation.engine import _SeededDraw, encode_prompt
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
 CHAT_TEMPLATE = (

@@ -17,12 +17,11 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.evaluate import Answer, Example, GenerationSettings, Verdict, evaluate, generate_answers, make_task, settings_for
-from hpd.evaluate.build import build_task, build_tasks
 from hpd.evaluate.command import EvalCommand, EvalProgress, evaluate_models
-from hpd.evaluate.engine import TransformersEngine, cut_at
-from hpd.evaluate.generate import Group, answer_examples
-from hpd.evaluate.partial import PartialAnswers
+from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
+from hpd.evaluate.tasks import build_task, build_tasks
+from hpd.generation.engine import TransformersEngine, cut_at
 
 PROMPTS = [f"say {word}:" for word in ("one", "two", "three", "four", "five")]
 SAMPLED = GenerationSettings(max_new_tokens=12, temperature=1.0, num_samples=3, batch_size=4, chat_template="never")
@@ -116,7 +115,7 @@ def test_stop_strings_end_an_answer_before_themselves(pair):
 
 
 def test_system_prompt_without_a_template_is_a_paragraph(pair):
-    from hpd.evaluate.generate import encode_prompt
+    from hpd.generation.engine import encode_prompt
 
     tokenizer = pair[1]
     ids = encode_prompt(tokenizer, "hi", GenerationSettings(chat_template="never", system_prompt="be brief"))
@@ -383,7 +382,7 @@ def test_vllm_is_called_with_token_ids_and_a_seed_per_answer(monkeypatch, pair):
     module.__spec__ = types.SimpleNamespace(name="vllm")
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
-    from hpd.evaluate.vllm_engine import VllmEngine
+    from hpd.generation.vllm_engine import VllmEngine
 
     tokenizer = pair[1]
     engine = VllmEngine("some/model", tokenizer)
@@ -402,7 +401,7 @@ def test_vllm_is_called_with_token_ids_and_a_seed_per_answer(monkeypatch, pair):
 
 
 def test_vllm_without_vllm_says_what_to_install(pair):
-    from hpd.evaluate.vllm_engine import VllmEngine
+    from hpd.generation.vllm_engine import VllmEngine
 
     with pytest.raises(ValueError, match=r"pip install 'hpd\[vllm\]'"):
         VllmEngine("some/model", pair[1])

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import tiny_pair
 
 from hpd.config import load_recipe
-from hpd.train import plan, train
+from hpd.training.plan import plan
+from hpd.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_tasks_run_at_their_steps_and_training_does_not_notice(workspace):
 
 
 def test_the_checkpoint_that_does_best_on_a_task_is_kept(workspace, monkeypatch):
-    from hpd.evaluate.exact_match import ExactMatch
+    from hpd.evaluate.benchmarks.exact_match import ExactMatch
     from hpd.evaluate.task import Verdict
 
     calls = []

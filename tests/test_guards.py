@@ -5,9 +5,10 @@ import torch
 from test_trainer import make_trainer, rows
 from tiny_models import tiny_pair
 
-from hpd.guards import GuardsConfig, Thresholds, check_metrics, support_overlap
+from hpd.config.schema import GuardsConfig, Thresholds
 from hpd.losses import Head, Scores
-from hpd.prefixes import Prefixes, RolloutConfig
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.training.guards import check_metrics, support_overlap
 
 
 @pytest.fixture(scope="module")

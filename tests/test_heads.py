@@ -25,11 +25,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from hpd.forward import add_head_function, model_inputs, scores_of
 from hpd.losses import Head, Scores, head_of, reweighted_nll
-from hpd.losses.products import project_
-from hpd.losses.reference import logits
+from hpd.losses.products import logits, project_
 from hpd.methods import build_terms
+from hpd.models.forward import add_head_function, model_inputs, scores_of
 
 # PEFT warns about tied embeddings and transposed layers, both of which are meant here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

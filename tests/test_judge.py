@@ -15,17 +15,18 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from hpd.cli import app
-from hpd.evaluate.judge import alpaca_eval, arena_hard, mt_bench
-from hpd.evaluate.judge_client import Judge, JudgeSettings
-from hpd.evaluate.judge_prompts import FIVE_POINTS, PREFERENCE, load_prompt, read_label, read_rating
-from hpd.evaluate.task import Answer, Notice, Summary, Task
-from hpd.evaluate.win_rates import (
+from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
+from hpd.evaluate.benchmarks.judge_prompts import FIVE_POINTS, PREFERENCE, load_prompt, read_label, read_rating
+from hpd.evaluate.benchmarks.judged import alpaca_eval, arena_hard, mt_bench
+from hpd.evaluate.benchmarks.win_rates import (
     length_controlled_win_rate,
     position_bias,
     style_controlled_win_rate,
     style_differences,
     style_of,
 )
+from hpd.evaluate.task import Notice, Summary, Task
+from hpd.generation.engine import Answer
 
 QUESTION = [[{"role": "user", "content": f"<answer_a>\n{'x' * n}\n</answer_a><answer_b>\nyyy\n</answer_b>"}] for n in range(6)]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpd.estimators import kl_estimate
 from hpd.losses import Head, Scores, chunked, reweighted_nll
 from hpd.methods import METHODS, build_terms
+from hpd.methods.supports import Support, full, label, sampled, top_k
+from hpd.methods.terms import Term
 from hpd.objectives import forward_kl, generalized_jsd, hpd, hpd_exact, nll, reverse_kl, taid
-from hpd.supports import Support, full, label, sampled, top_k
-from hpd.terms import Term
+from hpd.objectives.estimators import kl_estimate
 
 NUM_TOKENS, HIDDEN = 13, 6
 VOCABULARIES = [7, 255, 601]  # below one block of the inverse CDF, odd, several blocks

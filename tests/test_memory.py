@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig
 from hpd.config import load_recipe
+from hpd.estimate.memory import LiveBytes, StepMemory, parse_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
 from hpd.losses.chunked import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
-from hpd.memory import LiveBytes, StepMemory, parse_bytes
 from hpd.methods import build_terms
-from hpd.train import plan
+from hpd.training.plan import plan
 
 MIB = 2**20
 IDS = [[5 + (7 * i + j) % 200 for j in range(320)] for i in range(24)]
@@ -39,9 +39,11 @@ from transformers import TrainerCallback
 
 from hpd.config import load_recipe
 from hpd.models import load_model
-from hpd.runs import RunFolder
+from hpd.training.folder import RunFolder
 from hpd.teachers import ModelTeacher
-from hpd.train import Progress, _trainer, plan
+from hpd.progress import Progress
+from hpd.training.plan import plan
+from hpd.training.single import _trainer
 
 torch.set_num_threads(1)
 

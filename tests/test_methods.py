@@ -8,7 +8,7 @@ from tiny_models import tiny_pair
 
 from hpd.config import load_recipe
 from hpd.methods import METHODS, build_terms, method_terms
-from hpd.train import train
+from hpd.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +58,21 @@ def test_draws_exact_is_a_parameter_of_hpd():
 
 
 def test_importance_is_unbiased_by_default_and_off_for_hpd():
-    from hpd.terms import TermConfig
+    from hpd.methods.terms import TermConfig
 
     assert TermConfig(objective="reverse_kl", support="label+sampled").build_support().importance
     assert not TermConfig(objective="hpd").build_support().importance
 
 
 def test_terms_of_one_objective_get_names_of_their_own():
-    from hpd.terms import TermConfig
+    from hpd.methods.terms import TermConfig
 
     names = [t.name for t in build_terms(None, {}, [TermConfig(objective="nll"), TermConfig(objective="nll", weight=0.5)])]
     assert names == ["nll", "nll#2"]
 
 
 def test_objectives_of_ones_own(tmp_path, monkeypatch):
-    from hpd.terms import TermConfig
+    from hpd.methods.terms import TermConfig
 
     (tmp_path / "mine.py").write_text("def f(r): return r * r.log()\ndef df(r): return r.log() + 1\nnothing = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))

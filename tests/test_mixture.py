@@ -12,12 +12,13 @@ from tiny_models import tiny_model
 
 from hpd.batch import TokenBatch
 from hpd.config import load_recipe
-from hpd.losses.reference import logits
+from hpd.losses.products import logits
 from hpd.methods import build_terms
 from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedScores
-from hpd.teachers.cache_writer import write_cache
 from hpd.teachers.mixture import _mix
-from hpd.train import plan, train
+from hpd.training.caching import write_cache
+from hpd.training.plan import plan
+from hpd.training.run import train
 
 
 @pytest.fixture(scope="module")

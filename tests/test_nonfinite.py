@@ -9,9 +9,9 @@ from test_trainer import make_trainer, rows, weights
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hpd.guards import GuardsConfig
+from hpd.config.schema import GuardsConfig
 from hpd.losses import Head, Scores, TopKScores
-from hpd.nonfinite import NonFinite, all_finite, teacher_is_finite
+from hpd.training.guards import NonFinite, all_finite, teacher_is_finite
 
 NAN, INF = float("nan"), float("inf")
 ADAM = {"optim": "adamw_torch", "max_steps": 6, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpd.methods.supports import full, label
 from hpd.objectives import OBJECTIVES, Objective
-from hpd.supports import full, label
 
 FLOOR = -1e5  # nats, what the operator puts in the place of -inf
 Row = Sequence[float]

@@ -13,7 +13,8 @@ from tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app
-from hpd.experiments.report import Report, Section, check_target, write_report
+from hpd.experiments.pages import check_target, write_report
+from hpd.experiments.report import Report, Section
 from hpd.experiments.tables import Table
 
 

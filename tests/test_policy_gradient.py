@@ -9,11 +9,12 @@ from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch
-from hpd.by_source import loss_by_source
 from hpd.losses import Head, Scores
-from hpd.policy_gradient import StrategyConfig, clipped_surrogate, discounted_returns, policy_gradient_nll
-from hpd.prefixes import Prefixes, RolloutConfig
-from hpd.terms import TermConfig
+from hpd.losses.by_source import loss_by_source
+from hpd.losses.policy_gradient import clipped_surrogate, discounted_returns, policy_gradient_nll
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.methods.strategy import StrategyConfig
+from hpd.methods.terms import TermConfig
 
 PG = StrategyConfig(type="policy_gradient")
 OPD = TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0})

@@ -20,9 +20,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd.batch import IGNORE_INDEX, token_batch
 from hpd.config import load_recipe, resolve
+from hpd.methods.supports import Support
+from hpd.methods.terms import SUPPORTS, Term, TermConfig
 from hpd.objectives import OBJECTIVES
-from hpd.supports import Support
-from hpd.terms import SUPPORTS, Term, TermConfig
 
 GOOD = {"student": "a", "teacher": "b", "data": {"path": "c"}}
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)

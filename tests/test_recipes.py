@@ -18,7 +18,7 @@ from tiny_models import NUM_TOKENS, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import CacheConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, Recipe, TeacherConfig, load_recipe
-from hpd.train import train
+from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}

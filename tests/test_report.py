@@ -15,11 +15,10 @@ import pytest
 from tiny_grid import SCRIPT, command, hpd, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
-from hpd.experiments.html import render_page
+from hpd.experiments.pages import Watcher, make_server, render_markdown, render_page, write_report
 from hpd.experiments.plots import Panel, heat_maps, scaling_panels, to_png, to_svg
-from hpd.experiments.report import build_report, render_markdown, write_report
+from hpd.experiments.report import build_report
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
-from hpd.experiments.serve import Watcher, make_server
 from hpd.experiments.tables import ablation_table
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
-from hpd.mixing import PrefixMixer, repeated_share, rows_of
-from hpd.prefixes import Prefixes, ReplayConfig, RolloutConfig
-from hpd.replay import ReplayBuffer
-from hpd.rollouts import Rollout, TransformersEngine, VLLMEngine, end_tokens, make_engine
+from hpd.generation.rollouts import Rollout, TransformersEngine, VLLMEngine, end_tokens, make_engine
+from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.training.mixing import PrefixMixer, ReplayBuffer, repeated_share, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def test_teacher_mixture_is_the_mixture(pair, teacher):
     prompts = prompts_of(pair, TEXTS[:2])
     engine = make(student, pair, teacher, teacher_share=0.3)
     rollouts = engine.generate(prompts, [6, 6], numbers(2, 6), 0)
-    from hpd.sampling import inverse_cdf
+    from hpd.methods.sampling import inverse_cdf
 
     for prompt, rollout, draws in zip(prompts, rollouts, numbers(2, 6), strict=True):
         for step, token in enumerate(rollout.tokens):
@@ -358,7 +357,7 @@ def test_several_rollouts_per_prompt_stand_side_by_side(pair, tmp_path):
 def test_resume_with_replay_goes_on_as_if_nothing_had_happened(pair, tmp_path, strategy):
     from test_trainer import _stop_at
 
-    from hpd.policy_gradient import StrategyConfig
+    from hpd.methods.strategy import StrategyConfig
 
     replay = ReplayConfig(capacity=6, fresh=0.5, max_age_steps=4, importance=strategy == "policy_gradient")
     plan = StrategyConfig(type="policy_gradient", updates=2) if strategy == "policy_gradient" else None

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from hpd.schedules import Schedule, TaidPosition, as_schedule, value_at
-from hpd.terms import TermConfig
+from hpd.methods.schedules import Schedule, TaidPosition, as_schedule, value_at
+from hpd.methods.terms import TermConfig
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_taid_state_round_trip():
 
 
 def test_skew_shrinks_where_the_gap_shrinks_below_its_mean_and_is_resumed():
-    from hpd.schedules import SkewPosition
+    from hpd.methods.schedules import SkewPosition
 
     skew = SkewPosition(0.1, 0.01)
     assert skew.update(0.4) == pytest.approx(0.1)

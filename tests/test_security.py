@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import hpd
 from hpd.cli import app
 from hpd.config import ModelConfig, TeacherConfig, load_recipe, resolve
+from hpd.config.secrets import redact
 from hpd.models import load_config, load_model, load_tokenizer
-from hpd.secrets import redact
-from hpd.train import train
+from hpd.training.run import train
 
 SECRETS = {
     "HF_TOKEN": "hf_" + "canaryA" * 5, "OPENAI_API_KEY": "sk-" + "canaryB" * 5, "WANDB_API_KEY": "canaryc0" * 5,
@@ -182,7 +182,7 @@ def test_recipes_with_secrets_are_refused_and_the_secret_is_not_shown(changes, t
 
 @pytest.mark.parametrize("name", ["eos_token: <end>", "max_new_tokens: 7", "bos_token: a", "chat_template: token"])
 def test_ordinary_values_are_no_secrets(name):
-    from hpd.secrets import check_no_secrets
+    from hpd.config.secrets import check_no_secrets
 
     check_no_secrets({"train": yaml.safe_load(name), "teacher": {"api_key_env": "TEACHER_API_KEY"}})
 

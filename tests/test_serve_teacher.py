@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import IGNORE_INDEX, TokenBatch, token_batch
 from hpd.config import TeacherConfig
-from hpd.losses.reference import logits
-from hpd.teachers.hpd_client import HpdClient
-from hpd.teachers.model import ModelTeacher, TeacherUnavailable
-from hpd.teachers.rows import Row, rows_of
-from hpd.teachers.serve import ServeSettings, is_loopback
-from hpd.teachers.server import ServedTeacher
-from hpd.teachers.wire import MEDIA_TYPE, dump, load
+from hpd.http import TeacherUnavailable
+from hpd.losses.products import logits
+from hpd.teachers.model import ModelTeacher
+from hpd.teachers.remote.hpd_client import HpdClient
+from hpd.teachers.remote.serve import ServeSettings, is_loopback
+from hpd.teachers.remote.server import ServedTeacher
+from hpd.teachers.remote.wire import MEDIA_TYPE, Row, dump, load, rows_of
 
 TOKEN = "a-token-of-more-than-16-characters"
 ROWS = [[5, 9, 33, 120, 44, 7], [80, 81, 82], [9, 9, 200, 250, 299, 13, 14, 15, 16]]
@@ -322,7 +322,7 @@ def test_loopback():
 
 
 def test_another_tokenizer_is_rebuilt_and_differs(url, tmp_path):
-    from hpd.pairing import first_difference
+    from hpd.models.pairing import first_difference
 
     tiny_model("llama", tmp_path)
     changed = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -15,13 +15,14 @@ from tiny_models import tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import TeacherConfig, load_recipe
+from hpd.http import Connection, TeacherUnavailable
 from hpd.losses.heads import TopKScores
-from hpd.losses.reference import logits
-from hpd.teachers.http import Connection
-from hpd.teachers.model import ModelTeacher, TeacherUnavailable
-from hpd.teachers.server import ServedTeacher, why_not_served
-from hpd.terms import TermConfig
-from hpd.train import RunStopped, train
+from hpd.losses.products import logits
+from hpd.methods.terms import TermConfig
+from hpd.teachers.model import ModelTeacher
+from hpd.teachers.remote.server import ServedTeacher, why_not_served
+from hpd.training.run import train
+from hpd.training.stopping import RunStopped
 
 CANARY = "sk-canary-4f1d9c0b7a"
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -48,7 +49,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("hpd.teachers.http._FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("hpd.http._FIRST_PAUSE_SECONDS", 0.02)
 
 
 def top_k_teacher(url, pair, **options):
@@ -123,7 +124,7 @@ def test_the_next_batch_is_asked_about_while_the_student_works(pair, rows, tmp_p
     seen = []
     original = backend.answer
     backend.answer = lambda queries: (seen.append(time.monotonic()), original(queries))[1]
-    from hpd.trainer import DistillTrainer
+    from hpd.training.trainer import DistillTrainer
 
     started = []
     compute = DistillTrainer.compute_loss
@@ -470,7 +471,7 @@ def test_unavailable_in_an_evaluation_keeps_the_steps(pair, rows, tmp_path):
 
 
 def test_the_trainer_can_be_told_to_stop(pair, rows, tmp_path):
-    from hpd.trainer import DistillTrainer
+    from hpd.training.trainer import DistillTrainer
 
     with pytest.MonkeyPatch.context() as patch:
         compute = DistillTrainer.compute_loss

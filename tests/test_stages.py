@@ -10,8 +10,9 @@ from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hpd.config import load_recipe
-from hpd.stages import stage_recipes
-from hpd.train import Progress, train
+from hpd.config.load import stage_recipes
+from hpd.progress import Progress
+from hpd.training.run import train
 
 
 @pytest.fixture(scope="module")

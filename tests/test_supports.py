@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpd.methods.sampling import inverse_cdf
+from hpd.methods.supports import Columns, Draws, Support, full, label, sampled, top_k
 from hpd.objectives import OBJECTIVES, Objective
-from hpd.sampling import inverse_cdf
-from hpd.supports import Columns, Draws, Support, full, label, sampled, top_k
 
 BELOW_ONE = 1.0 - 2.0**-53
 VOCABULARIES = [1, 7, 255, 256, 257, 1000, 5000]

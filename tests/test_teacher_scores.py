@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpd.losses import Scores, TopKScores
 from hpd.losses import teacher_side as side
-from hpd.losses.reference import logits
+from hpd.losses.products import logits
 
 TERM_CASES = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 EXTRAS = {"plain": {}, "bias and scale": {"scale": 0.5}, "softcap": {"softcap": 3.0, "scale": 1.5}}

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from hpd import DistillConfig, DistillTrainer, TermConfig
 from hpd.batch import TokenBatch
 from hpd.losses.heads import Scores, head_of
-from hpd.losses.reference import logits
+from hpd.losses.products import logits
 from hpd.teachers import SelfTeacher
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

@@ -7,22 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpd.evaluate.answers import final_answer, same_answer, stated_answer
-    from hpd.evaluate.exact_match import ExactMatch
+    from hpd.evaluate.benchmarks.answers import final_answer, same_answer, stated_answer
+    from hpd.evaluate.benchmarks.exact_match import ExactMatch
     from hpd.evaluate.generate import generate_answers
     from hpd.evaluate.run import EvalResult, Record, evaluate
-    from hpd.evaluate.settings import PRESETS, GenerationSettings, settings_for
-    from hpd.evaluate.task import Answer, Example, Prompt, Task, Verdict
-    from hpd.evaluate.tasks import TASKS, make_task
+    from hpd.evaluate.task import Example, Task, Verdict
+    from hpd.evaluate.tasks import PRESETS, TASKS, make_task, settings_for
+    from hpd.generation.engine import Answer, Prompt
+    from hpd.generation.settings import GenerationSettings
 
-_MODULES = {
-    "answers": ("final_answer", "same_answer", "stated_answer"),
-    "exact_match": ("ExactMatch",),
-    "generate": ("generate_answers",),
-    "run": ("EvalResult", "Record", "evaluate"),
-    "settings": ("PRESETS", "GenerationSettings", "settings_for"),
-    "task": ("Answer", "Example", "Prompt", "Task", "Verdict"),
-    "tasks": ("TASKS", "make_task"),
+# One table: a name and its home.
+_HOMES = {
+    name: home
+    for home, names in {
+        "hpd.evaluate.benchmarks.answers": ("final_answer", "same_answer", "stated_answer"),
+        "hpd.evaluate.benchmarks.exact_match": ("ExactMatch",),
+        "hpd.evaluate.generate": ("generate_answers",),
+        "hpd.evaluate.run": ("EvalResult", "Record", "evaluate"),
+        "hpd.evaluate.task": ("Example", "Task", "Verdict"),
+        "hpd.evaluate.tasks": ("PRESETS", "TASKS", "make_task", "settings_for"),
+        "hpd.generation.engine": ("Answer", "Prompt"),
+        "hpd.generation.settings": ("GenerationSettings",),
+    }.items()
+    for name in names
 }
 
 __all__ = [
@@ -48,7 +55,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import torch
 
-from hpd.config import ModelConfig
-from hpd.evaluate.engine import Engine, TransformersEngine
+from hpd.config.models import ModelConfig
 from hpd.evaluate.generate import Progress
 from hpd.evaluate.run import EvalResult, evaluate_engine
-from hpd.evaluate.settings import GenerationSettings, settings_for
 from hpd.evaluate.task import Notice, Task
-from hpd.models import load_config, load_model, load_tokenizer
-from hpd.terms import nearest
+from hpd.evaluate.tasks import settings_for
+from hpd.generation.engine import Engine, TransformersEngine
+from hpd.generation.settings import GenerationSettings
+from hpd.methods.terms import nearest
+from hpd.models.load import load_config, load_model, load_tokenizer
 
 __all__ = ["ENGINES", "EvalCommand", "EvalProgress", "evaluate_models", "load_engine", "names_of"]
 
@@ -123,7 +124,7 @@ def load_engine(command: EvalCommand, model: str) -> Engine:
     source = ModelConfig(model=model, dtype=command.dtype)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(source, "model")
     if command.engine == "vllm":
-        from hpd.evaluate.vllm_engine import VllmEngine
+        from hpd.generation.vllm_engine import VllmEngine
 
         return VllmEngine(model, tokenizer, dtype=command.dtype, tensor_parallel_size=command.tensor_parallel)
     device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,17 +13,14 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.data import _tokenise
-from hpd.evaluate.bootstrap import Estimate, Floats, Statistic, estimate, ratio, row_weights
-from hpd.evaluate.engine import Request, TransformersEngine, end_token_ids
-from hpd.evaluate.generate import encode_prompt
-from hpd.evaluate.rows import read_rows
-from hpd.evaluate.settings import GenerationSettings
-from hpd.evaluate.task import Prompt
-from hpd.evaluate.text_statistics import distinct_ngrams, longest_loop, repeated_ngrams
-from hpd.evaluate.token_statistics import RowSums, TextTokens, sum_rows
-from hpd.forward import add_head_function
-from hpd.pairing import common_vocab, first_difference
+from hpd.data.rows import _tokenise
+from hpd.evaluate.benchmarks.rows import read_rows
+from hpd.evaluate.statistics import Estimate, Floats, Statistic, estimate, ratio, row_weights
+from hpd.evaluate.token_statistics import RowSums, TextTokens, distinct_ngrams, longest_loop, repeated_ngrams, sum_rows
+from hpd.generation.engine import Prompt, Request, TransformersEngine, encode_prompt, end_token_ids
+from hpd.generation.settings import GenerationSettings
+from hpd.models.forward import add_head_function
+from hpd.models.pairing import common_vocab, first_difference
 
 __all__ = ["METRICS", "TEXTS", "TextRow", "check_metrics", "distribution_metrics", "read_text_rows"]
 
@@ -147,7 +144,7 @@ def distribution_metrics(
         settings: how the student writes; default: temperature 1, 256 tokens. Chat template as for `generate_answers`.
         texts: `dataset`, `student` or both; both also give the gap between them, from paired resamples.
         teacher_tokenizer: compared with the student's token by token where given.
-        vocabulary: policy for heads of unequal size (`hpd.pairing.POLICIES`).
+        vocabulary: policy for heads of unequal size (`hpd.losses.heads.POLICIES`).
         max_length: tokens of prompt and completion that are read; None is the smaller context of the models.
         top_k: size of the sets whose overlap is taken.
         seed: of the resamples; draws of the student's texts follow `settings.seed`.

@@ -1,26 +1,84 @@
 """Answers of a model to prompts and conversations, in batches that an interrupted evaluation can take up again."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias, cast
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.evaluate.engine import Engine, Request, TransformersEngine
-from hpd.evaluate.partial import PartialAnswers
-from hpd.evaluate.settings import GREEDY, GenerationSettings
-from hpd.evaluate.task import Answer, Example, Message, Prompt
-from hpd.templates import taken_by_template
+from hpd.evaluate.task import Example
+from hpd.generation.engine import Answer, Engine, Message, Prompt, Request, TransformersEngine, encode_prompt
+from hpd.generation.settings import GREEDY, GenerationSettings
 
-__all__ = ["Generated", "Group", "Progress", "answer_examples", "encode_prompt", "generate_answers"]
+__all__ = ["Generated", "Group", "PartialAnswers", "Progress", "answer_examples", "generate_answers"]
+
 
 _LOGGER = logging.getLogger(__name__)
 
+
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (answers so far, answers in total) after each batch."""
+
+
+class PartialAnswers:
+    """A JSON Lines file: what the evaluation is, then one line per finished batch.
+
+    A file of another evaluation (another model, other weights, prompts or settings) is started anew; a last line that a kill
+    cut short is dropped.
+
+    Args:
+        path: the file; made with the first batch.
+        identity: everything that decides the answers, as JSON values.
+    """
+
+    def __init__(self, path: Path, identity: Any):
+        self.path = path
+        self._identity = json.loads(json.dumps(identity))
+        self._batches: dict[int, tuple[list[Answer], float]] = {}
+        self._kept: list[Any] | None = self._read()
+
+    def __len__(self) -> int:
+        """Answers that need not be generated again."""
+        return sum(len(answers) for answers, _ in self._batches.values())
+
+    def batch(self, number: int) -> tuple[list[Answer], float] | None:
+        """Answers and seconds of a finished batch; None where it is not finished."""
+        return self._batches.get(number)
+
+    def append(self, number: int, answers: Sequence[Answer], seconds: float) -> None:
+        if self._kept is not None:
+            # Written anew in any case: a line that was cut short would swallow the next one.
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._kept)
+            self.path.write_text(text, encoding="utf-8")
+            self._kept = None
+        line = {"batch": number, "seconds": seconds, "answers": [asdict(answer) for answer in answers]}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> list[Any]:
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
+        kept: list[Any] = [self._identity]
+        for position, text in enumerate(lines):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                break
+            if position == 0:
+                if line != self._identity:
+                    break
+                continue
+            answers = [Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in line["answers"]]
+            self._batches[line["batch"]] = answers, line["seconds"]
+            kept.append(line)
+        return kept
 
 
 class Group(NamedTuple):
@@ -157,38 +215,6 @@ def _conversation(example: Example, replies: Sequence[str]) -> list[Message]:
     for reply, question in zip(replies, example.follow_ups, strict=False):
         chat += [{"role": "assistant", "content": reply}, {"role": "user", "content": question}]
     return chat
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: GenerationSettings) -> list[int]:
-    """Token ids of a prompt as the model should see it, up to the first token of the answer.
-
-    Raises:
-        ValueError: a chat or chat_template="always" without a chat template, or with one that refuses it; two system turns; a
-            prompt without tokens.
-    """
-    templated = settings.chat_template == "always" or (settings.chat_template == "auto" and tokenizer.chat_template)
-    if templated and not tokenizer.chat_template:
-        raise ValueError("chat_template is 'always', but the tokenizer has none; use auto, or another tokenizer.")
-    if templated:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if settings.system_prompt:
-            if turns[0]["role"] == "system":
-                raise ValueError("system_prompt is set, but a prompt has a system turn already; leave out one of them.")
-            turns.insert(0, {"role": "system", "content": settings.system_prompt})
-        with taken_by_template("a prompt", turns, "model"):
-            text = cast("str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    elif isinstance(prompt, str):
-        text = f"{settings.system_prompt}\n\n{prompt}" if settings.system_prompt else prompt
-    else:
-        raise ValueError(
-            f"a prompt is a chat, which needs a chat template, but chat_template is {settings.chat_template!r} and the "
-            f"tokenizer has {'one' if tokenizer.chat_template else 'none'}; allow it, use another tokenizer, or plain prompts."
-        )
-    # A template writes its own special tokens; plain text gets those that the tokenizer adds (BOS of Llama).
-    token_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
-    if not token_ids:
-        raise ValueError(f"the prompt {prompt!r} has no tokens; every prompt needs at least one.")
-    return cast("list[int]", token_ids)
 
 
 def _answer_limit(

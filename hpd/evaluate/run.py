@@ -12,19 +12,11 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.evaluate.engine import Engine, TransformersEngine
-from hpd.evaluate.generate import Generated, Progress, answer_examples
-from hpd.evaluate.partial import PartialAnswers
-from hpd.evaluate.settings import GREEDY, GenerationSettings
-from hpd.evaluate.statistics import (
-    Floats,
-    majority,
-    mean_interval,
-    mean_over_problems,
-    pass_at_k,
-    sampling_interval,
-)
-from hpd.evaluate.task import Answer, Comparable, Example, FinishReason, Prompt, Summary, Task, Verdict
+from hpd.evaluate.generate import Generated, PartialAnswers, Progress, answer_examples
+from hpd.evaluate.statistics import Floats, majority, mean_interval, mean_over_problems, pass_at_k, sampling_interval
+from hpd.evaluate.task import Comparable, Example, Summary, Task, Verdict
+from hpd.generation.engine import Answer, Engine, FinishReason, Prompt, TransformersEngine
+from hpd.generation.settings import GREEDY, GenerationSettings
 
 __all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_entry", "write_result"]
 

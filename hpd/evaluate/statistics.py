@@ -3,6 +3,8 @@
 Axes: P problems, N samples per problem; NaN is an answer that was not graded.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,15 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Comparison", "compare_paired", "majority", "mean_interval", "mean_over_problems", "pass_at_k", "sampling_interval",
+    "Comparison",
+    "Estimate",
+    "Statistic",
+    "compare_paired",
+    "estimate",
+    "majority",
+    "mean_interval",
+    "mean_over_problems",
+    "pass_at_k",
+    "ratio",
+    "row_weights",
+    "sampling_interval",
     "wilson_interval",
-]  # fmt: skip
+]
+
 
 Floats = NDArray[np.float64]
+
+
 Interval = tuple[float, float]
 
+
 _Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+
+
 _RESAMPLES = 2000
+
+
 _SEED = 0  # of the resampling: the same values give the same interval
 
 
@@ -163,3 +184,43 @@ def compare_paired(first: Floats, second: Floats) -> Comparison:
         p_value = float(min(1.0, 2 * (tail * _RESAMPLES + 1) / (_RESAMPLES + 1)))
     test = "McNemar" if single else "bootstrap"
     return Comparison(float(differences.mean()), (float(low), float(high)), p_value, test, len(differences))
+
+
+Statistic = Callable[[Floats], Floats]
+"""From row weights [S, R] to the figure of each resample [S]."""
+
+
+_ROW_RESAMPLES = 1000
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95 % interval: the error from having these rows and no others."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        return {"value": self.value, "interval": [self.low, self.high]}
+
+
+def row_weights(num_rows: int, seed: int = 0, resamples: int = _ROW_RESAMPLES) -> Floats:
+    """How often each resample drew each row, [S, R]. One matrix for two figures makes their difference a paired one."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=resamples).astype(np.float64)
+
+
+def ratio(numerator: Floats, denominator: Floats) -> Statistic:
+    """Sum over rows / sum over rows: a mean over tokens where the rows hold sums over theirs."""
+    return lambda weights: (weights @ numerator) / (weights @ denominator)
+
+
+def estimate(statistic: Statistic, weights: Floats) -> Estimate:
+    """The figure of the rows as they are, and the 2.5 % and 97.5 % quantiles over the resamples.
+
+    Reference:
+        Efron, Bootstrap Methods: Another Look at the Jackknife, 1979 (percentile method).
+    """
+    value = statistic(np.ones((1, weights.shape[1])))[0]
+    low, high = np.quantile(statistic(weights), [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high))

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-Message: TypeAlias = dict[str, str]
-Prompt: TypeAlias = str | list[Message]
-FinishReason: TypeAlias = Literal["stop", "length"]
+from hpd.generation.engine import Answer, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +22,6 @@ class Example:
     """Further user turns, each sent after the model's reply to the one before (MT-Bench)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The row as the data file holds it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a model wrote."""
-
-    text: str
-    """Without special tokens, and without the stop string. Of a conversation: the last reply."""
-    turns: tuple[str, ...] = ()
-    """Every reply of a conversation, the last is `text`; empty where there are no follow-ups."""
-    num_tokens: int = 0
-    """Tokens written, the end token included; of a conversation: of all replies."""
-    finish_reason: FinishReason = "stop"
-    """"stop": the model ended its answer, or wrote a stop string; "length": it was cut (in any turn)."""
 
 
 @dataclass(frozen=True, kw_only=True)

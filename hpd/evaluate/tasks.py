@@ -1,14 +1,22 @@
 """The table of tasks, and where each finds its data."""
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpd.evaluate.rows import Data, HubData
+import yaml
+
+from hpd.evaluate.benchmarks.few_shot import FewShot, Subset
+from hpd.evaluate.benchmarks.rows import Data, HubData
 from hpd.evaluate.task import Task
+from hpd.generation.settings import GenerationSettings
+
+__all__ = ["JudgeProgress", "build_task", "build_tasks", "share_options"]
 
 
 class TaskEntry(NamedTuple):
@@ -37,39 +45,39 @@ def _in(*folders: str, files: Sequence[str] = _FILES) -> tuple[str, ...]:
 
 
 TASKS: dict[str, TaskEntry] = {
-    "exact-match": TaskEntry("hpd.evaluate.exact_match:ExactMatch"),
+    "exact-match": TaskEntry("hpd.evaluate.benchmarks.exact_match:ExactMatch"),
     "gsm8k": TaskEntry(
-        "hpd.evaluate.math:gsm8k", _in("gsm8k", files=("test*.jsonl*", "test*.parquet")), _hub("openai/gsm8k", "main"),
+        "hpd.evaluate.benchmarks.math:gsm8k", _in("gsm8k", files=("test*.jsonl*", "test*.parquet")), _hub("openai/gsm8k", "main"),
         _in("gsm8k", files=("train*",)), _hub("openai/gsm8k", "main", "train"),
     ),
-    "math500": TaskEntry("hpd.evaluate.math:math500", _in("math500"), _hub("HuggingFaceH4/MATH-500")),
-    "aime24": TaskEntry("hpd.evaluate.math:aime24", _in("aime24"), _hub("HuggingFaceH4/aime_2024", split="train")),
-    "aime25": TaskEntry("hpd.evaluate.math:aime25", _in("aime25"), _hub("math-ai/aime25")),
-    "amc": TaskEntry("hpd.evaluate.math:amc", _in("amc", "amc23"), _hub("math-ai/amc23")),
-    "minerva": TaskEntry("hpd.evaluate.math:minerva", _in("minerva"), _hub("math-ai/minervamath")),
+    "math500": TaskEntry("hpd.evaluate.benchmarks.math:math500", _in("math500"), _hub("HuggingFaceH4/MATH-500")),
+    "aime24": TaskEntry("hpd.evaluate.benchmarks.math:aime24", _in("aime24"), _hub("HuggingFaceH4/aime_2024", split="train")),
+    "aime25": TaskEntry("hpd.evaluate.benchmarks.math:aime25", _in("aime25"), _hub("math-ai/aime25")),
+    "amc": TaskEntry("hpd.evaluate.benchmarks.math:amc", _in("amc", "amc23"), _hub("math-ai/amc23")),
+    "minerva": TaskEntry("hpd.evaluate.benchmarks.math:minerva", _in("minerva"), _hub("math-ai/minervamath")),
     "olympiadbench": TaskEntry(
-        "hpd.evaluate.math:olympiadbench", _in("olympiadbench"), _hub("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
+        "hpd.evaluate.benchmarks.math:olympiadbench", _in("olympiadbench"), _hub("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
     ),
-    "svamp": TaskEntry("hpd.evaluate.math:svamp", _in("svamp"), _hub("ChilleD/SVAMP")),
-    "mawps": TaskEntry("hpd.evaluate.math:mawps", _in("mawps"), _hub("MU-NLPC/Calc-mawps")),
-    "multiarith": TaskEntry("hpd.evaluate.math:multiarith", _in("multiarith"), _hub("ChilleD/MultiArith")),
+    "svamp": TaskEntry("hpd.evaluate.benchmarks.math:svamp", _in("svamp"), _hub("ChilleD/SVAMP")),
+    "mawps": TaskEntry("hpd.evaluate.benchmarks.math:mawps", _in("mawps"), _hub("MU-NLPC/Calc-mawps")),
+    "multiarith": TaskEntry("hpd.evaluate.benchmarks.math:multiarith", _in("multiarith"), _hub("ChilleD/MultiArith")),
     "gpqa": TaskEntry(
-        "hpd.evaluate.gpqa:Gpqa", _in("gpqa", files=(*_FILES, "*.csv")), _hub("Idavidrein/gpqa", "gpqa_diamond", "train")
+        "hpd.evaluate.benchmarks.gpqa:Gpqa", _in("gpqa", files=(*_FILES, "*.csv")), _hub("Idavidrein/gpqa", "gpqa_diamond", "train")
     ),
-    "humaneval": TaskEntry("hpd.evaluate.code:human_eval", _in("humaneval"), _hub("openai/openai_humaneval")),
-    "humaneval+": TaskEntry("hpd.evaluate.code:human_eval_plus", _in("humanevalplus")),
+    "humaneval": TaskEntry("hpd.evaluate.benchmarks.code:human_eval", _in("humaneval"), _hub("openai/openai_humaneval")),
+    "humaneval+": TaskEntry("hpd.evaluate.benchmarks.code:human_eval_plus", _in("humanevalplus")),
     "mbpp": TaskEntry(
-        "hpd.evaluate.code:mbpp", _in("mbpp", files=("test*.jsonl*", "sanitized*.jsonl*", "*.jsonl*")),
+        "hpd.evaluate.benchmarks.code:mbpp", _in("mbpp", files=("test*.jsonl*", "sanitized*.jsonl*", "*.jsonl*")),
         _hub("google-research-datasets/mbpp", "full"),
     ),
-    "mbpp+": TaskEntry("hpd.evaluate.code:mbpp_plus", _in("mbppplus")),
-    "dolly": TaskEntry("hpd.evaluate.dialogue:dolly", _in("dolly")),
-    "self_instruct": TaskEntry("hpd.evaluate.dialogue:self_instruct", _in("self_instruct", files=("user_oriented*",))),
-    "vicuna": TaskEntry("hpd.evaluate.dialogue:vicuna", _in("vicuna", files=("minillm_valid*", "*.jsonl*"))),
-    "sni": TaskEntry("hpd.evaluate.dialogue:sni", _in("sni")),
-    "alpaca_eval": TaskEntry("hpd.evaluate.judge:alpaca_eval", _in("alpaca_eval", files=("*.jsonl*", "*.json"))),
-    "mt_bench": TaskEntry("hpd.evaluate.judge:mt_bench", _in("mt_bench", files=("question*.jsonl*",))),
-    "arena_hard": TaskEntry("hpd.evaluate.judge:arena_hard", _in("arena_hard", files=("*question*.jsonl*",))),
+    "mbpp+": TaskEntry("hpd.evaluate.benchmarks.code:mbpp_plus", _in("mbppplus")),
+    "dolly": TaskEntry("hpd.evaluate.benchmarks.dialogue:dolly", _in("dolly")),
+    "self_instruct": TaskEntry("hpd.evaluate.benchmarks.dialogue:self_instruct", _in("self_instruct", files=("user_oriented*",))),
+    "vicuna": TaskEntry("hpd.evaluate.benchmarks.dialogue:vicuna", _in("vicuna", files=("minillm_valid*", "*.jsonl*"))),
+    "sni": TaskEntry("hpd.evaluate.benchmarks.dialogue:sni", _in("sni")),
+    "alpaca_eval": TaskEntry("hpd.evaluate.benchmarks.judged:alpaca_eval", _in("alpaca_eval", files=("*.jsonl*", "*.json"))),
+    "mt_bench": TaskEntry("hpd.evaluate.benchmarks.judged:mt_bench", _in("mt_bench", files=("question*.jsonl*",))),
+    "arena_hard": TaskEntry("hpd.evaluate.benchmarks.judged:arena_hard", _in("arena_hard", files=("*question*.jsonl*",))),
 }  # fmt: skip
 """Name -> how the task is made. What a factory accepts beside data and limit are the options of its task."""
 
@@ -136,3 +144,141 @@ def find_data(name: str, data: str | Path | None, *, shots: bool = False) -> Dat
     raise FileNotFoundError(
         f"{path} holds no {'few-shot ' * shots}data for {name!r}: expected {wanted}; or name the file itself."
     )
+
+
+JudgeProgress = Callable[[str], Callable[[int, int], None]]
+"""Gives, for the name of a task, what is called with (verdicts so far, verdicts)."""
+
+
+_JUDGE = "judge."
+
+
+def build_task(
+    name: str,
+    data: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    limit_seed: int | None = None,
+    few_shot: int = 0,
+    few_shot_data: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    judge_progress: JudgeProgress | None = None,
+) -> Task:
+    """A task with everything that can be put around it.
+
+    Args:
+        name, data, limit: as for `make_task`.
+        limit_seed: draw the `limit` problems with this seed; None takes the first.
+        few_shot: worked examples per prompt; 0 is none.
+        few_shot_data: their file or folder; None: the training file of the benchmark, in the folder `data` or on the Hub.
+        options: of the task; `judge.NAME` is a field of `JudgeSettings`.
+        judge_progress: shows a judge's progress.
+
+    Raises:
+        FileNotFoundError, ValueError: as `make_task`; options without effect.
+    """
+    if limit_seed is not None and limit is None:
+        raise ValueError("limit_seed has no effect without limit: give the number of problems to draw.")
+    if few_shot_data is not None and few_shot < 1:
+        raise ValueError("few_shot_data has no effect without few_shot: give the number of worked examples.")
+    given = dict(options or {})
+    judge = {key.removeprefix(_JUDGE): given.pop(key) for key in list(given) if key.startswith(_JUDGE)}
+    check_options(name, given)
+    if "judge" in task_options(name):
+        given["judge"] = _judge(name, judge, judge_progress)
+    elif judge:
+        raise ValueError(f"the task {name!r} has no judge: leave out {', '.join(_JUDGE + key for key in judge)}.")
+    task = make_task(name, data, limit=limit if limit_seed is None else None, **given)
+    if limit is not None and limit_seed is not None:
+        task = Subset(task, limit, limit_seed)
+    if few_shot < 0:
+        raise ValueError(f"few_shot must be 0 (none) or more, got {few_shot}.")
+    if few_shot:
+        folder = data if data is None or Path(data).is_dir() else None
+        source = find_data(name, few_shot_data if few_shot_data is not None else folder, shots=True)
+        task = FewShot(task, load_factory(name)(source), few_shot)
+    return task
+
+
+def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None) -> Any:
+    from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
+
+    known = inspect.signature(JudgeSettings).parameters
+    unknown = [key for key in fields if key not in known]
+    if unknown:
+        raise ValueError(f"a judge has no setting {unknown[0]!r}; it has {', '.join(known)}.")
+    if not {"url", "model"} <= fields.keys():
+        raise ValueError(f"the task {name!r} needs a judge: give its address and name (--judge-url, --judge-model).")
+    cache = fields.get("cache")
+    return Judge(JudgeSettings(**{**fields, "cache": Path(cache) if cache is not None else None}), progress)
+
+
+def build_tasks(spec: str, data: Path | None, options: Sequence[str] = (), **shared: Any) -> list[Task]:
+    """The tasks of a comma-separated list of ``name`` and ``name=file``.
+
+    Args:
+        spec: such as "gsm8k,math500=mine.jsonl".
+        data: folder or file of those without one of their own.
+        options: ``name=value`` for every task that has this option, or ``task.name=value`` for one.
+        shared: as for `build_task`.
+    """
+    entries = [part.strip().partition("=") for part in spec.split(",") if part.strip()]
+    if not entries:
+        raise ValueError("no tasks: give names with commas between them, such as gsm8k,math500.")
+    names = [name for name, _, _ in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a task is named twice in {spec!r}.")
+    shares = share_options(names, options)
+    return [build_task(name, path or data, options=shares[name], **shared) for name, _, path in entries]
+
+
+def share_options(names: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each task's options; one that no task has is an error."""
+    shares: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in options:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise ValueError(f"an option is written name=value or task.name=value, got {text!r}.")
+        owner = next((name for name in names if key.startswith(f"{name}.")), None)
+        option = key.removeprefix(f"{owner}.") if owner else key
+        wanted = "judge" if option.startswith(_JUDGE) else option
+        takers = [owner] if owner else [name for name in names if wanted in task_options(name)]
+        if not takers:
+            known = "; ".join(f"{name}: {', '.join(task_options(name)) or 'none'}" for name in names)
+            raise ValueError(f"no task has an option {option!r}. They have: {known}.")
+        for name in takers:
+            shares[name][option] = yaml.safe_load(value)
+    return shares
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_samples": 1},
+    "paper": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 32768, "num_samples": 8},
+}
+"""Name -> fields of `GenerationSettings`. paper: Hybrid Policy Distillation, arXiv 2604.20244."""
+
+
+_PAPER_SAMPLES = {"aime24": 32, "aime25": 32, "amc": 32}
+"""Tasks that the paper gives more than eight samples per problem."""
+
+
+def settings_for(task: Task, preset: str | None = None, **given: Any) -> GenerationSettings:
+    """The settings of an evaluation: what is given, before the preset, before the task's `defaults`, before the class's.
+
+    Args:
+        task: what is evaluated.
+        preset: a name of `PRESETS`.
+        given: fields; None means not given. `temperature=0` alone asks for the greedy preset.
+
+    Raises:
+        ValueError: unknown preset, or values that do not go together.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {preset!r}.")
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if preset is None and chosen.get("temperature") == 0:
+        preset = "greedy"
+    fields = {**task.defaults, **PRESETS.get(preset or "", {})}
+    if preset == "paper" and task.name in _PAPER_SAMPLES:
+        fields["num_samples"] = _PAPER_SAMPLES[task.name]
+    return GenerationSettings(**{**fields, **chosen})

@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpd.batch import IGNORE_INDEX, token_batch
-from hpd.forward import scores_of
-from hpd.losses.chunked import project_
 from hpd.losses.heads import Scores
-from hpd.losses.tile import LOGPROB_FLOOR, sum_dtype
+from hpd.losses.products import project_
+from hpd.losses.tile import sum_dtype
+from hpd.methods.supports import LOGPROB_FLOOR
+from hpd.models.forward import scores_of
 
-__all__ = ["NUM_BINS", "RowSums", "TextTokens", "sum_rows"]
+__all__ = ["NUM_BINS", "RowSums", "TextTokens", "distinct_ngrams", "longest_loop", "repeated_ngrams", "sum_rows"]
+
 
 NUM_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
+
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -60,7 +63,7 @@ def sum_rows(
     """Run both models over the texts, longest first, and sum what they say over the label positions of each.
 
     Args:
-        student, teacher: models that `hpd.forward.add_head_function` has prepared, on one device.
+        student, teacher: models that `hpd.models.forward.add_head_function` has prepared, on one device.
         texts: token ids below `vocab`, with at least one label each.
         vocab: tokens that both models have; None where there is no teacher.
         top_k: size of the sets that `overlap` compares.
@@ -170,3 +173,66 @@ def _add_bins(sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tenso
     place = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     values = torch.stack([torch.ones_like(confidence), confidence, hit.to(confidence.dtype)], -1).to(dtype)
     sums[key].view(-1, 3).index_add_(0, row_of * NUM_BINS + place, values)
+
+
+_MAX_PERIOD_TOKENS = 256
+"""Loops of a longer period are copies of whole paragraphs; repeated n-grams show those."""
+
+
+_MIN_COPIES = 3
+"""Two equal words in a row are language, three are a loop."""
+
+
+def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
+    r"""Share of the n-grams of one text that occurred in it before, 0 to 1 (seq-rep-n); 0 for fewer than n tokens.
+
+    .. math:: 1 - \frac{|\mathrm{set}(\text{n-grams})|}{|\text{n-grams}|}
+
+    >>> repeated_ngrams([1, 2, 1, 2, 1, 2], 2)
+    0.6
+
+    Reference:
+        Welleck et al., Neural Text Generation with Unlikelihood Training, 2020, section 4.1.
+    """
+    total = len(tokens) - n + 1
+    return 1.0 - len(_ngrams(tokens, n)) / total if total > 0 else 0.0
+
+
+def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float | None:
+    """Different n-grams of all texts together, per n-gram (distinct-n); None where no text has n tokens.
+
+    It falls with the number of texts: compare it between sets of one size only.
+
+    >>> distinct_ngrams([[1, 2, 3], [1, 2, 4]], 2)
+    0.75
+
+    Reference:
+        Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models, 2016.
+    """
+    total = sum(max(0, len(tokens) - n + 1) for tokens in texts)
+    return len(set().union(*(_ngrams(tokens, n) for tokens in texts))) / total if total else None
+
+
+def longest_loop(tokens: Sequence[int]) -> int:
+    """Length, in tokens, of the longest stretch that is one phrase written three times or more; 0 where there is none.
+
+    >>> longest_loop([5, 1, 2, 1, 2, 1, 2, 9]), longest_loop([1, 2, 1, 2])
+    (6, 0)
+    """
+    ids = np.asarray(tokens)
+    longest = 0
+    for period in range(1, min(_MAX_PERIOD_TOKENS, len(ids) // _MIN_COPIES) + 1):
+        run = _longest_run(ids[period:] == ids[:-period])
+        if run >= (_MIN_COPIES - 1) * period:
+            longest = max(longest, run + period)
+    return longest
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> set[tuple[int, ...]]:
+    return set(zip(*(tokens[start:] for start in range(n)), strict=False))
+
+
+def _longest_run(flags: np.ndarray) -> int:
+    """Longest stretch of True."""
+    breaks = np.flatnonzero(~np.concatenate([[False], flags, [False]]))
+    return int(np.diff(breaks).max()) - 1

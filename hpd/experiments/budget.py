@@ -1,81 +1,20 @@
-"""What a run costs, counted while it trains; and a stop where an equal budget is spent.
-
-FLOPs are counted, not timed. A product of a weight with a token is 2 FLOPs, so a forward pass of a token costs 2 B for the B
-weights of the backbone (embedding rows are looked up, not multiplied), the backward pass twice that, and the head's V D weights
-count at label positions only, which are the only ones that reach it:
-
-    student   6 B_s x trained tokens + 6 V D_s x label tokens
-    teacher   2 B_t x trained tokens + 2 V D_t x label tokens      (0 for sft, which needs none)
-    rollouts  2 (B_s + V D_s) x tokens that the student reads or writes while generating
-
-Attention's products of tokens with tokens, the optimiser and the element-wise part of the loss are left out; all methods share
-them. A frozen backbone under LoRA saves a third of the student's part, which is counted as if it did not.
-"""
+"""What a run costs, counted while it trains; and a stop where an equal budget is spent (prices: `hpd.estimate.cost`)."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
-from hpd.config import Recipe, TeacherConfig
+from hpd.estimate.cost import FlopsPerToken
 from hpd.experiments.experiment import Budget
-from hpd.methods import name_terms
-from hpd.models import load_config
 
-__all__ = ["BudgetCallback", "FlopsPerToken", "flops_per_token"]
+__all__ = ["BudgetCallback"]
+
 
 _STATE_KEY = "hpd_budget"
-
-
-class FlopsPerToken(NamedTuple):
-    """FLOPs of a token in training."""
-
-    backbone: float
-    """Student and teacher, per trained token."""
-    head: float
-    """Student and teacher, per label token."""
-    rollout: float
-    """Student, per token read or written while generating."""
-
-
-def flops_per_token(recipe: Recipe) -> FlopsPerToken:
-    """The three prices of the module's formula, from the models' configurations."""
-    student = _weights(load_config(recipe.student, "student"))
-    student_backbone, student_head = student
-    teacher_backbone, teacher_head = 0.0, 0.0
-    if any(term.name.partition("#")[0] != "nll" for term in name_terms(recipe.choose_terms())):
-        teacher_backbone, teacher_head = _teacher_weights(recipe.teacher, student)
-    return FlopsPerToken(
-        backbone=6.0 * student_backbone + 2.0 * teacher_backbone,
-        head=6.0 * student_head + 2.0 * teacher_head,
-        rollout=2.0 * (student_backbone + student_head),
-    )
-
-
-def _teacher_weights(teacher: TeacherConfig, student: tuple[int, int]) -> tuple[float, float]:
-    """Weights that a token meets: of all teachers of a mixture, of the mean one where rows are routed."""
-    if teacher.type == "model":
-        return _weights(load_config(teacher, "teacher"))
-    if teacher.type == "self":
-        return student
-    if teacher.teachers:
-        each = [_teacher_weights(one, student) for one in teacher.teachers.values()]
-        count = 1 if teacher.type == "mixture" else len(each)
-        return sum(backbone for backbone, _ in each) / count, sum(head for _, head in each) / count
-    # A stored or remote teacher is no forward pass here; its head still meets the stored hidden states.
-    return 0.0, student[1]
-
-
-def _weights(config: Any) -> tuple[int, int]:
-    """Weights of the backbone without embeddings, and of the head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    embeddings = {id(p): p.numel() for module in (model.get_input_embeddings(), head) for p in module.parameters()}
-    return sum(p.numel() for p in model.parameters()) - sum(embeddings.values()), head.weight.numel()
 
 
 class BudgetCallback(TrainerCallback):

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from hpd.recipe_file import parse_yaml, read_text
-from hpd.terms import nearest
+from hpd.config.yaml_file import parse_yaml, read_text
+from hpd.methods.terms import nearest
 
 __all__ = [
     "SEED_PATH", "VALIDATION_METRICS", "Budget", "Evaluation", "Experiment", "Tune", "axis_label", "axis_values",

@@ -7,31 +7,42 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import TypeAdapter
 
-from hpd.config import Recipe, load_recipe, resolve
-from hpd.experiments.experiment import (
-    SEED_PATH,
-    VALIDATION_METRICS,
-    Evaluation,
-    Experiment,
-    axis_label,
-    axis_values,
-    put,
-)
+from hpd.config.check import resolve
+from hpd.config.load import load_recipe
+from hpd.config.schema import Recipe
+from hpd.experiments.experiment import SEED_PATH, VALIDATION_METRICS, Evaluation, Experiment, Tune, axis_label, axis_values, put
 
 __all__ = [
-    "BASE_FOLDER", "Cell", "base_tree", "evaluations", "expand", "expand_tuning", "group_key", "short", "tuned_axes",
+    "BASE_FOLDER",
+    "Cell",
+    "Choice",
+    "base_tree",
+    "choose",
+    "evaluations",
+    "expand",
+    "expand_tuning",
+    "group_key",
+    "read_choices",
+    "short",
+    "tuned_axes",
     "tuning_evaluation",
-]  # fmt: skip
+    "write_choices",
+]
+
 
 BASE_FOLDER = "$BASE"
 """Stands in values for the folder that a `base` function wrote its files to."""
+
+
 _SHORT_BASES = {
     "demo": "hpd.demo.run:demo_recipe",
     "chains": "hpd.experiments.tasks:chains",
@@ -233,3 +244,86 @@ def _require_distinct(cells: Sequence[Cell]) -> None:
         raise ValueError("The grid is empty: exclude leaves no cell.")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"Two cells of the grid are called {twice!r}: give their axis labels, as in {{label: value}}.")
+
+
+FILE = "tuned.json"
+
+
+class Choice(NamedTuple):
+    """What was tried for one group of runs, and what was taken."""
+
+    group: str
+    path: str
+    metric: str
+    mode: str
+    chosen: float
+    tried: dict[str, list[float]]
+    """Value -> the metric, one number per tuning seed; NaN for a run that diverged."""
+
+    @property
+    def means(self) -> dict[float, float]:
+        """Value -> mean over seeds, in rising order; NaN where a seed diverged."""
+        return {
+            float(value): float(np.mean(found)) for value, found in sorted(self.tried.items(), key=lambda item: float(item[0]))
+        }
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best value is the smallest or largest tried: a better one may lie beyond."""
+        return self.chosen in (min(self.means), max(self.means))
+
+    @property
+    def spread(self) -> float:
+        """Robustness: the worst mean minus the best, in the metric's unit; NaN where some value diverged."""
+        values = list(self.means.values())
+        return float(max(values) - min(values)) if not any(map(math.isnan, values)) else math.nan
+
+
+def choose(experiment: Experiment, cells: Sequence[Cell]) -> list[Choice]:
+    """The best value of each group by its mean over the tuning seeds.
+
+    Raises:
+        ValueError: every value of a group diverged, or a run lacks the metric.
+    """
+    tune = experiment.tune
+    assert tune is not None
+    axes = tuned_axes(experiment)
+    groups: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        found = _measured(cell, tune)
+        groups.setdefault(group_key(cell.axes, axes), {}).setdefault(cell.axes[tune.path], []).append(found)
+    return [_best(group, tune, tried) for group, tried in groups.items()]
+
+
+def _best(group: str, tune: Tune, tried: dict[str, list[float]]) -> Choice:
+    sign = 1.0 if tune.mode == "min" else -1.0
+    finite = {value: sign * float(np.mean(found)) for value, found in tried.items() if np.isfinite(found).all()}
+    if not finite:
+        raise ValueError(f"Every {tune.path} of {group} diverged on some seed: give smaller values.")
+    return Choice(group, tune.path, tune.metric, tune.mode, float(min(finite, key=lambda v: (finite[v], float(v)))), tried)
+
+
+def _measured(cell: Cell, tune: Tune) -> float:
+    folder = Path(cell.recipe.output_dir)
+    if tune.metric in VALIDATION_METRICS:
+        figures, name = json.loads((folder / "summary.json").read_text(encoding="utf-8")), f"{tune.metric} after"
+    else:
+        figures, name = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["figures"], tune.metric
+    if name not in figures:
+        raise ValueError(f"The tuning run {cell.name} has no {name!r}: tuning needs data.validation.")
+    value = float(figures[name])
+    return value if math.isfinite(value) else math.nan
+
+
+def write_choices(folder: Path, choices: Sequence[Choice]) -> None:
+    """Freeze the choices."""
+    (folder / FILE).write_text(json.dumps([choice._asdict() for choice in choices], indent=2) + "\n", encoding="utf-8")
+
+
+def read_choices(folder: Path) -> list[Choice] | None:
+    """The frozen choices; None before tuning is done."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    entries: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return [Choice(**entry) for entry in entries]

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from hpd.config import Recipe, resolve
+from hpd.config.check import resolve
+from hpd.config.schema import Recipe
 from hpd.experiments.grid import Cell
 
 __all__ = [
@@ -40,7 +41,7 @@ def open_manifest(
     """
     if unknown := [name for name in allow if name not in (*COMPARED, "data")]:
         raise ValueError(f"--allow {', '.join(unknown)}: it takes {', '.join(COMPARED)}, data.")
-    from hpd.runs import environment  # transformers takes seconds to import; a report does without
+    from hpd.training.folder import environment
 
     found = {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hpd.experiments.grid import Choice
 from hpd.experiments.results import Results, higher_is_better
 from hpd.experiments.statistics import Comparison, mean_interval
-from hpd.experiments.tuning import Choice
 
 __all__ = ["Panel", "curve_panels", "difference_panels", "heat_maps", "rate_panels", "scaling_panels", "to_png", "to_svg"]
 

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 
 from hpd.experiments import tables
 from hpd.experiments.grid import group_key
-from hpd.experiments.plots import Panel, curve_panels, difference_panels, heat_maps, rate_panels, scaling_panels, to_png
+from hpd.experiments.plots import Panel, curve_panels, difference_panels, heat_maps, rate_panels, scaling_panels
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.statistics import Comparison, compare_paired, correct
-from hpd.experiments.tables import Cell, Table
+from hpd.experiments.tables import Table
 
-__all__ = [
-    "Report", "Sample", "Section", "build_report", "check_target", "file_name", "markdown_table", "report_on", "write_report",
-]  # fmt: skip
+__all__ = ["Report", "Sample", "Section", "build_report", "file_name", "report_on"]
+
 
 NUM_SAMPLES = 8
-_PAGES = ("index.html", "report.md")
 
 
 class Section(NamedTuple):
@@ -181,87 +179,6 @@ def _prompt_text(prompt: Any) -> str:
     return str(prompt)
 
 
-def check_target(folder: Path) -> None:
-    """A report is written into a new or an empty folder, or over a report.
-
-    Raises:
-        ValueError: the folder is a file, or holds something else.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"The report's folder {folder} is a file: give a folder in --output.")
-    found = sorted(path.name for path in folder.iterdir())
-    if found and not set(_PAGES) <= set(found):
-        raise ValueError(
-            f"{folder} holds {', '.join(found[:4])}{', ...' if found[4:] else ''} and no report ({' and '.join(_PAGES)}), so "
-            "nothing is written there: give another folder in --output, or empty this one."
-        )
-
-
 def file_name(key: str) -> str:
     """What a table or figure is called in files and on the page, where its key may hold anybody's words."""
     return re.sub(r"[^\w.-]+", "-", key).strip(".-") or "unnamed"
-
-
-def write_report(report: Report, folder: Path) -> Path:
-    """Write index.html, report.md, plots/*.png and data/*.csv; returns the page's path.
-
-    Raises:
-        ValueError: the folder holds something else than a report.
-    """
-    from hpd.experiments.html import render_page
-
-    check_target(folder)
-    for sub in ("plots", "data"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    # First, since they are what the folder is known by if a kill comes in between.
-    page, text = (folder / name for name in _PAGES)
-    text.write_text(render_markdown(report), encoding="utf-8")
-    page.write_text(render_page(report), encoding="utf-8")
-    for section in report.sections:
-        for table in section.tables:
-            (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")
-        for panel in section.panels:
-            name = file_name(panel.key)
-            (folder / "plots" / f"{name}.png").write_bytes(to_png(panel))
-            (folder / "data" / f"{name}.csv").write_text(tables.panel_table(panel).as_csv(), encoding="utf-8")
-    return page
-
-
-def render_markdown(report: Report) -> str:
-    """The report as text; figures lie beside it in plots/."""
-    parts = [f"# {_inline(report.title)}", _inline(report.question), report.status + "."]
-    parts += ["\n".join(f"* {_inline(line)}" for line in report.verdicts)] if report.verdicts else []
-    for section in report.sections:
-        parts.append(f"## {section.title}")
-        for table in section.tables:
-            parts += [markdown_table(table), _inline(table.note)]
-        parts += [f"![{_inline(panel.title)}](plots/{file_name(panel.key)}.png)" for panel in section.panels]
-    if report.samples:
-        parts.append("## Sample answers")
-        writers = list(dict.fromkeys(writer for sample in report.samples for writer in sample.answers))
-        rows = [(s.prompt, *(_marked(*s.answers.get(w, ("", None))) for w in writers)) for s in report.samples]
-        parts.append(markdown_table(Table("samples", "", "", ("problem", *writers), rows)))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _marked(text: str, correct: bool | None) -> str:
-    return text if correct is None else f"{'✓' if correct else '✗'} {text}"
-
-
-def markdown_table(table: Table) -> str:
-    lines = [table.columns, tuple("---" for _ in table.columns)]
-    for row in table.rows:
-        lines.append(tuple(_bold(cell) if isinstance(cell, Cell) else _inline(str(cell)) for cell in row))
-    return "\n".join(f"| {' | '.join(_inline(c) if i == 0 else c for c in line)} |" for i, line in enumerate(lines))
-
-
-def _bold(cell: Cell) -> str:
-    return f"**{_inline(cell.text)}**" if cell.tone in ("best", "win", "loss") and cell.text else _inline(cell.text)
-
-
-def _inline(text: str) -> str:
-    """Text that stays in its table cell and starts no markup of its own."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|").replace("\n", " ⏎ ")
-    return text.replace("*", "\\*").replace("`", "\\`").replace("_", "\\_").replace("[", "\\[")

@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from hpd.experiments.experiment import Experiment, axis_values, read_experiment
-from hpd.experiments.grid import group_key
+from hpd.experiments.grid import Choice, group_key, read_choices
 from hpd.experiments.manifest import FILE, MANIFEST, OWN_LOGS, differing_paths, flatten, require_equal_environments
-from hpd.experiments.tuning import Choice, read_choices
 
 __all__ = ["Results", "Run", "higher_is_better", "read_results"]
 

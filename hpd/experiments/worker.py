@@ -10,20 +10,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TrainerCallback
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from hpd.config import Recipe
-from hpd.evaluate import GenerationSettings, Task, evaluate
-from hpd.evaluate.build import build_task
-from hpd.evaluate.settings import settings_for
-from hpd.experiments.budget import BudgetCallback, flops_per_token
+from hpd.config.schema import Recipe
+from hpd.estimate.cost import flops_per_token
+from hpd.evaluate import GenerationSettings, Task, evaluate, generate_answers
+from hpd.evaluate.tasks import build_task, settings_for
+from hpd.experiments.budget import BudgetCallback
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
-from hpd.experiments.own_samples import OwnSampleCurve, own_sample_metrics
-from hpd.models import load_model, load_tokenizer
-from hpd.train import Progress, quiet_libraries, train
+from hpd.generation.engine import Prompt
+from hpd.models.load import load_model, load_tokenizer
+from hpd.progress import Progress, quiet_libraries
+from hpd.training.run import train
 
-__all__ = ["Callbacks", "Job", "evaluate_teacher", "has_model", "run_job", "task_and_settings"]
+__all__ = [
+    "Callbacks",
+    "Job",
+    "OwnSampleCurve",
+    "evaluate_teacher",
+    "has_model",
+    "own_sample_metrics",
+    "run_job",
+    "task_and_settings",
+]
 
 
 class Job(NamedTuple):
@@ -39,7 +51,7 @@ class Job(NamedTuple):
 
 
 class Callbacks(Progress):
-    """Callbacks for `hpd.train.train`, and nothing shown."""
+    """Callbacks for `hpd.training.run.train`, and nothing shown."""
 
     def __init__(self, *callbacks: TrainerCallback):
         self._callbacks = callbacks
@@ -55,7 +67,7 @@ def run_job(job: Job, log: str | None = None) -> None:
         log: file that takes stdout and stderr of this process; only for a process that does nothing else.
 
     Raises:
-        ValueError, FileNotFoundError: as `hpd.train.train`; or the recipe ends before its budget is spent.
+        ValueError, FileNotFoundError: as `hpd.training.run.train`; or the recipe ends before its budget is spent.
     """
     if log is not None:
         _redirect(log)
@@ -165,3 +177,93 @@ def _write(path: Path, content: Any) -> None:
     draft = path.with_name(f".{path.name}.part")
     draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+_BATCH = 32
+
+
+def own_sample_metrics(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+) -> dict[str, float]:
+    """Means over the tokens that the student writes after `prompts`, in nats per token.
+
+    Prompts in chat form are refused: their template would have to be cut at the right token.
+
+    Returns:
+        own_entropy (the student's), own_reverse_kl = KL(student || teacher) and own_forward_kl = KL(teacher || student).
+    """
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("own_samples needs prompts of plain text; use `hpd eval` for chats.")
+    answers = generate_answers(student, tokenizer, list(prompts), settings)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for start in range(0, len(prompts), _BATCH):
+        pairs = list(zip(prompts[start : start + _BATCH], answers[start : start + _BATCH], strict=True))
+        sums += _sum_batch(student, teacher, tokenizer, pairs)
+    tokens = max(float(sums[0]), 1.0)
+    names = ("own_entropy", "own_forward_kl", "own_reverse_kl")
+    return {name: round(float(value) / tokens, 6) for name, value in zip(names, sums[1:], strict=True)}
+
+
+class OwnSampleCurve(TrainerCallback):
+    """Measures the student's own text before the first step and after every n-th; training sees nothing of it.
+
+    Args:
+        path: gets a line per measurement, the step and its figures; lines of steps that a resumed run does again are dropped.
+        every: optimiser steps between two measurements.
+        measure: takes the student, in evaluation mode, and returns its figures.
+    """
+
+    def __init__(self, path: Path, every: int, measure: Callable[[nn.Module], dict[str, float]]):
+        self._path, self._every, self._measure = path, every, measure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if state.global_step and self._path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if not state.global_step:
+            self._add(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._add(state.global_step, model)
+
+    def _add(self, step: int, model: Any) -> None:
+        was_training = model.training
+        model.eval()
+        figures = self._measure(model)
+        model.train(was_training)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+@torch.no_grad()
+def _sum_batch(student: Any, teacher: Any, tokenizer: Any, pairs: Sequence[tuple[Any, Any]]) -> Float[Tensor, "4"]:
+    device = next(student.parameters()).device
+    prefixes = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
+    own = [
+        tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        + [tokenizer.eos_token_id] * (answer.finish_reason == "stop")
+        for _, answer in pairs
+    ]
+    rows = [prefix + written for prefix, written in zip(prefixes, own, strict=True)]
+    longest = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+    position = torch.arange(longest, device=device)
+    # Position t predicts token t + 1: the written tokens are predicted from the prompt's last one on.
+    first = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)[:, None]
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)[:, None]
+    chosen = (position >= first) & (position < last)  # [B, T]
+    # Padding stands on the right, where causal attention never looks at it.
+    log_q = student(input_ids=ids).logits[chosen].float().log_softmax(-1)  # [N, V]
+    vocab = log_q.shape[-1]
+    log_p = teacher(input_ids=ids).logits[chosen][:, :vocab].float().log_softmax(-1)
+    if log_p.shape[-1] != vocab:
+        raise ValueError(f"own_samples needs equal vocabularies, got {vocab} and {log_p.shape[-1]} rows.")
+    p, q = log_p.exp(), log_q.exp()
+    values = [-(q * log_q).sum(), (p * (log_p - log_q)).sum(), (q * (log_q - log_p)).sum()]
+    return torch.stack([chosen.sum().double(), *(value.double() for value in values)]).cpu()

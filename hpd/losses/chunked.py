@@ -9,6 +9,7 @@ logits, one tile of scratch and the head's gradient; never `[N, V]`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,19 +19,12 @@ from torch import Tensor
 
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
 from hpd.losses.products import Gradients, accumulate, for_products, project_, wide
-from hpd.losses.teacher_side import (
-    is_known_by_token,
-    log_normaliser,
-    mass_outside,
-    tail_mass,
-    teacher_logits_,
-    token_logprobs,
-)
-from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, tile_gradient_
-from hpd.losses.tokens import read_few_tokens, token_gradient_
-from hpd.terms import Term
+from hpd.losses.teacher_side import is_known_by_token, log_normaliser, mass_outside, tail_mass, teacher_logits_, token_logprobs
+from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, read_few_tokens, tile_gradient_, token_gradient_
+from hpd.methods.terms import Term
 
-__all__ = ["Plan", "chunk_rows", "chunked_reweighted_nll"]
+__all__ = ["Plan", "chunk_rows", "chunked_reweighted_nll", "compiled_reweighted_nll"]
+
 
 # Scratch per tile on a CPU: small beside a chunk, and large enough to amortise the start of a parallel region (measured: a pass
 # over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
@@ -232,3 +226,37 @@ def _metrics(teacher_logits: Tensor, logits: Tensor, sums: Sums) -> None:
     for rows in _tiles(logits):
         log_p, log_q = (torch.log_softmax(side[rows], -1) for side in (teacher_logits, logits))
         distribution_metrics(log_p, log_q, sums)
+
+
+def compiled_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
+    """Loss and statistics; see `hpd.losses.reweighted_nll`, whose checks have run.
+
+    The first call with new terms compiles (seconds to a minute); a schedule that changes an objective's parameter makes new
+    terms at every step, and is better served by `chunked`.
+    """
+    return chunked_reweighted_nll(student, plan._replace(tile_gradient=_compiled_tile_gradient_))
+
+
+def _compiled_tile_gradient_(
+    student_logits: Tensor, teacher_logits: Tensor, inputs: TileInputs, terms: Sequence[Term], sums: Sums,
+    scale: Tensor, finite: bool = False,
+) -> Tensor:  # fmt: skip
+    gradient, values = _kernel()(student_logits, teacher_logits, inputs, terms, scale, finite)
+    student_logits.copy_(gradient)
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+    return student_logits
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any]:
+    """One compiled function for all terms: the compiler keeps a version for each, guarded by what they hold."""
+
+    def kernel(
+        student_logits: Tensor, teacher_logits: Tensor, inputs: TileInputs, terms: Sequence[Term], scale: Tensor, finite: bool
+    ) -> tuple[Tensor, Sums]:
+        sums: Sums = {}
+        gradient = tile_gradient_(student_logits.clone(), teacher_logits.clone(), inputs, terms, sums, scale, finite)
+        return gradient, sums
+
+    return torch.compile(kernel, dynamic=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["Head", "Scores", "TeacherScores", "TopKScores", "head_of"]
+__all__ = ["POLICIES", "Head", "Scores", "TeacherScores", "TopKScores", "head_of"]
 
 
 class Head(NamedTuple):
@@ -48,9 +48,7 @@ class Scores(NamedTuple):
         """The scores at some of the positions; None: at all of them."""
         if positions is None:
             return self
-        return self._replace(
-            hidden=self.hidden[positions], log_z=None if self.log_z is None else self.log_z[positions]
-        )
+        return self._replace(hidden=self.hidden[positions], log_z=None if self.log_z is None else self.log_z[positions])
 
 
 class TopKScores(NamedTuple):
@@ -152,3 +150,6 @@ def _check_lora(module: nn.Module) -> None:
 def _gathered(tensor: Tensor) -> Tensor:
     """FSDP2 shows sharded parameters as DTensors: gather once per step, before the chunks."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+POLICIES = ("error", "shared_prefix")

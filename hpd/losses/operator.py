@@ -9,12 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpd.losses.chunked import Plan, chunked_reweighted_nll
-from hpd.losses.compiled import compiled_reweighted_nll
+from hpd.losses.chunked import Plan, chunked_reweighted_nll, compiled_reweighted_nll
 from hpd.losses.heads import Scores, TeacherScores, TopKScores
 from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import TileInputs
-from hpd.terms import Term
+from hpd.methods.terms import Term
 
 __all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "reweighted_nll"]
 

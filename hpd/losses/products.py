@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpd.losses.heads import Scores
 
-__all__ = ["Gradients", "accumulate", "for_products", "project_", "wide"]
+__all__ = ["Gradients", "accumulate", "for_products", "logits", "project_", "wide"]
 
 
 class Gradients(NamedTuple):
@@ -99,3 +99,15 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         # bfloat16 operands, float32 result: the accumulator is not rounded on its way out.
         return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload]
     return torch.mm(a, b)
+
+
+def logits(scores: Scores, vocab: int | None = None) -> Float[Tensor, "N V"]:
+    """Differentiable logits of the first `vocab` tokens, in at least float32."""
+    head = scores.head.truncated(vocab)
+    dtype = torch.promote_types(scores.hidden.dtype, torch.float32)
+    out = scores.hidden.to(dtype)
+    out = out[:, :vocab] if head.weight is None else out @ head.weight.to(dtype).t()
+    if head.bias is not None:
+        out = out + head.bias
+    out = out * head.scale
+    return out if head.softcap is None else head.softcap * torch.tanh(out / head.softcap)

@@ -8,23 +8,12 @@ from torch import Tensor
 
 from hpd.losses.chunked import Plan
 from hpd.losses.heads import Scores, TopKScores
+from hpd.losses.products import logits
 from hpd.losses.teacher_side import tail_mass, teacher_logits_
 from hpd.losses.tile import Sums, add, distribution_metrics, term_draws, weigh
-from hpd.supports import LOGPROB_FLOOR
+from hpd.methods.supports import LOGPROB_FLOOR
 
-__all__ = ["logits", "reference_reweighted_nll"]
-
-
-def logits(scores: Scores, vocab: int | None = None) -> Float[Tensor, "N V"]:
-    """Differentiable logits of the first `vocab` tokens, in at least float32."""
-    head = scores.head.truncated(vocab)
-    dtype = torch.promote_types(scores.hidden.dtype, torch.float32)
-    out = scores.hidden.to(dtype)
-    out = out[:, :vocab] if head.weight is None else out @ head.weight.to(dtype).t()
-    if head.bias is not None:
-        out = out + head.bias
-    out = out * head.scale
-    return out if head.softcap is None else head.softcap * torch.tanh(out / head.softcap)
+__all__ = ["reference_reweighted_nll"]
 
 
 def reference_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:

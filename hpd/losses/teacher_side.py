@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpd.losses.heads import Scores, TeacherScores, TopKScores
-from hpd.losses.products import for_products, project_, wide
+from hpd.losses.products import for_products, logits, project_, wide
 
 __all__ = [
     "is_known_by_token",
     "log_normaliser",
     "mass_outside",
     "tail_mass",
+    "teacher_logits",
     "teacher_logits_",
     "token_logprobs",
 ]
@@ -140,3 +141,17 @@ def _spread_(teacher: TopKScores, labels: Tensor, out: Tensor) -> Tensor:
     inside = teacher.tokens < out.shape[1]
     out.scatter_(1, torch.where(inside, teacher.tokens, labels[:, None]), teacher.logprobs.to(out.dtype))
     return out.scatter_(1, labels[:, None], teacher.label_logprobs.to(out.dtype)[:, None])
+
+
+def teacher_logits(scores: TeacherScores, labels: Tensor, vocab: int, like: Tensor) -> Tensor:
+    """`[N, vocab]` logits of a teacher, never differentiated.
+
+    Args:
+        scores: what the teacher knows at N positions.
+        labels: the label of each.
+        vocab: of the first so many tokens.
+        like: a tensor of the student's, whose device and dtype count.
+    """
+    if isinstance(scores, TopKScores):
+        return teacher_logits_(scores, labels, like.new_empty(len(labels), vocab, dtype=torch.float32))
+    return logits(scores, vocab).detach()

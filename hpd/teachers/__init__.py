@@ -1,8 +1,9 @@
 """Where the teacher's distribution comes from."""
 
+from hpd.http import TeacherUnavailable
 from hpd.teachers.cached import CachedTeacher
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher, vocab_of
-from hpd.teachers.model import ModelTeacher, RemoteTeacher, RoutedScores, SelfTeacher, Teacher, TeacherUnavailable
+from hpd.teachers.model import ModelTeacher, RemoteTeacher, RoutedScores, SelfTeacher, Teacher
 
 __all__ = [
     "CachedTeacher",

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +27,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpd.files import digest_file, write_atomically
 from hpd.losses import Head
 
-__all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "digest_file", "read_about", "write_atomically"]
+__all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "read_about"]
+
 
 FORMAT = 1
 """Version of the files; another one is refused."""
+
+
 BLOCK = 64
 """Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more than the row."""
+
+
 ABOUT, PLAN, INDEX, HEAD, TEACHER = "cache.json", "plan.json", "index.safetensors", "head.safetensors", "teacher"
+
 
 Places = npt.NDArray[np.int64]
 
 
 class CorruptCacheError(ValueError):
     """A file of the cache is missing, cut or changed."""
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file that appears under its name whole, on the disk, or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    write(draft)
-    # safetensors leaves its files to their owner alone; a cache serves a group.
-    os.chmod(draft, 0o644)
-    for place in (draft, path.parent):
-        if place == path.parent:
-            os.replace(draft, path)
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -88,18 +78,6 @@ _REPAIR = "Run hpd cache with the same recipe again: it verifies every file, kee
 
 def _digest_json(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def digest_file(path: Path, size: int = -1) -> str:
-    """Digest of a file, or of its first `size` bytes; several GB/s."""
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        if size >= 0:
-            state.update(file.read(size))
-        else:
-            while chunk := file.read(2**24):
-                state.update(chunk)
-    return state.hexdigest()
 
 
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:

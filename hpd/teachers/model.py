@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from trl.models import prepare_deepspeed
 
 from hpd.batch import TokenBatch
-from hpd.forward import add_head_function, scores_of
 from hpd.losses import Scores, TeacherScores
+from hpd.models.forward import add_head_function, scores_of
 
-__all__ = ["ModelTeacher", "RemoteTeacher", "RoutedScores", "SelfTeacher", "Teacher", "TeacherUnavailable"]
+__all__ = ["ModelTeacher", "RemoteTeacher", "RoutedScores", "SelfTeacher", "Teacher"]
 
 
 class RoutedScores(NamedTuple):
@@ -23,19 +23,6 @@ class RoutedScores(NamedTuple):
 
     parts: tuple[tuple[Int[Tensor, "n"], TeacherScores], ...]
     """(positions among the batch's label positions, what their teacher says of them); at least one."""
-
-
-class TeacherUnavailable(RuntimeError):
-    """A teacher elsewhere gave no usable answer within its bounded wait. Training saves a checkpoint and stops.
-
-    Args:
-        message: who did not answer, and why.
-        final: asking again would not help (a wrong key, a request that the server refuses).
-    """
-
-    def __init__(self, message: str, final: bool = False):
-        super().__init__(message)
-        self.final = final
 
 
 class Teacher(Protocol):

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpd.config import ModelConfig, Recipe, TeacherConfig
-from hpd.models import load_model
+from torch import nn
+
+from hpd.config.models import ModelConfig, TeacherConfig
+from hpd.config.schema import Recipe
+from hpd.models.load import load_model
 from hpd.teachers.cache import TEACHER, read_about
 from hpd.teachers.cached import CachedTeacher
-from hpd.teachers.fingerprint import differences, teacher_fingerprint, tokenizer_fingerprint
+from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher, Teacher
 
@@ -78,3 +81,14 @@ def load_teacher(teacher: TeacherConfig) -> Teacher:
     if teacher.type == "routed":
         return RoutedTeacher(parts, str(teacher.column))
     return ModelTeacher(load_model(teacher, "teacher"))
+
+
+def as_teacher(teacher: Any, trust_remote_code: bool) -> Teacher:
+    if isinstance(teacher, str):
+        if teacher == "self":
+            return SelfTeacher()
+        from hpd.config.models import ModelConfig
+        from hpd.models.load import load_model
+
+        return ModelTeacher(load_model(ModelConfig(model=teacher, trust_remote_code=trust_remote_code), "teacher"))
+    return ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher

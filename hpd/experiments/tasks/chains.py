@@ -148,8 +148,8 @@ def _written(teacher: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, Any]:
-    from hpd.config import ModelConfig
-    from hpd.models import load_model, load_tokenizer
+    from hpd.config.models import ModelConfig
+    from hpd.models.load import load_model, load_tokenizer
 
     copied = shutil.ignore_patterns("cache", "*.jsonl")
     shutil.copytree(prepare("chains", _CHOICES, _build), folder, ignore=copied)

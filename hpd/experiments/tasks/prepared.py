@@ -76,8 +76,8 @@ def distil(folder: Path, student: str, **train: Any) -> dict[str, Any]:
 
 def _write_cache(folder: Path, recipe: Mapping[str, Any]) -> None:
     # The command line imports this package before it knows what it is asked for.
-    from hpd.config import load_recipe
-    from hpd.teachers.cache_writer import write_cache
+    from hpd.config.load import load_recipe
+    from hpd.training.caching import write_cache
 
     cache = {"path": str(folder / _CACHE), "kind": "hidden", "dtype": "float32"}
     write_cache(load_recipe({**recipe, "cache": cache, "output_dir": str(folder / "unused")}))

@@ -1,0 +1,365 @@
+"""The recipe: everything that a run is, as one tree of frozen dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from hpd.config.models import _STRICT, ModelConfig, TeacherConfig, _model_shorthand, _teacher_shorthand
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.methods.regime import Regime, choose_regime
+from hpd.methods.strategy import StrategyConfig
+from hpd.methods.table import choose_terms, name_terms
+from hpd.methods.terms import TermConfig
+
+__all__ = [
+    "CacheConfig",
+    "DataConfig",
+    "DpoStageConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "GuardsConfig",
+    "LoraConfig",
+    "Recipe",
+    "StageConfig",
+    "Thresholds",
+    "check_generate",
+]
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """Raise ValueError where settings of `hpd generate` make no sense, or have no effect."""
+    if config.samples < 1:
+        raise ValueError(f"generate.samples must be >= 1, got {config.samples}.")
+    if config.temperature == 0 and config.samples > 1:
+        raise ValueError("generate.samples > 1 at temperature 0 would write the same completion again and again.")
+    if config.temperature == 0 and (config.top_p < 1 or config.top_k > 0):
+        raise ValueError("generate.top_p and top_k have no effect at temperature 0: remove them.")
+    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0 or config.max_new_tokens < 1:
+        raise ValueError("generate needs temperature >= 0, top_p in (0, 1], top_k >= 0 and max_new_tokens >= 1.")
+    if config.batch_size < 1 or config.seed < 0:
+        raise ValueError("generate needs batch_size >= 1 and seed >= 0.")
+    if config.reference is not None and config.filter == "none":
+        raise ValueError("generate.reference has no effect without filter: correct.")
+    if not config.output.endswith(".jsonl"):
+        raise ValueError(f"generate.output must end with .jsonl, got {config.output!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What `hpd cache` writes; training reads it through `teacher: {type: cached}`."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Folder."""
+    kind: Literal["hidden", "top_k"] = "hidden"
+    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves everything.
+    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8 (hidden only): one
+    scale per position."""
+    top_k: int | None = None
+    """Tokens per position, required by kind top_k."""
+    shard_bytes: int = 256 * 2**20
+    """Size of a file; also what is lost at most when writing is killed."""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "top_k") != (self.top_k is not None) or (self.top_k is not None and self.top_k < 1):
+            raise ValueError("cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there")
+        if self.kind == "top_k" and self.dtype == "int8":
+            raise ValueError("cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k")
+        if self.shard_bytes < 1:
+            raise ValueError("cache.shard_bytes must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The dataset whose completions are the prefixes."""
+
+    __pydantic_config__ = _STRICT
+
+    path: str
+    """Local .jsonl, .json, .csv or .parquet file (also .gz), a folder of them, or a Hub dataset id."""
+    name: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str = "train"
+    """Split to train on; slices such as train[:1%] work."""
+    validation: float | str | None = None
+    """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Rename columns to what TRL expects, such as {prompt: question, completion: answer}."""
+    format: Literal["auto", "chat", "plain"] = "auto"
+    """chat: text prompts and completions become user and assistant messages (the student's chat template is applied).
+    plain: text as it is. auto: as the rows are."""
+    labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
+    """Which tokens are learnt. completion: the completion column (all text where there is none); assistant: every assistant
+    turn of `messages`; last_turn: only the last; all: prompt too."""
+    system_prompt: str | None = None
+    """System message put before each conversation that has none."""
+    limit: int | None = None
+    """Use only the first n rows."""
+    streaming: bool = False
+    """Read rows as training needs them instead of preparing all at start; needs train.max_steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A LoRA adapter on the student, as peft's LoraConfig names it."""
+
+    __pydantic_config__ = _STRICT
+
+    r: int = 16
+    """Rank."""
+    lora_alpha: int = 32
+    """Scaling numerator: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, or all-linear (every linear layer but the head). Naming lm_head puts an adapter on the head."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """A task that teacher and student are given before and after training, and the student while it trains."""
+
+    __pydantic_config__ = _STRICT
+
+    task: str = "exact-match"
+    """A name of TASKS (docs/evaluation.md), or module:factory for your own."""
+    data: str = ""
+    """Its file, or a folder with one subfolder per task; empty: its data set on the Hub."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The task's own options, such as {tolerance: 0.02}; judge.NAME for a judge's."""
+    limit: int | None = None
+    """First n problems only."""
+    limit_seed: int | None = None
+    """Draw the n problems with this seed instead; the same ones each time."""
+    every: int | Literal["epoch"] | None = None
+    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in eval_gsm8k_accuracy, which
+    train.metric_for_best_model can name."""
+    preset: Literal["greedy", "paper"] | None = None
+    """greedy, or paper: temperature 0.7, top-p 0.95, several samples; null: as the task says, else greedy."""
+    num_samples: int | None = None
+    """Answers per problem."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; null: as the task says, else 512."""
+    batch_size: int = 32
+    """Prompts generated at once."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    """Sampling: draw from the likeliest tokens with this mass."""
+    seed: int = 0
+    """Sampling: which draws."""
+    system_prompt: str | None = None
+    """Instead of the task's; empty: none."""
+    few_shot: int = 0
+    """Worked examples in a plain-text prompt; 0: none."""
+    few_shot_data: str | None = None
+    """Their file; null: the task's training file."""
+
+
+def _one_or_many(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, Mapping) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Completions that a model writes for the prompts of `data` (`hpd generate`)."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str | None = None
+    """Hub id or folder of another writer; null: the recipe's teacher (type self: the student)."""
+    output: str = "generated.jsonl"
+    """The JSONL file that is written: prompt and completion, and where they come from."""
+    samples: int = 1
+    """Completions per prompt, >= 1."""
+    temperature: float = 1.0
+    """0 is greedy; above 0, tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this mass, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    max_new_tokens: int = 512
+    """Longest completion, in tokens."""
+    seed: int = 0
+    """Which draws."""
+    batch_size: int = 16
+    """Prompts per forward; requests at once for a server have teacher.concurrency."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """Completions that max_new_tokens cut. Kept ones are marked (finish_reason: length); training would end them early."""
+    filter: Literal["none", "correct"] = "none"
+    """correct: keep completions whose final answer is that of the dataset."""
+    reference: str | None = None
+    """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
+
+
+def _strategy_shorthand(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """At which value of a metric something happens; null: never."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    warn: float | None = None
+    """Say so, once per crossing."""
+    stop: float | None = None
+    """Save a checkpoint and end training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardsConfig:
+    """What is watched. Metrics are those of a logging step, over all processes; nothing is synchronised for them."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    length_ratio: Thresholds = Thresholds(warn=2.0)
+    """Length inflation: rollouts' mean length over that of the dataset's completions to the same prompts; above."""
+    truncated: Thresholds = Thresholds(warn=0.5)
+    """Share of rollouts that were cut at their limit, in [0, 1]; above."""
+    repetition: Thresholds = Thresholds(warn=0.5)
+    """Share of 4-grams that a rollout holds already, in [0, 1]; above."""
+    entropy: Thresholds = Thresholds(warn=0.1)
+    """Entropy collapse: the student's mean entropy as a share of the run's first logged one; below."""
+    support_overlap: Thresholds = Thresholds()
+    """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only if set: it
+    multiplies both heads on every train.metric_stride-th position once more."""
+    overlap_top_k: int = 16
+    """How many likeliest tokens support_overlap compares."""
+    negative_divergence: Thresholds = Thresholds(warn=-1e-3)
+    """Lowest KL of the logging step, in nats per token; below. A KL cannot be negative: its arithmetic went wrong."""
+    non_finite: Literal["off", "warn", "stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does. stop and skip look at every step, before the optimiser: stop keeps
+    the weights, saves a checkpoint and ends the run; skip leaves the step out. Both write the batch to nonfinite/. warn looks
+    at the logged figures only, and so costs no synchronisation."""
+    max_skipped_steps: int | None = None
+    """How many steps of the run skip may leave out before it stops; null: 10."""
+
+    def __post_init__(self) -> None:
+        if self.overlap_top_k < 1:
+            raise ValueError(f"guards.overlap_top_k must be >= 1, got {self.overlap_top_k}.")
+        if self.max_skipped_steps is not None and self.non_finite != "skip":
+            raise ValueError("guards.max_skipped_steps has no effect without guards.non_finite: skip.")
+        if self.max_skipped_steps is not None and self.max_skipped_steps < 1:
+            raise ValueError(f"guards.max_skipped_steps must be >= 1, got {self.max_skipped_steps}.")
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the overlap is measured."""
+        return self.support_overlap != Thresholds()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoStageConfig:
+    """A stage of direct preference optimisation by TRL's DPOTrainer."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    pairs: Literal["rollouts", "data"] = "rollouts"
+    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts. data: the rows have
+    the columns prompt, chosen and rejected."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage of a run: what it changes in the recipe around it. The student is what the stage before leaves."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    name: str
+    """Its folder inside output_dir."""
+    repeat: int = 1
+    """Run it n times, one after the other (name-1, name-2, ...)."""
+    teacher: Any = None
+    """Another teacher; "previous": the student that the stage before left (self-distillation in rounds)."""
+    method: str | None = None
+    """Another method; its own prefixes and strategy then count, unless given here."""
+    method_kwargs: Mapping[str, Any] | None = None
+    """Parameters of the method."""
+    terms: tuple[Any, ...] | None = None
+    """Terms instead of a method."""
+    prefixes: Mapping[str, Any] | None = None
+    """Other prefixes."""
+    rollouts: Mapping[str, Any] | None = None
+    """Changes of rollouts."""
+    strategy: Any = None
+    """Another strategy."""
+    guards: Mapping[str, Any] | None = None
+    """Changes of guards."""
+    data: Mapping[str, Any] | None = None
+    """Changes of data."""
+    train: Mapping[str, Any] | None = None
+    """Changes of train."""
+    eval: Any = None
+    """Changes of eval, or other tasks."""
+    dpo: DpoStageConfig | None = None
+    """Preference optimisation instead of distillation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the other."""
+
+    __pydantic_config__ = _STRICT
+
+    student: Annotated[ModelConfig, BeforeValidator(_model_shorthand)]
+    """The model that learns; a string is its path."""
+    teacher: Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]
+    """The model that is learnt from; a string is its path, or "self"."""
+    data: DataConfig
+    """What both read."""
+    method: str | None = None
+    """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""
+    method_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the method, such as {reinforce: false, draw_share: 0.5}."""
+    terms: tuple[TermConfig, ...] = ()
+    """A weighted sum of objectives instead of a method."""
+    prefixes: Prefixes | None = None
+    """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
+    rollouts: RolloutConfig | None = None
+    """How the student writes, where it does."""
+    strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
+    """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """Signs of trouble that warn, or stop and save."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of the run, each a change of this recipe that starts from the student that the one before left."""
+    lora: LoraConfig | None = None
+    """Train an adapter instead of all weights."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
+    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
+    """What to run before and after training, and on the way: one task, or a list of them."""
+    generate: GenerateConfig | None = None
+    """What `hpd generate` writes; null: its defaults."""
+    output_dir: str = "runs/hpd"
+    """The run folder: recipe, metrics, checkpoints, the trained student."""
+    cache: CacheConfig | None = None
+    """What `hpd cache` writes of this recipe."""
+
+    def choose_terms(self):
+        """The terms of the loss, as configured; checked."""
+        return choose_terms(self._method, self.method_kwargs, self.terms)
+
+    @property
+    def _method(self) -> str | None:
+        return self.method if self.method or self.terms else "hpd"
+
+    def choose_regime(self) -> Regime:
+        """Prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
+        return choose_regime(self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy)
+
+
+Level = Literal["warn", "stop"]

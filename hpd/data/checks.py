@@ -1,0 +1,152 @@
+"""Is a row one that can be trained on? Its types, roles and turns, named by the number of the row."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpd.batch import IGNORE_INDEX
+
+__all__ = ["ROLES", "check_columns", "check_row", "check_turns", "check_types", "why_unreadable"]
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+_OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+
+
+_KINDS = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list", type(None): "null"}
+
+
+def check_columns(columns: list[str]) -> None:
+    """Refuse what the student would be trained without."""
+    if media := [name for name in columns if name in _OTHER_MEDIA]:
+        raise ValueError(
+            f"The dataset has the column {media[0]}, and hpd distils text only: remove rows and column that need it."
+        )
+
+
+def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
+    """A row in TRL's format: text where text belongs, and something to learn.
+
+    Raises:
+        ValueError: wrong types, unknown roles, empty texts or turns, or a conversation without an answer.
+    """
+    if "input_ids" in row:
+        _check_ids(row, index)
+        return
+    check_types(row, index)
+    for name in ("prompt", "completion", "messages", "text"):
+        if name in row and not row[name]:
+            raise ValueError(f"Row {index} has an empty {name}: remove the row or fill it.")
+    completion, messages = row.get("completion"), row.get("messages")
+    if "prompt" in row and "completion" in row and isinstance(row["prompt"], str) != isinstance(completion, str):
+        raise ValueError(f"Row {index} has text and messages mixed in prompt and completion: make both text, or both messages.")
+    if isinstance(completion, list) and completion[-1]["role"] != "assistant":
+        raise ValueError(f"Row {index} ends with a {completion[-1]['role']} message: there is no answer to learn.")
+    if messages and labels != "all" and all(turn["role"] != "assistant" for turn in messages):
+        raise ValueError(
+            f"Row {index} has no assistant message: there is no answer to learn. Remove it, or set data.labels: all."
+        )
+
+
+def check_types(row: Mapping[str, Any], index: int) -> None:
+    """prompt and completion are text or messages, text is text, messages are messages."""
+    for name in ("prompt", "completion", "text", "messages"):
+        value = row.get(name)
+        if name not in row or (isinstance(value, str) and name != "messages"):
+            continue
+        if isinstance(value, list) and name != "text":
+            check_turns(value, name, index)
+            continue
+        wanted = {"text": "text", "messages": "messages (objects with role and content)"}.get(name, "text, or messages")
+        given = _KINDS.get(type(value), "text" if isinstance(value, str) else type(value).__name__)
+        raise ValueError(f"Row {index} has a {name} that is {given}, and should be {wanted}: correct or remove the row.")
+
+
+def check_turns(turns: list[Any], name: str, index: int) -> None:
+    """Every turn has a role that is known and content that is text."""
+    for number, turn in enumerate(turns):
+        where = f"Row {index}: turn {number} of {name}"
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"{where} is {_KINDS.get(type(turn), 'text')}, and should be an object with role and content.")
+        if not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise ValueError(
+                f"{where} has the keys {', '.join(map(str, turn))}, and needs role and content: rename them in the file."
+            )
+        if turn["role"] not in ROLES:
+            raise ValueError(f"{where} has the role {turn['role']!r}; known: {', '.join(ROLES)}. Rename it in the file.")
+        content = turn["content"]
+        parts = (
+            [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]
+            if _is_list(content)
+            else []
+        )
+        if parts:
+            kind = parts[0].get("type") if isinstance(parts[0], Mapping) else type(parts[0]).__name__
+            raise ValueError(f"{where} holds a part of type {kind}, and hpd distils text only: remove the row.")
+        if not isinstance(content, (str, list, type(None))):
+            raise ValueError(
+                f"{where} has content that is {_KINDS.get(type(content), type(content).__name__)}, and should be text."
+            )
+        if not content and turn["role"] == "assistant" and not turn.get("tool_calls"):
+            raise ValueError(f"{where} is an empty assistant message: remove the row or fill it.")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _check_ids(row: Mapping[str, Any], index: int) -> None:
+    ids, labels = row["input_ids"], row.get("labels")
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if values is not None and not (_is_list(values) and all(type(value) is int for value in values)):
+            raise ValueError(f"Row {index} has {name} that are no list of whole numbers: tokenise them, or use text columns.")
+    if not ids:
+        raise ValueError(f"Row {index} has an empty input_ids: remove the row or fill it.")
+    if labels is not None and len(labels) != len(ids):
+        raise ValueError(f"Row {index} has {len(ids)} input_ids and {len(labels)} labels: there must be one label per token.")
+    if min(ids) < 0:
+        raise ValueError(f"Row {index} has the token {min(ids)} among its input_ids: ids start at 0.")
+    if labels is not None and (wrong := [v for v in labels if v < 0 and v != IGNORE_INDEX]):
+        raise ValueError(f"Row {index} has the label {wrong[0]}: labels are token ids, or {IGNORE_INDEX} for none.")
+
+
+def why_unreadable(path: Path, loader: str, error: BaseException) -> str:
+    """What is wrong with a file that `datasets` could not read; for JSON, the first line that is no row."""
+    cause = " ".join(str(error.__cause__ or error).split())[:300]
+    return (_first_bad_line(path) if loader == "json" else None) or cause
+
+
+def _first_bad_line(path: Path) -> str | None:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+            if start == b"[":
+                return None
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                problem = _problem(line)
+                if problem is not None:
+                    return f"line {number} {problem}"
+    except (OSError, EOFError) as error:
+        return f"{error} (is it cut short, or not a gzip file?)"
+    return None
+
+
+def _problem(line: bytes) -> str | None:
+    try:
+        row = json.loads(line.decode("utf-8")) if line.strip() else {}
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text (byte {error.start} of the line)"
+    except RecursionError:
+        return "is nested too deeply"
+    except ValueError as error:
+        return f"is not JSON ({error})"
+    return None if isinstance(row, dict) else f"is {_KINDS.get(type(row), 'text')}, and should be an object: one row per line"

@@ -1,0 +1,1 @@
+"""Memory and FLOPs of a run, known before a weight is loaded."""

@@ -1,0 +1,331 @@
+"""Math benchmarks: one task class, and what differs between their files and rules."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from hpd.evaluate.benchmarks.answers import final_answer, last_math, plain_number, same_answer, split_answers, stated_answer
+from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
+from hpd.evaluate.benchmarks.verifier import Comparison, Outcome, compare_all
+from hpd.evaluate.task import Example, Verdict
+from hpd.generation.engine import Answer
+
+__all__ = [
+    "BOXED",
+    "MathTask",
+    "Rule",
+    "aime24",
+    "aime25",
+    "amc",
+    "gsm8k",
+    "math500",
+    "mawps",
+    "minerva",
+    "multiarith",
+    "olympiadbench",
+    "svamp",
+]
+
+
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+"""The system prompt of the reference evaluation (its data files hold it)."""
+
+
+_QUESTIONS = ("problem", "question", "prompt", "Problem", "Question", "input", "question_concat")
+
+
+_ANSWERS = ("answer", "final_answer", "Answer", "target", "final_ans", "result")
+
+
+_SOLUTIONS = ("solution", "Solution")
+
+
+_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+
+
+class Rule(NamedTuple):
+    """When an answer counts as the reference."""
+
+    relative: float = 0.0
+    """Tolerance of numbers, as a share of the reference; 0: exact (math-verify rounds to six decimals)."""
+    absolute: float = 0.0
+    """Tolerance of numbers, as a distance."""
+    multiple: bool = False
+    """The reference lists several answers: the same number of answers must be given, in any order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    """What a task's file says of one problem."""
+
+    id: str
+    question: str
+    answer: str
+    solution: str
+    row: Row
+    rule: Rule | None = None
+    """None: the task's."""
+
+
+class MathTask:
+    """Problems whose final answer is a number or an expression.
+
+    The answer of a text is what follows its last ``####``, else its last box, else what it says "the answer is", else its last
+    formula or number. It is right if it equals the reference as text or as an exact number, and else if math-verify finds
+    them equal, within 20 seconds in a process of its own.
+
+    Args:
+        name: the task's name.
+        data: its file or Hub data set; or a file of the reference evaluation (columns prompt and reward_model), where every
+            repetition of a problem is one sample of it.
+        limit: first n problems only.
+        problems: reads the rows; None knows the usual columns.
+        rule: when an answer counts as the reference, where the rows do not say.
+        max_new_tokens: default length of an answer.
+    """
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        name: str,
+        data: Data,
+        *,
+        limit: int | None = None,
+        problems: Callable[[Sequence[Row]], Iterator[_Problem]] | None = None,
+        rule: Rule = Rule(),  # noqa: B008 (a NamedTuple)
+        max_new_tokens: int = 4096,
+        **options: Any,
+    ):
+        rows = read_rows(data)
+        self.name = name
+        self.defaults: Mapping[str, Any] = {"max_new_tokens": max_new_tokens, "system_prompt": BOXED}
+        if "reward_model" in rows[0]:
+            found, copies, system = _upstream(data, rows)
+            self.defaults = {**self.defaults, "system_prompt": system, **_several(copies)}
+        else:
+            found = list((problems or _plain)(rows))
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit is {limit}; give the number of problems to keep (1 or more), or None for all.")
+        self._problems = [replace(problem, rule=problem.rule or rule) for problem in found[:limit]]
+        empty = [problem.id for problem in self._problems if not problem.question.strip() or not problem.answer.strip()]
+        if empty:
+            raise ValueError(f"{data}: {len(empty)} problems lack a question or an answer (the first is {empty[0]}).")
+        self.options: Mapping[str, Any] = {"data": str(data), "limit": limit, **options}
+
+    def examples(self) -> list[Example]:
+        return [
+            Example(
+                id=problem.id, prompt=problem.question, answer=problem.answer, solution=problem.solution,
+                metadata={**problem.row, "rule": problem.rule},
+            )
+            for problem in self._problems
+        ]  # fmt: skip
+
+    def same(self, first: str, second: str) -> bool:
+        """Cheap, for votes: 1/2 and 0.5 are one answer, x + 1 and 1 + x are two."""
+        return same_answer(first, second)
+
+    def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
+        rules = [example.metadata["rule"] for example in examples]
+        extracted = [extract(a.text, e.answer, r) for e, a, r in zip(examples, answers, rules, strict=True)]
+        pairs = [_pairs(found, example.answer, rule) for found, example, rule in zip(extracted, examples, rules, strict=True)]
+        asked = [pair for needed in pairs for pair in needed if _cheap(pair) is None]
+        outcomes = compare_all(asked)
+        return [
+            _verdict(found, example.answer, rule, needed, outcomes)
+            for found, example, rule, needed in zip(extracted, examples, rules, pairs, strict=True)
+        ]
+
+
+def extract(text: str, reference: str, rule: Rule) -> str | None:
+    """The final answer of a text; of several boxes in its last line with a box, all, where several answers are wanted."""
+    if same_answer(text, reference):
+        return text.strip()
+    stated = stated_answer(text)
+    if rule.multiple and "####" not in text:
+        lines = [line for line in text.split("\n") if r"\boxed" in line]
+        boxes = re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", lines[-1]) if lines else []
+        if len(boxes) > 1:
+            return ", ".join(box.strip() for box in boxes)
+    return stated if stated is not None else last_math(text) or final_answer(text)
+
+
+def _pairs(found: str | None, reference: str, rule: Rule) -> list[Comparison]:
+    """Comparisons that may be needed to grade an answer: one, or of every listed answer with every reference."""
+    if found is None:
+        return []
+    whole = Comparison(reference, found, rule.relative, rule.absolute)
+    if not rule.multiple:
+        return [whole]
+    golds, answers = _lists(reference, found)
+    if len(golds) != len(answers):
+        return []
+    return [Comparison(gold, answer, rule.relative, rule.absolute) for gold in golds for answer in answers]
+
+
+def _lists(reference: str, found: str) -> tuple[list[str], list[str]]:
+    """Both lists of answers; commas between thousands are taken for what they are where the numbers of answers then fit."""
+    lists = split_answers(reference), split_answers(found)
+    if len(lists[0]) == len(lists[1]):
+        return lists
+    return split_answers(_THOUSANDS.sub("", reference)), split_answers(_THOUSANDS.sub("", found))
+
+
+def _cheap(pair: Comparison) -> Outcome | None:
+    """The outcome where strings and exact numbers decide it."""
+    if same_answer(pair.gold, pair.answer):
+        return Outcome(True, "same")
+    gold, answer = plain_number(pair.gold), plain_number(pair.answer)
+    if gold is None or answer is None:
+        return None
+    # Equal numbers that are not the same answer have different units.
+    near = gold != answer and abs(gold - answer) <= max(pair.absolute, pair.relative * abs(gold))
+    return Outcome(near, "numbers")
+
+
+def _verdict(
+    found: str | None, reference: str, rule: Rule, pairs: Sequence[Comparison], outcomes: Mapping[Comparison, Outcome]
+) -> Verdict:
+    if found is None:
+        return Verdict(correct=False, detail="no answer")
+    if not pairs:
+        return Verdict(correct=False, extracted=found, detail="another number of answers")
+    decided = {pair: _cheap(pair) or outcomes[pair] for pair in pairs}
+    if not rule.multiple:
+        (outcome,) = decided.values()
+        return Verdict(correct=outcome.same, extracted=found, detail=outcome.how)
+    golds, left = _lists(reference, found)
+    for gold in golds:
+        match = next((a for a in left if decided[Comparison(gold, a, rule.relative, rule.absolute)].same), None)
+        if match is None:
+            return Verdict(correct=False, extracted=found, detail=f"without {gold}")
+        left.remove(match)
+    return Verdict(correct=True, extracted=found, detail="all answers")
+
+
+def _plain(rows: Sequence[Row]) -> Iterator[_Problem]:
+    """A row with a question, an answer and perhaps a solution, under one of the usual names."""
+    for index, row in enumerate(rows):
+        yield _problem(index, row, _first(row, _QUESTIONS, "question"), _first(row, _ANSWERS, "answer"))
+
+
+def _problem(index: int, row: Row, question: Any, answer: Any, rule: Rule | None = None) -> _Problem:
+    solution = next((str(row[column]) for column in _SOLUTIONS if row.get(column)), str(answer))
+    return _Problem(
+        id=str(row.get("id", row.get("ID", row.get("unique_id", index)))),
+        question=str(question).strip(),
+        answer=_reference(answer),
+        solution=re.sub(r"<<[^<>]*>>", "", solution),  # GSM8K's calculator marks
+        row=row,
+        rule=rule,
+    )
+
+
+def _reference(answer: Any) -> str:
+    text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+    return stated_answer(text) or text.strip()
+
+
+def _first(row: Row, columns: Sequence[str], role: str) -> Any:
+    found = next((row[column] for column in columns if row.get(column) is not None), None)
+    if found is None:
+        raise ValueError(f"a row has no {role} ({' | '.join(columns)}); it has {', '.join(row)}.")
+    return found
+
+
+def _upstream(data: Data, rows: Sequence[Row]) -> tuple[list[_Problem], int, str | None]:
+    """Problems of the reference evaluation's format, how often each is repeated, and their system prompt."""
+    copies: dict[str, int] = {}
+    problems: dict[str, _Problem] = {}
+    systems = set()
+    for row in rows:
+        turns = {turn["role"]: turn["content"] for turn in row["prompt"]}
+        question = turns["user"]
+        systems.add(turns.get("system"))
+        copies[question] = copies.get(question, 0) + 1
+        if question not in problems:
+            problems[question] = _problem(len(problems), row, question, row["reward_model"]["ground_truth"])
+    if len(systems) > 1 or len(set(copies.values())) > 1:
+        raise ValueError(
+            f"{data} repeats its problems {min(copies.values())} to {max(copies.values())} times with {len(systems)} system "
+            "prompts; every problem must come equally often, with one system prompt."
+        )
+    return list(problems.values()), next(iter(copies.values())), systems.pop()
+
+
+def _several(copies: int) -> dict[str, Any]:
+    return {"num_samples": copies, "temperature": 0.7, "top_p": 0.95} if copies > 1 else {}
+
+
+def gsm8k(data: Data, *, limit: int | None = None) -> MathTask:
+    """GSM8K (Cobbe et al. 2021): the number after ####."""
+    return MathTask("gsm8k", data, limit=limit, max_new_tokens=1024)
+
+
+def math500(data: Data, *, limit: int | None = None) -> MathTask:
+    """MATH-500: 500 problems of MATH (Hendrycks et al. 2021) that PRM800K (Lightman et al. 2023) held out."""
+    return MathTask("math500", data, limit=limit)
+
+
+def aime24(data: Data, *, limit: int | None = None) -> MathTask:
+    """AIME 2024, I and II: integers from 0 to 999."""
+    return MathTask("aime24", data, limit=limit, max_new_tokens=8192)
+
+
+def aime25(data: Data, *, limit: int | None = None) -> MathTask:
+    """AIME 2025, I and II: integers from 0 to 999."""
+    return MathTask("aime25", data, limit=limit, max_new_tokens=8192)
+
+
+def amc(data: Data, *, limit: int | None = None) -> MathTask:
+    """AMC 12 of 2023, asked without its options."""
+    return MathTask("amc", data, limit=limit, max_new_tokens=8192)
+
+
+def minerva(data: Data, *, limit: int | None = None, tolerance: float = 0.01) -> MathTask:
+    """Minerva math (Lewkowycz et al. 2022, OCWCourses): numbers within a share `tolerance` of the reference, which many
+    problems ask for to two digits."""
+    return MathTask("minerva", data, limit=limit, rule=Rule(relative=tolerance), tolerance=tolerance)
+
+
+def olympiadbench(data: Data, *, limit: int | None = None) -> MathTask:
+    """OlympiadBench (He et al. 2024), open-ended English competition problems in text: its own tolerances (`error`), several
+    answers in any order (`is_multiple_answer`)."""
+
+    def problems(rows: Sequence[Row]) -> Iterator[_Problem]:
+        for index, row in enumerate(rows):
+            question = "\n\n".join(filter(None, (row.get("context"), row["question"])))
+            answers = row["final_answer"]
+            answer = ", ".join(answers) if isinstance(answers, list) else str(answers)
+            rule = Rule(absolute=float(row.get("error") or 1e-8), multiple=bool(row.get("is_multiple_answer")))
+            yield _problem(index, {**row, "solution": _joined(row.get("solution"))}, question, answer, rule)
+
+    return MathTask("olympiadbench", data, limit=limit, problems=problems)
+
+
+def _joined(solution: Any) -> str:
+    return "\n\n".join(solution) if isinstance(solution, list) else str(solution or "")
+
+
+def svamp(data: Data, *, limit: int | None = None) -> MathTask:
+    """SVAMP (Patel et al. 2021): one-step word problems."""
+
+    def problems(rows: Sequence[Row]) -> Iterator[_Problem]:
+        for index, row in enumerate(rows):
+            body = str(row["Body"]).rstrip()
+            question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question']}"
+            yield _problem(index, row, question, row["Answer"])
+
+    return MathTask("svamp", data, limit=limit, problems=problems, max_new_tokens=512)
+
+
+def mawps(data: Data, *, limit: int | None = None) -> MathTask:
+    """MAWPS (Koncel-Kedziorski et al. 2016)."""
+    return MathTask("mawps", data, limit=limit, max_new_tokens=512)
+
+
+def multiarith(data: Data, *, limit: int | None = None) -> MathTask:
+    """MultiArith (Roy and Roth 2015): two-step word problems."""
+    return MathTask("multiarith", data, limit=limit, max_new_tokens=512)

@@ -1,0 +1,1 @@
+"""A model writes: one engine for rollouts, evaluation and `hpd generate`."""

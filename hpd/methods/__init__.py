@@ -1,0 +1,12 @@
+"""What is learnt: supports, terms and their schedules, prefixes and strategy, and the table of named methods."""
+
+from hpd.methods.table import METHODS, Method, build_terms, choose_terms, method_terms, name_terms
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "build_terms",
+    "choose_terms",
+    "method_terms",
+    "name_terms",
+]

@@ -1,0 +1,334 @@
+"""Supports: which tokens of the vocabulary a term sums over, with what coefficients, and what becomes of the tail.
+
+Axes: N label positions, K columns of the support, V vocabulary.
+
+A support turns the two full distributions at N positions into K columns, in a fixed order: the label first (where the
+support has it), then the draws, or the top-k tokens and their tail. Coefficients multiply the objective's weights and values
+column by column; they carry the importance weights of drawn tokens and make a token count once where the label and another
+column coincide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hpd.methods.sampling import inverse_cdf
+
+__all__ = ["LOGPROB_FLOOR", "Columns", "Draws", "Support", "full", "has_ratio", "label", "sampled", "top_k"]
+
+
+# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is exactly 0 in every
+# dtype, and products with it stay finite.
+LOGPROB_FLOOR = -1e5
+
+
+Side = Literal["teacher", "student"]
+
+
+Tail = Literal["drop", "bucket", "renormalize"]
+
+
+class LogitGradient(NamedTuple):
+    """With respect to the logits: `mass * q`, plus `at_tokens` at the columns' tokens, plus `beside` elsewhere."""
+
+    mass: Float[Tensor, "N 1"]
+    at_tokens: Float[Tensor, "N Kt"]
+    beside: Float[Tensor, "N V"] | None
+
+
+class Columns(NamedTuple):
+    """The K columns of a support at N positions."""
+
+    teacher_logprobs: Float[Tensor, "N K"]
+    student_logprobs: Float[Tensor, "N K"]
+    tokens: Int[Tensor, "N Kt"] | None
+    """Which tokens they are; None when they are the whole vocabulary in order. A bucket is the column after the last."""
+    coefficients: Float[Tensor, "N K"] | None
+    """None when they are all one."""
+    tail: Tail = "drop"
+
+    def logit_gradient(self, weights: Float[Tensor, "N K"], student_logprobs: Float[Tensor, "N V"]) -> LogitGradient:
+        r"""The gradient of :math:`-\sum_k w_k \log q_k` with respect to the logits.
+
+        * drop: :math:`q_v \sum_k w_k - w_v`;
+        * bucket (column B is the whole tail): the same at the tokens, :math:`q_v \sum_k w_k - w_B\, q_v / q_B` beside them;
+        * renormalize (columns are normalised among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the tokens only.
+
+        Args:
+            weights: w, one for each column.
+            student_logprobs: of the whole vocabulary; the columns were taken from them.
+        """
+        mass = weights.sum(-1, keepdim=True)
+        if self.tail == "renormalize":
+            return LogitGradient(torch.zeros_like(mass), self.student_logprobs.exp() * mass - weights, None)
+        if self.tail == "bucket":
+            assert self.tokens is not None
+            # One exponential for q / q_B, and none of it at the tokens: with a tail of 1e-9, a share of q that cancels there
+            # would drown them in its rounding.
+            beside = torch.exp(student_logprobs - self.student_logprobs[:, -1:]).scatter_(1, self.tokens, 0.0)
+            return LogitGradient(mass, -weights[:, :-1], beside.mul_(-weights[:, -1:]))
+        return LogitGradient(mass, -weights, None)
+
+
+class Draws(NamedTuple):
+    """Tokens drawn at N positions, n each, and the log-probability (nats) with which each was drawn."""
+
+    tokens: Int[Tensor, "N n"]
+    logprobs: Float[Tensor, "N n"]
+
+
+def label() -> Support:
+    """The dataset's token only: one-hot methods (SFT)."""
+    return Support(label=True)
+
+
+def top_k(k: int, *, of: Side = "teacher", tail: Tail = "bucket") -> Support:
+    """The `k` likeliest tokens of one side, with a stated rule for the rest of the vocabulary."""
+    if k < 1:
+        raise ValueError(f"top_k(k) needs k >= 1, got {k}.")
+    return Support(top_k=k, top_k_of=of, tail=tail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Support:
+    """Which tokens are summed over. Build one with `full`, `label`, `sampled`, `top_k`, and join them with `+`."""
+
+    whole: bool = False
+    """Every token of the vocabulary."""
+    label: bool = False
+    """The token that the dataset holds, as column 0."""
+    draws: int = 0
+    """Tokens drawn per position."""
+    draws_of: Side = "student"
+    """Whose distribution the draws come from."""
+    importance: bool = True
+    """Divide a drawn token's weight by the probability that it was drawn with (the sum is then unbiased). HPD does not."""
+    exclude_label: bool = False
+    """Draw from the distribution with the label removed, instead of ignoring draws that equal the label."""
+    share: float = 1.0
+    """Share of label positions that get draws at all, in [0, 1]."""
+    temperature: float = 1.0
+    """Temperature of the draw, > 0; it changes which token is drawn and never the log-probabilities."""
+    given: bool = False
+    """The draw is the token that the row itself holds: the student wrote it. It is handed to the operator as a draw."""
+    top_k: int = 0
+    """The k likeliest tokens."""
+    top_k_of: Side = "teacher"
+    """Whose likeliest tokens."""
+    tail: Tail = "bucket"
+    """The rest of the vocabulary beside the top-k: `bucket` (one column that holds all of it), `renormalize` (the k columns
+    are normalised among themselves), or `drop` (nothing; no divergence unless the weights do not depend on the student)."""
+
+    def __post_init__(self) -> None:
+        if self.whole and (self.draws or self.top_k):
+            raise ValueError("A full support already holds every token: it cannot be joined with draws or top_k.")
+        if self.draws and self.top_k:
+            raise ValueError("Draws and top_k cannot be joined: a drawn token may be one of the k, and would count twice.")
+        if not (self.whole or self.label or self.draws or self.top_k):
+            raise ValueError("An empty support: use full(), label(), sampled(n), top_k(k) or a sum of them.")
+        if self.given and (self.draws != 1 or self.label or self.draws_of != "student" or not self.importance):
+            raise ValueError("A rollout's own token is one draw of the student, weighted by 1 / probability, and nothing else.")
+        if self.draws < 0 or self.top_k < 0:
+            raise ValueError(f"sampled(n) and top_k(n) need n >= 1, got {min(self.draws, self.top_k)}.")
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share is the part of label positions that get a draw, in [0, 1], got {self.share}.")
+        if (self.share < 1.0 or self.exclude_label) and self.draws and not self.label:
+            raise ValueError("share and exclude_label speak of the label: use label() + sampled(...).")
+        if not self.draws and (self.share < 1.0 or self.exclude_label or self.temperature != 1.0):
+            raise ValueError(f"share, exclude_label and temperature speak of draws, and {self} draws nothing.")
+        if self.temperature <= 0:
+            raise ValueError(f"The draw temperature must be > 0, got {self.temperature}.")
+        for name, value, allowed in (
+            ("draws_of", self.draws_of, ("teacher", "student")),
+            ("top_k_of", self.top_k_of, ("teacher", "student")),
+            ("tail", self.tail, ("drop", "bucket", "renormalize")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+    def __add__(self, other: Support) -> Support:
+        if (self.whole and other.draws) or (self.draws and other.whole):
+            raise ValueError("A full support already holds every token: it cannot be joined with draws.")
+        owner, guest = (self, other) if self.draws or self.top_k or self.whole else (other, self)
+        if guest.draws or guest.top_k or guest.whole:
+            raise ValueError(f"{self} and {other} cannot be joined: only the label joins another support.")
+        return replace(owner, label=self.label or other.label)
+
+    def __str__(self) -> str:
+        of = "" if self.draws_of == "student" else ", of=teacher"
+        parts = {
+            "label": self.label,
+            "rollout": self.given,
+            f"sampled({self.draws}{of})": self.draws and not self.given,
+            f"top_k({self.top_k}, of={self.top_k_of}, tail={self.tail})": self.top_k,
+            "full": self.whole,
+        }
+        return " + ".join(name for name, present in parts.items() if present)
+
+    @property
+    def is_distribution(self) -> bool:
+        """Whether the columns are a normalised distribution."""
+        return (self.whole and not self.label) or (self.top_k > 0 and self.tail != "drop")
+
+    @property
+    def draws_student_exactly(self) -> bool:
+        """Whether every position gets draws from the student's own distribution, unchanged."""
+        return (
+            bool(self.draws) and self.draws_of == "student" and not self.exclude_label and self.share == self.temperature == 1.0
+        )
+
+    @property
+    def is_few_tokens(self) -> bool:
+        """Whether the columns are the label and unmodified draws of the student: what single log-probabilities serve."""
+        if self.whole or self.top_k:
+            return False
+        return not self.draws or (self.draws_of == "student" and self.temperature == 1.0 and not self.exclude_label)
+
+    @property
+    def num_uniforms(self) -> int:
+        """Uniform numbers used per position: one a draw, and one for the coin when only a share of positions is drawn."""
+        return self.draws + (self.share < 1.0) if self.draws and not self.given else 0
+
+    def draw(
+        self, logprobs: Float[Tensor, "N V"], probs: Float[Tensor, "N V"], labels: Int[Tensor, "N"],
+        uniforms: Float[Tensor, "N u"],
+    ) -> Draws:  # fmt: skip
+        """Draw tokens; a position without a draw (share, or nothing but the label to draw) repeats the label.
+
+        Args:
+            logprobs: of the side that is drawn from (`draws_of`), nats, normalised.
+            probs: their exponentials, which the caller has anyway.
+            labels: the dataset's tokens.
+            uniforms: `num_uniforms` numbers per position in [0, 1), float64.
+        """
+        target = labels[:, None]
+        if self.temperature != 1.0:
+            probs = torch.softmax(logprobs / self.temperature, -1)
+        if self.exclude_label:
+            probs = probs.scatter(1, target, 0.0)
+        tokens = inverse_cdf(probs, uniforms[:, : self.draws])
+        mass = probs.gather(1, tokens)
+        drawn = torch.log(mass)
+        if self.exclude_label:
+            drawn = drawn - torch.log(probs.sum(-1, keepdim=True))
+        skip = mass <= 0
+        if self.share < 1.0:
+            skip = skip | (uniforms[:, self.draws, None] >= self.share)
+            drawn = drawn + math.log(self.share) if self.share else drawn
+        if self.label:
+            tokens, drawn = torch.where(skip, target, tokens), torch.where(skip, 0.0, drawn)
+        return Draws(tokens, drawn)
+
+    def columns(
+        self,
+        teacher_logprobs: Float[Tensor, "N V"],
+        student_logprobs: Float[Tensor, "N V"],
+        labels: Int[Tensor, "N"],
+        draws: Draws | None = None,
+    ) -> Columns:
+        """The support's columns.
+
+        Args:
+            teacher_logprobs: nats, normalised over the vocabulary.
+            student_logprobs: the same of the student.
+            labels: the dataset's tokens.
+            draws: as `draw` gives them; needed when the support is sampled. A draw that equals the label has coefficient 0
+                beside the label: a token counts once.
+        """
+        if self.is_distribution and self.whole:
+            return Columns(teacher_logprobs, student_logprobs, None, None)
+        if self.top_k:
+            return self._top_columns(teacher_logprobs, student_logprobs, labels)
+        if self.whole:
+            tokens = labels[:, None]
+            everything = torch.arange(student_logprobs.shape[1], device=labels.device).expand_as(student_logprobs)
+            coefficients = torch.cat([torch.ones_like(student_logprobs[:, :1]), everything != tokens], dim=1)
+            tokens = torch.cat([tokens, everything], dim=1)  # [N, 1 + V]
+            pair = _gather(teacher_logprobs, student_logprobs, tokens)
+            # The label counts once: its own column among the others is emptied.
+            own = labels[:, None] + 1
+            teacher, student = (side.scatter(1, own, LOGPROB_FLOOR) for side in pair)
+            return Columns(teacher, student, tokens, coefficients)
+        tokens, coefficients = self.token_columns(labels, draws)
+        return Columns(*_gather(teacher_logprobs, student_logprobs, tokens), tokens, coefficients)
+
+    def token_columns(
+        self, labels: Int[Tensor, "N"], draws: Draws | None = None
+    ) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"] | None]:
+        """Tokens and coefficients (None: all one) of a support made of the label and draws only."""
+        tokens = labels[:, None] if self.label else labels.new_empty(len(labels), 0)  # [N, 0 or 1]
+        if not self.draws:
+            return tokens, None
+        assert draws is not None, "a sampled support needs its draws"
+        return torch.cat([tokens, draws.tokens], dim=1), self._coefficients(draws, labels)
+
+    def _top_columns(self, teacher: Tensor, student: Tensor, labels: Tensor) -> Columns:
+        ranked = teacher if self.top_k_of == "teacher" else student
+        tokens = ranked.topk(min(self.top_k, ranked.shape[1]), -1).indices
+        # With every token among the k there is no tail left to treat.
+        tail = self.tail if self.top_k < ranked.shape[1] else "drop"
+        absent = None
+        if self.label:
+            # A label that is one of the k counts once: its own column, the first, is emptied.
+            absent = (tokens == labels[:, None]).any(-1)
+            tokens = torch.cat([labels[:, None], tokens], dim=1)
+        columns = list(_gather(teacher, student, tokens))
+        if absent is not None:
+            for column in columns:
+                column[:, 0] = torch.where(absent, LOGPROB_FLOOR, column[:, 0])
+        if tail == "renormalize":
+            columns = [torch.log_softmax(column, -1).clamp_min(LOGPROB_FLOOR) for column in columns]
+        if tail == "bucket":
+            sides = zip(columns, (teacher, student), strict=True)
+            columns = [torch.cat([column, _log_rest(side, tokens)], dim=1) for column, side in sides]
+        coefficients = None
+        if absent is not None:
+            coefficients = torch.ones_like(columns[1])
+            coefficients[:, 0] = torch.where(absent, 0.0, 1.0)
+        return Columns(columns[0], columns[1], tokens, coefficients, tail)
+
+    def _coefficients(self, draws: Draws, labels: Tensor) -> Tensor:
+        drawn = torch.ones_like(draws.logprobs)
+        if self.importance:
+            # A token drawn with probability P counts w/P, so that the expectation over the draw is the full sum.
+            drawn = torch.exp(-draws.logprobs) / draws.tokens.shape[1]
+        if not self.label:
+            return drawn
+        drawn = drawn * (draws.tokens != labels[:, None])
+        return torch.cat([torch.ones_like(drawn[:, :1]), drawn], dim=1)
+
+
+def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return teacher.gather(1, tokens).clamp_min(LOGPROB_FLOOR), student.gather(1, tokens).clamp_min(LOGPROB_FLOOR)
+
+
+def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:
+    """Log-probability of all tokens but these, summed: `1 - sum` would lose a tail below the rounding of one."""
+    rest = torch.logsumexp(logprobs.scatter(1, tokens, -math.inf), -1, keepdim=True)
+    return rest.clamp_min(LOGPROB_FLOOR)
+
+
+def full() -> Support:
+    """Every token of the vocabulary: the divergence itself, no sampling error."""
+    return Support(whole=True)
+
+
+def sampled(n: int = 1, *, of: Side = "student", **switches: Any) -> Support:
+    """`n` tokens drawn at every position; `switches` are the fields of `Support` about draws.
+
+    `share` and `exclude_label` speak of the label, so they are given to the union: `Support(label=True, draws=1, share=0.5)`.
+    """
+    if n < 1:
+        raise ValueError(f"sampled(n) needs n >= 1, got {n}.")
+    return Support(draws=n, draws_of=of, **switches)
+
+
+def has_ratio(support: Support) -> bool:
+    """Whether the support is a few tokens, each with a likelihood ratio of its own."""
+    return not (support.whole or support.top_k)

@@ -1,0 +1,325 @@
+"""The table of methods: a name, its terms, where its prefixes come from. Never a subclass, never a branch in the trainer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.methods.schedules import Schedule
+from hpd.methods.strategy import StrategyConfig
+from hpd.methods.terms import Term, TermConfig, nearest, objective_factory, with_parameters
+
+__all__ = ["METHODS", "Method", "build_terms", "choose_terms", "method_terms", "name_terms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the table."""
+
+    summary: str
+    """What it learns, in one line."""
+    weight: str
+    """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
+    use: str
+    """When to choose it."""
+    defaults: str
+    """Published defaults of its parameters."""
+    reference: str
+    """Paper, and equation where it has a number."""
+    terms: tuple[TermConfig, ...]
+    prefixes: Prefixes = Prefixes(dataset=1.0)
+    """Where its contexts come from."""
+    rollouts: RolloutConfig | None = None
+    """How the student writes, where it does; null: the defaults."""
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """How its weights meet the gradient."""
+
+
+def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
+    return (TermConfig(objective=objective, kwargs=kwargs),)
+
+
+# DistiLLM-2: at most 0.1, smaller where teacher and student are near each other.
+_SKEW = {"schedule": "skew", "start": 0.1, "end": 0.01}
+
+
+METHODS: dict[str, Method] = {
+    "hpd": Method(
+        summary="Hybrid Policy Distillation: both KL directions per token, on the label and one student draw",
+        weight="w(y) = (1 + 1[k_a < 0]) p(y) + k_y if k_y > 0, else k_y; w(a) = min(k_a, 0); k = q (log p - log q)",
+        use="teacher-written data, when the student should keep its entropy; the teacher is read at two tokens only",
+        defaults="forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position",
+        reference="Zhu et al. 2026, arXiv 2604.20244, eq. 11-15",
+        terms=_one("hpd"),
+    ),
+    "hpd_exact": Method(
+        summary="HPD's expectation over the draw, computed on the whole vocabulary instead of sampled",
+        weight="w(y) with 1[k_a < 0] replaced by its probability; w(v) = q(v) min(k_v, 0) for v != y",
+        use="HPD without sampling noise, where the teacher gives whole distributions anyway",
+        defaults="as hpd",
+        reference="this project; the expectation of arXiv 2604.20244, eq. 15",
+        terms=_one("hpd_exact"),
+    ),
+    "hpd_full": Method(
+        summary="HPD's switch at every token of the vocabulary, no label, no draw",
+        weight="p 1[k > 0] + k, k = q (log p - log q)",
+        use="the hybrid rule where the data are not the teacher's own and labels should not count",
+        defaults="forward 1, reverse 1, mask on",
+        reference="this project (a weight rule, not a divergence)",
+        terms=_one("hpd_full"),
+    ),
+    "sft": Method(
+        summary="supervised fine-tuning: the label's negative log-likelihood",
+        weight="1[v = y]",
+        use="the baseline; on teacher-written data it is sequence-level distillation (SeqKD)",
+        defaults="none",
+        reference="Kim and Rush 2016, arXiv 1606.07947",
+        terms=_one("nll"),
+    ),
+    "forward_kl": Method(
+        summary="KL(teacher || student): the student covers every mode of the teacher",
+        weight="p",
+        use="the student is large enough to cover the teacher; stable at any learning rate that SFT bears",
+        defaults="temperature 1",
+        reference="Hinton et al. 2015, arXiv 1503.02531",
+        terms=_one("forward_kl"),
+    ),
+    "reverse_kl": Method(
+        summary="KL(student || teacher): the student seeks the teacher's modes",
+        weight="q (log p - log q)",
+        use="a student too small to cover everything, preferably on its own text; slow from a random start",
+        defaults="temperature 1",
+        reference="Gu et al. 2024, arXiv 2306.08543",
+        terms=_one("reverse_kl"),
+    ),
+    "symmetric_kl": Method(
+        summary="a fixed mix of forward and reverse KL over the whole vocabulary",
+        weight="(1 - lam) p + lam q (log p - log q)",
+        use="both directions with a coefficient of your own; the plain rival of hpd_full",
+        defaults="lam 0.5",
+        reference="Jeffreys 1946; as in Ko et al. 2024, arXiv 2402.03898",
+        terms=_one("symmetric_kl"),
+    ),
+    "generalized_jsd": Method(
+        summary="generalised Jensen-Shannon divergence; beta 0 is forward KL, 1 is reverse KL",
+        weight="(1 - beta) q log(m / q) at beta in (0, 1), m = beta p + (1 - beta) q",
+        use="bounded loss: robust to a teacher that is sure of the wrong thing",
+        defaults="beta 0.5",
+        reference="Agarwal et al. 2024 (GKD), arXiv 2306.13649",
+        terms=_one("generalized_jsd"),
+    ),
+    "skew_forward_kl": Method(
+        summary="forward KL against a mixture that holds some of the teacher",
+        weight="(1 - lam) p q / (lam p + (1 - lam) q)",
+        use="forward KL with bounded gradients where the student has no mass",
+        defaults="lam 0.1",
+        reference="Ko et al. 2024 (DistiLLM), arXiv 2402.03898, eq. 5",
+        terms=_one("skew_forward_kl"),
+    ),
+    "skew_reverse_kl": Method(
+        summary="reverse KL against a mixture that holds some of the student",
+        weight="q (log(m / q) - 1 + lam q / m), m = (1 - lam) p + lam q",
+        use="reverse KL that stays finite where the teacher has no mass; DistiLLM's choice on student text",
+        defaults="lam 0.1",
+        reference="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+        terms=_one("skew_reverse_kl"),
+    ),
+    "js": Method(
+        summary="Jensen-Shannon divergence as DistiLLM's code parametrises it",
+        weight="lam q log(m / q), m = (1 - lam) p + lam q",
+        use="to reproduce DistiLLM's baseline; generalized_jsd otherwise",
+        defaults="lam 0.1",
+        reference="Ko et al. 2024, arXiv 2402.03898",
+        terms=_one("js", lam=0.1),
+    ),
+    "total_variation": Method(
+        summary="half the L1 distance between the distributions",
+        weight="q sign(p - q) / 2",
+        use="a bounded metric of its own; its gradient ignores how far apart the distributions are",
+        defaults="none",
+        reference="Wen et al. 2023, arXiv 2307.15190",
+        terms=_one("total_variation"),
+    ),
+    "abkd": Method(
+        summary="alpha-beta divergence: two exponents weigh hardness and confidence",
+        weight="q^beta (p^alpha - q^alpha) / alpha",
+        use="a family between the KLs with two dials, when there is budget to tune them",
+        defaults="alpha 0.2, beta 0.7",
+        reference="Wang et al. 2025, arXiv 2505.04560",
+        terms=_one("abkd", alpha=0.2, beta=0.7),
+    ),
+    "akl": Method(
+        summary="adaptive KL: both directions, mixed by where the distributions differ",
+        weight="c p + (1 - c) q (log p - log q), c = gap on the teacher's head / whole gap",
+        use="when neither direction is clearly right; the sort makes it the dearest of the table",
+        defaults="mu 0.5",
+        reference="Wu et al. 2025, arXiv 2404.02657",
+        terms=_one("akl"),
+    ),
+    "todi": Method(
+        summary="a mix of both directions, chosen per token by the log-ratio",
+        weight="c p + (1 - c) q (log p - log q - 1), c = sigmoid(beta (log p - log q))",
+        use="a smooth relative of hpd_full over the whole vocabulary",
+        defaults="beta 1",
+        reference="Jung et al. 2025, arXiv 2505.16297",
+        terms=_one("todi"),
+    ),
+    "taid": Method(
+        summary="forward KL to a target that travels from the student to the teacher",
+        weight="softmax((1 - t) log q + t log p)",
+        use="a large gap between teacher and student",
+        defaults="t from 0.4 to 1.0, adaptive (step size 5e-4, momentum 0.99)",
+        reference="Shing et al. 2025, arXiv 2501.16937",
+        terms=_one("taid", t={"schedule": "adaptive", "start": 0.4, "end": 1.0}),
+    ),
+    "seqkd": Method(
+        summary="sequence-level distillation: supervised fine-tuning on text that the teacher wrote",
+        weight="1[v = y]",
+        use="data with the teacher's answers, written by any engine; one-hot and cheap, and the student inherits its style",
+        defaults="none",
+        reference="Kim and Rush 2016, arXiv 1606.07947",
+        terms=_one("nll"),
+    ),
+    "imitkd": Method(
+        summary="imitation learning: the student's own text, labelled by the teacher's likeliest or drawn token",
+        weight="1[v = a] / n, a drawn from the teacher",
+        use="on-policy distillation from a teacher that gives tokens only",
+        defaults="share of student text falling from the dataset's to all of it; one teacher draw",
+        reference="Lin et al. 2020, arXiv 2009.07253",
+        terms=(TermConfig(objective="forward_kl", support="sampled", draws_of="teacher"),),
+        prefixes=Prefixes(student=Schedule(schedule="linear", start=0.0, end=1.0)),
+    ),
+    "gkd": Method(
+        summary="generalised distillation: a mix of the dataset's and the student's own text under a generalised JSD",
+        weight="that of generalized_jsd",
+        use="the plain on-policy baseline; prefixes.student is its lambda",
+        defaults="lambda 0.5, one coin per batch; beta 0.5",
+        reference="Agarwal et al. 2024, arXiv 2306.13649",
+        terms=_one("generalized_jsd"),
+        prefixes=Prefixes(student=0.5, mix="batch"),
+    ),
+    "distillm": Method(
+        summary="skew KL on a share of student text that follows the validation loss, with replay",
+        weight="that of skew_forward_kl",
+        use="when generation is the bottleneck; needs data.validation and train.eval_strategy",
+        defaults="skew 0.1; share from 0, up by 0.1 when the validation loss rises by 0.1; replay of 1,000",
+        reference="Ko et al. 2024, arXiv 2402.03898",
+        terms=_one("skew_forward_kl"),
+        prefixes=Prefixes(student=Schedule(schedule="adaptive", start=0.0, end=1.0)),
+        rollouts=RolloutConfig(replay=ReplayConfig()),
+    ),
+    "distillm2": Method(
+        summary="skew forward KL on the teacher's text, skew reverse KL on the student's",
+        weight="skew_forward_kl on dataset rows, skew_reverse_kl on student rows",
+        use="teacher-written data and rollouts side by side: raise what the teacher wrote, lower what the student should not",
+        defaults="skew 0.1 at most on each side, smaller where teacher and student are near each other (adaptive)",
+        reference="Ko et al. 2025, arXiv 2503.07067",
+        terms=(
+            TermConfig(objective="skew_forward_kl", on="dataset", kwargs={"lam": _SKEW}),
+            TermConfig(objective="skew_reverse_kl", on="student", kwargs={"lam": _SKEW}),
+        ),
+        prefixes=Prefixes(student=0.5),
+    ),
+    "minillm": Method(
+        summary="reverse KL of whole sequences as a policy gradient, split into an exact first step and normalised returns",
+        weight="q (log p - log q) on the vocabulary, and the mean of later log-ratios at the written token",
+        use="credit for where a token leads; the dearest of the on-policy methods",
+        defaults="teacher's share of the sampling 0.2, clip 0.2, discount 1, length normalisation",
+        reference="Gu et al. 2024, arXiv 2306.08543, eq. 3-7",
+        terms=(
+            TermConfig(objective="reverse_kl", on="student"),
+            TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0}),
+        ),
+        prefixes=Prefixes(student=1.0),
+        rollouts=RolloutConfig(teacher_share=0.2),
+        strategy=StrategyConfig(type="policy_gradient", discount=1.0, later_only=True, normalize_returns=True),
+    ),
+    "opd": Method(
+        summary="on-policy distillation: the token that the student wrote, rewarded by the teacher's log-ratio",
+        weight="log p - log q at the written token",
+        use="the second stage after any offline method; the teacher reads one token per position",
+        defaults="policy gradient with clip 0.2, discount 0",
+        reference="Thinking Machines Lab 2025, On-policy distillation",
+        terms=(TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0}),),
+        prefixes=Prefixes(student=1.0),
+        strategy=StrategyConfig(type="policy_gradient"),
+    ),
+    "psft": Method(
+        summary="proximal fine-tuning: the label's likelihood ratio is clipped, several updates per batch",
+        weight="1[v = y] as an advantage of a clipped ratio",
+        use="fine-tuning that must not run away from the model it starts from",
+        defaults="clip 0.2 below and 0.28 above, 4 updates",
+        reference="Zhu et al. 2025, arXiv 2508.17784",
+        terms=_one("nll"),
+        strategy=StrategyConfig(type="policy_gradient", clip_high=0.28, updates=4),
+    ),
+    "hpd_clipped": Method(
+        summary="HPD with its weights as advantages of a clipped ratio, as in the reference's reinforcement-learning recipe",
+        weight="that of hpd, frozen, times min(r, clip(r))",
+        use="several updates on the same draws",
+        defaults="clip 0.2",
+        reference="Zhu et al. 2026, arXiv 2604.20244 (code: verl recipe, here with the draw of the right position)",
+        terms=_one("hpd"),
+        strategy=StrategyConfig(type="policy_gradient"),
+    ),
+}
+
+
+def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]:
+    """The preset's terms with `kwargs` put in: parameters of the objective, or fields of `TermConfig`.
+
+    Raises:
+        ValueError: unknown method, or a key that no term of the method knows.
+    """
+    if name not in METHODS:
+        raise ValueError(f"Unknown method {name!r}. {nearest(name, list(METHODS))}")
+    own = {f.name for f in fields(TermConfig)} - {"objective", "kwargs"}
+    terms, used = [], set()
+    for term in METHODS[name].terms:
+        parameters = set(inspect.signature(objective_factory(term.objective)).parameters)
+        used |= (parameters | own) & set(kwargs)
+        terms.append(with_parameters(term, kwargs))
+        allowed = sorted(parameters | own)
+    for key in kwargs:
+        if key not in used:
+            raise ValueError(f"Method {name!r} has no parameter {key!r}. {nearest(key, allowed)}")
+    return tuple(terms)
+
+
+def choose_terms(
+    method: str | None, method_kwargs: Mapping[str, Any], terms: Sequence[TermConfig | Term]
+) -> tuple[TermConfig | Term, ...]:
+    """The terms of a method's name or of an explicit list (not both), checked.
+
+    Raises:
+        ValueError: nothing or both given, unknown names, or choices that do not fit together.
+    """
+    if method is not None and terms:
+        raise ValueError("Give method or terms, not both: a method is a ready list of terms.")
+    if method is None and not terms:
+        raise ValueError(f"Nothing to learn: give method (one of {', '.join(METHODS)}) or terms.")
+    if method_kwargs and method is None:
+        raise ValueError("method_kwargs are parameters of method; with terms, put them into each term's kwargs.")
+    chosen = method_terms(method, method_kwargs) if method is not None else tuple(terms)
+    name_terms(chosen)
+    return chosen
+
+
+def name_terms(terms: Sequence[TermConfig | Term]) -> tuple[Term, ...]:
+    """The terms built and checked, each under a name of its own."""
+    built: list[Term] = []
+    for config in terms:
+        term = config.check() if isinstance(config, Term) else config.build()
+        taken = sum(other.name.split("#")[0] == term.name for other in built)
+        built.append(term._replace(name=f"{term.name}#{taken + 1}") if taken else term)
+    return tuple(built)
+
+
+def build_terms(
+    method: str | None, method_kwargs: Mapping[str, Any], terms: Sequence[TermConfig | Term] = ()
+) -> tuple[Term, ...]:
+    """`choose_terms`, built as they are at the start of training."""
+    return name_terms(choose_terms(method, method_kwargs, terms))

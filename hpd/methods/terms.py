@@ -1,0 +1,296 @@
+"""A term: one objective on one support, with its weight in the loss; as it is computed, and as a recipe writes it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple, Union, cast
+
+from hpd.methods.schedules import Schedule, as_schedule, value_at
+from hpd.methods.supports import Support
+from hpd.objectives import OBJECTIVES, Objective
+
+__all__ = [
+    "SUPPORTS",
+    "Scalar",
+    "Term",
+    "TermConfig",
+    "as_evaluated",
+    "nearest",
+    "num_uniforms",
+    "objective_factory",
+    "sources_used",
+    "with_parameters",
+]
+
+
+Scalar = Union[float, Schedule]  # noqa: UP007 (pydantic reads it on Python 3.10)
+
+
+Source = Literal["both", "dataset", "student"]
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """The end of an error message: what was probably meant, or all that is allowed."""
+    close = get_close_matches(name, allowed, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(allowed)}."
+
+
+class Term(NamedTuple):
+    """One summand of the loss, ready to be computed (no schedule, no names to look up).
+
+    The loss of a position is `weight * sum_k c_k value_k`, its gradient that of `-weight * sum_k c_k w_k log q_k`, with the
+    support's coefficients c and both distributions softened by `temperature`.
+    """
+
+    name: str
+    objective: Objective
+    support: Support
+    weight: float = 1.0
+    temperature: float = 1.0
+    on: Source = "both"
+
+    def check(self) -> Term:
+        """Return self, or raise ValueError where the objective does not exist on the support."""
+        support, domain = self.support, self.objective.domain
+        if self.on not in ("both", "dataset", "student"):
+            raise ValueError(f"Term {self.name!r}: on must be both, dataset or student, got {self.on!r}.")
+        if support.given and self.on != "student":
+            raise ValueError(
+                f"Term {self.name!r} reads the tokens that the student wrote, and only its own text has those: set on: student."
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"Term {self.name!r}: temperature must be > 0, got {self.temperature}.")
+        if domain == "label" and (not support.label or support.whole or support.top_k):
+            raise ValueError(
+                f"Term {self.name!r} reads the label as its first column and draws after it, which {support} does not give. "
+                "Use support: label, or label+sampled."
+            )
+        if domain == "label_and_vocabulary" and not (support.label and support.whole):
+            raise ValueError(f"Term {self.name!r} reads the label and every token, not {support}. Use support: label+full.")
+        if domain == "distribution" and not support.is_distribution:
+            raise ValueError(
+                f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. Use support: full, "
+                "or top_k with tail: bucket or renormalize."
+            )
+        drops = not (support.whole or support.draws or support.is_distribution)
+        if domain == "token" and drops and not self.objective.drop_safe:
+            raise ValueError(
+                f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is dropped, the sum can go "
+                "below zero, and shrinking the student's mass on the support minimises it. Use support: full, top_k with "
+                "tail: bucket, or label+sampled (unbiased)."
+            )
+        return self
+
+
+SUPPORTS: dict[str, dict[str, Any]] = {
+    "full": {"whole": True},
+    "label": {"label": True},
+    "label+full": {"label": True, "whole": True},
+    "sampled": {"draws": 1},
+    "label+sampled": {"label": True, "draws": 1},
+    "rollout": {"draws": 1, "given": True, "importance": True},
+    "top_k": {"top_k": 1},
+    "label+top_k": {"label": True, "top_k": 1},
+}
+
+
+_SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermConfig:
+    """One term of the loss, as a recipe writes it."""
+
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+
+    objective: str
+    """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name" of your own
+    `Objective` or factory of one."""
+    weight: Scalar = 1.0
+    """Factor of this term in the loss."""
+    temperature: Scalar = 1.0
+    """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
+    on: Source = "both"
+    """Whose text the term learns from: the dataset's, the student's own rollouts, or both. (Evaluation reads the dataset's
+    rows only, and computes every term there.)"""
+    support: str | None = None
+    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's own (label+sampled
+    for hpd, label for nll, label+full for hpd_exact, else full). rollout: the token that the student wrote, as its draw."""
+    draws: Literal["sampled", "exact"] = "sampled"
+    """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
+    num_draws: int = 1
+    """Tokens drawn from the student per position; used by sampled supports."""
+    draw_share: Scalar = 1.0
+    """Share of label positions that get a draw, in [0, 1]."""
+    draw_temperature: Scalar = 1.0
+    """Temperature of the draw, > 0."""
+    exclude_label: bool = False
+    """Draw from the student's distribution without the label (the paper's algorithm), instead of ignoring such draws."""
+    importance: bool | None = None
+    """Divide a drawn token's weight by its probability: unbiased, larger variance; null: yes, except for HPD's own rule."""
+    draws_of: Literal["student", "teacher"] = "student"
+    """Whose distribution is drawn from."""
+    top_k: int | None = None
+    """Tokens of a top_k support, required by it."""
+    top_k_of: Literal["teacher", "student"] = "teacher"
+    """Whose likeliest tokens."""
+    tail: Literal["bucket", "renormalize", "drop"] = "bucket"
+    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalised), or dropped."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
+
+    def exact(self) -> TermConfig:
+        """This term with `draws: exact` carried out: another objective, on another support."""
+        if self.draws == "sampled":
+            return self
+        if self.objective != "hpd" or self.support not in (None, "label+full"):
+            raise ValueError(
+                f"draws: exact is HPD's expectation on its own support, not {self.objective!r} on {self.support!r}."
+            )
+        return replace(self, objective="hpd_exact", draws="sampled")
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether any number changes during training."""
+        return self.at(0.0) != self
+
+    def at(self, progress: float, adaptive: Mapping[str, float] | None = None) -> TermConfig:
+        """This term at a point of training: every schedule replaced by its value.
+
+        Args:
+            progress: share of the training steps that lie behind.
+            adaptive: values of the parameters whose schedule is adaptive, by parameter.
+        """
+        numbers = {name: value_at(getattr(self, name), progress) for name in _SCALARS}
+        kwargs = {key: value_at(value, progress) for key, value in self.kwargs.items()}
+        return replace(self, **numbers, kwargs={**kwargs, **(adaptive or {})})
+
+    @property
+    def adaptive(self) -> dict[str, Schedule]:
+        """Parameters of the objective whose schedule follows what is seen in training."""
+        schedules = {key: as_schedule(value) for key, value in self.kwargs.items()}
+        return {key: s for key, s in schedules.items() if s is not None and s.schedule in ("adaptive", "skew")}
+
+    def build(self, name: str | None = None) -> Term:
+        """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
+        fixed = self.at(0.0).exact()
+        objective = _build_objective(fixed.objective, fixed.kwargs)
+        support = fixed.build_support()
+        return Term(name or self.objective, objective, support, fixed.weight, fixed.temperature, fixed.on).check()  # type: ignore[arg-type]
+
+    def build_support(self) -> Support:
+        """The support, with the draw's switches where it has draws."""
+        key = (self.support or _OWN_SUPPORTS.get(self.objective, "full")).replace(" ", "")
+        if key not in SUPPORTS:
+            raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
+        spec = dict(SUPPORTS[key])
+        used = {} if "given" in spec else _DRAW_FIELDS if "draws" in spec else _TOP_K_FIELDS if "top_k" in spec else {}
+        idle = [
+            f.name
+            for f in fields(self)
+            if f.name in (_DRAW_FIELDS | _TOP_K_FIELDS) and f.name not in used and getattr(self, f.name) != f.default
+        ]
+        if idle:
+            raise ValueError(
+                f"Support {key!r} makes no use of {', '.join(idle)}. Remove it, or choose a support that does: "
+                "label+sampled for draws, top_k for the k likeliest tokens."
+            )
+        spec.update({option: getattr(self, name) for name, option in used.items()})
+        if "draws" in spec and "given" not in spec and self.importance is None:
+            spec["importance"] = self.objective not in _OWN_SUPPORTS
+        if "top_k" in spec and self.top_k is None:
+            raise ValueError("A top_k support needs top_k, the number of tokens.")
+        return Support(**spec)
+
+
+# Fields of TermConfig and the field of Support that each becomes.
+_DRAW_FIELDS = {
+    "num_draws": "draws", "draw_share": "share", "draw_temperature": "temperature", "draws_of": "draws_of",
+    "exclude_label": "exclude_label", "importance": "importance",
+}  # fmt: skip
+
+
+_TOP_K_FIELDS = {"top_k": "top_k", "top_k_of": "top_k_of", "tail": "tail"}
+
+
+# Objectives that read the label as their first column, and the support that they were defined on.
+_OWN_SUPPORTS = {"nll": "label", "hpd": "label+sampled", "hpd_exact": "label+full"}
+
+
+def objective_factory(name: str) -> Callable[..., Objective]:
+    """A factory of the table, or the reader's own from "package.module:name".
+
+    Raises:
+        ValueError: unknown name, a module that cannot be imported, or something that is no objective.
+    """
+    if ":" not in name:
+        if name not in OBJECTIVES:
+            raise ValueError(f"Unknown objective {name!r}. {nearest(name, list(OBJECTIVES))}")
+        return OBJECTIVES[name]
+    found = _imported(name)
+    if isinstance(found, Objective):
+        return lambda: found
+    if not callable(found):
+        raise ValueError(f"{name} is a {type(found).__name__}: give an Objective, or a function that returns one.")
+    return cast(Callable[..., Objective], found)
+
+
+def _build_objective(name: str, kwargs: Mapping[str, Any]) -> Objective:
+    factory = objective_factory(name)
+    parameters = inspect.signature(factory).parameters
+    for key in kwargs:
+        if key not in parameters:
+            raise ValueError(f"Objective {name!r} has no parameter {key!r}. {nearest(key, list(parameters))}")
+    required = [key for key, p in parameters.items() if p.default is p.empty]
+    if missing := [key for key in required if key not in kwargs]:
+        raise ValueError(f"Objective {name!r} needs {', '.join(missing)}: give them in kwargs.")
+    # f_divergence takes functions, which a recipe names.
+    given = {key: _imported(v) if isinstance(v, str) and ":" in v else v for key, v in kwargs.items()}
+    objective = factory(**given)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"{name} returned a {type(objective).__name__}, not an hpd.Objective.")
+    return objective
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"{name!r} cannot be imported: write package.module:name.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name!r} cannot be imported ({error}): write package.module:name, importable from here.") from None
+
+
+def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
+    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put in."""
+    own = inspect.signature(objective_factory(term.objective)).parameters
+    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in own}}
+    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in own}
+    return replace(term, kwargs=inner, **outer)
+
+
+def sources_used(terms: Sequence[Term]) -> set[str]:
+    """The writers that any term learns from."""
+    return {source for source in ("dataset", "student") if any(term.on in (source, "both") for term in terms)}
+
+
+def num_uniforms(terms: Sequence[Term]) -> int:
+    """Uniform numbers that a position needs."""
+    return max((term.support.num_uniforms for term in terms), default=0)
+
+
+def as_evaluated(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms as they are measured on held-out rows: all of them on the dataset's prefixes.
+
+    The tokens there are not the student's, so a term on its own tokens reads a fresh draw instead.
+    """
+    return tuple(term._replace(on="both", support=_redrawn(term)) for term in terms)
+
+
+def _redrawn(term: Term) -> Support:
+    return replace(term.support, given=False) if term.support.given else term.support

@@ -1,0 +1,116 @@
+"""What a cache depends on, as digests: the teacher's weights, and how rows become tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import xxhash
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hpd.config.models import ModelConfig, TeacherConfig
+from hpd.files import digest_file
+
+__all__ = ["differences", "model_fingerprint", "teacher_fingerprint", "tokenizer_fingerprint", "tokenizer_hash"]
+
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
+    """Digests of a model's files (configuration and weights), and how they are loaded.
+
+    A Hub model is fetched first if it is not here; it is needed anyway.
+    """
+    if isinstance(source, TeacherConfig) and source.teachers:
+        parts = {name: teacher_fingerprint(part) for name, part in source.teachers.items()}
+        return {"type": source.type, "weights": dict(source.weights), "teachers": parts}
+    if isinstance(source, TeacherConfig) and source.type == "cached":
+        from hpd.teachers.cache import read_about
+
+        return {"cache": xxhash.xxh3_128_hexdigest(json.dumps(read_about(str(source.path)), sort_keys=True).encode())}
+    model = str(source.model)
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(
+            huggingface_hub.snapshot_download(model, revision=source.revision, allow_patterns=[*_WEIGHTS, "config.json"])
+        )
+    files = [folder / "config.json", *sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
+    state = xxhash.xxh3_128()
+    for file in files:
+        state.update(f"{file.name}:{digest_file(file)};".encode())
+    return {"weights": state.hexdigest(), "dtype": source.dtype, "quantization": getattr(source, "quantization", None)}
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict[str, Any]:
+    """What turns text into tokens: the tokenizer, the chat template and the cut.
+
+    Args:
+        tokenizer: the one that tokenises the rows (the student's).
+        args: `DistillConfig`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Padding and truncation are settings of the last call, not of the tokenizer.
+    tokens = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")} if backend else None
+    specials = [tokenizer.bos_token, args.eos_token or tokenizer.eos_token]
+    template = [tokenizer.chat_template, args.chat_template_path and _content(args.chat_template_path)]
+    return {
+        "tokenizer": _digest([tokens or sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), specials]),
+        "chat template": _digest(template),
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+    }
+
+
+def _content(path: str) -> str:
+    file = Path(path)
+    file = file / "chat_template.jinja" if file.is_dir() else file
+    return file.read_text(encoding="utf-8") if file.is_file() else path
+
+
+def _digest(content: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def differences(cached: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """One phrase for each entry of `here` that the cache was not written with."""
+    found = []
+    for name, value in here.items():
+        if cached.get(name) != value:
+            short = isinstance(value, (int, type(None))) or name == "truncation_mode"
+            found.append(f"{name} ({cached.get(name)} in the cache, {value} here)" if short else name)
+    return found
+
+
+_VALUES_PER_TENSOR = 4096
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """32 hex digits from the configuration and the parameters: names, shapes, dtypes and 4,096 evenly spaced values of each.
+
+    Values are sampled, because hashing all of a large model takes as long as loading it; training moves all of them.
+    """
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        # Where the weights came from and who loaded them does not change what the model computes.
+        facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "use_cache")}
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        step = max(1, len(flat) // _VALUES_PER_TENSOR)
+        digest.update(flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """32 hex digits from the token map, the end token and the chat template."""
+    facts = {"vocab": tokenizer.get_vocab(), "eos": tokenizer.eos_token, "template": tokenizer.chat_template}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]

@@ -1,0 +1,1 @@
+"""Both ends of a teacher behind HTTP: the client in training, and `hpd serve-teacher`."""

@@ -1,0 +1,299 @@
+"""`hpd serve-teacher`: a teacher behind HTTP, exact for every method. FastAPI, safetensors both ways."""
+
+# No postponed annotations here: FastAPI reads those of the routes, which are defined where FastAPI is imported.
+import asyncio
+import contextlib
+import hmac
+import importlib.util
+import ipaddress
+import logging
+import math
+import os
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpd import __version__
+from hpd.teachers.remote.backend import Backend, Batcher, Busy, Wanted
+from hpd.teachers.remote.wire import FINGERPRINT_HEADER, MEDIA_TYPE, WIRE_DTYPES, dump, read_query
+
+__all__ = ["ServeSettings", "build_app", "is_loopback", "serve", "serve_model"]
+
+
+_LOGGER = logging.getLogger(__name__)
+
+
+_BODY_SECONDS = 30.0
+
+
+_MAX_TOP_K = 1024
+
+
+WireName = Literal["float32", "bfloat16", "float16"]
+
+
+class ServeSettings(NamedTuple):
+    """Bounds and access of a server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str | None = None
+    """What clients must show as a bearer token; None only on loopback."""
+    max_waiting: int = 64
+    """Requests that wait or run; one more gets 503 with Retry-After."""
+    max_request_tokens: int = 65536
+    """Tokens of one request."""
+    max_body_bytes: int = 16 * 2**20
+    """Bytes of one request."""
+    graceful_seconds: int = 120
+    """After SIGTERM, how long requests in flight may take."""
+
+    def check(self) -> "ServeSettings":
+        """Return self, or raise ValueError where the server would be open to a network without a token."""
+        if self.token is not None and len(self.token) < 16:
+            raise ValueError("The server's token is shorter than 16 characters: make one with `openssl rand -hex 32`.")
+        if self.token is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is reachable from other machines, and the server has no token. Put a secret of 16 or more "
+                "characters into the environment variable HPD_SERVE_TOKEN (or the one that --token-env names), or bind to "
+                "127.0.0.1."
+            )
+        for name in ("max_waiting", "max_request_tokens", "max_body_bytes", "graceful_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def build_app(backend: Backend, settings: ServeSettings) -> Any:
+    """The application: GET /health, /v1/head, /v1/tokenizer; POST /v1/scores.
+
+    Raises:
+        ValueError: FastAPI is not installed, or settings that `ServeSettings.check` refuses.
+    """
+    _require_fastapi()
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    settings.check()
+    batcher = Batcher(backend, settings.max_waiting, backend.max_batch_tokens)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any):
+        async with batcher.running():
+            yield
+
+    # No pages of documentation: they would describe the server to whoever finds it.
+    app = FastAPI(title="hpd teacher", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if settings.token is None:
+        # Without a token, a web page that points its own name at this machine (DNS rebinding) must not get in.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
+    app.add_middleware(_BoundedBodies, limit=settings.max_body_bytes)  # type: ignore[arg-type]
+    app.include_router(_routes(backend, batcher, settings))
+    return app
+
+
+def _routes(backend: Backend, batcher: Batcher, settings: ServeSettings) -> Any:
+    from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+
+    routes = APIRouter()
+
+    def may(request: Request) -> bool:
+        given = request.headers.get("authorization", "")
+        return settings.token is None or hmac.compare_digest(given.encode(), f"Bearer {settings.token}".encode())
+
+    def must(request: Request) -> None:
+        if not may(request):
+            raise HTTPException(401, "wrong or missing bearer token", {"WWW-Authenticate": "Bearer"})
+
+    def binary(content: bytes) -> Response:
+        return Response(content, media_type=MEDIA_TYPE, headers={FINGERPRINT_HEADER: backend.fingerprint})
+
+    @routes.get("/health")
+    async def health(request: Request) -> dict[str, Any]:
+        return _health(backend, batcher, settings) if may(request) else {"status": "ok"}
+
+    @routes.get("/v1/head", dependencies=[Depends(must)])
+    def head(dtype: WireName | None = None) -> Response:
+        return binary(dump(_head_tensors(backend, WIRE_DTYPES[dtype] if dtype else None)))
+
+    @routes.get("/v1/tokenizer", dependencies=[Depends(must)])
+    def tokenizer() -> dict[str, Any]:
+        return _tokenizer_facts(backend.tokenizer)
+
+    @routes.post("/v1/scores", dependencies=[Depends(must)])
+    async def scores(
+        request: Request, hidden: WireName | None = None, top_k: Annotated[int, Query(ge=0, le=_MAX_TOP_K)] = 0
+    ) -> Response:
+        query = await _read(request, backend, settings)
+        wanted = Wanted(WIRE_DTYPES[hidden] if hidden else None, top_k)
+        try:
+            answer = await batcher.submit(query, wanted, request.is_disconnected)
+        except Busy:
+            raise HTTPException(503, "too many requests wait", {"Retry-After": str(_retry_after(batcher))}) from None
+        except Exception as error:  # whatever the model's library raises: this request fails, the server goes on
+            _LOGGER.error("a request failed: %s: %s", type(error).__name__, error)
+            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+            raise HTTPException(500, f"the teacher failed: {reason}") from None
+        return binary(await asyncio.to_thread(dump, answer))
+
+    return routes
+
+
+async def _read(request: Any, backend: Backend, settings: ServeSettings) -> Any:
+    """The checked query of a request."""
+    from fastapi import HTTPException
+
+    if request.headers.get("content-type", "").split(";")[0] != MEDIA_TYPE:
+        raise HTTPException(415, f"the content type must be {MEDIA_TYPE}")
+    content = await _body(request)
+    limits = {"max_tokens": settings.max_request_tokens, "max_row_tokens": backend.max_row_tokens}
+    try:
+        return read_query(content, vocab=backend.vocab, **limits)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+async def _body(request: Any) -> bytes:
+    """The whole body, which `_BoundedBodies` has let in, refused where it takes too long."""
+    from anyio import fail_after
+    from fastapi import HTTPException
+
+    try:
+        with fail_after(_BODY_SECONDS):
+            return await request.body()
+    except TimeoutError:
+        raise HTTPException(408, f"the body took longer than {_BODY_SECONDS:g} s", {"Connection": "close"}) from None
+
+
+class _BoundedBodies:
+    """Refuses bodies that are too long, or do not say how long they are, before anything reads them (ASGI middleware).
+
+    The connection is closed with the answer: what is refused must not be received all the same.
+    """
+
+    def __init__(self, app: Any, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = dict(scope.get("headers", ()))
+        length = headers.get(b"content-length", b"0")
+        fine = b"transfer-encoding" not in headers and length.isdigit() and int(length) <= self._limit
+        if scope["type"] != "http" or fine:
+            await self._app(scope, receive, send)
+            return
+        from starlette.responses import JSONResponse
+
+        text = f"the body may have {self._limit} bytes, and needs a content-length"
+        await JSONResponse({"detail": text}, 413, {"Connection": "close"})(scope, receive, send)
+
+
+def _retry_after(batcher: Batcher) -> int:
+    return max(1, math.ceil(batcher.pending / 16))
+
+
+def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "hpd": __version__,
+        "fingerprint": backend.fingerprint,
+        "tokenizer": backend.tokenizer_hash,
+        "vocab": backend.vocab,
+        "hidden_size": backend.hidden_size,
+        "dtype": str(backend.head.weight.dtype).removeprefix("torch.") if backend.head.weight is not None else None,
+        "max_request_tokens": min(settings.max_request_tokens, settings.max_body_bytes // 64),
+        "max_row_tokens": min(backend.max_row_tokens, settings.max_request_tokens),
+        "max_top_k": _MAX_TOP_K,
+        "waiting": batcher.pending,
+    }
+
+
+def _head_tensors(backend: Backend, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    head = backend.head
+    assert head.weight is not None
+    tensors = {
+        "weight": head.weight if dtype is None else head.weight.to(dtype),
+        "scale": torch.tensor(head.scale, dtype=torch.float64),
+    }
+    if head.bias is not None:
+        tensors["bias"] = head.bias
+    if head.softcap is not None:
+        tensors["softcap"] = torch.tensor(head.softcap, dtype=torch.float64)
+    return tensors
+
+
+def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
+    """What a student needs to rebuild the tokenizer and compare; null for one that is no fast tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "json": backend.to_str() if backend is not None else None,
+        "eos_token": tokenizer.eos_token,
+        "bos_token": tokenizer.bos_token,
+        "pad_token": tokenizer.pad_token,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def _require_fastapi() -> None:
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ValueError("hpd serve-teacher needs FastAPI and uvicorn: pip install 'hpd[serve]'.")
+
+
+def serve(backend: Backend, settings: ServeSettings) -> None:
+    """Answer until SIGTERM or Ctrl-C; requests in flight are finished first."""
+    app = build_app(backend, settings)
+    import uvicorn
+
+    uvicorn.run(
+        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=settings.graceful_seconds,
+        # Connections beyond this get 503 from uvicorn itself, so that idle ones cannot use up the process.
+        limit_concurrency=4 * settings.max_waiting + 16,
+    )  # fmt: skip
+
+
+def serve_model(model_path: str, dtype: str, quantization: str | None, settings: ServeSettings, max_batch_tokens: int) -> None:
+    """Load a model and `serve` it.
+
+    Args:
+        model_path: Hub id or folder.
+        dtype: of its weights; auto: as saved.
+        quantization: 4bit, 8bit or None.
+        settings: address, token and bounds.
+        max_batch_tokens: tokens of one forward.
+
+    Raises:
+        ValueError: unknown dtype or quantization, no such model, no FastAPI, or no token where one is needed.
+    """
+    _require_fastapi()
+    settings.check()
+    from hpd.config.models import TeacherConfig
+    from hpd.models.load import load_model, load_tokenizer
+    from hpd.progress import quiet_libraries
+
+    if dtype not in ("auto", *WIRE_DTYPES):
+        raise ValueError(f"dtype must be auto or one of {', '.join(WIRE_DTYPES)}, got {dtype!r}.")
+    if quantization not in (None, "4bit", "8bit"):
+        raise ValueError(f"quantization must be 4bit or 8bit, got {quantization!r}.")
+    quiet_libraries()
+    source = TeacherConfig(model=model_path, dtype=dtype, quantization=quantization)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(source, "teacher")
+    model: Any = load_model(source, "teacher")
+    if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    backend = Backend(model, tokenizer, max_batch_tokens)
+    print(
+        f"teacher {model_path} on http://{settings.host}:{settings.port} (process {os.getpid()}, fingerprint "
+        f"{backend.fingerprint}, {backend.vocab} tokens, {'a token' if settings.token else 'no token'} needed)",
+        flush=True,
+    )
+    serve(backend, settings)

@@ -1,0 +1,1 @@
+"""Everything that prints. With `hpd.cli`, the only place that knows about terminals."""

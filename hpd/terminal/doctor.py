@@ -1,0 +1,164 @@
+"""`hpd doctor`: what a recipe will do, before it does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from rich.table import Table
+
+from hpd.config.load import stage_recipes
+from hpd.config.schema import Recipe
+from hpd.estimate.cost import flops_per_token
+from hpd.estimate.memory import Memory, StepMemory, parse_bytes
+from hpd.methods.table import name_terms
+from hpd.terminal.console import console, show_verdicts
+from hpd.training.plan import Plan, plan, steps_of
+
+__all__ = ["diagnose"]
+
+
+# Sizes up to this are shown in MiB.
+_GIB, _MIB = 2**30, 2**20
+
+
+def _show_regime(recipe: Recipe) -> None:
+    """Who writes the rows, where it is not the dataset alone, and the stages."""
+    regime = recipe.choose_regime()
+    if regime.prefixes.on_policy:
+        first, last = regime.prefixes.student_share(0.0), regime.prefixes.student_share(1.0)
+        span = f"{first:.0%}" if first == last else f"{first:.0%} to {last:.0%}"
+        what = f"up to {regime.prefixes.continue_tokens or regime.rollouts.max_new_tokens} tokens by {regime.rollouts.engine}"
+        adaptive = ", then as the validation loss says" if regime.prefixes.adaptive else ""
+        console.print(f"student writes {span} of the rows{adaptive}: {what}", highlight=False)
+    if regime.strategy.type != "direct":
+        console.print(f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False)
+    for stage in stage_recipes(recipe):
+        kind = "dpo" if stage.dpo else stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
+        console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
+
+
+def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | None) -> None:
+    """Floating-point operations of the run, and hours at a given speed; what the student writes itself comes on top."""
+    price, lengths, args = flops_per_token(planned.recipe), planned.lengths, planned.args
+    tokens = lengths.label_tokens / max(lengths.label_share, 1e-9)
+    rows = devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    step = rows * (price.backbone * tokens + price.head * lengths.label_tokens)
+    text = f"arithmetic: {_flop(step)} in a step of {rows} rows of {tokens:,.0f} tokens ({lengths.label_tokens:,.0f} labels)"
+    if steps is not None:
+        if args.max_steps <= 0:
+            steps = math.ceil(steps / devices)
+        text += f"; {_flop(step * steps)} in {steps:,} steps"
+        if tflops is not None:
+            hours = step * steps / (tflops * 1e12 * devices) / 3600
+            text += f": {hours:,.3g} hours on {devices} device{'s' * (devices != 1)} that reach {tflops:g} TFLOP/s each"
+    if planned.recipe.choose_regime().prefixes.on_policy:
+        text += "; generation not counted"
+    console.print(text, highlight=False)
+
+
+def _flop(count: float) -> str:
+    for power, unit in ((21, "ZFLOP"), (18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return f"{count / 1e9:.3g} GFLOP"
+
+
+def diagnose(recipe: Recipe, memory: str | None = None, devices: int = 1, tflops: float | None = None) -> bool:
+    """Print everything known about a run before its start; False when it would fail.
+
+    Args:
+        recipe: what to look at.
+        memory: a budget such as 24GiB that a step must stay within.
+        devices: processes of the run, one device each, >= 1.
+        tflops: what a device reaches in training, in TFLOP/s, > 0: gives hours.
+
+    Raises:
+        ValueError: the budget is no size; see also `hpd.training.plan.plan` and `hpd.estimate.memory.StepMemory`.
+    """
+    budget = parse_bytes(memory) if memory is not None else None
+    if devices < 1 or (tflops is not None and tflops <= 0):
+        raise ValueError(f"--devices must be >= 1 and --tflops > 0, got {devices} and {tflops}.")
+    if not torch.accelerator.is_available() and not recipe.train.get("use_cpu"):
+        # transformers refuses bf16 without a device for it; a recipe for another machine is looked at all the same.
+        recipe = dataclasses.replace(recipe, train={**recipe.train, "use_cpu": True})
+    planned = plan(recipe)
+    show_verdicts(planned.verdicts)
+    rows = planned.rows
+    count = f"{len(rows.train):,}" if hasattr(rows.train, "__len__") else "a stream of"  # type: ignore[arg-type]
+    held_out = f", {len(rows.validation):,} held out" if hasattr(rows.validation, "__len__") else ""  # type: ignore[arg-type]
+    steps = steps_of(planned)
+    args = planned.args
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    console.print(f"{count} rows{held_out}; {steps if steps is not None else 'unknown'} steps of {batch} rows", highlight=False)
+    for term in name_terms(recipe.choose_terms()):
+        console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
+    _show_regime(recipe)
+    _show_work(planned, steps, devices, tflops)
+    step = StepMemory(planned)
+    needed = step.predict()
+    console.print(_table(needed, step))
+    fits = budget is None or needed.total <= budget
+    if budget is not None:
+        _show_fit(step, needed, budget)
+    return fits and not any(verdict.level == "error" for verdict in planned.verdicts)
+
+
+_OWNERS = {
+    "student": "weights of the student",
+    "optimizer": "states of the optimiser",
+    "teacher": "weights of the teacher",
+    "buffers": "chunks of logits, kept between steps",
+    "teacher_forward": "the teacher's forward pass",
+    "activations": "activations of the student",
+    "head": "loss operator: gradient of the head, scratch",
+    "backward": "backward pass, gradients, optimiser's step",
+}
+
+
+def _table(memory: Memory, step: StepMemory) -> Table:
+    """What is there all the time, what comes and goes, and the peak."""
+    table = Table(
+        title=f"memory of a step on {step.batch} rows of {step.tokens} tokens, per process",
+        title_justify="left",
+        show_footer=True,
+    )
+    table.add_column("", footer="total at the peak")
+    table.add_column("always", justify="right")
+    moments = {
+        "teacher": ("teacher_forward",),
+        "operator": ("activations", "head"),
+        "backward": ("backward",),
+    }
+    peak = max(moments, key=lambda name: sum(getattr(memory, owner) for owner in moments[name]))
+    for name in moments:
+        table.add_column(name, justify="right", footer=_size(memory.total) if name == peak else "")
+    for owner, text in _OWNERS.items():
+        cells = [_size(getattr(memory, owner)) if owner in owners else "" for owners in moments.values()]
+        always = "" if any(cells) else _size(getattr(memory, owner))
+        table.add_row(text, always, *cells)
+    return table
+
+
+def _show_fit(step: StepMemory, needed: Memory, budget: int) -> None:
+    fit = step.fit(budget)
+    room = budget - needed.total
+    console.print(
+        f"{_size(budget)}: this recipe's step {'leaves ' + _size(room) if room >= 0 else 'needs ' + _size(-room) + ' more'}. "
+        f"Largest train.per_device_train_batch_size {fit.rows or 'none, not even 1'} (rows of {step.tokens} tokens, chunks of "
+        f"{_size(step.chunk_bytes)}); largest train.chunk_bytes on {step.batch} rows "
+        f"{f'{fit.chunk_bytes} ({_size(fit.chunk_bytes)}' if fit.chunk_bytes else 'none'}"
+        + (
+            ", all label positions at once)"
+            if fit.chunk_bytes >= step.label_positions(step.batch) * step.row_bytes
+            else ")"
+            if fit.chunk_bytes
+            else ""
+        ),
+        highlight=False,
+    )
+
+
+def _size(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= _GIB else f"{size / _MIB:.1f} MiB"

@@ -1,0 +1,187 @@
+"""What `hpd compare` and `hpd report` show in a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hpd.experiments.compare import Cost, predict
+from hpd.experiments.experiment import Experiment, load_experiment
+from hpd.experiments.grid import expand, expand_tuning
+from hpd.experiments.manifest import is_finished
+
+if TYPE_CHECKING:
+    from hpd.experiments.compare import Failure, GridState
+
+__all__ = ["compare_with_display", "dry_run", "report_with_display"]
+
+
+console = Console()
+
+
+_GIB = 2**30
+
+
+class _GridDisplay:
+    """A bar over the grid, and a line per running run."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self.live = Live(self._bar, console=console, refresh_per_second=4, transient=False)
+
+    def __call__(self, state: GridState) -> None:
+        if state.title not in self._tasks:
+            self._tasks[state.title] = self._bar.add_task(state.title, total=state.total)
+        self._bar.update(self._tasks[state.title], completed=state.done)
+        lines = [
+            f"  {escape(name)}  step {step}{f' of {total}' if total else ''}" for name, (step, total) in state.running.items()
+        ]
+        self.live.update(Group(self._bar, *lines))
+
+
+def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str]) -> bool:
+    """`hpd compare`: run the grid, then write the report and print its verdicts; False when a run failed."""
+    # Training libraries take seconds to import; a report does without.
+    from hpd.experiments.compare import compare
+    from hpd.experiments.pages import check_target, write_report
+    from hpd.experiments.report import build_report
+
+    # Known before hours of runs, not behind them.
+    check_target(load_experiment(path, overrides).folder / "report")
+    display = _GridDisplay()
+    with display.live:
+        experiment, failures = compare(path, overrides, jobs, allow, display)
+    if failures:
+        _show_failures(failures)
+        return False
+    report = build_report([experiment.folder], allow=allow)
+    page = write_report(report, experiment.folder / "report")
+    console.print()
+    for line in report.verdicts:
+        console.print(f"* {escape(line)}", highlight=False)
+    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    return True
+
+
+def _show_failures(failures: Sequence[Failure]) -> None:
+    table = Table(
+        title=f"{len(failures)} runs failed; the others are kept, and a second call repeats only these", title_justify="left"
+    )
+    table.add_column("run")
+    table.add_column("why", overflow="fold")
+    table.add_column("log", overflow="fold")
+    for failure in failures:
+        table.add_row(escape(failure.name), escape(failure.reason), escape(str(failure.log)))
+    console.print(table)
+
+
+def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> None:
+    """Print the grid and what it will cost; nothing is written but to a temporary folder."""
+    import tempfile
+
+    experiment = load_experiment(path, overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Files of a base function must exist to be checked; finished runs are looked for where they really are.
+        folder = experiment.folder if (experiment.folder / "manifest.json").is_file() else Path(scratch)
+        parts = {"tuning": expand_tuning(experiment, folder), "runs": expand(experiment, folder)}
+        _show_axes(experiment)
+        predicted = {
+            title: predict(experiment, folder, cells, probe, lambda text: console.print(text, style="dim"))
+            for title, cells in parts.items() if title == "runs"
+        }  # fmt: skip
+        unfinished = [cell for cell in parts["tuning"] if not is_finished(cell.recipe)]
+        seconds = _show_costs(predicted["runs"], len(unfinished))
+        _show_total(experiment, parts["runs"][0].recipe, seconds, jobs)
+
+
+def _show_axes(experiment: Experiment) -> None:
+    console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}", highlight=False)
+    axes: dict[str, Any] = {**({"variant": experiment.variants} if experiment.variants else {}), **experiment.axes}
+    for axis, values in axes.items():
+        console.print(f"  {escape(axis)}: {escape(', '.join(map(str, values)))}", highlight=False)
+    if experiment.tune is not None:
+        tune = experiment.tune
+        console.print(
+            f"  tuned on {escape(tune.metric)} of validation rows, seeds {', '.join(map(str, tune.seeds))}: "
+            f"{escape(tune.path)} in {', '.join(f'{value:g}' for value in tune.values)}",
+            highlight=False,
+        )
+    if experiment.budget is not None:
+        console.print(f"  equal budget: {experiment.budget.value:g} {experiment.budget.type}", highlight=False)
+
+
+def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
+    table = Table(title="predicted cost of a run, alone on this machine", title_justify="left")
+    for column in ("variant", "runs", "finished", "seconds", "FLOPs", "measured by"):
+        table.add_column(column, justify="left" if column in ("variant", "measured by") else "right", overflow="fold")
+    for cost in costs:
+        known = not math.isnan(cost.seconds)
+        table.add_row(
+            escape(cost.group), str(cost.num_runs), str(cost.num_finished), f"{cost.seconds:.0f}" if known else "",
+            f"{cost.flops:.2g}" if known else "", cost.source,
+        )  # fmt: skip
+    console.print(table)
+    mean = sum(cost.seconds for cost in costs) / len(costs)
+    # Those still to come; a tuning run evaluates less than a run of the grid and is taken to cost as much.
+    return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning
+
+
+def _show_total(experiment: Experiment, recipe: Any, seconds: float, jobs: int) -> None:
+    from hpd.estimate.memory import StepMemory
+    from hpd.training.plan import plan
+
+    memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
+    total = f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
+    console.print(
+        f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add any. "
+        f"Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: {experiment.folder}",
+        highlight=False,
+    )
+
+
+def report_with_display(
+    folders: Sequence[Path], output: Path | None, baseline: str | None, allow: Sequence[str], port: int | None
+) -> None:
+    """`hpd report`: write the report, or serve it while runs go on."""
+    from hpd.experiments.pages import check_target, write_report
+    from hpd.experiments.report import build_report
+
+    if port is not None:
+        _serve(list(folders), baseline, allow, port)
+        return
+    single = len(folders) == 1 and (folders[0] / "manifest.json").is_file()
+    target = output or (folders[0] / "report" if single else Path("runs/report"))
+    check_target(target)
+    report = build_report(folders, baseline, allow)
+    page = write_report(report, target)
+    for line in report.verdicts:
+        console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{report.status}\nreport: {page}, {target / 'report.md'}, plots/*.png, data/*.csv", highlight=False, soft_wrap=True
+    )
+
+
+def _serve(folders: list[Path], baseline: str | None, allow: Sequence[str], port: int) -> None:
+    from hpd.experiments.pages import Watcher, make_server, render_page
+    from hpd.experiments.report import build_report
+
+    watcher = Watcher(folders, lambda: render_page(build_report(folders, baseline, allow), live=True))
+    watcher.refresh()
+    with make_server(watcher, port) as server:
+        console.print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return

@@ -1,0 +1,1 @@
+"""A run: planned, trained, saved, resumed; alone or stage after stage."""

@@ -1,0 +1,315 @@
+"""`hpd cache`: ask the teacher once about every label position of a recipe's rows.
+
+The rows are those that training would see, prepared by the same trainer. They are cut into shards before the first forward, and
+the cut depends on the rows alone: any number of processes, killed at any moment and started again, write the same shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hpd.batch import TokenBatch
+from hpd.config.schema import CacheConfig, Recipe
+from hpd.files import write_atomically
+from hpd.losses import Head, Scores, TeacherScores
+from hpd.models.load import load_model, load_tokenizer
+from hpd.teachers.cache import (
+    ABOUT,
+    FORMAT,
+    HEAD,
+    PLAN,
+    TEACHER,
+    Cache,
+    CorruptCacheError,
+    describe_shard,
+    read_json,
+    save_index,
+    save_shard,
+    write_json,
+)
+from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
+from hpd.teachers.model import ModelTeacher, RoutedScores, Teacher
+from hpd.teachers.sources import described_by, load_teacher
+from hpd.training.plan import Plan, plan
+from hpd.training.shards import Answer, Layout, lay_out, position_bytes_of, stored_dtype, stored_tensors
+from hpd.training.trainer import DistillTrainer
+
+__all__ = ["CacheProgress", "CacheSummary", "write_cache"]
+
+
+class CacheSummary(NamedTuple):
+    """What was written."""
+
+    path: Path
+    positions: int
+    bytes_per_position: int
+    shard_bytes: int
+    """Of all shards together."""
+    written: int
+    """Positions that this call asked the teacher for; the others were there."""
+
+
+class CacheProgress:
+    """What the command line shows; silent unless overridden."""
+
+    def say(self, text: str) -> None: ...
+
+    def update(self, done: int, total: int) -> None: ...
+
+
+def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgress | None = None) -> CacheSummary:
+    """Write the cache of a recipe, or what is missing of it; a finished one is verified.
+
+    Args:
+        recipe: with `cache:`; the teacher may be of any type.
+        overwrite: delete another cache at that place first.
+
+    Raises:
+        FileNotFoundError, ValueError: as `hpd.training.plan.plan`; the folder holds something else; the disk cannot hold the cache.
+    """
+    progress = progress or CacheProgress()
+    config = _cache_config(recipe)
+    planned = plan(recipe)
+    planned.require_sound()
+    trainer = _rows_trainer(planned)
+    datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    rows = torch.utils.data.ConcatDataset(datasets)
+    position_bytes = position_bytes_of(config, planned)
+    layout = lay_out(
+        trainer.data_collator.rows(itertools.chain.from_iterable(datasets)), max(1, config.shard_bytes // position_bytes)
+    )
+    folder, main = Path(config.path), trainer.is_world_process_zero()
+    target = _target(planned, config, layout)
+    if main:
+        _open_folder(folder, target, overwrite)
+    trainer.accelerator.wait_for_everyone()
+    _verify_own_share(folder, target["shards"], trainer)
+    trainer.accelerator.wait_for_everyone()
+    todo = [number for number in range(target["shards"]) if not (folder / f"shard-{number:05d}.json").is_file()]
+    total = len(layout.keys)
+    left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
+    if main:
+        _check_disk(folder, left * position_bytes, total * position_bytes, planned, config)
+        progress.say(
+            f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: {_size(total * position_bytes)} "
+            f"in {target['shards']} shards; {_size(left * position_bytes)} to write"
+        )
+    if todo or not (folder / ABOUT).is_file():
+        _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            _finish(folder, planned, layout, target)
+        trainer.accelerator.wait_for_everyone()
+    return CacheSummary(folder, total, position_bytes, total * position_bytes, left)
+
+
+def _cache_config(recipe: Recipe) -> CacheConfig:
+    if recipe.cache is None:
+        raise ValueError("cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER.")
+    if recipe.data.streaming:
+        raise ValueError("A stream has no end that a cache could hold: set data.streaming to false for hpd cache.")
+    if recipe.teacher.type == "server":
+        raise ValueError("hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model.")
+    if recipe.teacher.type == "routed":
+        raise ValueError("A cache has one teacher: write one for each, and route rows to teachers of type cached.")
+    if recipe.teacher.type == "mixture" and recipe.cache.kind == "hidden":
+        raise ValueError("A mixture has no hidden state: cache its teachers and mix the caches, or choose cache.kind: top_k.")
+    return recipe.cache
+
+
+class _Nobody:
+    """Stands for the teacher while rows are prepared: its vocabulary is known, nothing is loaded."""
+
+    def __init__(self, vocab: int):
+        self.vocab = vocab
+
+    def prepare(self, student: nn.Module, accelerator: Any) -> None: ...
+
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
+        raise AssertionError("only rows are prepared here")
+
+
+class _RowsTrainer(DistillTrainer):
+    """Prepares rows as training does; its student has no weights and stays nowhere."""
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None: ...
+
+
+def _rows_trainer(planned: Plan) -> DistillTrainer:
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(planned.student_config)
+    vocab = min(config.get_text_config().vocab_size for config in planned.teacher_configs.values())
+    return _RowsTrainer(
+        model=student, teacher=_Nobody(vocab), args=planned.args,
+        train_dataset=planned.rows.train, eval_dataset=planned.rows.validation, processing_class=planned.tokenizer,
+    )  # fmt: skip
+
+
+def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any]:
+    """What this cache is: kept in plan.json while it is written, and in cache.json."""
+    recipe = planned.recipe
+    teacher = recipe.student if recipe.teacher.type == "self" else recipe.teacher
+    fingerprint = {
+        "name": recipe.teacher.title, "data": recipe.data.path, "teacher": teacher_fingerprint(teacher),
+        "rows": xxhash.xxh3_128_hexdigest(np.sort(layout.keys).tobytes()),
+        **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
+    }  # fmt: skip
+    return {
+        "format": FORMAT, "kind": config.kind, "dtype": str(stored_dtype(config, planned)).removeprefix("torch."),
+        "top_k": config.top_k, "shard_bytes": config.shard_bytes, "shards": len(layout.starts) - 1,
+        "positions": len(layout.keys), "fingerprint": fingerprint,
+    }  # fmt: skip
+
+
+def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
+    if folder.is_file():
+        raise ValueError(f"cache.path {str(folder)!r} is a file: give a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / PLAN).is_file() and not any(path.name.startswith(f".{PLAN}") for path in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and no cache of hpd: choose another cache.path.")
+        if overwrite:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Ours, and those that safetensors writes through.
+    for draft in (path for path in folder.glob(".*") if path.is_file()):
+        draft.unlink()
+    if not (folder / PLAN).is_file():
+        write_json(folder / PLAN, target)
+        return
+    try:
+        there = read_json(folder / PLAN)
+    except CorruptCacheError:
+        raise ValueError(
+            f"{folder / PLAN} is damaged, so nothing says what this cache is: delete it with --overwrite."
+        ) from None
+    flat = [{**content, **content["fingerprint"], "fingerprint": None} for content in (there, target)]
+    changed = [name for name in differences(*flat) if not name.startswith(("name", "data"))]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a cache with another {', another '.join(changed)}. Choose another cache.path, or delete it with "
+            "--overwrite."
+        )
+
+
+def _verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) -> None:
+    """Each process reads its share of the finished shards; what is damaged goes, and is written again."""
+    for number in range(trainer.args.process_index, num_shards, trainer.args.world_size):
+        description = folder / f"shard-{number:05d}.json"
+        if description.is_file() and describe_shard(folder, number) is None:
+            description.unlink()
+            (folder / ABOUT).unlink(missing_ok=True)
+    if trainer.is_world_process_zero() and (folder / ABOUT).is_file():
+        try:
+            Cache(folder)
+        except CorruptCacheError:
+            (folder / ABOUT).unlink()
+
+
+def _check_disk(folder: Path, left: int, total: int, planned: Plan, config: CacheConfig) -> None:
+    head = 0
+    if config.kind == "hidden":
+        text = next(iter(planned.teacher_configs.values())).get_text_config()
+        head = text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
+    free, needed = shutil.disk_usage(folder).free, left + head
+    if needed > free:
+        raise ValueError(
+            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has {_size(free)} free. "
+            "Choose a place with room, a narrower cache.dtype, cache.kind: top_k, or fewer rows (data.limit)."
+        )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def _ask(
+    trainer: DistillTrainer, planned: Plan, config: CacheConfig, layout: Layout, rows: Any, todo: list[int], done: int,
+    progress: CacheProgress,
+) -> None:  # fmt: skip
+    """Load the teacher and write this process's part of the missing shards."""
+    teacher = _load(planned)
+    teacher.prepare(trainer.model, trainer.accelerator)
+    folder, dtype = Path(config.path), stored_dtype(config, planned)
+    world, rank = trainer.args.world_size, trainer.args.process_index
+    # Weights sharded over processes are gathered by all of them together: each runs as many forwards as the busiest.
+    lockstep = any(getattr(trainer.accelerator.state, name, None) is not None for name in ("deepspeed_plugin", "fsdp_plugin"))
+    first = _answers(teacher, trainer, layout, rows, range(1))
+    if rank == 0:
+        _save_teacher(folder, planned, first, config)
+    counted = done
+    for group in (todo[i : i + world] for i in range(0, len(todo), world)):
+        mine = layout.shard(group[rank]) if rank < len(group) else range(0)
+        parts: list[dict[str, Tensor]] = []
+        for batch in _batches(mine, [layout.shard(n) for n in group], trainer.args.per_device_eval_batch_size, lockstep):
+            answer = _answers(teacher, trainer, layout, rows, batch or range(1))
+            if batch:
+                parts.append(stored_tensors(answer, config, dtype))
+                counted += world * len(next(iter(parts[-1].values())))
+                progress.update(min(counted, len(layout.keys)), len(layout.keys))
+        if parts:
+            save_shard(folder, group[rank], {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    progress.update(len(layout.keys), len(layout.keys))
+
+
+def _load(planned: Plan) -> Teacher:
+    if planned.recipe.teacher.type == "self":
+        return ModelTeacher(load_model(planned.recipe.student, "student", planned.args.seed))
+    return load_teacher(planned.recipe.teacher)
+
+
+def _batches(mine: range, group: list[range], size: int, lockstep: bool) -> Iterator[range]:
+    count = -(-max(map(len, group)) // size) if lockstep else -(-len(mine) // size)
+    for i in range(count):
+        yield mine[i * size : (i + 1) * size]
+
+
+def _answers(teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: Any, chosen: range) -> Answer:
+    """What the teacher says of the stored positions of some rows."""
+    collated = trainer.data_collator([rows[int(layout.rows[i])] for i in chosen])
+    mask = torch.from_numpy(np.concatenate([layout.masks[i] for i in chosen]))
+    inputs: Any = trainer._prepare_inputs(collated)
+    batch = TokenBatch.pop(inputs)
+    assert len(mask) == len(batch.keys), "the collator keeps rows and their order"
+    mask = mask.to(batch.keys.device)
+    batch = batch.at(mask.nonzero().flatten())
+    with torch.no_grad():
+        scores = teacher.scores(inputs, batch)
+    assert not isinstance(scores, RoutedScores), "a cache has one teacher"
+    return Answer(scores, batch.labels)
+
+
+def _save_teacher(folder: Path, planned: Plan, answer: Answer, config: CacheConfig) -> None:
+    """Head, configuration and tokenizer: what training needs of the teacher beside its answers."""
+    (source,) = list(described_by(planned.recipe).items())[:1]
+    load_tokenizer(source[1], source[0]).save_pretrained(folder / TEACHER)
+    planned.teacher_configs[source[0]].save_pretrained(folder / TEACHER)
+    about: dict[str, Any] = {"vocab": answer.scores.vocab, "head": None}
+    if config.kind == "hidden" and isinstance(answer.scores, Scores):
+        head: Head = answer.scores.head
+        tensors = {"weight": head.weight, "bias": head.bias}
+        kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if t is not None}
+        write_atomically(folder / HEAD, lambda draft: save_file(kept, draft))
+        about["head"] = {"scale": head.scale, "softcap": head.softcap}
+    write_json(folder / "teacher.json", about)
+
+
+def _finish(folder: Path, planned: Plan, layout: Layout, target: dict[str, Any]) -> None:
+    shards = [read_json(folder / f"shard-{number:05d}.json") for number in range(target["shards"])]
+    about = {**target, **read_json(folder / "teacher.json")}
+    about.pop("shards")
+    save_index(folder, layout.keys, shards, about)

@@ -1,0 +1,217 @@
+"""The run folder: resolved recipe, versions, metrics.jsonl, checkpoints, model card. The only thing that reports read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+
+from hpd import __version__
+from hpd.config.check import resolve
+from hpd.config.schema import Recipe
+from hpd.config.yaml_file import read_yaml
+from hpd.files import replace_text
+from hpd.training.checkpoints import check_readable, newest_complete
+
+__all__ = ["MetricsWriter", "RunFolder", "environment"]
+
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+class RunFolder:
+    """A folder that belongs to one recipe.
+
+    Args:
+        recipe: what the run is; a folder that holds another recipe is refused.
+        overwrite: delete an existing run first.
+
+    Raises:
+        ValueError: the folder holds something else, or a finished run.
+        CheckpointUnreadable: a file of the checkpoint that it would go on from is damaged.
+    """
+
+    def __init__(self, recipe: Recipe, overwrite: bool = False):
+        self.path = Path(recipe.output_dir)
+        self.recipe = recipe
+        self._replaces = False
+        self._check(overwrite)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The newest complete checkpoint, to resume from."""
+        found = None if self._replaces else newest_complete(self.path)
+        return None if found is None else str(found)
+
+    def _check(self, overwrite: bool) -> None:
+        # A kill may have come before the first file was whole.
+        if not self.path.is_dir() or all(file.name.endswith(".part") for file in self.path.iterdir()):
+            return
+        recipe_file = self.path / "recipe.yaml"
+        if not recipe_file.is_file():
+            raise ValueError(f"{self.path} is not empty and no run of hpd: choose another output_dir.")
+        if overwrite:
+            self._replaces = True
+            return
+        before = read_yaml(recipe_file)
+        # Guards only watch: a run that one of them stopped may go on under others.
+        if not isinstance(before, dict) or {**before, "guards": None} != {**_comparable(self.recipe), "guards": None}:
+            raise ValueError(
+                f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with --overwrite."
+            )
+        if (self.path / "summary.json").is_file():
+            raise ValueError(f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another output_dir.")
+        if (newest := newest_complete(self.path, quiet=True)) is not None:
+            check_readable(newest)
+
+    def open(self) -> None:
+        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and not earlier.
+
+        Of several processes the main one calls this, after all have made their check.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._replaces:
+            shutil.rmtree(self.path)
+            self._replaces = False
+        text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.path / "recipe.yaml", text)
+            self.write_json("environment.json", environment())
+        except OSError as error:
+            raise OSError(
+                f"The run folder {self.path} cannot be written: {error.strerror}. Make it writable, make space, or choose "
+                "another output_dir."
+            ) from error
+
+    def baselines(self) -> dict[str, Any] | None:
+        """What was measured before the first step, if it was measured to the end.
+
+        Raises:
+            ValueError: the file of it is damaged.
+        """
+        file = self.path / "baselines.json"
+        return _read_object(file, "it is measured again") if file.is_file() else None
+
+    def opened_elsewhere(self) -> None:
+        """The main process has called `open`."""
+        self._replaces = False
+
+    def keep_teacher(self, fingerprint: str | None) -> None:
+        """Note which weights a remote teacher has, or compare them with those of the run's start.
+
+        Raises:
+            ValueError: a resumed run would go on with another teacher.
+        """
+        file = self.path / "teacher.json"
+        if fingerprint is None:
+            return
+        before = _read_object(file, "it is written again")["fingerprint"] if file.is_file() else fingerprint
+        if before != fingerprint:
+            raise ValueError(
+                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: start the first "
+                "one again, or choose another output_dir."
+            )
+        self.write_json("teacher.json", {"fingerprint": fingerprint})
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a file whole or not at all."""
+        replace_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_card(self, summary: dict[str, Any]) -> None:
+        """The model card of the trained student, with the recipe that made it."""
+        student, teacher = self.recipe.student.model, self.recipe.teacher.title
+        method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
+        rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str)))
+        recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
+        text = (
+            f"---\nlibrary_name: transformers\nbase_model: {student}\ntags: [hpd, distillation]\n---\n\n"
+            f"# {self.path.name}\n\n{student} distilled from {teacher} with {method} "
+            f"([hpd](https://arxiv.org/abs/2604.20244) {__version__}).\n\n"
+            f"| measure | value |\n|---|---|\n{rows}\n\n```yaml\n{recipe}```\n"
+        )
+        (self.path / "README.md").write_text(text, encoding="utf-8")
+
+
+def _read_object(file: Path, otherwise: str) -> dict[str, Any]:
+    """A JSON object of the run folder; `otherwise` says what happens where the file is not there."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it, and {otherwise}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (no JSON object): delete it, and {otherwise}.")
+    return found
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(resolve(recipe)))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as far as they change results."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "hpd": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": packages,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that hpd runs from; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends every log to metrics.jsonl; a resumed run begins with the lines that its checkpoint remembers, and no others."""
+
+    def __init__(self, folder: RunFolder):
+        self._path = folder.path / "metrics.jsonl"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            replace_text(self._path, "".join(_line(log["step"], log) for log in state.log_history))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(state.global_step, logs))
+
+
+def _line(step: int, logs: Mapping[str, Any]) -> str:
+    return json.dumps({"step": step, **{key: value for key, value in logs.items() if key != "step"}}) + "\n"

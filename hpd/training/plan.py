@@ -1,0 +1,213 @@
+"""Everything known about a run before a weight is loaded, and whether it fits together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import peft
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from hpd.config.schema import EvalConfig, Recipe
+from hpd.data.rows import Lengths, Rows, check_ids, load_rows, measure
+from hpd.data.templates import check_templates, read_template
+from hpd.evaluate.task import Task
+from hpd.evaluate.tasks import build_task, settings_for
+from hpd.generation.settings import GenerationSettings
+from hpd.models.load import load_config, load_tokenizer
+from hpd.models.pairing import Verdict, check_pair
+from hpd.progress import quiet_libraries
+from hpd.teachers.remote.server import ServedTeacher
+from hpd.teachers.sources import check_caches, described_by
+from hpd.training.arguments import DistillConfig, train_arguments
+
+__all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
+
+
+class PlannedEval(NamedTuple):
+    """An entry of a recipe's `eval`, with its examples read."""
+
+    config: EvalConfig
+    task: Task
+    settings: GenerationSettings
+
+    @property
+    def label(self) -> str:
+        """What its metric is called in logs: gsm8k_accuracy, humaneval_plus_accuracy, ..."""
+        name = self.task.name.replace("+", "_plus").replace("-", "_")
+        return f"{name}_{self.task.metric}"
+
+
+def plan_evals(evals: Sequence[EvalConfig]) -> tuple[PlannedEval, ...]:
+    """Read the tasks of a recipe.
+
+    Raises:
+        FileNotFoundError, ValueError: as `build_task` and `settings_for`.
+    """
+    return tuple(_plan(config) for config in evals)
+
+
+def _plan(config: EvalConfig) -> PlannedEval:
+    task = build_task(
+        config.task, config.data or None, limit=config.limit, limit_seed=config.limit_seed, few_shot=config.few_shot,
+        few_shot_data=config.few_shot_data, options=config.options,
+    )  # fmt: skip
+    settings = settings_for(
+        task, config.preset, num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+        system_prompt=config.system_prompt,
+    )  # fmt: skip
+    return PlannedEval(config, task, settings)
+
+
+class Plan(NamedTuple):
+    """Everything known about a run before a weight is loaded."""
+
+    recipe: Recipe
+    args: DistillConfig
+    tokenizer: PreTrainedTokenizerBase
+    student_config: Any
+    teacher_configs: Mapping[str, Any]
+    """Of each teacher, by its role in messages."""
+    rows: Rows
+    lengths: Lengths
+    verdicts: tuple[Verdict, ...]
+    evals: tuple[Any, ...] = ()
+    """`hpd.training.plan.PlannedEval` of each entry of the recipe's `eval`."""
+    served: ServedTeacher | None = None
+    """The connection to a teacher elsewhere."""
+
+    def require_sound(self) -> None:
+        """Raise ValueError with every verdict that would ruin the run."""
+        errors = [f"{v.topic}: {v.text}" for v in self.verdicts if v.level == "error"]
+        if errors:
+            raise ValueError(" ".join(errors))
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Read configurations, tokenizers and data, and check that they fit together.
+
+    Raises:
+        FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what to do.
+    """
+    quiet_libraries()
+    defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
+    args = train_arguments(recipe, disable_tqdm=True, **defaults)
+    _check_loggers(args)
+    student_config = load_config(recipe.student, "student")
+    tokenizer = load_tokenizer(recipe.student, "student")
+    check_caches(recipe.teacher, tokenizer, args)
+    served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
+    teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
+    rows = load_rows(recipe.data, recipe.teacher.column)
+    if args.chat_template_path is not None:
+        # The trainer puts it there itself, and by then every row has been looked at.
+        tokenizer.chat_template = read_template(args.chat_template_path)
+    verdicts = []
+    for role, config in teacher_configs.items():
+        theirs = teacher_tokenizers[role]
+        if theirs is None:
+            assert served is not None
+            found = served.verdicts()
+        else:
+            found = check_pair(
+                tokenizer, theirs, student_config, config, policy=args.vocabulary, conversational=rows.conversational
+            )
+        several = len(teacher_configs) > 1
+        verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
+    for verdict in verdicts:
+        if verdict.level == "error" and verdict.topic.startswith("chat template"):
+            raise ValueError(verdict.text)
+    rows = _take_templates(rows, tokenizer, recipe, args)
+    check_ids(rows.train, student_config.get_text_config().vocab_size)
+    lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
+    verdicts += _length_verdicts(lengths, args)
+    evals = _plan_evals(recipe, args)
+    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+
+
+def _take_templates(rows: Rows, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, args: DistillConfig) -> Rows:
+    """The rows, all of which the student's chat template takes; a stream's are looked at as they come."""
+    if not rows.conversational:
+        return rows
+    labels, drawn = recipe.data.labels, isinstance(recipe.data.validation, float)
+    names = {"train": "of the training rows" if drawn else "", "validation": "of the validation rows"}
+    train, validation = (
+        check_templates(getattr(rows, part), tokenizer, labels, name=name, num_proc=args.dataset_num_proc)
+        for part, name in names.items()
+    )
+    return rows._replace(train=train, validation=validation)
+
+
+def _check_loggers(args: DistillConfig) -> None:
+    """Unknown or missing trackers, which the Trainer would notice with all models loaded."""
+    try:
+        for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
+            make()
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
+
+
+def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has (None)."""
+    if served is not None:
+        tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        return {"teacher": served.config}, {"teacher": tokenizer}
+    sources = described_by(recipe)
+    configs = {role: load_config(source, role) for role, source in sources.items()}
+    return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
+
+
+def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
+    served = ServedTeacher(recipe.teacher, student_config.get_text_config().vocab_size)
+    served.check_terms(recipe.choose_terms())
+    served.connect(tokenizer)
+    served.check_rows(args.max_length)
+    return served
+
+
+def _plan_evals(recipe: Recipe, args: DistillConfig) -> tuple[Any, ...]:
+    """The recipe's tasks with their examples, so that a missing file is found before a model is loaded."""
+    if not recipe.eval:
+        return ()
+
+    evals = plan_evals(recipe.eval)
+    named = (args.metric_for_best_model or "").removeprefix("eval_")
+    labels = {planned.label: planned.config.every for planned in evals}
+    if named in labels and labels[named] is None:
+        raise ValueError(f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in training.")
+    return evals
+
+
+def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
+    p = lengths.percentiles
+    text = (
+        f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first {lengths.num_rows} rows); "
+        f"max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves {lengths.lost_rows:.1%} without a label"
+    )
+    verdicts = [Verdict("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
+    if lengths.ends_with_eos < 0.5:
+        text = (
+            f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
+        )
+        verdicts.append(Verdict("warning", "end of rows", text))
+    return verdicts
+
+
+def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
+    """The recipe's adapter as peft takes it."""
+    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
+
+
+def steps_of(planned: Plan) -> int | None:
+    """Optimiser steps that the run will take on one process; None for a stream without max_steps."""
+    args, rows = planned.args, planned.rows.train
+    if args.max_steps > 0:
+        return args.max_steps
+    if not hasattr(rows, "__len__"):
+        return None
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return math.ceil(len(rows) / batch * args.num_train_epochs)  # type: ignore[arg-type]

@@ -1,0 +1,141 @@
+"""A stage of preference optimisation (DPO) on the distilled student, by TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+from trl.data_utils import is_conversational
+
+from hpd.batch import uniforms
+from hpd.config.schema import DpoStageConfig, Recipe
+from hpd.data.rows import load_preferences
+from hpd.generation.rollouts import make_engine
+from hpd.methods.prefixes import RolloutConfig
+from hpd.models.load import load_model
+from hpd.training.checkpoints import writing
+from hpd.training.folder import MetricsWriter, RunFolder
+from hpd.training.resumable import Resumable
+from hpd.training.stopping import Interrupted, Signals, ends_resumable
+
+if TYPE_CHECKING:
+    from hpd.progress import Progress
+    from hpd.training.plan import Plan
+
+__all__ = ["dpo_arguments", "preference_rows", "train_preferences"]
+
+
+class _PreferenceTrainer(Resumable, DPOTrainer):
+    """TRL's DPOTrainer with checkpoints that are complete or do not count."""
+
+
+def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress) -> dict[str, Any]:
+    """Run a DPO stage from start (or its last checkpoint) to finish; returns its summary.
+
+    Raises:
+        ValueError: rows without the columns that `dpo.pairs` asks for, or settings that DPOConfig does not have.
+        RunStopped: as `hpd.training.run.train`.
+    """
+    with ends_resumable(Path(recipe.output_dir)) as signals:
+        return _train_preferences(recipe, dpo, progress, signals)
+
+
+def _train_preferences(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals) -> dict[str, Any]:
+    from hpd.training.plan import lora_of, plan
+    from hpd.training.single import evaluate_task, open_together
+
+    planned = plan(recipe)
+    folder = RunFolder(recipe)
+    open_together(folder, planned.args)
+    started = time.perf_counter()
+    student = load_model(recipe.student, "student", planned.args.seed)
+    rows = preference_rows(planned, student, dpo)
+    trainer = _PreferenceTrainer(
+        model=student, args=dpo_arguments(planned, dpo), train_dataset=rows, processing_class=planned.tokenizer,
+        peft_config=lora_of(recipe), callbacks=[MetricsWriter(folder), *progress.callbacks()],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    before = time.perf_counter()
+    with signals.stopping(trainer):
+        trainer.train(resume_from_checkpoint=folder.checkpoint)
+    if trainer.stop_reason is not None:
+        raise Interrupted(trainer.stop_reason)
+    summary: dict[str, Any] = {"method": "dpo", "train seconds": round(time.perf_counter() - before, 1)}
+    with writing(folder.path):
+        trainer.save_model()
+    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    summary |= {"seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
+    if trainer.is_world_process_zero():
+        folder.write_card(summary)
+        folder.write_json("summary.json", summary)
+    return summary
+
+
+def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset:
+    """Rows of prompt, chosen and rejected: the dataset's own, or its completions against the student's."""
+    if dpo.pairs == "data":
+        return load_preferences(planned.recipe.data)
+    rows = planned.rows.train
+    if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
+        raise ValueError("dpo.pairs: rollouts needs rows with prompt and completion (no stream): give them, or pairs: data.")
+    needed = planned.args.max_steps * planned.args.per_device_train_batch_size * planned.args.gradient_accumulation_steps
+    if planned.args.max_steps > 0:
+        rows = rows.select(range(min(len(rows), max(needed, 1))))
+    listed = cast("list[dict[str, Any]]", list(rows))
+    answers = _answers(planned, student, listed)
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer}
+        for row, answer in zip(listed, answers, strict=True)
+        if _text(row["completion"]) != _text(answer)
+    ]
+    if not pairs:
+        raise ValueError("Every rollout of the student equals the dataset's completion: there is nothing to prefer.")
+    return Dataset.from_list(pairs)
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[Any]:
+    """The student's completion of every prompt, in the rows' own format."""
+    tokenizer: Any = planned.tokenizer
+    config = planned.recipe.rollouts or RolloutConfig()
+    chat = is_conversational(rows[0])
+    if chat:
+        encoded: Any = [
+            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
+            for row in rows
+        ]
+    else:
+        encoded = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    accelerator = Accelerator(cpu=planned.args.use_cpu)
+    student.to(accelerator.device)
+    engine = make_engine(config, lambda: student, student, accelerator, tokenizer, None)
+    numbers = uniforms(torch.arange(len(encoded)), seed=planned.args.seed, step=0, count=config.max_new_tokens)
+    written = engine.generate(encoded, [config.max_new_tokens] * len(encoded), numbers, 0)
+    texts = [tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in written]
+    return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+
+
+def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
+    """`train` as far as DPOConfig knows it, and `dpo.args`.
+
+    Raises:
+        ValueError: `dpo.args` names a field that DPOConfig has not.
+    """
+    known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
+    if unknown := [key for key in dpo.args if key not in known]:
+        raise ValueError(f"dpo.args.{unknown[0]} is no field of TRL's DPOConfig.")
+    shared = {key: getattr(planned.args, key) for key in planned.recipe.train if key in known}
+    fixed = {"output_dir": planned.recipe.output_dir, "report_to": "none", "disable_tqdm": True, "bf16": planned.args.bf16}
+    return DPOConfig(**{**fixed, **shared, "use_cpu": planned.args.use_cpu, **dpo.args})

@@ -1,0 +1,304 @@
+"""What a trainer needs to stop at any moment and to go on as if nothing had happened, beside what transformers does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from hpd.training.checkpoints import (
+    CheckpointFailed,
+    check_readable,
+    check_whole,
+    is_complete,
+    mark_complete,
+    newest_complete,
+    read_mark,
+    reading,
+    remove_incomplete,
+    rotate,
+    weights_file,
+    writing,
+)
+
+__all__ = ["Resumable", "StopTraining"]
+
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class StopTraining(Exception):
+    """Leaves the training loop of transformers, which would otherwise finish as a run that has ended does.
+
+    That is: load the best model, delete checkpoints, and log the averages of a whole run.
+    """
+
+
+class Resumable(Trainer):
+    """A Trainer whose checkpoints are complete or do not count, and that stops when it is told to.
+
+    A stop is carried out before the next step, or in an evaluation before its next batch; that evaluation is then done again
+    as a whole where training goes on.
+    """
+
+    stop_reason: str | None = None
+    """Why training was told to stop."""
+    _unfinished: dict[str, Any] | None = None
+    """The evaluation that runs: what it consists of, and the state before it."""
+    _to_repeat: dict[str, Any] | None = None
+    """The evaluation that the resumed checkpoint says was broken off."""
+    last_step: dict[str, Any] | None = None
+    """grad_norm and learning_rate of the last step, where they are needed at the end of an epoch."""
+    _epoch_ended_at: int | None = None
+    """The step after which an epoch was last ended: evaluated, logged and saved, as far as its strategies say."""
+    _to_end: bool = False
+    """Whether the resumed checkpoint was saved behind the last step of an epoch that had not ended yet."""
+    _random: dict[str, Any] | None = None
+    """Random numbers after what was caught up with before the first step."""
+    _follow: TrainerCallback | None = None
+
+    def stop_cleanly(self, reason: str) -> None:
+        """Save a checkpoint and end training before the next step; safe to call from a signal handler or a callback.
+
+        `train` then returns as usual and `stop_reason` says why. With several processes, one that is asked stops all.
+        """
+        self.stop_reason = reason
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+
+        Raises:
+            ValueError: it is True, and there is none.
+            CheckpointUnreadable: a file of it is damaged.
+            CheckpointFailed: a checkpoint could not be written; the one before it is as it was.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_complete(self._run) or "")
+            if not resume_from_checkpoint:
+                raise ValueError(f"There is no complete checkpoint in {self._run}.")
+        if resume_from_checkpoint:
+            check_readable(Path(resume_from_checkpoint))
+            self._resume_notes(Path(resume_from_checkpoint))
+        if self._follow is not None:
+            self.remove_callback(self._follow)
+        # Last of the callbacks: those before restore what an evaluation may change, and ask for what an epoch ends with.
+        self._follow = _Follow(self, str(resume_from_checkpoint or ""))
+        self.add_callback(self._follow)
+        try:
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        except StopTraining:
+            self.end_early()
+            return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def _resume_notes(self, checkpoint: Path) -> None:
+        notes = read_mark(checkpoint) or {}
+        self._to_repeat = notes.get("evaluation")
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        ended = notes.get("epoch_ended", True)
+        self._epoch_ended_at = state.global_step if ended else None
+        self._to_end = not ended and float(state.epoch).is_integer()
+
+    def end_early(self) -> None:
+        """Save what was done so far, and tell the callbacks that training is over."""
+        try:
+            if self._unfinished is not None:
+                before = self._unfinished
+                del self.state.log_history[before["logs"] :]
+                self.state.stateful_callbacks = before["callbacks"]
+                _set_random(before["random"])
+            self.save_checkpoint()
+        finally:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
+        if self.state.global_step:
+            self._save_checkpoint(self.model, trial=None)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: the same answer on all of them."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        mine = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(mine, "sum") > 0)  # type: ignore[operator]
+
+    def stop_if_asked(self) -> None:
+        """Raise StopTraining, on all processes or on none, where any was told to stop."""
+        if self.agree(self.stop_reason is not None):
+            self.stop_reason = self.stop_reason or "Another process was told to stop."
+            raise StopTraining
+
+    def stop_in_evaluation(self) -> None:
+        """`stop_if_asked`, if this is an evaluation of training: others have no checkpoint to go on from."""
+        if self._unfinished is not None:
+            self.stop_if_asked()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.stop_if_asked()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.stop_in_evaluation()
+        return super().prediction_step(*args, **kwargs)
+
+    def evaluation_plan(self) -> dict[str, Any]:
+        """What the next evaluation will consist of, as JSON; nothing, where all are alike."""
+        return {}
+
+    def plan_evaluation(self, plan: dict[str, Any]) -> None:
+        """Have the next evaluation consist of that."""
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        self._unfinished = {
+            "plan": self.evaluation_plan(), "logs": len(self.state.log_history),
+            "callbacks": copy.deepcopy(self.state.stateful_callbacks), "random": _get_random(),
+        }  # fmt: skip
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._unfinished = None
+        return metrics
+
+    def catch_up(self, checkpoint: str) -> None:
+        """Do what the resumed checkpoint was saved before: the rest of an evaluation, and the end of its epoch."""
+        if not checkpoint:
+            return
+        # An evaluation leaves the model in evaluation mode until the next step, and logs go by that.
+        last = self.state.log_history[-1] if self.state.log_history else {}
+        evaluated = last.get("step") == self.state.global_step and any(name.startswith("eval_") for name in last)
+        self.model.train(not evaluated)  # type: ignore[union-attr]
+        if self._to_repeat is None and not self._to_end:
+            return
+        # An evaluation draws a number for its loader, as it did in the run that nothing disturbed.
+        self._load_rng_state(checkpoint)
+        plan, self._to_repeat = self._to_repeat, None
+        if plan is not None:
+            self.plan_evaluation(plan)
+            is_best = self._determine_best_metric(self._evaluate(None, None), None)
+            if is_best and self.args.save_strategy == SaveStrategy.BEST:
+                self._save_checkpoint(self.model, None)
+        if self._to_end:
+            self._end_epoch()
+        self._random = _get_random()
+
+    def _end_epoch(self) -> None:
+        """What the Trainer does behind the last step of an epoch, and skips where it goes on from there."""
+        self._to_end, step = False, self.last_step or {}
+        model: Any = self.model
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self._maybe_log_save_evaluate(
+            self._tr_loss, step.get("grad_norm"), model, None, self.state.epoch, None, time.time(),
+            learning_rate=step.get("learning_rate"),
+        )  # fmt: skip
+
+    def end_of_epoch(self, control: TrainerControl) -> None:
+        """Note that an epoch ends here, or keep what was done at this step already from being done twice."""
+        if self._epoch_ended_at == self.state.global_step:
+            control.should_log = control.should_evaluate = control.should_save = False
+            self.drop_evaluation()
+        self._epoch_ended_at = self.state.global_step
+
+    def drop_evaluation(self) -> None:
+        """Forget what the next evaluation was to consist of."""
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.agree(is_complete(folder)):
+            # Saved before: writing it again in place could spoil it. Which one is best may have been found since.
+            self._name_best(folder.parent)
+            return
+        if self.args.should_save:
+            remove_incomplete(folder)
+        self.accelerator.wait_for_everyone()
+        # transformers would delete older checkpoints before this one counts.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    mark_complete(folder, self._notes())
+        except CheckpointFailed:
+            if self.args.should_save:  # half a checkpoint on a full disk is in the way of the next one
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate(folder.parent, limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _notes(self) -> dict[str, Any]:
+        step, unfinished = self.state.global_step, self._unfinished or {}
+        return {"step": step, "evaluation": unfinished.get("plan"), "epoch_ended": self._epoch_ended_at == step}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(weights_file(Path(resume_from_checkpoint))):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # transformers goes on with a warning, which leaves what the file lacks as it was before training.
+        check_whole(self.model, load_result)  # type: ignore[arg-type]
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_best_model(self) -> None:
+        with reading(weights_file(Path(str(self.state.best_model_checkpoint)))):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "") / "optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._random is not None:
+            state, self._random = self._random, None
+            _set_random(state)
+            return
+        rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        with reading(Path(checkpoint or "") / f"rng_state{rank}.pth"):
+            super()._load_rng_state(checkpoint)
+
+    def _name_best(self, run: Path) -> None:
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+
+class _Follow(TrainerCallback):
+    """Before the first step of a resumed run, while no random number of training has been drawn; and behind each epoch."""
+
+    def __init__(self, trainer: Resumable, checkpoint: str):
+        self._trainer, self._checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.catch_up(self._checkpoint)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.end_of_epoch(control)
+
+
+def _get_random() -> dict[str, Any]:
+    """The state of all random numbers of this process."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random(state: dict[str, Any]) -> None:
+    """Go on where `_get_random` was called."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

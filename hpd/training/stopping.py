@@ -1,0 +1,126 @@
+"""How a run ends before its end: whatever stopped it, its user learns what is kept and how to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from hpd.teachers import TeacherUnavailable
+from hpd.training.checkpoints import CheckpointFailed, newest_complete
+from hpd.training.guards import NonFinite
+
+__all__ = ["Interrupted", "RunStopped", "Signals", "catch_signals", "ends_resumable", "stopped"]
+
+
+# A disk that takes no more, or nothing at all.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+class RunStopped(RuntimeError):
+    """The run ended before its last step, in a state that it can go on from.
+
+    Args:
+        message: why, and what is kept.
+        overrides: what the command needs besides, or it would stop there again.
+    """
+
+    def __init__(self, message: str, overrides: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.overrides = overrides
+
+
+def stopped(reason: str, run: Path, overrides: tuple[str, ...] = ()) -> RunStopped:
+    """The error for a run that was stopped for a reason."""
+    kept = newest_complete(run)
+    what = (
+        f"the checkpoint of step {kept.name.removeprefix('checkpoint-')} is in {run}" if kept else "there is no checkpoint yet"
+    )
+    how = "goes on from there" if kept else "starts again"
+    same = f"the same command with {' '.join(overrides)}" if overrides else "the same command"
+    return RunStopped(f"{reason} Training stopped: {what}, and {same} {how}.", overrides)
+
+
+@contextlib.contextmanager
+def ends_resumable(run: Path) -> Iterator[Signals]:
+    """Signals, a full disk, a teacher that stays away and NaN end what is in this context as `RunStopped`.
+
+    Raises:
+        RunStopped: says what is kept, and what goes on from there.
+    """
+    try:
+        with catch_signals() as signals:
+            yield signals
+    except NonFinite as error:
+        raise stopped(str(error), run, ("guards.non_finite=skip",)) from error
+    except (CheckpointFailed, TeacherUnavailable, Interrupted) as error:
+        raise stopped(str(error), run) from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise stopped(f"{error.filename or run} could not be written: {error.strerror}.", run) from error
+
+
+class _Stoppable(Protocol):
+    def stop_cleanly(self, reason: str) -> None: ...
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal arrived where nothing runs that could be stopped cleanly: loading, and evaluation outside training."""
+
+
+class Signals:
+    """The handler. While a trainer trains it is told to stop; elsewhere the signal is raised as `Interrupted`."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._trainer: _Stoppable | None = None
+        self._received: str | None = None
+
+    @contextlib.contextmanager
+    def stopping(self, trainer: _Stoppable) -> Iterator[None]:
+        """Tell `trainer` to stop, instead of raising, inside this context."""
+        self._trainer = trainer
+        try:
+            yield
+        finally:
+            self._trainer = None
+
+    def handle(self, number: int, frame: Any) -> None:
+        """A second signal ends the program at once; checkpoints are then as after a kill."""
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        # A forked helper (a loader's worker, a grader) inherits the handler; Ctrl-C reaches it too, and it is still needed.
+        forked = os.getpid() != self._process
+        if forked and number == signal.SIGINT:
+            return
+        if forked or self._received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._received = name
+        if self._trainer is None:
+            raise Interrupted(f"{name}.")
+        self._trainer.stop_cleanly(f"{name}.")
+        # Not print: the handler may have interrupted one.
+        os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Signals]:
+    """Handle SIGTERM and SIGINT inside this context, if it runs in the main thread; others cannot."""
+    signals = Signals()
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            # None: not installed from Python, and so not to be had back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
