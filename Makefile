@@ -42,10 +42,10 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
 
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -q tests/test_faults.py -m "slow or not slow"
+	$(BIN)/python -m pytest -q tests/training/test_faults.py -m "slow or not slow"
 
 test-distributed: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/test_distributed.py tests/test_distributed_rollouts.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/training/test_distributed.py tests/training/test_distributed_rollouts.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

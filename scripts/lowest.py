@@ -16,10 +16,10 @@ if sys.version_info >= (3, 11):
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
-    "tests/test_config.py",
-    "tests/test_data.py",
-    "tests/test_losses.py",
-    "tests/test_trainer.py",
+    "tests/config/test_config.py",
+    "tests/data/test_data.py",
+    "tests/losses/test_losses.py",
+    "tests/training/test_trainer.py",
     "tests/test_generate.py",
 ]
 _KEPT = ("torch",)

@@ -15,7 +15,9 @@ from jaxtyping import install_import_hook
 
 # The modules whose signatures carry shapes. The trainer's are left out, their types are foreign classes and protocols; so are
 # the objectives', since torch.compile, which their tests use, cannot trace the checks.
-SHAPED = ["batch", "estimators", "forward", "functional", "losses", "sampling", "supports", "terms"]
+SHAPED = [
+    "batch", "losses", "methods.sampling", "methods.supports", "methods.terms", "models.forward", "objectives.estimators",
+]  # fmt: skip
 install_import_hook([f"hpd.{module}" for module in SHAPED], "beartype.beartype")
 
 torch.set_num_threads(2)

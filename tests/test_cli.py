@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from tiny_models import tiny_pair
+from helpers.tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 ROWS = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(24)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_grid import tiny_experiment
-from tiny_models import tiny_pair
+from helpers.tiny_grid import tiny_experiment
+from helpers.tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from hpd.evaluate.run import EvalResult, Record, evaluate
     from hpd.evaluate.task import Example, Task, Verdict
     from hpd.evaluate.tasks import PRESETS, TASKS, make_task, settings_for
-    from hpd.generation.engine import Answer, Prompt
     from hpd.generation.settings import GenerationSettings
+    from hpd.generation.texts import Answer, Prompt
 
 # One table: a name and its home.
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
         "hpd.evaluate.run": ("EvalResult", "Record", "evaluate"),
         "hpd.evaluate.task": ("Example", "Task", "Verdict"),
         "hpd.evaluate.tasks": ("PRESETS", "TASKS", "make_task", "settings_for"),
-        "hpd.generation.engine": ("Answer", "Prompt"),
+        "hpd.generation.texts": ("Answer", "Prompt"),
         "hpd.generation.settings": ("GenerationSettings",),
     }.items()
     for name in names

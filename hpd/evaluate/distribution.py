@@ -17,8 +17,9 @@ from hpd.data.rows import _tokenise
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.statistics import Estimate, Floats, Statistic, estimate, ratio, row_weights
 from hpd.evaluate.token_statistics import RowSums, TextTokens, distinct_ngrams, longest_loop, repeated_ngrams, sum_rows
-from hpd.generation.engine import Prompt, Request, TransformersEngine, encode_prompt, end_token_ids
+from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids
 from hpd.generation.settings import GenerationSettings
+from hpd.generation.texts import Prompt
 from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
 

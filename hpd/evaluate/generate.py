@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.evaluate.task import Example
-from hpd.generation.engine import Answer, Engine, Message, Prompt, Request, TransformersEngine, encode_prompt
+from hpd.generation.engine import Engine, Request, TransformersEngine, encode_prompt
 from hpd.generation.settings import GREEDY, GenerationSettings
+from hpd.generation.texts import Answer, Message, Prompt
 
 __all__ = ["Generated", "Group", "PartialAnswers", "Progress", "answer_examples", "generate_answers"]
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from hpd.evaluate.generate import Generated, PartialAnswers, Progress, answer_examples
 from hpd.evaluate.statistics import Floats, majority, mean_interval, mean_over_problems, pass_at_k, sampling_interval
 from hpd.evaluate.task import Comparable, Example, Summary, Task, Verdict
-from hpd.generation.engine import Answer, Engine, FinishReason, Prompt, TransformersEngine
+from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GREEDY, GenerationSettings
+from hpd.generation.texts import Answer, FinishReason, Prompt
 
 __all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_entry", "write_result"]
 

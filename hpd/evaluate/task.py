@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from hpd.generation.engine import Answer, Prompt
+from hpd.generation.texts import Answer, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

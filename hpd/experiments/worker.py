@@ -21,7 +21,7 @@ from hpd.evaluate.tasks import build_task, settings_for
 from hpd.experiments.budget import BudgetCallback
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
-from hpd.generation.engine import Prompt
+from hpd.generation.texts import Prompt
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress, quiet_libraries
 from hpd.training.run import train

@@ -5,8 +5,7 @@ Axes: B batch, T time (prompt and answer), V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -24,42 +23,16 @@ from transformers import (
 
 from hpd.data.templates import taken_by_template
 from hpd.generation.settings import GenerationSettings
+from hpd.generation.texts import Answer, Prompt
 
 __all__ = [
-    "Answer",
     "Engine",
-    "FinishReason",
-    "Message",
-    "Prompt",
     "Request",
     "TransformersEngine",
     "encode_prompt",
     "end_token_ids",
     "longest_first",
 ]
-
-
-Message: TypeAlias = dict[str, str]
-
-
-Prompt: TypeAlias = str | list[Message]
-
-
-FinishReason: TypeAlias = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a model wrote."""
-
-    text: str
-    """Without special tokens, and without the stop string. Of a conversation: the last reply."""
-    turns: tuple[str, ...] = ()
-    """Every reply of a conversation, the last is `text`; empty where there are no follow-ups."""
-    num_tokens: int = 0
-    """Tokens written, the end token included; of a conversation: of all replies."""
-    finish_reason: FinishReason = "stop"
-    """"stop": the model ended its answer, or wrote a stop string; "length": it was cut (in any turn)."""
 
 
 class Request(NamedTuple):

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hpd.generation.engine import Answer, Request, longest_first
+from hpd.generation.engine import Request, longest_first
 from hpd.generation.settings import GenerationSettings
+from hpd.generation.texts import Answer
 
 __all__ = ["VllmEngine"]
 

@@ -19,7 +19,7 @@ from hpd.evaluate.benchmarks.code_problems import (
 from hpd.evaluate.benchmarks.rows import Data
 from hpd.evaluate.sandbox import Limits, Outcome, Program, Tests, run_many, sandbox_report
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.engine import Answer
+from hpd.generation.texts import Answer
 
 Style: TypeAlias = Literal["instruct", "completion"]
 

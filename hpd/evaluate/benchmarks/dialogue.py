@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.engine import Answer
+from hpd.generation.texts import Answer
 
 __all__ = ["RougeTask", "alpaca_prompt", "dolly", "rouge_l", "self_instruct", "sni", "vicuna"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from hpd.evaluate.benchmarks.answers import final_answer, same_answer, stated_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.engine import Answer, Message, Prompt
+from hpd.generation.texts import Answer, Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "messages")
 

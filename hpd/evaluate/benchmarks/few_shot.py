@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpd.evaluate.task import Comparable, Example, Summary, Task, Verdict
-from hpd.generation.engine import Answer
+from hpd.generation.texts import Answer
 
 __all__ = ["FewShot", "Subset"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from hpd.evaluate.benchmarks.answers import stated_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.engine import Answer
+from hpd.generation.texts import Answer
 
 __all__ = ["Gpqa", "chosen_letter"]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from hpd.generation.engine import Message
+from hpd.generation.texts import Message
 
 __all__ = ["Judge", "JudgeSettings", "Ruling", "Usage", "tokens_of"]
 

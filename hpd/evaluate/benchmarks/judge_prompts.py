@@ -13,7 +13,7 @@ import yaml
 
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.benchmarks.win_rates import LABELS
-from hpd.generation.engine import Message
+from hpd.generation.texts import Message
 
 __all__ = ["FIVE_POINTS", "PREFERENCE", "JudgePrompt", "load_fastchat_prompts", "load_prompt", "read_label", "read_rating"]
 

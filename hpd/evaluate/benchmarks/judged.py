@@ -11,7 +11,7 @@ from hpd.evaluate.benchmarks.judged_tasks import Games, MTBench, PairwiseTask
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.benchmarks.win_rates import length_controlled_win_rate, style_controlled_win_rate, style_differences
 from hpd.evaluate.task import Example
-from hpd.generation.engine import Answer
+from hpd.generation.texts import Answer
 
 __all__ = ["alpaca_eval", "arena_hard", "mt_bench"]
 

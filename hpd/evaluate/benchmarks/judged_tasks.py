@@ -10,7 +10,7 @@ from hpd.evaluate.benchmarks.judge_client import Judge, Usage, tokens_of
 from hpd.evaluate.benchmarks.judge_prompts import JudgePrompt, read_label, read_rating
 from hpd.evaluate.benchmarks.win_rates import LABELS, position_bias
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.engine import Answer, Message
+from hpd.generation.texts import Answer, Message
 
 __all__ = ["Games", "MTBench", "PairwiseTask"]
 

@@ -9,7 +9,7 @@ from hpd.evaluate.benchmarks.answers import final_answer, last_math, plain_numbe
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.benchmarks.verifier import Comparison, Outcome, compare_all
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.engine import Answer
+from hpd.generation.texts import Answer
 
 __all__ = [
     "BOXED",

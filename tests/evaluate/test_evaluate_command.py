@@ -1,0 +1,104 @@
+"""`hpd eval` as users run it: several models and tasks, metrics, and lm-evaluation-harness with a local task."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.tiny_models import tiny_pair
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("command")
+    tiny_pair("qwen2", folder)
+    rows = [{"question": f"add {i} and {i}:", "answer": f"#### {2 * i}"} for i in range(6)]
+    for name, texts in (
+        ("problems.jsonl", rows),
+        ("texts.jsonl", [{"prompt": r["question"], "completion": r["answer"]} for r in rows]),
+    ):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+def hpd(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "COLUMNS": "220", "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "hpd", "eval", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+
+
+def test_models_side_by_side_with_a_paired_test(workspace):
+    done = hpd(
+        workspace, "student", "teacher", "--tasks", "gsm8k=problems.jsonl,exact-match=problems.jsonl", "--max-new-tokens", 4,
+        "--samples", 2, "--temperature", 1, "--output", "both",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("student", "teacher", "against first", "pass@2", "maj@2", "6 problems, 2 samples each", "paired bootstrap"):
+        assert text in done.stdout, text
+    entries = json.loads((workspace / "both" / "evals.json").read_text())
+    assert [(entry["model"], entry["task"]) for entry in entries] == [
+        (model, task) for model in ("student", "teacher") for task in ("gsm8k", "exact-match")
+    ]
+    assert len((workspace / "both" / "records-gsm8k.jsonl").read_text().splitlines()) == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["student", "--tasks", "gsm8j"], "Did you mean 'gsm8k'"),
+        (["student", "student", "--data", "problems.jsonl"], "named twice"),
+        (["student", "--data", "problems.jsonl", "--engine", "vllm"], "pip install 'hpd[vllm]'"),
+        (["student", "--data", "problems.jsonl", "--tensor-parallel", 2], "needs --engine vllm"),
+        (["student", "--data", "problems.jsonl", "--teacher", "teacher"], "--teacher has no effect"),
+        (["student", "--metrics", "kl", "--data", "texts.jsonl"], "give one with --teacher"),
+        (
+            ["student", "--metrics", "entropy", "--data", "texts.jsonl", "--few-shot", 2],
+            "--few-shot has no effect on --metrics",
+        ),
+        (["student", "--harness", "other", "--tasks", "x"], "Unknown harness"),
+        (["student", "--harness", "lm-eval", "--tasks", "x", "--preset", "paper"], "--preset has no effect on --harness"),
+    ],
+)
+@pytest.mark.slow
+def test_mistakes_are_one_paragraph(workspace, arguments, message):
+    done = hpd(workspace, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_of_the_distribution(workspace):
+    done = hpd(
+        workspace, "student", "--metrics", "kl,entropy", "--teacher", "teacher", "--data", "texts.jsonl", "--limit", 4,
+        "--max-new-tokens", 8, "--output", "metrics",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "forward kl" in done.stdout
+    (entry,) = json.loads((workspace / "metrics" / "evals.json").read_text())
+    assert (entry["model"], entry["teacher"], entry["metrics"]) == ("student", "teacher", ["kl", "entropy"])
+    assert entry["distribution"]["dataset"]["forward_kl"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_lm_eval_runs_a_local_task_on_our_checkpoint(workspace):
+    pytest.importorskip("lm_eval")
+    tasks = workspace / "yaml"
+    tasks.mkdir()
+    task = {
+        "task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(workspace / "problems.jsonl")}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
+    done = hpd(workspace, "student", "--harness", "lm-eval", "--tasks", "sums", "--data", tasks, "--limit", 3, "--output", "lm")
+    assert done.returncode == 0, done.stderr
+    assert "exact_match,none" in done.stdout
+    (entry,) = json.loads((workspace / "lm" / "evals.json").read_text())
+    assert 0.0 <= entry["results"]["sums"]["exact_match,none"] <= 1.0
+    unknown = hpd(workspace, "student", "--harness", "lm-eval", "--tasks", "summs", "--data", tasks)
+    assert unknown.returncode == 2
+    assert "lm-eval has no task 'summs'" in unknown.stderr

@@ -1,0 +1,390 @@
+"""The report of really trained runs: its numbers, its text forms, and its page in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from helpers.tiny_grid import SCRIPT, command, hpd, tiny_grid
+
+from hpd.experiments.experiment import read_experiment
+from hpd.experiments.pages import Watcher, make_server, render_markdown, render_page, write_report
+from hpd.experiments.plots import Panel, heat_maps, scaling_panels, to_png, to_svg
+from hpd.experiments.report import build_report
+from hpd.experiments.results import Results, Run, higher_is_better, read_results
+from hpd.experiments.tables import ablation_table
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+DRIVER = shutil.which("chromedriver")
+PHONE_WIDTH = 390
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    return tiny_grid(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def page(grid):
+    return (grid / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_those_of_the_runs(grid):
+    with (grid / "report" / "data" / "results.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    for method in ("hpd", "forward_kl"):
+        found = [json.loads((grid / "runs" / f"{method}__seed-{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+        expected = sum(summary["forward_kl after"] for summary in found) / 2
+        assert float(rows[method]["forward kl"]) == pytest.approx(expected)
+        assert rows[method]["seeds"] == "2"
+    assert rows["teacher"]["accuracy"] == str(json.loads((grid / "teacher" / "figures.json").read_text())["accuracy"])
+
+
+def test_a_finding_that_two_seeds_cannot_bear_is_called_none(grid):
+    report = build_report([grid])
+    assert [c.metric for c in report.comparisons] == ["accuracy", "forward_kl"]
+    assert report.comparisons[0].num_examples == 6
+    assert report.comparisons[0].p_permutation >= 0.5
+    assert all("2 seeds" in line for line in report.verdicts)
+    assert report.status.startswith("4 of 4 runs finished, 2 variants, 2 seeds")
+
+
+def test_every_table_and_plot_lies_beside_the_page_as_a_file(grid):
+    folder = grid / "report"
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\((plots/[^)]+\.png)\)", markdown)
+    assert len(pictures) >= 8
+    for picture in pictures:
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+        assert (folder / "data" / f"{picture.removeprefix('plots/').removesuffix('.png')}.csv").is_file()
+    for title in (
+        "Results",
+        "Who wins",
+        "Robustness to the tuned setting",
+        "Over training",
+        "Stability",
+        "Recipes",
+        "Environment",
+    ):
+        assert f"## {title}" in markdown
+    assert "| weight\\_decay" not in markdown.split("\n")[0]
+    for line in markdown.split("\n"):
+        assert line.count("<script") == 0
+
+
+def test_recipes_are_compared_key_by_key(grid):
+    with (grid / "report" / "data" / "recipes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"hpd", "forward_kl"}
+    assert set(rows[0]) <= {"variant", "method", "train.weight_decay"}
+
+
+def test_text_of_models_and_users_is_escaped(grid, page):
+    assert SCRIPT not in page
+    assert "&lt;script&gt;" in page
+    assert "<b>calm</b>" not in page
+    assert page.count("<script>") == 1
+    assert "default-src 'none'" in page
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+
+
+def test_plain_run_folders_get_a_report_and_a_baseline(grid, tmp_path):
+    runs = sorted((grid / "runs").iterdir())
+    chosen = json.loads((grid / "tuned.json").read_text())
+    decays = {choice["group"]: choice["chosen"] for choice in chosen}
+    # Recipe keys that differ are the axes; a decay that both were tuned to is none.
+    baseline = "forward_kl" + (f", weight_decay={decays['forward_kl']}" if len(set(decays.values())) > 1 else "")
+    done = command("report", *runs, "--output", tmp_path / "out", "--baseline", baseline)
+    assert done.exit_code == 0, done.output
+    assert "against forward_kl" in done.output or " forward_kl" in done.output
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert command("report", *runs, "--baseline", "nobody").exit_code == 2
+    assert command("report", grid / "runs").exit_code == 2
+
+
+def test_runs_of_other_software_are_refused_unless_allowed(grid, tmp_path):
+    copies = [shutil.copytree(grid / "runs" / f"{method}__seed-0", tmp_path / method) for method in ("hpd", "forward_kl")]
+    path = copies[0] / "environment.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "python": "2.7"}))
+    with pytest.raises(ValueError, match="python: 2.7 and"):
+        read_results(copies)
+    assert len(read_results(copies, ["python"]).runs) == 2
+
+
+def test_an_unfinished_run_is_counted_and_its_curve_is_drawn(grid, tmp_path):
+    copy = shutil.copytree(grid, tmp_path / "grid")
+    unfinished = copy / "runs" / "hpd__seed-1"
+    for name in ("summary.json", "experiment.json"):
+        (unfinished / name).unlink()
+    with (unfinished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # a line that is being written
+    report = build_report([copy])
+    assert report.status.startswith("3 of 4 runs finished")
+    assert "no consistent win" in report.verdicts[0]
+    shutil.rmtree(copy / "runs")
+    empty = build_report([copy])
+    assert empty.status.startswith("0 of 4 runs finished")
+    assert empty.verdicts == []
+    assert "<html" in render_page(empty)
+
+
+def synthetic(axes, value, seeds=(0, 1)):
+    """Runs whose accuracy is a function of their axes: only for what a grid of two methods does not show."""
+    runs = [
+        Run(folder=None, axes=labels, group=", ".join(labels.values()), seed=seed, recipe={},
+            figures={"accuracy": value(labels, seed)}, logs=[], records={}, answers={}, environment={}, cost={}, teacher={})
+        for labels in axes for seed in seeds
+    ]  # fmt: skip
+    return Results(title="t", runs=runs, axes=tuple(axes[0]))
+
+
+def test_heat_map_and_scaling_hold_the_means():
+    axes = [{"method_kwargs.reverse": r, "method_kwargs.draw_share": d} for r in ("0.5", "1") for d in ("0", "0.5", "1")]
+    results = synthetic(axes, lambda labels, seed: float(labels["method_kwargs.reverse"]) + seed)
+    (panel,) = heat_maps(results, ["accuracy"])
+    assert ("0.5", "0", 1.0, 2) in panel.rows
+    assert len(panel.rows) == 6
+    assert to_svg(panel).startswith("<svg role")
+    assert to_png(panel).startswith(b"\x89PNG")
+    lines = scaling_panels(
+        synthetic([{"method": m, "data.limit": n} for m in "ab" for n in ("100", "1000")], lambda a, s: s), ["accuracy"]
+    )
+    assert [panel.title for panel in lines] == ["accuracy over limit"]
+    assert ("a", 100.0, 0.5, pytest.approx(0.5 - 6.3531, abs=1e-3), pytest.approx(0.5 + 6.3531, abs=1e-3)) in lines[0].rows
+
+
+def test_ablation_is_the_paired_effect_of_each_switch():
+    axes = [{"k.mask": m, "k.reinforce": r} for m in ("off", "on") for r in ("off", "on")]
+    results = synthetic(axes, lambda a, seed: 0.5 + 0.1 * (a["k.mask"] == "on") - 0.2 * (a["k.reinforce"] == "on") + seed)
+    table = ablation_table(results, ["accuracy"])
+    assert table is not None
+    assert [(row[0], row[1], round(row[3].sort, 6), row[5]) for row in table.rows] == [
+        ("mask", "off → on", 0.1, 4), ("reinforce", "off → on", -0.2, 4),
+    ]  # fmt: skip
+
+
+def test_figures_follow_the_colours_of_the_page():
+    def draw(axis):
+        axis.plot([0, 1], [0, 1], color="#3f7fc1")
+        axis.set_xlabel("step <i>")
+
+    svg = to_svg(Panel("curve", 'a "title" <b>', ("x", "y"), [(0, 0)], draw))
+    assert "currentColor" in svg
+    assert "var(--line)" in svg
+    assert "step &lt;i&gt;" in svg
+    assert 'aria-label="a &quot;title&quot; &lt;b>"' in svg
+    ids = re.findall(r'\bid="([^"]+)"', svg)
+    assert ids
+    assert all(name.startswith("curve-") for name in ids)
+    for used in re.findall(r'xlink:href="#([^"]+)"', svg):
+        assert used in ids
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("accuracy", True), ("sampled_accuracy", True), ("own_reverse_kl", False), ("loss", False), ("student_entropy", None)],
+)
+def test_direction_of_metrics(metric, better):
+    assert higher_is_better(metric) is better
+
+
+def test_watch_serves_this_machine_only_and_sees_new_results(grid, tmp_path):
+    copy = shutil.copytree(grid, tmp_path / "grid")
+    watcher = Watcher([copy], lambda: render_page(build_report([copy]), live=True))
+    with make_server(watcher, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server.server_address[0] == "127.0.0.1"
+        address = f"http://127.0.0.1:{server.server_port}"
+
+        def get(path, host=None):
+            request = urllib.request.Request(address + path, headers={"Host": host} if host else {})
+            return urllib.request.urlopen(request, timeout=60).read().decode()
+
+        assert "4 of 4 runs finished" in get("/")
+        first = get("/version")
+        assert get("/version") == first
+        (copy / "runs" / "hpd__seed-1" / "summary.json").unlink()
+        (copy / "runs" / "hpd__seed-1" / "experiment.json").unlink()
+        assert get("/version") != first
+        assert "3 of 4 runs finished" in get("/")
+        for path, host in (("/", "evil.example"), ("/../etc/passwd", None)):
+            with pytest.raises(urllib.error.HTTPError):
+                get(path, host)
+        server.shutdown()
+
+
+def test_watch_command_prints_its_address(grid):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpd", "report", str(grid), "--watch", "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        assert address, line
+        assert "<html" in urllib.request.urlopen(address[0], timeout=60).read().decode()
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def show(browser, grid, width=1200, scheme="light"):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get((grid / "report" / "index.html").as_uri())
+
+
+def test_page_in_a_browser_has_plots_and_no_errors(grid, browser):
+    show(browser, grid)
+    assert browser.get_log("browser") == []
+    assert browser.title == "tiny"
+    assert browser.execute_script("return document.querySelectorAll('figure svg').length") >= 8
+    empty = (
+        "return [...document.querySelectorAll('figure svg')]"
+        ".filter(s => s.getBBox().width < 50 || !s.querySelector('path')).length"
+    )
+    assert browser.execute_script(empty) == 0
+    twice = (
+        "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.filter((x, i) => ids.indexOf(x) !== i)"
+    )
+    assert browser.execute_script(twice) == []
+
+
+def test_tables_sort_on_click(grid, browser):
+    show(browser, grid)
+    column = (
+        "const t = document.querySelector('#results table'); const i = [...t.tHead.rows[0].cells].findIndex(c => "
+        "c.textContent.trim() === 'loss'); return [...t.tBodies[0].rows].map(r => r.cells[i].dataset.sort)"
+    )
+    click = (
+        "[...document.querySelectorAll('#results th button')].find(b => b.textContent.trim() === 'loss').click();"
+        "return [...document.querySelectorAll('#results th')].map(h => h.getAttribute('aria-sort')).filter(Boolean)"
+    )
+    assert browser.execute_script(click) == ["ascending"]
+    rising = browser.execute_script(column)
+    assert browser.execute_script(click) == ["descending"]
+    falling = browser.execute_script(column)
+    # The teacher has no loss: what is empty stays last.
+    assert rising[-1] == falling[-1] == ""
+    values = [float(value) for value in rising[:-1]]
+    assert values == sorted(values)
+    assert falling[:-1] == rising[:-1][::-1]
+    assert len(set(values)) == 2
+
+
+def test_phone_width_and_dark_mode(grid, browser):
+    show(browser, grid, PHONE_WIDTH, "dark")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE_WIDTH
+    paper, ink, curve = browser.execute_script(
+        "const s = e => getComputedStyle(e); return [s(document.body).backgroundColor, s(document.body).color, "
+        "s(document.querySelector('figure svg text')).fill]"
+    )
+    dark, light = ([int(x) for x in re.findall(r"\d+", color)[:3]] for color in (paper, ink))
+    assert max(dark) < 60
+    assert min(light) > 180
+    assert curve == ink  # figures follow
+    smallest = browser.execute_script(
+        "return Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
+    )
+    assert smallest >= 8
+    show(browser, grid, PHONE_WIDTH)
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_script_in_an_answer_is_shown_and_not_run(grid, browser):
+    show(browser, grid)
+    assert browser.title == "tiny"
+    assert SCRIPT in browser.execute_script("return document.querySelector('#samples').textContent")
+
+
+def test_trackers_come_from_the_trainer(grid, tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    recipe = grid / "runs" / "forward_kl__seed-0" / "recipe.yaml"
+    done = hpd("train", recipe, f"output_dir={tmp_path / 'run'}", "train.report_to=tensorboard", "train.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_markdown_cells_cannot_start_markup(grid, tmp_path):
+    report = build_report([grid])._replace(title="a | b *c*", verdicts=["<img src=x onerror=alert(1)>"])
+    text = render_markdown(report)
+    assert "# a \\| b \\*c\\*" in text
+    assert "<img" not in text
+    assert write_report(report, tmp_path / "again").is_file()
+
+
+def test_experiment_file_of_the_report_is_the_frozen_copy(grid):
+    frozen = read_experiment((grid / "experiment.yaml").read_text())
+    assert frozen.name == build_report([grid]).title == "tiny"
+
+
+def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "results_script", Path(__file__).resolve().parents[2] / "scripts" / "results.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page, blocks = tmp_path / "results.md", ("results", "verdicts", "verdicts hpd", "stability")
+    page.write_text("# R\n" + "".join(f"\n<!-- table grid {block} -->\n<!-- end -->\n" for block in blocks) + "\nend\n")
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "TARGET", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["results.py", "--runs", str(grid.parent)])
+    for _ in range(2):  # filled again, nothing is added
+        script.main()
+        text = page.read_text()
+        assert text.count("<!-- table grid") == text.count("<!-- end -->") == len(blocks)
+    assert "| against forward_kl | accuracy | forward kl |" in text
+    assert "| against hpd | accuracy | forward kl |" in text
+    assert text.count("no consistent win") == 4  # two seeds bear no finding
+    assert (tmp_path / "results" / "grid" / "report.md").is_file()
+    assert not (tmp_path / "results" / "grid" / "index.html").exists()
+
+
+def test_powers_of_a_logarithmic_axis_are_plain_numbers():
+    from hpd.experiments.plots import _line_panel
+
+    panel = _line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
+    assert ">0.01<" in to_svg(panel)
+    assert "mathdefault" not in to_svg(panel)
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    def draw(axis):
+        axis.plot([0, 1], [0, 1], label="costs $\\frac$ more")
+        axis.legend()
+
+    panel = Panel("k", "title of $\\frac$", ("x",), [(0,)], draw)
+    assert to_png(panel).startswith(b"\x89PNG")
+    assert "costs $\\frac$ more" in to_svg(panel)

@@ -1,0 +1,85 @@
+"""Run by tests/training/test_distributed_rollouts.py on two processes: a few on-policy steps, or generation under FSDP2.
+
+Usage: torchrun --nproc_per_node 2 ddp_rollouts.py MODE STUDENT TEACHER OUTPUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import distributed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hpd import DistillConfig, DistillTrainer
+from hpd.batch import uniforms
+from hpd.generation.rollouts import make_engine
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.training.mixing import rows_of
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+def train(student: str, teacher: str, output: Path, processes: int) -> None:
+    """Three steps of eight rows in all; every process writes down the rows it trained on."""
+    rows = [{"prompt": f"say {WORDS[i % 8]} {WORDS[i // 8]}:", "completion": f" {WORDS[i % 8]}"} for i in range(24)]
+    args = DistillConfig(
+        output_dir=str(output), max_steps=3, per_device_train_batch_size=8 // processes, gradient_checkpointing=False,
+        learning_rate=1e-2, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no", max_length=64,
+        use_cpu=True, optim="sgd", max_grad_norm=0.0, train_sampling_strategy="sequential", dataset_num_proc=None,
+        metric_stride=1,
+    )  # fmt: skip
+    trainer = DistillTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student), teacher=AutoModelForCausalLM.from_pretrained(teacher),
+        method="forward_kl", prefixes=Prefixes(student=0.7), rollouts=RolloutConfig(max_new_tokens=6), args=args,
+        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(student),
+    )  # fmt: skip
+    seen, collate = [], trainer._step.begin
+
+    def begin(batches):
+        out = collate(batches)
+        seen.append([row.input_ids for batch in out for row in rows_of(batch)])
+        return out
+
+    trainer._step.begin = begin
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    norm = sum(float(p.detach().double().square().sum()) for p in trainer.model.parameters())
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    (output / f"{processes}-{rank}.json").write_text(json.dumps({"rows": seen, "norm": norm, "logs": logs}))
+
+
+def generate(student: str, output: Path) -> None:
+    """The same prompts by a sharded student and by a whole one; the processes have unequal numbers of them."""
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    whole, sharded = (AutoModelForCausalLM.from_pretrained(student) for _ in range(2))
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for layer in sharded.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    prompts = [tokenizer(f"say {word}:")["input_ids"] for word in WORDS[: 5 - 2 * rank]]
+    numbers = uniforms(torch.arange(len(prompts)), seed=rank, step=0, count=8)
+    accelerator, config = Accelerator(cpu=True), RolloutConfig(batch_size=2)
+    results = []
+    for model in (whole, sharded):
+        engine = make_engine(config, lambda model=model: model, model, accelerator, tokenizer, None)
+        results.append([rollout.tokens for rollout in engine.generate(prompts, [8] * len(prompts), numbers, 0)])
+    (output / f"fsdp-{rank}.json").write_text(json.dumps(results))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mode, student_path, teacher_path, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    if mode == "fsdp":
+        generate(student_path, Path(out))
+    else:
+        train(student_path, teacher_path, Path(out), int(mode))

@@ -1,0 +1,86 @@
+"""The table: every row builds, and one recipe runs every method by its name alone."""
+
+import json
+import math
+
+import pytest
+from helpers.tiny_models import tiny_pair
+
+from hpd.config import load_recipe
+from hpd.methods import METHODS, build_terms, method_terms
+from hpd.training.run import train
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("methods")
+    student, teacher = tiny_pair("llama", folder)
+    rows = [{"prompt": f"add {i}:", "completion": f" {i} and {i}"} for i in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
+                  "learning_rate": 1e-3, "max_length": 64, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_recipe_runs_every_method_by_name(recipe, tmp_path, method):
+    train(load_recipe({**recipe, "output_dir": str(tmp_path / "run")}, [f"method={method}"]))
+    logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [log["loss"] for log in logs if "loss" in log]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_are_complete(method):
+    row = METHODS[method]
+    assert all((row.summary, row.weight, row.use, row.defaults, row.reference))
+    assert 0.0 <= row.prefixes.student_share(0.0) <= row.prefixes.student_share(1.0) <= 1.0
+    assert build_terms(method, {})
+
+
+def test_parameters_go_to_objective_or_term():
+    (term,) = method_terms("hpd", {"reinforce": False, "num_draws": 3, "draw_share": 0.5, "exclude_label": True})
+    assert term.kwargs == {"reinforce": False}
+    assert (term.num_draws, term.draw_share, term.exclude_label) == (3, 0.5, True)
+    support = term.build_support()
+    assert (support.draws, support.share, support.importance) == (3, 0.5, False)
+
+
+def test_draws_exact_is_a_parameter_of_hpd():
+    (term,) = build_terms("hpd", {"draws": "exact", "reinforce": False})
+    assert str(term.support) == "label + full"
+    assert term.objective.domain == "label_and_vocabulary"
+    with pytest.raises(ValueError, match="draws: exact is HPD's expectation"):
+        build_terms("akl", {"draws": "exact"})
+
+
+def test_importance_is_unbiased_by_default_and_off_for_hpd():
+    from hpd.methods.terms import TermConfig
+
+    assert TermConfig(objective="reverse_kl", support="label+sampled").build_support().importance
+    assert not TermConfig(objective="hpd").build_support().importance
+
+
+def test_terms_of_one_objective_get_names_of_their_own():
+    from hpd.methods.terms import TermConfig
+
+    names = [t.name for t in build_terms(None, {}, [TermConfig(objective="nll"), TermConfig(objective="nll", weight=0.5)])]
+    assert names == ["nll", "nll#2"]
+
+
+def test_objectives_of_ones_own(tmp_path, monkeypatch):
+    from hpd.methods.terms import TermConfig
+
+    (tmp_path / "mine.py").write_text("def f(r): return r * r.log()\ndef df(r): return r.log() + 1\nnothing = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    TermConfig(objective="f_divergence", kwargs={"f": "mine:f", "df": "mine:df"}).build()
+    for name, message in (
+        ("mine:nope", "cannot be imported"),
+        ("nowhere:f", "cannot be imported"),
+        ("mine:nothing", "is a int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TermConfig(objective=name).build()

@@ -1,0 +1,316 @@
+"""Two and four gloo processes against one: losses, weights, draws, metrics, files. `make test-distributed` prints the figures.
+
+The first test runs by default; the others share three launches of tests/helpers/distributed_checks.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from helpers.distributed_checks import rows as counting_rows
+from helpers.tiny_models import tiny_pair
+from transformers import AutoModelForCausalLM
+
+from hpd.config import load_recipe
+from hpd.data.samplers import FilledOrder, fill
+from hpd.training.arguments import check_engine
+from hpd.training.caching import write_cache
+from hpd.training.run import train
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests/helpers/distributed_checks.py"
+CONFIGS = ROOT / "recipes/accelerate"
+# float32 sums in another order; Adam's first steps divide small gradients by their own size, which enlarges that.
+WEIGHTS, METRICS = 2e-5, 5e-6
+_NO_FIGURES = ("runtime", "per_second", "total_flos", "seconds", "num_tokens", "rollouts/tokens_per_second")
+TABLE: list[tuple[str, int, float, float]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def printed_table(request):
+    yield
+    if TABLE:
+        write = request.config.pluginmanager.getplugin("terminalreporter").write_line
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            write("\n| check | processes | largest difference of a metric | of a weight |\n|---|---|---|---|")
+            for name, processes, metric, weight in TABLE:
+                write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")
+
+
+def environment():
+    return {
+        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200",
+        "TERM": "dumb",
+    }  # fmt: skip
+
+
+def launch(*arguments, timeout=300):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny_pair("llama", folder / "pair")
+    tiny_pair("mistral", folder / "untied")
+    (folder / "out").mkdir()
+    rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows[:3]]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    return folder
+
+
+def recipe_file(folder, name, batch, **train_settings):
+    tree = {
+        "student": str(folder / "pair/student"), "teacher": str(folder / "pair/teacher"),
+        "data": {"path": str(folder / "rows.jsonl"), "validation": 0.3},
+        "train": {"num_train_epochs": 1, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 2,
+                  "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-2, "max_length": 64,
+                  "use_cpu": True, "bf16": False,
+                  "lr_scheduler_type": "constant", "metric_stride": 1, **train_settings},
+        "eval": {"data": str(folder / "problems.jsonl"), "max_new_tokens": 8, "every": 1},
+        "output_dir": str(folder / name),
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def cached_recipe(folder):
+    """What `hpd cache` writes for the rows of tests/helpers/distributed_checks.py."""
+    (folder / "counting.jsonl").write_text("".join(json.dumps(row) + "\n" for row in counting_rows(11)))
+    return {
+        "student": str(folder / "pair/student"), "teacher": str(folder / "pair/teacher"),
+        "data": {"path": str(folder / "counting.jsonl")}, "train": {"max_length": 64, "use_cpu": True},
+        "cache": {"path": str(folder / "pair/cache"), "dtype": "float32"}, "output_dir": str(folder / "unused"),
+    }  # fmt: skip
+
+
+def metrics_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(logs, expected):
+    """Of all metrics of all logs; the logs must have the same names."""
+    assert [set(log) for log in logs] == [set(log) for log in expected]
+    pairs = [
+        (log[name], other[name])
+        for log, other in zip(logs, expected, strict=True)
+        for name in log
+        if not any(word in name for word in _NO_FIGURES)
+    ]
+    return max(abs(ours - theirs) for ours, theirs in pairs)
+
+
+def weights_of(run):
+    return torch.cat([p.detach().flatten().double() for p in AutoModelForCausalLM.from_pretrained(run).parameters()])
+
+
+def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
+    """11 training rows and 5 of validation on two processes, tasks evaluated after each step, one writer of every file."""
+    recipe = recipe_file(folder, "two", 4)
+    done = launch("accelerate.commands.launch", "--config_file", CONFIGS / "cpu.yaml", "-m", "hpd", "train", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(load_recipe(recipe_file(folder, "one", 8)))
+    two, one = folder / "two", folder / "one"
+    metric = largest_difference(metrics_of(two), metrics_of(one))
+    weight = float((weights_of(two) - weights_of(one)).abs().max())
+    TABLE.append(("accelerate launch -m hpd train", 2, metric, weight))
+    assert metric < METRICS
+    assert weight < WEIGHTS
+    names = {path.name for path in one.iterdir()}
+    assert {path.name for path in two.iterdir()} == names
+    assert {"recipe.yaml", "summary.json", "evals.json", "metrics.jsonl", "model.safetensors"} <= names
+    evals = [json.loads((run / "evals.json").read_text()) for run in (two, one)]
+    for name in ("model", "accuracy", "mean_tokens", "num_examples"):
+        assert [entry[name] for entry in evals[0]] == [entry[name] for entry in evals[1]]
+    assert len(evals[0]) == 5
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (two, one)]
+    assert summaries[0].keys() == summaries[1].keys()
+    assert summaries[0]["steps"] == summaries[1]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_launch_that_asks_for_fsdp_and_would_get_ddp_is_refused(folder):
+    recipe = recipe_file(folder, "refused", 4)
+    launcher = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", 2, "--num_processes", 2)
+    done = launch(*launcher, "-m", "hpd", "train", recipe)
+    assert done.returncode != 0
+    assert "FSDP was asked for" in done.stderr
+    assert "MULTI_CPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_resumes_where_a_checkpoint_stands(folder):
+    """Two processes go on from their first step; the metrics have no line twice."""
+    straight = recipe_file(folder, "straight", 4, max_steps=4, save_strategy="steps", save_steps=1)
+    stopped = recipe_file(folder, "stopped", 4, max_steps=4, save_strategy="steps", save_steps=1)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m", "hpd", "train")
+    assert launch(*torchrun, straight).returncode == 0
+    assert launch(*torchrun, stopped).returncode == 0
+    run = folder / "stopped"
+    for step in (2, 3, 4):
+        subprocess.run(["rm", "-r", str(run / f"checkpoint-{step}")], check=True)
+    (run / "summary.json").unlink()
+    again = launch(*torchrun, stopped)
+    assert again.returncode == 0, again.stderr[-3000:]
+    ours, theirs = ([log for log in metrics_of(path) if "train_loss" not in log] for path in (run, folder / "straight"))
+    assert largest_difference(ours, theirs) == 0.0
+    assert torch.equal(weights_of(run), weights_of(folder / "straight"))
+
+
+DDP = ("plain", "uneven", "rollouts", "low_precision", "self_teacher", "cached", "straight")
+ONE = (*DDP, "fsdp2")
+# A recipe's FSDP stays in the environment, so what asks for it comes last.
+TWO = (*DDP, "accumulated", "resumed", "refusals", "fsdp2", "fully_shard")
+FOUR = ("plain", "uneven", "rollouts", "cached", "fsdp2", "fully_shard")
+REFERENCE = {"accumulated": "plain", "resumed": "straight"}
+
+
+@pytest.fixture(scope="module")
+def figures(folder):
+    write_cache(load_recipe(cached_recipe(folder)))
+    for processes, names in ((1, ONE), (2, TWO), (4, FOUR)):
+        torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+        done = launch(*torchrun, SCRIPT, folder / "pair", folder / "out", *names)
+        assert done.returncode == 0, done.stderr[-5000:]
+    return folder / "out"
+
+
+def read(figures, name, processes):
+    stem = figures / f"{name}-{processes}"
+    return json.loads(Path(f"{stem}.json").read_text()), torch.load(f"{stem}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "processes"),
+    [(name, 2) for name in TWO if name not in ("fully_shard", "refusals")]
+    + [(name, 4) for name in FOUR if name != "fully_shard"],
+)
+def test_several_processes_equal_one(figures, name, processes):
+    found, weights = read(figures, name, processes)
+    expected, expected_weights = read(figures, REFERENCE.get(name, name), 1)
+    logs, expected_logs = found["logs"], expected["logs"]
+    if name == "resumed":  # the last log averages over the steps since the start, of which the second trainer did one
+        logs, expected_logs = logs[:-1], expected_logs[:-1]
+    metric = largest_difference(logs, expected_logs)
+    weight = float((weights - expected_weights).abs().max())
+    TABLE.append((name, processes, metric, weight))
+    assert found["spread"] == 0.0
+    # bfloat16 rounds to 3 digits, and Adam's first step moves a weight by the learning rate whatever the gradient's size.
+    low = name == "low_precision"
+    assert metric < (2e-3 if low else METRICS)
+    assert weight < (3e-2 if low else WEIGHTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fsdp2_shards_student_and_teacher_and_exports_the_whole_student(figures, processes):
+    found, weights = read(figures, "fsdp2", processes)
+    assert found["engine"] == "FSDP"
+    assert found["teacher_in_optimizer"] == 0
+    for share in found["local_share"].values():
+        assert share == pytest.approx(1 / processes, abs=0.01)
+    assert torch.equal(weights_of(figures / f"fsdp2-{processes}"), weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("head", ["pair", "untied"])
+def test_torchs_fully_shard_equals_one_process(figures, head, processes):
+    found, _ = read(figures, f"fully_shard_{head}", processes)
+    TABLE.append((f"fully_shard, {'tied' if head == 'pair' else 'untied'} head", processes, found["losses"], found["final"]))
+    assert found["spread"] == 0.0
+    assert found["losses"] < 2e-6
+    assert found["gradients"] < 2e-6
+    assert found["final"] < 2e-6
+    assert found["teacher_share"] == pytest.approx(1 / processes, abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_recipe_that_asks_for_fsdp_and_would_get_ddp_is_refused(figures):
+    assert "FSDP was asked for" in read(figures, "refusals", 2)[0]["message"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_configuration_is_one(path):
+    """Accelerate's own reader refuses unknown keys; its engine is the one that the file's name says."""
+    config = load_config_from_file(str(path))
+    engine = {"ddp": "MULTI_GPU", "cpu": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == DistributedType(engine[path.stem.split("_")[0]])
+    assert config.num_processes % config.num_machines == 0
+    if config.fsdp_config:
+        assert config.fsdp_config["fsdp_version"] == 2
+    if config.deepspeed_config:
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+
+def accelerator(engine, **state):
+    """What `check_engine` reads of an Accelerator, for engines that need GPUs to start."""
+    layout = state.pop("layout", None)
+    return SimpleNamespace(
+        distributed_type=engine, num_processes=2, device=torch.device("cpu"), state=SimpleNamespace(**state),
+        parallelism_config=layout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=1)), "fsdp_version: 2"),
+        (accelerator(DistributedType.MEGATRON_LM), "Megatron-LM"),
+        (accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=True)), "context parallelism"),
+        (
+            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=True)),
+            "sequence parallelism",
+        ),
+        (
+            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=False, tp_enabled=True)),
+            "Tensor parallelism",
+        ),
+        (
+            accelerator(
+                DistributedType.DEEPSPEED,
+                deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": {"stage": 3}}),
+            ),
+            "zero3_save_16bit_model",
+        ),
+    ],
+)
+def test_engines_under_which_the_loss_would_be_wrong_are_refused(engine, message):
+    with pytest.raises(ValueError, match=message):
+        check_engine(SimpleNamespace(fsdp=None, deepspeed=None), engine)
+
+
+def test_asking_for_deepspeed_and_getting_ddp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DEEPSPEED was asked for"):
+        check_engine(SimpleNamespace(fsdp=None, deepspeed=None), accelerator(DistributedType.MULTI_CPU))
+
+
+def test_filling_has_no_labels_and_comes_last():
+    rows = Dataset.from_list([{"input_ids": [i, i, i], "labels": [-100, i, i]} for i in range(1, 6)])
+    filled = fill(rows, 4)
+    assert len(filled) == 8
+    assert filled[:5] == rows[:]
+    assert all(set(row["labels"]) == {-100} for row in filled.select(range(5, 8)))
+    assert fill(rows, 5) is rows
+    for shuffled in (False, True):
+        order = FilledOrder(5, 8, shuffled, seed=3)
+        first = list(order)
+        assert sorted(first[:5]) == [0, 1, 2, 3, 4]
+        assert first[5:] == [5, 6, 7]
+        order.set_epoch(0)
+        assert list(order) == first
