@@ -1,9 +1,12 @@
-"""What each kind of cache costs and loses: bytes per label position, error of log p, share of HPD's branches that change.
+"""What each kind of cache costs and loses: bytes per label position, error of log p, share of HPD's branches
+that change.
 
-    python benchmarks/cache.py recipes/gsm8k_smollm2.yaml data.path=train.jsonl.gz data.limit=60 [--folder FOLDER]
+    python benchmarks/cache.py recipes/gsm8k_smollm2.yaml data.path=train.jsonl.gz data.limit=60 [--folder
+    FOLDER]
 
-The teacher is asked once, into a float32 cache; every other kind is written from that one. Errors are those of log p, in nats,
-at the labels and at one token drawn from the student at each position. HPD looks at the sign of log p - log q there.
+The teacher is asked once, into a float32 cache; every other kind is written from that one. Errors are those
+of log p, in nats, at the labels and at one token drawn from the student at each position. HPD looks at the
+sign of log p - log q there.
 """
 
 from __future__ import annotations
@@ -49,9 +52,12 @@ class Reading(NamedTuple):
 def read(recipe: Recipe, teachers: dict[str, CachedTeacher]) -> Reading:
     planned = plan(recipe)
     trainer = DistillTrainer(
-        model=load_model(recipe.student, "student"), teacher=next(iter(teachers.values())), args=planned.args,
-        train_dataset=planned.rows.train, processing_class=planned.tokenizer,
-    )  # fmt: skip
+        model=load_model(recipe.student, "student"),
+        teacher=next(iter(teachers.values())),
+        args=planned.args,
+        train_dataset=planned.rows.train,
+        processing_class=planned.tokenizer,
+    )
     trainer.data_collator.fetch = None
     found: dict[str, list[Tensor]] = {name: [] for name in teachers}
     own = []
@@ -69,7 +75,9 @@ def read(recipe: Recipe, teachers: dict[str, CachedTeacher]) -> Reading:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--folder", type=Path, help="keep the caches here")
@@ -81,14 +89,17 @@ def main() -> None:
         place = folder / name.replace(" ", "-")
         source = [] if place == exact else ["teacher.type=cached", f"teacher.path={exact}"]
         started = time.perf_counter()
-        summary = write_cache(load_recipe(options.recipe, [*overrides, *source, *changes, f"cache.path={place}"]))
+        summary = write_cache(
+            load_recipe(options.recipe, [*overrides, *source, *changes, f"cache.path={place}"])
+        )
         sizes[name] = summary.bytes_per_position
         print(f"{name}: {summary.positions} positions in {time.perf_counter() - started:.1f} s", flush=True)
     recipe = load_recipe(options.recipe, [*overrides, "teacher.type=cached", f"cache.path={exact}"])
     reading = read(recipe, {name: CachedTeacher(folder / name.replace(" ", "-")) for name in KINDS})
     truth = reading.teacher["hidden float32"]
     print(
-        "\n| kind | bytes per position | error at labels, mean (max), nats | at draws | branches changed at labels | at draws |"
+        "\n| kind | bytes per position | error at labels, mean (max), nats | at draws | branches changed at "
+        "labels | at draws |"
     )
     print("|---|---|---|---|---|---|")
     for name, found in reading.teacher.items():

@@ -1,10 +1,12 @@
-"""How the operator's time grows with label positions, vocabulary, hidden size and chunk size: a table and a plot of each.
+"""How the operator's time grows with label positions, vocabulary, hidden size and chunk size: a table and a
+plot of each.
 
     python benchmarks/growth.py [--axes tokens,vocabulary,hidden,chunk] [--repeats 3] [--json | --check]
-    python benchmarks/growth.py --docs    # plots and tables of docs/performance.md from the stored result; measures nothing
+    python benchmarks/growth.py --docs    # plots and tables of docs/performance.md from the stored result;
+    measures nothing
 
-HPD and forward KL beside TRL's operator, our reference and the bare products; forward and backward; medians. One axis moves
-at a time from the middle shape.
+HPD and forward KL beside TRL's operator, our reference and the bare products; forward and backward; medians.
+One axis moves at a time from the middle shape.
 """
 
 from __future__ import annotations
@@ -27,12 +29,18 @@ AXES = {
     "hidden": [128, 256, 512, 1024],
     "chunk": [4, 8, 16, 32],
 }
-LABELS = {"tokens": "label positions", "vocabulary": "vocabulary", "hidden": "hidden size", "chunk": "bytes of a chunk, MiB"}
+LABELS = {
+    "tokens": "label positions",
+    "vocabulary": "vocabulary",
+    "hidden": "hidden size",
+    "chunk": "bytes of a chunk, MiB",
+}
 
 
 def candidates(point: dict[str, int]) -> dict[str, Callable[[], None]]:
     problem = Problem(
-        (point["tokens"], point["hidden"], point["hidden"], point["vocabulary"]), chunk_bytes=point["chunk"] * 2**20
+        (point["tokens"], point["hidden"], point["hidden"], point["vocabulary"]),
+        chunk_bytes=point["chunk"] * 2**20,
     )
     return {
         "bare products": problem.floor,
@@ -58,10 +66,23 @@ def plot(axis: str, medians: dict[str, dict[str, float]]) -> None:
 
     figure, axes = plt.subplots(figsize=(6.0, 4.0), dpi=120, layout="constrained")
     values = [int(value) for value in medians]
-    styles = {"bare products": ("black", "--", "."), "hpd": ("#c1121f", "-", "o"), "forward_kl": ("#e09f3e", "-", "s"),
-              "TRL forward KL": ("#335c67", "-", "^"), "reference forward_kl": ("#8d99ae", "-", "v")}  # fmt: skip
+    styles = {
+        "bare products": ("black", "--", "."),
+        "hpd": ("#c1121f", "-", "o"),
+        "forward_kl": ("#e09f3e", "-", "s"),
+        "TRL forward KL": ("#335c67", "-", "^"),
+        "reference forward_kl": ("#8d99ae", "-", "v"),
+    }
     for name, (color, line, marker) in styles.items():
-        axes.plot(values, [1e3 * at[name] for at in medians.values()], color=color, ls=line, marker=marker, ms=5, label=name)
+        axes.plot(
+            values,
+            [1e3 * at[name] for at in medians.values()],
+            color=color,
+            ls=line,
+            marker=marker,
+            ms=5,
+            label=name,
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(values, [f"{value:,}" for value in values])
@@ -72,7 +93,11 @@ def plot(axis: str, medians: dict[str, dict[str, float]]) -> None:
     axes.set_xlabel(LABELS[axis])
     axes.set_ylabel("forward and backward, ms")
     words = {**LABELS, "chunk": "chunks of"}
-    fixed = [f"{words[name]} {value:,}{' MiB' if name == 'chunk' else ''}" for name, value in MIDDLE.items() if name != axis]
+    fixed = [
+        f"{words[name]} {value:,}{' MiB' if name == 'chunk' else ''}"
+        for name, value in MIDDLE.items()
+        if name != axis
+    ]
     axes.set_title(", ".join(fixed), fontsize=8)
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
@@ -95,14 +120,20 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--axes", default=",".join(AXES), help="comma-separated: " + ", ".join(AXES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="store these axes in benchmarks/results/growth.json")
+    parser.add_argument(
+        "--json", action="store_true", help="store these axes in benchmarks/results/growth.json"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
     parser.add_argument(
-        "--docs", action="store_true", help="draw the plots and write the tables of the stored result, and stop"
+        "--docs",
+        action="store_true",
+        help="draw the plots and write the tables of the stored result, and stop",
     )
     options = parser.parse_args()
     if options.docs:
@@ -116,7 +147,8 @@ def main() -> None:
     for axis in options.axes.split(","):
         seconds = measure(axis, options.repeats)
         result["median_seconds"][axis] = {
-            value: {name: statistics.median(times) for name, times in at.items()} for value, at in seconds.items()
+            value: {name: statistics.median(times) for name, times in at.items()}
+            for value, at in seconds.items()
         }
         result["ratios"] |= {f"{axis} {value}": ratios(at, "bare products") for value, at in seconds.items()}
     print(tables(result))

@@ -1,10 +1,12 @@
 """Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
 
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
-    python benchmarks/head.py --docs      # docs/performance.md's table from the stored result; measures nothing
+    python benchmarks/head.py --docs      # docs/performance.md's table from the stored result; measures
+    nothing
 
-The floor is the products that no method can do without, in the same chunks: three with the student's head (logits, gradient of
-the hidden states, gradient of the head), one with the teacher's. Run it on an idle machine with OMP_WAIT_POLICY=PASSIVE.
+The floor is the products that no method can do without, in the same chunks: three with the student's head
+(logits, gradient of the hidden states, gradient of the head), one with the teacher's. Run it on an idle
+machine with OMP_WAIT_POLICY=PASSIVE.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ class Problem:
 
         self.hidden = normal(num_tokens, student).requires_grad_()
         self.weight = (normal(vocab, student) * student**-0.5).requires_grad_()
-        self.teacher_hidden, self.teacher_weight = normal(num_tokens, teacher), normal(vocab, teacher) * teacher**-0.5
+        self.teacher_hidden, self.teacher_weight = (
+            normal(num_tokens, teacher),
+            normal(vocab, teacher) * teacher**-0.5,
+        )
         self.labels = torch.randint(vocab, (num_tokens,), generator=generator)
         self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1)
         self.chunk_bytes = chunk_bytes or default_chunk_bytes("cpu")
@@ -68,10 +73,16 @@ class Problem:
         def run() -> None:
             self.hidden.grad = self.weight.grad = None
             reweighted_nll(
-                Scores(self.hidden, Head(self.weight)), Scores(self.teacher_hidden, Head(self.teacher_weight)),
-                self.labels, terms, uniforms=self.uniforms, scale=1 / len(self.labels), impl=impl,
-                chunk_bytes=self.chunk_bytes, metric_stride=DistillConfig.metric_stride,
-            ).loss.backward()  # fmt: skip
+                Scores(self.hidden, Head(self.weight)),
+                Scores(self.teacher_hidden, Head(self.teacher_weight)),
+                self.labels,
+                terms,
+                uniforms=self.uniforms,
+                scale=1 / len(self.labels),
+                impl=impl,
+                chunk_bytes=self.chunk_bytes,
+                metric_stride=DistillConfig.metric_stride,
+            ).loss.backward()
 
         return run
 
@@ -88,10 +99,15 @@ class Problem:
         return run
 
 
-def measure(shape: str, methods: list[str], repeats: int, peers: bool) -> tuple[dict[str, float], dict[str, list[float]]]:
+def measure(
+    shape: str, methods: list[str], repeats: int, peers: bool
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Ratios to the floor and the seconds behind them."""
     problem = Problem(SHAPES[shape])
-    candidates: dict[str, Callable[[], None]] = {"floor": problem.floor, **{m: problem.ours(m) for m in methods}}
+    candidates: dict[str, Callable[[], None]] = {
+        "floor": problem.floor,
+        **{m: problem.ours(m) for m in methods},
+    }
     if peers:
         candidates |= {name: problem.trl(beta) for name, beta in TRL.items()}
         candidates["reference forward_kl"] = problem.ours("forward_kl", "reference")
@@ -102,7 +118,12 @@ def measure(shape: str, methods: list[str], repeats: int, peers: bool) -> tuple[
 def tables(result: dict[str, Any]) -> str:
     """A stored result as docs/performance.md shows it."""
     place = result["machine"]
-    parts = [f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place.get('date', '')}".rstrip(", ") + "."]
+    parts = [
+        f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place.get('date', '')}".rstrip(
+            ", "
+        )
+        + "."
+    ]
     for shape, found in result["ratios"].items():
         num_tokens, student, teacher, vocab = SHAPES[shape]
         seconds = result.get("seconds", {}).get(shape, {})
@@ -111,22 +132,29 @@ def tables(result: dict[str, Any]) -> str:
             for name, ratio in found.items()
         ]
         parts.append(
-            f"Shape {shape}: {num_tokens:,} label positions, hidden size {student} (teacher {teacher}), vocabulary {vocab:,}."
+            f"Shape {shape}: {num_tokens:,} label positions, hidden size {student} (teacher {teacher}), "
+            f"vocabulary {vocab:,}."
         )
         parts.append(table(["operator", "x floor", "median ms", "range ms"], rows))
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names of METHODS")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
-    parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/head.json")
+    parser.add_argument(
+        "--json", action="store_true", help="store the ratios in benchmarks/results/head.json"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
-    parser.add_argument("--docs", action="store_true", help="write the stored ratios into docs/performance.md, and stop")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the stored ratios into docs/performance.md, and stop"
+    )
     options = parser.parse_args()
     if options.docs:
         replace_block("head table", tables(stored("head")))

@@ -1,11 +1,14 @@
-"""Memory that the loss operator takes beside its inputs, forward and backward, for each method; peers in the same table.
+"""Memory that the loss operator takes beside its inputs, forward and backward, for each method; peers in the
+same table.
 
     python benchmarks/memory.py [--shape a] [--methods hpd,akl] [--json | --check]
-    python benchmarks/memory.py --docs    # docs/performance.md's table from the stored result; measures nothing
+    python benchmarks/memory.py --docs    # docs/performance.md's table from the stored result; measures
+    nothing
 
-The bound is what the operator must hold: gradients of head and hidden states, and two chunks of logits. `allocated` adds up the
-tensors that are alive, as an accelerator's allocator would; `resident` is the growth of the process's peak resident memory,
-which also has the workspace of matrix products and what malloc keeps. A process each; Linux only.
+The bound is what the operator must hold: gradients of head and hidden states, and two chunks of logits.
+`allocated` adds up the tensors that are alive, as an accelerator's allocator would; `resident` is the growth
+of the process's peak resident memory, which also has the workspace of matrix products and what malloc keeps.
+A process each; Linux only.
 """
 
 from __future__ import annotations
@@ -38,7 +41,13 @@ def measure(name: str, shape: str) -> tuple[float, float]:
     problem = Problem(SHAPES[shape])
     # Threads and packing buffers, which every program with matrix products has.
     torch.mm(torch.ones(1024, SHAPES[shape][1]), torch.ones(SHAPES[shape][1], 4096))
-    run = problem.floor if name == PRODUCTS else problem.trl(TRL[name]) if name in TRL else problem.ours(*name.split(" "))
+    run = (
+        problem.floor
+        if name == PRODUCTS
+        else problem.trl(TRL[name])
+        if name in TRL
+        else problem.ours(*name.split(" "))
+    )
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     run()
@@ -66,8 +75,8 @@ def tables(result: dict[str, Any]) -> str:
         num_tokens, student, teacher, vocab = SHAPES[shape]
         bound = result["bound_mib"][shape]
         parts.append(
-            f"Shape {shape}: {num_tokens:,} label positions, hidden size {student} (teacher {teacher}), vocabulary {vocab:,}; "
-            f"bound {bound:.0f} MiB."
+            f"Shape {shape}: {num_tokens:,} label positions, hidden size {student} (teacher {teacher}), "
+            f"vocabulary {vocab:,}; bound {bound:.0f} MiB."
         )
         rows = [[name, f"{a / bound:.2f}", f"{a:.0f}", f"{r:.0f}"] for name, (a, r) in peaks.items()]
         parts.append(table(["operator", "allocated x bound", "allocated MiB", "resident MiB"], rows))
@@ -75,14 +84,20 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="a")
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names of METHODS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
-    parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/memory.json")
+    parser.add_argument(
+        "--json", action="store_true", help="store the ratios in benchmarks/results/memory.json"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
-    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the stored result into docs/performance.md, and stop"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,10 +1,11 @@
-"""From offline to on-policy on the demo's task: recipes/regimes/*.yaml, one after the other, as a table and a picture.
+"""From offline to on-policy on the demo's task: recipes/regimes/*.yaml, one after the other, as a table and a
+picture.
 
-    python benchmarks/regimes.py --steps 300          # runs, writes benchmarks/results/regimes.json, prints, draws
-    python benchmarks/regimes.py --draw               # only table and picture, from the json
+    python benchmarks/regimes.py --steps 300          # runs, writes benchmarks/results/regimes.json, prints,
+    draws python benchmarks/regimes.py --draw               # only table and picture, from the json
 
-Cost is the processor time of the training loop (all threads, generation and teacher included; evaluation and imports are not),
-which other work on the machine moves less than wall time.
+Cost is the processor time of the training loop (all threads, generation and teacher included; evaluation and
+imports are not), which other work on the machine moves less than wall time.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
 
     staged = name == "hpd_then_opd"
     settings = [f"train.max_steps={steps // 2 if staged else steps}", f"output_dir={folder / name}"]
-    summary = train(load_recipe(ROOT / "recipes" / "regimes" / f"{name}.yaml", settings), overwrite=True, progress=Timed())
+    summary = train(
+        load_recipe(ROOT / "recipes" / "regimes" / f"{name}.yaml", settings), overwrite=True, progress=Timed()
+    )
     stages = summary.get("stages", {"": summary})
     student = folder / name / list(stages)[-1]
     return {
@@ -81,19 +84,28 @@ def own_text_kl(student_path: Path, teacher_path: Path) -> float:
     from hpd.methods.prefixes import RolloutConfig
     from hpd.objectives.estimators import kl_estimate
 
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (student_path, teacher_path))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(path).eval() for path in (student_path, teacher_path)
+    )
     tokenizer = AutoTokenizer.from_pretrained(student_path)
     file = str(ROOT / "hpd" / "demo" / "data" / "validation.jsonl.gz")
     prompts = [
-        tokenizer(p)["input_ids"] for p in load_dataset("json", data_files=file, split="train")["prompt"][:_OWN_TEXT_ROWS]
+        tokenizer(p)["input_ids"]
+        for p in load_dataset("json", data_files=file, split="train")["prompt"][:_OWN_TEXT_ROWS]
     ]
-    engine = make_engine(RolloutConfig(batch_size=100), lambda: student, student, Accelerator(cpu=True), tokenizer, None)
+    engine = make_engine(
+        RolloutConfig(batch_size=100), lambda: student, student, Accelerator(cpu=True), tokenizer, None
+    )
     numbers = uniforms(torch.arange(len(prompts)), seed=0, step=0, count=40)
     total, count = 0.0, 0
-    for prompt, rollout in zip(prompts, engine.generate(prompts, [40] * len(prompts), numbers, 0), strict=True):
+    for prompt, rollout in zip(
+        prompts, engine.generate(prompts, [40] * len(prompts), numbers, 0), strict=True
+    ):
         ids = torch.tensor([prompt + rollout.tokens])
         with torch.no_grad():
-            sides = [m(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (teacher, student)]
+            sides = [
+                m(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (teacher, student)
+            ]
         total += float(kl_estimate("exact", *sides).sum())
         count += len(rollout.tokens)
     return round(total / count, 4)
@@ -102,14 +114,15 @@ def own_text_kl(student_path: Path, teacher_path: Path) -> float:
 def table(results: dict[str, Any]) -> str:
     """The table of docs/regimes.md."""
     lines = [
-        "| recipe | accuracy | KL(teacher, student), held-out text | KL(student, teacher), own text | tokens written | CPU s |",
+        "| recipe | accuracy | KL(teacher, student), held-out text | KL(student, teacher), own text | tokens "
+        "written | CPU s |",
         "|---|---|---|---|---|---|",
     ]
     for name, label in RUNS.items():
         if row := results["runs"].get(name):
             lines.append(
-                f"| `{name}`: {label} | {row['accuracy']:.1%} | {row['forward_kl']:.3f} | {row['own_text_kl']:.3f} | "
-                f"{row['generated_tokens']:,} | {row['cpu_seconds']:.0f} |"
+                f"| `{name}`: {label} | {row['accuracy']:.1%} | {row['forward_kl']:.3f} | "
+                f"{row['own_text_kl']:.3f} | {row['generated_tokens']:,} | {row['cpu_seconds']:.0f} |"
             )
     return "\n".join(lines)
 
@@ -122,7 +135,10 @@ def draw(results: dict[str, Any]) -> None:
     figure = Figure(figsize=(11.0, 3.6), layout="constrained")
     cost, *panels = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
     for name, row in runs.items():
-        point = row["generated_tokens"] / (results["steps"] * _ROWS), 1000 * row["cpu_seconds"] / results["steps"]
+        point = (
+            row["generated_tokens"] / (results["steps"] * _ROWS),
+            1000 * row["cpu_seconds"] / results["steps"],
+        )
         cost.scatter(*point, s=45, color="#4c72b0", zorder=3)
         cost.annotate(RUNS[name], point, xytext=(7, -11), textcoords="offset points", fontsize=8)
     cost.set_xlabel("on-policyness: tokens written per row", fontsize=8)
@@ -140,7 +156,10 @@ def draw(results: dict[str, Any]) -> None:
     ):
         values = [row[key] for row in runs.values()]
         axis.bar_label(
-            axis.barh(range(len(values)), values, color="#c44e52"), [f"{v:.2f}" for v in values], fontsize=8, padding=2
+            axis.barh(range(len(values)), values, color="#c44e52"),
+            [f"{v:.2f}" for v in values],
+            fontsize=8,
+            padding=2,
         )
         axis.set_yticks(range(len(values)), [RUNS[n] if number == 0 else "" for n in runs], fontsize=8)
         axis.invert_yaxis()
@@ -155,7 +174,9 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "regimes")
     parser.add_argument("--draw", action="store_true", help="Only table and picture, from the json.")

@@ -1,10 +1,13 @@
-"""Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the student alone.
+"""Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the
+student alone.
 
-    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check] [--memory]
-    python benchmarks/step.py --docs      # docs/performance.md's table from the stored result; measures nothing
+    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check]
+    [--memory] python benchmarks/step.py --docs      # docs/performance.md's table from the stored result;
+    measures nothing
 
-Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three quarters of them
-labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not depend on them.
+Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three
+quarters of them labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
+depend on them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
-from timing import interleaved, machine, ratios, replace_block, resident_mib, spread, store_or_check, stored, table
+from timing import (
+    interleaved,
+    machine,
+    ratios,
+    replace_block,
+    resident_mib,
+    spread,
+    store_or_check,
+    stored,
+    table,
+)
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -34,13 +47,25 @@ from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard
 
 VOCAB, TOKENS, ROWS, LABELLED = 49152, 512, 2, 0.75
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "tie_word_embeddings": True, "max_position_embeddings": 8192,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
 SETTINGS: dict[str, Any] = {
-    "per_device_train_batch_size": ROWS, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
-    "max_length": TOKENS, "bf16": False, "use_cpu": True, "save_strategy": "no", "max_steps": 1,
-}  # fmt: skip
+    "per_device_train_batch_size": ROWS,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "max_length": TOKENS,
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "max_steps": 1,
+}
 
 
 def model(layers: int, seed: int) -> LlamaForCausalLM:
@@ -57,7 +82,9 @@ def rows() -> Dataset:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def step_of(trainer: SFTTrainer) -> Callable[[], None]:
@@ -96,7 +123,13 @@ def cached_teacher(folder: Path) -> CachedTeacher:
     save_shard(folder, 0, shard)
     head = {"weight": torch.randn(VOCAB, SHAPE["hidden_size"], generator=generator) * 0.02}
     write_atomically(folder / "head.safetensors", lambda draft: save_file(head, draft))
-    about = {"format": FORMAT, "kind": "hidden", "vocab": VOCAB, "head": {"scale": 1.0, "softcap": None}, "fingerprint": {}}
+    about = {
+        "format": FORMAT,
+        "kind": "hidden",
+        "vocab": VOCAB,
+        "head": {"scale": 1.0, "softcap": None},
+        "fingerprint": {},
+    }
     save_index(folder, keys.numpy(), [read_json(folder / "shard-00000.json")], about)
     return CachedTeacher(folder)
 
@@ -105,19 +138,26 @@ def candidate(name: str, folder: str) -> Callable[[], None]:
     """`SFTTrainer`, or a method of the table with a live teacher or a cached one."""
     common = {"train_dataset": rows(), "processing_class": tokenizer()}
     if name == "SFTTrainer":
-        return step_of(SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common))
+        return step_of(
+            SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common)
+        )
     impl = "reference" if name.endswith("(reference)") else "chunked"
     teacher = cached_teacher(Path(folder) / "cache") if name.endswith("(cached)") else model(30, 1)
     trainer = DistillTrainer(
-        model=model(10, 0), teacher=teacher, method=name.split(" ")[0],
-        args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS), **common,
-    )  # fmt: skip
+        model=model(10, 0),
+        teacher=teacher,
+        method=name.split(" ")[0],
+        args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS),
+        **common,
+    )
     return step_of(trainer)
 
 
 def peak_mib(name: str) -> float:
     """Peak resident memory of a process that takes two such steps."""
-    done = subprocess.run([sys.executable, __file__, "--peak-of", name], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak-of", name], capture_output=True, text=True, check=True
+    )
     return float(done.stdout.strip().splitlines()[-1])
 
 
@@ -132,16 +172,22 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", default="hpd,forward_kl,hpd (reference)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cached", action="store_true", help="also HPD with a cached teacher")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
-    parser.add_argument("--json", action="store_true", help="store the ratios in benchmarks/results/step.json")
+    parser.add_argument(
+        "--json", action="store_true", help="store the ratios in benchmarks/results/step.json"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    parser.add_argument("--docs", action="store_true", help="write the stored result into docs/performance.md, and stop")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the stored result into docs/performance.md, and stop"
+    )
     options = parser.parse_args()
     if options.docs:
         replace_block("step table", tables(stored("step")))

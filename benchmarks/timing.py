@@ -21,7 +21,8 @@ MARGIN = 0.15
 
 
 def interleaved(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, in rounds, so that drift of the machine hits all alike; one round before is not counted."""
+    """Seconds of each candidate, in rounds, so that drift of the machine hits all alike; one round before is
+    not counted."""
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -36,7 +37,8 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> di
 def ratios(seconds: Mapping[str, list[float]], base: str) -> dict[str, float]:
     """Median over the rounds of each candidate's time relative to `base` in the same round."""
     return {
-        name: statistics.median(t / b for t, b in zip(times, seconds[base], strict=True)) for name, times in seconds.items()
+        name: statistics.median(t / b for t, b in zip(times, seconds[base], strict=True))
+        for name, times in seconds.items()
     }
 
 
@@ -51,7 +53,9 @@ def machine() -> dict[str, Any]:
     model = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -72,7 +76,8 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process; getrusage's peak survives exec and would be the parent's."""
+    """VmRSS (now) or VmHWM (peak) of this process; getrusage's peak survives exec and would be the
+    parent's."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
@@ -96,7 +101,8 @@ def stored(name: str) -> dict[str, Any]:
 
 
 def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) -> None:
-    """Write results/NAME.json, or compare its ratios with the new ones (exit code 1 where one got worse by the margin)."""
+    """Write results/NAME.json, or compare its ratios with the new ones (exit code 1 where one got worse by
+    the margin)."""
     path = RESULTS / f"{name}.json"
     if store:
         path.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,4 +1,5 @@
-"""Distil language models: every method one row of one table, one fused operator, Hybrid Policy Distillation exact."""
+"""Distil language models: every method one row of one table, one fused operator, Hybrid Policy Distillation
+exact."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

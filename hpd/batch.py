@@ -35,7 +35,8 @@ class TokenBatch(NamedTuple):
     labels: Int[Tensor, "N"]
     """That next token."""
     keys: Int[Tensor, "N"]
-    """A number that names the position by the content of its row and its place in it, whatever the packing or padding."""
+    """A number that names the position by the content of its row and its place in it, whatever the packing or
+    padding."""
     dropped: Int[Tensor, ""]
     """Labels taken out because the common vocabulary does not hold them."""
     rows: Int[Tensor, "N"] | None = None
@@ -43,7 +44,8 @@ class TokenBatch(NamedTuple):
     row_lengths: Int[Tensor, "R"] | None = None
     """Label positions of each such row."""
     by_dataset: Int[Tensor, "D"] | None = None
-    """Those of the N positions whose label the dataset holds; found beside the data, so that nothing waits for the device."""
+    """Those of the N positions whose label the dataset holds; found beside the data, so that nothing waits
+    for the device."""
     by_student: Int[Tensor, "S"] | None = None
     """Those whose label the student wrote."""
     behaviour: Float[Tensor, "N"] | None = None
@@ -53,15 +55,22 @@ class TokenBatch(NamedTuple):
         """Some positions of a batch whose rows are all the dataset's."""
         everything = torch.arange(len(positions), device=positions.device)
         return TokenBatch(
-            self.index[positions], self.labels[positions], self.keys[positions], self.dropped,
-            by_dataset=everything, by_student=everything[:0],
-        )  # fmt: skip
+            self.index[positions],
+            self.labels[positions],
+            self.keys[positions],
+            self.dropped,
+            by_dataset=everything,
+            by_student=everything[:0],
+        )
 
     @classmethod
     def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
-        """Take the fields that `DistillCollator` put into a batch out of it again; the model's own inputs remain."""
+        """Take the fields that `DistillCollator` put into a batch out of it again; the model's own inputs
+        remain."""
         optional = {field: inputs.pop(f"label_{field}", None) for field in cls._field_defaults}
-        return cls(*(inputs.pop(f"label_{field}") for field in cls._fields if field not in optional), **optional)
+        return cls(
+            *(inputs.pop(f"label_{field}") for field in cls._fields if field not in optional), **optional
+        )
 
 
 def token_batch(
@@ -73,8 +82,8 @@ def token_batch(
     """Find the label positions of a collated batch.
 
     Args:
-        inputs: `input_ids`, `labels` (-100 is no label; position t labels itself, as in Hugging Face models), and
-            `attention_mask` (padded) or `position_ids` (padding-free: a zero starts a new row).
+        inputs: `input_ids`, `labels` (-100 is no label; position t labels itself, as in Hugging Face models),
+            and `attention_mask` (padded) or `position_ids` (padding-free: a zero starts a new row).
         vocab: tokens that both models have; labels beyond are dropped and counted.
         sources: who wrote each token, DATASET or STUDENT; None: the dataset all of them.
         behaviour: log-probability of each token for whoever wrote it.
@@ -97,10 +106,16 @@ def token_batch(
     # The label of position t is token t + 1, and so are its writer and that writer's log-probability.
     source = torch.zeros_like(index) if sources is None else sources.flatten()[index + 1]
     return TokenBatch(
-        index, targets[index], keys.flatten()[index], beyond.sum(), rows, lengths,
-        (source == DATASET).nonzero().flatten(), (source == STUDENT).nonzero().flatten(),
+        index,
+        targets[index],
+        keys.flatten()[index],
+        beyond.sum(),
+        rows,
+        lengths,
+        (source == DATASET).nonzero().flatten(),
+        (source == STUDENT).nonzero().flatten(),
         None if behaviour is None else behaviour.flatten()[index + 1],
-    )  # fmt: skip
+    )
 
 
 def _segments(input_ids: Tensor, positions: Tensor) -> Int[Tensor, "BT"]:
@@ -124,10 +139,12 @@ def _row_keys(
 def uniforms(keys: Int[Tensor, "N"], *, seed: int, step: int, count: int) -> Float[Tensor, "N count"]:
     """Numbers in [0, 1) that depend on (seed, optimiser step, row, position, draw) and on nothing else.
 
-    So draws are the same whatever the chunk size, packing, padding, number of processes, or point of resumption. Counter
-    based (splitmix64), float64: 53 random bits.
+    So draws are the same whatever the chunk size, packing, padding, number of processes, or point of
+    resumption. Counter based (splitmix64), float64: 53 random bits.
     """
-    stream = torch.arange(count, device=keys.device) * _MIX_2 + (seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**62
+    stream = (
+        torch.arange(count, device=keys.device) * _MIX_2 + (seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**62
+    )
     bits = _mix(keys[:, None] ^ _mix(stream))
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
@@ -140,10 +157,12 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class DistillCollator:
-    """Wraps a collator: adds the `TokenBatch`, computed beside the data (no device synchronisation in the step).
+    """Wraps a collator: adds the `TokenBatch`, computed beside the data (no device synchronisation in the
+    step).
 
-    The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss sums. Examples
-    may say token by token who wrote them (`sources`) and how likely the writer found them (`behaviour`).
+    The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss
+    sums. Examples may say token by token who wrote them (`sources`) and how likely the writer found them
+    (`behaviour`).
 
     Args:
         inner: what pads or flattens the rows.
@@ -182,7 +201,9 @@ class DistillCollator:
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         inputs = self.inner(examples)
         sources, behaviour = (
-            _laid_out(inputs["input_ids"], [example[name] for example in examples]) if name in examples[0] else None
+            _laid_out(inputs["input_ids"], [example[name] for example in examples])
+            if name in examples[0]
+            else None
             for name in ("sources", "behaviour")
         )
         batch = token_batch(inputs, self.vocab, sources, behaviour)
@@ -192,14 +213,17 @@ class DistillCollator:
         if self.fetch is not None:
             inputs["fetched"] = self.fetch(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
-        inputs.update({f"label_{field}": value for field, value in batch._asdict().items() if value is not None})
+        inputs.update(
+            {f"label_{field}": value for field, value in batch._asdict().items() if value is not None}
+        )
         if self.then is not None:
             self.then(inputs)
         return inputs
 
 
 def _laid_out(input_ids: Int[Tensor, "B T"], values: list[list[Any]]) -> Tensor:
-    """Numbers of each token in the layout of the collated rows: one row each, or all in one (padding-free)."""
+    """Numbers of each token in the layout of the collated rows: one row each, or all in one
+    (padding-free)."""
     lines = values if len(values) == len(input_ids) else [[number for row in values for number in row]]
     flat = [torch.tensor(line) for line in lines]
     out = torch.zeros(input_ids.shape, dtype=flat[0].dtype)

@@ -26,12 +26,16 @@ app = typer.Typer(
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."),
+    typer.Argument(
+        metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
 
 
-_TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later
+_TRY_AGAIN = (
+    75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later
+)
 
 
 def _version(shown: bool) -> None:
@@ -42,7 +46,9 @@ def _version(shown: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None: ...
 
 
@@ -71,8 +77,11 @@ def _complain(kind: str, text: str) -> None:
 
     from hpd.config.secrets import redact
 
-    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a stranger's.
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split()))
+    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a
+    # stranger's.
+    text = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
+    )
     Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
 
 
@@ -89,9 +98,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the resolved recipe, load no weights.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing run in output_dir first.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an existing run in output_dir first.")
+    ] = False,
 ) -> None:
-    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint."""
+    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last
+    checkpoint."""
     with _user_errors():
         from hpd.config.load import load_recipe
 
@@ -122,14 +134,19 @@ def doctor(
     recipe: RecipeFile,
     overrides: Overrides = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory that a step may take, such as 24GiB: shows the largest batch and chunk.")
+        str | None,
+        typer.Option(help="Memory that a step may take, such as 24GiB: shows the largest batch and chunk."),
     ] = None,
     devices: Annotated[int, typer.Option(help="Processes of the run, one device each.", min=1)] = 1,
     tflops: Annotated[
-        float | None, typer.Option(help="TFLOP/s that a device reaches in training (an H100 in bfloat16: about 400): hours.")
+        float | None,
+        typer.Option(
+            help="TFLOP/s that a device reaches in training (an H100 in bfloat16: about 400): hours."
+        ),
     ] = None,
 ) -> None:
-    """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and the run costs."""
+    """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and
+    the run costs."""
     with _user_errors():
         from hpd.config.load import load_recipe
         from hpd.terminal.doctor import diagnose
@@ -142,9 +159,12 @@ def doctor(
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete another cache in cache.path first.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete another cache in cache.path first.")
+    ] = False,
 ) -> None:
-    """Ask the teacher about every label position of a recipe's rows once and write its answers to cache.path."""
+    """Ask the teacher about every label position of a recipe's rows once and write its answers to
+    cache.path."""
     with _user_errors():
         from hpd.config.load import load_recipe
         from hpd.terminal.training import cache_with_display
@@ -155,29 +175,47 @@ def cache(
 @app.command(name="eval")
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Folders or Hub ids; compared with the first.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="Folders or Hub ids; compared with the first.", show_default=False
+        ),
     ],
     tasks: Annotated[
-        str, typer.Option("--tasks", "--task", "-t", help="Names with commas between them; name=FILE gives a task its file.")
+        str,
+        typer.Option(
+            "--tasks", "--task", "-t", help="Names with commas between them; name=FILE gives a task its file."
+        ),
     ] = "exact-match",
     data: Annotated[
-        Path | None, typer.Option(help="A file, or a folder with one subfolder per task; without it, the Hub.")
+        Path | None,
+        typer.Option(help="A file, or a folder with one subfolder per task; without it, the Hub."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First n problems of each task only.", min=1)] = None,
-    limit_seed: Annotated[int | None, typer.Option(help="Draw the n problems with this seed instead.")] = None,
-    preset: Annotated[str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 8 or 32 samples.")] = None,
+    limit_seed: Annotated[
+        int | None, typer.Option(help="Draw the n problems with this seed instead.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 8 or 32 samples.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Answers per problem.", min=1)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens; 0 is all.", min=0)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0,
     chat_template: Annotated[str | None, typer.Option(help="auto, never or always.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help='Instead of the task\'s; "" is none.')] = None,
-    few_shot: Annotated[int, typer.Option(help="Worked examples in a plain-text prompt; 0 is none.", min=0)] = 0,
-    few_shot_data: Annotated[Path | None, typer.Option(help="Their file; without it, the task's training file.")] = None,
+    few_shot: Annotated[
+        int, typer.Option(help="Worked examples in a plain-text prompt; 0 is none.", min=0)
+    ] = 0,
+    few_shot_data: Annotated[
+        Path | None, typer.Option(help="Their file; without it, the task's training file.")
+    ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="A task's option: name=value, or task.name=value.")
+        list[str] | None,
+        typer.Option("--option", "-o", help="A task's option: name=value, or task.name=value."),
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint of the judge.")] = None,
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
@@ -185,52 +223,95 @@ def evaluate(
     tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share a model.", min=1)] = 1,
     batch_size: BatchSize = 32,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    output: Annotated[Path | None, typer.Option(help="Folder of evals.json and every answer; resumes there.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Instead of tasks: kl,entropy,... on the texts of --data.")] = None,
-    metrics_on: Annotated[str | None, typer.Option(help="Texts of --metrics: dataset, student or both (default).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of evals.json and every answer; resumes there.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Instead of tasks: kl,entropy,... on the texts of --data.")
+    ] = None,
+    metrics_on: Annotated[
+        str | None, typer.Option(help="Texts of --metrics: dataset, student or both (default).")
+    ] = None,
     teacher: Annotated[str | None, typer.Option(help="Model that --metrics compares with.")] = None,
-    vocabulary: Annotated[str | None, typer.Option(help="Unequal heads: error (default) or shared_prefix.")] = None,
-    harness: Annotated[str | None, typer.Option(help="lm-eval: run its --tasks with its own grading.")] = None,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="Unequal heads: error (default) or shared_prefix.")
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="lm-eval: run its --tasks with its own grading.")
+    ] = None,
 ) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
     with _user_errors():
         generation = {
-            "num_samples": samples, "temperature": temperature, "top_p": top_p, "top_k": top_k,
-            "max_new_tokens": max_new_tokens, "seed": seed, "chat_template": chat_template,
-            "system_prompt": system_prompt, "batch_size": batch_size,
-        }  # fmt: skip
+            "num_samples": samples,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "chat_template": chat_template,
+            "system_prompt": system_prompt,
+            "batch_size": batch_size,
+        }
         from hpd.terminal.evaluation import run_eval
 
         run_eval(
-            models=tuple(models), tasks=tasks, data=data, limit=limit, limit_seed=limit_seed, preset=preset,
-            generation=generation, few_shot=few_shot, few_shot_data=few_shot_data, options=tuple(option or ()),
-            judge_url=judge_url, judge_model=judge_model, engine=engine, tensor_parallel=tensor_parallel, dtype=dtype,
-            output=output, metrics=metrics, metrics_on=metrics_on, teacher=teacher, vocabulary=vocabulary, harness=harness,
-        )  # fmt: skip
+            models=tuple(models),
+            tasks=tasks,
+            data=data,
+            limit=limit,
+            limit_seed=limit_seed,
+            preset=preset,
+            generation=generation,
+            few_shot=few_shot,
+            few_shot_data=few_shot_data,
+            options=tuple(option or ()),
+            judge_url=judge_url,
+            judge_model=judge_model,
+            engine=engine,
+            tensor_parallel=tensor_parallel,
+            dtype=dtype,
+            output=output,
+            metrics=metrics,
+            metrics_on=metrics_on,
+            teacher=teacher,
+            vocabulary=vocabulary,
+            harness=harness,
+        )
 
 
 @app.command(name="serve-teacher")
 def serve_teacher(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],
     port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8765,
-    host: Annotated[str, typer.Option(help="Address to bind; beyond loopback a token is required.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to bind; beyond loopback a token is required.")
+    ] = "127.0.0.1",
     token_env: Annotated[
         str, typer.Option(help="Environment variable with the token that clients must show.")
     ] = "HPD_SERVE_TOKEN",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="4bit or 8bit (extra quantization).")] = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is sent away for a while.", min=1)] = 64,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one forward, padding included.", min=1)] = 16384,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait; one more is sent away for a while.", min=1)
+    ] = 64,
+    max_batch_tokens: Annotated[
+        int, typer.Option(help="Tokens of one forward, padding included.", min=1)
+    ] = 16384,
     max_request_tokens: Annotated[int, typer.Option(help="Tokens of one request.", min=1)] = 65536,
 ) -> None:
-    """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra `serve`."""
+    """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra
+    `serve`."""
     with _user_errors():
         from hpd.teachers.remote.serve import ServeSettings, serve_model
 
         settings = ServeSettings(
-            host=host, port=port, token=os.environ.get(token_env) or None, max_waiting=max_waiting,
+            host=host,
+            port=port,
+            token=os.environ.get(token_env) or None,
+            max_waiting=max_waiting,
             max_request_tokens=max_request_tokens,
-        )  # fmt: skip
+        )
         serve_model(model, dtype, quantization, settings, max_batch_tokens)
 
 
@@ -240,7 +321,8 @@ def generate(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
 ) -> None:
-    """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was interrupted."""
+    """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was
+    interrupted."""
     with _user_errors():
         from hpd.config.load import load_recipe
         from hpd.terminal.training import generate_with_display
@@ -263,21 +345,31 @@ def compare(
         str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
     ] = "",
 ) -> None:
-    """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is run."""
+    """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is
+    run."""
     with _user_errors():
         from hpd.terminal import experiments as terminal
 
         if dry_run:
             terminal.dry_run(experiment, overrides or (), jobs, probe)
-        elif not terminal.compare_with_display(experiment, overrides or (), jobs, [a for a in allow.split(",") if a]):
+        elif not terminal.compare_with_display(
+            experiment, overrides or (), jobs, [a for a in allow.split(",") if a]
+        ):
             raise typer.Exit(1)
 
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Experiments or run folders.", show_default=False)],
-    output: Annotated[Path | None, typer.Option(help="Folder for the report; default: report/ in the experiment.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Variant to test against, as the report names it.")] = None,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Experiments or run folders.", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the report; default: report/ in the experiment.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Variant to test against, as the report names it.")
+    ] = None,
     allow: Annotated[
         str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
     ] = "",
@@ -290,7 +382,9 @@ def report(
     with _user_errors():
         from hpd.terminal.experiments import report_with_display
 
-        report_with_display(folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None)
+        report_with_display(
+            folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None
+        )
 
 
 @app.command()
@@ -306,7 +400,9 @@ def methods() -> None:
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     overrides: Overrides = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an existing demo run first.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an existing demo run first.")
+    ] = False,
 ) -> None:
     """Distil a tiny model on this machine, without any download, and show what changed."""
     with _user_errors():

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: atomic writes, digests, and JSON lines that a later process goes on with."""
+"""Files that are whole or not there: atomic writes, digests, and JSON lines that a later process goes on
+with."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def _flush(path: Path) -> None:
 
 
 class _Part:
-    """Chunks done so far, one JSON line each behind a line that says of what; a line that a kill cut short is dropped."""
+    """Chunks done so far, one JSON line each behind a line that says of what; a line that a kill cut short is
+    dropped."""
 
     def __init__(self, path: Path, identity: str, overwrite: bool):
         self.path = path
@@ -54,8 +56,8 @@ class _Part:
             if overwrite:
                 return
             raise ValueError(
-                f"{self.path} holds completions of other settings, another model or other rows. Go on with those, delete it, "
-                "or start anew with --overwrite."
+                f"{self.path} holds completions of other settings, another model or other rows. Go on with "
+                "those, delete it, or start anew with --overwrite."
             )
         self._lines = lines
         with self.path.open("r+b") as file:

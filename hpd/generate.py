@@ -1,4 +1,5 @@
-"""`hpd generate`: a model writes completions for prompts, in the training format. Resumable, atomic, the same every time."""
+"""`hpd generate`: a model writes completions for prompts, in the training format. Resumable, atomic, the same
+every time."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from hpd.teachers.remote.dialects import read_json
 __all__ = ["Completion", "generate"]
 
 
-# Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats whole chunks.
+# Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats
+# whole chunks.
 CHUNK = 32
 
 
@@ -63,10 +65,13 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def generate(
+    recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Write completions for the prompts of a recipe's dataset to `generate.output`.
 
-    What is done is kept in a file beside it (`.part`) that a later call goes on from; the output appears whole, at the end.
+    What is done is kept in a file beside it (`.part`) that a later call goes on from; the output appears
+    whole, at the end.
 
     Args:
         recipe: `data`, `teacher` and `generate` are read.
@@ -74,10 +79,12 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int
         progress: called with (completions written, completions in total).
 
     Returns:
-        The summary, also written beside the output (`.summary.json`): rows, dropped completions by reason, tokens.
+        The summary, also written beside the output (`.summary.json`): rows, dropped completions by reason,
+        tokens.
 
     Raises:
-        FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings began.
+        FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings
+            began.
         TeacherUnavailable: a server stayed away; what is done is kept.
     """
     config = recipe.generate or GenerateConfig()
@@ -86,7 +93,9 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int
         raise ValueError(f"{output} exists: choose another generate.output, or replace it with --overwrite.")
     rows = load_prompts(recipe.data, config.reference)
     if config.filter == "correct" and all(row.reference is None for row in rows):
-        raise ValueError("generate.filter: correct needs right answers: name their column in generate.reference.")
+        raise ValueError(
+            "generate.filter: correct needs right answers: name their column in generate.reference."
+        )
     name, writer = _writer(recipe, config)
     check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
     jobs = [Job(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
@@ -94,7 +103,12 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int
     try:
         for chunk in range(part.done, -(-len(jobs) // CHUNK)):
             mine = jobs[chunk * CHUNK : (chunk + 1) * CHUNK]
-            part.append([list(completion) for completion in writer.write(mine, [rows[job.row].prompt for job in mine], chunk)])
+            part.append(
+                [
+                    list(completion)
+                    for completion in writer.write(mine, [rows[job.row].prompt for job in mine], chunk)
+                ]
+            )
             if progress is not None:
                 progress(min((chunk + 1) * CHUNK, len(jobs)), len(jobs))
     finally:
@@ -104,7 +118,12 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int
 
 
 def _finish(
-    output: Path, part: _Part, rows: Sequence[PromptRow], jobs: Sequence[Job], config: GenerateConfig, name: str
+    output: Path,
+    part: _Part,
+    rows: Sequence[PromptRow],
+    jobs: Sequence[Job],
+    config: GenerateConfig,
+    name: str,
 ) -> dict[str, Any]:
     """The output, its summary, and the part removed, in this order."""
     counts = {"completions": len(jobs), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
@@ -119,12 +138,16 @@ def _finish(
                 counts[why] += 1
             if why is None:
                 counts["rows"] += 1
-                file.write(json.dumps(_row(job, rows[job.row], completion, config, name), ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps(_row(job, rows[job.row], completion, config, name), ensure_ascii=False) + "\n"
+                )
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, output)
     summary = {**counts, "model": name, "settings": dataclasses.asdict(config)}
-    output.with_name(output.name + ".summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    output.with_name(output.name + ".summary.json").write_text(
+        json.dumps(summary, indent=2) + "\n", encoding="utf-8"
+    )
     part.path.unlink()
     return summary
 
@@ -141,25 +164,44 @@ def _why_dropped(completion: Completion, row: PromptRow, config: GenerateConfig)
     return None if given is not None and right is not None and same_answer(given, right) else "wrong"
 
 
-def _row(job: Job, row: PromptRow, completion: Completion, config: GenerateConfig, name: str) -> dict[str, Any]:
+def _row(
+    job: Job, row: PromptRow, completion: Completion, config: GenerateConfig, name: str
+) -> dict[str, Any]:
     """One line of the output: what training reads, and columns that say where it comes from."""
     text: Any = completion.text
     if not isinstance(row.prompt, str):
         text = [{"role": "assistant", "content": completion.text}]
     return {
-        "prompt": row.prompt, "completion": text, "source_row": job.row, "sample": job.sample, "model": name,
-        "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k, "seed": config.seed,
-        "num_tokens": completion.num_tokens, "finish_reason": completion.finish_reason,
-    }  # fmt: skip
+        "prompt": row.prompt,
+        "completion": text,
+        "source_row": job.row,
+        "sample": job.sample,
+        "model": name,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "seed": config.seed,
+        "num_tokens": completion.num_tokens,
+        "finish_reason": completion.finish_reason,
+    }
 
 
 def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> str:
     """Everything that completions depend on. Filters act at the end, so they may change between two calls."""
     tree = resolve(recipe)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "truncated", "filter", "reference")}
+    settings = {
+        k: v
+        for k, v in dataclasses.asdict(config).items()
+        if k not in ("output", "truncated", "filter", "reference")
+    }
     waits = ("concurrency", "timeout_seconds", "wait_seconds", "api_key_env")
     teacher = {k: v for k, v in tree["teacher"].items() if k not in waits}
-    facts = {"settings": settings, "teacher": teacher, "student": tree["student"], "prompts": [row.prompt for row in rows]}
+    facts = {
+        "settings": settings,
+        "teacher": teacher,
+        "student": tree["student"],
+        "prompts": [row.prompt for row in rows],
+    }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
     return json.dumps({"hpd generate": digest})
 
@@ -170,14 +212,19 @@ def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
     if config.model is None and teacher.type == "server":
         if teacher.protocol not in (None, "openai", "echo"):
             raise ValueError(
-                f"hpd generate asks servers through /v1/completions, which protocol {teacher.protocol} is not. Set "
-                "teacher.protocol to openai, or name a model in generate.model."
+                f"hpd generate asks servers through /v1/completions, which protocol {teacher.protocol} is "
+                "not. Set teacher.protocol to openai, or name a model in generate.model."
             )
-        # Prompts are sent as token ids: what the server's own template or BOS rule would add is under our control.
-        source = ModelConfig(model=recipe.student.model, tokenizer=teacher.tokenizer or recipe.student.tokenizer)
+        # Prompts are sent as token ids: what the server's own template or BOS rule would add is under our
+        # control.
+        source = ModelConfig(
+            model=recipe.student.model, tokenizer=teacher.tokenizer or recipe.student.tokenizer
+        )
         return str(teacher.model), _ServerWriter(teacher, load_tokenizer(source, "teacher"), config)
     if config.model is None and teacher.type not in ("model", "self"):
-        raise ValueError(f"A teacher of type {teacher.type} writes nothing: name the writer in generate.model.")
+        raise ValueError(
+            f"A teacher of type {teacher.type} writes nothing: name the writer in generate.model."
+        )
     source: ModelConfig | TeacherConfig = teacher if teacher.type == "model" else recipe.student
     if config.model is not None:
         source = ModelConfig(model=config.model, dtype="auto")
@@ -186,9 +233,14 @@ def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
 
 def _settings(config: GenerateConfig, prompt: Any, seed: int) -> GenerationSettings:
     return GenerationSettings(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-        batch_size=config.batch_size, seed=seed, chat_template="never" if isinstance(prompt, str) else "always",
-    )  # fmt: skip
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        batch_size=config.batch_size,
+        seed=seed,
+        chat_template="never" if isinstance(prompt, str) else "always",
+    )
 
 
 def _seed(*parts: int) -> int:
@@ -218,9 +270,12 @@ class _ServerWriter:
         assert teacher.url is not None
         self._config, self.tokenizer, self._model = config, tokenizer, teacher.model
         self._connection = Connection(
-            teacher.url.rstrip("/").removesuffix("/v1"), api_key=read_key(teacher.api_key_env),
-            timeout_seconds=teacher.timeout_seconds, wait_seconds=teacher.wait_seconds, connections=teacher.concurrency,
-        )  # fmt: skip
+            teacher.url.rstrip("/").removesuffix("/v1"),
+            api_key=read_key(teacher.api_key_env),
+            timeout_seconds=teacher.timeout_seconds,
+            wait_seconds=teacher.wait_seconds,
+            connections=teacher.concurrency,
+        )
         self._pool = ThreadPoolExecutor(teacher.concurrency)
 
     def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
@@ -230,9 +285,13 @@ class _ServerWriter:
         config = self._config
         seed = _seed(config.seed, job.row, job.sample)
         body = {
-            "model": self._model, "prompt": encode_prompt(self.tokenizer, prompt, _settings(config, prompt, seed)),
-            "max_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p, "seed": seed,
-        }  # fmt: skip
+            "model": self._model,
+            "prompt": encode_prompt(self.tokenizer, prompt, _settings(config, prompt, seed)),
+            "max_tokens": config.max_new_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "seed": seed,
+        }
         if config.top_k:
             body["top_k"] = config.top_k
 

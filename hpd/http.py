@@ -29,7 +29,8 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 30.0
 _CONNECT_SECONDS = 10.0
 
 
-# A server that answers nonsense is asked again: a proxy or a restart may have cut the answer short. Not for ever.
+# A server that answers nonsense is asked again: a proxy or a restart may have cut the answer short. Not for
+# ever.
 _BAD_ANSWERS = 4
 
 
@@ -51,7 +52,8 @@ def read_key(name: str | None) -> str | None:
     key = os.environ.get(name, "")
     if not key:
         raise ValueError(
-            f"api_key_env names the environment variable {name}, which is not set: export it, or remove the field."
+            f"api_key_env names the environment variable {name}, which is not set: export it, or remove the "
+            "field."
         )
     return key
 
@@ -63,14 +65,20 @@ class Connection:
         url: its base address.
         api_key: sent as a bearer token; taken out of every message.
         timeout_seconds: of one attempt, from the first byte sent to the last received.
-        wait_seconds: how long a request is tried again after its first failure, before the teacher counts as unavailable.
+        wait_seconds: how long a request is tried again after its first failure, before the teacher counts as
+            unavailable.
         connections: kept open at once.
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout_seconds: float = 120.0, wait_seconds: float = 600.0,
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_seconds: float = 120.0,
+        wait_seconds: float = 600.0,
         connections: int = 4,
-    ):  # fmt: skip
+    ):
         self.url = url.rstrip("/")
         self._key = api_key
         self._timeout_seconds = timeout_seconds
@@ -79,7 +87,10 @@ class Connection:
         local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
         self._client = httpx2.Client(
             # No compression: an answer's size is bounded as it arrives, and must not grow afterwards.
-            headers={"accept-encoding": "identity", **({"authorization": f"Bearer {api_key}"} if api_key else {})},
+            headers={
+                "accept-encoding": "identity",
+                **({"authorization": f"Bearer {api_key}"} if api_key else {}),
+            },
             timeout=httpx2.Timeout(timeout_seconds, connect=min(_CONNECT_SECONDS, timeout_seconds)),
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
             trust_env=not local,  # a proxy has no business between two processes of one machine
@@ -92,7 +103,13 @@ class Connection:
         self._client.close()
 
     def request(
-        self, method: str, path: str, read: Callable[[httpx2.Response, bytes], T], *, max_bytes: int = 2**30, **options: Any
+        self,
+        method: str,
+        path: str,
+        read: Callable[[httpx2.Response, bytes], T],
+        *,
+        max_bytes: int = 2**30,
+        **options: Any,
     ) -> T:
         """The answer to a request, as `read` understands it.
 
@@ -103,7 +120,8 @@ class Connection:
             **options: content, json, params or headers.
 
         Raises:
-            TeacherUnavailable: no good answer within the bounded wait, or one that asking again would not change.
+            TeacherUnavailable: no good answer within the bounded wait, or one that asking again would not
+                change.
         """
         started = time.monotonic()
         first_failure, attempts, bad = None, 0, 0
@@ -124,21 +142,27 @@ class Connection:
                 bad += 1
                 reason = f"bad answer: {self._hidden(str(error))}"
                 if bad >= _BAD_ANSWERS:
-                    raise TeacherUnavailable(f"{self._where(path)} keeps giving bad answers: {reason}") from None
+                    raise TeacherUnavailable(
+                        f"{self._where(path)} keeps giving bad answers: {reason}"
+                    ) from None
             first_failure = first_failure or time.monotonic()
             left = first_failure + self._wait_seconds - time.monotonic()
             # Up to twice as long, so that many students do not come back at the same moment.
-            backoff = min(_FIRST_PAUSE_SECONDS * 2 ** min(attempts - 1, 20), _LONGEST_PAUSE_SECONDS) * (1.0 + random.random())
+            backoff = min(_FIRST_PAUSE_SECONDS * 2 ** min(attempts - 1, 20), _LONGEST_PAUSE_SECONDS) * (
+                1.0 + random.random()
+            )
             pause = max(retry_after, min(backoff, left))
             if left <= 0 or retry_after > left or self._closing.is_set():
                 raise TeacherUnavailable(
-                    f"{self._where(path)} has not answered in {time.monotonic() - started:.0f} s and {attempts} attempts "
-                    f"(wait_seconds {self._wait_seconds:g}); the last: {reason}"
+                    f"{self._where(path)} has not answered in {time.monotonic() - started:.0f} s and "
+                    f"{attempts} attempts (wait_seconds {self._wait_seconds:g}); the last: {reason}"
                 )
             _LOGGER.warning("%s: %s; asking again in %.1f s", self._where(path), reason, pause)
             self._closing.wait(pause)
 
-    def _attempt(self, method: str, path: str, max_bytes: int, options: dict[str, Any]) -> tuple[httpx2.Response, bytes]:
+    def _attempt(
+        self, method: str, path: str, max_bytes: int, options: dict[str, Any]
+    ) -> tuple[httpx2.Response, bytes]:
         # The client's own timeouts bound each read; a server that drips bytes would stretch them for ever.
         deadline = time.monotonic() + self._timeout_seconds
         parts, size = [], 0
@@ -176,7 +200,8 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 class TeacherUnavailable(RuntimeError):
-    """A teacher elsewhere gave no usable answer within its bounded wait. Training saves a checkpoint and stops.
+    """A teacher elsewhere gave no usable answer within its bounded wait. Training saves a checkpoint and
+    stops.
 
     Args:
         message: who did not answer, and why.

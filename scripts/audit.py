@@ -1,4 +1,5 @@
-"""Known vulnerabilities of the installed packages, by pip-audit; a line and success where its service cannot be reached."""
+"""Known vulnerabilities of the installed packages, by pip-audit; a line and success where its service cannot
+be reached."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ def main() -> int:
     if importlib.util.find_spec("pip_audit") is None:
         print("audit skipped: pip-audit is not installed")
         return 0
-    command = [sys.executable, "-m", "pip_audit", "--local", "--skip-editable", "--format", "json", "--progress-spinner", "off"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip_audit",
+        "--local",
+        "--skip-editable",
+        "--format",
+        "json",
+        "--progress-spinner",
+        "off",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180)
         packages = json.loads(done.stdout)["dependencies"]
@@ -21,11 +32,15 @@ def main() -> int:
         return 0
     audited = [p for p in packages if "skip_reason" not in p]
     if not audited:
-        print(f"audit skipped: the service knows none of {len(packages)} packages (an index that is not PyPI?)")
+        print(
+            f"audit skipped: the service knows none of {len(packages)} packages (an index that is not PyPI?)"
+        )
         return 0
     found = [(p["name"], p["version"], v) for p in audited for v in p.get("vulns", ())]
     for name, version, hole in found:
-        print(f"{name} {version}: {hole['id']}, fixed in {', '.join(hole['fix_versions']) or 'no release yet'}")
+        print(
+            f"{name} {version}: {hole['id']}, fixed in {', '.join(hole['fix_versions']) or 'no release yet'}"
+        )
     print(f"audit: {len(audited)} of {len(packages)} packages looked up, {len(found)} known holes")
     return 1 if any(hole["fix_versions"] for _, _, hole in found) else 0
 

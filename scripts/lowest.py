@@ -1,4 +1,5 @@
-"""A part of the tests with the lowest direct dependencies that pyproject.toml allows, in an environment of their own.
+"""A part of the tests with the lowest direct dependencies that pyproject.toml allows, in an environment of
+their own.
 
 torch is taken from the environment that runs this: its lowest version is a download of gigabytes.
 """
@@ -42,7 +43,9 @@ def _key(version: str) -> list[int]:
 
 def main(folder: str) -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    pins = lowest(project["dependencies"] + [r for r in project["optional-dependencies"]["dev"] if "selenium" not in r])
+    pins = lowest(
+        project["dependencies"] + [r for r in project["optional-dependencies"]["dev"] if "selenium" not in r]
+    )
     place = ROOT / folder
     subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
     python = str(place / "bin" / "python")

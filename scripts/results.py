@@ -21,10 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, TARGET = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 COLUMNS: dict[str, tuple[str, ...] | None] = {
     "results": (
-        "accuracy", "sampled accuracy", "forward kl", "reverse kl", "student entropy", "own entropy", "own reverse kl",
+        "accuracy",
+        "sampled accuracy",
+        "forward kl",
+        "reverse kl",
+        "student entropy",
+        "own entropy",
+        "own reverse kl",
     ),
-    "stability": None, "tuning": None, "ablation": None, "cost": None,
-}  # fmt: skip
+    "stability": None,
+    "tuning": None,
+    "ablation": None,
+    "cost": None,
+}
 """Table -> the columns that docs/results.md shows beside those that name the row; None: all."""
 MOST_BRANCHES = 6
 _BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
@@ -36,7 +45,10 @@ def copy_report(name: str, runs: Path) -> Report:
     folder = TARGET / name
     shutil.rmtree(folder, ignore_errors=True)
     write_report(report, folder).unlink()
-    for file in (folder / "report.md", *folder.glob("data/*.csv")):  # where this machine keeps tasks is nobody's business
+    for file in (
+        folder / "report.md",
+        *folder.glob("data/*.csv"),
+    ):  # where this machine keeps tasks is nobody's business
         file.write_text(file.read_text(encoding="utf-8").replace(str(home()), "$HPD_HOME"), encoding="utf-8")
     # One figure per variant: of a large grid, the numbers in data/ are enough.
     branches = list(folder.glob("plots/branches-*.png"))
@@ -45,7 +57,9 @@ def copy_report(name: str, runs: Path) -> Report:
             file.unlink()
         page = folder / "report.md"
         lines = page.read_text(encoding="utf-8").split("\n\n")
-        page.write_text("\n\n".join(line for line in lines if "(plots/branches-" not in line), encoding="utf-8")
+        page.write_text(
+            "\n\n".join(line for line in lines if "(plots/branches-" not in line), encoding="utf-8"
+        )
     return report
 
 
@@ -55,7 +69,9 @@ def table_of(report: Report, key: str) -> str:
     chosen = COLUMNS[key]
     named = [c for c in table.columns if chosen is None or c in chosen or c in _axes(table)]
     places = [table.columns.index(c) for c in named]
-    return markdown_table(Table(key, "", "", tuple(named), [tuple(row[i] for i in places) for row in table.rows]))
+    return markdown_table(
+        Table(key, "", "", tuple(named), [tuple(row[i] for i in places) for row in table.rows])
+    )
 
 
 def verdicts_of(report: Report) -> str:
@@ -68,7 +84,10 @@ def verdicts_of(report: Report) -> str:
         rows.setdefault(c.variant, {})[c.metric] = f"{said} {c.difference:+.3g} (p {p})"
     head = ["| against " + report.comparisons[0].baseline, *(metric.replace("_", " ") for metric in metrics)]
     lines = [" | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [f"| {name} | " + " | ".join(cells.get(metric, "") for metric in metrics) + " |" for name, cells in rows.items()]
+    lines += [
+        f"| {name} | " + " | ".join(cells.get(metric, "") for metric in metrics) + " |"
+        for name, cells in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -81,7 +100,9 @@ def _axes(table: Table) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     options = parser.parse_args()

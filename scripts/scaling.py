@@ -1,11 +1,14 @@
-"""How long a step of distillation takes on 1 to 1,024 GPUs: a model of arithmetic and communication, and measurements here.
+"""How long a step of distillation takes on 1 to 1,024 GPUs: a model of arithmetic and communication, and
+measurements here.
 
     python scripts/scaling.py                          tables and docs/images/scaling.png
     python scripts/scaling.py --student-params 1.5e9 --engine fsdp2 --teacher cached_hidden --storage-gbps 5
-    python scripts/scaling.py --measure                cost per token on this machine, two minutes on two cores
+    python scripts/scaling.py --measure                cost per token on this machine, two minutes on two
+    cores
 
-Every number of the model is a parameter (--help); the defaults and their sources are at the head of this file. Times are per
-optimiser step. Communication that an engine overlaps with arithmetic counts only where it takes longer.
+Every number of the model is a parameter (--help); the defaults and their sources are at the head of this
+file. Times are per optimiser step. Communication that an engine overlaps with arithmetic counts only where it
+takes longer.
 """
 
 from __future__ import annotations
@@ -63,13 +66,15 @@ class Setup:
     peak_tflops: float = 989.0
     """bf16 dense, H100 SXM (NVIDIA's data sheet)."""
     mfu: float = 0.40
-    """Share of the peak that training reaches; 0.38-0.43 is what Llama 3 reports on 8,192-16,384 H100s (arXiv 2407.21783)."""
+    """Share of the peak that training reaches; 0.38-0.43 is what Llama 3 reports on 8,192-16,384 H100s (arXiv
+    2407.21783)."""
     nvlink_gbps: float = 360.0
     """GB/s per GPU of a collective within a node: 80 % of NVLink 4's 450 GB/s in each direction."""
     network_gbps: float = 40.0
     """GB/s per GPU between nodes: 80 % of a 400 Gb/s link per GPU."""
     latency_us: float = 15.0
-    """Microseconds that a collective costs per doubling of its ranks; layers times this is the floor of sharded engines."""
+    """Microseconds that a collective costs per doubling of its ranks; layers times this is the floor of
+    sharded engines."""
     layers: int = 28
     """Units that FSDP2 and ZeRO-3 gather one by one."""
     storage_gbps: float = 20.0
@@ -112,9 +117,12 @@ class Step:
     def bound(self) -> str:
         """What takes longest."""
         parts = {
-            "arithmetic": self.compute, "communication": self.communication, "latency": self.latency,
-            "teacher's data": self.teacher_io, "rollouts": self.rollout,
-        }  # fmt: skip
+            "arithmetic": self.compute,
+            "communication": self.communication,
+            "latency": self.latency,
+            "teacher's data": self.teacher_io,
+            "rollouts": self.rollout,
+        }
         return max(parts, key=lambda name: parts[name])
 
 
@@ -135,10 +143,10 @@ def flops_per_token(setup: Setup) -> float:
 def parameter_bytes(setup: Setup, gpus: int) -> float:
     r"""Bytes that each GPU sends for student and teacher in an optimiser step.
 
-    All-reduce: :math:`2 (n - 1) / n` times the gradient's bytes. All-gather and reduce-scatter: :math:`(n - 1) / n` each. DDP
-    all-reduces float32 gradients; ZeRO-2 reduce-scatters them and all-gathers the new bfloat16 weights once a step; FSDP2 and
-    ZeRO-3 gather bfloat16 weights for forward and backward and reduce-scatter bfloat16 gradients in every micro-batch, and
-    gather the teacher once for its forward.
+    All-reduce: :math:`2 (n - 1) / n` times the gradient's bytes. All-gather and reduce-scatter: :math:`(n -
+    1) / n` each. DDP all-reduces float32 gradients; ZeRO-2 reduce-scatters them and all-gathers the new
+    bfloat16 weights once a step; FSDP2 and ZeRO-3 gather bfloat16 weights for forward and backward and
+    reduce-scatter bfloat16 gradients in every micro-batch, and gather the teacher once for its forward.
     """
     ring = (gpus - 1) / gpus
     student, teacher = setup.student_params, setup.teacher_params if setup.teacher == "model" else 0.0
@@ -150,13 +158,15 @@ def parameter_bytes(setup: Setup, gpus: int) -> float:
 
 
 def collective_bandwidth(setup: Setup, gpus: int) -> float:
-    """Bytes per second and GPU: NVLink within a node; beyond, the slower of both, since a ring crosses the network."""
+    """Bytes per second and GPU: NVLink within a node; beyond, the slower of both, since a ring crosses the
+    network."""
     within = setup.nvlink_gbps
     return 1e9 * (within if gpus <= setup.gpus_per_node else min(within, setup.network_gbps))
 
 
 def teacher_bytes_per_token(setup: Setup) -> float:
-    """Bytes per token of text that a teacher elsewhere sends: hidden state and logZ, or k ids with log-probabilities."""
+    """Bytes per token of text that a teacher elsewhere sends: hidden state and logZ, or k ids with
+    log-probabilities."""
     if setup.teacher in ("cached_hidden", "served"):
         return setup.label_share * (_BYTES_BF16 * setup.teacher_hidden + _BYTES_FP32)
     if setup.teacher == "cached_top_k":
@@ -167,9 +177,12 @@ def teacher_bytes_per_token(setup: Setup) -> float:
 def predict(setup: Setup, gpus: int) -> Step:
     """The step on `gpus` GPUs.
 
-    .. math:: t = \\max(t_{io},\\; t_{compute} + \\max(0, t_{comm} - o\\, t_{compute}) + t_{latency} + t_{rollout})
+    .. math:: t = \\max(t_{io},\\; t_{compute} + \\max(0, t_{comm} - o\\, t_{compute}) + t_{latency} +
+        t_{rollout})
     """
-    per_gpu = setup.tokens_per_gpu * setup.accumulation if not setup.global_tokens else setup.global_tokens / gpus
+    per_gpu = (
+        setup.tokens_per_gpu * setup.accumulation if not setup.global_tokens else setup.global_tokens / gpus
+    )
     tokens = per_gpu * gpus
     compute = per_gpu * flops_per_token(setup) / (setup.peak_tflops * 1e12 * setup.mfu)
     communication = parameter_bytes(setup, gpus) / collective_bandwidth(setup, gpus)
@@ -185,13 +198,20 @@ def predict(setup: Setup, gpus: int) -> Step:
     exposed = max(0.0, communication - setup.overlap * compute)
     total = max(teacher_io, compute + exposed + latency + rollout)
     return Step(
-        gpus=gpus, tokens=tokens, compute=compute, communication=communication, latency=latency, teacher_io=teacher_io,
-        rollout=rollout, total=total,
-    )  # fmt: skip
+        gpus=gpus,
+        tokens=tokens,
+        compute=compute,
+        communication=communication,
+        latency=latency,
+        teacher_io=teacher_io,
+        rollout=rollout,
+        total=total,
+    )
 
 
 def bytes_per_gpu(setup: Setup, gpus: int) -> float:
-    """Bytes of weights, gradients and optimiser (AdamW, float32 master weights) on each GPU; activations come on top."""
+    """Bytes of weights, gradients and optimiser (AdamW, float32 master weights) on each GPU; activations come
+    on top."""
     student, teacher = setup.student_params, setup.teacher_params if setup.teacher == "model" else 0.0
     weights, gradients, optimiser = 4.0 * student, 4.0 * student, 8.0 * student
     if setup.engine == "ddp":
@@ -204,8 +224,8 @@ def bytes_per_gpu(setup: Setup, gpus: int) -> float:
 def table(setup: Setup, gpus: Sequence[int] = GPUS) -> str:
     """Markdown: one line per number of GPUs."""
     lines = [
-        "| GPUs | ms/step | arithmetic | communication | latency | teacher's data | rollouts | tokens/s/GPU | GB/GPU "
-        "| bound by |",
+        "| GPUs | ms/step | arithmetic | communication | latency | teacher's data | rollouts | tokens/s/GPU "
+        "| GB/GPU | bound by |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for count in gpus:
@@ -213,7 +233,9 @@ def table(setup: Setup, gpus: Sequence[int] = GPUS) -> str:
         times = (step.total, step.compute, step.communication, step.latency, step.teacher_io, step.rollout)
         cells = " | ".join(f"{1e3 * seconds:,.0f}" for seconds in times)
         memory = bytes_per_gpu(setup, count) / 1e9
-        lines.append(f"| {count:,} | {cells} | {step.tokens_per_gpu_second:,.0f} | {memory:,.1f} | {step.bound} |")
+        lines.append(
+            f"| {count:,} | {cells} | {step.tokens_per_gpu_second:,.0f} | {memory:,.1f} | {step.bound} |"
+        )
     return "\n".join(lines)
 
 
@@ -221,20 +243,27 @@ CASES: dict[str, Setup] = {
     "DDP, teacher beside the student": Setup(engine="ddp"),
     "FSDP2, teacher sharded": Setup(engine="fsdp2"),
     "ZeRO-2, teacher beside the student": Setup(engine="zero2"),
-    "FSDP2, 72B teacher": Setup(engine="fsdp2", teacher_params=72.7e9, teacher_hidden=8192, layers=80, student_params=7.6e9,
-                                student_hidden=3584),
+    "FSDP2, 72B teacher": Setup(
+        engine="fsdp2",
+        teacher_params=72.7e9,
+        teacher_hidden=8192,
+        layers=80,
+        student_params=7.6e9,
+        student_hidden=3584,
+    ),
     "FSDP2, cached hidden states": Setup(engine="fsdp2", teacher="cached_hidden"),
     "FSDP2, cached top-64": Setup(engine="fsdp2", teacher="cached_top_k"),
     "FSDP2, served teacher": Setup(engine="fsdp2", teacher="served"),
     "FSDP2, half the tokens written by the student": Setup(engine="fsdp2", rollout_share=0.5),
     "FSDP2, 1 M tokens a step whatever the GPUs": Setup(engine="fsdp2", global_tokens=2**20),
-}  # fmt: skip
+}
 
 
 def summary(gpus: Sequence[int] = (8, 64, 128, 256, 1024)) -> str:
     """Markdown: tokens per second and GPU of every case, with what bounds it."""
     lines = [
-        f"| tokens/s/GPU on | {' | '.join(f'{count:,} GPUs' for count in gpus)} | GB/GPU on {gpus[0]}, {gpus[-1]:,} |",
+        f"| tokens/s/GPU on | {' | '.join(f'{count:,} GPUs' for count in gpus)} | GB/GPU on {gpus[0]}, "
+        f"{gpus[-1]:,} |",
         "|---" * (len(gpus) + 2) + "|",
     ]
     for name, setup in CASES.items():
@@ -256,7 +285,13 @@ def plot(path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8.5, 4.6))
     for style, (name, setup) in zip(styles, CASES.items(), strict=True):
         counts = [gpus for gpus in GPUS if gpus >= 8]
-        axes.plot(counts, [predict(setup, gpus).tokens_per_gpu_second for gpus in counts], style, label=name, markersize=5)
+        axes.plot(
+            counts,
+            [predict(setup, gpus).tokens_per_gpu_second for gpus in counts],
+            style,
+            label=name,
+            markersize=5,
+        )
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens / second / GPU")
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.set_yticks(rates := (2_000, 5_000, 10_000, 20_000, 40_000), [f"{rate:,}" for rate in rates])
@@ -270,7 +305,8 @@ def plot(path: Path) -> None:
 
 
 def measured(found: dict) -> str:
-    """Markdown tables of what scripts/scaling_measure.py found, with the arithmetic rate that the formula above implies."""
+    """Markdown tables of what scripts/scaling_measure.py found, with the arithmetic rate that the formula
+    above implies."""
     lines = [
         "| width | parameters | processes | ms/step | ms/token (all processes) | GFLOP/s a process |",
         "|---|---|---|---|---|---|",
@@ -278,17 +314,25 @@ def measured(found: dict) -> str:
     for entry in found["steps"]:
         width, tokens = entry["width"], entry["tokens"]
         setup = Setup(
-            student_params=entry["parameters"], teacher_params=entry["parameters"], student_hidden=width, teacher_hidden=width,
-            vocab=8192, label_share=1.0, engine="ddp",
-        )  # fmt: skip
+            student_params=entry["parameters"],
+            teacher_params=entry["parameters"],
+            student_hidden=width,
+            teacher_hidden=width,
+            vocab=8192,
+            label_share=1.0,
+            engine="ddp",
+        )
         rate = flops_per_token(setup) * tokens / entry["seconds"] / 1e9
         per_token = 1e3 * entry["seconds"] / (tokens * entry["processes"])
         lines.append(
-            f"| {width} | {entry['parameters'] / 1e6:.1f} M | {entry['processes']} | {1e3 * entry['seconds']:.0f} | "
-            f"{per_token:.2f} | {rate:.1f} |"
+            f"| {width} | {entry['parameters'] / 1e6:.1f} M | {entry['processes']} | "
+            f"{1e3 * entry['seconds']:.0f} | {per_token:.2f} | {rate:.1f} |"
         )
     lines += ["", "| cached hidden states | GB/s | tokens/s |", "|---|---|---|"]
-    lines += [f"| width {e['width']} | {e['gb_per_second']:.2f} | {e['tokens_per_second']:,.0f} |" for e in found["cache"]]
+    lines += [
+        f"| width {e['width']} | {e['gb_per_second']:.2f} | {e['tokens_per_second']:,.0f} |"
+        for e in found["cache"]
+    ]
     return "\n".join(lines)
 
 
@@ -303,14 +347,22 @@ def _help_texts() -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     texts = _help_texts()
     for field in dataclasses.fields(Setup):
         kind = {"int": int, "float": float, "str": str}[str(field.type)]
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, help=f"{texts[field.name]} Default: {field.default}.".replace("%", "%%"))
-    parser.add_argument("--measure", action="store_true", help="Measure this machine instead of predicting others.")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs/images/scaling.png", help="Where the picture goes.")
+        parser.add_argument(
+            flag, type=kind, help=f"{texts[field.name]} Default: {field.default}.".replace("%", "%%")
+        )
+    parser.add_argument(
+        "--measure", action="store_true", help="Measure this machine instead of predicting others."
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=ROOT / "docs/images/scaling.png", help="Where the picture goes."
+    )
     return parser
 
 

@@ -1,4 +1,5 @@
-"""What scripts/scaling.py --measure runs: cost per token on this machine against model size, processes and cache bandwidth.
+"""What scripts/scaling.py --measure runs: cost per token on this machine against model size, processes and
+cache bandwidth.
 
 torchrun --standalone --nproc_per_node 2 scripts/scaling_measure.py WIDTH OUTPUT.json
 """
@@ -33,15 +34,22 @@ _CACHE_TOKENS = 20_000
 def model(width: int) -> LlamaForCausalLM:
     """A random causal language model of four layers."""
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=LAYERS, num_attention_heads=width // 64 or 1,
-        num_key_value_heads=width // 64 or 1, vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=LENGTH,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=width // 64 or 1,
+        num_key_value_heads=width // 64 or 1,
+        vocab_size=VOCAB,
+        tie_word_embeddings=True,
+        max_position_embeddings=LENGTH,
+    )
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
 
 
 def measure_steps(width: int) -> dict[str, Any]:
-    """Median seconds of a training step (forward KL, every token a label) on each process's own 512 tokens."""
+    """Median seconds of a training step (forward KL, every token a label) on each process's own 512
+    tokens."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     torch.set_num_threads(1)
     if processes > 1:
@@ -62,11 +70,12 @@ def measure_steps(width: int) -> dict[str, Any]:
         started = time.perf_counter()
         known = scores_of(teacher, {"input_ids": ids}, index)
         loss = student(
-            input_ids=ids, label_index=index,
-            head_function=lambda scores, known=known: reweighted_nll(
-                scores, known, labels, terms, scale=1 / len(labels), metric_stride=16
-            ).loss,
-        )  # fmt: skip
+            input_ids=ids,
+            label_index=index,
+            head_function=lambda scores, known=known: (
+                reweighted_nll(scores, known, labels, terms, scale=1 / len(labels), metric_stride=16).loss
+            ),
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -74,13 +83,17 @@ def measure_steps(width: int) -> dict[str, Any]:
     if processes > 1:
         distributed.destroy_process_group()
     return {
-        "width": width, "processes": processes, "parameters": parameters, "tokens": ROWS * LENGTH,
+        "width": width,
+        "processes": processes,
+        "parameters": parameters,
+        "tokens": ROWS * LENGTH,
         "seconds": statistics.median(seconds[1:]),
-    }  # fmt: skip
+    }
 
 
 def measure_cache(width: int, folder: Path) -> dict[str, Any]:
-    """GB/s and tokens/s of reading hidden states (bfloat16) row by row in random order, from disk or page cache."""
+    """GB/s and tokens/s of reading hidden states (bfloat16) row by row in random order, from disk or page
+    cache."""
     file = folder / "rows.bin"
     shape = (_CACHE_TOKENS // LENGTH, LENGTH * width)
     numpy.zeros(shape, dtype=numpy.uint16).tofile(file)
@@ -90,7 +103,11 @@ def measure_cache(width: int, folder: Path) -> dict[str, Any]:
     for row in order:
         torch.from_numpy(numpy.array(rows[row])).view(torch.bfloat16)
     seconds = time.perf_counter() - started
-    return {"width": width, "gb_per_second": rows.nbytes / seconds / 1e9, "tokens_per_second": shape[0] * LENGTH / seconds}
+    return {
+        "width": width,
+        "gb_per_second": rows.nbytes / seconds / 1e9,
+        "tokens_per_second": shape[0] * LENGTH / seconds,
+    }
 
 
 def measure_all() -> dict[str, Any]:
@@ -101,9 +118,16 @@ def measure_all() -> dict[str, Any]:
             for processes in (1, 2):
                 output = Path(folder) / f"{width}-{processes}.json"
                 launch = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-                    __file__, str(width), str(output),
-                ]  # fmt: skip
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc_per_node",
+                    str(processes),
+                    __file__,
+                    str(width),
+                    str(output),
+                ]
                 subprocess.run(launch, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
                 steps.append(json.loads(output.read_text()))
         cache = [measure_cache(width, Path(folder)) for width in (512, 1536, 3584)]

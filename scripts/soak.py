@@ -2,9 +2,9 @@
 
     python scripts/soak.py recipe.yaml [A.B=C ...] --seconds 3600 --output soak.json
 
-The training process is sampled every ten seconds from /proc (Linux). The first tenth of the time is left out: allocators and
-caches fill there. Growth is the slope of a least-squares line through the rest, per hour, and the difference of the medians of
-the last and the first third. The run ends at the time limit by SIGTERM.
+The training process is sampled every ten seconds from /proc (Linux). The first tenth of the time is left out:
+allocators and caches fill there. Growth is the slope of a least-squares line through the rest, per hour, and
+the difference of the medians of the last and the first third. The run ends at the time limit by SIGTERM.
 """
 
 from __future__ import annotations
@@ -63,18 +63,24 @@ def growth(samples: list[dict[str, float]], name: str) -> dict[str, float]:
         "median": statistics.median(values),
         "largest": max(values),
         "per_hour": round(float(np.polyfit(hours, values, 1)[0]), 3),
-        "last_third_minus_first": round(statistics.median(values[-third:]) - statistics.median(values[:third]), 3),
+        "last_third_minus_first": round(
+            statistics.median(values[-third:]) - statistics.median(values[:third]), 3
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--output", type=Path, default=Path("soak.json"))
     options = parser.parse_args()
-    samples = watch([sys.executable, "-m", "hpd", "train", options.recipe, *options.overrides], options.seconds)
+    samples = watch(
+        [sys.executable, "-m", "hpd", "train", options.recipe, *options.overrides], options.seconds
+    )
     figures = {name: growth(samples, name) for name in ("rss_mib", "file_handles", "threads")}
     result = {"seconds": samples[-1]["seconds"], "samples": len(samples), **figures, "series": samples}
     options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,5 @@
-"""Every malformed input ends with one paragraph and exit code 2, before training, and leaves nothing behind."""
+"""Every malformed input ends with one paragraph and exit code 2, before training, and leaves nothing
+behind."""
 
 from __future__ import annotations
 
@@ -18,9 +19,13 @@ from typer.testing import CliRunner
 from hpd.cli import app
 
 GROUPS = {
-    "recipe": RECIPES, "data": DATASETS, "tokenizer": TOKENIZERS, "checkpoint": CHECKPOINTS, "eval": PROBLEMS,
+    "recipe": RECIPES,
+    "data": DATASETS,
+    "tokenizer": TOKENIZERS,
+    "checkpoint": CHECKPOINTS,
+    "eval": PROBLEMS,
     "generate": GENERATE,
-}  # fmt: skip
+}
 CORPUS = {f"{group}: {name}": case for group, cases in GROUPS.items() for name, case in cases.items()}
 
 
@@ -33,9 +38,16 @@ def place(tmp_path_factory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "problems.jsonl").write_text('{"prompt": "add one", "answer": "two"}\n')
     recipe = {
-        "student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": {"path": str(folder / "rows.jsonl")},
-        "train": {"max_steps": 1, "per_device_train_batch_size": 2, "max_length": 64, "gradient_checkpointing": False},
-    }  # fmt: skip
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "data": {"path": str(folder / "rows.jsonl")},
+        "train": {
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "max_length": 64,
+            "gradient_checkpointing": False,
+        },
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -43,9 +55,12 @@ def place(tmp_path_factory) -> Path:
 def arguments(case: Case, place: Path, folder: Path) -> list[str]:
     """The command line of a case; training would write to `run` in its folder."""
     names = {
-        "{recipe}": place / "recipe.yaml", "{student}": place / "student", "{teacher}": place / "teacher",
-        "{rows}": place / "rows.jsonl", "{problems}": place / "problems.jsonl",
-    }  # fmt: skip
+        "{recipe}": place / "recipe.yaml",
+        "{student}": place / "student",
+        "{teacher}": place / "teacher",
+        "{rows}": place / "rows.jsonl",
+        "{problems}": place / "problems.jsonl",
+    }
     given = case.build(folder)
     for name, path in names.items():
         given = [word.replace(name, str(path)) for word in given]

@@ -16,7 +16,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hpd.batch import IGNORE_INDEX, DistillCollator, TokenBatch, token_batch, uniforms
 
 PAD = 0
-# Rows of different length; -100 marks the prompt. The first row labels its first token, which nothing predicts.
+# Rows of different length; -100 marks the prompt. The first row labels its first token, which nothing
+# predicts.
 ROWS = [
     {"input_ids": [11, 12, 13, 14], "labels": [11, 12, 13, 14]},
     {"input_ids": [21, 22, 23, 24, 25, 26], "labels": [-100, -100, -100, 24, 25, 26]},
@@ -26,7 +27,9 @@ ROWS = [
 NUM_LABELS = 3 + 3 + 2
 
 
-def collate(rows: list[dict[str, Any]], vocab: int | None = None, **options: Any) -> tuple[dict[str, Any], TokenBatch]:
+def collate(
+    rows: list[dict[str, Any]], vocab: int | None = None, **options: Any
+) -> tuple[dict[str, Any], TokenBatch]:
     inputs = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=PAD, **options), vocab)(rows)
     return inputs, TokenBatch.pop(inputs)
 
@@ -155,7 +158,9 @@ def test_labels_beyond_the_common_vocabulary_are_dropped_and_counted(padding_fre
 
 
 def test_a_batch_without_labels_is_empty() -> None:
-    inputs, batch = collate([{"input_ids": [5, 6], "labels": [-100, -100]}, {"input_ids": [7], "labels": [7]}])
+    inputs, batch = collate(
+        [{"input_ids": [5, 6], "labels": [-100, -100]}, {"input_ids": [7], "labels": [7]}]
+    )
     assert [len(field) for field in batch[:3]] == [0, 0, 0]
     assert inputs["labels"].eq(IGNORE_INDEX).all()
     assert uniforms(batch.keys, seed=0, step=0, count=2).shape == (0, 2)
@@ -182,7 +187,8 @@ def keys_of(count: int) -> Tensor:
 
 
 def assert_uniform(numbers: Tensor) -> None:
-    """Mean, variance and the Kolmogorov-Smirnov distance, all within 4.5 standard errors or the 1e-6 quantile."""
+    """Mean, variance and the Kolmogorov-Smirnov distance, all within 4.5 standard errors or the 1e-6
+    quantile."""
     count = numbers.numel()
     ordered = numbers.flatten().sort().values
     assert ordered[0] >= 0.0
@@ -206,7 +212,9 @@ def test_numbers_are_uniform_over_positions_draws_steps_and_seeds() -> None:
 
 
 def test_numbers_do_not_collide() -> None:
-    numbers = torch.cat([uniforms(keys_of(5000), seed=s, step=t, count=3) for s in range(2) for t in range(-1, 3)])
+    numbers = torch.cat(
+        [uniforms(keys_of(5000), seed=s, step=t, count=3) for s in range(2) for t in range(-1, 3)]
+    )
     assert len(numbers.unique()) == numbers.numel() == 120_000
     # Every one of the 53 bits is used.
     bits = (numbers.flatten() * 2.0**53).long()

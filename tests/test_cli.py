@@ -23,22 +23,33 @@ def workspace(tmp_path_factory):
         "".join(json.dumps({"prompt": r["prompt"], "answer": r["completion"]}) + "\n" for r in ROWS[:4])
     )
     recipe = {
-        "student": str(student), "teacher": str(teacher),
+        "student": str(student),
+        "teacher": str(teacher),
         "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
-        "train": {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-2, "max_length": 64},
+        "train": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+        },
         "eval": {"data": str(folder / "problems.jsonl"), "max_new_tokens": 8},
         "output_dir": str(folder / "run"),
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
 
 def hpd(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "hpd", *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=cwd,
+        [sys.executable, "-m", "hpd", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=cwd,
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-    )  # fmt: skip
+    )
 
 
 def test_train_from_recipe_to_loadable_student(workspace):
@@ -48,7 +59,9 @@ def test_train_from_recipe_to_loadable_student(workspace):
     run = workspace / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 3
-    assert {"forward_kl before", "forward_kl after", "student after accuracy", "teacher accuracy"} <= set(summary)
+    assert {"forward_kl before", "forward_kl after", "student after accuracy", "teacher accuracy"} <= set(
+        summary
+    )
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [log["step"] for log in steps if "loss" in log] == [1, 2, 3]
     assert AutoModelForCausalLM.from_pretrained(run).config.model_type == "llama"
@@ -65,7 +78,14 @@ def test_train_from_recipe_to_loadable_student(workspace):
 
 
 def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(workspace):
-    done = hpd("train", workspace / "recipe.yaml", "output_dir=never", "method=forward_kl", "--dry-run", cwd=workspace)
+    done = hpd(
+        "train",
+        workspace / "recipe.yaml",
+        "output_dir=never",
+        "method=forward_kl",
+        "--dry-run",
+        cwd=workspace,
+    )
     assert done.returncode == 0, done.stderr
     assert "method: forward_kl" in done.stdout
     assert "equal token maps" in done.stdout
@@ -108,7 +128,9 @@ def test_doctor_counts_the_run_s_arithmetic(workspace):
     from hpd.estimate.cost import flops_per_token
     from hpd.training.plan import plan
 
-    done = hpd("doctor", workspace / "recipe.yaml", "train.max_steps=10", "--devices", "2", "--tflops", "0.001")
+    done = hpd(
+        "doctor", workspace / "recipe.yaml", "train.max_steps=10", "--devices", "2", "--tflops", "0.001"
+    )
     assert done.returncode == 0, done.stderr
     recipe = load_recipe(workspace / "recipe.yaml", ["train.max_steps=10"])
     price, planned = flops_per_token(recipe), plan(recipe)
@@ -117,7 +139,9 @@ def test_doctor_counts_the_run_s_arithmetic(workspace):
     said = " ".join(done.stdout.split())
     assert f"{step / 1e9:.3g} GFLOP in a step of {rows} rows" in said
     assert f"{step * 10 / 2e9 / 3600:,.3g} hours on 2 devices that reach 0.001 TFLOP/s each" in said
-    elsewhere = hpd("doctor", workspace / "recipe.yaml", "train.bf16=true")  # a recipe for a GPU, looked at where there is none
+    elsewhere = hpd(
+        "doctor", workspace / "recipe.yaml", "train.bf16=true"
+    )  # a recipe for a GPU, looked at where there is none
     assert elsewhere.returncode == 0, elsewhere.stderr
     wrong = hpd("doctor", workspace / "recipe.yaml", "--tflops", "0")
     assert wrong.returncode == 2
@@ -140,7 +164,16 @@ def test_doctor_states_what_fits_a_budget(workspace):
 
 def test_eval_prints_accuracy_and_writes_answers(workspace):
     student = yaml.safe_load((workspace / "recipe.yaml").read_text())["student"]
-    done = hpd("eval", student, "--data", workspace / "problems.jsonl", "--max-new-tokens", 4, "--output", workspace / "ev")
+    done = hpd(
+        "eval",
+        student,
+        "--data",
+        workspace / "problems.jsonl",
+        "--max-new-tokens",
+        4,
+        "--output",
+        workspace / "ev",
+    )
     assert done.returncode == 0, done.stderr
     assert "accuracy" in done.stdout
     assert len((workspace / "ev" / "records-exact-match.jsonl").read_text().splitlines()) == 4
@@ -163,8 +196,14 @@ def test_methods_lists_the_table():
         (["train", "recipe.yaml", "data.path=missing.jsonl"], "No dataset at missing.jsonl"),
         (["train", "recipe.yaml", "teacher=."], "has no config.json"),
         (["train", "recipe.yaml", "teacher=./nowhere"], "does not exist"),
-        (["train", "recipe.yaml", "teacher={model: teacher, quantization: 4bit}"], "pip install 'hpd[quantization]'"),
-        (["train", "recipe.yaml", "teacher=no-such-org/no-such-model"], "is no folder here, and cannot be had from the Hub"),
+        (
+            ["train", "recipe.yaml", "teacher={model: teacher, quantization: 4bit}"],
+            "pip install 'hpd[quantization]'",
+        ),
+        (
+            ["train", "recipe.yaml", "teacher=no-such-org/no-such-model"],
+            "is no folder here, and cannot be had from the Hub",
+        ),
         (["train", "recipe.yaml", "data.path=empty.jsonl"], "is empty"),
         (["train", "recipe.yaml", "train.max_length=2"], "Every label is masked"),
         (["train", "recipe.yaml", "teacher=other"], "the two tokenizers are different"),
@@ -207,5 +246,7 @@ def test_help_and_import_are_quick():
             subprocess.run(command, check=True, capture_output=True)
             seconds.append(time.perf_counter() - start)
         assert min(seconds) < 0.5, command
-    probe = "import sys, hpd, hpd.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    probe = (
+        "import sys, hpd, hpd.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", probe], check=True)

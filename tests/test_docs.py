@@ -67,5 +67,6 @@ def test_readme_commands_exist():
 def test_no_placeholder_is_left_in_a_document():
     for page in [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         assert not re.search(
-            r"@[A-Z_]+@|\b[A-Z0-9]+_(OUTPUT|TABLE|SENTENCE|MINUTES)\b|TODO|FIXME", page.read_text(encoding="utf-8")
+            r"@[A-Z_]+@|\b[A-Z0-9]+_(OUTPUT|TABLE|SENTENCE|MINUTES)\b|TODO|FIXME",
+            page.read_text(encoding="utf-8"),
         ), page.name

@@ -41,10 +41,14 @@ def small_chunks(monkeypatch):
 
 
 def recipe(pair, rows, output, teacher=None, data=None, **settings):
-    return load_recipe({
-        "student": str(pair[0]), "teacher": teacher or str(pair[1]), "data": data or {"path": str(rows)},
-        "generate": {"output": str(output), "max_new_tokens": 12, "truncated": "keep", **settings},
-    })  # fmt: skip
+    return load_recipe(
+        {
+            "student": str(pair[0]),
+            "teacher": teacher or str(pair[1]),
+            "data": data or {"path": str(rows)},
+            "generate": {"output": str(output), "max_new_tokens": 12, "truncated": "keep", **settings},
+        }
+    )
 
 
 def lines(file):
@@ -56,7 +60,9 @@ def test_completions_are_in_the_training_format_with_their_provenance(pair, rows
     summary = generate(recipe(pair, rows, output, samples=3, seed=7, top_k=50, top_p=0.9))
     made = lines(output)
     assert len(made) == summary["rows"] == 30 - summary["empty"]
-    assert {(row["source_row"], row["sample"]) for row in made} <= {(i, j) for i in range(10) for j in range(3)}
+    assert {(row["source_row"], row["sample"]) for row in made} <= {
+        (i, j) for i in range(10) for j in range(3)
+    }
     first = made[0]
     assert first["prompt"] == "say one:"
     assert first["model"] == str(pair[1])
@@ -106,9 +112,17 @@ def test_interrupted_and_resumed_equals_undisturbed(pair, rows, tmp_path):
 @pytest.mark.slow
 def test_killed_at_random_moments_equals_undisturbed(pair, rows, tmp_path):
     tree = {
-        "student": str(pair[0]), "teacher": str(pair[1]), "data": {"path": str(rows)},
-        "generate": {"output": "made.jsonl", "samples": 24, "max_new_tokens": 24, "truncated": "keep", "batch_size": 2},
-    }  # fmt: skip
+        "student": str(pair[0]),
+        "teacher": str(pair[1]),
+        "data": {"path": str(rows)},
+        "generate": {
+            "output": "made.jsonl",
+            "samples": 24,
+            "max_new_tokens": 24,
+            "truncated": "keep",
+            "batch_size": 2,
+        },
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "hpd", "generate", str(tmp_path / "recipe.yaml")]
     (tmp_path / "straight").mkdir()
@@ -119,15 +133,23 @@ def test_killed_at_random_moments_equals_undisturbed(pair, rows, tmp_path):
     part = tmp_path / "killed" / "made.jsonl.part"
     sizes = random.Random(0).sample(range(10, 3000), 4)
     for size in sizes:  # as soon as the part is that long
-        process = subprocess.Popen(command, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=tmp_path / "killed", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 60
-        while process.poll() is None and not (part.exists() and part.stat().st_size > size) and time.monotonic() < deadline:
+        while (
+            process.poll() is None
+            and not (part.exists() and part.stat().st_size > size)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait(10)
     again = subprocess.run(command, cwd=tmp_path / "killed", capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "killed" / "made.jsonl").read_bytes() == (tmp_path / "straight" / "made.jsonl").read_bytes()
+    assert (tmp_path / "killed" / "made.jsonl").read_bytes() == (
+        tmp_path / "straight" / "made.jsonl"
+    ).read_bytes()
 
 
 def test_nothing_is_overwritten_or_mixed(pair, rows, tmp_path):
@@ -205,7 +227,9 @@ def test_a_server_writes_and_right_answers_are_kept(pair, rows, tmp_path, script
     scripted.fail = 3
     teacher = {"type": "server", "url": scripted.url, "model": "tiny", "wait_seconds": 20.0}
     output = tmp_path / "made.jsonl"
-    summary = generate(recipe(pair, rows, output, teacher, samples=6, filter="correct", truncated="drop", top_k=5))
+    summary = generate(
+        recipe(pair, rows, output, teacher, samples=6, filter="correct", truncated="drop", top_k=5)
+    )
     made = lines(output)
     assert summary["rows"] + summary["wrong"] + summary["truncated"] == 60
     assert summary["rows"] > 0
@@ -227,7 +251,9 @@ def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted
 
     monkeypatch.setattr("hpd.http._FIRST_PAUSE_SECONDS", 0.01)
     good = scripted.answer
-    scripted.answer = lambda request: good(request) if len(scripted.requests) <= 8 else b'{"choices": [{"text": 5}]}'
+    scripted.answer = lambda request: (
+        good(request) if len(scripted.requests) <= 8 else b'{"choices": [{"text": 5}]}'
+    )
     teacher = {"type": "server", "url": scripted.url, "model": "tiny", "wait_seconds": 2.0, "concurrency": 1}
     output = tmp_path / "made.jsonl"
     with pytest.raises(TeacherUnavailable, match="bad answers"):

@@ -25,11 +25,18 @@ def place(tmp_path_factory) -> Path:
     rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(4)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
-        "student": str(folder / "student"), "teacher": str(folder / "teacher"), "data": {"path": str(folder / "rows.jsonl")},
-        "train": {"max_steps": 1, "per_device_train_batch_size": 2, "max_length": 64, "gradient_checkpointing": False},
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "data": {"path": str(folder / "rows.jsonl")},
+        "train": {
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "max_length": 64,
+            "gradient_checkpointing": False,
+        },
         "generate": {"output": str(folder / "out.jsonl"), "max_new_tokens": 4, "truncated": "keep"},
         "output_dir": str(folder / "run"),
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -75,14 +82,26 @@ def test_generate_refuses_output_that_is_there(place):
 
 def test_eval_keeps_earlier_entries(place):
     (place / "problems.jsonl").write_text('{"prompt": "add one", "answer": "two"}\n')
-    command = ["eval", place / "student", "--data", place / "problems.jsonl", "--output", place / "ev", "--max-new-tokens"]
+    command = [
+        "eval",
+        place / "student",
+        "--data",
+        place / "problems.jsonl",
+        "--output",
+        place / "ev",
+        "--max-new-tokens",
+    ]
     assert run(*command, 4)[0] == 0
     first = json.loads((place / "ev" / "evals.json").read_text())
     assert run(*command, 5)[0] == 0
-    assert [entry for entry in json.loads((place / "ev" / "evals.json").read_text()) if entry in first] == first
+    assert [
+        entry for entry in json.loads((place / "ev" / "evals.json").read_text()) if entry in first
+    ] == first
 
 
-REPORT = Report("t", "", "none", [], [], [Section("s", "S", [Table("results", "", "", ("a",), [("b",)])], [])], [])
+REPORT = Report(
+    "t", "", "none", [], [], [Section("s", "S", [Table("results", "", "", ("a",), [("b",)])], [])], []
+)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "index.html", "report.md", "data/results.csv", ".hidden"])

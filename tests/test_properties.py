@@ -27,15 +27,23 @@ from hpd.objectives import OBJECTIVES
 GOOD = {"student": "a", "teacher": "b", "data": {"path": "c"}}
 _LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 _TREES = st.recursive(
-    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+    _LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
 _KEYS = sorted(resolve(load_recipe(GOOD)))
-_INNER = sorted({key for value in resolve(load_recipe(GOOD)).values() if isinstance(value, dict) for key in value})
+_INNER = sorted(
+    {key for value in resolve(load_recipe(GOOD)).values() if isinstance(value, dict) for key in value}
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.dictionaries(st.sampled_from(_KEYS), _TREES | st.dictionaries(st.sampled_from(_INNER), _TREES, max_size=3), max_size=4)
+    st.dictionaries(
+        st.sampled_from(_KEYS),
+        _TREES | st.dictionaries(st.sampled_from(_INNER), _TREES, max_size=3),
+        max_size=4,
+    )
 )
 def test_any_tree_is_a_recipe_or_a_value_error(changes):
     try:
@@ -69,8 +77,9 @@ _ROWS = st.lists(
     st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=2, max_size=9).filter(
         lambda row: any(label for _, label in row[1:])
     ),
-    min_size=1, max_size=5,
-)  # fmt: skip
+    min_size=1,
+    max_size=5,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,11 +87,14 @@ _ROWS = st.lists(
 def test_padded_equals_padding_free_equals_packed(rows, padding):
     """The same labels and the same inputs before them, in every layout; what is padded on is no label."""
     examples = [
-        {"input_ids": [t for t, _ in row], "labels": [t if bit else IGNORE_INDEX for t, bit in row]} for row in rows
-    ]  # fmt: skip
+        {"input_ids": [t for t, _ in row], "labels": [t if bit else IGNORE_INDEX for t, bit in row]}
+        for row in rows
+    ]
     padded = DataCollatorForLanguageModeling(pad_token_id=0)(examples)
     wider = {
-        name: torch.nn.functional.pad(padded[name], (0, padding), value=IGNORE_INDEX if name == "labels" else 0)
+        name: torch.nn.functional.pad(
+            padded[name], (0, padding), value=IGNORE_INDEX if name == "labels" else 0
+        )
         for name in ("input_ids", "labels", "attention_mask")
     }
     free = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
@@ -97,11 +109,20 @@ def test_padded_equals_padding_free_equals_packed(rows, padding):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.sampled_from(sorted(SUPPORTS)), draws=st.integers(1, 4), k=st.integers(1, 6), share=st.floats(0.0, 1.0),
+    name=st.sampled_from(sorted(SUPPORTS)),
+    draws=st.integers(1, 4),
+    k=st.integers(1, 6),
+    share=st.floats(0.0, 1.0),
     objective=st.sampled_from(["forward_kl", "reverse_kl", "akl", "nll", "hpd"]),
-)  # fmt: skip
+)
 def test_any_term_is_built_or_refused(name, draws, k, share, objective):
-    extra = {"top_k": k} if "top_k" in name else {"num_draws": draws, "draw_share": share} if "sampled" in name else {}
+    extra = (
+        {"top_k": k}
+        if "top_k" in name
+        else {"num_draws": draws, "draw_share": share}
+        if "sampled" in name
+        else {}
+    )
     try:
         term = TermConfig(objective=objective, support=name, **extra).build()
     except ValueError as error:
@@ -112,13 +133,18 @@ def test_any_term_is_built_or_refused(name, draws, k, share, objective):
 
 
 def _examples(rows):
-    return [{"input_ids": [t for t, _ in row], "labels": [t if bit else IGNORE_INDEX for t, bit in row]} for row in rows]
+    return [
+        {"input_ids": [t for t, _ in row], "labels": [t if bit else IGNORE_INDEX for t, bit in row]}
+        for row in rows
+    ]
 
 
 def _found(batches):
     """(key, label) of every label position, in no order: packing puts rows where they fit."""
     found = [token_batch(dict(batch), 32) for batch in batches]
-    return sorted(pair for batch in found for pair in zip(batch.keys.tolist(), batch.labels.tolist(), strict=True))
+    return sorted(
+        pair for batch in found for pair in zip(batch.keys.tolist(), batch.labels.tolist(), strict=True)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,7 +170,9 @@ def test_packing_that_truncates_keeps_the_prefix_of_a_row(rows, max_length, size
     cut = [{name: values[:max_length] for name, values in example.items()} for example in _examples(rows)]
     expected = _found(collate([example]) for example in cut)
     assert _found(free(packed[i : i + size]) for i in range(0, len(packed), size)) == expected
-    assert sorted(label for _, label in expected) == sorted(t for row in rows for t, bit in row[1:max_length] if bit)
+    assert sorted(label for _, label in expected) == sorted(
+        t for row in rows for t, bit in row[1:max_length] if bit
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"packing": True}], ids=["padded", "packed"])
@@ -158,27 +186,41 @@ def test_the_trainer_truncates_to_the_prefix_whatever_the_layout(tmp_path_factor
     trainer = make_trainer(pair, tmp_path, train=rows, max_length=9, per_device_train_batch_size=4, **options)
     loader = trainer.get_train_dataloader()
     found = sorted(
-        pair for batch in loader for pair in zip(batch["label_keys"].tolist(), batch["label_labels"].tolist(), strict=True)
+        pair
+        for batch in loader
+        for pair in zip(batch["label_keys"].tolist(), batch["label_labels"].tolist(), strict=True)
     )
     collate = DataCollatorForLanguageModeling(pad_token_id=0)
     cut = [{"input_ids": row["input_ids"][:9], "labels": row["input_ids"][:9]} for row in rows]
     expected = [token_batch(dict(collate([row])), 300) for row in cut]
-    assert found == sorted(pair for batch in expected for pair in zip(batch.keys.tolist(), batch.labels.tolist(), strict=True))
+    assert found == sorted(
+        pair for batch in expected for pair in zip(batch.keys.tolist(), batch.labels.tolist(), strict=True)
+    )
 
 
 _SIDES, _VOCAB = st.sampled_from(["teacher", "student"]), 11
 _SWITCHES = {
-    "whole": st.booleans(), "label": st.booleans(), "draws": st.integers(0, 3), "draws_of": _SIDES, "importance": st.booleans(),
-    "exclude_label": st.booleans(), "share": st.floats(0.0, 1.0), "temperature": st.floats(0.2, 4.0),
-    "top_k": st.integers(0, 14), "top_k_of": _SIDES, "tail": st.sampled_from(["drop", "bucket", "renormalize"]),
-}  # fmt: skip
+    "whole": st.booleans(),
+    "label": st.booleans(),
+    "draws": st.integers(0, 3),
+    "draws_of": _SIDES,
+    "importance": st.booleans(),
+    "exclude_label": st.booleans(),
+    "share": st.floats(0.0, 1.0),
+    "temperature": st.floats(0.2, 4.0),
+    "top_k": st.integers(0, 14),
+    "top_k_of": _SIDES,
+    "tail": st.sampled_from(["drop", "bucket", "renormalize"]),
+}
 # Switches one by one, too, since most combinations of all are refused.
 _SUPPORT_FIELDS = st.fixed_dictionaries({}, optional=_SWITCHES) | st.fixed_dictionaries(
     {"label": st.booleans()}, optional={name: _SWITCHES[name] for name in ("top_k", "tail", "top_k_of")}
 )
 _SUPPORT_FIELDS |= st.fixed_dictionaries(
     {"label": st.just(True), "draws": st.integers(1, 3)},
-    optional={name: _SWITCHES[name] for name in ("draws_of", "importance", "exclude_label", "share", "temperature")},
+    optional={
+        name: _SWITCHES[name] for name in ("draws_of", "importance", "exclude_label", "share", "temperature")
+    },
 )
 # Those that need no parameters.
 _OBJECTIVES = sorted(
@@ -190,10 +232,16 @@ _OBJECTIVES = sorted(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    support=_SUPPORT_FIELDS, objective=st.sampled_from(_OBJECTIVES), weight=st.floats(0.1, 3.0), softened=st.floats(0.3, 3.0),
-    rows=st.integers(1, 5), sharpness=st.sampled_from([0.1, 1.0, 4.0]),
-)  # fmt: skip
-def test_any_support_is_refused_or_its_gradient_is_the_references(support, objective, weight, softened, rows, sharpness):
+    support=_SUPPORT_FIELDS,
+    objective=st.sampled_from(_OBJECTIVES),
+    weight=st.floats(0.1, 3.0),
+    softened=st.floats(0.3, 3.0),
+    rows=st.integers(1, 5),
+    sharpness=st.sampled_from([0.1, 1.0, 4.0]),
+)
+def test_any_support_is_refused_or_its_gradient_is_the_references(
+    support, objective, weight, softened, rows, sharpness
+):
     try:
         term = Term(objective, OBJECTIVES[objective](), Support(**support), weight, softened).check()
     except ValueError as error:
@@ -212,7 +260,9 @@ def test_many_terms_are_accepted():
         for objective in _OBJECTIVES:
             extra = {"top_k": 3} if "top_k" in name else {}
             try:
-                TermConfig(objective=objective, support=name, on="student" if name == "rollout" else "both", **extra).build()
+                TermConfig(
+                    objective=objective, support=name, on="student" if name == "rollout" else "both", **extra
+                ).build()
                 accepted += 1
             except ValueError:
                 continue

@@ -24,9 +24,12 @@ from hpd.models import load_config, load_model, load_tokenizer
 from hpd.training.run import train
 
 SECRETS = {
-    "HF_TOKEN": "hf_" + "canaryA" * 5, "OPENAI_API_KEY": "sk-" + "canaryB" * 5, "WANDB_API_KEY": "canaryc0" * 5,
-    "TEACHER_API_KEY": "canary-of-the-teacher", "HPD_SERVE_TOKEN": "canary-of-the-server",
-}  # fmt: skip
+    "HF_TOKEN": "hf_" + "canaryA" * 5,
+    "OPENAI_API_KEY": "sk-" + "canaryB" * 5,
+    "WANDB_API_KEY": "canaryc0" * 5,
+    "TEACHER_API_KEY": "canary-of-the-teacher",
+    "HPD_SERVE_TOKEN": "canary-of-the-server",
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +43,20 @@ def pair(tmp_path_factory) -> Path:
 
 def recipe_of(pair: Path, output: Path, **changes) -> dict:
     return {
-        "student": str(pair / "student"), "teacher": str(pair / "teacher"), "data": {"path": str(pair / "rows.jsonl")},
-        "train": {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "max_length": 64, "logging_steps": 1,
-                  "gradient_checkpointing": False},
-        "output_dir": str(output), **changes,
-    }  # fmt: skip
+        "student": str(pair / "student"),
+        "teacher": str(pair / "teacher"),
+        "data": {"path": str(pair / "rows.jsonl")},
+        "train": {
+            "max_steps": 2,
+            "save_steps": 1,
+            "per_device_train_batch_size": 2,
+            "max_length": 64,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+        },
+        "output_dir": str(output),
+        **changes,
+    }
 
 
 class Payload:
@@ -87,7 +99,9 @@ def test_pickled_weights_are_refused_and_do_not_run(pair, tmp_path, how):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(canary)))
     if how != "file":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "pytorch_model.bin"}))
+        (folder / "config.json").write_text(
+            json.dumps({**config, "transformers_weights": "pytorch_model.bin"})
+        )
     with pytest.raises(ValueError, match="pytorch_model.bin, a pickle"):
         load_model(ModelConfig(model=str(folder)), "student")
     # Even when asked for: torch reads tensors and nothing else.
@@ -117,7 +131,9 @@ def test_changed_checkpoints_do_not_run_code_on_resume(pair, tmp_path, name):
     shutil.rmtree(run / "checkpoint-2")
     torch.save(Payload(canary), run / "checkpoint-1" / name)
     mark = json.loads((run / "checkpoint-1" / "complete.json").read_text())
-    mark["bytes"][name] = (run / "checkpoint-1" / name).stat().st_size  # as an attacker would: the mark is no signature
+    mark["bytes"][name] = (
+        (run / "checkpoint-1" / name).stat().st_size
+    )  # as an attacker would: the mark is no signature
     (run / "checkpoint-1" / "complete.json").write_text(json.dumps(mark))
     with pytest.raises((ValueError, pickle.UnpicklingError, RuntimeError)):
         train(recipe)
@@ -125,14 +141,21 @@ def test_changed_checkpoints_do_not_run_code_on_resume(pair, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "tag", ["!!python/object/apply:os.mkdir [{canary}]", "!!python/name:os.system ''", "!!python/module:os ''"]
+    "tag",
+    ["!!python/object/apply:os.mkdir [{canary}]", "!!python/name:os.system ''", "!!python/module:os ''"],
 )
 @pytest.mark.parametrize("where", ["recipe", "override", "experiment"])
 def test_yaml_builds_plain_data_only(tag, where, tmp_path):
     tag = tag.format(canary=tmp_path / "canary")
     file = tmp_path / "file.yaml"
-    file.write_text(f"student: a\nteacher: b\ndata: {{path: c}}\nmethod: {tag if where != 'override' else 'hpd'}\n")
-    command = ["compare" if where == "experiment" else "train", str(file), *([f"method={tag}"] if where == "override" else [])]
+    file.write_text(
+        f"student: a\nteacher: b\ndata: {{path: c}}\nmethod: {tag if where != 'override' else 'hpd'}\n"
+    )
+    command = [
+        "compare" if where == "experiment" else "train",
+        str(file),
+        *([f"method={tag}"] if where == "override" else []),
+    ]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2, done.output
     assert not (tmp_path / "canary").exists()
@@ -140,8 +163,17 @@ def test_yaml_builds_plain_data_only(tag, where, tmp_path):
 
 def test_no_shell_and_no_unsafe_loader():
     root = Path(hpd.__file__).parent
-    forbidden = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pickle.load", "pickle.loads",
-                 "yaml.unsafe_load", "yaml.full_load", "joblib.load"}  # fmt: skip
+    forbidden = {
+        "os.system",
+        "os.popen",
+        "subprocess.getoutput",
+        "subprocess.getstatusoutput",
+        "pickle.load",
+        "pickle.loads",
+        "yaml.unsafe_load",
+        "yaml.full_load",
+        "joblib.load",
+    }
     for file in root.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -180,7 +212,9 @@ def test_recipes_with_secrets_are_refused_and_the_secret_is_not_shown(changes, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["eos_token: <end>", "max_new_tokens: 7", "bos_token: a", "chat_template: token"])
+@pytest.mark.parametrize(
+    "name", ["eos_token: <end>", "max_new_tokens: 7", "bos_token: a", "chat_template: token"]
+)
 def test_ordinary_values_are_no_secrets(name):
     from hpd.config.secrets import check_no_secrets
 
@@ -194,7 +228,9 @@ def test_run_folders_hold_no_secrets(pair, tmp_path, monkeypatch):
     train(recipe)
     done = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--output", str(tmp_path / "report")])
     assert done.exit_code == 0, done.output
-    files = [path for folder in ("run", "report") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    files = [
+        path for folder in ("run", "report") for path in (tmp_path / folder).rglob("*") if path.is_file()
+    ]
     assert len(files) > 15
     for path in files:
         content = path.read_bytes()
@@ -205,7 +241,9 @@ def test_recipes_made_in_python_are_written_without_their_secrets():
     from dataclasses import replace
 
     recipe = load_recipe({"student": "a", "teacher": "b", "data": {"path": "c"}})
-    recipe = replace(recipe, train={"hub_token": "canary"}, data=replace(recipe.data, path="https://u:canary@host/x.jsonl"))
+    recipe = replace(
+        recipe, train={"hub_token": "canary"}, data=replace(recipe.data, path="https://u:canary@host/x.jsonl")
+    )
     assert "canary" not in json.dumps(resolve(recipe))
 
 

@@ -1,4 +1,5 @@
-"""The recipe: everything that a run is, as one tree of frozen dataclasses. Loading, overrides and cross-checks."""
+"""The recipe: everything that a run is, as one tree of frozen dataclasses. Loading, overrides and
+cross-checks."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
         raise ValueError(_explain(error)) from None
     check_no_secrets(resolve(recipe, redacted=False))
     if recipe.teacher.type == "cached" and recipe.teacher.path is None and recipe.cache is not None:
-        recipe = dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, path=recipe.cache.path))
+        recipe = dataclasses.replace(
+            recipe, teacher=dataclasses.replace(recipe.teacher, path=recipe.cache.path)
+        )
     _cross_check(recipe)
     return recipe
 
@@ -50,7 +53,8 @@ def resolve(recipe: Recipe, redacted: bool = True) -> dict[str, Any]:
     """The recipe with every default written out, as plain data for YAML.
 
     Args:
-        redacted: replace secrets, which a recipe that was built in Python may hold (`load_recipe` refuses them).
+        redacted: replace secrets, which a recipe that was built in Python may hold (`load_recipe` refuses
+            them).
     """
     tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
     return redact_tree(tree) if redacted else tree
@@ -75,11 +79,22 @@ def _explain(error: ValidationError) -> str:
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:
     classes = {
-        "student": ModelConfig, "teacher": TeacherConfig, "data": DataConfig, "lora": LoraConfig,
-        "eval": EvalConfig, "terms": TermConfig, "replay": ReplayConfig, "prefixes": Prefixes, "rollouts": RolloutConfig,
-        "strategy": StrategyConfig, "guards": GuardsConfig, "dpo": DpoStageConfig, "stages": StageConfig,
-        "generate": GenerateConfig, "cache": CacheConfig,
-    }  # fmt: skip
+        "student": ModelConfig,
+        "teacher": TeacherConfig,
+        "data": DataConfig,
+        "lora": LoraConfig,
+        "eval": EvalConfig,
+        "terms": TermConfig,
+        "replay": ReplayConfig,
+        "prefixes": Prefixes,
+        "rollouts": RolloutConfig,
+        "strategy": StrategyConfig,
+        "guards": GuardsConfig,
+        "dpo": DpoStageConfig,
+        "stages": StageConfig,
+        "generate": GenerateConfig,
+        "cache": CacheConfig,
+    }
     if "guards" in location and location[-1] != "guards":
         return [f.name for f in dataclasses.fields(Thresholds)]
     owner = next((classes[part] for part in location if part in classes), Recipe)
@@ -102,7 +117,9 @@ def _cross_check(recipe: Recipe) -> None:
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         check_answers_anything(recipe.teacher)
     if data.streaming and isinstance(data.validation, float):
-        raise ValueError("A stream has no known length to take a share of: give data.validation a file or a split.")
+        raise ValueError(
+            "A stream has no known length to take a share of: give data.validation a file or a split."
+        )
     if isinstance(data.validation, float) and not 0.0 < data.validation < 1.0:
         raise ValueError(f"data.validation as a share must be in (0, 1), got {data.validation}.")
     if data.limit is not None and data.limit < 1:
@@ -131,9 +148,12 @@ def _check_evals(evals: Sequence[EvalConfig]) -> None:
 
 # Fields that only some types read.
 _TEACHER_FIELDS = {
-    "path": ("cached",), "teachers": ("mixture", "routed"), "weights": ("mixture",), "column": ("routed",),
+    "path": ("cached",),
+    "teachers": ("mixture", "routed"),
+    "weights": ("mixture",),
+    "column": ("routed",),
     "quantization": ("model", "cached"),
-}  # fmt: skip
+}
 
 
 def check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher") -> None:
@@ -144,16 +164,24 @@ def check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher"
     """
     check_served(teacher)
     if teacher.type == "model" and not teacher.model:
-        raise ValueError(f"{where}.model is missing: give a Hub id or folder, or teacher: self for self-distillation.")
+        raise ValueError(
+            f"{where}.model is missing: give a Hub id or folder, or teacher: self for self-distillation."
+        )
     if teacher.type == "self" and (teacher.model or teacher.quantization):
-        raise ValueError(f"{where}: self is the student itself: remove {where}.model and {where}.quantization.")
+        raise ValueError(
+            f"{where}: self is the student itself: remove {where}.model and {where}.quantization."
+        )
     if teacher.type == "self" and recipe.student.init == "random":
-        raise ValueError(f"{where}: self would distil from random weights: give a teacher model, or init: pretrained.")
+        raise ValueError(
+            f"{where}: self would distil from random weights: give a teacher model, or init: pretrained."
+        )
     if teacher.type == "cached" and not teacher.path:
         raise ValueError(f"{where}.path is missing: give the folder that hpd cache wrote.")
     for name, types in _TEACHER_FIELDS.items():
         if getattr(teacher, name) and teacher.type not in types:
-            raise ValueError(f"{where}.{name} is for type {' or '.join(types)}, and the type is {teacher.type}: remove it.")
+            raise ValueError(
+                f"{where}.{name} is for type {' or '.join(types)}, and the type is {teacher.type}: remove it."
+            )
     if teacher.type in ("mixture", "routed"):
         _check_teachers(teacher, recipe, where)
 
@@ -161,19 +189,30 @@ def check_teacher(teacher: TeacherConfig, recipe: Recipe, where: str = "teacher"
 def _check_teachers(teacher: TeacherConfig, recipe: Recipe, where: str) -> None:
     if where != "teacher" or len(teacher.teachers) < 2 or teacher.model:
         raise ValueError(
-            f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not nested."
+            f"{where} of type {teacher.type} needs teachers: {{name: path, other: path}}, two or more, not "
+            "nested."
         )
-    if teacher.type == "mixture" and (set(teacher.weights) != set(teacher.teachers) or min(teacher.weights.values()) <= 0):
+    if teacher.type == "mixture" and (
+        set(teacher.weights) != set(teacher.teachers) or min(teacher.weights.values()) <= 0
+    ):
         raise ValueError(
-            f"{where}.weights needs a number > 0 for each of {', '.join(teacher.teachers)}, got {dict(teacher.weights)}."
+            f"{where}.weights needs a number > 0 for each of {', '.join(teacher.teachers)}, got "
+            f"{dict(teacher.weights)}."
         )
     if teacher.type == "routed" and not teacher.column:
-        raise ValueError(f"{where}.column is missing: the column of the dataset that names each row's teacher.")
+        raise ValueError(
+            f"{where}.column is missing: the column of the dataset that names each row's teacher."
+        )
     if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
-        raise ValueError("Routing reads the column row by row before training: set train.packing and data.streaming to false.")
+        raise ValueError(
+            "Routing reads the column row by row before training: set train.packing and data.streaming to "
+            "false."
+        )
     for name, part in teacher.teachers.items():
         if part.type == "server":
-            raise ValueError(f"teacher.teachers.{name} is a server, which answers for whole batches: load the model here.")
+            raise ValueError(
+                f"teacher.teachers.{name} is a server, which answers for whole batches: load the model here."
+            )
         check_teacher(part, recipe, f"teacher.teachers.{name}")
 
 
@@ -186,6 +225,7 @@ def check_answers_anything(teacher: TeacherConfig) -> None:
     for part in (teacher, *teacher.teachers.values()):
         if part.type in ("cached", "routed"):
             raise ValueError(
-                f"A teacher of type {part.type} knows the dataset's rows only, and here the student writes rows: use a "
+                f"A teacher of type {part.type} knows the dataset's rows only, and here the student writes "
+                "rows: use a "
                 "live teacher or a served one, or prefixes: {dataset: 1} without a policy gradient."
             )

@@ -26,7 +26,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit together.
+        ValueError: not YAML, unknown key (with the nearest valid one), wrong type, or choices that do not fit
+            together.
     """
     tree = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
     for override in overrides:
@@ -72,8 +73,8 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, each resolved and checked.
 
     Raises:
-        ValueError: two stages of one name, a stage that is no valid recipe (with its name), or a first stage without a teacher
-            to follow.
+        ValueError: two stages of one name, a stage that is no valid recipe (with its name), or a first stage
+            without a teacher to follow.
     """
     base = resolve(replace(recipe, stages=()))
     stages, student = [], base["student"]
@@ -89,7 +90,13 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
             except ValueError as error:
                 raise ValueError(f"stages: {name}: {error}") from None
             left = _handed_on(stages[-1].recipe)
-            student = {**base["student"], "model": str(left), "init": "pretrained", "revision": None, "tokenizer": None}
+            student = {
+                **base["student"],
+                "model": str(left),
+                "init": "pretrained",
+                "revision": None,
+                "tokenizer": None,
+            }
     names = [stage.name for stage in stages]
     if double := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"stages: each needs a folder of its own, and {', '.join(double)} is named twice.")
@@ -101,21 +108,36 @@ def _handed_on(recipe: Recipe) -> Path:
     return Path(recipe.output_dir) / "merged" if recipe.lora else Path(recipe.output_dir)
 
 
-def _changed(base: Mapping[str, Any], stage: StageConfig, student: Mapping[str, Any], has_previous: bool) -> dict[str, Any]:
+def _changed(
+    base: Mapping[str, Any], stage: StageConfig, student: Mapping[str, Any], has_previous: bool
+) -> dict[str, Any]:
     """The recipe's tree with a stage's changes and the student that it starts from."""
     tree = {**base, "student": dict(student)}
     if stage.method is not None or stage.terms is not None:
         # Another method brings its own regime and parameters.
-        tree |= {"method": None, "terms": (), "method_kwargs": {}, "prefixes": None, "rollouts": None, "strategy": None}
+        tree |= {
+            "method": None,
+            "terms": (),
+            "method_kwargs": {},
+            "prefixes": None,
+            "rollouts": None,
+            "strategy": None,
+        }
     for key in ("method", "terms", "prefixes", "strategy", *_MERGED):
         change = getattr(stage, key)
         if change is None:
             continue
         old = tree.get(key)
-        tree[key] = {**old, **change} if key in _MERGED and isinstance(old, Mapping) and isinstance(change, Mapping) else change
+        tree[key] = (
+            {**old, **change}
+            if key in _MERGED and isinstance(old, Mapping) and isinstance(change, Mapping)
+            else change
+        )
     if stage.teacher == "previous":
         if not has_previous:
-            raise ValueError(f"stages: {stage.name}: there is no stage before the first: teacher: previous needs one.")
+            raise ValueError(
+                f"stages: {stage.name}: there is no stage before the first: teacher: previous needs one."
+            )
         tree["teacher"] = {"type": "model", "model": student["model"], "tokenizer": student["tokenizer"]}
     elif stage.teacher is not None:
         tree["teacher"] = stage.teacher

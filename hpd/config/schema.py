@@ -35,11 +35,15 @@ def check_generate(config: GenerateConfig) -> None:
     if config.samples < 1:
         raise ValueError(f"generate.samples must be >= 1, got {config.samples}.")
     if config.temperature == 0 and config.samples > 1:
-        raise ValueError("generate.samples > 1 at temperature 0 would write the same completion again and again.")
+        raise ValueError(
+            "generate.samples > 1 at temperature 0 would write the same completion again and again."
+        )
     if config.temperature == 0 and (config.top_p < 1 or config.top_k > 0):
         raise ValueError("generate.top_p and top_k have no effect at temperature 0: remove them.")
     if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0 or config.max_new_tokens < 1:
-        raise ValueError("generate needs temperature >= 0, top_p in (0, 1], top_k >= 0 and max_new_tokens >= 1.")
+        raise ValueError(
+            "generate needs temperature >= 0, top_p in (0, 1], top_k >= 0 and max_new_tokens >= 1."
+        )
     if config.batch_size < 1 or config.seed < 0:
         raise ValueError("generate needs batch_size >= 1 and seed >= 0.")
     if config.reference is not None and config.filter == "none":
@@ -57,11 +61,13 @@ class CacheConfig:
     path: str
     """Folder."""
     kind: Literal["hidden", "top_k"] = "hidden"
-    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves everything.
-    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside them."""
+    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves
+    everything.
+    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside
+        them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8 (hidden only): one
-    scale per position."""
+    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8
+    (hidden only): one scale per position."""
     top_k: int | None = None
     """Tokens per position, required by kind top_k."""
     shard_bytes: int = 256 * 2**20
@@ -69,9 +75,13 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         if (self.kind == "top_k") != (self.top_k is not None) or (self.top_k is not None and self.top_k < 1):
-            raise ValueError("cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there")
+            raise ValueError(
+                "cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there"
+            )
         if self.kind == "top_k" and self.dtype == "int8":
-            raise ValueError("cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k")
+            raise ValueError(
+                "cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k"
+            )
         if self.shard_bytes < 1:
             raise ValueError("cache.shard_bytes must be >= 1")
 
@@ -93,11 +103,12 @@ class DataConfig:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Rename columns to what TRL expects, such as {prompt: question, completion: answer}."""
     format: Literal["auto", "chat", "plain"] = "auto"
-    """chat: text prompts and completions become user and assistant messages (the student's chat template is applied).
+    """chat: text prompts and completions become user and assistant messages (the student's chat template is
+    applied).
     plain: text as it is. auto: as the rows are."""
     labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
-    """Which tokens are learnt. completion: the completion column (all text where there is none); assistant: every assistant
-    turn of `messages`; last_turn: only the last; all: prompt too."""
+    """Which tokens are learnt. completion: the completion column (all text where there is none); assistant:
+    every assistant turn of `messages`; last_turn: only the last; all: prompt too."""
     system_prompt: str | None = None
     """System message put before each conversation that has none."""
     limit: int | None = None
@@ -119,14 +130,16 @@ class LoraConfig:
     lora_dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     target_modules: str | list[str] = "all-linear"
-    """Module names, or all-linear (every linear layer but the head). Naming lm_head puts an adapter on the head."""
+    """Module names, or all-linear (every linear layer but the head). Naming lm_head puts an adapter on the
+    head."""
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """A task that teacher and student are given before and after training, and the student while it trains."""
+    """A task that teacher and student are given before and after training, and the student while it
+    trains."""
 
     __pydantic_config__ = _STRICT
 
@@ -141,8 +154,8 @@ class EvalConfig:
     limit_seed: int | None = None
     """Draw the n problems with this seed instead; the same ones each time."""
     every: int | Literal["epoch"] | None = None
-    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in eval_gsm8k_accuracy, which
-    train.metric_for_best_model can name."""
+    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in
+    eval_gsm8k_accuracy, which train.metric_for_best_model can name."""
     preset: Literal["greedy", "paper"] | None = None
     """greedy, or paper: temperature 0.7, top-p 0.95, several samples; null: as the task says, else greedy."""
     num_samples: int | None = None
@@ -194,7 +207,8 @@ class GenerateConfig:
     batch_size: int = 16
     """Prompts per forward; requests at once for a server have teacher.concurrency."""
     truncated: Literal["drop", "keep"] = "drop"
-    """Completions that max_new_tokens cut. Kept ones are marked (finish_reason: length); training would end them early."""
+    """Completions that max_new_tokens cut. Kept ones are marked (finish_reason: length); training would end
+    them early."""
     filter: Literal["none", "correct"] = "none"
     """correct: keep completions whose final answer is that of the dataset."""
     reference: str | None = None
@@ -219,12 +233,14 @@ class Thresholds:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
-    """What is watched. Metrics are those of a logging step, over all processes; nothing is synchronised for them."""
+    """What is watched. Metrics are those of a logging step, over all processes; nothing is synchronised for
+    them."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     length_ratio: Thresholds = Thresholds(warn=2.0)
-    """Length inflation: rollouts' mean length over that of the dataset's completions to the same prompts; above."""
+    """Length inflation: rollouts' mean length over that of the dataset's completions to the same prompts;
+    above."""
     truncated: Thresholds = Thresholds(warn=0.5)
     """Share of rollouts that were cut at their limit, in [0, 1]; above."""
     repetition: Thresholds = Thresholds(warn=0.5)
@@ -232,15 +248,17 @@ class GuardsConfig:
     entropy: Thresholds = Thresholds(warn=0.1)
     """Entropy collapse: the student's mean entropy as a share of the run's first logged one; below."""
     support_overlap: Thresholds = Thresholds()
-    """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only if set: it
-    multiplies both heads on every train.metric_stride-th position once more."""
+    """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only
+    if set: it multiplies both heads on every train.metric_stride-th position once more."""
     overlap_top_k: int = 16
     """How many likeliest tokens support_overlap compares."""
     negative_divergence: Thresholds = Thresholds(warn=-1e-3)
-    """Lowest KL of the logging step, in nats per token; below. A KL cannot be negative: its arithmetic went wrong."""
+    """Lowest KL of the logging step, in nats per token; below. A KL cannot be negative: its arithmetic went
+    wrong."""
     non_finite: Literal["off", "warn", "stop", "skip"] = "stop"
-    """What a loss or gradient that is NaN or infinite does. stop and skip look at every step, before the optimiser: stop keeps
-    the weights, saves a checkpoint and ends the run; skip leaves the step out. Both write the batch to nonfinite/. warn looks
+    """What a loss or gradient that is NaN or infinite does. stop and skip look at every step, before the
+    optimiser: stop keeps the weights, saves a checkpoint and ends the run; skip leaves the step out. Both
+        write the batch to nonfinite/. warn looks
     at the logged figures only, and so costs no synchronisation."""
     max_skipped_steps: int | None = None
     """How many steps of the run skip may leave out before it stops; null: 10."""
@@ -266,15 +284,16 @@ class DpoStageConfig:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
 
     pairs: Literal["rollouts", "data"] = "rollouts"
-    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts. data: the rows have
-    the columns prompt, chosen and rejected."""
+    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts.
+    data: the rows have the columns prompt, chosen and rejected."""
     args: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage of a run: what it changes in the recipe around it. The student is what the stage before leaves."""
+    """A stage of a run: what it changes in the recipe around it. The student is what the stage before
+    leaves."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
 
@@ -310,7 +329,8 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the other."""
+    """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the
+    other."""
 
     __pydantic_config__ = _STRICT
 
@@ -335,11 +355,13 @@ class Recipe:
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """Signs of trouble that warn, or stop and save."""
     stages: tuple[StageConfig, ...] = ()
-    """Stages of the run, each a change of this recipe that starts from the student that the one before left."""
+    """Stages of the run, each a change of this recipe that starts from the student that the one before
+    left."""
     lora: LoraConfig | None = None
     """Train an adapter instead of all weights."""
     train: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as learning_rate."""
+    """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as
+    learning_rate."""
     eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
     """What to run before and after training, and on the way: one task, or a list of them."""
     generate: GenerateConfig | None = None
@@ -359,7 +381,9 @@ class Recipe:
 
     def choose_regime(self) -> Regime:
         """Prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
-        return choose_regime(self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy)
+        return choose_regime(
+            self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy
+        )
 
 
 Level = Literal["warn", "stop"]

@@ -13,8 +13,11 @@ __all__ = ["check_no_secrets", "redact", "redact_tree"]
 REDACTED = "***"
 
 
-# hub_token, api_key, client-secret; not eos_token, max_new_tokens, tokenizer, or api_key_env, which names a variable.
-_NAMES = re.compile(r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|secret(_key)?|password|passwd|bearer)$|^token$")
+# hub_token, api_key, client-secret; not eos_token, max_new_tokens, tokenizer, or api_key_env, which names a
+# variable.
+_NAMES = re.compile(
+    r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|secret(_key)?|password|passwd|bearer)$|^token$"
+)
 
 
 _VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)(_[A-Z0-9]+)?$")
@@ -38,26 +41,31 @@ def check_no_secrets(tree: Mapping[str, Any]) -> None:
     """Refuse a recipe that holds a key or a password; the message does not repeat it.
 
     Raises:
-        ValueError: a field named like a secret, a value with the shape of a service's key, an address with a password, or
-            the value of an environment variable such as HF_TOKEN.
+        ValueError: a field named like a secret, a value with the shape of a service's key, an address with a
+            password, or the value of an environment variable such as HF_TOKEN.
     """
     for path, value in _strings(tree):
         name = path.rpartition(".")[2]
         why = (
-            "is a secret" if _NAMES.search(name)
-            else "holds an address with a user name or password" if _IN_URL.search(value)
-            else "holds what looks like an access key" if redact(value) != value
+            "is a secret"
+            if _NAMES.search(name)
+            else "holds an address with a user name or password"
+            if _IN_URL.search(value)
+            else "holds what looks like an access key"
+            if redact(value) != value
             else None
-        )  # fmt: skip
+        )
         if why:
             raise ValueError(
-                f"{path} {why}, and run folders keep recipes. Remove it: the Hub reads HF_TOKEN (or `hf auth login`), Weights "
-                "& Biases WANDB_API_KEY, and servers the variable that their api_key_env or key_env names."
+                f"{path} {why}, and run folders keep recipes. Remove it: the Hub reads HF_TOKEN (or `hf auth "
+                "login`), Weights & Biases WANDB_API_KEY, and servers the variable that their api_key_env "
+                "or key_env names."
             )
 
 
 def redact(text: str) -> str:
-    """`text` without access keys, passwords in addresses, and values of environment variables that hold secrets."""
+    """`text` without access keys, passwords in addresses, and values of environment variables that hold
+    secrets."""
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
     return _SHAPES.sub(REDACTED, _IN_URL.sub(f"{REDACTED}@", text))

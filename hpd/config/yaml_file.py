@@ -1,4 +1,5 @@
-"""YAML files that people write: read without running anything in them, and with errors that name the place."""
+"""YAML files that people write: read without running anything in them, and with errors that name the
+place."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ __all__ = ["parse_yaml", "read_text", "read_yaml", "shorten"]
 
 
 MAX_VALUES = 100_000
-"""Values of a file once its aliases are followed. Recipes have hundreds; a few lines of nested aliases can make billions."""
+"""Values of a file once its aliases are followed. Recipes have hundreds; a few lines of nested aliases can
+make billions."""
 
 
 _SHORT = reprlib.Repr()
@@ -55,7 +57,9 @@ def read_text(path: Path, kind: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save the {kind} as UTF-8.") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}): save the {kind} as UTF-8."
+        ) from None
 
 
 def parse_yaml(text: str, name: str, kind: str, keys: str) -> dict[str, Any]:
@@ -67,8 +71,8 @@ def parse_yaml(text: str, name: str, kind: str, keys: str) -> dict[str, Any]:
         keys: how such a mapping starts.
 
     Raises:
-        ValueError: not YAML, YAML that would build Python objects, a key given twice, no mapping, or more values than any
-            recipe has.
+        ValueError: not YAML, YAML that would build Python objects, a key given twice, no mapping, or more
+            values than any recipe has.
     """
     try:
         tree = yaml.load(text, _Loader)
@@ -86,14 +90,17 @@ def parse_yaml(text: str, name: str, kind: str, keys: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, which builds plain data only, that refuses a key given twice: the second would win without a word."""
+    """SafeLoader, which builds plain data only, that refuses a key given twice: the second would win without
+    a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -104,5 +111,8 @@ def _check_size(tree: Any, name: str, kind: str) -> None:
         value = waiting.pop()
         num_values += 1
         if num_values > MAX_VALUES:
-            raise ValueError(f"{name} has more than {MAX_VALUES} values with its aliases (*name) followed: that is no {kind}.")
+            raise ValueError(
+                f"{name} has more than {MAX_VALUES} values with its aliases (*name) followed: that is no "
+                f"{kind}."
+            )
         waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

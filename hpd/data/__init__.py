@@ -1,6 +1,15 @@
 """From files to rows: formats, chat templates, checks of every row, and the order rows are read in."""
 
-from hpd.data.rows import Lengths, PromptRow, Rows, check_ids, load_preferences, load_prompts, load_rows, measure
+from hpd.data.rows import (
+    Lengths,
+    PromptRow,
+    Rows,
+    check_ids,
+    load_preferences,
+    load_prompts,
+    load_rows,
+    measure,
+)
 
 __all__ = [
     "Lengths",

@@ -19,14 +19,22 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
-_KINDS = {bool: "a truth value", int: "a number", float: "a number", dict: "an object", list: "a list", type(None): "null"}
+_KINDS = {
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    type(None): "null",
+}
 
 
 def check_columns(columns: list[str]) -> None:
     """Refuse what the student would be trained without."""
     if media := [name for name in columns if name in _OTHER_MEDIA]:
         raise ValueError(
-            f"The dataset has the column {media[0]}, and hpd distils text only: remove rows and column that need it."
+            f"The dataset has the column {media[0]}, and hpd distils text only: remove rows and column that "
+            "need it."
         )
 
 
@@ -44,13 +52,23 @@ def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
         if name in row and not row[name]:
             raise ValueError(f"Row {index} has an empty {name}: remove the row or fill it.")
     completion, messages = row.get("completion"), row.get("messages")
-    if "prompt" in row and "completion" in row and isinstance(row["prompt"], str) != isinstance(completion, str):
-        raise ValueError(f"Row {index} has text and messages mixed in prompt and completion: make both text, or both messages.")
+    if (
+        "prompt" in row
+        and "completion" in row
+        and isinstance(row["prompt"], str) != isinstance(completion, str)
+    ):
+        raise ValueError(
+            f"Row {index} has text and messages mixed in prompt and completion: make both text, or both "
+            "messages."
+        )
     if isinstance(completion, list) and completion[-1]["role"] != "assistant":
-        raise ValueError(f"Row {index} ends with a {completion[-1]['role']} message: there is no answer to learn.")
+        raise ValueError(
+            f"Row {index} ends with a {completion[-1]['role']} message: there is no answer to learn."
+        )
     if messages and labels != "all" and all(turn["role"] != "assistant" for turn in messages):
         raise ValueError(
-            f"Row {index} has no assistant message: there is no answer to learn. Remove it, or set data.labels: all."
+            f"Row {index} has no assistant message: there is no answer to learn. Remove it, or set "
+            "data.labels: all."
         )
 
 
@@ -63,9 +81,13 @@ def check_types(row: Mapping[str, Any], index: int) -> None:
         if isinstance(value, list) and name != "text":
             check_turns(value, name, index)
             continue
-        wanted = {"text": "text", "messages": "messages (objects with role and content)"}.get(name, "text, or messages")
+        wanted = {"text": "text", "messages": "messages (objects with role and content)"}.get(
+            name, "text, or messages"
+        )
         given = _KINDS.get(type(value), "text" if isinstance(value, str) else type(value).__name__)
-        raise ValueError(f"Row {index} has a {name} that is {given}, and should be {wanted}: correct or remove the row.")
+        raise ValueError(
+            f"Row {index} has a {name} that is {given}, and should be {wanted}: correct or remove the row."
+        )
 
 
 def check_turns(turns: list[Any], name: str, index: int) -> None:
@@ -73,13 +95,18 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
     for number, turn in enumerate(turns):
         where = f"Row {index}: turn {number} of {name}"
         if not isinstance(turn, Mapping):
-            raise ValueError(f"{where} is {_KINDS.get(type(turn), 'text')}, and should be an object with role and content.")
+            raise ValueError(
+                f"{where} is {_KINDS.get(type(turn), 'text')}, and should be an object with role and content."
+            )
         if not isinstance(turn.get("role"), str) or "content" not in turn:
             raise ValueError(
-                f"{where} has the keys {', '.join(map(str, turn))}, and needs role and content: rename them in the file."
+                f"{where} has the keys {', '.join(map(str, turn))}, and needs role and content: rename them "
+                "in the file."
             )
         if turn["role"] not in ROLES:
-            raise ValueError(f"{where} has the role {turn['role']!r}; known: {', '.join(ROLES)}. Rename it in the file.")
+            raise ValueError(
+                f"{where} has the role {turn['role']!r}; known: {', '.join(ROLES)}. Rename it in the file."
+            )
         content = turn["content"]
         parts = (
             [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]
@@ -88,10 +115,13 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
         )
         if parts:
             kind = parts[0].get("type") if isinstance(parts[0], Mapping) else type(parts[0]).__name__
-            raise ValueError(f"{where} holds a part of type {kind}, and hpd distils text only: remove the row.")
+            raise ValueError(
+                f"{where} holds a part of type {kind}, and hpd distils text only: remove the row."
+            )
         if not isinstance(content, (str, list, type(None))):
             raise ValueError(
-                f"{where} has content that is {_KINDS.get(type(content), type(content).__name__)}, and should be text."
+                f"{where} has content that is {_KINDS.get(type(content), type(content).__name__)}, and "
+                "should be text."
             )
         if not content and turn["role"] == "assistant" and not turn.get("tool_calls"):
             raise ValueError(f"{where} is an empty assistant message: remove the row or fill it.")
@@ -105,15 +135,23 @@ def _check_ids(row: Mapping[str, Any], index: int) -> None:
     ids, labels = row["input_ids"], row.get("labels")
     for name, values in (("input_ids", ids), ("labels", labels)):
         if values is not None and not (_is_list(values) and all(type(value) is int for value in values)):
-            raise ValueError(f"Row {index} has {name} that are no list of whole numbers: tokenise them, or use text columns.")
+            raise ValueError(
+                f"Row {index} has {name} that are no list of whole numbers: tokenise them, or use text "
+                "columns."
+            )
     if not ids:
         raise ValueError(f"Row {index} has an empty input_ids: remove the row or fill it.")
     if labels is not None and len(labels) != len(ids):
-        raise ValueError(f"Row {index} has {len(ids)} input_ids and {len(labels)} labels: there must be one label per token.")
+        raise ValueError(
+            f"Row {index} has {len(ids)} input_ids and {len(labels)} labels: there must be one label per "
+            "token."
+        )
     if min(ids) < 0:
         raise ValueError(f"Row {index} has the token {min(ids)} among its input_ids: ids start at 0.")
     if labels is not None and (wrong := [v for v in labels if v < 0 and v != IGNORE_INDEX]):
-        raise ValueError(f"Row {index} has the label {wrong[0]}: labels are token ids, or {IGNORE_INDEX} for none.")
+        raise ValueError(
+            f"Row {index} has the label {wrong[0]}: labels are token ids, or {IGNORE_INDEX} for none."
+        )
 
 
 def why_unreadable(path: Path, loader: str, error: BaseException) -> str:
@@ -149,4 +187,8 @@ def _problem(line: bytes) -> str | None:
         return "is nested too deeply"
     except ValueError as error:
         return f"is not JSON ({error})"
-    return None if isinstance(row, dict) else f"is {_KINDS.get(type(row), 'text')}, and should be an object: one row per line"
+    return (
+        None
+        if isinstance(row, dict)
+        else f"is {_KINDS.get(type(row), 'text')}, and should be an object: one row per line"
+    )

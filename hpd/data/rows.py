@@ -20,7 +20,16 @@ from hpd.config.schema import DataConfig
 from hpd.data.checks import check_columns, check_row, check_types, why_unreadable
 from hpd.data.templates import training_template
 
-__all__ = ["Lengths", "PromptRow", "Rows", "check_ids", "load_preferences", "load_prompts", "load_rows", "measure"]
+__all__ = [
+    "Lengths",
+    "PromptRow",
+    "Rows",
+    "check_ids",
+    "load_preferences",
+    "load_prompts",
+    "load_rows",
+    "measure",
+]
 
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -88,7 +97,9 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
     if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
     try:
-        train, validation = (None if rows is None else _shape(rows, config, column) for rows in (train, validation))
+        train, validation = (
+            None if rows is None else _shape(rows, config, column) for rows in (train, validation)
+        )
     except UnicodeDecodeError as error:
         # JSON is taken apart without a look at its text, which fails where a row is read.
         local = _local(config.path)
@@ -118,8 +129,8 @@ def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
     for index, ids in enumerate(rows["input_ids"]):
         if ids and max(ids) >= vocab_size:
             raise ValueError(
-                f"Row {index} has the token {max(ids)} among its input_ids, and the student's head has {vocab_size} tokens: "
-                "the rows were tokenised for another model."
+                f"Row {index} has the token {max(ids)} among its input_ids, and the student's head has "
+                f"{vocab_size} tokens: the rows were tokenised for another model."
             )
 
 
@@ -134,10 +145,12 @@ def load_preferences(config: DataConfig) -> Dataset:
     given = {name: config.columns.get(name, name) for name in wanted}
     if missing := [name for name in given.values() if name not in rows.column_names]:
         raise ValueError(
-            f"Preference pairs need the columns prompt, chosen and rejected, and {config.path} lacks {', '.join(missing)} "
-            f"(found: {', '.join(rows.column_names)}): map them in data.columns."
+            f"Preference pairs need the columns prompt, chosen and rejected, and {config.path} lacks "
+            f"{', '.join(missing)} (found: {', '.join(rows.column_names)}): map them in data.columns."
         )
-    return rows.select_columns(list(given.values())).rename_columns({v: k for k, v in given.items() if v != k})
+    return rows.select_columns(list(given.values())).rename_columns(
+        {v: k for k, v in given.items() if v != k}
+    )
 
 
 def load_prompts(config: DataConfig, reference: str | None = None) -> list[PromptRow]:
@@ -157,7 +170,9 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
         row: dict[str, Any] = dict(given)
         named = {renamed.get(name, name): value for name, value in row.items()}
         if reference is not None and reference not in row:
-            raise ValueError(f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}.")
+            raise ValueError(
+                f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}."
+            )
         prompts.append(_prompt_row(named, index, config, None if reference is None else str(row[reference])))
     if not prompts:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
@@ -177,7 +192,8 @@ def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, referenc
         answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
     if not prompt:
         raise ValueError(
-            f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example data.columns: "
+            f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example "
+            "data.columns: "
             "{prompt: question}."
         )
     if isinstance(prompt, str) and config.format == "chat":
@@ -199,7 +215,9 @@ def _read(path: str, config: DataConfig, split: str | None = None, limit: bool =
         else:
             # Cells of a CSV file are text: guessed types would make numbers of answers and null of "NA".
             cells: dict[str, Any] = _text_cells(local[1][0]) if local[0] == "csv" else {}
-            rows = load_dataset(local[0], data_files=local[1], split=split, streaming=config.streaming, **cells)
+            rows = load_dataset(
+                local[0], data_files=local[1], split=split, streaming=config.streaming, **cells
+            )
         if isinstance(rows, Dataset) and len(rows):
             rows[0]  # text that is no UTF-8 is noticed where a row is read
     except _Unusable as error:
@@ -228,7 +246,11 @@ def _why(local: tuple[str, list[str]] | None, error: Exception) -> str:
     if local is None:
         return " ".join(str(error.__cause__ or error).split())[:300]
     reasons = {file: why_unreadable(Path(file), local[0], error) for file in local[1]}
-    return next(iter(reasons.values())) if len(reasons) == 1 else "; ".join(f"{Path(f).name}: {r}" for f, r in reasons.items())
+    return (
+        next(iter(reasons.values()))
+        if len(reasons) == 1
+        else "; ".join(f"{Path(f).name}: {r}" for f, r in reasons.items())
+    )
 
 
 def _local(path: str) -> tuple[str, list[str]] | None:
@@ -239,7 +261,9 @@ def _local(path: str) -> tuple[str, list[str]] | None:
         if not files:
             raise _Unusable(f"The folder {path} holds no .jsonl, .json, .csv or .parquet file.")
         if len({_loader(p) for p in files}) > 1:
-            raise _Unusable(f"The folder {path} holds files of several formats ({files[0].name}, ...): give one of them.")
+            raise _Unusable(
+                f"The folder {path} holds files of several formats ({files[0].name}, ...): give one of them."
+            )
         return str(_loader(files[0])), [str(p) for p in files]
     if place.is_file():
         loader = _loader(place)
@@ -264,23 +288,42 @@ def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
     check_columns(found)
     for wanted, given in config.columns.items():
         if given not in found:
-            raise ValueError(f"data.columns maps {wanted} to {given!r}, which the dataset does not have: {', '.join(found)}.")
-    keep = ("messages", "prompt", "completion", "text", "input_ids", "labels", "tools", "chat_template_kwargs")
+            raise ValueError(
+                f"data.columns maps {wanted} to {given!r}, which the dataset does not have: "
+                f"{', '.join(found)}."
+            )
+    keep = (
+        "messages",
+        "prompt",
+        "completion",
+        "text",
+        "input_ids",
+        "labels",
+        "tools",
+        "chat_template_kwargs",
+    )
     if column is not None:
         if column not in found:
-            raise ValueError(f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}.")
+            raise ValueError(
+                f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}."
+            )
         keep += (column,)
     renamed = {given: wanted for wanted, given in config.columns.items()}
     available = [renamed.get(name, name) for name in found]
-    if {"prompt", "chosen"} <= set(available) and not {"completion", "messages", "text", "input_ids"} & set(available):
+    if {"prompt", "chosen"} <= set(available) and not {"completion", "messages", "text", "input_ids"} & set(
+        available
+    ):
         # Preference data: the preferred answer is the completion.
         renamed[config.columns.get("chosen", "chosen")] = "completion"
         available = [renamed.get(name, name) for name in found]
     if "messages" in available and config.labels == "last_turn":
         pass
-    elif not {"messages", "text", "input_ids"} & set(available) and not {"prompt", "completion"} <= set(available):
+    elif not {"messages", "text", "input_ids"} & set(available) and not {"prompt", "completion"} <= set(
+        available
+    ):
         raise ValueError(
-            f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, messages, text, or "
+            f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, "
+            "messages, text, or "
             "input_ids: map them, for example data.columns: {prompt: question, completion: answer}."
         )
     return rows.map(
@@ -291,7 +334,9 @@ def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
     )
 
 
-def _convert(row: Mapping[str, Any], index: int, config: DataConfig, renamed: Mapping[str, str], keep: tuple[str, ...]) -> Any:
+def _convert(
+    row: Mapping[str, Any], index: int, config: DataConfig, renamed: Mapping[str, str], keep: tuple[str, ...]
+) -> Any:
     out = {renamed.get(name, name): value for name, value in row.items() if renamed.get(name, name) in keep}
     if "input_ids" in out:
         check_row(out, index, config.labels)
@@ -332,14 +377,19 @@ def measure(
     sizes, left = np.array(lengths), np.array(kept)
     if not left.any():
         raise ValueError(
-            f"Every label is masked: none of the first {len(sizes)} rows has a completion token within max_length={max_length} "
-            f"(median row: {int(np.median(sizes))} tokens). Raise train.max_length, or check data.labels and the columns."
+            f"Every label is masked: none of the first {len(sizes)} rows has a completion token within "
+            f"max_length={max_length} (median row: {int(np.median(sizes))} tokens). Raise train.max_length, "
+            "or check data.labels and the columns."
         )
     return Lengths(
-        len(sizes), {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)}, float(left.mean()),
-        float((sizes > (max_length or np.inf)).mean()), float((left == 0).mean()), float(np.mean(finished or [0.0])),
+        len(sizes),
+        {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)},
+        float(left.mean()),
+        float((sizes > (max_length or np.inf)).mean()),
+        float((left == 0).mean()),
+        float(np.mean(finished or [0.0])),
         float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
-    )  # fmt: skip
+    )
 
 
 def _is_end(ids: list[int], last: int, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -359,25 +409,37 @@ def _tokenise(row: dict[str, Any], tokenizer: Any, labels: str) -> tuple[list[in
         ids = tokenizer(row["text"] + _missing_eos(row["text"], tokenizer))["input_ids"]
         return ids, [True] * len(ids)
     if is_conversational(row):
-        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True)
-        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=True, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(
+            row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+        ids = tokenizer.apply_chat_template(
+            row["prompt"] + row["completion"], tokenize=True, return_dict=True
+        )["input_ids"]
         prompt = prompt["input_ids"]
     else:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = tokenizer(row["prompt"] + row["completion"] + _missing_eos(row["completion"], tokenizer))["input_ids"]
-    shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
+        ids = tokenizer(row["prompt"] + row["completion"] + _missing_eos(row["completion"], tokenizer))[
+            "input_ids"
+        ]
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
+    )
     return ids, [labels == "all" or i >= shared for i in range(len(ids))]
 
 
 def _tokenise_messages(messages: list[Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
-    """A whole conversation; with labels: assistant only the assistant's turns are labels, as the template marks them."""
+    """A whole conversation; with labels: assistant only the assistant's turns are labels, as the template
+    marks them."""
     if labels != "assistant":
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
         return ids, [True] * len(ids)
     rendered = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
         chat_template=training_template(tokenizer, labels),
-    )  # fmt: skip
+    )
     return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
 
 

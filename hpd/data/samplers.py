@@ -1,7 +1,7 @@
 """The last batch of an epoch on several processes: what is missing is filled with rows that have no label.
 
-Accelerate fills it with rows from the start instead, which are then learnt (and evaluated) twice, so that a run would depend on
-the number of processes.
+Accelerate fills it with rows from the start instead, which are then learnt (and evaluated) twice, so that a
+run would depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def fills_last_batch(args: Any, rows: Any) -> bool:
 def fill(rows: Dataset, multiple: int) -> Dataset:
     """`rows` followed by rows without a label, up to a multiple of `multiple`.
 
-    The loss is a sum over label tokens, so they add nothing to it, nor to any metric but the count of input tokens.
+    The loss is a sum over label tokens, so they add nothing to it, nor to any metric but the count of input
+    tokens.
     """
     missing = -len(rows) % multiple
     if missing == 0:
@@ -73,7 +74,9 @@ class FilledOrder(Sampler[int]):
     def __init__(self, count: int, total: int, shuffled: bool, seed: int | None):
         self._count, self._total = count, total
         rows: Any = range(count)
-        self._order: Any = SeedableRandomSampler(rows, data_seed=seed) if shuffled else SequentialSampler(rows)
+        self._order: Any = (
+            SeedableRandomSampler(rows, data_seed=seed) if shuffled else SequentialSampler(rows)
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; called by accelerate."""
@@ -89,9 +92,11 @@ class FilledOrder(Sampler[int]):
 
 
 class RepeatedRows(Sampler[int]):
-    """Every row `num_rollouts` times side by side, and the rows of every step `updates` times one after the other.
+    """Every row `num_rollouts` times side by side, and the rows of every step `updates` times one after the
+    other.
 
-    Shuffled by (seed, epoch) alone, so that all processes and resumed runs agree. What does not fill a last step is left out.
+    Shuffled by (seed, epoch) alone, so that all processes and resumed runs agree. What does not fill a last
+    step is left out.
 
     >>> list(RepeatedRows(range(5), prompts=2, num_rollouts=2, updates=1, seed=None))
     [0, 0, 1, 1, 2, 2, 3, 3]

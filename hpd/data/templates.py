@@ -1,4 +1,5 @@
-"""Does a chat template take every row? Templates are programs that come with a tokenizer, and some refuse what others take."""
+"""Does a chat template take every row? Templates are programs that come with a tokenizer, and some refuse
+what others take."""
 
 from __future__ import annotations
 
@@ -30,14 +31,16 @@ def taken_by_template(where: str, turns: Sequence[Mapping[str, Any]], owner: str
     """
     try:
         yield
-    except Exception as error:  # raise_exception, undefined names, sums of text and null: a template raises anything
+    except (
+        Exception
+    ) as error:  # raise_exception, undefined names, sums of text and null: a template raises anything
         said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         roles = ", ".join(str(turn.get("role")) for turn in turns[:6]) + (", ..." if turns[6:] else "")
         text = str(turns[0].get("content") if turns else "")
         begin = text[:_SHOWN] + ("..." if text[_SHOWN:] else "")
         raise ValueError(
-            f"{where} (turns: {roles}; it begins {begin!r}): the {owner}'s chat template refuses it: {said[:300]}. Correct or "
-            "remove the row, or use a tokenizer with another template."
+            f"{where} (turns: {roles}; it begins {begin!r}): the {owner}'s chat template refuses it: "
+            f"{said[:300]}. Correct or remove the row, or use a tokenizer with another template."
         ) from None
 
 
@@ -54,10 +57,13 @@ def read_template(path: str) -> str:
     except Exception as error:  # tokenizers' parser raises a bare Exception
         said = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"train.chat_template_path is {path!r}, and should be a .jinja file or the folder of a tokenizer: {said}"
+            f"train.chat_template_path is {path!r}, and should be a .jinja file or the folder of a "
+            f"tokenizer: {said}"
         ) from None
     if not isinstance(found, str):
-        raise ValueError(f"train.chat_template_path: the tokenizer {path!r} has no chat template: name another.")
+        raise ValueError(
+            f"train.chat_template_path: the tokenizer {path!r} has no chat template: name another."
+        )
     return found
 
 
@@ -65,7 +71,9 @@ def training_template(tokenizer: Any, labels: str) -> str | None:
     """The template that training renders with; None: the tokenizer's own."""
     if labels != "assistant" or "{% generation %}" in tokenizer.chat_template:
         return None
-    from trl.chat_template_utils import get_training_chat_template  # takes a second, and evaluation needs none of it
+    from trl.chat_template_utils import (
+        get_training_chat_template,
+    )  # takes a second, and evaluation needs none of it
 
     return get_training_chat_template(tokenizer)
 
@@ -73,7 +81,8 @@ def training_template(tokenizer: Any, labels: str) -> str | None:
 def check_templates(
     rows: Any, tokenizer: PreTrainedTokenizerBase, labels: str, *, name: str = "", num_proc: int | None = None
 ) -> Any:
-    """Render every conversation as training will, without tokens. What was found is cached by `datasets`, like tokens are.
+    """Render every conversation as training will, without tokens. What was found is cached by `datasets`,
+    like tokens are.
 
     Args:
         rows: conversations in TRL's formats: messages, or prompt and completion (or chosen and rejected).
@@ -95,14 +104,18 @@ def check_templates(
         return rows.map(_checked, with_indices=True, fn_kwargs=given)
     if isinstance(rows, Dataset) and len(rows):
         rows.map(
-            _checked, with_indices=True, fn_kwargs={**given, "keep": False}, remove_columns=rows.column_names, num_proc=num_proc
+            _checked,
+            with_indices=True,
+            fn_kwargs={**given, "keep": False},
+            remove_columns=rows.column_names,
+            num_proc=num_proc,
         )
     return rows
 
 
 def _checked(
     row: Mapping[str, Any], index: int, tokenizer: Any, labels: str, name: str, keep: bool = True
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     tools = row.get("tools")
     options = {
         "tokenize": False,

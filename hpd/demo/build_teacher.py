@@ -1,7 +1,8 @@
 """Rebuilds what the demo ships: teacher, student shape, tokenizer and data, from nothing but a seed.
 
-``python -m hpd.demo.build_teacher --output DIR`` takes about 10 minutes on two CPU cores and ends by measuring the teacher.
-Equal seeds give equal files on one machine and one version of PyTorch; elsewhere rounding moves single samples.
+``python -m hpd.demo.build_teacher --output DIR`` takes about 10 minutes on two CPU cores and ends by
+measuring the teacher. Equal seeds give equal files on one machine and one version of PyTorch; elsewhere
+rounding moves single samples.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -30,8 +31,18 @@ VOCABULARY = (PAD, EOS, UNKNOWN, ANSWER_MARK, *"0123456789+-*()=, ")
 MAX_TOKENS = 64
 IGNORED = -100
 
-TEACHER_SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
-STUDENT_SHAPE = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
+TEACHER_SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+STUDENT_SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+}
 
 NUM_STEPS = 2000
 BATCH_SIZE = 128
@@ -49,7 +60,9 @@ def build_tokenizer() -> Any:
 
     Characters never merge, so a tokenised prompt is always a prefix of the tokenised prompt and completion.
     """
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{ANSWER_MARK}|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -96,14 +109,18 @@ def problem_stream(seed: int) -> Iterator[Row]:
     rng = random.Random(f"teacher-{seed}")
     while True:
         problem = draw_problem(rng, "train")
-        yield Row(prompt=prompt_of(problem), completion=write_solution(problem, rng), answer=str(problem.value))
+        yield Row(
+            prompt=prompt_of(problem), completion=write_solution(problem, rng), answer=str(problem.value)
+        )
 
 
 def train_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> LlamaForCausalLM:
     """Trains a teacher with the next-token loss on completions: AdamW, linear warm-up, cosine to 0."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config(tokenizer, TEACHER_SHAPE)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
 
     def learning_rate_factor(step: int) -> float:
         return min((step + 1) / NUM_WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
@@ -120,13 +137,19 @@ def train_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int)
         schedule.step()
         optimizer.zero_grad()
         if step % 250 == 0:
-            print(f"step {step}  loss {loss.item():.4f} nats/token  {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"step {step}  loss {loss.item():.4f} nats/token  {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 
 @torch.inference_mode()
-def write_completions(model: Any, tokenizer: Any, prompts: Sequence[str], *, sample: bool) -> list[str | None]:
-    """Lets a model complete prompts, greedily or sampled at temperature 1; None where it did not come to an end."""
+def write_completions(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, sample: bool
+) -> list[str | None]:
+    """Lets a model complete prompts, greedily or sampled at temperature 1; None where it did not come to an
+    end."""
     completions: list[str | None] = []
     for start in range(0, len(prompts), WRITING_BATCH_SIZE):
         batch = list(prompts[start : start + WRITING_BATCH_SIZE])
@@ -158,12 +181,16 @@ def teacher_rows(
         if completion is not None
     ]
     if len(rows) < num_rows:
-        raise RuntimeError(f"the teacher finished {len(rows)} of {len(problems)} completions, not {num_rows}: train it longer")
+        raise RuntimeError(
+            f"the teacher finished {len(rows)} of {len(problems)} completions, not {num_rows}: train it "
+            "longer"
+        )
     return rows[:num_rows]
 
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """JSON Lines; gzipped without a time stamp where the name says so, so that equal rows give equal files."""
+    """JSON Lines; gzipped without a time stamp where the name says so, so that equal rows give equal
+    files."""
     text = "".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)  # type: ignore[literal-required]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
@@ -183,7 +210,10 @@ def build(output: Path, seed: int = SEED, num_steps: int = NUM_STEPS) -> None:
     for sample in (False, True):
         written = write_completions(teacher, tokenizer, [row["prompt"] for row in test], sample=sample)
         right = sum(is_correct(text or "", row["answer"]) for text, row in zip(written, test, strict=True))
-        print(f"{'sampled' if sample else 'greedy'}: {right / len(test):.1%} of {len(test)} unseen problems", flush=True)
+        print(
+            f"{'sampled' if sample else 'greedy'}: {right / len(test):.1%} of {len(test)} unseen problems",
+            flush=True,
+        )
     # A few more problems than rows: not every sampled completion comes to an end.
     for split, num_rows in (("train", NUM_TRAIN_ROWS), ("validation", NUM_VALIDATION_ROWS)):
         # A seed of their own: the rows then follow from the teacher's weights alone.
@@ -199,7 +229,9 @@ def build(output: Path, seed: int = SEED, num_steps: int = NUM_STEPS) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="Folder that gets teacher/, student/ and data/.")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="Folder that gets teacher/, student/ and data/."
+    )
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     arguments = parser.parse_args()

@@ -14,19 +14,26 @@ _PANELS = (
     ("entropy, nats per token", {"student_entropy": "student", "teacher_entropy": "teacher"}),
     (
         "share of label tokens",
-        {"k1_positive": "student underestimates the label", "reinforced": "reinforced", "punished": "draw punished",
-         "drawn_label": "draw = label"},
+        {
+            "k1_positive": "student underestimates the label",
+            "reinforced": "reinforced",
+            "punished": "draw punished",
+            "drawn_label": "draw = label",
+        },
     ),
-)  # fmt: skip
+)
 
 
 def plot_training(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder to `training.png`; panels without data are left out. Returns the picture's path."""
+    """Draw `metrics.jsonl` of a run folder to `training.png`; panels without data are left out. Returns the
+    picture's path."""
     from matplotlib.figure import Figure
 
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [log for log in map(json.loads, lines) if "loss" in log]
-    panels = [(title, names) for title, names in _PANELS if any(name in log for log in logs for name in names)]
+    panels = [
+        (title, names) for title, names in _PANELS if any(name in log for log in logs for name in names)
+    ]
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(9.0, 3.1 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flatten()

@@ -1,4 +1,5 @@
-"""`hpd demo`: the packaged recipe through the ordinary `train`, then a table, a picture and sample answers."""
+"""`hpd demo`: the packaged recipe through the ordinary `train`, then a table, a picture and sample
+answers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The demo's problems: small arithmetic expressions, reasoned through in several equally valid ways.
 
-A problem is an expression such as ``3+4+(2+6)=``. A solution works it out and ends in ``#### 15``. There are many
-right solutions, which differ in style, in the order of the operations and in the order of the operands, so the text has
-entropy, while the answer has none: what a distilled student needs.
+A problem is an expression such as ``3+4+(2+6)=``. A solution works it out and ends in ``#### 15``. There are
+many right solutions, which differ in style, in the order of the operations and in the order of the operands,
+so the text has entropy, while the answer has none: what a distilled student needs.
 """
 
 import random
@@ -36,7 +36,8 @@ class Operation(NamedTuple):
 
 
 class Row(TypedDict):
-    """One example: the text before and after the point where a model takes over, and the number it should reach."""
+    """One example: the text before and after the point where a model takes over, and the number it should
+    reach."""
 
     prompt: str
     completion: str
@@ -72,13 +73,15 @@ def render(expression: Expression) -> str:
 
 
 def split_of(prompt: str) -> Split:
-    """The only split a problem may appear in: a function of its text, so splits are disjoint however they are drawn."""
+    """The only split a problem may appear in: a function of its text, so splits are disjoint however they are
+    drawn."""
     digest = int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest(), "big")
     return BUCKET_SPLITS.get(digest % HASH_BUCKETS, "train")
 
 
 def draw_problem(rng: random.Random, split: Split) -> Operation:
-    """Draws an expression of ``NUM_OPERATIONS`` operations whose every value lies between 0 and ``LARGEST_VALUE``."""
+    """Draws an expression of ``NUM_OPERATIONS`` operations whose every value lies between 0 and
+    ``LARGEST_VALUE``."""
     while True:
         expression = _draw_expression(rng, NUM_OPERATIONS)
         if isinstance(expression, Operation) and split_of(prompt_of(expression)) == split:
@@ -93,7 +96,8 @@ def prompt_of(problem: Expression) -> str:
 def write_solution(problem: Operation, rng: random.Random, style: Style | None = None) -> str:
     """Writes one of the right solutions.
 
-    * ``equations``: one equation per operation, operands of sums and products in either order: ``3+4=7,2+6=8,8+7=15``;
+    * ``equations``: one equation per operation, operands of sums and products in either order:
+      ``3+4=7,2+6=8,8+7=15``;
     * ``rewriting``: the whole expression again, one operation fewer each time: ``7+(2+6)=7+8=15``.
 
     Args:
@@ -123,7 +127,9 @@ def generate_rows(split: Split, num_rows: int, seed: int) -> list[Row]:
         problem = draw_problem(rng, split)
         prompt = prompt_of(problem)
         if prompt not in rows:
-            rows[prompt] = Row(prompt=prompt, completion=write_solution(problem, rng), answer=str(problem.value))
+            rows[prompt] = Row(
+                prompt=prompt, completion=write_solution(problem, rng), answer=str(problem.value)
+            )
     return list(rows.values())
 
 
@@ -166,12 +172,15 @@ def _ready(expression: Expression) -> Iterator[Operation]:
 
 
 def _carry_out(expression: Expression, chosen: Operation) -> Expression:
-    """Puts the value in the place of the chosen operation, told apart from equal ones elsewhere by identity."""
+    """Puts the value in the place of the chosen operation, told apart from equal ones elsewhere by
+    identity."""
     if isinstance(expression, int):
         return expression
     if expression is chosen:
         return expression.value
-    return expression._replace(left=_carry_out(expression.left, chosen), right=_carry_out(expression.right, chosen))
+    return expression._replace(
+        left=_carry_out(expression.left, chosen), right=_carry_out(expression.right, chosen)
+    )
 
 
 def _equation(node: Operation, rng: random.Random) -> str:

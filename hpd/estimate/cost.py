@@ -1,15 +1,16 @@
 """What a token costs, in FLOPs.
 
-FLOPs are counted, not timed. A product of a weight with a token is 2 FLOPs, so a forward pass of a token costs 2 B for the B
-weights of the backbone (embedding rows are looked up, not multiplied), the backward pass twice that, and the head's V D weights
-count at label positions only, which are the only ones that reach it:
+FLOPs are counted, not timed. A product of a weight with a token is 2 FLOPs, so a forward pass of a token
+costs 2 B for the B weights of the backbone (embedding rows are looked up, not multiplied), the backward pass
+twice that, and the head's V D weights count at label positions only, which are the only ones that reach it:
 
     student   6 B_s x trained tokens + 6 V D_s x label tokens
     teacher   2 B_t x trained tokens + 2 V D_t x label tokens      (0 for sft, which needs none)
     rollouts  2 (B_s + V D_s) x tokens that the student reads or writes while generating
 
-Attention's products of tokens with tokens, the optimiser and the element-wise part of the loss are left out; all methods share
-them. A frozen backbone under LoRA saves a third of the student's part, which is counted as if it did not.
+Attention's products of tokens with tokens, the optimiser and the element-wise part of the loss are left out;
+all methods share them. A frozen backbone under LoRA saves a third of the student's part, which is counted as
+if it did not.
 """
 
 from __future__ import annotations
@@ -71,5 +72,7 @@ def _weights(config: Any) -> tuple[int, int]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    embeddings = {id(p): p.numel() for module in (model.get_input_embeddings(), head) for p in module.parameters()}
+    embeddings = {
+        id(p): p.numel() for module in (model.get_input_embeddings(), head) for p in module.parameters()
+    }
     return sum(p.numel() for p in model.parameters()) - sum(embeddings.values()), head.weight.numel()

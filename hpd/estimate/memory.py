@@ -1,8 +1,9 @@
 """Memory of a training step, predicted before a weight is loaded.
 
-The student's forward and backward pass, the loss operator's buffers and the teacher's forward pass are run on tensors without
-data (torch's FakeTensorMode), and what is alive at each moment is added up. So the prediction holds for every architecture,
-attention implementation, adapter, precision and kind of checkpointing that the libraries have, without a formula for each.
+The student's forward and backward pass, the loss operator's buffers and the teacher's forward pass are run on
+tensors without data (torch's FakeTensorMode), and what is alive at each moment is added up. So the prediction
+holds for every architecture, attention implementation, adapter, precision and kind of checkpointing that the
+libraries have, without a formula for each.
 
 Axes: N label positions, D hidden, V vocabulary.
 """
@@ -19,7 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -33,7 +38,8 @@ from hpd.training.plan import Plan
 __all__ = ["Fit", "LiveBytes", "Memory", "StepMemory", "parse_bytes", "row_tokens"]
 
 
-# A tile's logits, log-probabilities of both models, and what an objective makes of them (hpd.losses.chunked, on a CPU).
+# A tile's logits, log-probabilities of both models, and what an objective makes of them (hpd.losses.chunked,
+# on a CPU).
 _TILE_SCRATCH_BYTES = 4 * 8 * 2**20
 
 
@@ -60,9 +66,11 @@ class Memory(NamedTuple):
     activations: int
     """What the student's forward pass keeps for its backward pass."""
     head: int
-    """The loss operator: gradients of head and hidden states, scratch, and the chunks of logits where it frees them."""
+    """The loss operator: gradients of head and hidden states, scratch, and the chunks of logits where it
+    frees them."""
     backward: int
-    """Most that is alive in the backward pass or the optimiser's step: gradients, activations not yet freed, temporaries."""
+    """Most that is alive in the backward pass or the optimiser's step: gradients, activations not yet freed,
+    temporaries."""
 
     @property
     def total(self) -> int:
@@ -75,9 +83,11 @@ class Fit(NamedTuple):
     """What a budget allows."""
 
     rows: int
-    """Largest per-device batch, in rows of the 99th percentile's length, with the recipe's chunk; 0: not even one."""
+    """Largest per-device batch, in rows of the 99th percentile's length, with the recipe's chunk; 0: not even
+    one."""
     chunk_bytes: int
-    """Largest chunk with the recipe's own batch, at most all its label positions; 0: not even one position."""
+    """Largest chunk with the recipe's own batch, at most all its label positions; 0: not even one
+    position."""
 
 
 class StepMemory:
@@ -87,7 +97,8 @@ class StepMemory:
         planned: a checked recipe.
 
     Raises:
-        ValueError: from `predict` and `fit`: the architecture's forward depends on its data and cannot be run without.
+        ValueError: from `predict` and `fit`: the architecture's forward depends on its data and cannot be run
+            without.
     """
 
     def __init__(self, planned: Plan):
@@ -107,7 +118,9 @@ class StepMemory:
         ]
         # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off.
         self._is_own_teacher = any(part.type == "self" for part in parts)
-        copied = _size(self._student.parameters()) if self._is_own_teacher and planned.recipe.lora is None else 0
+        copied = (
+            _size(self._student.parameters()) if self._is_own_teacher and planned.recipe.lora is None else 0
+        )
         models = [part for part in parts if part.type == "model"]
         self._teacher_bytes = copied + sum(map(_model_bytes, models, self._teachers))
         self._teacher_bytes += sum(map(_head_bytes, parts, configs))
@@ -133,7 +146,8 @@ class StepMemory:
         return max(1, round(batch * self.tokens * self.label_share))
 
     def predict(self, batch: int | None = None, chunk_bytes: int | None = None) -> Memory:
-        """Memory of a step on `batch` rows (None: the recipe's) with chunks of `chunk_bytes` (None: the recipe's)."""
+        """Memory of a step on `batch` rows (None: the recipe's) with chunks of `chunk_bytes` (None: the
+        recipe's)."""
         batch = batch or self.batch
         if batch not in self._traced:
             self._traced[batch] = self._trace(batch)
@@ -158,17 +172,24 @@ class StepMemory:
     def fit(self, budget: int) -> Fit:
         """The largest batch, and the largest chunk, whose step stays within `budget` bytes."""
         rows = _largest(lambda n: self.predict(batch=n).total, budget, _MOST_ROWS)
-        chunk = _largest(lambda n: self.predict(chunk_bytes=n * self.row_bytes).total, budget, self.label_positions(self.batch))
+        chunk = _largest(
+            lambda n: self.predict(chunk_bytes=n * self.row_bytes).total,
+            budget,
+            self.label_positions(self.batch),
+        )
         return Fit(rows, chunk * self.row_bytes)
 
     def _without_data(self, model: nn.Module) -> nn.Module:
-        """Tensors that claim to be on the CPU, whose attention kernels, unlike the meta device's, keep no matrix of weights."""
+        """Tensors that claim to be on the CPU, whose attention kernels, unlike the meta device's, keep no
+        matrix of weights."""
         made: dict[int, nn.Parameter] = {}
         with self._mode:
             for module in model.modules():
                 for name, p in module.named_parameters(recurse=False):
                     empty = torch.empty(p.shape, dtype=p.dtype)
-                    module._parameters[name] = made.setdefault(id(p), nn.Parameter(empty, requires_grad=p.requires_grad))
+                    module._parameters[name] = made.setdefault(
+                        id(p), nn.Parameter(empty, requires_grad=p.requires_grad)
+                    )
                 for name, buffer in module.named_buffers(recurse=False):
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
         return model
@@ -190,8 +211,8 @@ class StepMemory:
                 return _Trace(self._trace_teacher(batch), *self._trace_student(batch))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                f"The memory of {self.recipe.student.model} cannot be predicted: a model's forward pass depends on its data "
-                f"({type(error).__name__}: {error}). Measure a step instead."
+                f"The memory of {self.recipe.student.model} cannot be predicted: a model's forward pass "
+                f"depends on its data ({type(error).__name__}: {error}). Measure a step instead."
             ) from None
 
     def _trace_teacher(self, batch: int) -> int:
@@ -204,7 +225,8 @@ class StepMemory:
         return max(peaks)
 
     def _trace_student(self, batch: int) -> tuple[int, int, int]:
-        """Activations, gradients that the operator leaves, and the most during backward (with gradients held before)."""
+        """Activations, gradients that the operator leaves, and the most during backward (with gradients held
+        before)."""
         positions = self.label_positions(batch)
         self._student.zero_grad()
         if self.args.gradient_accumulation_steps > 1:
@@ -214,7 +236,9 @@ class StepMemory:
         with LiveBytes() as live:
             hidden = _backbone(self._student, batch, self.tokens, self.args).flatten(0, 1)
             chosen = hidden.index_select(0, torch.zeros(positions, dtype=torch.long))
-            teacher_hidden = torch.empty(positions, max(_head(m).shape[1] for m in (self._student, *self._teachers)))
+            teacher_hidden = torch.empty(
+                positions, max(_head(m).shape[1] for m in (self._student, *self._teachers))
+            )
             activations = live.now
             loss: Any = _OperatorGradients.apply(chosen, _head(self._student))
             head = live.now - activations
@@ -239,7 +263,9 @@ class _OperatorGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         needed = ctx.needs_input_grad
-        ctx.gradients = tuple(torch.empty_like(t) if need else None for t, need in zip((hidden, weight), needed, strict=True))
+        ctx.gradients = tuple(
+            torch.empty_like(t) if need else None for t, need in zip((hidden, weight), needed, strict=True)
+        )
         return hidden.new_zeros(())
 
     @staticmethod
@@ -249,7 +275,8 @@ class _OperatorGradients(torch.autograd.Function):
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context that adds up the storages which operations make, until they are freed: `now` and `peak`, in bytes."""
+    """A context that adds up the storages which operations make, until they are freed: `now` and `peak`, in
+    bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -349,13 +376,20 @@ def _optimizer_bytes(trained: list[Any], name: str) -> int:
     if "8bit" in name:
         return 2 * sum(p.numel() for p in trained)
     if "adafactor" in name:  # a row and a column of second moments
-        return sum(p.element_size() * (p.shape[-1] + p.numel() // p.shape[-1] if p.ndim > 1 else p.numel()) for p in trained)
+        return sum(
+            p.element_size() * (p.shape[-1] + p.numel() // p.shape[-1] if p.ndim > 1 else p.numel())
+            for p in trained
+        )
     return _size(trained) * (0 if "sgd" in name else 1 if "lion" in name or "rmsprop" in name else 2)
 
 
 def _step_scratch(trained: list[Any], name: str) -> int:
     """Fused kernels work in place; the others make two tensors of a parameter's size at a time."""
-    return 0 if "fused" in name or "sgd" in name else 2 * max((p.numel() * p.element_size() for p in trained), default=0)
+    return (
+        0
+        if "fused" in name or "sgd" in name
+        else 2 * max((p.numel() * p.element_size() for p in trained), default=0)
+    )
 
 
 def row_tokens(planned: Plan) -> int:
@@ -380,7 +414,11 @@ def _largest(cost: Callable[[int], int], budget: int, most: int) -> int:
     return low
 
 
-_UNITS = {"": 1, "B": 1, **{f"{p}{u}": b ** (i + 1) for u, b in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT")}}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}{u}": b ** (i + 1) for u, b in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT")},
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -393,6 +431,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in units or float(match[1]) == 0:
         raise ValueError(
-            f"A size of memory is a number above 0 and a unit ({', '.join(filter(None, _UNITS))}), such as 24GiB; got {text!r}."
+            f"A size of memory is a number above 0 and a unit ({', '.join(filter(None, _UNITS))}), such as "
+            f"24GiB; got {text!r}."
         )
     return int(float(match[1]) * units[match[2].lower()])

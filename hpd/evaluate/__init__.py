@@ -1,4 +1,5 @@
-"""Evaluation: a task gives examples and grades texts, `evaluate` lets a model answer them and writes what it found.
+"""Evaluation: a task gives examples and grades texts, `evaluate` lets a model answer them and writes what it
+found.
 
 The names below load on first use, so that reading a data file or grading a text never imports torch.
 """

@@ -48,7 +48,8 @@ class EvalCommand:
     dtype: str = "auto"
     """Of the weights."""
     output: Path | None = None
-    """Folder of evals.json, records and unfinished answers; None: each model's own where it is a run folder, else none."""
+    """Folder of evals.json, records and unfinished answers; None: each model's own where it is a run folder,
+    else none."""
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -80,7 +81,9 @@ class EvalProgress:
 
 
 def evaluate_models(
-    command: EvalCommand, progress: EvalProgress | None = None, done: Callable[[str, EvalResult], None] | None = None
+    command: EvalCommand,
+    progress: EvalProgress | None = None,
+    done: Callable[[str, EvalResult], None] | None = None,
 ) -> dict[str, dict[str, EvalResult]]:
     """Results by task and model, in the order in which they are named.
 
@@ -98,7 +101,9 @@ def evaluate_models(
     said = set()
     for task in command.tasks:
         if isinstance(task, Notice):
-            head, _, details = task.notice(settings[task.name].num_samples * len(command.models)).partition("\n")
+            head, _, details = task.notice(settings[task.name].num_samples * len(command.models)).partition(
+                "\n"
+            )
             progress.say(head if not details or details in said else f"{head}\n{details}")
             said.add(details)
     results: dict[str, dict[str, EvalResult]] = {task.name: {} for task in command.tasks}
@@ -106,9 +111,14 @@ def evaluate_models(
         engine = load_engine(command, model)
         for task in command.tasks:
             result = evaluate_engine(
-                engine, task, settings[task.name], command.folder(model), name=model,
-                progress=progress.answers(model, task.name), fingerprint=_fingerprint(model, command.dtype),
-            )  # fmt: skip
+                engine,
+                task,
+                settings[task.name],
+                command.folder(model),
+                name=model,
+                progress=progress.answers(model, task.name),
+                fingerprint=_fingerprint(model, command.dtype),
+            )
             results[task.name][model] = result
             if done is not None:
                 done(model, result)
@@ -134,7 +144,9 @@ def load_engine(command: EvalCommand, model: str) -> Engine:
 def names_of(models: Sequence[str]) -> dict[str, str]:
     """Short names of models: the last part of each path, or the whole where that is not unique."""
     short = [Path(model).name for model in models]
-    return {model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)}
+    return {
+        model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)
+    }
 
 
 def _fingerprint(model: str, dtype: str) -> str:
@@ -143,7 +155,11 @@ def _fingerprint(model: str, dtype: str) -> str:
     if folder.is_dir():
         files = sorted(path for pattern in _FINGERPRINTED for path in folder.glob(pattern))
         # evals.json is written by the evaluation itself.
-        facts: Any = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.name != "evals.json"]
+        facts: Any = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in files
+            if path.name != "evals.json"
+        ]
     else:
         facts = getattr(load_config(ModelConfig(model=model), "model"), "_commit_hash", None)
     return hashlib.sha256(json.dumps([facts, dtype]).encode()).hexdigest()[:16]

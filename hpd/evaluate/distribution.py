@@ -1,4 +1,5 @@
-"""How far a student's distribution is from its teacher's: on the texts of a data set, and on what the student writes itself.
+"""How far a student's distribution is from its teacher's: on the texts of a data set, and on what the student
+writes itself.
 
 In formulas p is the teacher, q the student; nats, means over label tokens. Axes: S resamples, R rows.
 """
@@ -16,7 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from hpd.data.rows import _tokenise
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.statistics import Estimate, Floats, Statistic, estimate, ratio, row_weights
-from hpd.evaluate.token_statistics import RowSums, TextTokens, distinct_ngrams, longest_loop, repeated_ngrams, sum_rows
+from hpd.evaluate.token_statistics import (
+    RowSums,
+    TextTokens,
+    distinct_ngrams,
+    longest_loop,
+    repeated_ngrams,
+    sum_rows,
+)
 from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids
 from hpd.generation.settings import GenerationSettings
 from hpd.generation.texts import Prompt
@@ -43,7 +51,10 @@ METRICS: dict[str, Metric] = {
     "kl": Metric("forward KL(p || q) and reverse KL(q || p), exact over the vocabulary", needs_teacher=True),
     "entropy": Metric("entropy of both models"),
     "perplexity": Metric("exp of the mean negative log-likelihood that each model gives the text"),
-    "overlap": Metric("share of the k likeliest tokens that both models name, and agreement on the first", needs_teacher=True),
+    "overlap": Metric(
+        "share of the k likeliest tokens that both models name, and agreement on the first",
+        needs_teacher=True,
+    ),
     "calibration": Metric("expected calibration error of each model's likeliest token, on the data set only"),
     "repetition": Metric("repeated and distinct n-grams, longest loop"),
     "length": Metric("tokens per answer, share of answers cut at the limit"),
@@ -51,7 +62,8 @@ METRICS: dict[str, Metric] = {
 """What `--metrics` takes."""
 
 TEXTS = ("dataset", "student")
-"""The data set's completions (the teacher's, where it wrote them), and the student's own from the same prompts."""
+"""The data set's completions (the teacher's, where it wrote them), and the student's own from the same
+prompts."""
 
 _GAPS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "overlap", "top1_agreement")
 
@@ -64,9 +76,14 @@ class TextRow(NamedTuple):
 
 
 def read_text_rows(
-    data: str | Path, *, limit: int | None = None, prompt_column: str | None = None, completion_column: str | None = None
+    data: str | Path,
+    *,
+    limit: int | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
 ) -> list[TextRow]:
-    """Prompts and completions of a file: columns of these names, or `messages` that end with the assistant's turn.
+    """Prompts and completions of a file: columns of these names, or `messages` that end with the assistant's
+    turn.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,7 +105,9 @@ def read_text_rows(
         if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
             completion = completion[-1].get("content")
         if not prompt or not isinstance(completion, str) or not completion.strip():
-            raise ValueError(f"{data}: row {number} has no text in {names[0]!r} or {names[1]!r}; fill or remove it.")
+            raise ValueError(
+                f"{data}: row {number} has no text in {names[0]!r} or {names[1]!r}; fill or remove it."
+            )
         texts.append(TextRow(prompt, completion))
     return texts
 
@@ -106,7 +125,8 @@ def check_metrics(metrics: Sequence[str], texts: Sequence[str], has_teacher: boo
     needing = [name for name in metrics if METRICS[name].needs_teacher]
     if needing and not has_teacher:
         raise ValueError(
-            f"{', '.join(needing)} compare the student with a teacher: give one with --teacher, or leave them out."
+            f"{', '.join(needing)} compare the student with a teacher: give one with --teacher, or leave "
+            "them out."
         )
     if list(metrics) == ["calibration"] and "dataset" not in texts:
         raise ValueError("calibration is measured against the data set's tokens: add dataset to the texts.")
@@ -128,21 +148,23 @@ def distribution_metrics(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    r"""Distances, entropies, likelihoods and text statistics of a student, with 95 % bootstrap intervals over the rows.
+    r"""Distances, entropies, likelihoods and text statistics of a student, with 95 % bootstrap intervals over
+    the rows.
 
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p_n \| q_n), \qquad
               \mathrm{ECE} = \sum_b \frac{N_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|
 
-    Every figure is exact over the common vocabulary; logits exist for one chunk of positions at a time. Prompt tokens are
-    context only. Figures on the student's texts are expectations over its draws: with `temperature` 1 and no truncation,
-    the reverse KL there is the sequence-level reverse KL per token.
+    Every figure is exact over the common vocabulary; logits exist for one chunk of positions at a time.
+    Prompt tokens are context only. Figures on the student's texts are expectations over its draws: with
+    `temperature` 1 and no truncation, the reverse KL there is the sequence-level reverse KL per token.
 
     Args:
         student, teacher: causal language models on one device; without a teacher, metrics that need none.
         tokenizer: the student's; it writes the token ids that both models read.
         rows: prompts and completions (`read_text_rows`).
         metrics: names of `METRICS`.
-        settings: how the student writes; default: temperature 1, 256 tokens. Chat template as for `generate_answers`.
+        settings: how the student writes; default: temperature 1, 256 tokens. Chat template as for
+            `generate_answers`.
         texts: `dataset`, `student` or both; both also give the gap between them, from paired resamples.
         teacher_tokenizer: compared with the student's token by token where given.
         vocabulary: policy for heads of unequal size (`hpd.losses.heads.POLICIES`).
@@ -152,11 +174,12 @@ def distribution_metrics(
         progress: called after each batch.
 
     Returns:
-        JSON values: `dataset` and `student` (each figure with `value` and `interval`), `gap` (student minus data set), counts.
+        JSON values: `dataset` and `student` (each figure with `value` and `interval`), `gap` (student minus
+        data set), counts.
 
     Raises:
-        ValueError: unknown metrics, no teacher where one is needed, tokenizers that differ, unequal heads under `error`, or
-            rows without a label within max_length.
+        ValueError: unknown metrics, no teacher where one is needed, tokenizers that differ, unequal heads
+            under `error`, or rows without a label within max_length.
 
     Reference:
         Guo et al., On Calibration of Modern Neural Networks, 2017 (ECE, 15 equal bins).
@@ -169,11 +192,18 @@ def distribution_metrics(
     limit = _length_limit(student, teacher, max_length)
     reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress)
     weights = row_weights(len(rows), seed)
-    report: dict[str, Any] = {"num_rows": len(rows), "top_k": top_k, "max_length": limit, "common_vocabulary": vocab}
+    report: dict[str, Any] = {
+        "num_rows": len(rows),
+        "top_k": top_k,
+        "max_length": limit,
+        "common_vocabulary": vocab,
+    }
     statistics: dict[str, dict[str, Statistic]] = {}
     for text in texts:
         statistics[text], plain = _read(reader, text, rows, metrics)
-        report[text] = plain | {name: estimate(found, weights).to_json() for name, found in statistics[text].items()}
+        report[text] = plain | {
+            name: estimate(found, weights).to_json() for name, found in statistics[text].items()
+        }
     if len(statistics) == 2:
         report["gap"] = _gap(statistics, weights)
     return report
@@ -204,9 +234,15 @@ def _read(
         written = _dataset_tokens(tokenizer, rows, settings)
     cut, lost = _cut(written, limit, vocab)
     sums = sum_rows(
-        student, teacher, cut, vocab=vocab, top_k=top_k, batch_size=settings.batch_size, pad_id=_pad_id(tokenizer),
+        student,
+        teacher,
+        cut,
+        vocab=vocab,
+        top_k=top_k,
+        batch_size=settings.batch_size,
+        pad_id=_pad_id(tokenizer),
         progress=None if progress is None else _named(progress, f"reading {text} text"),
-    )  # fmt: skip
+    )
     labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
     statistics = _likelihood_statistics(sums, metrics, with_bins=not own)
     statistics |= _text_statistics(labels, metrics, end_token_ids(student, tokenizer) if own else None)
@@ -223,8 +259,9 @@ def _common_vocab(
     if theirs is not None and difference is not None:
         a, b = (tokenizer.convert_ids_to_tokens(difference) for tokenizer in (ours, theirs))
         raise ValueError(
-            f"token {difference} is {a!r} for the student and {b!r} for the teacher: the tokenizers are different, and a "
-            "divergence between the two models has no meaning. Choose a teacher of the student's tokenizer family."
+            f"token {difference} is {a!r} for the student and {b!r} for the teacher: the tokenizers are "
+            "different, and a divergence between the two models has no meaning. Choose a teacher of the "
+            "student's tokenizer family."
         )
     return common_vocab(student, teacher, policy)
 
@@ -268,7 +305,8 @@ def _student_tokens(
     room = min((limit or 2**31) - max(map(len, prompts)), settings.max_new_tokens)
     if room < 1:
         raise ValueError(
-            f"the longest prompt has {max(map(len, prompts))} tokens, which leaves no room for an answer in {limit}."
+            f"the longest prompt has {max(map(len, prompts))} tokens, which leaves no room for an answer in "
+            f"{limit}."
         )
     written: dict[int, list[int]] = {}
     for batch in engine.batches([len(prompt) for prompt in prompts], settings):
@@ -282,19 +320,24 @@ def _student_tokens(
     ]
 
 
-def _cut(texts: Sequence[TextTokens], limit: int | None, vocab: int | None) -> tuple[list[TextTokens], dict[str, int]]:
+def _cut(
+    texts: Sequence[TextTokens], limit: int | None, vocab: int | None
+) -> tuple[list[TextTokens], dict[str, int]]:
     """Texts as far as both models can read them, and what that took away."""
     cut = []
     for ids, mask in texts:
         # A token that one model lacks ends the text: that model has no embedding to read it with.
-        foreign = next((place for place, token in enumerate(ids) if vocab is not None and token >= vocab), None)
+        foreign = next(
+            (place for place, token in enumerate(ids) if vocab is not None and token >= vocab), None
+        )
         end = min((place for place in (foreign, limit) if place is not None), default=None)
         cut.append(TextTokens(ids[:end], mask[:end]))
     empty = [number for number, text in enumerate(cut, start=1) if not any(text.is_label[1:])]
     if empty:
         raise ValueError(
-            f"{len(empty)} of {len(cut)} rows (the first is row {empty[0]}) have no completion token that both models can read "
-            f"within {limit} tokens: raise max_length up to the models' context, or leave these rows out."
+            f"{len(empty)} of {len(cut)} rows (the first is row {empty[0]}) have no completion token that "
+            f"both models can read within {limit} tokens: raise max_length up to the models' context, or "
+            "leave these rows out."
         )
     pairs = list(zip(texts, cut, strict=True))
     return cut, {
@@ -311,7 +354,9 @@ def _likelihood_statistics(sums: RowSums, metrics: Sequence[str], with_bins: boo
     }
     names = [name for metric in metrics for name in wanted.get(metric, ())]
     names += [name for name in ("student_mass_outside", "teacher_mass_outside") if name in sums.values]
-    found: dict[str, Statistic] = {name: ratio(sums.values[name], sums.tokens) for name in names if name in sums.values}
+    found: dict[str, Statistic] = {
+        name: ratio(sums.values[name], sums.tokens) for name in names if name in sums.values
+    }
     for model in ("student", "teacher"):
         if "perplexity" in metrics and f"{model}_nll" in sums.values:
             found[f"{model}_perplexity"] = _exp(ratio(sums.values[f"{model}_nll"], sums.tokens))
@@ -334,7 +379,9 @@ def _calibration_error(bins: Floats) -> Statistic:
     return error
 
 
-def _text_statistics(labels: Sequence[list[int]], metrics: Sequence[str], ends: Sequence[int] | None) -> dict[str, Statistic]:
+def _text_statistics(
+    labels: Sequence[list[int]], metrics: Sequence[str], ends: Sequence[int] | None
+) -> dict[str, Statistic]:
     """Means over rows, every row with the same weight."""
     ones = np.ones(len(labels))
     values: dict[str, list[float]] = {}
@@ -376,12 +423,22 @@ def _column(data: str | Path, role: str, columns: list[str], given: str | None, 
     found = next((name for name in ((given,) if given else known) if name in columns), None)
     if found is None:
         wanted = given or " | ".join(known)
-        raise ValueError(f"{data} has no {role} column {wanted}; it has {', '.join(columns)}. Name it with --{role}-column.")
+        raise ValueError(
+            f"{data} has no {role} column {wanted}; it has {', '.join(columns)}. Name it with "
+            f"--{role}-column."
+        )
     return found
 
 
 def _from_messages(messages: Any, data: str | Path, number: int) -> TextRow:
     turns = messages if isinstance(messages, list) else []
-    if len(turns) < 2 or not isinstance(turns[-1], dict) or turns[-1].get("role") != "assistant" or not turns[-1]["content"]:
-        raise ValueError(f"{data}: the messages of row {number} do not end with an assistant turn; fill or remove the row.")
+    if (
+        len(turns) < 2
+        or not isinstance(turns[-1], dict)
+        or turns[-1].get("role") != "assistant"
+        or not turns[-1]["content"]
+    ):
+        raise ValueError(
+            f"{data}: the messages of row {number} do not end with an assistant turn; fill or remove the row."
+        )
     return TextRow(turns[:-1], turns[-1]["content"])

@@ -1,4 +1,5 @@
-"""Answers of a model to prompts and conversations, in batches that an interrupted evaluation can take up again."""
+"""Answers of a model to prompts and conversations, in batches that an interrupted evaluation can take up
+again."""
 
 import json
 import logging
@@ -29,8 +30,8 @@ Progress: TypeAlias = Callable[[int, int], None]
 class PartialAnswers:
     """A JSON Lines file: what the evaluation is, then one line per finished batch.
 
-    A file of another evaluation (another model, other weights, prompts or settings) is started anew; a last line that a kill
-    cut short is dropped.
+    A file of another evaluation (another model, other weights, prompts or settings) is started anew; a last
+    line that a kill cut short is dropped.
 
     Args:
         path: the file; made with the first batch.
@@ -95,7 +96,8 @@ class Generated(NamedTuple):
     """All answers of an evaluation."""
 
     answers: list[Answer]
-    """Sample by sample within each problem: the answers to problem i are [i * n, (i + 1) * n) for n samples."""
+    """Sample by sample within each problem: the answers to problem i are [i * n, (i + 1) * n) for n
+    samples."""
     seconds: float
     """Spent on generation, that before an interruption included."""
 
@@ -109,13 +111,14 @@ def generate_answers(
 ) -> list[Answer]:
     """The model's answers, in the order of the prompts (`num_samples` of each in a row).
 
-    The longest prompts go first, so that a batch too large for the memory fails at once. Training flags and generation
-    configs of the model and its parts are restored at the end.
+    The longest prompts go first, so that a batch too large for the memory fails at once. Training flags and
+    generation configs of the model and its parts are restored at the end.
 
-    Answers are a function of (model, prompts, settings without batch_size), up to the rounding of the model's forward
-    pass, which varies with the batch shape: each draw of a sampled answer uses one uniform number that depends only on
-    (seed, index of the prompt, sample, position in the answer), turned into a token by the inverse CDF. For the same reason
-    one limit holds for all: max_new_tokens, or what the longest prompt leaves of the context (logged where it is less).
+    Answers are a function of (model, prompts, settings without batch_size), up to the rounding of the model's
+    forward pass, which varies with the batch shape: each draw of a sampled answer uses one uniform number
+    that depends only on (seed, index of the prompt, sample, position in the answer), turned into a token by
+    the inverse CDF. For the same reason one limit holds for all: max_new_tokens, or what the longest prompt
+    leaves of the context (logged where it is less).
 
     Args:
         model: a causal language model with `generate`: of transformers, or its peft wrapper.
@@ -125,8 +128,8 @@ def generate_answers(
         progress: called after each batch.
 
     Raises:
-        ValueError: the tokenizer lacks the chat template that is asked for, a prompt has no tokens, or a prompt leaves
-            no room for an answer in the model's context.
+        ValueError: the tokenizer lacks the chat template that is asked for, a prompt has no tokens, or a
+            prompt leaves no room for an answer in the model's context.
     """
     examples = [Example(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
     return answer_examples(TransformersEngine(model, tokenizer), examples, settings, progress).answers
@@ -143,9 +146,11 @@ def answer_examples(
     """The engine's answers to examples, follow-ups included; see `generate_answers`.
 
     Args:
-        partial: where batches are kept as they are finished, and taken from where they are there already. Batches are
-            repeated or skipped as a whole, so the answers are those of an evaluation without an interruption.
-        group: processes that each take every size-th batch; the batches, and so the answers, are those of one process.
+        partial: where batches are kept as they are finished, and taken from where they are there already.
+            Batches are repeated or skipped as a whole, so the answers are those of an evaluation without an
+            interruption.
+        group: processes that each take every size-th batch; the batches, and so the answers, are those of one
+            process.
     """
     first_turns = [encode_prompt(engine.tokenizer, example.prompt, settings) for example in examples]
     limit = _answer_limit(engine, examples, first_turns, settings)
@@ -153,7 +158,9 @@ def answer_examples(
     answers: dict[tuple[int, int], Answer] = {}
     seconds = 0.0
     rank, size = (group.rank, group.size) if group is not None else (0, 1)
-    for number, batch in enumerate(engine.batches([len(first_turns[problem]) for problem, _ in keys], settings)):
+    for number, batch in enumerate(
+        engine.batches([len(first_turns[problem]) for problem, _ in keys], settings)
+    ):
         if number % size != rank:
             continue
         chosen = [keys[index] for index in batch]
@@ -184,7 +191,9 @@ def _converse(
     limit: int,
 ) -> list[Answer]:
     """Answers of one batch, turn by turn."""
-    requests = [Request(first_turns[problem], (settings.seed, problem, sample, 0)) for problem, sample in keys]
+    requests = [
+        Request(first_turns[problem], (settings.seed, problem, sample, 0)) for problem, sample in keys
+    ]
     answers = engine.generate(requests, settings, limit)
     for turn in range(1, 1 + max(len(examples[problem].follow_ups) for problem, _ in keys)):
         rows = [row for row, (problem, _) in enumerate(keys) if len(examples[problem].follow_ups) >= turn]
@@ -219,9 +228,13 @@ def _conversation(example: Example, replies: Sequence[str]) -> list[Message]:
 
 
 def _answer_limit(
-    engine: Engine, examples: Sequence[Example], first_turns: Sequence[list[int]], settings: GenerationSettings
+    engine: Engine,
+    examples: Sequence[Example],
+    first_turns: Sequence[list[int]],
+    settings: GenerationSettings,
 ) -> int:
-    """Tokens that every answer may have: max_new_tokens, or what the longest prompt leaves of the model's context.
+    """Tokens that every answer may have: max_new_tokens, or what the longest prompt leaves of the model's
+    context.
 
     A conversation's room is shared by its replies.
     """
@@ -240,11 +253,13 @@ def _answer_limit(
         return settings.max_new_tokens
     if room < 1:
         raise ValueError(
-            f"the longest prompt has {longest} tokens, which leaves no room for an answer in the model's context of "
-            f"{context} tokens (max_position_embeddings); leave out the longest prompts, or use another model."
+            f"the longest prompt has {longest} tokens, which leaves no room for an answer in the model's "
+            f"context of {context} tokens (max_position_embeddings); leave out the longest prompts, or use "
+            "another model."
         )
     _LOGGER.warning(
-        "Answers end after %d tokens, not after max_new_tokens=%d: the longest prompt has %d tokens, the context %d.",
+        "Answers end after %d tokens, not after max_new_tokens=%d: the longest prompt has %d tokens, the "
+        "context %d.",
         room,
         settings.max_new_tokens,
         longest,

@@ -49,7 +49,11 @@ def run_harness(
     manager = TaskManager(include_path=str(include) if include is not None else None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        where = f" or in {include}" if include is not None else "; --data names a folder of YAML tasks of your own"
+        where = (
+            f" or in {include}"
+            if include is not None
+            else "; --data names a folder of YAML tasks of your own"
+        )
         raise ValueError(f"lm-eval has no task {unknown[0]!r}{where}.")
     found: Any = cast("Any", simple_evaluate)(
         model="hf",

@@ -13,13 +13,29 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.evaluate.generate import Generated, PartialAnswers, Progress, answer_examples
-from hpd.evaluate.statistics import Floats, majority, mean_interval, mean_over_problems, pass_at_k, sampling_interval
+from hpd.evaluate.statistics import (
+    Floats,
+    majority,
+    mean_interval,
+    mean_over_problems,
+    pass_at_k,
+    sampling_interval,
+)
 from hpd.evaluate.task import Comparable, Example, Summary, Task, Verdict
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GREEDY, GenerationSettings
 from hpd.generation.texts import Answer, FinishReason, Prompt
 
-__all__ = ["EvalResult", "Record", "evaluate", "evaluate_engine", "grade_answers", "identify", "write_entry", "write_result"]
+__all__ = [
+    "EvalResult",
+    "Record",
+    "evaluate",
+    "evaluate_engine",
+    "grade_answers",
+    "identify",
+    "write_entry",
+    "write_result",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +72,8 @@ class EvalResult:
     value: float
     """Mean over problems of the mean over their graded samples."""
     interval: tuple[float, float]
-    """95 % interval of `value`: the error from having drawn these problems and no others (`mean_interval`)."""
+    """95 % interval of `value`: the error from having drawn these problems and no others
+    (`mean_interval`)."""
     num_examples: int
     num_samples: int
     """Answers per problem."""
@@ -89,23 +106,27 @@ def evaluate(
 ) -> EvalResult:
     """Let a model answer a task's examples, grade the answers and, with `output_dir`, write both down.
 
-    `evals.json` is a list with one entry per (model, task, options, settings, engine): a repeated evaluation replaces its own
-    entry, all others survive. `records-<task>.jsonl` holds the records of the same evaluations; its lines name their
-    entry's id. Both are replaced atomically; two processes must not write to one folder at the same time.
+    `evals.json` is a list with one entry per (model, task, options, settings, engine): a repeated evaluation
+    replaces its own entry, all others survive. `records-<task>.jsonl` holds the records of the same
+    evaluations; its lines name their entry's id. Both are replaced atomically; two processes must not write
+    to one folder at the same time.
 
     Args:
-        model, tokenizer, settings, progress: as for `generate_answers`. `settings` are taken as they are: the task's own
-            defaults are merged in by `settings_for`.
+        model, tokenizer, settings, progress: as for `generate_answers`. `settings` are taken as they are: the
+            task's own defaults are merged in by `settings_for`.
         task: examples and grader.
         output_dir: a run folder, made if missing; None writes nothing.
         name: the model's name in evals.json; None takes the path that it was loaded from.
 
     Raises:
-        ValueError: the task has no examples, or evals.json is not a list of evaluations; see also `generate_answers`.
+        ValueError: the task has no examples, or evals.json is not a list of evaluations; see also
+            `generate_answers`.
     """
     path = str(getattr(model, "name_or_path", ""))
     engine = TransformersEngine(model, tokenizer)
-    return evaluate_engine(engine, task, settings, output_dir, name=name or path or type(model).__name__, progress=progress)
+    return evaluate_engine(
+        engine, task, settings, output_dir, name=name or path or type(model).__name__, progress=progress
+    )
 
 
 def evaluate_engine(
@@ -121,8 +142,9 @@ def evaluate_engine(
     """`evaluate` with an engine of your choice.
 
     Args:
-        fingerprint: what tells the model's weights from others of the same name. With it, finished batches are kept in
-            `partial-<id>.jsonl` under `output_dir` until the evaluation is complete, and an interrupted one goes on.
+        fingerprint: what tells the model's weights from others of the same name. With it, finished batches
+            are kept in `partial-<id>.jsonl` under `output_dir` until the evaluation is complete, and an
+            interrupted one goes on.
     """
     examples = task.examples()
     if not examples:
@@ -136,7 +158,8 @@ def evaluate_engine(
             folder.mkdir(parents=True, exist_ok=True)
             prompts = _digest([(example.prompt, example.follow_ups) for example in examples])
             partial = PartialAnswers(
-                folder / f"partial-{_digest(identity)}.jsonl", {**identity, "fingerprint": fingerprint, "prompts": prompts}
+                folder / f"partial-{_digest(identity)}.jsonl",
+                {**identity, "fingerprint": fingerprint, "prompts": prompts},
             )
     generated = answer_examples(engine, examples, settings, progress, partial)
     result = grade_answers(task, examples, generated, settings.num_samples)
@@ -150,20 +173,31 @@ def evaluate_engine(
 def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -> dict[str, Any]:
     """What makes an evaluation the same as another one, as JSON values."""
     return {
-        "model": name, "task": task.name, "options": dict(task.options), "settings": asdict(settings), "engine": engine,
-    }  # fmt: skip
+        "model": name,
+        "task": task.name,
+        "options": dict(task.options),
+        "settings": asdict(settings),
+        "engine": engine,
+    }
 
 
-def grade_answers(task: Task, examples: Sequence[Example], generated: Generated, num_samples: int) -> EvalResult:
+def grade_answers(
+    task: Task, examples: Sequence[Example], generated: Generated, num_samples: int
+) -> EvalResult:
     """The result that a model's answers amount to."""
     answers = generated.answers
     repeated = [example for example in examples for _ in range(num_samples)]
     verdicts = task.grade(repeated, answers)
-    assert len(verdicts) == len(answers), f"{task.name} gave {len(verdicts)} verdicts on {len(answers)} answers"
+    assert len(verdicts) == len(answers), (
+        f"{task.name} gave {len(verdicts)} verdicts on {len(answers)} answers"
+    )
     values = np.array([np.nan if v.value is None else v.value for v in verdicts], dtype=np.float64)
     values = values.reshape(len(examples), num_samples)
     if np.isnan(values).all():
-        raise ValueError(f"no answer of {task.name!r} could be graded; the first: {verdicts[0].detail or 'no reason given'}")
+        raise ValueError(
+            f"no answer of {task.name!r} could be graded; the first: "
+            f"{verdicts[0].detail or 'no reason given'}"
+        )
     num_tokens = sum(answer.num_tokens for answer in answers)
     figures = _figures(task, verdicts, values)
     if isinstance(task, Summary):
@@ -181,7 +215,8 @@ def grade_answers(task: Task, examples: Sequence[Example], generated: Generated,
         truncated=sum(answer.finish_reason == "length" for answer in answers) / len(answers),
         tokens_per_second=num_tokens / generated.seconds if generated.seconds else 0.0,
         records=tuple(
-            _record(index % num_samples, *parts) for index, parts in enumerate(zip(repeated, answers, verdicts, strict=True))
+            _record(index % num_samples, *parts)
+            for index, parts in enumerate(zip(repeated, answers, verdicts, strict=True))
         ),
     )
 
@@ -194,12 +229,17 @@ def _figures(task: Task, verdicts: Sequence[Verdict], values: Floats) -> dict[st
     figures: dict[str, Any] = {f"avg@{num_samples}": float(mean_over_problems(values).mean())}
     if not np.isnan(values).any():
         per_sample = values.mean(axis=0)  # each is the result of one run
-        figures |= {"sampling_interval": sampling_interval(values), "std_over_samples": float(per_sample.std(ddof=1))}
+        figures |= {
+            "sampling_interval": sampling_interval(values),
+            "std_over_samples": float(per_sample.std(ddof=1)),
+        }
     correct = [verdict.correct for verdict in verdicts]
     if any(verdict is None for verdict in correct):
         return figures
     counts = np.array(correct, dtype=bool).reshape(num_problems, num_samples).sum(axis=1)
-    for k in [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples] + [num_samples]:
+    for k in [2**power for power in range(num_samples.bit_length()) if 2**power < num_samples] + [
+        num_samples
+    ]:
         figures[f"pass@{k}"] = float(np.mean([pass_at_k(num_samples, int(count), k) for count in counts]))
     if isinstance(task, Comparable):
         rows = [slice(start, start + num_samples) for start in range(0, len(verdicts), num_samples)]
@@ -230,7 +270,8 @@ def _digest(content: Any) -> str:
 
 
 def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> None:
-    """Put a result into evals.json, and its records beside it, in place of an earlier one of the same identity."""
+    """Put a result into evals.json, and its records beside it, in place of an earlier one of the same
+    identity."""
     eval_id = _digest(identity)
     figures = {key: value for key, value in vars(result).items() if key not in ("task", "value", "records")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +280,10 @@ def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> 
     lines = [json.dumps({"eval": eval_id, **asdict(record)}, ensure_ascii=False) for record in result.records]
     _replace(records_path, "".join(line + "\n" for line in [*_other_records(records_path, eval_id), *lines]))
 
-    write_entry(folder, {"id": eval_id, **identity, result.metric: result.value, **figures, "records": records_path.name})
+    write_entry(
+        folder,
+        {"id": eval_id, **identity, result.metric: result.value, **figures, "records": records_path.name},
+    )
 
 
 def write_entry(folder: Path, entry: dict[str, Any]) -> None:
@@ -256,7 +300,9 @@ def _read_evals(folder: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); repair it, or move it away to start a new one.") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}); repair it, or move it away to start a new one."
+        ) from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path} is not a list of evaluations; move it away to start a new one.")
     return entries

@@ -45,7 +45,8 @@ _SEED = 0  # of the resampling: the same values give the same interval
 
 
 def wilson_interval(num_correct: int, num_examples: int) -> Interval:
-    r"""95 % interval of a proportion k/n; unlike the normal one it stays inside [0, 1] and is not empty at 0 or 1.
+    r"""95 % interval of a proportion k/n; unlike the normal one it stays inside [0, 1] and is not empty at 0
+    or 1.
 
     .. math:: \frac{k + z^2/2 \pm z \sqrt{k (n - k) / n + z^2 / 4}}{n + z^2}
 
@@ -62,17 +63,19 @@ def wilson_interval(num_correct: int, num_examples: int) -> Interval:
 
 
 def mean_over_problems(values: Floats) -> Floats:
-    """Mean over the graded samples of each problem, [P'] for the P' problems with at least one graded sample."""
+    """Mean over the graded samples of each problem, [P'] for the P' problems with at least one graded
+    sample."""
     graded = ~np.isnan(values)
     kept = graded.any(axis=1)
     return np.where(graded, values, 0.0)[kept].sum(axis=1) / graded[kept].sum(axis=1)
 
 
 def mean_interval(values: Floats) -> Interval:
-    """95 % interval of the mean: the error from having these problems and these samples of them, and no others.
+    """95 % interval of the mean: the error from having these problems and these samples of them, and no
+    others.
 
-    One 0/1 sample per problem: Wilson's. Else problems are resampled with all their samples, which carries both errors
-    (percentile bootstrap; Efron 1979).
+    One 0/1 sample per problem: Wilson's. Else problems are resampled with all their samples, which carries
+    both errors (percentile bootstrap; Efron 1979).
     """
     means = mean_over_problems(values)
     if values.shape[1] == 1 and np.isin(means, (0.0, 1.0)).all():
@@ -81,12 +84,15 @@ def mean_interval(values: Floats) -> Interval:
 
 
 def sampling_interval(values: Floats) -> Interval:
-    """95 % interval of the mean over what another run on the same problems would draw: samples resampled within problems."""
+    """95 % interval of the mean over what another run on the same problems would draw: samples resampled
+    within problems."""
     generator = np.random.default_rng(_SEED)
     values = values[~np.isnan(values).any(axis=1)]
     num_problems, num_samples = values.shape
     rows = np.arange(num_problems)[:, None]
-    means = [values[rows, generator.integers(num_samples, size=values.shape)].mean() for _ in range(_RESAMPLES)]
+    means = [
+        values[rows, generator.integers(num_samples, size=values.shape)].mean() for _ in range(_RESAMPLES)
+    ]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -120,8 +126,11 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def majority(answers: Sequence[str | None], correct: Sequence[bool | None], same: Callable[[str, str], bool]) -> float:
-    """Whether the answer that most samples give is right; in a tie, the share of right ones among the most frequent.
+def majority(
+    answers: Sequence[str | None], correct: Sequence[bool | None], same: Callable[[str, str], bool]
+) -> float:
+    """Whether the answer that most samples give is right; in a tie, the share of right ones among the most
+    frequent.
 
     Samples without an answer do not vote; without any vote the result is 0.
     """
@@ -158,22 +167,28 @@ class Comparison(NamedTuple):
 def compare_paired(first: Floats, second: Floats) -> Comparison:
     """Test whether two models differ, problem by problem.
 
-    Exact McNemar where every problem has one 0/1 value: the two-sided binomial test on the problems that only one of them
-    solves. Else a paired bootstrap over problems: twice the smaller share of resamples on one side of 0.
+    Exact McNemar where every problem has one 0/1 value: the two-sided binomial test on the problems that only
+    one of them solves. Else a paired bootstrap over problems: twice the smaller share of resamples on one
+    side of 0.
 
     Args:
         first, second: [P, N] of the same problems in the same order; the numbers of samples may differ.
 
     References:
-        McNemar, Note on the sampling error of the difference between correlated proportions, Psychometrika 1947.
-        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 15 (achieved significance level).
+        McNemar, Note on the sampling error of the difference between correlated proportions, Psychometrika
+        1947. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 15 (achieved significance
+           level).
     """
     both = ~(np.isnan(first).all(axis=1) | np.isnan(second).all(axis=1))
     one, two = mean_over_problems(first[both]), mean_over_problems(second[both])
     differences = two - one
     resampled = _resampled_means(differences)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    single = first.shape[1] == 1 and second.shape[1] == 1 and bool(np.isin(np.concatenate([one, two]), (0.0, 1.0)).all())
+    single = (
+        first.shape[1] == 1
+        and second.shape[1] == 1
+        and bool(np.isin(np.concatenate([one, two]), (0.0, 1.0)).all())
+    )
     if single:
         from scipy.stats import binomtest  # half a second that only comparisons spend
 
@@ -205,7 +220,8 @@ class Estimate(NamedTuple):
 
 
 def row_weights(num_rows: int, seed: int = 0, resamples: int = _ROW_RESAMPLES) -> Floats:
-    """How often each resample drew each row, [S, R]. One matrix for two figures makes their difference a paired one."""
+    """How often each resample drew each row, [S, R]. One matrix for two figures makes their difference a
+    paired one."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=resamples).astype(np.float64)
 

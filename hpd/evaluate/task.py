@@ -1,4 +1,5 @@
-"""What an evaluation is made of: examples, a model's answers, verdicts, and the task that ties them together."""
+"""What an evaluation is made of: examples, a model's answers, verdicts, and the task that ties them
+together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,13 +62,14 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str:
-        """Name of the mean of `Verdict.value`: accuracy, rouge_l, win_rate, ... A share in [0, 1], except that the values of a
-        metric whose name ends in ``score`` are what they are."""
+        """Name of the mean of `Verdict.value`: accuracy, rouge_l, win_rate, ... A share in [0, 1], except
+        that the values of a metric whose name ends in ``score`` are what they are."""
         ...
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Fields of `GenerationSettings` that this benchmark's protocol sets; what the user sets goes before them."""
+        """Fields of `GenerationSettings` that this benchmark's protocol sets; what the user sets goes before
+        them."""
         ...
 
     def examples(self) -> Sequence[Example]: ...

@@ -47,38 +47,64 @@ def _in(*folders: str, files: Sequence[str] = _FILES) -> tuple[str, ...]:
 TASKS: dict[str, TaskEntry] = {
     "exact-match": TaskEntry("hpd.evaluate.benchmarks.exact_match:ExactMatch"),
     "gsm8k": TaskEntry(
-        "hpd.evaluate.benchmarks.math:gsm8k", _in("gsm8k", files=("test*.jsonl*", "test*.parquet")), _hub("openai/gsm8k", "main"),
-        _in("gsm8k", files=("train*",)), _hub("openai/gsm8k", "main", "train"),
+        "hpd.evaluate.benchmarks.math:gsm8k",
+        _in("gsm8k", files=("test*.jsonl*", "test*.parquet")),
+        _hub("openai/gsm8k", "main"),
+        _in("gsm8k", files=("train*",)),
+        _hub("openai/gsm8k", "main", "train"),
     ),
-    "math500": TaskEntry("hpd.evaluate.benchmarks.math:math500", _in("math500"), _hub("HuggingFaceH4/MATH-500")),
-    "aime24": TaskEntry("hpd.evaluate.benchmarks.math:aime24", _in("aime24"), _hub("HuggingFaceH4/aime_2024", split="train")),
+    "math500": TaskEntry(
+        "hpd.evaluate.benchmarks.math:math500", _in("math500"), _hub("HuggingFaceH4/MATH-500")
+    ),
+    "aime24": TaskEntry(
+        "hpd.evaluate.benchmarks.math:aime24", _in("aime24"), _hub("HuggingFaceH4/aime_2024", split="train")
+    ),
     "aime25": TaskEntry("hpd.evaluate.benchmarks.math:aime25", _in("aime25"), _hub("math-ai/aime25")),
     "amc": TaskEntry("hpd.evaluate.benchmarks.math:amc", _in("amc", "amc23"), _hub("math-ai/amc23")),
     "minerva": TaskEntry("hpd.evaluate.benchmarks.math:minerva", _in("minerva"), _hub("math-ai/minervamath")),
     "olympiadbench": TaskEntry(
-        "hpd.evaluate.benchmarks.math:olympiadbench", _in("olympiadbench"), _hub("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
+        "hpd.evaluate.benchmarks.math:olympiadbench",
+        _in("olympiadbench"),
+        _hub("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
     ),
     "svamp": TaskEntry("hpd.evaluate.benchmarks.math:svamp", _in("svamp"), _hub("ChilleD/SVAMP")),
     "mawps": TaskEntry("hpd.evaluate.benchmarks.math:mawps", _in("mawps"), _hub("MU-NLPC/Calc-mawps")),
-    "multiarith": TaskEntry("hpd.evaluate.benchmarks.math:multiarith", _in("multiarith"), _hub("ChilleD/MultiArith")),
-    "gpqa": TaskEntry(
-        "hpd.evaluate.benchmarks.gpqa:Gpqa", _in("gpqa", files=(*_FILES, "*.csv")), _hub("Idavidrein/gpqa", "gpqa_diamond", "train")
+    "multiarith": TaskEntry(
+        "hpd.evaluate.benchmarks.math:multiarith", _in("multiarith"), _hub("ChilleD/MultiArith")
     ),
-    "humaneval": TaskEntry("hpd.evaluate.benchmarks.code:human_eval", _in("humaneval"), _hub("openai/openai_humaneval")),
+    "gpqa": TaskEntry(
+        "hpd.evaluate.benchmarks.gpqa:Gpqa",
+        _in("gpqa", files=(*_FILES, "*.csv")),
+        _hub("Idavidrein/gpqa", "gpqa_diamond", "train"),
+    ),
+    "humaneval": TaskEntry(
+        "hpd.evaluate.benchmarks.code:human_eval", _in("humaneval"), _hub("openai/openai_humaneval")
+    ),
     "humaneval+": TaskEntry("hpd.evaluate.benchmarks.code:human_eval_plus", _in("humanevalplus")),
     "mbpp": TaskEntry(
-        "hpd.evaluate.benchmarks.code:mbpp", _in("mbpp", files=("test*.jsonl*", "sanitized*.jsonl*", "*.jsonl*")),
+        "hpd.evaluate.benchmarks.code:mbpp",
+        _in("mbpp", files=("test*.jsonl*", "sanitized*.jsonl*", "*.jsonl*")),
         _hub("google-research-datasets/mbpp", "full"),
     ),
     "mbpp+": TaskEntry("hpd.evaluate.benchmarks.code:mbpp_plus", _in("mbppplus")),
     "dolly": TaskEntry("hpd.evaluate.benchmarks.dialogue:dolly", _in("dolly")),
-    "self_instruct": TaskEntry("hpd.evaluate.benchmarks.dialogue:self_instruct", _in("self_instruct", files=("user_oriented*",))),
-    "vicuna": TaskEntry("hpd.evaluate.benchmarks.dialogue:vicuna", _in("vicuna", files=("minillm_valid*", "*.jsonl*"))),
+    "self_instruct": TaskEntry(
+        "hpd.evaluate.benchmarks.dialogue:self_instruct", _in("self_instruct", files=("user_oriented*",))
+    ),
+    "vicuna": TaskEntry(
+        "hpd.evaluate.benchmarks.dialogue:vicuna", _in("vicuna", files=("minillm_valid*", "*.jsonl*"))
+    ),
     "sni": TaskEntry("hpd.evaluate.benchmarks.dialogue:sni", _in("sni")),
-    "alpaca_eval": TaskEntry("hpd.evaluate.benchmarks.judged:alpaca_eval", _in("alpaca_eval", files=("*.jsonl*", "*.json"))),
-    "mt_bench": TaskEntry("hpd.evaluate.benchmarks.judged:mt_bench", _in("mt_bench", files=("question*.jsonl*",))),
-    "arena_hard": TaskEntry("hpd.evaluate.benchmarks.judged:arena_hard", _in("arena_hard", files=("*question*.jsonl*",))),
-}  # fmt: skip
+    "alpaca_eval": TaskEntry(
+        "hpd.evaluate.benchmarks.judged:alpaca_eval", _in("alpaca_eval", files=("*.jsonl*", "*.json"))
+    ),
+    "mt_bench": TaskEntry(
+        "hpd.evaluate.benchmarks.judged:mt_bench", _in("mt_bench", files=("question*.jsonl*",))
+    ),
+    "arena_hard": TaskEntry(
+        "hpd.evaluate.benchmarks.judged:arena_hard", _in("arena_hard", files=("*question*.jsonl*",))
+    ),
+}
 """Name -> how the task is made. What a factory accepts beside data and limit are the options of its task."""
 
 
@@ -87,7 +113,8 @@ def make_task(name: str, data: str | Path | None = None, *, limit: int | None = 
 
     Args:
         name: a key of `TASKS`, or "module:factory".
-        data: its file; or a folder that holds files as the table names them (gsm8k/test*.jsonl, ...); None takes the Hub.
+        data: its file; or a folder that holds files as the table names them (gsm8k/test*.jsonl, ...); None
+            takes the Hub.
         limit: first n problems only; None is all.
         options: what the factory takes beside these.
 
@@ -106,7 +133,11 @@ def load_factory(name: str) -> Callable[..., Task]:
     module, colon, attribute = target.partition(":")
     if not colon:
         close = get_close_matches(name, TASKS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(TASKS)}; or module:factory for your own."
+        hint = (
+            f"Did you mean {close[0]!r}?"
+            if close
+            else f"Known: {', '.join(TASKS)}; or module:factory for your own."
+        )
         raise ValueError(f"Unknown task {name!r}. {hint}")
     return getattr(import_module(module), attribute)
 
@@ -116,7 +147,9 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     known = task_options(name)
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise ValueError(f"the task {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+        raise ValueError(
+            f"the task {name!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}."
+        )
 
 
 def task_options(name: str) -> list[str]:
@@ -131,7 +164,9 @@ def find_data(name: str, data: str | Path | None, *, shots: bool = False) -> Dat
     patterns, hub = (entry.shots, entry.hub_shots) if shots else (entry.files, entry.hub)
     if data is None:
         if hub is None:
-            raise ValueError(f"the task {name!r} has no {'few-shot ' * shots}data of its own on the Hub; give it a file.")
+            raise ValueError(
+                f"the task {name!r} has no {'few-shot ' * shots}data of its own on the Hub; give it a file."
+            )
         return hub
     path = Path(data).expanduser()
     if not path.is_dir():
@@ -170,7 +205,8 @@ def build_task(
         name, data, limit: as for `make_task`.
         limit_seed: draw the `limit` problems with this seed; None takes the first.
         few_shot: worked examples per prompt; 0 is none.
-        few_shot_data: their file or folder; None: the training file of the benchmark, in the folder `data` or on the Hub.
+        few_shot_data: their file or folder; None: the training file of the benchmark, in the folder `data` or
+            on the Hub.
         options: of the task; `judge.NAME` is a field of `JudgeSettings`.
         judge_progress: shows a judge's progress.
 
@@ -187,7 +223,9 @@ def build_task(
     if "judge" in task_options(name):
         given["judge"] = _judge(name, judge, judge_progress)
     elif judge:
-        raise ValueError(f"the task {name!r} has no judge: leave out {', '.join(_JUDGE + key for key in judge)}.")
+        raise ValueError(
+            f"the task {name!r} has no judge: leave out {', '.join(_JUDGE + key for key in judge)}."
+        )
     task = make_task(name, data, limit=limit if limit_seed is None else None, **given)
     if limit is not None and limit_seed is not None:
         task = Subset(task, limit, limit_seed)
@@ -208,7 +246,9 @@ def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None)
     if unknown:
         raise ValueError(f"a judge has no setting {unknown[0]!r}; it has {', '.join(known)}.")
     if not {"url", "model"} <= fields.keys():
-        raise ValueError(f"the task {name!r} needs a judge: give its address and name (--judge-url, --judge-model).")
+        raise ValueError(
+            f"the task {name!r} needs a judge: give its address and name (--judge-url, --judge-model)."
+        )
     cache = fields.get("cache")
     return Judge(JudgeSettings(**{**fields, "cache": Path(cache) if cache is not None else None}), progress)
 
@@ -263,7 +303,8 @@ _PAPER_SAMPLES = {"aime24": 32, "aime25": 32, "amc": 32}
 
 
 def settings_for(task: Task, preset: str | None = None, **given: Any) -> GenerationSettings:
-    """The settings of an evaluation: what is given, before the preset, before the task's `defaults`, before the class's.
+    """The settings of an evaluation: what is given, before the preset, before the task's `defaults`, before
+    the class's.
 
     Args:
         task: what is evaluated.

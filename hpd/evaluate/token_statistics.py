@@ -21,7 +21,15 @@ from hpd.losses.tile import sum_dtype
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.models.forward import scores_of
 
-__all__ = ["NUM_BINS", "RowSums", "TextTokens", "distinct_ngrams", "longest_loop", "repeated_ngrams", "sum_rows"]
+__all__ = [
+    "NUM_BINS",
+    "RowSums",
+    "TextTokens",
+    "distinct_ngrams",
+    "longest_loop",
+    "repeated_ngrams",
+    "sum_rows",
+]
 
 
 NUM_BINS = 15
@@ -79,7 +87,10 @@ def sum_rows(
         inputs = _collate([texts[row] for row in rows], pad_id, device)
         batch = token_batch(inputs, vocab)
         row_of = torch.tensor(rows, device=device)[batch.index // inputs["input_ids"].shape[1]]  # [N]
-        both = [None if model is None else _wide(scores_of(model, inputs, batch.index)) for model in (student, teacher)]
+        both = [
+            None if model is None else _wide(scores_of(model, inputs, batch.index))
+            for model in (student, teacher)
+        ]
         assert both[0] is not None
         for chunk in _chunks(len(batch.index), max(scores.vocab for scores in both if scores)):
             sides = [None if scores is None else Scores(scores.hidden[chunk], scores.head) for scores in both]
@@ -104,9 +115,12 @@ def _collate(texts: Sequence[TextTokens], pad_id: int, device: torch.device) -> 
 
 
 def _wide(scores: Scores) -> Scores:
-    """In float32 or wider: this is measured, not trained, and rounding the logits would show in a small divergence."""
+    """In float32 or wider: this is measured, not trained, and rounding the logits would show in a small
+    divergence."""
     dtype = torch.promote_types(scores.hidden.dtype, torch.float32)
-    weight, bias = (None if t is None else t.detach().to(dtype) for t in (scores.head.weight, scores.head.bias))
+    weight, bias = (
+        None if t is None else t.detach().to(dtype) for t in (scores.head.weight, scores.head.bias)
+    )
     return Scores(scores.hidden.to(dtype), scores.head._replace(weight=weight, bias=bias))
 
 
@@ -148,14 +162,18 @@ def _add_chunk(
         sums[name].index_add_(0, row_of, value.to(dtype))
 
 
-def _one_model(name: str, log_q: Float[Tensor, "C V"], labels: Int[Tensor, "C"]) -> dict[str, Float[Tensor, "C"]]:
+def _one_model(
+    name: str, log_q: Float[Tensor, "C V"], labels: Int[Tensor, "C"]
+) -> dict[str, Float[Tensor, "C"]]:
     return {
         f"{name}_nll": -log_q.gather(1, labels[:, None])[:, 0],
         f"{name}_entropy": -(log_q.exp() * log_q).sum(-1),
     }
 
 
-def _two_models(log_q: Float[Tensor, "C V"], log_p: Float[Tensor, "C V"], top_k: int) -> dict[str, Float[Tensor, "C"]]:
+def _two_models(
+    log_q: Float[Tensor, "C V"], log_p: Float[Tensor, "C V"], top_k: int
+) -> dict[str, Float[Tensor, "C"]]:
     gap = log_p - log_q
     ours, theirs = (side.topk(min(top_k, side.shape[1]), -1).indices for side in (log_q, log_p))
     return {
@@ -166,7 +184,9 @@ def _two_models(log_q: Float[Tensor, "C V"], log_p: Float[Tensor, "C V"], top_k:
     }
 
 
-def _add_bins(sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int) -> None:
+def _add_bins(
+    sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int
+) -> None:
     key, dtype = f"bins/{name}", sum_dtype(confidence.device)
     if key not in sums:
         sums[key] = torch.zeros(num_rows, NUM_BINS, 3, dtype=dtype, device=confidence.device)
@@ -184,7 +204,8 @@ _MIN_COPIES = 3
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int) -> float:
-    r"""Share of the n-grams of one text that occurred in it before, 0 to 1 (seq-rep-n); 0 for fewer than n tokens.
+    r"""Share of the n-grams of one text that occurred in it before, 0 to 1 (seq-rep-n); 0 for fewer than n
+    tokens.
 
     .. math:: 1 - \frac{|\mathrm{set}(\text{n-grams})|}{|\text{n-grams}|}
 
@@ -214,7 +235,8 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float | None:
 
 
 def longest_loop(tokens: Sequence[int]) -> int:
-    """Length, in tokens, of the longest stretch that is one phrase written three times or more; 0 where there is none.
+    """Length, in tokens, of the longest stretch that is one phrase written three times or more; 0 where there
+    is none.
 
     >>> longest_loop([5, 1, 2, 1, 2, 1, 2, 9]), longest_loop([1, 2, 1, 2])
     (6, 0)

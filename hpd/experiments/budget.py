@@ -1,4 +1,5 @@
-"""What a run costs, counted while it trains; and a stop where an equal budget is spent (prices: `hpd.estimate.cost`)."""
+"""What a run costs, counted while it trains; and a stop where an equal budget is spent (prices:
+`hpd.estimate.cost`)."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ _STATE_KEY = "hpd_budget"
 
 
 class BudgetCallback(TrainerCallback):
-    """Counts tokens, FLOPs and seconds of training, keeps them in the trainer's state, and stops where the budget is spent.
+    """Counts tokens, FLOPs and seconds of training, keeps them in the trainer's state, and stops where the
+    budget is spent.
 
-    With a budget other than steps, learning rate and term schedules follow the share of the budget that is spent, so that
-    they end where the run ends: `state.max_steps` is re-estimated after every step.
+    With a budget other than steps, learning rate and term schedules follow the share of the budget that is
+    spent, so that they end where the run ends: `state.max_steps` is re-estimated after every step.
 
     Args:
         price: see `flops_per_token`.
@@ -30,7 +32,13 @@ class BudgetCallback(TrainerCallback):
 
     def __init__(self, price: FlopsPerToken, budget: Budget | None = None):
         self._price, self._budget = price, budget if budget is not None and budget.type != "steps" else None
-        self.spent = {"label_tokens": 0.0, "trained_tokens": 0.0, "rollout_tokens": 0.0, "flops": 0.0, "seconds": 0.0}
+        self.spent = {
+            "label_tokens": 0.0,
+            "trained_tokens": 0.0,
+            "rollout_tokens": 0.0,
+            "flops": 0.0,
+            "seconds": 0.0,
+        }
         self._hooks: list[Any] = []
         self._started = self._before = 0.0
         self._ceiling = 0
@@ -44,15 +52,21 @@ class BudgetCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:
         self.spent |= state.stateful_callbacks.get(_STATE_KEY, {})
-        self._before, self._started, self._ceiling = self.spent["seconds"], time.perf_counter(), state.max_steps
-        # peft calls its base model's forward past the hooks in training, and the base model itself in generation.
+        self._before, self._started, self._ceiling = (
+            self.spent["seconds"],
+            time.perf_counter(),
+            state.max_steps,
+        )
+        # peft calls its base model's forward past the hooks in training, and the base model itself in
+        # generation.
         modules = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
         self._hooks = [module.register_forward_pre_hook(self._count, with_kwargs=True) for module in modules]
         if self._budget is not None and lr_scheduler is not None:
             inner = getattr(lr_scheduler, "scheduler", lr_scheduler)
             if not hasattr(inner, "lr_lambdas"):
                 raise ValueError(
-                    f"A budget of {self._budget.type} needs a schedule of transformers, not {type(inner).__name__}."
+                    f"A budget of {self._budget.type} needs a schedule of transformers, not "
+                    f"{type(inner).__name__}."
                 )
             inner.lr_lambdas = [self._follow_budget(schedule) for schedule in inner.lr_lambdas]
 

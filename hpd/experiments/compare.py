@@ -72,7 +72,8 @@ def compare(
         The experiment, and the runs that failed; all others are finished.
 
     Raises:
-        FileNotFoundError, ValueError: an experiment that is not valid, has changed, or compares what is not comparable.
+        FileNotFoundError, ValueError: an experiment that is not valid, has changed, or compares what is not
+            comparable.
     """
     text = path.read_text(encoding="utf-8")
     experiment = read_experiment(text, overrides)
@@ -104,7 +105,9 @@ def compare(
     return experiment, run_grid(work, jobs, folder, "runs", show)
 
 
-def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, show: Callable[[GridState], None]) -> list[Failure]:
+def run_grid(
+    work: Sequence[Job], jobs: int, folder: Path, title: str, show: Callable[[GridState], None]
+) -> list[Failure]:
     """Run the unfinished of `work`, `jobs` at once; a crash loses one run."""
     waiting = [job for job in work if not is_finished(job.recipe)]
     done = len(work) - len(waiting)
@@ -141,7 +144,8 @@ def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, show: Cal
 
 
 def _context() -> Any:
-    """Forks from a server that has imported everything and run nothing, which saves seconds of imports per run."""
+    """Forks from a server that has imported everything and run nothing, which saves seconds of imports per
+    run."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -150,7 +154,8 @@ def _context() -> Any:
 
 
 def _evaluate_teacher(job: Job, folder: Path) -> None:
-    """The reference line of the experiment's own evaluations; the recipe's eval asks the teacher in every run."""
+    """The reference line of the experiment's own evaluations; the recipe's eval asks the teacher in every
+    run."""
     target = folder / "teacher"
     if not job.evals or not has_model(job.recipe) or (target / TEACHER_FIGURES).is_file():
         return
@@ -161,7 +166,9 @@ def _evaluate_teacher(job: Job, folder: Path) -> None:
     process.start()
     process.join()
     if not (target / TEACHER_FIGURES).is_file():
-        raise ValueError(f"The teacher could not be evaluated: {_failure('teacher', log, process.exitcode).reason}")
+        raise ValueError(
+            f"The teacher could not be evaluated: {_failure('teacher', log, process.exitcode).reason}"
+        )
 
 
 def _failure(name: str, log: Path, exit_code: int | None) -> Failure:
@@ -211,9 +218,10 @@ def predict(
 ) -> list[Cost]:
     """One line per group of cells that differ in the seed only.
 
-    Finished runs of a group give their mean time. Without any, the first cell is run for 8 steps and 32 answers in a temporary
-    folder, and (seconds per step) x steps + (seconds per answer) x answers + the rest is taken; an untrained student writes
-    longer answers than a trained one, so this is rather too much. FLOPs are scaled from the same runs.
+    Finished runs of a group give their mean time. Without any, the first cell is run for 8 steps and 32
+    answers in a temporary folder, and (seconds per step) x steps + (seconds per answer) x answers + the rest
+    is taken; an untrained student writes longer answers than a trained one, so this is rather too much. FLOPs
+    are scaled from the same runs.
     """
     evals = evaluations(experiment, folder)
     groups: dict[str, list[Cell]] = {}
@@ -238,7 +246,9 @@ def predict(
 def _mean_of(finished: Sequence[Cell]) -> tuple[float, float]:
     folders = [Path(cell.recipe.output_dir) for cell in finished]
     seconds = [json.loads((f / "summary.json").read_text(encoding="utf-8"))["seconds"] for f in folders]
-    flops = [json.loads((f / "experiment.json").read_text(encoding="utf-8"))["cost"]["flops"] for f in folders]
+    flops = [
+        json.loads((f / "experiment.json").read_text(encoding="utf-8"))["cost"]["flops"] for f in folders
+    ]
     return sum(seconds) / len(seconds), sum(flops) / len(flops)
 
 
@@ -257,14 +267,19 @@ def _probe(experiment: Experiment, evals: Sequence[Evaluation], cell: Cell) -> t
     own = [Evaluation(name="accuracy")] if recipe.eval else []
     with tempfile.TemporaryDirectory() as folder:
         changed = {"max_steps": min(PROBE_STEPS, planned_steps), "warmup_steps": 0, "save_strategy": "no"}
-        short = dataclasses.replace(recipe, output_dir=f"{folder}/run", train={**recipe.train, **changed}, eval=None)
+        short = dataclasses.replace(
+            recipe, output_dir=f"{folder}/run", train={**recipe.train, **changed}, eval=None
+        )
         summary = train(short, progress=Callbacks(counter))
-        per_answer = _seconds_per_answer(dataclasses.replace(recipe, output_dir=f"{folder}/run"), [*own, *evals])
+        per_answer = _seconds_per_answer(
+            dataclasses.replace(recipe, output_dir=f"{folder}/run"), [*own, *evals]
+        )
     probed = summary["steps"]
     per_step = summary["train seconds"] / probed
     per = {name: value / probed for name, value in counter.spent.items()}
     steps = _steps_within(experiment.budget, planned_steps, per_step, per)
-    # Teacher and student before and after training answer the recipe's examples; the experiment's own only the trained one.
+    # Teacher and student before and after training answer the recipe's examples; the experiment's own only
+    # the trained one.
     every = experiment.own_samples_every
     own_times = 1 + (1 + int(steps) // every if every else 0)
     answers = sum(3 * _num_examples(recipe, e) for e in own) + sum(_num_examples(recipe, e) for e in evals)

@@ -15,9 +15,18 @@ from hpd.config.yaml_file import parse_yaml, read_text
 from hpd.methods.terms import nearest
 
 __all__ = [
-    "SEED_PATH", "VALIDATION_METRICS", "Budget", "Evaluation", "Experiment", "Tune", "axis_label", "axis_values",
-    "load_experiment", "put", "read_experiment",
-]  # fmt: skip
+    "SEED_PATH",
+    "VALIDATION_METRICS",
+    "Budget",
+    "Evaluation",
+    "Experiment",
+    "Tune",
+    "axis_label",
+    "axis_values",
+    "load_experiment",
+    "put",
+    "read_experiment",
+]
 
 _STRICT = {"extra": "forbid"}
 MIN_TUNED_VALUES, MIN_TUNED_FACTOR = 4, 8.0
@@ -32,15 +41,17 @@ class Budget:
     __pydantic_config__ = _STRICT
 
     type: Literal["steps", "label_tokens", "flops", "seconds"]
-    """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`). seconds:
-    wall-clock."""
+    """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`).
+    seconds: wall-clock."""
     value: float
-    """How much, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of the budget spent."""
+    """How much, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of the
+    budget spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    """A setting chosen per variant on validation data, with seeds of its own, before the test grid runs with the choice."""
+    """A setting chosen per variant on validation data, with seeds of its own, before the test grid runs with
+    the choice."""
 
     __pydantic_config__ = _STRICT
 
@@ -51,12 +62,13 @@ class Tune:
     seeds: list[int]
     """Seeds of the tuning runs; none of them may be a seed of the grid."""
     metric: str = "loss"
-    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another name of evals,
-    measured on the file data.validation."""
+    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another
+    name of evals, measured on the file data.validation."""
     mode: Literal["min", "max"] = "min"
     """Whether less or more of it is better."""
     per: list[str] | None = None
-    """Axes that get a choice of their own; null: every axis but the seed. The other axes stand at their first value."""
+    """Axes that get a choice of their own; null: every axis but the seed. The other axes stand at their first
+    value."""
     set: Mapping[str, Any] = field(default_factory=dict)
     """Recipe paths replaced while tuning, such as {train.max_steps: 300}."""
 
@@ -100,8 +112,8 @@ class Experiment:
     question: str = ""
     """What the experiment is to settle; it stands at the top of the report."""
     base: str | Mapping[str, Any]
-    """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its files and returns
-    one."""
+    """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its
+    files and returns one."""
     set: Mapping[str, Any] = field(default_factory=dict)
     """Recipe paths replaced in the base, such as {train.max_steps: 500}."""
     axes: Mapping[str, list[Any] | Mapping[str, Any]] = field(default_factory=dict)
@@ -117,11 +129,11 @@ class Experiment:
     evals: list[Evaluation] = field(default_factory=list)
     """Evaluations of the trained student beside the recipe's own."""
     own_samples: int = 0
-    """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at temperature 1; entropy
-    and KLs are measured there."""
+    """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at
+    temperature 1; entropy and KLs are measured there."""
     own_samples_every: int | None = None
-    """The same before training and after every n-th step, as a curve of the report; null: after training only. Its time
-    counts in a budget of seconds."""
+    """The same before training and after every n-th step, as a curve of the report; null: after training
+    only. Its time counts in a budget of seconds."""
     baseline: str | None = None
     """The variant that the tests compare with, as the report names it; null: no tests."""
     metrics: list[str] = field(default_factory=lambda: ["accuracy", "forward_kl"])
@@ -169,7 +181,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts, in place; dicts on the way are made or replaced where they are null or text."""
+    """Set `a.b.c` in nested dicts, in place; dicts on the way are made or replaced where they are null or
+    text."""
     *parents, last = path.split(".")
     for parent in parents:
         if isinstance(tree.get(parent), str) and parent in ("student", "teacher"):
@@ -200,7 +213,9 @@ def _cross_check(experiment: Experiment) -> None:
     for axis in [a for rule in experiment.exclude for a in rule] + list(tune.per or [] if tune else []):
         if axis not in known:
             raise ValueError(f"exclude or tune.per names {axis!r}, which is no axis. {nearest(axis, known)}")
-    if experiment.own_samples < 0 or (experiment.own_samples_every is not None and experiment.own_samples_every < 1):
+    if experiment.own_samples < 0 or (
+        experiment.own_samples_every is not None and experiment.own_samples_every < 1
+    ):
         raise ValueError("own_samples must be >= 0, and own_samples_every >= 1 or null.")
     if experiment.own_samples_every is not None and not experiment.own_samples:
         raise ValueError("own_samples_every says how often, and own_samples is 0: say how many prompts.")
@@ -215,26 +230,31 @@ def _cross_check(experiment: Experiment) -> None:
 def _check_tuning(experiment: Experiment, tune: Tune) -> None:
     if shared := set(tune.seeds) & set(experiment.seeds):
         raise ValueError(
-            f"tune.seeds and the grid share seed {', '.join(map(str, sorted(shared)))}: a rate chosen on a seed of the test is "
-            "fitted to it. Use other seeds for tuning."
+            f"tune.seeds and the grid share seed {', '.join(map(str, sorted(shared)))}: a rate chosen on a "
+            "seed of the test is fitted to it. Use other seeds for tuning."
         )
     if not tune.seeds:
         raise ValueError("tune.seeds is empty: give one or more seeds that the grid does not use.")
     if tune.path in experiment.axes:
         raise ValueError(f"{tune.path} is tuned and an axis: remove one.")
     values = sorted(set(tune.values))
-    if tune.path == "train.learning_rate" and (len(values) < MIN_TUNED_VALUES or values[-1] < MIN_TUNED_FACTOR * values[0]):
+    if tune.path == "train.learning_rate" and (
+        len(values) < MIN_TUNED_VALUES or values[-1] < MIN_TUNED_FACTOR * values[0]
+    ):
         raise ValueError(
-            f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of {MIN_TUNED_FACTOR:g} (the rate moves the "
-            f"ranking more than the method does), got {tune.values}."
+            f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of {MIN_TUNED_FACTOR:g} "
+            f"(the rate moves the ranking more than the method does), got {tune.values}."
         )
     allowed = [*VALIDATION_METRICS, *dict.fromkeys(["accuracy", *(e.name for e in experiment.evals)])]
     if tune.metric not in allowed:
-        raise ValueError(f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}")
+        raise ValueError(
+            f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}"
+        )
     higher = tune.metric not in ("loss", "forward_kl", "reverse_kl")
     if higher != (tune.mode == "max"):
         raise ValueError(
-            f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode accordingly."
+            f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode "
+            "accordingly."
         )
 
 
@@ -257,7 +277,9 @@ def _explain(error: ValidationError) -> str:
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            hint = nearest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else "See docs/experiments.md."
+            hint = (
+                nearest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else "See docs/experiments.md."
+            )
             lines.append(f"unknown key {path!r}; {hint}")
         elif "missing" in item["type"]:
             lines.append(f"{path!r} is missing")

@@ -19,7 +19,16 @@ from pydantic import TypeAdapter
 from hpd.config.check import resolve
 from hpd.config.load import load_recipe
 from hpd.config.schema import Recipe
-from hpd.experiments.experiment import SEED_PATH, VALIDATION_METRICS, Evaluation, Experiment, Tune, axis_label, axis_values, put
+from hpd.experiments.experiment import (
+    SEED_PATH,
+    VALIDATION_METRICS,
+    Evaluation,
+    Experiment,
+    Tune,
+    axis_label,
+    axis_values,
+    put,
+)
 
 __all__ = [
     "BASE_FOLDER",
@@ -99,13 +108,16 @@ def expand_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
         seen.add(key)
         for value, seed in itertools.product(tune.values, tune.seeds):
             tried = {**changes, tune.path: value, SEED_PATH: seed}
-            cells.append(_cell(base, {**group, tune.path: f"{value:g}", "seed": str(seed)}, tried, folder / "tune"))
+            cells.append(
+                _cell(base, {**group, tune.path: f"{value:g}", "seed": str(seed)}, tried, folder / "tune")
+            )
     _require_distinct(cells)
     return cells
 
 
 def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None:
-    """The evaluation whose result is tuned on, moved to the validation file; None where a figure of the loss decides.
+    """The evaluation whose result is tuned on, moved to the validation file; None where a figure of the loss
+    decides.
 
     Raises:
         ValueError: data.validation is no file, or neither evals nor the recipe's eval says how to grade.
@@ -117,19 +129,33 @@ def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None
     validation = base.get("data", {}).get("validation")
     if not isinstance(validation, str) or not Path(validation).is_file():
         raise ValueError(
-            f"tune.metric {tune.metric} needs data.validation to be a file with prompts and answers; or tune on loss."
+            f"tune.metric {tune.metric} needs data.validation to be a file with prompts and answers; or tune "
+            "on loss."
         )
-    own = {key: value for key, value in (_source_tree(experiment, folder).get("eval") or {}).items() if value is not None}
-    if (given := next((e for e in evaluations(experiment, folder) if e.name == tune.metric), None)) is not None:
+    own = {
+        key: value
+        for key, value in (_source_tree(experiment, folder).get("eval") or {}).items()
+        if value is not None
+    }
+    if (
+        given := next((e for e in evaluations(experiment, folder) if e.name == tune.metric), None)
+    ) is not None:
         own |= {key: value for key, value in dataclasses.asdict(given).items() if value is not None}
     elif not own:
-        raise ValueError("tune.metric accuracy needs the recipe's eval, or an entry of evals of that name; or tune on loss.")
-    return TypeAdapter(Evaluation).validate_python({**own, "name": tune.metric, "data": validation, "limit": None})
+        raise ValueError(
+            "tune.metric accuracy needs the recipe's eval, or an entry of evals of that name; or tune on "
+            "loss."
+        )
+    return TypeAdapter(Evaluation).validate_python(
+        {**own, "name": tune.metric, "data": validation, "limit": None}
+    )
 
 
 def tuned_axes(experiment: Experiment) -> tuple[str, ...]:
     """The axes whose every combination gets a tuned value of its own."""
-    names = ["variant"] * bool(experiment.variants) + [axis for axis in experiment.axes if axis not in ("seed", SEED_PATH)]
+    names = ["variant"] * bool(experiment.variants) + [
+        axis for axis in experiment.axes if axis not in ("seed", SEED_PATH)
+    ]
     chosen = experiment.tune.per if experiment.tune is not None and experiment.tune.per is not None else names
     return tuple(axis for axis in names if axis in chosen)
 
@@ -137,7 +163,10 @@ def tuned_axes(experiment: Experiment) -> tuple[str, ...]:
 def group_key(labels: Mapping[str, str], axes: Sequence[str]) -> str:
     """The name of a group of runs: its labels on `axes`, or "all"."""
     return (
-        ", ".join(f"{short(axis)}={labels[axis]}" if axis not in ("variant", "method") else labels[axis] for axis in axes)
+        ", ".join(
+            f"{short(axis)}={labels[axis]}" if axis not in ("variant", "method") else labels[axis]
+            for axis in axes
+        )
         or "all"
     )
 
@@ -158,8 +187,13 @@ def base_tree(experiment: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def evaluations(experiment: Experiment, folder: Path) -> tuple[Evaluation, ...]:
-    """`evals`, what they leave open taken from the base's eval (even where `set` removes that from the runs)."""
-    own = {key: value for key, value in (_source_tree(experiment, folder).get("eval") or {}).items() if value is not None}
+    """`evals`, what they leave open taken from the base's eval (even where `set` removes that from the
+    runs)."""
+    own = {
+        key: value
+        for key, value in (_source_tree(experiment, folder).get("eval") or {}).items()
+        if value is not None
+    }
     filled = []
     for evaluation in experiment.evals:
         given = {key: value for key, value in dataclasses.asdict(evaluation).items() if value is not None}
@@ -226,7 +260,10 @@ def _cell(base: dict[str, Any], labels: dict[str, str], changes: Mapping[str, An
         tree.pop("method", None)
     for path in sorted(changes, key=lambda p: p.count(".")):
         put(tree, path, copy.deepcopy(changes[path]))
-    name = "__".join(re.sub(r"[^\w.+-]+", "-", f"{_prefix(axis)}{label}") for axis, label in labels.items()) or "run"
+    name = (
+        "__".join(re.sub(r"[^\w.+-]+", "-", f"{_prefix(axis)}{label}") for axis, label in labels.items())
+        or "run"
+    )
     try:
         recipe = load_recipe({**tree, "output_dir": str(folder / name)})
     except ValueError as error:
@@ -243,7 +280,9 @@ def _require_distinct(cells: Sequence[Cell]) -> None:
     if not cells:
         raise ValueError("The grid is empty: exclude leaves no cell.")
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"Two cells of the grid are called {twice!r}: give their axis labels, as in {{label: value}}.")
+        raise ValueError(
+            f"Two cells of the grid are called {twice!r}: give their axis labels, as in {{label: value}}."
+        )
 
 
 FILE = "tuned.json"
@@ -264,7 +303,8 @@ class Choice(NamedTuple):
     def means(self) -> dict[float, float]:
         """Value -> mean over seeds, in rising order; NaN where a seed diverged."""
         return {
-            float(value): float(np.mean(found)) for value, found in sorted(self.tried.items(), key=lambda item: float(item[0]))
+            float(value): float(np.mean(found))
+            for value, found in sorted(self.tried.items(), key=lambda item: float(item[0]))
         }
 
     @property
@@ -297,18 +337,33 @@ def choose(experiment: Experiment, cells: Sequence[Cell]) -> list[Choice]:
 
 def _best(group: str, tune: Tune, tried: dict[str, list[float]]) -> Choice:
     sign = 1.0 if tune.mode == "min" else -1.0
-    finite = {value: sign * float(np.mean(found)) for value, found in tried.items() if np.isfinite(found).all()}
+    finite = {
+        value: sign * float(np.mean(found)) for value, found in tried.items() if np.isfinite(found).all()
+    }
     if not finite:
         raise ValueError(f"Every {tune.path} of {group} diverged on some seed: give smaller values.")
-    return Choice(group, tune.path, tune.metric, tune.mode, float(min(finite, key=lambda v: (finite[v], float(v)))), tried)
+    return Choice(
+        group,
+        tune.path,
+        tune.metric,
+        tune.mode,
+        float(min(finite, key=lambda v: (finite[v], float(v)))),
+        tried,
+    )
 
 
 def _measured(cell: Cell, tune: Tune) -> float:
     folder = Path(cell.recipe.output_dir)
     if tune.metric in VALIDATION_METRICS:
-        figures, name = json.loads((folder / "summary.json").read_text(encoding="utf-8")), f"{tune.metric} after"
+        figures, name = (
+            json.loads((folder / "summary.json").read_text(encoding="utf-8")),
+            f"{tune.metric} after",
+        )
     else:
-        figures, name = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["figures"], tune.metric
+        figures, name = (
+            json.loads((folder / "experiment.json").read_text(encoding="utf-8"))["figures"],
+            tune.metric,
+        )
     if name not in figures:
         raise ValueError(f"The tuning run {cell.name} has no {name!r}: tuning needs data.validation.")
     value = float(figures[name])
@@ -317,7 +372,9 @@ def _measured(cell: Cell, tune: Tune) -> float:
 
 def write_choices(folder: Path, choices: Sequence[Choice]) -> None:
     """Freeze the choices."""
-    (folder / FILE).write_text(json.dumps([choice._asdict() for choice in choices], indent=2) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(
+        json.dumps([choice._asdict() for choice in choices], indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def read_choices(folder: Path) -> list[Choice] | None:

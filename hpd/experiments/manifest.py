@@ -1,4 +1,5 @@
-"""What is fixed before the first result: the experiment file, versions, and the content of everything that is read."""
+"""What is fixed before the first result: the experiment file, versions, and the content of everything that is
+read."""
 
 from __future__ import annotations
 
@@ -16,13 +17,25 @@ from hpd.config.schema import Recipe
 from hpd.experiments.grid import Cell
 
 __all__ = [
-    "COMPARED", "FILE", "MANIFEST", "OWN_LOGS", "RECORD", "TEACHER_FIGURES", "differing_paths", "fingerprints", "flatten",
-    "is_finished", "open_manifest", "require_comparable", "require_equal_environments",
-]  # fmt: skip
+    "COMPARED",
+    "FILE",
+    "MANIFEST",
+    "OWN_LOGS",
+    "RECORD",
+    "TEACHER_FIGURES",
+    "differing_paths",
+    "fingerprints",
+    "flatten",
+    "is_finished",
+    "open_manifest",
+    "require_comparable",
+    "require_equal_environments",
+]
 
 MANIFEST, FILE = "manifest.json", "experiment.yaml"
 RECORD = "experiment.json"
-"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is finished."""
+"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is
+finished."""
 _RESULTS = ("runs", "tune", "report", "logs", "tuned.json")
 TEACHER_FIGURES = "figures.json"
 OWN_LOGS = "own_samples.jsonl"
@@ -32,7 +45,12 @@ COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 
 
 def open_manifest(
-    folder: Path, text: str, overrides: Sequence[str], tuning: Sequence[Cell], grid: Sequence[Cell], allow: Sequence[str]
+    folder: Path,
+    text: str,
+    overrides: Sequence[str],
+    tuning: Sequence[Cell],
+    grid: Sequence[Cell],
+    allow: Sequence[str],
 ) -> dict[str, Any]:
     """Copy the experiment file to its folder before any result, or check that it is the one there.
 
@@ -53,7 +71,9 @@ def open_manifest(
     path = folder / MANIFEST
     if not path.is_file():
         if foreign := [name for name in _RESULTS if (folder / name).exists()]:
-            raise ValueError(f"{folder} holds {', '.join(foreign)} but no {MANIFEST}: choose another output_dir.")
+            raise ValueError(
+                f"{folder} holds {', '.join(foreign)} but no {MANIFEST}: choose another output_dir."
+            )
         if (folder / FILE).is_file() and (folder / FILE).read_text(encoding="utf-8") != text:
             raise ValueError(f"{folder} holds another {FILE} and no {MANIFEST}: choose another output_dir.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,23 +84,30 @@ def open_manifest(
     known = json.loads(path.read_text(encoding="utf-8"))
     if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
         raise ValueError(
-            f"{folder} began with another experiment file or other overrides ({folder / FILE} is the copy). Changing "
-            f"the question "
-            "after results are known is what this prevents: restore the file, or set another output_dir."
+            f"{folder} began with another experiment file or other overrides ({folder / FILE} is the copy). "
+            "Changing the question after results are known is what this prevents: restore the file, or set "
+            "another output_dir."
         )
     require_equal_environments([known["environment"], found["environment"]], allow)
     if "data" not in allow and known["fingerprints"] != found["fingerprints"]:
-        changed = sorted(name for name, digest in found["fingerprints"].items() if known["fingerprints"].get(name) != digest)
+        changed = sorted(
+            name
+            for name, digest in found["fingerprints"].items()
+            if known["fingerprints"].get(name) != digest
+        )
         raise ValueError(
-            f"Files have changed since the experiment began: {', '.join(changed)}. Start anew in another output_dir."
+            f"Files have changed since the experiment began: {', '.join(changed)}. Start anew in another "
+            "output_dir."
         )
     return known
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for themselves.
+    """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for
+    themselves.
 
-    Students are left out where their weights are random: then the configuration in the recipe's folder is enough.
+    Students are left out where their weights are random: then the configuration in the recipe's folder is
+    enough.
     """
     named = {
         "teacher": recipe.teacher.model,
@@ -125,7 +152,9 @@ def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def _source(name: str, recipe: Any, sources: tuple[Any, ...]) -> str:
-    by_name: dict[str, Any] = dict(zip(("teacher", "student", "data.path", "data.validation"), sources, strict=True))
+    by_name: dict[str, Any] = dict(
+        zip(("teacher", "student", "data.path", "data.validation"), sources, strict=True)
+    )
     return str(by_name.get(name) or (recipe.eval.data if recipe.eval else ""))
 
 
@@ -140,12 +169,16 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
         if not is_finished(cell.recipe):
             continue
         ran, wanted = (
-            flatten(tree) for tree in (yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), resolve(cell.recipe))
+            flatten(tree)
+            for tree in (yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), resolve(cell.recipe))
         )
-        if changed := sorted(p for p in ran.keys() | wanted.keys() if ran.get(p) != wanted.get(p) and p != "output_dir"):
+        if changed := sorted(
+            p for p in ran.keys() | wanted.keys() if ran.get(p) != wanted.get(p) and p != "output_dir"
+        ):
             shown = ", ".join(f"{p} ({ran.get(p)!r}, not {wanted.get(p)!r})" for p in changed)
             raise ValueError(
-                f"{folder} is finished with another recipe: {shown}. Runs may differ in the axes only; delete it to redo it."
+                f"{folder} is finished with another recipe: {shown}. Runs may differ in the axes only; "
+                "delete it to redo it."
             )
         try:
             own = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
@@ -154,9 +187,12 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
             raise ValueError(f"{folder}: {error}") from None
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         known = set(manifest["fingerprints"].values())
-        if "data" not in allow and (foreign := [n for n, digest in record["fingerprints"].items() if digest not in known]):
+        if "data" not in allow and (
+            foreign := [n for n, digest in record["fingerprints"].items() if digest not in known]
+        ):
             raise ValueError(
-                f"{folder} read other files than this experiment does: {', '.join(foreign)}. Delete it to redo it."
+                f"{folder} read other files than this experiment does: {', '.join(foreign)}. Delete it to "
+                "redo it."
             )
 
 
@@ -164,13 +200,14 @@ def require_equal_environments(environments: Sequence[Mapping[str, Any]], allow:
     """Raise ValueError where versions or platform differ, unless the field is in `allow`."""
     first = environments[0]
     for other in environments[1:]:
-        differing = [field for field in COMPARED if field not in allow and first.get(field) != other.get(field)]
+        differing = [
+            field for field in COMPARED if field not in allow and first.get(field) != other.get(field)
+        ]
         if differing:
             shown = "; ".join(f"{field}: {first.get(field)} and {other.get(field)}" for field in differing)
             raise ValueError(
-                f"Runs were made by different software, so they differ in more than the axes: {shown}. Redo them "
-                f"together, or accept "
-                f"it with --allow {','.join(differing)} (the report says so)."
+                f"Runs were made by different software, so they differ in more than the axes: {shown}. Redo "
+                f"them together, or accept it with --allow {','.join(differing)} (the report says so)."
             )
 
 
@@ -189,4 +226,6 @@ def differing_paths(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     """Recipe paths in which runs differ, output_dir left out."""
     flat = [flatten(recipe) for recipe in recipes]
     paths = dict.fromkeys(path for recipe in flat for path in recipe)
-    return [p for p in paths if p != "output_dir" and any(recipe.get(p) != flat[0].get(p) for recipe in flat[1:])]
+    return [
+        p for p in paths if p != "output_dir" and any(recipe.get(p) != flat[0].get(p) for recipe in flat[1:])
+    ]

@@ -26,7 +26,8 @@ _CHIPS = {" beats ": "win", " loses to ": "loss"}
 
 
 def render_page(report: Report, live: bool = False) -> str:
-    """The whole page. Everything that models or users wrote is escaped, and a content policy forbids all foreign code.
+    """The whole page. Everything that models or users wrote is escaped, and a content policy forbids all
+    foreign code.
 
     Args:
         live: ask the server for a newer version every few seconds, and load it.
@@ -66,15 +67,21 @@ def _verdicts(lines: list[str]) -> str:
     nth = {i: tones[:i].count(tones[i]) for i in order}
     shown = [i for i in order if len(items) <= _LONG_LIST or nth[i] < _SHOWN_OF_EACH]
     rest = [i for i in order if i not in shown]
-    more = f"<details><summary>{len(rest)} more</summary><ul>{''.join(items[i] for i in rest)}</ul></details>" if rest else ""
-    return (
-        f'<section id="verdicts" class="verdicts"><p>{counts}</p><ul>{"".join(items[i] for i in shown)}</ul>{more}</section>\n'
+    more = (
+        f"<details><summary>{len(rest)} more</summary><ul>{''.join(items[i] for i in rest)}</ul></details>"
+        if rest
+        else ""
     )
+    return f'<section id="verdicts" class="verdicts"><p>{counts}</p><ul>{"".join(items[i] for i in shown)}</ul>{more}</section>\n'
 
 
 def _section(section: Section) -> str:
     tables = "".join(_table(table, section.title) for table in section.tables)
-    panels = f'<div class="panels">{"".join(_panel(panel) for panel in section.panels)}</div>' if section.panels else ""
+    panels = (
+        f'<div class="panels">{"".join(_panel(panel) for panel in section.panels)}</div>'
+        if section.panels
+        else ""
+    )
     return f'<section id="{escape(section.key)}"><h2>{escape(section.title)}</h2>{tables}{panels}</section>\n'
 
 
@@ -109,7 +116,9 @@ def _cell(cell: Any) -> str:
         classes = " ".join(filter(None, ("number" if number else "", cell.tone)))
         missing = isinstance(cell.sort, float) and math.isnan(cell.sort)
         key = "" if missing else escape(str(cell.sort))
-        text = f"<span>{escape(cell.text)}</span>" if cell.tone in ("win", "loss", "none") else escape(cell.text)
+        text = (
+            f"<span>{escape(cell.text)}</span>" if cell.tone in ("win", "loss", "none") else escape(cell.text)
+        )
         return f'<td class="{classes}" data-sort="{key}">{text}</td>'
     number = ' class="number"' if _is_number(cell) else ""
     return f"<td{number}>{escape(str(cell))}</td>"
@@ -140,7 +149,9 @@ def _sample(sample: Sample) -> str:
         f'<div class="answer {_tone(correct)}"><h4>{escape(writer)}</h4><pre>{escape(text)}</pre></div>'
         for writer, (text, correct) in sample.answers.items()
     )
-    reference = f' <span class="reference">reference: {escape(sample.reference)}</span>' if sample.reference else ""
+    reference = (
+        f' <span class="reference">reference: {escape(sample.reference)}</span>' if sample.reference else ""
+    )
     return (
         f'<article class="sample"><p class="prompt"><code>{escape(sample.prompt)}</code>{reference}</p>'
         f'<div class="answers">{answers}</div></article>'
@@ -167,8 +178,9 @@ def check_target(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir())
     if found and not set(_PAGES) <= set(found):
         raise ValueError(
-            f"{folder} holds {', '.join(found[:4])}{', ...' if found[4:] else ''} and no report ({' and '.join(_PAGES)}), so "
-            "nothing is written there: give another folder in --output, or empty this one."
+            f"{folder} holds {', '.join(found[:4])}{', ...' if found[4:] else ''} and no report "
+            f"({' and '.join(_PAGES)}), so nothing is written there: give another folder in --output, or "
+            "empty this one."
         )
 
 
@@ -208,7 +220,9 @@ def render_markdown(report: Report) -> str:
     if report.samples:
         parts.append("## Sample answers")
         writers = list(dict.fromkeys(writer for sample in report.samples for writer in sample.answers))
-        rows = [(s.prompt, *(_marked(*s.answers.get(w, ("", None))) for w in writers)) for s in report.samples]
+        rows = [
+            (s.prompt, *(_marked(*s.answers.get(w, ("", None))) for w in writers)) for s in report.samples
+        ]
         parts.append(markdown_table(Table("samples", "", "", ("problem", *writers), rows)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -221,16 +235,28 @@ def markdown_table(table: Table) -> str:
     lines = [table.columns, tuple("---" for _ in table.columns)]
     for row in table.rows:
         lines.append(tuple(_bold(cell) if isinstance(cell, Cell) else _inline(str(cell)) for cell in row))
-    return "\n".join(f"| {' | '.join(_inline(c) if i == 0 else c for c in line)} |" for i, line in enumerate(lines))
+    return "\n".join(
+        f"| {' | '.join(_inline(c) if i == 0 else c for c in line)} |" for i, line in enumerate(lines)
+    )
 
 
 def _bold(cell: Cell) -> str:
-    return f"**{_inline(cell.text)}**" if cell.tone in ("best", "win", "loss") and cell.text else _inline(cell.text)
+    return (
+        f"**{_inline(cell.text)}**"
+        if cell.tone in ("best", "win", "loss") and cell.text
+        else _inline(cell.text)
+    )
 
 
 def _inline(text: str) -> str:
     """Text that stays in its table cell and starts no markup of its own."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "\\|").replace("\n", " ⏎ ")
+    text = (
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("|", "\\|")
+        .replace("\n", " ⏎ ")
+    )
     return text.replace("*", "\\*").replace("`", "\\`").replace("_", "\\_").replace("[", "\\[")
 
 
@@ -254,7 +280,11 @@ class Watcher:
     def refresh(self) -> str:
         """The page as it is now."""
         found = {
-            str(p): p.stat().st_mtime for folder in self._folders for name in _WATCHED for p in folder.rglob(name) if p.exists()
+            str(p): p.stat().st_mtime
+            for folder in self._folders
+            for name in _WATCHED
+            for p in folder.rglob(name)
+            if p.exists()
         }
         if found != self._seen or not self._page:
             self._page, self._seen = self._build(), found

@@ -15,11 +15,31 @@ from hpd.experiments.grid import Choice
 from hpd.experiments.results import Results, higher_is_better
 from hpd.experiments.statistics import Comparison, mean_interval
 
-__all__ = ["Panel", "curve_panels", "difference_panels", "heat_maps", "rate_panels", "scaling_panels", "to_png", "to_svg"]
+__all__ = [
+    "Panel",
+    "curve_panels",
+    "difference_panels",
+    "heat_maps",
+    "rate_panels",
+    "scaling_panels",
+    "to_png",
+    "to_svg",
+]
 
 INK, GRID = "#1f2328", "#d0d7de"
 """Colours that the page replaces by its own, so that a figure follows dark mode."""
-COLORS = ("#3f7fc1", "#d9772b", "#3a9d6e", "#a85bb0", "#c94f5c", "#8a8f3c", "#3fa3b8", "#a9745b", "#7276cf", "#7d8590")
+COLORS = (
+    "#3f7fc1",
+    "#d9772b",
+    "#3a9d6e",
+    "#a85bb0",
+    "#c94f5c",
+    "#8a8f3c",
+    "#3fa3b8",
+    "#a9745b",
+    "#7276cf",
+    "#7d8590",
+)
 _MARKERS = "osD^vPX<>h"
 MAX_LINES = 2 * len(COLORS)
 """Dashed from the eleventh on."""
@@ -27,17 +47,26 @@ _OUTSIDE = 5
 """Lines from which the legend stands below the figure."""
 _WIDTH, _TITLE_CHARACTERS = 4.6, 58
 _LABELS = {
-    "loss": "loss", "forward_kl": "KL(teacher || student), nats", "reverse_kl": "KL(student || teacher), nats",
-    "student_entropy": "student's entropy on teacher text, nats", "teacher_entropy": "teacher's entropy, nats",
-    "grad_norm": "gradient norm", "accuracy": "accuracy", "sampled_accuracy": "accuracy, sampled at temperature 1",
-    "own_entropy": "student's entropy on its own text, nats", "own_reverse_kl": "KL(student || teacher) on own text, nats",
-    "own_forward_kl": "KL(teacher || student) on own text, nats", "top1_agreement": "agreement on the likeliest token",
-}  # fmt: skip
+    "loss": "loss",
+    "forward_kl": "KL(teacher || student), nats",
+    "reverse_kl": "KL(student || teacher), nats",
+    "student_entropy": "student's entropy on teacher text, nats",
+    "teacher_entropy": "teacher's entropy, nats",
+    "grad_norm": "gradient norm",
+    "accuracy": "accuracy",
+    "sampled_accuracy": "accuracy, sampled at temperature 1",
+    "own_entropy": "student's entropy on its own text, nats",
+    "own_reverse_kl": "KL(student || teacher) on own text, nats",
+    "own_forward_kl": "KL(teacher || student) on own text, nats",
+    "top1_agreement": "agreement on the likeliest token",
+}
 OWN_METRICS = ("own_entropy", "own_forward_kl", "own_reverse_kl")
 BRANCHES = {
-    "k1_positive": "student underestimates the label", "reinforced": "reinforced", "suppressed": "suppressed",
+    "k1_positive": "student underestimates the label",
+    "reinforced": "reinforced",
+    "suppressed": "suppressed",
     "punished": "draw punished",
-}  # fmt: skip
+}
 
 
 class Panel(NamedTuple):
@@ -113,7 +142,8 @@ def _legend(axis: Any, count: int) -> None:
 
 
 def curve_panels(results: Results) -> list[Panel]:
-    """Means over seeds of what training logs, a band from the lowest to the highest seed; and HPD's branches per variant."""
+    """Means over seeds of what training logs, a band from the lowest to the highest seed; and HPD's branches
+    per variant."""
     panels = []
     by_group: dict[str, list[list[dict[str, Any]]]] = {}
     for run in results.runs:
@@ -123,7 +153,11 @@ def curve_panels(results: Results) -> list[Panel]:
     for metric in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", *OWN_METRICS):
         lines = {group: line for group, logs in shown.items() if (line := _mean_line(logs, metric))}
         if lines:
-            panels.append(_line_panel(f"curve-{metric}", f"{label(metric)} over training", lines, log=metric.endswith("kl")))
+            panels.append(
+                _line_panel(
+                    f"curve-{metric}", f"{label(metric)} over training", lines, log=metric.endswith("kl")
+                )
+            )
     for group, logs in shown.items():
         lines = {words: line for name, words in BRANCHES.items() if (line := _mean_line(logs, name))}
         if lines:
@@ -131,7 +165,9 @@ def curve_panels(results: Results) -> list[Panel]:
     return panels
 
 
-def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> list[tuple[float, float, float, float]]:
+def _mean_line(
+    logs: Sequence[Sequence[Mapping[str, Any]]], metric: str
+) -> list[tuple[float, float, float, float]]:
     """(step, mean, low, high) at the steps that every seed logged."""
     series = [
         {
@@ -148,10 +184,16 @@ def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> list
 
 
 def _line_panel(
-    key: str, title: str, lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, log: bool = False, x_label: str
-    = "step",
-    y_label: str = "", log_x: bool = False, marks: Mapping[str, float] | None = None,
-) -> Panel:  # fmt: skip
+    key: str,
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    *,
+    log: bool = False,
+    x_label: str = "step",
+    y_label: str = "",
+    log_x: bool = False,
+    marks: Mapping[str, float] | None = None,
+) -> Panel:
     rows = [(name, *point) for name, points in lines.items() for point in points]
     height = 3.1 + (0.2 * math.ceil(len(lines) / 2) if len(lines) >= _OUTSIDE else 0.0)
 
@@ -160,7 +202,9 @@ def _line_panel(
             x, mean, low, high = zip(*points, strict=True)
             color, style = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
             marker = _MARKERS[i % len(_MARKERS)] if log_x or len(x) < 8 else ""
-            axis.plot(x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4, linestyle=style)
+            axis.plot(
+                x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4, linestyle=style
+            )
             axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             if marks and name in marks:
                 height = mean[x.index(marks[name])]
@@ -190,12 +234,16 @@ def rate_panels(choices: Sequence[Choice]) -> list[Panel]:
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for choice in choices[:MAX_LINES]:
         found = sorted((float(value), seeds) for value, seeds in choice.tried.items())
-        lines[choice.group] = [(v, float(np.mean(s)), min(s), max(s)) for v, s in found if np.isfinite(s).all()]
+        lines[choice.group] = [
+            (v, float(np.mean(s)), min(s), max(s)) for v, s in found if np.isfinite(s).all()
+        ]
     first = choices[0]
     marks = {choice.group: choice.chosen for choice in choices[:MAX_LINES]}
     title = f"{label(first.metric)} on validation rows, by {first.path.rsplit('.', 1)[-1].replace('_', ' ')}"
     x_label = first.path.rsplit(".", 1)[-1].replace("_", " ")
-    panel = _line_panel("robustness", title, lines, x_label=x_label, log_x=True, log=first.metric.endswith("kl"), marks=marks)
+    panel = _line_panel(
+        "robustness", title, lines, x_label=x_label, log_x=True, log=first.metric.endswith("kl"), marks=marks
+    )
     return [panel]
 
 
@@ -228,7 +276,12 @@ def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
     title = f"{label(metric)}: minus {rows[0].baseline}, 95 % interval (better is {better})"
     table = [(r.variant, r.difference, r.low, r.high, r.p_holm, r.verdict) for r in rows]
     return Panel(
-        f"difference-{metric}", title, ("variant", "difference", "low", "high", "p (Holm)", "verdict"), table, draw, height
+        f"difference-{metric}",
+        title,
+        ("variant", "difference", "low", "high", "p (Holm)", "verdict"),
+        table,
+        draw,
+        height,
     )
 
 
@@ -240,22 +293,33 @@ def heat_maps(results: Results, metrics: Sequence[str]) -> list[Panel]:
     for i, y_axis in enumerate(names):
         for x_axis in names[i + 1 :]:
             others = [axis for axis in results.axes if axis not in (x_axis, y_axis)]
-            for rest in dict.fromkeys(tuple(run.axes[axis] for axis in others) for run in results.runs if run.finished):
+            for rest in dict.fromkeys(
+                tuple(run.axes[axis] for axis in others) for run in results.runs if run.finished
+            ):
                 fixed = dict(zip(others, rest, strict=True))
-                panels += [p for metric in metrics if (p := _heat_map(results, metric, x_axis, y_axis, axes, fixed))]
+                panels += [
+                    p for metric in metrics if (p := _heat_map(results, metric, x_axis, y_axis, axes, fixed))
+                ]
     return panels
 
 
 def _numeric(results: Results, axis: str) -> dict[str, float] | None:
     labels = dict.fromkeys(run.axes[axis] for run in results.runs if run.finished)
     try:
-        return dict(sorted(((name, float(name.removeprefix("x"))) for name in labels), key=lambda item: item[1]))
+        return dict(
+            sorted(((name, float(name.removeprefix("x"))) for name in labels), key=lambda item: item[1])
+        )
     except ValueError:
         return None
 
 
 def _heat_map(
-    results: Results, metric: str, x_axis: str, y_axis: str, axes: Mapping[str, Mapping[str, float]], fixed: Mapping[str, str]
+    results: Results,
+    metric: str,
+    x_axis: str,
+    y_axis: str,
+    axes: Mapping[str, Mapping[str, float]],
+    fixed: Mapping[str, str],
 ) -> Panel | None:
     xs, ys = list(axes[x_axis]), list(axes[y_axis])
     cells: dict[tuple[str, str], list[float]] = {}
@@ -271,7 +335,11 @@ def _heat_map(
         axis.grid(False)
         low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
         axis.pcolormesh(
-            grid, cmap="cividis" if higher_is_better(metric) else "cividis_r", edgecolors="none", vmin=low, vmax=high
+            grid,
+            cmap="cividis" if higher_is_better(metric) else "cividis_r",
+            edgecolors="none",
+            vmin=low,
+            vmax=high,
         )
         for row, col in np.ndindex(*grid.shape):
             if not math.isnan(value := grid[row, col]):
@@ -311,12 +379,20 @@ def scaling_panels(results: Results, metrics: Sequence[str]) -> list[Panel]:
             for run in results.runs:
                 if metric in run.figures:
                     name = ", ".join(run.axes[other] for other in others) or label(metric)
-                    found.setdefault(name, {}).setdefault(values[run.axes[axis]], []).append(run.figures[metric])
-            lines = {name: _interval_line(points) for name, points in list(found.items())[:MAX_LINES] if len(points) > 1}
+                    found.setdefault(name, {}).setdefault(values[run.axes[axis]], []).append(
+                        run.figures[metric]
+                    )
+            lines = {
+                name: _interval_line(points)
+                for name, points in list(found.items())[:MAX_LINES]
+                if len(points) > 1
+            }
             if lines:
                 words = axis.rsplit(".", 1)[-1].replace("_", " ")
                 key = f"scaling-{_slug(metric)}-{_slug(words)}"
-                panels.append(_line_panel(key, f"{label(metric)} over {words}", lines, x_label=words, log_x=True))
+                panels.append(
+                    _line_panel(key, f"{label(metric)} over {words}", lines, x_label=words, log_x=True)
+                )
     return panels
 
 
@@ -325,7 +401,14 @@ def _interval_line(points: Mapping[float, Sequence[float]]) -> list[tuple[float,
     for x, values in sorted(points.items()):
         interval = mean_interval(values)
         alone = math.isnan(interval.low)
-        line.append((x, interval.mean, interval.mean if alone else interval.low, interval.mean if alone else interval.high))
+        line.append(
+            (
+                x,
+                interval.mean,
+                interval.mean if alone else interval.low,
+                interval.mean if alone else interval.high,
+            )
+        )
     return line
 
 

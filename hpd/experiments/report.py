@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 
 from hpd.experiments import tables
 from hpd.experiments.grid import group_key
-from hpd.experiments.plots import Panel, curve_panels, difference_panels, heat_maps, rate_panels, scaling_panels
+from hpd.experiments.plots import (
+    Panel,
+    curve_panels,
+    difference_panels,
+    heat_maps,
+    rate_panels,
+    scaling_panels,
+)
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.statistics import Comparison, compare_paired, correct
 from hpd.experiments.tables import Table
@@ -95,14 +102,21 @@ def _compare(results: Results, baseline: str) -> list[Comparison]:
     measured = {metric for run in results.runs for metric in run.figures}
     tested = [metric for metric in metrics if metric in measured]
     if neutral := [metric for metric in tested if higher_is_better(metric) is None]:
-        raise ValueError(f"{', '.join(neutral)} is neither better high nor low, so nobody wins by it: take it out of metrics.")
+        raise ValueError(
+            f"{', '.join(neutral)} is neither better high nor low, so nobody wins by it: take it out of "
+            "metrics."
+        )
     comparisons = [
         compare_paired(
-            results.values(group, metric), results.values(baseline, metric), names=(group, baseline, metric),
+            results.values(group, metric),
+            results.values(baseline, metric),
+            names=(group, baseline, metric),
             records=(results.records(group, metric), results.records(baseline, metric)),
         )
-        for metric in tested for group in results.groups if group != baseline
-    ]  # fmt: skip
+        for metric in tested
+        for group in results.groups
+        if group != baseline
+    ]
     return correct(comparisons, {metric: bool(higher_is_better(metric)) for metric in tested})
 
 
@@ -113,7 +127,11 @@ def _planned_groups(results: Results) -> set[str]:
 def _sentence(c: Comparison, num_tests: int) -> str:
     metric = c.metric.replace("_", " ")
     figures = f"{c.difference:+.3g}" + ("" if c.low != c.low else f", 95 % {c.low:.3g} to {c.high:.3g}")
-    p = "" if c.p_holm != c.p_holm else f", p {c.p_holm:.2g} corrected for {num_tests} test{'s' * (num_tests != 1)}"
+    p = (
+        ""
+        if c.p_holm != c.p_holm
+        else f", p {c.p_holm:.2g} corrected for {num_tests} test{'s' * (num_tests != 1)}"
+    )
     seeds = f", {c.num_seeds} seed{'s' * (c.num_seeds != 1)}"
     if c.verdict == "no consistent win":
         return f"{c.variant} against {c.baseline} on {metric}: no consistent win ({figures}{p}{seeds})."
@@ -130,29 +148,48 @@ def _status(results: Results) -> str:
 
 
 def _sections(results: Results, comparisons: list[Comparison], metrics: Sequence[str]) -> list[Section]:
-    switches, tuning, cost = tables.ablation_table(results, metrics), tables.tuning_table(results), tables.cost_table(results)
+    switches, tuning, cost = (
+        tables.ablation_table(results, metrics),
+        tables.tuning_table(results),
+        tables.cost_table(results),
+    )
     numeric = heat_maps(results, metrics)
     sections = [
         Section("results", "Results", [tables.result_table(results)] if results.groups else [], []),
         Section(
-            "tests", "Who wins", [tables.comparison_table(comparisons)] if comparisons else [], difference_panels(comparisons)
+            "tests",
+            "Who wins",
+            [tables.comparison_table(comparisons)] if comparisons else [],
+            difference_panels(comparisons),
         ),
         Section("ablation", "Switches", [switches] if switches else [], []),
         Section("sensitivity", "Sensitivity", [], numeric),
         Section("scaling", "Scaling", [], scaling_panels(results, metrics) if not numeric else []),
-        Section("tuning", "Robustness to the tuned setting", [tuning] if tuning else [], rate_panels(results.choices)),
+        Section(
+            "tuning",
+            "Robustness to the tuned setting",
+            [tuning] if tuning else [],
+            rate_panels(results.choices),
+        ),
         Section("curves", "Over training", [], curve_panels(results)),
         Section("stability", "Stability", [tables.stability_table(results)] if results.groups else [], []),
         Section("cost", "Cost", [cost] if cost else [], []),
         Section("recipes", "Recipes", [tables.recipe_table(results)] if results.runs else [], []),
-        Section("environment", "Environment", [tables.environment_table(results)] if results.runs else [], []),
+        Section(
+            "environment", "Environment", [tables.environment_table(results)] if results.runs else [], []
+        ),
     ]
     return [section for section in sections if section.tables or section.panels]
 
 
 def _samples(results: Results) -> list[Sample]:
-    """The first problems of the first graded metric, answered by the first seed of each variant (and the teacher)."""
-    graded = [metric for metric in tables.compared_metrics(results) if any(metric in run.answers for run in results.runs)]
+    """The first problems of the first graded metric, answered by the first seed of each variant (and the
+    teacher)."""
+    graded = [
+        metric
+        for metric in tables.compared_metrics(results)
+        if any(metric in run.answers for run in results.runs)
+    ]
     if not graded:
         return []
     firsts: dict[str, Run] = {}
@@ -167,7 +204,9 @@ def _samples(results: Results) -> list[Sample]:
     samples = []
     for identity, record in list(first.items())[:NUM_SAMPLES]:
         answers = {
-            w: (str(r[identity].get("text", "")), r[identity].get("correct")) for w, r in by_writer.items() if identity in r
+            w: (str(r[identity].get("text", "")), r[identity].get("correct"))
+            for w, r in by_writer.items()
+            if identity in r
         }
         samples.append(Sample(_prompt_text(record.get("prompt", "")), str(record.get("answer", "")), answers))
     return samples

@@ -13,7 +13,14 @@ import yaml
 
 from hpd.experiments.experiment import Experiment, axis_values, read_experiment
 from hpd.experiments.grid import Choice, group_key, read_choices
-from hpd.experiments.manifest import FILE, MANIFEST, OWN_LOGS, differing_paths, flatten, require_equal_environments
+from hpd.experiments.manifest import (
+    FILE,
+    MANIFEST,
+    OWN_LOGS,
+    differing_paths,
+    flatten,
+    require_equal_environments,
+)
 
 __all__ = ["Results", "Run", "higher_is_better", "read_results"]
 
@@ -98,7 +105,9 @@ def read_results(paths: Sequence[Path], allow: Sequence[str] = ()) -> Results:
     """
     for path in paths:
         if not (path / MANIFEST).is_file() and not (path / "recipe.yaml").is_file():
-            raise FileNotFoundError(f"{path} is neither a run folder (recipe.yaml) nor an experiment ({MANIFEST}).")
+            raise FileNotFoundError(
+                f"{path} is neither a run folder (recipe.yaml) nor an experiment ({MANIFEST})."
+            )
     experiments = [path for path in paths if (path / MANIFEST).is_file()]
     if experiments and len(paths) > 1:
         raise ValueError("Give one experiment, or run folders: two grids have no common axes.")
@@ -113,25 +122,40 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     experiment = read_experiment((folder / FILE).read_text(encoding="utf-8"), manifest["overrides"])
     axes = tuple(
-        a for a in (["variant"] * bool(experiment.variants) + list(experiment.axes)) if a not in ("seed", "train.seed")
+        a
+        for a in (["variant"] * bool(experiment.variants) + list(experiment.axes))
+        if a not in ("seed", "train.seed")
     )
     order = _label_order(experiment)
     cells = manifest["cells"]
-    folders = [path for path in sorted((folder / "runs").glob("*")) if path.name in cells and (path / "recipe.yaml").is_file()]
+    folders = [
+        path
+        for path in sorted((folder / "runs").glob("*"))
+        if path.name in cells and (path / "recipe.yaml").is_file()
+    ]
     runs = [_read_run(path, {axis: cells[path.name][axis] for axis in axes}, axes) for path in folders]
     runs.sort(key=lambda run: ([order[axis].get(label, 0) for axis, label in run.axes.items()], run.seed))
     teacher_file = folder / "teacher" / "figures.json"
     teacher = json.loads(teacher_file.read_text(encoding="utf-8")) if teacher_file.is_file() else {}
     return Results(
-        title=experiment.name, question=experiment.question, runs=runs, axes=axes, experiment=experiment,
-        choices=read_choices(folder) or [], teacher={**_shared_teacher(runs), **teacher}, manifest=manifest,
+        title=experiment.name,
+        question=experiment.question,
+        runs=runs,
+        axes=axes,
+        experiment=experiment,
+        choices=read_choices(folder) or [],
+        teacher={**_shared_teacher(runs), **teacher},
+        manifest=manifest,
         allowed=tuple(allow),
-    )  # fmt: skip
+    )
 
 
 def _label_order(experiment: Experiment) -> dict[str, dict[str, int]]:
     """Axis -> label -> its place in the file."""
-    axes = {"variant": dict(experiment.variants), **{axis: axis_values(values) for axis, values in experiment.axes.items()}}
+    axes = {
+        "variant": dict(experiment.variants),
+        **{axis: axis_values(values) for axis, values in experiment.axes.items()},
+    }
     return {axis: {label: place for place, label in enumerate(values)} for axis, values in axes.items()}
 
 
@@ -146,7 +170,9 @@ def _read_runs(paths: Sequence[Path], allow: Sequence[str]) -> Results:
     if not axes and len({run.seed for run in runs}) < len(runs):
         raise ValueError("Two of the runs have the same recipe and seed: give each once.")
     title = paths[0].name if len(paths) == 1 else f"{len(paths)} runs"
-    return Results(title=title, runs=runs, axes=tuple(axes), teacher=_shared_teacher(runs), allowed=tuple(allow))
+    return Results(
+        title=title, runs=runs, axes=tuple(axes), teacher=_shared_teacher(runs), allowed=tuple(allow)
+    )
 
 
 def _shared_teacher(runs: Iterable[Run]) -> dict[str, float]:
@@ -157,22 +183,35 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     record = _json(folder / "experiment.json", {})
     summary = _json(folder / "summary.json", {})
-    figures = {key.removesuffix(_AFTER): value for key, value in summary.items() if key.endswith(_AFTER) and _is_number(value)}
+    figures = {
+        key.removesuffix(_AFTER): value
+        for key, value in summary.items()
+        if key.endswith(_AFTER) and _is_number(value)
+    }
     if "student after accuracy" in summary:
         figures["accuracy"] = summary["student after accuracy"]
     answers = _answers(folder)
     figures |= {key: value for key, value in record.get("figures", {}).items() if _is_number(value)}
     if summary and not figures:
         figures["train_seconds"] = float(summary.get("train seconds", math.nan))
-    grades = {name: {k: g for k, r in found.items() if (g := _grade(r)) is not None} for name, found in answers.items()}
+    grades = {
+        name: {k: g for k, r in found.items() if (g := _grade(r)) is not None}
+        for name, found in answers.items()
+    }
     return Run(
-        folder=folder, axes=axes, group=group_key(axes, order) if order else recipe.get("method") or folder.name,
-        seed=int(recipe.get("train", {}).get("seed", 42)), recipe=recipe, figures=figures,
+        folder=folder,
+        axes=axes,
+        group=group_key(axes, order) if order else recipe.get("method") or folder.name,
+        seed=int(recipe.get("train", {}).get("seed", 42)),
+        recipe=recipe,
+        figures=figures,
         logs=_read_logs(folder / "metrics.jsonl") + _read_logs(folder / OWN_LOGS),
-        records={name: found for name, found in grades.items() if found and name in figures}, answers=answers,
-        environment=_json(folder / "environment.json", {}), cost=record.get("cost") or _json(folder / "cost.json", {}),
+        records={name: found for name, found in grades.items() if found and name in figures},
+        answers=answers,
+        environment=_json(folder / "environment.json", {}),
+        cost=record.get("cost") or _json(folder / "cost.json", {}),
         teacher={"accuracy": summary["teacher accuracy"]} if "teacher accuracy" in summary else {},
-    )  # fmt: skip
+    )
 
 
 def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,10 +1,11 @@
-"""Statistics of a comparison: intervals over seeds, paired tests against a baseline, effect sizes, stability of training.
+"""Statistics of a comparison: intervals over seeds, paired tests against a baseline, effect sizes, stability
+of training.
 
-Two sources of chance are kept apart. *Seeds*: another training run of the same recipe would end elsewhere; what a method is
-worth
-is its mean over them, and a claim about methods rests on them alone. *Examples*: other test problems would have been answered
-otherwise. Runs of one seed share their start and their data order and all runs answer the same problems, so every test is
-paired.
+Two sources of chance are kept apart. *Seeds*: another training run of the same recipe would end elsewhere;
+what a method is worth
+is its mean over them, and a claim about methods rests on them alone. *Examples*: other test problems would
+have been answered otherwise. Runs of one seed share their start and their data order and all runs answer the
+same problems, so every test is paired.
 
 Axes: S seeds, E examples.
 """
@@ -22,9 +23,20 @@ from numpy import ndarray
 from scipy import stats
 
 __all__ = [
-    "Comparison", "Interval", "Stability", "cliffs_delta", "cohen_dz", "compare_paired", "correct", "holm", "mean_interval",
-    "paired_bootstrap", "sign_flip_test", "stability", "steps_to",
-]  # fmt: skip
+    "Comparison",
+    "Interval",
+    "Stability",
+    "cliffs_delta",
+    "cohen_dz",
+    "compare_paired",
+    "correct",
+    "holm",
+    "mean_interval",
+    "paired_bootstrap",
+    "sign_flip_test",
+    "stability",
+    "steps_to",
+]
 
 Floats = Float[ndarray, "..."]
 NUM_RESAMPLES = 10_000
@@ -87,20 +99,24 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def paired_bootstrap(
     differences: Floats, level: float = 0.95, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    r"""Interval of the mean paired difference by resampling seeds and, where there are any, examples within them.
+    r"""Interval of the mean paired difference by resampling seeds and, where there are any, examples within
+    them.
 
-    The percentile interval of few seeds is too narrow, since a resample's spread is short by :math:`\sqrt{(n-1)/n}` and normal
-    instead of t. So wider percentiles are read off ("expanded percentile", Hesterberg 2015): level :math:`1 - 2\Phi(-t_{n-1}
+    The percentile interval of few seeds is too narrow, since a resample's spread is short by
+    :math:`\sqrt{(n-1)/n}` and normal instead of t. So wider percentiles are read off ("expanded percentile",
+        Hesterberg 2015): level :math:`1 - 2\Phi(-t_{n-1}
     \sqrt{n/(n-1)})`. By simulation it covers 87, 92, 94 and 95 % at 4, 5, 6
     and 10 seeds: with few seeds the paired t-test decides.
 
     Args:
-        differences: `[S]`, or `[S, E]` with one value per seed and example. Examples are resampled together for all seeds,
+        differences: `[S]`, or `[S, E]` with one value per seed and example. Examples are resampled together
+            for all seeds,
         since
             every run answers the same ones.
 
     Reference:
-        Hesterberg, What teachers should know about the bootstrap, The American Statistician 2015, section 4.2.
+        Hesterberg, What teachers should know about the bootstrap, The American Statistician 2015, section
+        4.2.
     """
     d = np.asarray(differences, dtype=float)
     num_seeds = d.shape[0]
@@ -121,15 +137,20 @@ def paired_bootstrap(
 def _resample_both(d: Float[ndarray, "S E"], size: int, rng: np.random.Generator) -> Float[ndarray, "R"]:
     num_seeds, num_examples = d.shape
     seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size) / num_seeds  # [R, S]
-    examples = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=size) / num_examples  # [R, E]
+    examples = (
+        rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=size) / num_examples
+    )  # [R, E]
     return ((examples @ d.T) * seeds).sum(1)
 
 
-def sign_flip_test(differences: Sequence[float] | Floats, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> float:
-    """Two-sided paired permutation test of a zero mean: every pair could as well have been the other way round.
+def sign_flip_test(
+    differences: Sequence[float] | Floats, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> float:
+    """Two-sided paired permutation test of a zero mean: every pair could as well have been the other way
+    round.
 
-    Exact up to 16 pairs, where the smallest p there can be is 2^(1 - n); above, random signs and the (count + 1) / (draws + 1)
-    rule.
+    Exact up to 16 pairs, where the smallest p there can be is 2^(1 - n); above, random signs and the (count +
+    1) / (draws + 1) rule.
 
     >>> sign_flip_test([1.0, 2.0, 3.0])
     0.25
@@ -161,7 +182,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def cohen_dz(differences: Sequence[float] | Floats) -> float:
-    """Mean over standard deviation of paired differences; NaN below two pairs, infinite where they are all equal and not 0."""
+    """Mean over standard deviation of paired differences; NaN below two pairs, infinite where they are all
+    equal and not 0."""
     d = np.asarray(differences, dtype=float)
     if len(d) < 2:
         return math.nan
@@ -217,11 +239,13 @@ def compare_paired(
     )
 
 
-def correct(comparisons: Sequence[Comparison], higher_is_better: Mapping[str, bool], level: float = 0.05) -> list[Comparison]:
+def correct(
+    comparisons: Sequence[Comparison], higher_is_better: Mapping[str, bool], level: float = 0.05
+) -> list[Comparison]:
     """Holm over all of them, and the verdicts.
 
-    A win (or loss) needs both: a corrected paired t-test below `level`, and a bootstrap interval that excludes 0. All else is
-    "no consistent win", including too few seeds to tell.
+    A win (or loss) needs both: a corrected paired t-test below `level`, and a bootstrap interval that
+    excludes 0. All else is "no consistent win", including too few seeds to tell.
     """
     corrected = []
     for comparison, p in zip(comparisons, holm([c.p_seeds for c in comparisons]), strict=True):
@@ -241,7 +265,9 @@ def _paired_t(d: Floats) -> float:
 
 
 def _example_differences(
-    seeds: Sequence[int], variant: Mapping[int, Mapping[str, float]], baseline: Mapping[int, Mapping[str, float]]
+    seeds: Sequence[int],
+    variant: Mapping[int, Mapping[str, float]],
+    baseline: Mapping[int, Mapping[str, float]],
 ) -> Floats | None:
     """[S, E], or None where some run lacks the records or answered other examples."""
     sides = [side.get(seed) for side in (variant, baseline) for seed in seeds]
@@ -252,7 +278,8 @@ def _example_differences(
 
 
 class Stability(NamedTuple):
-    """How smoothly a run trained. Levels are of the second half of training, where the fast descent is over."""
+    """How smoothly a run trained. Levels are of the second half of training, where the fast descent is
+    over."""
 
     loss_std: float
     """Standard deviation of the loss around its own straight line."""
@@ -281,8 +308,11 @@ def stability(logs: Sequence[Mapping[str, Any]]) -> Stability:
     )
 
 
-def steps_to(logs: Sequence[Mapping[str, Any]], metric: str, level: float, mode: Literal["min", "max"] = "min") -> int | None:
-    """The first logged step from which the metric stays at or beyond `level` for two logs in a row (or the last log)."""
+def steps_to(
+    logs: Sequence[Mapping[str, Any]], metric: str, level: float, mode: Literal["min", "max"] = "min"
+) -> int | None:
+    """The first logged step from which the metric stays at or beyond `level` for two logs in a row (or the
+    last log)."""
     points = [(int(log["step"]), float(log[metric])) for log in logs if metric in log]
     reached = [value <= level if mode == "min" else value >= level for _, value in points]
     for i, (step, _) in enumerate(points):
@@ -292,7 +322,9 @@ def steps_to(logs: Sequence[Mapping[str, Any]], metric: str, level: float, mode:
 
 
 def _series(logs: Sequence[Mapping[str, Any]], name: str) -> Floats:
-    return np.array([float(log[name]) for log in logs if log.get(name) is not None and "loss" in log], dtype=float)
+    return np.array(
+        [float(log[name]) for log in logs if log.get(name) is not None and "loss" in log], dtype=float
+    )
 
 
 def _detrended_std(x: Floats) -> float:
@@ -304,7 +336,8 @@ def _detrended_std(x: Floats) -> float:
 
 
 def _count_spikes(x: Floats, window: int = 21, threshold: float = 6.0) -> int:
-    """Values far above the median of the values before them; 1.4826 scales the median deviation to a standard deviation."""
+    """Values far above the median of the values before them; 1.4826 scales the median deviation to a standard
+    deviation."""
     count = 0
     for i in range(4, len(x)):
         before = x[max(0, i - window) : i]

@@ -17,10 +17,18 @@ from hpd.experiments.results import Results, higher_is_better
 from hpd.experiments.statistics import Comparison, mean_interval, stability, steps_to
 
 __all__ = [
-    "Cell", "Table", "ablation_table", "compared_metrics", "comparison_table", "environment_table", "panel_table",
+    "Cell",
+    "Table",
+    "ablation_table",
+    "compared_metrics",
+    "comparison_table",
+    "environment_table",
+    "panel_table",
     "recipe_table",
-    "result_table", "stability_table", "tuning_table",
-]  # fmt: skip
+    "result_table",
+    "stability_table",
+    "tuning_table",
+]
 
 
 class Cell(NamedTuple):
@@ -51,7 +59,9 @@ class Table(NamedTuple):
 
 def _plain(cell: Any) -> Any:
     value = (
-        cell.sort if isinstance(cell, Cell) and cell.text not in ("", str(cell.sort)) and isinstance(cell.sort, str) else cell
+        cell.sort
+        if isinstance(cell, Cell) and cell.text not in ("", str(cell.sort)) and isinstance(cell.sort, str)
+        else cell
     )
     if isinstance(value, Cell):
         value = value.sort
@@ -62,11 +72,14 @@ def number(value: float | None, digits: int = 3) -> Cell:
     """A number to `digits` significant digits; empty where there is none."""
     if value is None or math.isnan(value):
         return Cell("", math.nan)
-    return Cell(f"{value:.{digits}g}" if abs(value) < 1e4 or math.isinf(value) else f"{value:,.0f}", float(value))
+    return Cell(
+        f"{value:.{digits}g}" if abs(value) < 1e4 or math.isinf(value) else f"{value:,.0f}", float(value)
+    )
 
 
 def compared_metrics(results: Results) -> list[str]:
-    """What the tables show, in order: the experiment's metrics, then everything else that the runs measured."""
+    """What the tables show, in order: the experiment's metrics, then everything else that the runs
+    measured."""
     found = dict.fromkeys(metric for run in results.runs for metric in run.figures)
     first = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
     return [m for m in first if m in found] + [m for m in found if m not in first]
@@ -84,19 +97,31 @@ def result_table(results: Results) -> Table:
         rows.append((*cells, len(runs)))
     if results.teacher:
         width = max(len(results.axes), 1)
-        teacher = ["teacher", *[""] * (width - 1), *(number(results.teacher.get(metric)) for metric in metrics), ""]
+        teacher = [
+            "teacher",
+            *[""] * (width - 1),
+            *(number(results.teacher.get(metric)) for metric in metrics),
+            "",
+        ]
         rows.append(tuple(teacher))
     columns = (*(short(axis) for axis in results.axes),) or ("variant",)
     note = (
-        "Mean ± half of the 95 % interval over seeds (Student's t; another training run, the same test problems). "
-        "Bold: the best mean, "
-        "which is not yet a finding."
+        "Mean ± half of the 95 % interval over seeds (Student's t; another training run, the same test "
+        "problems). Bold: the best mean, which is not yet a finding."
     )
-    return Table("results", "Results", note, (*columns, *(metric.replace("_", " ") for metric in metrics), "seeds"), rows)
+    return Table(
+        "results",
+        "Results",
+        note,
+        (*columns, *(metric.replace("_", " ") for metric in metrics), "seeds"),
+        rows,
+    )
 
 
 def _best(results: Results, metric: str) -> str | None:
-    better = None if metric == "loss" else higher_is_better(metric)  # losses of different methods are no one scale
+    better = (
+        None if metric == "loss" else higher_is_better(metric)
+    )  # losses of different methods are no one scale
     means = {g: float(np.mean(list(v.values()))) for g in results.groups if (v := results.values(g, metric))}
     if better is None or len(set(means.values())) < 2:
         return None
@@ -118,30 +143,48 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     tones = {"win": "win", "loss": "loss", "no consistent win": "none"}
     rows = [
         (
-            c.variant, c.metric.replace("_", " "), Cell(c.verdict, c.verdict, tones[c.verdict]), number(c.difference),
-            Cell("" if math.isnan(c.low) else f"{c.low:.3g} to {c.high:.3g}", c.low), number(c.p_holm), number(c.p_seeds),
-            number(c.p_permutation), number(c.p_examples), number(c.d_z), number(c.delta), c.num_seeds, c.num_examples or "",
+            c.variant,
+            c.metric.replace("_", " "),
+            Cell(c.verdict, c.verdict, tones[c.verdict]),
+            number(c.difference),
+            Cell("" if math.isnan(c.low) else f"{c.low:.3g} to {c.high:.3g}", c.low),
+            number(c.p_holm),
+            number(c.p_seeds),
+            number(c.p_permutation),
+            number(c.p_examples),
+            number(c.d_z),
+            number(c.delta),
+            c.num_seeds,
+            c.num_examples or "",
         )
         for c in comparisons
-    ]  # fmt: skip
+    ]
     baseline = comparisons[0].baseline if comparisons else ""
     seeds = max((c.num_seeds for c in comparisons), default=0)
     floor = f" With {seeds} seeds it cannot go below {2.0 ** (1 - seeds):.2g}." if seeds > 1 else ""
     note = (
-        f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below 0.05 after "
-        f"Holm's correction "
-        f"for all {len(comparisons)} tests and a 95 % paired bootstrap interval (over seeds and, where answers are "
-        f"graded, problems) "
-        f"without 0; all else is no consistent win. Permutation: signs of the seeds' differences flipped.{floor} "
-        f"Problems: the same "
-        "over test problems, which speaks of these trained models only. d_z: mean difference in its own standard deviations; "
-        "delta: Cliff's."
+        f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below "
+        f"0.05 after Holm's correction for all {len(comparisons)} tests and a 95 % paired bootstrap interval "
+        "(over seeds and, where answers are graded, problems) without 0; all else is no consistent win. "
+        f"Permutation: signs of the seeds' differences flipped.{floor} Problems: the same over test "
+        "problems, which speaks of these trained models only. d_z: mean difference in its own standard "
+        "deviations; delta: Cliff's."
     )
     columns = (
-        "variant", "metric", "verdict", "difference", "95 % interval", "p (Holm)", "p seeds", "p permutation", "p problems",
+        "variant",
+        "metric",
+        "verdict",
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+        "p seeds",
+        "p permutation",
+        "p problems",
         "d_z",
-        "delta", "seeds", "problems",
-    )  # fmt: skip
+        "delta",
+        "seeds",
+        "problems",
+    )
     return Table("tests", f"Tests against {baseline}", note, columns, rows)
 
 
@@ -163,14 +206,20 @@ def tuning_table(results: Results) -> Table | None:
             Cell("diverged", math.inf) if value in means and math.isnan(means[value]) else c
             for value, c in zip(values, tried, strict=True)
         ]
-        rows.append((choice.group, number(choice.chosen), *tried, number(choice.spread), "yes" if choice.at_edge else ""))
+        rows.append(
+            (
+                choice.group,
+                number(choice.chosen),
+                *tried,
+                number(choice.spread),
+                "yes" if choice.at_edge else "",
+            )
+        )
     seeds = results.experiment.tune.seeds if results.experiment and results.experiment.tune else []
     note = (
-        f"{label(first.metric)} of validation rows, mean over seeds {', '.join(map(str, seeds))}, which the results "
-        f"do not use. Bold: taken. "
-        "Spread: worst mean minus best; small is robust. At edge: the best value is the smallest or largest tried, so "
-        "a better one may "
-        "lie beyond."
+        f"{label(first.metric)} of validation rows, mean over seeds {', '.join(map(str, seeds))}, which the "
+        "results do not use. Bold: taken. Spread: worst mean minus best; small is robust. At edge: the best "
+        "value is the smallest or largest tried, so a better one may lie beyond."
     )
     columns = ("variant", "taken", *(f"{value:g}" for value in values), "spread", "at edge")
     return Table("tuning", f"Robustness to {short(first.path).replace('_', ' ')}", note, columns, rows)
@@ -191,20 +240,27 @@ def stability_table(results: Results) -> Table:
             text = (
                 "never"
                 if not known
-                else f"{np.mean(known):.0f}" + (f" ({len(known)} of {len(steps)} seeds)" if None in steps else "")
+                else f"{np.mean(known):.0f}"
+                + (f" ({len(known)} of {len(steps)} seeds)" if None in steps else "")
             )
             reached.append(Cell(text, float(np.mean(known)) if known else math.inf))
         rows.append((group, *means, *reached))
     note = (
         "Means over seeds. Loss deviation (around its own trend) and gradient norm are of the second half of "
-        "training; a spike is a "
-        "gradient norm more than 6 scaled median deviations above the running median. Entropy is the student's on "
-        "teacher text, in nats."
+        "training; a spike is a gradient norm more than 6 scaled median deviations above the running median. "
+        "Entropy is the student's on teacher text, in nats."
     )
     columns = (
-        "variant", "loss deviation", "grad norm", "its deviation", "spikes", "entropy first", "entropy lowest", "entropy last",
+        "variant",
+        "loss deviation",
+        "grad norm",
+        "its deviation",
+        "spikes",
+        "entropy first",
+        "entropy lowest",
+        "entropy last",
         *(f"steps to {metric.replace('_', ' ')} {level:g}" for metric, level in reach.items()),
-    )  # fmt: skip
+    )
     return Table("stability", "Stability of training", note, columns, rows)
 
 
@@ -235,11 +291,15 @@ def ablation_table(results: Results, metrics: Sequence[str]) -> Table | None:
     if not rows:
         return None
     note = (
-        "Mean change when one switch is turned and all other axes stay, with Student's 95 % interval over seeds (uncorrected). "
-        "A run counts where its counterpart exists."
+        "Mean change when one switch is turned and all other axes stay, with Student's 95 % interval over "
+        "seeds (uncorrected). A run counts where its counterpart exists."
     )
     return Table(
-        "ablation", "What each switch does", note, ("switch", "change", "metric", "effect", "95 % interval", "pairs"), rows
+        "ablation",
+        "What each switch does",
+        note,
+        ("switch", "change", "metric", "effect", "95 % interval", "pairs"),
+        rows,
     )
 
 
@@ -247,7 +307,9 @@ def _switch_effect(results: Results, axis: str, on: str, off: str, metric: str) 
     """Seed -> differences, one per combination of the other axes."""
     others = [other for other in results.axes if other != axis]
     cells = {
-        (tuple(r.axes[o] for o in others), r.axes[axis], r.seed): r.figures[metric] for r in results.runs if metric in r.figures
+        (tuple(r.axes[o] for o in others), r.axes[axis], r.seed): r.figures[metric]
+        for r in results.runs
+        if metric in r.figures
     }
     per_seed: dict[int, list[float]] = {}
     for (rest, switch, seed), value in cells.items():
@@ -261,9 +323,14 @@ def recipe_table(results: Results) -> Table:
     groups = {group: flatten(runs[0].recipe) for group, runs in _all_groups(results).items()}
     paths = dict.fromkeys(path for flat in groups.values() for path in flat)
     varying = [
-        p for p in paths if p not in ("output_dir", "train.seed") and len({str(flat.get(p)) for flat in groups.values()}) > 1
+        p
+        for p in paths
+        if p not in ("output_dir", "train.seed") and len({str(flat.get(p)) for flat in groups.values()}) > 1
     ]
-    rows = [(group, *("" if flat.get(p) is None else str(flat.get(p)) for p in varying)) for group, flat in groups.items()]
+    rows = [
+        (group, *("" if flat.get(p) is None else str(flat.get(p)) for p in varying))
+        for group, flat in groups.items()
+    ]
     note = "Every recipe key in which the variants differ, beside the seed. All other keys are equal."
     return Table("recipes", "How the recipes differ", note, ("variant", *varying), rows)
 
@@ -288,12 +355,20 @@ def environment_table(results: Results) -> Table:
         rows.append(
             (
                 "experiment file",
-                f"copied before the first run, {results.manifest['started']}, sha256 {results.manifest['sha256'][:16]}",
+                f"copied before the first run, {results.manifest['started']}, sha256 "
+                f"{results.manifest['sha256'][:16]}",
             )
         )
-    rows += [("data and models", f"{name} ({digest})") for name, digest in results.manifest.get("fingerprints", {}).items()]
+    rows += [
+        ("data and models", f"{name} ({digest})")
+        for name, digest in results.manifest.get("fingerprints", {}).items()
+    ]
     return Table(
-        "environment", "Environment", "Versions, machine, and fingerprints of everything that was read.", ("", "value"), rows
+        "environment",
+        "Environment",
+        "Versions, machine, and fingerprints of everything that was read.",
+        ("", "value"),
+        rows,
     )
 
 
@@ -304,13 +379,17 @@ def cost_table(results: Results) -> Table | None:
         costs = [run.cost for run in runs if run.cost]
         if costs:
             names = ("label_tokens", "trained_tokens", "rollout_tokens", "flops", "seconds")
-            rows.append((group, *(number(float(np.mean([cost.get(name, math.nan) for cost in costs]))) for name in names)))
+            rows.append(
+                (
+                    group,
+                    *(number(float(np.mean([cost.get(name, math.nan) for cost in costs]))) for name in names),
+                )
+            )
     if not rows:
         return None
     note = (
-        "Of one run's training, mean over seeds. FLOPs are counted: 6 per weight and trained token for the student, 2 "
-        "for the teacher "
-        "(none for sft), heads at label positions only, 2 per token generated."
+        "Of one run's training, mean over seeds. FLOPs are counted: 6 per weight and trained token for the "
+        "student, 2 for the teacher (none for sft), heads at label positions only, 2 per token generated."
     )
     return Table(
         "cost",

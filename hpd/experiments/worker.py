@@ -67,7 +67,8 @@ def run_job(job: Job, log: str | None = None) -> None:
         log: file that takes stdout and stderr of this process; only for a process that does nothing else.
 
     Raises:
-        ValueError, FileNotFoundError: as `hpd.training.run.train`; or the recipe ends before its budget is spent.
+        ValueError, FileNotFoundError: as `hpd.training.run.train`; or the recipe ends before its budget is
+            spent.
     """
     if log is not None:
         _redirect(log)
@@ -81,8 +82,8 @@ def run_job(job: Job, log: str | None = None) -> None:
         if not counter.complete:
             assert job.budget is not None
             raise ValueError(
-                f"{folder.name} ended with {counter.spent[job.budget.type]:g} of {job.budget.value:g} {job.budget.type}: "
-                "train.max_steps is the ceiling of such a budget, raise it."
+                f"{folder.name} ended with {counter.spent[job.budget.type]:g} of {job.budget.value:g} "
+                f"{job.budget.type}: train.max_steps is the ceiling of such a budget, raise it."
             )
         record["cost"] = counter.spent
         _write(folder / "cost.json", counter.spent)
@@ -110,7 +111,9 @@ def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
     figures = {}
     for evaluation in job.evals:
         task, settings = task_and_settings(recipe, evaluation)
-        result = evaluate(student, tokenizer, task, settings, output_dir=folder, name=f"student after: {evaluation.name}")
+        result = evaluate(
+            student, tokenizer, task, settings, output_dir=folder, name=f"student after: {evaluation.name}"
+        )
         figures[evaluation.name] = result.value
     if job.own_samples:
         figures |= _measure_own(job, tokenizer, device)(student)
@@ -128,10 +131,15 @@ def _own_curve(job: Job, folder: Path) -> list[TrainerCallback]:
 def _measure_own(job: Job, tokenizer: Any, device: str) -> Callable[[torch.nn.Module], dict[str, float]]:
     recipe = job.recipe
     if not has_model(recipe):
-        raise ValueError("own_samples needs a teacher of type model, or of type cached with the model that it is a cache of.")
+        raise ValueError(
+            "own_samples needs a teacher of type model, or of type cached with the model that it is a cache "
+            "of."
+        )
     teacher = load_model(recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
     where = Evaluation(name="own", limit=job.own_samples) if recipe.eval or not job.evals else job.evals[0]
-    task, settings = task_and_settings(recipe, dataclasses.replace(where, limit=job.own_samples, temperature=1.0))
+    task, settings = task_and_settings(
+        recipe, dataclasses.replace(where, limit=job.own_samples, temperature=1.0)
+    )
     prompts = [example.prompt for example in task.examples()]
     return lambda student: own_sample_metrics(student, teacher, tokenizer, prompts, settings)
 
@@ -147,7 +155,9 @@ def evaluate_teacher(job: Job, folder: str, log: str) -> None:
     figures = {}
     for evaluation in job.evals:
         task, settings = task_and_settings(job.recipe, evaluation)
-        figures[evaluation.name] = evaluate(teacher, tokenizer, task, settings, output_dir=folder, name="teacher").value
+        figures[evaluation.name] = evaluate(
+            teacher, tokenizer, task, settings, output_dir=folder, name="teacher"
+        ).value
     _write(Path(folder) / TEACHER_FIGURES, figures)
 
 
@@ -161,15 +171,20 @@ def task_and_settings(recipe: Recipe, evaluation: Evaluation) -> tuple[Task, Gen
     own = recipe.eval[0] if recipe.eval else None
     data = evaluation.data or (own.data if own else None)
     if not data:
-        raise ValueError(f"The evaluation {evaluation.name!r} has no data, and the recipe has no eval to take it from.")
+        raise ValueError(
+            f"The evaluation {evaluation.name!r} has no data, and the recipe has no eval to take it from."
+        )
     name = evaluation.task or (own.task if own else "exact-match")
     options = own.options if own and name == own.task else {}
     task = build_task(name, data, limit=evaluation.limit or (own.limit if own else None), options=options)
     settings = settings_for(
-        task, None, max_new_tokens=evaluation.max_new_tokens or (own.max_new_tokens if own else None),
+        task,
+        None,
+        max_new_tokens=evaluation.max_new_tokens or (own.max_new_tokens if own else None),
         batch_size=evaluation.batch_size or (own.batch_size if own else None),
-        temperature=evaluation.temperature, seed=evaluation.seed,
-    )  # fmt: skip
+        temperature=evaluation.temperature,
+        seed=evaluation.seed,
+    )
     return task, settings
 
 
@@ -194,7 +209,8 @@ def own_sample_metrics(
     Prompts in chat form are refused: their template would have to be cut at the right token.
 
     Returns:
-        own_entropy (the student's), own_reverse_kl = KL(student || teacher) and own_forward_kl = KL(teacher || student).
+        own_entropy (the student's), own_reverse_kl = KL(student || teacher) and own_forward_kl = KL(teacher
+        || student).
     """
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("own_samples needs prompts of plain text; use `hpd eval` for chats.")
@@ -209,10 +225,12 @@ def own_sample_metrics(
 
 
 class OwnSampleCurve(TrainerCallback):
-    """Measures the student's own text before the first step and after every n-th; training sees nothing of it.
+    """Measures the student's own text before the first step and after every n-th; training sees nothing of
+    it.
 
     Args:
-        path: gets a line per measurement, the step and its figures; lines of steps that a resumed run does again are dropped.
+        path: gets a line per measurement, the step and its figures; lines of steps that a resumed run does
+            again are dropped.
         every: optimiser steps between two measurements.
         measure: takes the student, in evaluation mode, and returns its figures.
     """
@@ -221,7 +239,11 @@ class OwnSampleCurve(TrainerCallback):
         self._path, self._every, self._measure = path, every, measure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        lines = self._path.read_text(encoding="utf-8").splitlines() if state.global_step and self._path.is_file() else []
+        lines = (
+            self._path.read_text(encoding="utf-8").splitlines()
+            if state.global_step and self._path.is_file()
+            else []
+        )
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         if not state.global_step:
@@ -241,7 +263,9 @@ class OwnSampleCurve(TrainerCallback):
 
 
 @torch.no_grad()
-def _sum_batch(student: Any, teacher: Any, tokenizer: Any, pairs: Sequence[tuple[Any, Any]]) -> Float[Tensor, "4"]:
+def _sum_batch(
+    student: Any, teacher: Any, tokenizer: Any, pairs: Sequence[tuple[Any, Any]]
+) -> Float[Tensor, "4"]:
     device = next(student.parameters()).device
     prefixes = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
     own = [

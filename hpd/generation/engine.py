@@ -44,7 +44,8 @@ class Request(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model that answers. Both methods are pure in what they are given, so that an interrupted evaluation can go on."""
+    """A model that answers. Both methods are pure in what they are given, so that an interrupted evaluation
+    can go on."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -94,10 +95,15 @@ class TransformersEngine:
         answers = self.generate_tokens(requests, settings, limit)
         return [_finish(self.tokenizer, answer, end_ids, settings.stop) for answer in answers]
 
-    def generate_tokens(self, requests: Sequence[Request], settings: GenerationSettings, limit: int) -> list[list[int]]:
-        """The token ids behind `generate`, end token included; what follows a stop string is not yet cut off."""
+    def generate_tokens(
+        self, requests: Sequence[Request], settings: GenerationSettings, limit: int
+    ) -> list[list[int]]:
+        """The token ids behind `generate`, end token included; what follows a stop string is not yet cut
+        off."""
         end_ids = end_token_ids(self.model, self.tokenizer)
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (end_ids or [0])[0]
+        pad_id = (
+            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (end_ids or [0])[0]
+        )
         config = GenerationConfig(
             max_new_tokens=limit,
             do_sample=False,  # sampling happens in _SeededDraw, which leaves generate one token to choose
@@ -108,7 +114,10 @@ class TransformersEngine:
         )
         with _ready_to_generate(self.model), torch.inference_mode():
             answers = self._generate_batch(requests, config, settings)
-        ends = [next((place + 1 for place, token in enumerate(answer) if token in end_ids), None) for answer in answers]
+        ends = [
+            next((place + 1 for place, token in enumerate(answer) if token in end_ids), None)
+            for answer in answers
+        ]
         return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
 
     def _generate_batch(
@@ -118,7 +127,9 @@ class TransformersEngine:
         length = max(len(request.token_ids) for request in requests)
         pad_id = cast("int", config.pad_token_id)
         padded = [[pad_id] * (length - len(request.token_ids)) + request.token_ids for request in requests]
-        masks = [[0] * (length - len(request.token_ids)) + [1] * len(request.token_ids) for request in requests]
+        masks = [
+            [0] * (length - len(request.token_ids)) + [1] * len(request.token_ids) for request in requests
+        ]
         processors = LogitsProcessorList()
         if settings.temperature > 0:
             processors.append(TemperatureLogitsWarper(float(settings.temperature)))
@@ -126,7 +137,9 @@ class TransformersEngine:
                 processors.append(TopKLogitsWarper(settings.top_k))
             if settings.top_p < 1:
                 processors.append(TopPLogitsWarper(settings.top_p))
-            draws = [np.random.default_rng(request.entropy).random(config.max_new_tokens) for request in requests]
+            draws = [
+                np.random.default_rng(request.entropy).random(config.max_new_tokens) for request in requests
+            ]
             dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             processors.append(_SeededDraw(torch.tensor(np.stack(draws), dtype=dtype, device=device), length))
         output = cast("Any", self.model).generate(
@@ -164,7 +177,9 @@ class _SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
-def _finish(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], end_ids: Sequence[int], stop: Sequence[str]) -> Answer:
+def _finish(
+    tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], end_ids: Sequence[int], stop: Sequence[str]
+) -> Answer:
     num_tokens = next((position + 1 for position, token in enumerate(answer) if token in end_ids), None)
     written = list(answer[:num_tokens])
     stopped = _tokens_to_stop(tokenizer, written, stop)
@@ -183,7 +198,9 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
-def _tokens_to_stop(tokenizer: PreTrainedTokenizerBase, written: list[int], stop: Sequence[str]) -> int | None:
+def _tokens_to_stop(
+    tokenizer: PreTrainedTokenizerBase, written: list[int], stop: Sequence[str]
+) -> int | None:
     """Fewest tokens whose text holds a stop string; what follows them is padding."""
 
     def holds(count: int) -> bool:
@@ -205,7 +222,8 @@ def _first(holds: Callable[[int], bool], last: int) -> int:
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the checkpoint's, and the tokenizer's, which fine-tuned checkpoints often lack."""
+    """Tokens that end an answer: the checkpoint's, and the tokenizer's, which fine-tuned checkpoints often
+    lack."""
     of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     of_model = [of_model] if isinstance(of_model, int) else list(of_model or [])
     return list(dict.fromkeys(token for token in [*of_model, tokenizer.eos_token_id] if token is not None))
@@ -215,10 +233,15 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 def _ready_to_generate(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and neutral generation configs inside, every module's own again outside.
 
-    generate fills what a config leaves open from the model's, where checkpoints keep penalties and sampling flags.
+    generate fills what a config leaves open from the model's, where checkpoints keep penalties and sampling
+    flags.
     """
     training = {module: module.training for module in model.modules()}
-    configs = {module: vars(module)["generation_config"] for module in training if "generation_config" in vars(module)}
+    configs = {
+        module: vars(module)["generation_config"]
+        for module in training
+        if "generation_config" in vars(module)
+    }
     model.eval()
     for module in configs:
         vars(module)["generation_config"] = GenerationConfig()
@@ -231,30 +254,42 @@ def _ready_to_generate(model: nn.Module) -> Iterator[None]:
             vars(module)["generation_config"] = config
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: GenerationSettings) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, settings: GenerationSettings
+) -> list[int]:
     """Token ids of a prompt as the model should see it, up to the first token of the answer.
 
     Raises:
-        ValueError: a chat or chat_template="always" without a chat template, or with one that refuses it; two system turns; a
-            prompt without tokens.
+        ValueError: a chat or chat_template="always" without a chat template, or with one that refuses it; two
+            system turns; a prompt without tokens.
     """
-    templated = settings.chat_template == "always" or (settings.chat_template == "auto" and tokenizer.chat_template)
+    templated = settings.chat_template == "always" or (
+        settings.chat_template == "auto" and tokenizer.chat_template
+    )
     if templated and not tokenizer.chat_template:
-        raise ValueError("chat_template is 'always', but the tokenizer has none; use auto, or another tokenizer.")
+        raise ValueError(
+            "chat_template is 'always', but the tokenizer has none; use auto, or another tokenizer."
+        )
     if templated:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if settings.system_prompt:
             if turns[0]["role"] == "system":
-                raise ValueError("system_prompt is set, but a prompt has a system turn already; leave out one of them.")
+                raise ValueError(
+                    "system_prompt is set, but a prompt has a system turn already; leave out one of them."
+                )
             turns.insert(0, {"role": "system", "content": settings.system_prompt})
         with taken_by_template("a prompt", turns, "model"):
-            text = cast("str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            text = cast(
+                "str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            )
     elif isinstance(prompt, str):
         text = f"{settings.system_prompt}\n\n{prompt}" if settings.system_prompt else prompt
     else:
         raise ValueError(
-            f"a prompt is a chat, which needs a chat template, but chat_template is {settings.chat_template!r} and the "
-            f"tokenizer has {'one' if tokenizer.chat_template else 'none'}; allow it, use another tokenizer, or plain prompts."
+            "a prompt is a chat, which needs a chat template, but chat_template is "
+            f"{settings.chat_template!r} and the tokenizer has "
+            f"{'one' if tokenizer.chat_template else 'none'}; allow it, use another tokenizer, or plain "
+            "prompts."
         )
     # A template writes its own special tokens; plain text gets those that the tokenizer adds (BOS of Llama).
     token_ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]

@@ -47,7 +47,9 @@ class Rollout(NamedTuple):
 class RolloutEngine(Protocol):
     """Anything that continues prompts with the student's weights as they are now."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
+    ) -> list[Rollout]:
         """Continue every prompt.
 
         Args:
@@ -64,9 +66,10 @@ class RolloutEngine(Protocol):
 class TransformersEngine:
     """The student's own `generate`: KV cache, left padding, prompts sorted by length.
 
-    A draw is the inverse CDF of one uniform number, so a rollout does not depend on the other prompts of its batch, on their
-    order or on the batch size (up to the rounding of the model's forward pass). Works inside DDP and ZeRO-3 (unwrapped,
-    gathered) and FSDP2 (whose hooks gather layer by layer), under LoRA, with gradient checkpointing switched off meanwhile.
+    A draw is the inverse CDF of one uniform number, so a rollout does not depend on the other prompts of its
+    batch, on their order or on the batch size (up to the rounding of the model's forward pass). Works inside
+    DDP and ZeRO-3 (unwrapped, gathered) and FSDP2 (whose hooks gather layer by layer), under LoRA, with
+    gradient checkpointing switched off meanwhile.
 
     Args:
         student: returns the model as it is wrapped at the moment.
@@ -78,17 +81,25 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, student: Callable[[], nn.Module], accelerator: Accelerator, config: RolloutConfig, end_ids: Sequence[int],
-        pad_id: int, teacher: nn.Module | None = None,
-    ):  # fmt: skip
+        self,
+        student: Callable[[], nn.Module],
+        accelerator: Accelerator,
+        config: RolloutConfig,
+        end_ids: Sequence[int],
+        pad_id: int,
+        teacher: nn.Module | None = None,
+    ):
         self._student, self._accelerator, self._config = student, accelerator, config
         self._end_ids, self._pad_id, self._teacher = list(end_ids), pad_id, teacher
 
-    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
+    ) -> list[Rollout]:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -limits[i]))
         size = self._config.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        # Counted before the first batch: afterwards one process would ask while another still gathers weights.
+        # Counted before the first batch: afterwards one process would ask while another still gathers
+        # weights.
         missing = self._missing_batches(len(batches))
         out: dict[int, Rollout] = {}
         with self._ready() as model:
@@ -108,7 +119,8 @@ class TransformersEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[Any]:
-        """The unwrapped model in evaluation mode, with a generation config that brings no penalties of its own."""
+        """The unwrapped model in evaluation mode, with a generation config that brings no penalties of its
+        own."""
         with unwrap_model_for_generation(self._student(), self._accelerator) as model, torch.no_grad():  # type: ignore[arg-type]
             modes = {module: module.training for module in model.modules()}
             base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -121,20 +133,32 @@ class TransformersEngine:
                 for module, training in modes.items():
                     module.training = training
 
-    def _batch(self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor) -> list[Rollout]:
+    def _batch(
+        self, model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor
+    ) -> list[Rollout]:
         length, device = max(map(len, prompts)), self._accelerator.device
         ids = torch.tensor([[self._pad_id] * (length - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
-        mixture = _TeacherMixture(self._teacher, mask, self._config.teacher_share) if self._config.teacher_share else None
+        mixture = (
+            _TeacherMixture(self._teacher, mask, self._config.teacher_share)
+            if self._config.teacher_share
+            else None
+        )
         draw = _Draw(uniforms.to(device), length, _warpers(self._config), mixture)
         config = GenerationConfig(
-            max_new_tokens=max(limits), do_sample=False, use_cache=True, eos_token_id=self._end_ids or None,
+            max_new_tokens=max(limits),
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=self._end_ids or None,
             pad_token_id=self._pad_id,
-        )  # fmt: skip
+        )
         written = model.generate(
-            inputs=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([draw]),
+            inputs=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([draw]),
             synced_gpus=_is_sharded(model) or None,
-        )[:, length:].tolist()  # fmt: skip
+        )[:, length:].tolist()
         logprobs = torch.cat(draw.logprobs, dim=1).tolist()
         return [self._cut(*row) for row in zip(written, logprobs, limits, strict=True)]
 
@@ -145,7 +169,8 @@ class TransformersEngine:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """FSDP2 gathers layer by layer, so all processes must take equally many steps; `generate` itself knows FSDP1 and ZeRO-3."""
+    """FSDP2 gathers layer by layer, so all processes must take equally many steps; `generate` itself knows
+    FSDP1 and ZeRO-3."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
@@ -153,10 +178,19 @@ class _Draw(LogitsProcessor):
     """Draws each row's next token by inverse CDF and masks all others, so that argmax returns the draw."""
 
     def __init__(
-        self, uniforms: Tensor, prompt_length: int, warpers: LogitsProcessorList, mixture: _TeacherMixture | None
+        self,
+        uniforms: Tensor,
+        prompt_length: int,
+        warpers: LogitsProcessorList,
+        mixture: _TeacherMixture | None,
     ) -> None:
         self.logprobs: list[Tensor] = []
-        self._uniforms, self._prompt_length, self._warpers, self._mixture = uniforms, prompt_length, warpers, mixture
+        self._uniforms, self._prompt_length, self._warpers, self._mixture = (
+            uniforms,
+            prompt_length,
+            warpers,
+            mixture,
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._prompt_length
@@ -180,9 +214,12 @@ class _TeacherMixture:
         mask = torch.cat([self._mask, self._mask.new_ones(len(input_ids), new)], dim=1)
         fresh = slice(None) if self._cache is None else slice(-1, None)
         out = self._teacher(
-            input_ids=input_ids[:, fresh], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, fresh],
-            past_key_values=self._cache, use_cache=True,
-        )  # fmt: skip
+            input_ids=input_ids[:, fresh],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, fresh],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
         self._cache = out.past_key_values
         vocab = min(student.shape[1], out.logits.shape[-1])
         teacher = torch.softmax(out.logits[:, -1, :vocab].float(), -1)
@@ -207,12 +244,14 @@ def _warpers(config: RolloutConfig) -> LogitsProcessorList:
 
 
 class VLLMEngine:
-    """vLLM through TRL's `VLLMGeneration`, colocated on the training GPUs or on a server; weights are sent after each update.
+    """vLLM through TRL's `VLLMGeneration`, colocated on the training GPUs or on a server; weights are sent
+    after each update.
 
     vLLM draws by itself: its rollouts are not a function of `uniforms`.
 
     Args:
-        generation: a `trl.generation.vllm_generation.VLLMGeneration`, or anything with its `generate` and `sync_weights`.
+        generation: a `trl.generation.vllm_generation.VLLMGeneration`, or anything with its `generate` and
+            `sync_weights`.
         end_ids: tokens that end a completion.
     """
 
@@ -220,7 +259,9 @@ class VLLMEngine:
         self._generation, self._accelerator, self._end_ids = generation, accelerator, set(end_ids)
         self._synced: int | None = None
 
-    def generate(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
+    ) -> list[Rollout]:
         # A server hands each process a slice as long as its own list: all must be of one length.
         count = max(gather_object([len(prompts)])) if self._accelerator.num_processes > 1 else len(prompts)
         if count == 0:
@@ -239,16 +280,21 @@ class VLLMEngine:
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion: the checkpoint's, and the tokenizer's, which fine-tuned checkpoints often lack."""
+    """Tokens that end a completion: the checkpoint's, and the tokenizer's, which fine-tuned checkpoints often
+    lack."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     own = [own] if isinstance(own, int) else list(own or [])
     return list(dict.fromkeys(token for token in [*own, tokenizer.eos_token_id] if token is not None))
 
 
 def make_engine(
-    config: RolloutConfig, student: Callable[[], nn.Module], base: nn.Module, accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase, teacher: nn.Module | None,
-) -> RolloutEngine:  # fmt: skip
+    config: RolloutConfig,
+    student: Callable[[], nn.Module],
+    base: nn.Module,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: nn.Module | None,
+) -> RolloutEngine:
     """The engine that `config` names.
 
     Raises:
@@ -257,16 +303,27 @@ def make_engine(
     end_ids = end_tokens(base, tokenizer)
     if config.engine == "vllm":
         if importlib.util.find_spec("vllm") is None:
-            raise ValueError("rollouts.engine: vllm needs vLLM: pip install 'hpd[vllm]', or use engine: transformers.")
+            raise ValueError(
+                "rollouts.engine: vllm needs vLLM: pip install 'hpd[vllm]', or use engine: transformers."
+            )
         from trl.generation.vllm_generation import VLLMGeneration
 
         generation = VLLMGeneration(
-            base, accelerator, tokenizer,  # type: ignore[arg-type]
-            temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty, max_completion_length=config.max_new_tokens, **config.vllm,
-        )  # fmt: skip
+            base,
+            accelerator,
+            tokenizer,  # type: ignore[arg-type]
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            max_completion_length=config.max_new_tokens,
+            **config.vllm,
+        )
         return VLLMEngine(generation, accelerator, end_ids)
     if config.teacher_share and teacher is None:
-        raise ValueError("rollouts.teacher_share needs a teacher that runs beside the student: teacher type model.")
+        raise ValueError(
+            "rollouts.teacher_share needs a teacher that runs beside the student: teacher type model."
+        )
     pad_id: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     return TransformersEngine(student, accelerator, config, end_ids, pad_id, teacher)

@@ -9,7 +9,8 @@ class GenerationSettings:
     """How answers are written. What the checkpoint's own generation config says about decoding is ignored."""
 
     max_new_tokens: int = 512
-    """Longest answer, in tokens; longer ones are cut. The model's context can be a lower limit (`generate_answers`)."""
+    """Longest answer, in tokens; longer ones are cut. The model's context can be a lower limit
+    (`generate_answers`)."""
     temperature: float = 0.0
     """0 is greedy; above 0, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
@@ -19,7 +20,8 @@ class GenerationSettings:
     num_samples: int = 1
     """Sampling only: answers per problem."""
     batch_size: int = 16
-    """Prompts per forward pass: speed and memory only, answers do not depend on it (see `generate_answers`)."""
+    """Prompts per forward pass: speed and memory only, answers do not depend on it (see
+    `generate_answers`)."""
     seed: int = 0
     """Sampling only: which draws."""
     chat_template: Literal["auto", "never", "always"] = "auto"
@@ -46,13 +48,14 @@ class GenerationSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}.")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise ValueError(
-                f"top_p={self.top_p} and top_k={self.top_k} have no effect at temperature 0 (greedy); "
-                "set a temperature above 0, or leave both at their defaults."
+                f"top_p={self.top_p} and top_k={self.top_k} have no effect at temperature 0 (greedy); set a "
+                "temperature above 0, or leave both at their defaults."
             )
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
-                f"num_samples={self.num_samples} at temperature 0 (greedy) would write the same answer {self.num_samples} "
-                "times; set a temperature above 0 (--preset paper: 0.7 and top-p 0.95), or one sample."
+                f"num_samples={self.num_samples} at temperature 0 (greedy) would write the same answer "
+                f"{self.num_samples} times; set a temperature above 0 (--preset paper: 0.7 and top-p 0.95), "
+                "or one sample."
             )
 
 

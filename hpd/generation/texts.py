@@ -1,4 +1,5 @@
-"""What a model is asked and what it wrote. Nothing here imports torch: grading reads these in processes of its own."""
+"""What a model is asked and what it wrote. Nothing here imports torch: grading reads these in processes of
+its own."""
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias

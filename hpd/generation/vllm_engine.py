@@ -35,11 +35,19 @@ class VllmEngine:
     name = "vllm"
 
     def __init__(
-        self, model: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str = "auto", revision: str | None = None,
+        self,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: str = "auto",
+        revision: str | None = None,
         tensor_parallel_size: int = 1,
-    ):  # fmt: skip
+    ):
         if importlib.util.find_spec("vllm") is None:
-            raise ValueError("--engine vllm needs vLLM: pip install 'hpd[vllm]' (Linux, a GPU), or use --engine transformers.")
+            raise ValueError(
+                "--engine vllm needs vLLM: pip install 'hpd[vllm]' (Linux, a GPU), or use --engine "
+                "transformers."
+            )
         from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
 
@@ -47,9 +55,13 @@ class VllmEngine:
         self._prompt, self._sampling = TokensPrompt, SamplingParams
         # generation_config="vllm": what the checkpoint says about decoding is ignored, as everywhere here.
         self._model = LLM(
-            model=model, tokenizer=tokenizer.name_or_path, dtype=dtype, revision=revision,
-            tensor_parallel_size=tensor_parallel_size, generation_config="vllm",
-        )  # fmt: skip
+            model=model,
+            tokenizer=tokenizer.name_or_path,
+            dtype=dtype,
+            revision=revision,
+            tensor_parallel_size=tensor_parallel_size,
+            generation_config="vllm",
+        )
 
     @property
     def context(self) -> int | None:
@@ -69,7 +81,9 @@ class VllmEngine:
         if settings.temperature > 0:
             seed = int(np.random.SeedSequence(request.entropy).generate_state(1)[0])
             sampling = {"top_p": settings.top_p, "top_k": settings.top_k or -1, "seed": seed}
-        return self._sampling(temperature=settings.temperature, max_tokens=limit, stop=list(settings.stop) or None, **sampling)
+        return self._sampling(
+            temperature=settings.temperature, max_tokens=limit, stop=list(settings.stop) or None, **sampling
+        )
 
 
 def _answer(completion: Any) -> Answer:

@@ -1,4 +1,5 @@
-"""Terms that learn from one writer's text only: the operator runs on the label positions of each writer with the terms for it.
+"""Terms that learn from one writer's text only: the operator runs on the label positions of each writer with
+the terms for it.
 
 Axes: N label positions, D hidden.
 """
@@ -49,9 +50,15 @@ def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[Part]:
 
 
 def loss_by_source(
-    student: Scores, teacher: TeacherScores, batch: TokenBatch, terms: Sequence[Term], *, uniforms: Tensor | None = None,
-    metric_stride: int = 1, **options: Any,
-) -> LossOutput:  # fmt: skip
+    student: Scores,
+    teacher: TeacherScores,
+    batch: TokenBatch,
+    terms: Sequence[Term],
+    *,
+    uniforms: Tensor | None = None,
+    metric_stride: int = 1,
+    **options: Any,
+) -> LossOutput:
     """`reweighted_nll`, each term on the positions that it learns from.
 
     Args:
@@ -63,13 +70,20 @@ def loss_by_source(
     """
     total, stats = student.hidden.new_zeros(()), {}
     for part in parts_of(batch, terms):
-        labels, numbers = (x if x is None or part.positions is None else x[part.positions] for x in (batch.labels, uniforms))
+        labels, numbers = (
+            x if x is None or part.positions is None else x[part.positions] for x in (batch.labels, uniforms)
+        )
         assert labels is not None
         loss, sums = reweighted_nll(
-            student.at(part.positions), teacher.at(part.positions), labels, part.terms,
-            uniforms=numbers, draws=labels[:, None] if part.given else None,
-            metric_stride=metric_stride if part.first else 0, **options,
-        )  # fmt: skip
+            student.at(part.positions),
+            teacher.at(part.positions),
+            labels,
+            part.terms,
+            uniforms=numbers,
+            draws=labels[:, None] if part.given else None,
+            metric_stride=metric_stride if part.first else 0,
+            **options,
+        )
         if not part.first:
             sums = {name: value for name, value in sums.items() if name.startswith("value/")}
         total = total + loss
@@ -80,7 +94,8 @@ def loss_by_source(
 
 @torch.no_grad()
 def label_gaps(student: Scores, teacher: TeacherScores, batch: TokenBatch, stride: int) -> dict[str, Tensor]:
-    """Sums of the labels' log-probabilities by writer, on every `stride`-th of its positions, and their number."""
+    """Sums of the labels' log-probabilities by writer, on every `stride`-th of its positions, and their
+    number."""
     found = {}
     for source, positions in (("dataset", batch.by_dataset), ("student", batch.by_student)):
         assert positions is not None

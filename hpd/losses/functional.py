@@ -43,15 +43,18 @@ def distillation_loss(
               -\frac{1}{N} \sum_n \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla \log q_v
 
     Args:
-        student_logits: position t predicts `labels[:, t + 1]`, as Hugging Face models return them; the gradient flows here.
+        student_logits: position t predicts `labels[:, t + 1]`, as Hugging Face models return them; the
+            gradient flows here.
         teacher_logits: never differentiated.
         labels: token ids; `ignore_index` marks positions without a label.
         objective: a name of OBJECTIVES, or an `Objective`.
-        draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`; "exact": HPD's expectation
-            over the draw.
-        vocab: `shared_prefix` cuts both to the shorter vocabulary and drops labels beyond; `error` refuses unequal ones.
+        draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`; "exact":
+            HPD's expectation over the draw.
+        vocab: `shared_prefix` cuts both to the shorter vocabulary and drops labels beyond; `error` refuses
+            unequal ones.
         reduction: `mean` over the label tokens, or `sum`.
-        **params: the objective's parameters, and fields of `TermConfig` (temperature, num_draws, draw_share, support, ...).
+        **params: the objective's parameters, and fields of `TermConfig` (temperature, num_draws, draw_share,
+            support, ...).
 
     Returns:
         The loss, and sums over label tokens of every metric (`stats["tokens"]` counts them).
@@ -66,7 +69,9 @@ def distillation_loss(
     """
     student = Scores(student_logits.flatten(0, 1), Head(None))
     teacher = Scores(teacher_logits.flatten(0, 1), Head(None))
-    return _loss(student, teacher, labels, objective, draws, vocab, ignore_index, reduction, generator, params)
+    return _loss(
+        student, teacher, labels, objective, draws, vocab, ignore_index, reduction, generator, params
+    )
 
 
 def fused_distillation_loss(
@@ -83,7 +88,8 @@ def fused_distillation_loss(
     generator: torch.Generator | None = None,
     **params: Any,
 ) -> LossOutput:
-    """`distillation_loss(hidden @ head.T, ...)` without any logits kept: only label positions reach a head, in chunks.
+    """`distillation_loss(hidden @ head.T, ...)` without any logits kept: only label positions reach a head,
+    in chunks.
 
     Args:
         student_hidden: last hidden states, after the final norm; the gradient flows here and to the head.
@@ -95,26 +101,38 @@ def fused_distillation_loss(
     heads = (head if isinstance(head, Head) else Head(head) for head in (student_head, teacher_head))
     hidden = (student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1))
     student, teacher = map(Scores, hidden, heads)
-    return _loss(student, teacher, labels, objective, draws, vocab, ignore_index, reduction, generator, params)
+    return _loss(
+        student, teacher, labels, objective, draws, vocab, ignore_index, reduction, generator, params
+    )
 
 
 def _loss(
-    student: Scores, teacher: Scores, labels: Tensor, objective: str | Objective, draws: Tensor | str | None, vocab: str,
-    ignore_index: int, reduction: str, generator: torch.Generator | None, params: dict[str, Any],
-) -> LossOutput:  # fmt: skip
+    student: Scores,
+    teacher: Scores,
+    labels: Tensor,
+    objective: str | Objective,
+    draws: Tensor | str | None,
+    vocab: str,
+    ignore_index: int,
+    reduction: str,
+    generator: torch.Generator | None,
+    params: dict[str, Any],
+) -> LossOutput:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}.")
     if len(student.hidden) != labels.numel() or len(teacher.hidden) != labels.numel():
         raise ValueError(
-            f"labels are {tuple(labels.shape)}, but the student has {len(student.hidden)} positions and the teacher "
-            f"{len(teacher.hidden)}: all three need the same B and T."
+            f"labels are {tuple(labels.shape)}, but the student has {len(student.hidden)} positions and the "
+            f"teacher {len(teacher.hidden)}: all three need the same B and T."
         )
     if isinstance(draws, str):
         draws, params = None, {**params, "draws": draws}
     term = _term(objective, params)
     shared = _shared(student.vocab, teacher.vocab, vocab)
     targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[:, :-1] = torch.where((labels[:, 1:] == ignore_index) | (labels[:, 1:] >= shared), IGNORE_INDEX, labels[:, 1:])
+    targets[:, :-1] = torch.where(
+        (labels[:, 1:] == ignore_index) | (labels[:, 1:] >= shared), IGNORE_INDEX, labels[:, 1:]
+    )
     index = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
     chosen = targets.flatten()[index]
     numbers = None
@@ -122,13 +140,22 @@ def _loss(
         draws = _aligned(draws, labels)[index]
     elif term.support.num_uniforms:
         numbers = torch.rand(
-            len(index), term.support.num_uniforms, dtype=torch.float64, device=index.device, generator=generator
+            len(index),
+            term.support.num_uniforms,
+            dtype=torch.float64,
+            device=index.device,
+            generator=generator,
         )
     scale = 1.0 / max(len(index), 1) if reduction == "mean" else 1.0
     return reweighted_nll(
-        Scores(student.hidden[index], student.head), Scores(teacher.hidden[index], teacher.head), chosen, [term],
-        uniforms=numbers, draws=draws, scale=scale,
-    )  # fmt: skip
+        Scores(student.hidden[index], student.head),
+        Scores(teacher.hidden[index], teacher.head),
+        chosen,
+        [term],
+        uniforms=numbers,
+        draws=draws,
+        scale=scale,
+    )
 
 
 def _term(objective: str | Objective, params: dict[str, Any]) -> Term:
@@ -148,7 +175,9 @@ def _shared(student: int, teacher: int, policy: str) -> int:
     if policy not in POLICIES:
         raise ValueError(f"vocab must be one of {', '.join(POLICIES)}, got {policy!r}.")
     if policy == "error" and student != teacher:
-        raise ValueError(f"The student has {student} tokens and the teacher {teacher}: set vocab='shared_prefix' to cut.")
+        raise ValueError(
+            f"The student has {student} tokens and the teacher {teacher}: set vocab='shared_prefix' to cut."
+        )
     return min(student, teacher)
 
 
@@ -156,7 +185,8 @@ def _aligned(draws: Tensor, labels: Tensor) -> Int[Tensor, "BT n"]:
     """Draws of positions 0 to T-2, laid out like the flattened batch."""
     if draws.shape[:2] != (labels.shape[0], labels.shape[1] - 1):
         raise ValueError(
-            f"draws must be [B, T-1] or [B, T-1, n] beside labels {tuple(labels.shape)}, got {tuple(draws.shape)}."
+            f"draws must be [B, T-1] or [B, T-1, n] beside labels {tuple(labels.shape)}, got "
+            f"{tuple(draws.shape)}."
         )
     draws = draws.reshape(*draws.shape[:2], -1)
     return torch.nn.functional.pad(draws, (0, 0, 0, 1)).flatten(0, 1)

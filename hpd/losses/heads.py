@@ -37,8 +37,9 @@ class Scores(NamedTuple):
     hidden: Float[Tensor, "N D"]
     head: Head
     log_z: Float[Tensor, "N"] | None = None
-    """Logarithm of the sum of exp(logit) over the whole vocabulary, where it is known (a cache stores it). Then the label's
-    and drawn tokens' log-probabilities need a row of the head each, not a product with all of it."""
+    """Logarithm of the sum of exp(logit) over the whole vocabulary, where it is known (a cache stores it).
+    Then the label's and drawn tokens' log-probabilities need a row of the head each, not a product with all
+    of it."""
 
     @property
     def vocab(self) -> int:
@@ -48,17 +49,22 @@ class Scores(NamedTuple):
         """The scores at some of the positions; None: at all of them."""
         if positions is None:
             return self
-        return self._replace(hidden=self.hidden[positions], log_z=None if self.log_z is None else self.log_z[positions])
+        return self._replace(
+            hidden=self.hidden[positions], log_z=None if self.log_z is None else self.log_z[positions]
+        )
 
 
 class TopKScores(NamedTuple):
     r"""A teacher known at its k likeliest tokens and at the label.
 
-    The rest of its mass is shared evenly among all other tokens (rule `uniform_tail`), none of them above the k-th:
+    The rest of its mass is shared evenly among all other tokens (rule `uniform_tail`), none of them above the
+    k-th:
 
-    .. math:: \log p_v = \min\Big(\log \frac{1 - \sum_{u \in S} p_u}{V - |S|},\; \min_{u \le k} \log p_u\Big), \quad v \notin S
+    .. math:: \log p_v = \min\Big(\log \frac{1 - \sum_{u \in S} p_u}{V - |S|},\; \min_{u \le k} \log p_u\Big),
+        \quad v \notin S
 
-    with S the k tokens and the label. Label supports are exact; everything else is as good as the tail is thin.
+    with S the k tokens and the label. Label supports are exact; everything else is as good as the tail is
+    thin.
     """
 
     tokens: Int[Tensor, "N k"]
@@ -88,7 +94,9 @@ def head_of(model: nn.Module) -> Head:
     """
     module = model.get_output_embeddings()  # type: ignore[operator]
     if module is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: distillation needs a causal language model.")
+        raise ValueError(
+            f"{type(model).__name__} has no output embeddings: distillation needs a causal language model."
+        )
     weight, bias = _effective_weight(module)
     config = model.config.get_text_config()  # type: ignore[union-attr]
     return Head(
@@ -100,7 +108,8 @@ def head_of(model: nn.Module) -> Head:
 
 
 def logit_scale(config: object) -> float:
-    """What a model family multiplies its logits with; the families disagree on the name and on the direction."""
+    """What a model family multiplies its logits with; the families disagree on the name and on the
+    direction."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -144,7 +153,9 @@ def _check_lora(module: nn.Module) -> None:
     if any(getattr(dropout[name], "p", 0.0) for name in module.active_adapters if name in dropout):  # type: ignore[union-attr]
         kind = "LoRA with lora_dropout"
     if kind:
-        raise ValueError(f"{kind} on the output head is not supported: use plain LoRA there, or modules_to_save.")
+        raise ValueError(
+            f"{kind} on the output head is not supported: use plain LoRA there, or modules_to_save."
+        )
 
 
 def _gathered(tensor: Tensor) -> Tensor:

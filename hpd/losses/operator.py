@@ -23,8 +23,8 @@ IMPLEMENTATIONS = {
     "compiled": compiled_reweighted_nll,
 }
 
-# Bytes of logits in one chunk, by device. A CPU's products run at full speed from here on; an accelerator also adds to the
-# head's gradient once a chunk, so that fewer chunks save traffic of the size of the head.
+# Bytes of logits in one chunk, by device. A CPU's products run at full speed from here on; an accelerator
+# also adds to the head's gradient once a chunk, so that fewer chunks save traffic of the size of the head.
 _CPU_CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
 
 
@@ -58,31 +58,34 @@ def reweighted_nll(
     r"""The loss of every method: token-level reweighted log-likelihood, and its gradient, without `[N, V]`.
 
     .. math:: L = s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v d_v, \qquad
-              \nabla L = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla \log q_v
+              \nabla L = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla
+              \log q_v
 
-    with s `scale`, λ the term's weight, S its support, c the support's coefficients, d the objective's value and w its
-    weights. Equal to computing `log_softmax(hidden @ weight.T)` for both models and summing `-w * log q` (that is
-    `impl="reference"`).
+    with s `scale`, λ the term's weight, S its support, c the support's coefficients, d the objective's value
+    and w its weights. Equal to computing `log_softmax(hidden @ weight.T)` for both models and summing `-w *
+    log q` (that is `impl="reference"`).
 
     Args:
         student: hidden states and head; gradients flow to both.
-        teacher: the same of the teacher, or what it knows of its k likeliest tokens; never differentiated. With `log_z`,
-            terms on the label and the student's draws cost no product with the teacher's head.
+        teacher: the same of the teacher, or what it knows of its k likeliest tokens; never differentiated.
+            With `log_z`, terms on the label and the student's draws cost no product with the teacher's head.
         labels: the token that the dataset holds at each position, each below both vocabularies.
         terms: what is learnt, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
-        impl: `chunked`; `compiled`, the same with the passes between the products through torch.compile; or `reference`.
-        chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`. The number of positions
-            in a chunk follows from it and the vocabulary.
+        impl: `chunked`; `compiled`, the same with the passes between the products through torch.compile; or
+            `reference`.
+        chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`. The
+            number of positions in a chunk follows from it and the vocabulary.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
-        kl_estimator: one of ESTIMATORS; but for exact, its estimate at the drawn tokens is added to the statistics.
+        kl_estimator: one of ESTIMATORS; but for exact, its estimate at the drawn tokens is added to the
+            statistics.
 
     Raises:
-        ValueError: vocabularies of unequal size are cut to the shorter one, and a label lies beyond it (checked on CPU
-            tensors only, a check on a GPU would synchronise); unknown impl; no terms, or two of one name; sampled support
-            without uniforms or draws.
+        ValueError: vocabularies of unequal size are cut to the shorter one, and a label lies beyond it
+            (checked on CPU tensors only, a check on a GPU would synchronise); unknown impl; no terms, or two
+            of one name; sampled support without uniforms or draws.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
@@ -93,16 +96,22 @@ def reweighted_nll(
         raise ValueError(f"Terms are told apart by name, got {', '.join(names)}: give each its own.")
     needs_draws = max((term.support.num_uniforms for term in terms), default=0)
     if needs_draws and draws is None and (uniforms is None or uniforms.shape[1] < needs_draws):
-        raise ValueError(f"The support needs {needs_draws} uniform numbers per position (or the draws themselves).")
+        raise ValueError(
+            f"The support needs {needs_draws} uniform numbers per position (or the draws themselves)."
+        )
     vocab = min(student.vocab, teacher.vocab)
     if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= vocab:
         raise ValueError(
-            f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels to -100 "
-            "(vocabulary: shared_prefix does)."
+            f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels "
+            "to -100 (vocabulary: shared_prefix does)."
         )
-    inputs = TileInputs(labels, uniforms, draws, kl_estimator, teacher.tokens if isinstance(teacher, TopKScores) else None)
+    inputs = TileInputs(
+        labels, uniforms, draws, kl_estimator, teacher.tokens if isinstance(teacher, TopKScores) else None
+    )
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())
-    plan = Plan(teacher, inputs, terms, scale, chunk_bytes or default_chunk_bytes(labels.device), metric_stride, vocab)
+    plan = Plan(
+        teacher, inputs, terms, scale, chunk_bytes or default_chunk_bytes(labels.device), metric_stride, vocab
+    )
     loss, stats = IMPLEMENTATIONS[impl](student, plan)
     return LossOutput(loss, stats)

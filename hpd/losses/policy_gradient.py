@@ -1,21 +1,25 @@
-r"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient, from one table of objectives.
+r"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient, from one
+table of objectives.
 
 Axes: N label positions, C positions of a chunk, K columns of a support, V vocabulary, R rows.
 
-With A the objective's weight at a token (for drawn tokens divided by their probability), frozen when the rollouts are new, and
+With A the objective's weight at a token (for drawn tokens divided by their probability), frozen when the
+rollouts are new, and
 :math:`r = q / q_{old}` the token's likelihood ratio, the loss of a token is
 
 .. math:: -\min\big(r A,\; \mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\, A\big), \qquad
           \text{but never above } -c A \text{ where } A < 0 \text{ (dual clip)}
 
-At r = 1 its gradient is that of the direct strategy, :math:`-A \nabla \log q`. Terms on whole distributions (full, top_k) have
-no token to take a ratio of: their weights are computed anew at every update.
+At r = 1 its gradient is that of the direct strategy, :math:`-A \nabla \log q`. Terms on whole distributions
+(full, top_k) have no token to take a ratio of: their weights are computed anew at every update.
 
-Unlike the reference's verl recipe, the draw for a label is compared with that label and not with the token before it.
+Unlike the reference's verl recipe, the draw for a label is compared with that label and not with the token
+before it.
 
 Reference:
-    Schulman et al., PPO, 2017, arXiv 1707.06347; Ye et al., 2020, arXiv 1912.09729 (dual clip); Yu et al., DAPO, 2025,
-    arXiv 2503.14476 (two clip bounds); Zhu et al., PSFT, 2025, arXiv 2508.17784 (A = 1 at the label).
+    Schulman et al., PPO, 2017, arXiv 1707.06347; Ye et al., 2020, arXiv 1912.09729 (dual clip); Yu et al.,
+    DAPO, 2025, arXiv 2503.14476 (two clip bounds); Zhu et al., PSFT, 2025, arXiv 2508.17784 (A = 1 at the
+    label).
 """
 
 from __future__ import annotations
@@ -74,18 +78,30 @@ def discounted_returns(values: Tensor, rows: Tensor, discount: float) -> Tensor:
 
 
 def policy_gradient_nll(
-    student: Scores, teacher: TeacherScores, batch: TokenBatch, terms: Sequence[Term], strategy: StrategyConfig, *,
-    frozen: list[Any] | None, uniforms: Tensor | None, scale: Tensor | float, row_scale: Tensor | float,
-    chunk_bytes: int | None = None, metric_stride: int = 1, teacher_share: float = 0.0,
-) -> tuple[LossOutput, list[Any]]:  # fmt: skip
-    """The loss of the `policy_gradient` strategy; its value is the objective's, its gradient the clipped surrogate's.
+    student: Scores,
+    teacher: TeacherScores,
+    batch: TokenBatch,
+    terms: Sequence[Term],
+    strategy: StrategyConfig,
+    *,
+    frozen: list[Any] | None,
+    uniforms: Tensor | None,
+    scale: Tensor | float,
+    row_scale: Tensor | float,
+    chunk_bytes: int | None = None,
+    metric_stride: int = 1,
+    teacher_share: float = 0.0,
+) -> tuple[LossOutput, list[Any]]:
+    """The loss of the `policy_gradient` strategy; its value is the objective's, its gradient the clipped
+    surrogate's.
 
     One chunk of logits is alive at a time; it is computed again in the backward pass.
 
     Args:
         student, teacher, batch, terms: as for `loss_by_source`.
         strategy: clipping, mean and returns.
-        frozen: tokens, advantages and old log-probabilities of this batch's first update; None: this is the first.
+        frozen: tokens, advantages and old log-probabilities of this batch's first update; None: this is the
+            first.
         uniforms: numbers of the draws, used at the first update.
         scale: 1 / (label tokens of the global batch); multiplies the value, and the gradient of a token mean.
         row_scale: 1 / (rows of the global batch), for a sequence mean.
@@ -99,14 +115,21 @@ def policy_gradient_nll(
     parts, sums, total = list(parts_of(batch, terms)), {}, student.hidden.new_zeros((), dtype=torch.float32)
     kept: list[Any] = []
     for number, part in enumerate(parts):
-        data = _PartData(part, student, teacher, batch, uniforms, chunk_bytes or default_chunk_bytes(batch.labels.device))
+        data = _PartData(
+            part, student, teacher, batch, uniforms, chunk_bytes or default_chunk_bytes(batch.labels.device)
+        )
         seen = _look(data, strategy, sums, metric_stride if part.first else 0)
         state = _freeze(data, seen, strategy, teacher_share) if frozen is None else frozen[number]
         kept.append(state)
-        total = total + _surrogate(data, state, _coefficients(data, strategy, scale, row_scale), strategy, sums)
+        total = total + _surrogate(
+            data, state, _coefficients(data, strategy, scale, row_scale), strategy, sums
+        )
     value = sum(term.weight * sums.get(f"value/{term.name}", 0.0) for term in terms)
-    # The value is the objective, so that logs of both strategies are comparable; the gradient is the surrogate's.
-    return LossOutput(total - total.detach() + torch.as_tensor(value, device=total.device) * scale, sums), kept
+    # The value is the objective, so that logs of both strategies are comparable; the gradient is the
+    # surrogate's.
+    return LossOutput(
+        total - total.detach() + torch.as_tensor(value, device=total.device) * scale, sums
+    ), kept
 
 
 class _PartData:
@@ -124,7 +147,8 @@ class _PartData:
         at = part.positions
         self.part, self.student, self.teacher = part, student.at(at), teacher.at(at)
         self.labels, self.rows, self.behaviour, self.uniforms = (
-            x if x is None or at is None else x[at] for x in (batch.labels, batch.rows, batch.behaviour, uniforms)
+            x if x is None or at is None else x[at]
+            for x in (batch.labels, batch.rows, batch.behaviour, uniforms)
         )
         self.row_lengths = batch.row_lengths
         self.vocab = min(student.vocab, teacher.vocab)
@@ -149,8 +173,11 @@ class _PartData:
 
 
 @torch.no_grad()
-def _look(data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: int) -> list[dict[str, Tensor]]:
-    """Values and metrics as they are now; tokens, weights and log-probabilities of each term that has ratios."""
+def _look(
+    data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: int
+) -> list[dict[str, Tensor]]:
+    """Values and metrics as they are now; tokens, weights and log-probabilities of each term that has
+    ratios."""
     found: list[list[dict[str, Tensor]]] = [[] for _ in data.part.terms]
     for chunk in data.chunks:
         log_q, log_p = data.student_logprobs(chunk), data.teacher_logprobs(chunk)
@@ -159,10 +186,14 @@ def _look(data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: 
             columns, weights = weigh(term, log_p, log_q, q, data.inputs(chunk), sums)
             if has_ratio(term.support):
                 assert columns.tokens is not None
-                place.append({
-                    "tokens": columns.tokens, "advantages": weights, "old": columns.student_logprobs,
-                    "teacher": columns.teacher_logprobs[:, 0],
-                })  # fmt: skip
+                place.append(
+                    {
+                        "tokens": columns.tokens,
+                        "advantages": weights,
+                        "old": columns.student_logprobs,
+                        "teacher": columns.teacher_logprobs[:, 0],
+                    }
+                )
             else:
                 label = data.inputs(chunk).labels[:, None]
                 place.append({"old": log_q.gather(1, label), "teacher": log_p.gather(1, label)[:, 0]})
@@ -171,7 +202,9 @@ def _look(data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: 
             if metric_stride:
                 rows = slice(-chunk.start % metric_stride, None, metric_stride)
                 distribution_metrics(log_p[rows].clone(), log_q[rows].clone(), sums)
-    return [{name: torch.cat([piece[name] for piece in place]) for name in place[0]} for place in found if place]
+    return [
+        {name: torch.cat([piece[name] for piece in place]) for name in place[0]} for place in found if place
+    ]
 
 
 @torch.no_grad()
@@ -184,7 +217,9 @@ def _freeze(
         state = dict(state)
         teacher = state.pop("teacher")
         if term.support.given or term.support.label or not has_ratio(term.support):
-            state["old"] = torch.cat([_writer(data, term, state["old"][:, :1], teacher, teacher_share), state["old"][:, 1:]], 1)
+            state["old"] = torch.cat(
+                [_writer(data, term, state["old"][:, :1], teacher, teacher_share), state["old"][:, 1:]], 1
+            )
         if term.support.given and strategy.discount:
             assert data.rows is not None
             state["advantages"] = _returns(state["advantages"][:, 0], data.rows, strategy)[:, None]
@@ -195,7 +230,9 @@ def _freeze(
 def _writer(data: _PartData, term: Term, own: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
     """Log-probability of the labels for whoever wrote them, `[N, 1]`."""
     if teacher_share and term.on == "student":
-        return torch.logaddexp(own[:, 0] + math.log(1.0 - teacher_share), teacher + math.log(teacher_share))[:, None]
+        return torch.logaddexp(own[:, 0] + math.log(1.0 - teacher_share), teacher + math.log(teacher_share))[
+            :, None
+        ]
     if data.behaviour is None:
         return own
     known = torch.isfinite(data.behaviour)
@@ -210,7 +247,9 @@ def _returns(advantages: Tensor, rows: Tensor, strategy: StrategyConfig) -> Tens
     return sums / counts.clamp_min(1.0) if strategy.normalize_returns else sums
 
 
-def _coefficients(data: _PartData, strategy: StrategyConfig, scale: Tensor | float, row_scale: Tensor | float) -> Tensor:
+def _coefficients(
+    data: _PartData, strategy: StrategyConfig, scale: Tensor | float, row_scale: Tensor | float
+) -> Tensor:
     """What each position counts, `[N]`."""
     assert data.labels is not None
     ones = torch.ones(len(data.labels), device=data.labels.device, dtype=torch.float32)
@@ -222,7 +261,11 @@ def _coefficients(data: _PartData, strategy: StrategyConfig, scale: Tensor | flo
 
 
 def _surrogate(
-    data: _PartData, state: list[dict[str, Tensor]], coefficients: Tensor, strategy: StrategyConfig, sums: Sums
+    data: _PartData,
+    state: list[dict[str, Tensor]],
+    coefficients: Tensor,
+    strategy: StrategyConfig,
+    sums: Sums,
 ) -> Tensor:
     """The differentiable loss of a part."""
     head = data.student.head
@@ -233,13 +276,22 @@ def _surrogate(
         pieces = [{name: values[chunk] for name, values in piece.items()} for piece in state]
 
         def run(
-            hidden: Tensor, weight: Tensor | None, bias: Tensor | None, chunk: slice = chunk, pieces: Any = pieces
+            hidden: Tensor,
+            weight: Tensor | None,
+            bias: Tensor | None,
+            chunk: slice = chunk,
+            pieces: Any = pieces,
         ) -> tuple[Tensor, ...]:
             side = Scores(hidden, head._replace(weight=weight, bias=bias))
             return _chunk_loss(data, side, chunk, pieces, coefficients[chunk], strategy)
 
         loss, clipped, drift = checkpoint(
-            run, data.student.hidden[chunk], head.weight, head.bias, use_reentrant=False, preserve_rng_state=False
+            run,
+            data.student.hidden[chunk],
+            head.weight,
+            head.bias,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )  # type: ignore[misc]
         total = total + loss
         add(sums, **{"policy/clipped": clipped.detach(), "policy/kl_old": drift.detach()})
@@ -247,9 +299,13 @@ def _surrogate(
 
 
 def _chunk_loss(
-    data: _PartData, side: Scores, chunk: slice, pieces: Sequence[dict[str, Tensor]], coefficients: Tensor,
+    data: _PartData,
+    side: Scores,
+    chunk: slice,
+    pieces: Sequence[dict[str, Tensor]],
+    coefficients: Tensor,
     strategy: StrategyConfig,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     log_q = torch.log_softmax(logits(side, data.vocab), -1).clamp_min(LOGPROB_FLOOR)
     inputs = data.inputs(chunk)
     loss, clipped, drift = log_q.new_zeros(()), log_q.new_zeros(len(log_q)), log_q.new_zeros(len(log_q))
@@ -264,7 +320,11 @@ def _chunk_loss(
         with torch.no_grad():
             log_p = data.teacher_logprobs(chunk)
             _, weights = weigh(term, log_p, log_q, log_q.exp(), inputs, {})
-            ratio = (log_q.gather(1, inputs.labels[:, None]) - piece["old"])[:, 0].exp().clamp_max(1.0 + strategy.clip_high)
+            ratio = (
+                (log_q.gather(1, inputs.labels[:, None]) - piece["old"])[:, 0]
+                .exp()
+                .clamp_max(1.0 + strategy.clip_high)
+            )
             # 1 where the student itself wrote the text just now, and for the dataset's text.
             share = ratio if term.on == "student" else torch.ones_like(ratio)
         likelihood = weights * term.support.columns(log_p, log_q, inputs.labels).student_logprobs

@@ -32,8 +32,8 @@ def wide(tensor: Tensor) -> torch.dtype:
 def for_products(scores: Scores, vocab: int) -> Scores:
     """Cut to the common tokens and cast to the dtype that products run in.
 
-    Under autocast that is the autocast dtype. A CPU multiplies low precision tens of times slower than float32, so there the
-    operands are raised.
+    Under autocast that is the autocast dtype. A CPU multiplies low precision tens of times slower than
+    float32, so there the operands are raised.
     """
     hidden, head = scores.hidden, scores.head.truncated(vocab)
     dtype = torch.promote_types(hidden.dtype, head.weight.dtype) if head.weight is not None else hidden.dtype
@@ -63,7 +63,11 @@ def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
 
 
 def accumulate(
-    gradient: Float[Tensor, "C V"], hidden: Float[Tensor, "C D"], weight: Tensor | None, gradients: Gradients, chunk: slice
+    gradient: Float[Tensor, "C V"],
+    hidden: Float[Tensor, "C D"],
+    weight: Tensor | None,
+    gradients: Gradients,
+    chunk: slice,
 ) -> None:
     """The chunk's part of the gradients: overwritten in the first chunk, added in the others."""
     vocab = gradient.shape[1]

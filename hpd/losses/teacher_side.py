@@ -28,8 +28,11 @@ def is_known_by_token(teacher: TeacherScores) -> bool:
     return isinstance(teacher, TopKScores) or (teacher.log_z is not None and teacher.head.weight is not None)
 
 
-def teacher_logits_(teacher: TeacherScores, labels: Int[Tensor, "C"], out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
-    """Logits of the common vocabulary, written into `out` (log-probabilities where that is what the teacher knows).
+def teacher_logits_(
+    teacher: TeacherScores, labels: Int[Tensor, "C"], out: Float[Tensor, "C V"]
+) -> Float[Tensor, "C V"]:
+    """Logits of the common vocabulary, written into `out` (log-probabilities where that is what the teacher
+    knows).
 
     Args:
         teacher: as `for_products` made it ready.
@@ -57,7 +60,9 @@ def mass_outside(
     if common_logits is None:
         assert teacher.log_z is not None
         return torch.exp(_log_outside(teacher, vocab, wide(teacher.hidden)) - teacher.log_z)
-    return torch.sigmoid(_log_outside(teacher, vocab, common_logits.dtype) - torch.logsumexp(common_logits, -1))
+    return torch.sigmoid(
+        _log_outside(teacher, vocab, common_logits.dtype) - torch.logsumexp(common_logits, -1)
+    )
 
 
 def tail_mass(teacher: TopKScores, labels: Int[Tensor, "C"]) -> Float[Tensor, "C"]:
@@ -129,7 +134,10 @@ def _look_up(teacher: TopKScores, labels: Tensor, tokens: Tensor) -> Tensor:
 def _tail(teacher: TopKScores, labels: Tensor) -> Float[Tensor, "C 1"]:
     """Log-probability of a token that is neither among the k nor the label."""
     label_apart = ~(teacher.tokens == labels[:, None]).any(-1, keepdim=True)  # [C, 1]
-    known = teacher.logprobs.double().exp().sum(-1, keepdim=True) + label_apart * teacher.label_logprobs.double().exp()[:, None]
+    known = (
+        teacher.logprobs.double().exp().sum(-1, keepdim=True)
+        + label_apart * teacher.label_logprobs.double().exp()[:, None]
+    )
     others = (teacher.vocab - teacher.tokens.shape[1] - label_apart.long()).clamp_min(1)
     log_share = torch.log((1.0 - known).clamp_min(torch.finfo(torch.float32).tiny) / others)
     return torch.minimum(log_share.to(teacher.logprobs.dtype), teacher.logprobs.amin(-1, keepdim=True))

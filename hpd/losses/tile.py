@@ -1,6 +1,8 @@
-"""The arithmetic between the products: logits of a few positions in, gradient of the logits and sums of statistics out.
+"""The arithmetic between the products: logits of a few positions in, gradient of the logits and sums of
+statistics out.
 
-Axes: R positions of a tile, K columns of a support, V vocabulary. Everything here runs on tiles small enough for the
+Axes: R positions of a tile, K columns of a support, V vocabulary. Everything here runs on tiles small enough
+    for the
 processor's cache, so a pass costs a fraction of what it costs over the whole chunk.
 """
 
@@ -48,7 +50,9 @@ class TileInputs(NamedTuple):
 
     def rows(self, rows: slice) -> TileInputs:
         """The part that belongs to some positions."""
-        uniforms, draws, known = (None if x is None else x[rows] for x in (self.uniforms, self.draws, self.known))
+        uniforms, draws, known = (
+            None if x is None else x[rows] for x in (self.uniforms, self.draws, self.known)
+        )
         return TileInputs(self.labels[rows], uniforms, draws, self.kl_estimator, known)
 
 
@@ -59,8 +63,8 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 def add(sums: Sums, **values: Tensor) -> None:
     """Add the sum of each of the `values` to the running sum of its name, on the device."""
-    # Rows in their own dtype: a wider sum over the vocabulary would first copy it into that width. Then all names in one
-    # operation: on a CPU, starting one costs more than these sums do.
+    # Rows in their own dtype: a wider sum over the vocabulary would first copy it into that width. Then all
+    # names in one operation: on a CPU, starting one costs more than these sums do.
     rows = [value if value.dim() == 1 else value.sum(-1) for value in values.values()]
     widest = functools.reduce(torch.promote_types, (row.dtype for row in rows))
     totals = torch.stack([row.to(widest) for row in rows]).sum(-1, dtype=sum_dtype(rows[0].device))
@@ -81,8 +85,9 @@ def tile_gradient_(
 
     .. math:: \frac{\partial L}{\partial z_v} = s \Big[\Big(\sum_u w_u\Big) q_v - w_v\Big]
 
-    Both arguments are used as scratch space. `sums` gains the value of every term and the objectives' own statistics. `scale`
-    is s; `finite` promises that no logit is -inf, which saves two passes. Returns `student_logits`.
+    Both arguments are used as scratch space. `sums` gains the value of every term and the objectives' own
+    statistics. `scale` is s; `finite` promises that no logit is -inf, which saves two passes. Returns
+    `student_logits`.
     """
     torch.log_softmax(student_logits, -1, out=student_logits)
     torch.log_softmax(teacher_logits, -1, out=teacher_logits)
@@ -123,10 +128,13 @@ def tile_gradient_(
 
 
 def _on_whole_vocabulary(term: Term) -> bool:
-    """Whether the objective can do all the work between the logits and their gradient in passes of its own."""
+    """Whether the objective can do all the work between the logits and their gradient in passes of its
+    own."""
     if term.objective.fused is None or term.temperature != 1.0:
         return False
-    return term.support.whole and (term.support.is_distribution or term.objective.domain == "label_and_vocabulary")
+    return term.support.whole and (
+        term.support.is_distribution or term.objective.domain == "label_and_vocabulary"
+    )
 
 
 def _whole_gradient_(term: Term, whole: Whole, sums: Sums, scale: Tensor) -> Tensor:
@@ -144,7 +152,8 @@ def _whole_gradient_(term: Term, whole: Whole, sums: Sums, scale: Tensor) -> Ten
 def weigh(
     term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs, sums: Sums
 ) -> tuple[Columns, Float[Tensor, "R K"]]:
-    """Columns of the term's support and its weights there (coefficients included); adds its value and statistics."""
+    """Columns of the term's support and its weights there (coefficients included); adds its value and
+    statistics."""
     draws = term_draws(term, log_p, log_q, q, inputs)
     columns = term.support.columns(log_p, log_q, inputs.labels, draws)
     weights = weigh_columns(term, columns, sums)
@@ -167,7 +176,8 @@ def watch_draws(term: Term, tokens: Int[Tensor, "R n"], inputs: TileInputs, sums
 
 
 def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R K"]:
-    """The term's weights at its columns, coefficients included; adds its value and the objective's statistics."""
+    """The term's weights at its columns, coefficients included; adds its value and the objective's
+    statistics."""
     pair = columns.teacher_logprobs, columns.student_logprobs
     if columns.coefficients is None:
         weights, value = term.objective.evaluate(*pair)
@@ -176,7 +186,10 @@ def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R 
         if term.objective.domain == "label" and term.support.importance and term.support.draws > 1:
             # Such an objective averages over its draws itself, and importance weights do so too.
             coefficients = torch.cat([coefficients[:, :1], coefficients[:, 1:] * term.support.draws], dim=1)
-        weights, value = term.objective.weights(*pair) * coefficients, term.objective.value(*pair) * coefficients
+        weights, value = (
+            term.objective.weights(*pair) * coefficients,
+            term.objective.value(*pair) * coefficients,
+        )
     stats = {} if term.objective.stats is None else term.objective.stats(*pair)
     add(sums, **{f"value/{term.name}": value}, **stats)
     return weights
@@ -191,11 +204,14 @@ def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: Tile
     if inputs.draws is not None:
         return Draws(inputs.draws, logprobs.gather(1, inputs.draws))
     assert inputs.uniforms is not None, "a sampled support needs uniforms or draws"
-    return term.support.draw(logprobs, q if from_student else torch.exp(log_p), inputs.labels, inputs.uniforms)
+    return term.support.draw(
+        logprobs, q if from_student else torch.exp(log_p), inputs.labels, inputs.uniforms
+    )
 
 
 def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInputs, sums: Sums) -> Tensor:
-    """The gradient of a term whose distributions are softened: d/dz of softmax(z / T) brings the factor 1 / T."""
+    """The gradient of a term whose distributions are softened: d/dz of softmax(z / T) brings the factor 1 /
+    T."""
     log_p = torch.log_softmax(log_p / term.temperature, -1)
     log_q = torch.log_softmax(log_q / term.temperature, -1)
     q = torch.exp(log_q)
@@ -220,7 +236,8 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, sums: Sums) -> None:
         return
     log_p.clamp_(min=LOGPROB_FLOOR)
     log_q.clamp_(min=LOGPROB_FLOOR)
-    # The student agrees where its likeliest token is the teacher's; one index search, which costs three passes on a CPU.
+    # The student agrees where its likeliest token is the teacher's; one index search, which costs three
+    # passes on a CPU.
     chosen = log_q.gather(1, log_p.max(-1, keepdim=True).indices)[:, 0]
     agreement = (chosen == log_q.amax(-1)).to(log_p.dtype)
     p, q = log_p.exp(), log_q.exp()
@@ -232,9 +249,14 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, sums: Sums) -> None:
     teacher_entropy, student_entropy = -expected(p, log_p), -expected(q, log_q)
     gap = log_p.sub_(log_q)
     add(
-        sums, forward_kl=expected(p, gap), reverse_kl=-expected(q, gap), teacher_entropy=teacher_entropy,
-        student_entropy=student_entropy, top1_agreement=agreement, metric_tokens=torch.ones_like(agreement),
-    )  # fmt: skip
+        sums,
+        forward_kl=expected(p, gap),
+        reverse_kl=-expected(q, gap),
+        teacher_entropy=teacher_entropy,
+        student_entropy=student_entropy,
+        top1_agreement=agreement,
+        metric_tokens=torch.ones_like(agreement),
+    )
 
 
 TeacherAt = Callable[[Int[Tensor, "C n"]], Float[Tensor, "C n"]]
@@ -242,7 +264,9 @@ TeacherAt = Callable[[Int[Tensor, "C n"]], Float[Tensor, "C n"]]
 
 def read_few_tokens(terms: Sequence[Term], kl_estimator: str = "exact") -> bool:
     """Whether `token_gradient_` can serve the terms; the others need both distributions side by side."""
-    return kl_estimator == "exact" and all(term.temperature == 1.0 and term.support.is_few_tokens for term in terms)
+    return kl_estimator == "exact" and all(
+        term.temperature == 1.0 and term.support.is_few_tokens for term in terms
+    )
 
 
 def token_gradient_(
@@ -253,7 +277,8 @@ def token_gradient_(
     sums: Sums,
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, "C V"]:
-    r"""Overwrite the student's logits with the gradient of the loss with respect to them; see `tile_gradient_`.
+    r"""Overwrite the student's logits with the gradient of the loss with respect to them; see
+    `tile_gradient_`.
 
     Args:
         student_logits: scratch, and the result.
@@ -267,7 +292,8 @@ def token_gradient_(
     q = log_q.exp_()
 
     def student_at(tokens: Tensor) -> Tensor:
-        # A drawn token has mass, so that its logarithm is exact; the label's may have underflowed and was kept.
+        # A drawn token has mass, so that its logarithm is exact; the label's may have underflowed and was
+        # kept.
         return torch.where(tokens == labels, label_logprobs, torch.log(q.gather(1, tokens)))
 
     mass = q.new_zeros(len(q), 1)
@@ -277,10 +303,14 @@ def token_gradient_(
         if term.support.draws and draws is None:
             assert inputs.uniforms is not None, "a sampled support needs uniforms or draws"
             draws = term.support.draw(q, q, inputs.labels, inputs.uniforms)
-        tokens, coefficients = term.support.token_columns(inputs.labels, draws if term.support.draws else None)
+        tokens, coefficients = term.support.token_columns(
+            inputs.labels, draws if term.support.draws else None
+        )
         log_p = teacher_at(tokens).to(q.dtype).clamp_min(LOGPROB_FLOOR)
         if given is not None and term.support.draws:
-            log_q_at = torch.cat([label_logprobs, given.logprobs], 1) if term.support.label else given.logprobs
+            log_q_at = (
+                torch.cat([label_logprobs, given.logprobs], 1) if term.support.label else given.logprobs
+            )
         else:
             log_q_at = student_at(tokens)
         columns = Columns(log_p, log_q_at.clamp_min(LOGPROB_FLOOR), tokens, coefficients)

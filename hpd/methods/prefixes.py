@@ -1,4 +1,5 @@
-"""Where contexts come from: shares of the dataset's text and of the student's own, and how the student writes its part."""
+"""Where contexts come from: shares of the dataset's text and of the student's own, and how the student writes
+its part."""
 
 from __future__ import annotations
 
@@ -25,40 +26,55 @@ class Prefixes:
     dataset: Scalar | None = None
     """Share of rows whose text is the dataset's, in [0, 1]; null: what student leaves."""
     student: Scalar | None = None
-    """Share of rows that the student writes; null: what dataset leaves, or none. Either may be a schedule over training; an
-    adaptive one rises when the validation loss does (DistiLLM)."""
+    """Share of rows that the student writes; null: what dataset leaves, or none. Either may be a schedule
+    over training; an adaptive one rises when the validation loss does (DistiLLM)."""
     mix: Literal["row", "batch"] = "row"
-    """row: every row tosses its own coin. batch: one coin for the whole global batch of a step (GKD's lambda)."""
+    """row: every row tosses its own coin. batch: one coin for the whole global batch of a step (GKD's
+    lambda)."""
     continue_tokens: int | None = None
-    """The student continues a dataset completion for n tokens from a random cut; null: it writes whole completions."""
+    """The student continues a dataset completion for n tokens from a random cut; null: it writes whole
+    completions."""
     adaptive_step: float = 0.1
     """How much an adaptive share rises at once."""
     adaptive_margin: float = 0.1
-    """By how much the validation loss must exceed its last reference, in the loss's unit, for an adaptive share to rise."""
+    """By how much the validation loss must exceed its last reference, in the loss's unit, for an adaptive
+    share to rise."""
 
     def __post_init__(self) -> None:
         given = {name: value for name in ("dataset", "student") if (value := getattr(self, name)) is not None}
         for name, value in given.items():
             ends = _ends(value)
             if any(not 0.0 <= share <= 1.0 for share in ends):
-                raise ValueError(f"prefixes.{name} is a share of rows in [0, 1], got {' to '.join(f'{x:g}' for x in ends)}.")
+                raise ValueError(
+                    f"prefixes.{name} is a share of rows in [0, 1], got "
+                    f"{' to '.join(f'{x:g}' for x in ends)}."
+                )
         if len(given) == 2:
             if any(as_schedule(value) for value in given.values()):
-                raise ValueError("prefixes: where one share is a schedule, the other is what it leaves: give only one of them.")
+                raise ValueError(
+                    "prefixes: where one share is a schedule, the other is what it leaves: give only one of "
+                    "them."
+                )
             if abs(sum(given.values()) - 1.0) > 1e-9:
                 total = sum(given.values())
                 raise ValueError(
-                    f"prefixes.dataset and prefixes.student are shares of one whole: they sum to {total:g}, not 1."
+                    f"prefixes.dataset and prefixes.student are shares of one whole: they sum to {total:g}, "
+                    "not 1."
                 )
         adaptive = as_schedule(self.dataset)
         if adaptive is not None and adaptive.schedule == "adaptive":
-            raise ValueError("prefixes: an adaptive share is the student's: write student: {schedule: adaptive, ...}.")
+            raise ValueError(
+                "prefixes: an adaptive share is the student's: write student: {schedule: adaptive, ...}."
+            )
         if self.continue_tokens is not None and self.continue_tokens < 1:
             raise ValueError(
-                f"prefixes.continue_tokens must be >= 1, or null for whole completions, got {self.continue_tokens}."
+                "prefixes.continue_tokens must be >= 1, or null for whole completions, got "
+                f"{self.continue_tokens}."
             )
         if self.continue_tokens is not None and not self.on_policy:
-            raise ValueError("prefixes.continue_tokens has no effect without rows of the student: set prefixes.student.")
+            raise ValueError(
+                "prefixes.continue_tokens has no effect without rows of the student: set prefixes.student."
+            )
 
     @property
     def on_policy(self) -> bool:
@@ -90,7 +106,8 @@ def _ends(value: Any) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """Old rollouts that are used again: generation is paid once, at the price of prefixes that an older student wrote.
+    """Old rollouts that are used again: generation is paid once, at the price of prefixes that an older
+    student wrote.
 
     Reference:
         Ko et al., DistiLLM, 2024, arXiv 2402.03898, section 3.2 (off-policy use of student-generated text).
@@ -103,8 +120,8 @@ class ReplayConfig:
     max_age_steps: int | None = None
     """Rollouts older than this many optimiser steps are dropped; null: none is."""
     fresh: Scalar = Schedule(schedule="linear", start=1.0, end=0.0)
-    """Share of the student's rows that are newly written, the others are drawn from the buffer. Until the buffer is full, all
-    are new. DistiLLM's schedule falls from 1 to 0."""
+    """Share of the student's rows that are newly written, the others are drawn from the buffer. Until the
+    buffer is full, all are new. DistiLLM's schedule falls from 1 to 0."""
     importance: bool = False
     """Correct for the age: the policy ratio is taken against the student that wrote the text. Needs strategy
     policy_gradient, whose clipping bounds the ratio."""
@@ -113,7 +130,9 @@ class ReplayConfig:
         if self.capacity < 1:
             raise ValueError(f"rollouts.replay.capacity must be >= 1, got {self.capacity}.")
         if self.max_age_steps is not None and self.max_age_steps < 1:
-            raise ValueError(f"rollouts.replay.max_age_steps must be >= 1, or null, got {self.max_age_steps}.")
+            raise ValueError(
+                f"rollouts.replay.max_age_steps must be >= 1, or null, got {self.max_age_steps}."
+            )
         if any(not 0.0 <= share <= 1.0 for share in _ends(self.fresh)):
             raise ValueError(f"rollouts.replay.fresh is a share in [0, 1], got {self.fresh}.")
         schedule = as_schedule(self.fresh)
@@ -128,14 +147,16 @@ class RolloutConfig:
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """transformers: the student's own generate, on any device. vllm: vLLM through TRL (extra `vllm`, needs a GPU)."""
+    """transformers: the student's own generate, on any device. vllm: vLLM through TRL (extra `vllm`, needs a
+    GPU)."""
     max_new_tokens: int = 256
-    """Longest completion; train.max_length can cut it shorter. One that does not end by itself gets no end-token label."""
+    """Longest completion; train.max_length can cut it shorter. One that does not end by itself gets no
+    end-token label."""
     max_prompt_tokens: int | None = None
     """Longer prompts keep their end, in generation and in training alike; null: no prompt is cut."""
     temperature: float = 1.0
-    """Of the draw, > 0. At 1, with top_p 1, top_k 0 and min_p 0, tokens are drawn from the student's own distribution, which
-    is what a `rollout` support assumes."""
+    """Of the draw, > 0. At 1, with top_p 1, top_k 0 and min_p 0, tokens are drawn from the student's own
+    distribution, which is what a `rollout` support assumes."""
     top_p: float = 1.0
     """Keep the smallest set of tokens with at least this mass; 1 keeps all."""
     top_k: int = 0
@@ -149,18 +170,23 @@ class RolloutConfig:
     batch_size: int = 32
     """Completions written at once; speed and memory only."""
     truncated: Literal["keep", "mask"] = "keep"
-    """Completions cut at the length limit: keep their tokens as labels (never an end token), or mask all of them."""
+    """Completions cut at the length limit: keep their tokens as labels (never an end token), or mask all of
+    them."""
     teacher_share: float = 0.0
     """Draw from (1 - a) student + a teacher (MiniLLM: 0.2); the policy gradient corrects for it."""
     replay: ReplayConfig | None = None
     """Use rollouts again; null: every rollout is trained on once."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of TRL's VLLMGeneration: mode (colocate or server), server_base_url, gpu_memory_utilization, ..."""
+    """Further arguments of TRL's VLLMGeneration: mode (colocate or server), server_base_url,
+    gpu_memory_utilization, ..."""
 
     def __post_init__(self) -> None:
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
-            "max_prompt_tokens": (self.max_prompt_tokens is None or self.max_prompt_tokens >= 1, ">= 1, or null"),
+            "max_prompt_tokens": (
+                self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
+                ">= 1, or null",
+            ),
             "temperature": (self.temperature > 0, "> 0"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "top_k": (self.top_k >= 0, ">= 0"),
@@ -175,10 +201,13 @@ class RolloutConfig:
                 raise ValueError(f"rollouts.{name} must be {allowed}, got {getattr(self, name)}.")
         if self.engine == "vllm" and self.teacher_share:
             raise ValueError(
-                "rollouts.teacher_share mixes two models token by token, which vLLM cannot: use engine: transformers."
+                "rollouts.teacher_share mixes two models token by token, which vLLM cannot: use engine: "
+                "transformers."
             )
         if self.engine != "vllm" and self.vllm:
-            raise ValueError("rollouts.vllm has no effect with engine: transformers: remove it, or set engine: vllm.")
+            raise ValueError(
+                "rollouts.vllm has no effect with engine: transformers: remove it, or set engine: vllm."
+            )
 
     @property
     def draws_student_exactly(self) -> bool:

@@ -29,9 +29,12 @@ class Regime(NamedTuple):
 
 
 def choose_regime(
-    method: str | None, terms: Sequence[Term], prefixes: Prefixes | None = None, rollouts: RolloutConfig | None = None,
+    method: str | None,
+    terms: Sequence[Term],
+    prefixes: Prefixes | None = None,
+    rollouts: RolloutConfig | None = None,
     strategy: StrategyConfig | str | None = None,
-) -> Regime:  # fmt: skip
+) -> Regime:
     """What is given, and the method's own where nothing is; checked against the terms.
 
     Raises:
@@ -47,7 +50,9 @@ def choose_regime(
         strategy = row.strategy
     regime = Regime(prefixes, rollouts, as_strategy(strategy))
     if given_rollouts is not None and not prefixes.on_policy:
-        raise ValueError("rollouts has no effect where the student writes nothing: set prefixes.student, or remove it.")
+        raise ValueError(
+            "rollouts has no effect where the student writes nothing: set prefixes.student, or remove it."
+        )
     _check_sources(regime, terms)
     _check_strategy(regime, terms)
     return regime
@@ -59,17 +64,28 @@ def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
     only_student = [term.name for term in terms if term.on == "student"]
     if only_student and not prefixes.on_policy:
         raise ValueError(
-            f"{', '.join(only_student)} learns from the student's own text, and there is none: set prefixes: {{student: 1}}."
+            f"{', '.join(only_student)} learns from the student's own text, and there is none: set prefixes: "
+            f"{{student: 1}}."
         )
     always = prefixes.student_share(0.0) == prefixes.student_share(1.0) == 1.0 and prefixes.adaptive is None
     if always and prefixes.continue_tokens is None and "student" not in used:
-        raise ValueError("Every row is the student's, and no term learns from those: set on: both, or lower prefixes.student.")
+        raise ValueError(
+            "Every row is the student's, and no term learns from those: set on: both, or lower "
+            "prefixes.student."
+        )
     if prefixes.continue_tokens is not None and rollouts.truncated == "mask":
-        raise ValueError("rollouts.truncated: mask would mask every continuation, since they end after continue_tokens.")
-    if any(term.support.given for term in terms) and not rollouts.draws_student_exactly and not rollouts.teacher_share:
+        raise ValueError(
+            "rollouts.truncated: mask would mask every continuation, since they end after continue_tokens."
+        )
+    if (
+        any(term.support.given for term in terms)
+        and not rollouts.draws_student_exactly
+        and not rollouts.teacher_share
+    ):
         warnings.warn(
-            "rollouts cuts or reshapes the student's distribution, and a rollout support takes its tokens for plain draws: the "
-            "gradient is biased. temperature: 1 with top_p: 1, top_k: 0, min_p: 0 is exact.",
+            "rollouts cuts or reshapes the student's distribution, and a rollout support takes its tokens "
+            "for plain draws: the gradient is biased. temperature: 1 with top_p: 1, top_k: 0, min_p: 0 is "
+            "exact.",
             stacklevel=3,
         )
 
@@ -80,20 +96,29 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
     if strategy.type == "direct":
         if rollouts.teacher_share:
             raise ValueError(
-                "rollouts.teacher_share draws from another distribution than the student's, which only strategy: "
-                "policy_gradient corrects for."
+                "rollouts.teacher_share draws from another distribution than the student's, which only "
+                "strategy: policy_gradient corrects for."
             )
         if importance:
-            raise ValueError("rollouts.replay.importance is a likelihood ratio: it needs strategy: policy_gradient.")
+            raise ValueError(
+                "rollouts.replay.importance is a likelihood ratio: it needs strategy: policy_gradient."
+            )
         return
     if importance and rollouts.teacher_share:
-        raise ValueError("rollouts.replay.importance and teacher_share are two ratios at once: choose one of them.")
+        raise ValueError(
+            "rollouts.replay.importance and teacher_share are two ratios at once: choose one of them."
+        )
     if not any(has_ratio(term.support) for term in terms):
         raise ValueError(
-            "strategy: policy_gradient takes likelihood ratios of single tokens, and every term sums a whole distribution. "
-            "Use support: label, sampled, label+sampled or rollout in at least one, or strategy: direct."
+            "strategy: policy_gradient takes likelihood ratios of single tokens, and every term sums a whole "
+            "distribution. Use support: label, sampled, label+sampled or rollout in at least one, or "
+            "strategy: direct."
         )
     if softened := [term.name for term in terms if term.temperature != 1.0]:
-        raise ValueError(f"strategy: policy_gradient is defined at temperature 1, and {', '.join(softened)} is softened.")
+        raise ValueError(
+            f"strategy: policy_gradient is defined at temperature 1, and {', '.join(softened)} is softened."
+        )
     if strategy.discount and not any(term.support.given for term in terms):
-        raise ValueError("strategy.discount credits later tokens of a rollout: it needs a term with support: rollout.")
+        raise ValueError(
+            "strategy.discount credits later tokens of a rollout: it needs a term with support: rollout."
+        )

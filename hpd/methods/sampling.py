@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["inverse_cdf"]
 
 
-# Tokens per block of the two-level search: about sqrt(V), so that searching the block sums and searching inside one block
-# cost the same.
+# Tokens per block of the two-level search: about sqrt(V), so that searching the block sums and searching
+# inside one block cost the same.
 _BLOCK_TOKENS = 256
 
 
@@ -22,8 +22,8 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniforms: Float[Tensor, "N n"]) -> 
 
     .. math:: a = \min \{ v : \sum_{u \le v} q_u > U \sum_u q_u \}
 
-    One pass sums blocks of the probabilities; the search then reads one block per draw. No random number is made over the
-    vocabulary, and the same uniform gives the same token whatever else is in the batch.
+    One pass sums blocks of the probabilities; the search then reads one block per draw. No random number is
+    made over the vocabulary, and the same uniform gives the same token whatever else is in the batch.
 
     Args:
         probs: non-negative, need not be normalised; a row without any mass gives token 0.

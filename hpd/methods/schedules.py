@@ -1,4 +1,5 @@
-"""Numbers that change during training: a term's weight, temperature, share of draws, or any parameter of its objective."""
+"""Numbers that change during training: a term's weight, temperature, share of draws, or any parameter of its
+objective."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ __all__ = ["Schedule", "SkewPosition", "TaidPosition", "ValidationRamp", "as_sch
 class Schedule:
     r"""A number as a function of training progress x in [0, 1].
 
-    constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step: start before
-    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a share of prefixes,
-    see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x / over, 1)`.
+    constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step:
+        start before
+    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a
+    share of prefixes, see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x /
+    over, 1)`.
 
     >>> Schedule(schedule="linear", start=0.0, end=1.0, over=0.5).at(0.25)
     0.5
@@ -62,7 +65,11 @@ def _checked(tree: Mapping[str, Any]) -> Schedule:
     shapes = get_args(get_type_hints(Schedule)["schedule"])
     known = [f.name for f in fields(Schedule)]
     numbers = {key: value for key, value in tree.items() if key != "schedule"}
-    wrong = [k for k, v in numbers.items() if isinstance(v, bool) or not (isinstance(v, (int, float)) and math.isfinite(v))]
+    wrong = [
+        k
+        for k, v in numbers.items()
+        if isinstance(v, bool) or not (isinstance(v, (int, float)) and math.isfinite(v))
+    ]
     if (
         tree["schedule"] not in shapes
         or set(tree) - set(known)
@@ -70,7 +77,8 @@ def _checked(tree: Mapping[str, Any]) -> Schedule:
         or [k for k in wrong if tree[k] is not None]
     ):
         raise ValueError(
-            f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got {dict(tree)}."
+            f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got "
+            f"{dict(tree)}."
         )
     return Schedule(**tree)
 
@@ -82,10 +90,12 @@ def value_at(value: Any, progress: float) -> Any:
 
 
 class TaidPosition:
-    r"""TAID's adaptive position t of the intermediate teacher: faster while the loss falls, never behind the linear ramp.
+    r"""TAID's adaptive position t of the intermediate teacher: faster while the loss falls, never behind the
+    linear ramp.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) \frac{J_{n-1} - J_n}{J_{n-1}}, \qquad
-              t \leftarrow \min\big(t_{end}, \max(t_{start} + x (t_{end} - t_{start}),\; t + \alpha\, \sigma(m) (1 - t))\big)
+              t \leftarrow \min\big(t_{end}, \max(t_{start} + x (t_{end} - t_{start}),\; t + \alpha\,
+              \sigma(m) (1 - t))\big)
 
     with J the term's loss at a step and x the progress of training.
 
@@ -124,13 +134,15 @@ class TaidPosition:
 
 
 class SkewPosition:
-    r"""DistiLLM-2's adaptive skew: a small one where teacher and student are nearer on a step's labels than before.
+    r"""DistiLLM-2's adaptive skew: a small one where teacher and student are nearer on a step's labels than
+    before.
 
-    .. math:: \alpha \leftarrow \mathrm{clip}\Big(1 - (1 - \alpha_0) \frac{\bar g}{g},\; \alpha_{min}, \alpha_0\Big), \qquad
-              g = e^{\overline{\log p(y)}} - e^{\overline{\log q(y)}}
+    .. math:: \alpha \leftarrow \mathrm{clip}\Big(1 - (1 - \alpha_0) \frac{\bar g}{g},\; \alpha_{min},
+              \alpha_0\Big), \qquad g = e^{\overline{\log p(y)}} - e^{\overline{\log q(y)}}
 
-    with the gap g of the mean label probabilities at a step (student minus teacher on the student's own text) and its mean over
-    all steps so far. The paper takes one gap per row; here it is one per step and writer, since the skew is a number of a term.
+    with the gap g of the mean label probabilities at a step (student minus teacher on the student's own text)
+    and its mean over all steps so far. The paper takes one gap per row; here it is one per step and writer,
+    since the skew is a number of a term.
 
     Args:
         start: alpha_0, the largest skew (published: 0.1).
@@ -164,7 +176,8 @@ class SkewPosition:
 class ValidationRamp:
     r"""DistiLLM's share of student-written rows: it rises by a step whenever the validation loss does.
 
-    .. math:: \phi \leftarrow \min(\phi_{end}, \phi + s), \quad L_{ref} \leftarrow L \qquad \text{if } L \ge L_{ref} + \epsilon
+    .. math:: \phi \leftarrow \min(\phi_{end}, \phi + s), \quad L_{ref} \leftarrow L \qquad \text{if } L \ge
+        L_{ref} + \epsilon
 
     The first loss is the first reference.
 

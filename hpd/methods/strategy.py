@@ -27,8 +27,8 @@ class StrategyConfig:
     mean: Literal["token", "sequence"] = "token"
     """token: every label token counts the same. sequence: every row does."""
     discount: float = 0.0
-    """Credit of later tokens, in [0, 1]: the advantage of a token of a `rollout` support is the sum of its own and its
-    successors', each step discounted by it. 0: its own only."""
+    """Credit of later tokens, in [0, 1]: the advantage of a token of a `rollout` support is the sum of its
+    own and its successors', each step discounted by it. 0: its own only."""
     later_only: bool = False
     """Leave a token's own advantage out (MiniLLM: a full-vocabulary term counts it exactly)."""
     normalize_returns: bool = False
@@ -46,9 +46,13 @@ class StrategyConfig:
             if not valid:
                 raise ValueError(f"strategy.{name} must be {allowed}, got {getattr(self, name)}.")
         if self.type == "direct" and any(getattr(self, f.name) != f.default for f in fields(self)):
-            raise ValueError("strategy: direct has no ratio to clip and one update per batch: set type: policy_gradient.")
+            raise ValueError(
+                "strategy: direct has no ratio to clip and one update per batch: set type: policy_gradient."
+            )
         if self.discount == 0.0 and (self.later_only or self.normalize_returns):
-            raise ValueError("strategy.later_only and normalize_returns speak of later tokens: set discount above 0.")
+            raise ValueError(
+                "strategy.later_only and normalize_returns speak of later tokens: set discount above 0."
+            )
 
 
 def as_strategy(value: StrategyConfig | str | None) -> StrategyConfig:

@@ -1,11 +1,12 @@
-"""Supports: which tokens of the vocabulary a term sums over, with what coefficients, and what becomes of the tail.
+"""Supports: which tokens of the vocabulary a term sums over, with what coefficients, and what becomes of the
+tail.
 
 Axes: N label positions, K columns of the support, V vocabulary.
 
-A support turns the two full distributions at N positions into K columns, in a fixed order: the label first (where the
-support has it), then the draws, or the top-k tokens and their tail. Coefficients multiply the objective's weights and values
-column by column; they carry the importance weights of drawn tokens and make a token count once where the label and another
-column coincide.
+A support turns the two full distributions at N positions into K columns, in a fixed order: the label first
+(where the support has it), then the draws, or the top-k tokens and their tail. Coefficients multiply the
+objective's weights and values column by column; they carry the importance weights of drawn tokens and make a
+token count once where the label and another column coincide.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from hpd.methods.sampling import inverse_cdf
 __all__ = ["LOGPROB_FLOOR", "Columns", "Draws", "Support", "full", "has_ratio", "label", "sampled", "top_k"]
 
 
-# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is exactly 0 in every
-# dtype, and products with it stay finite.
+# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is
+# exactly 0 in every dtype, and products with it stay finite.
 LOGPROB_FLOOR = -1e5
 
 
@@ -35,7 +36,8 @@ Tail = Literal["drop", "bucket", "renormalize"]
 
 
 class LogitGradient(NamedTuple):
-    """With respect to the logits: `mass * q`, plus `at_tokens` at the columns' tokens, plus `beside` elsewhere."""
+    """With respect to the logits: `mass * q`, plus `at_tokens` at the columns' tokens, plus `beside`
+    elsewhere."""
 
     mass: Float[Tensor, "N 1"]
     at_tokens: Float[Tensor, "N Kt"]
@@ -48,17 +50,22 @@ class Columns(NamedTuple):
     teacher_logprobs: Float[Tensor, "N K"]
     student_logprobs: Float[Tensor, "N K"]
     tokens: Int[Tensor, "N Kt"] | None
-    """Which tokens they are; None when they are the whole vocabulary in order. A bucket is the column after the last."""
+    """Which tokens they are; None when they are the whole vocabulary in order. A bucket is the column after
+    the last."""
     coefficients: Float[Tensor, "N K"] | None
     """None when they are all one."""
     tail: Tail = "drop"
 
-    def logit_gradient(self, weights: Float[Tensor, "N K"], student_logprobs: Float[Tensor, "N V"]) -> LogitGradient:
+    def logit_gradient(
+        self, weights: Float[Tensor, "N K"], student_logprobs: Float[Tensor, "N V"]
+    ) -> LogitGradient:
         r"""The gradient of :math:`-\sum_k w_k \log q_k` with respect to the logits.
 
         * drop: :math:`q_v \sum_k w_k - w_v`;
-        * bucket (column B is the whole tail): the same at the tokens, :math:`q_v \sum_k w_k - w_B\, q_v / q_B` beside them;
-        * renormalize (columns are normalised among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the tokens only.
+        * bucket (column B is the whole tail): the same at the tokens, :math:`q_v \sum_k w_k - w_B\, q_v /
+          q_B` beside them;
+        * renormalize (columns are normalised among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the
+          tokens only.
 
         Args:
             weights: w, one for each column.
@@ -69,8 +76,8 @@ class Columns(NamedTuple):
             return LogitGradient(torch.zeros_like(mass), self.student_logprobs.exp() * mass - weights, None)
         if self.tail == "bucket":
             assert self.tokens is not None
-            # One exponential for q / q_B, and none of it at the tokens: with a tail of 1e-9, a share of q that cancels there
-            # would drown them in its rounding.
+            # One exponential for q / q_B, and none of it at the tokens: with a tail of 1e-9, a share of q
+            # that cancels there would drown them in its rounding.
             beside = torch.exp(student_logprobs - self.student_logprobs[:, -1:]).scatter_(1, self.tokens, 0.0)
             return LogitGradient(mass, -weights[:, :-1], beside.mul_(-weights[:, -1:]))
         return LogitGradient(mass, -weights, None)
@@ -97,7 +104,8 @@ def top_k(k: int, *, of: Side = "teacher", tail: Tail = "bucket") -> Support:
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """Which tokens are summed over. Build one with `full`, `label`, `sampled`, `top_k`, and join them with `+`."""
+    """Which tokens are summed over. Build one with `full`, `label`, `sampled`, `top_k`, and join them with
+    `+`."""
 
     whole: bool = False
     """Every token of the vocabulary."""
@@ -108,7 +116,8 @@ class Support:
     draws_of: Side = "student"
     """Whose distribution the draws come from."""
     importance: bool = True
-    """Divide a drawn token's weight by the probability that it was drawn with (the sum is then unbiased). HPD does not."""
+    """Divide a drawn token's weight by the probability that it was drawn with (the sum is then unbiased). HPD
+    does not."""
     exclude_label: bool = False
     """Draw from the distribution with the label removed, instead of ignoring draws that equal the label."""
     share: float = 1.0
@@ -116,32 +125,47 @@ class Support:
     temperature: float = 1.0
     """Temperature of the draw, > 0; it changes which token is drawn and never the log-probabilities."""
     given: bool = False
-    """The draw is the token that the row itself holds: the student wrote it. It is handed to the operator as a draw."""
+    """The draw is the token that the row itself holds: the student wrote it. It is handed to the operator as
+    a draw."""
     top_k: int = 0
     """The k likeliest tokens."""
     top_k_of: Side = "teacher"
     """Whose likeliest tokens."""
     tail: Tail = "bucket"
-    """The rest of the vocabulary beside the top-k: `bucket` (one column that holds all of it), `renormalize` (the k columns
-    are normalised among themselves), or `drop` (nothing; no divergence unless the weights do not depend on the student)."""
+    """The rest of the vocabulary beside the top-k: `bucket` (one column that holds all of it), `renormalize`
+    (the k columns are normalised among themselves), or `drop` (nothing; no divergence unless the weights do
+    not depend on the student)."""
 
     def __post_init__(self) -> None:
         if self.whole and (self.draws or self.top_k):
-            raise ValueError("A full support already holds every token: it cannot be joined with draws or top_k.")
+            raise ValueError(
+                "A full support already holds every token: it cannot be joined with draws or top_k."
+            )
         if self.draws and self.top_k:
-            raise ValueError("Draws and top_k cannot be joined: a drawn token may be one of the k, and would count twice.")
+            raise ValueError(
+                "Draws and top_k cannot be joined: a drawn token may be one of the k, and would count twice."
+            )
         if not (self.whole or self.label or self.draws or self.top_k):
             raise ValueError("An empty support: use full(), label(), sampled(n), top_k(k) or a sum of them.")
-        if self.given and (self.draws != 1 or self.label or self.draws_of != "student" or not self.importance):
-            raise ValueError("A rollout's own token is one draw of the student, weighted by 1 / probability, and nothing else.")
+        if self.given and (
+            self.draws != 1 or self.label or self.draws_of != "student" or not self.importance
+        ):
+            raise ValueError(
+                "A rollout's own token is one draw of the student, weighted by 1 / probability, and nothing "
+                "else."
+            )
         if self.draws < 0 or self.top_k < 0:
             raise ValueError(f"sampled(n) and top_k(n) need n >= 1, got {min(self.draws, self.top_k)}.")
         if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"share is the part of label positions that get a draw, in [0, 1], got {self.share}.")
+            raise ValueError(
+                f"share is the part of label positions that get a draw, in [0, 1], got {self.share}."
+            )
         if (self.share < 1.0 or self.exclude_label) and self.draws and not self.label:
             raise ValueError("share and exclude_label speak of the label: use label() + sampled(...).")
         if not self.draws and (self.share < 1.0 or self.exclude_label or self.temperature != 1.0):
-            raise ValueError(f"share, exclude_label and temperature speak of draws, and {self} draws nothing.")
+            raise ValueError(
+                f"share, exclude_label and temperature speak of draws, and {self} draws nothing."
+            )
         if self.temperature <= 0:
             raise ValueError(f"The draw temperature must be > 0, got {self.temperature}.")
         for name, value, allowed in (
@@ -180,25 +204,35 @@ class Support:
     def draws_student_exactly(self) -> bool:
         """Whether every position gets draws from the student's own distribution, unchanged."""
         return (
-            bool(self.draws) and self.draws_of == "student" and not self.exclude_label and self.share == self.temperature == 1.0
+            bool(self.draws)
+            and self.draws_of == "student"
+            and not self.exclude_label
+            and self.share == self.temperature == 1.0
         )
 
     @property
     def is_few_tokens(self) -> bool:
-        """Whether the columns are the label and unmodified draws of the student: what single log-probabilities serve."""
+        """Whether the columns are the label and unmodified draws of the student: what single
+        log-probabilities serve."""
         if self.whole or self.top_k:
             return False
-        return not self.draws or (self.draws_of == "student" and self.temperature == 1.0 and not self.exclude_label)
+        return not self.draws or (
+            self.draws_of == "student" and self.temperature == 1.0 and not self.exclude_label
+        )
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers used per position: one a draw, and one for the coin when only a share of positions is drawn."""
+        """Uniform numbers used per position: one a draw, and one for the coin when only a share of positions
+        is drawn."""
         return self.draws + (self.share < 1.0) if self.draws and not self.given else 0
 
     def draw(
-        self, logprobs: Float[Tensor, "N V"], probs: Float[Tensor, "N V"], labels: Int[Tensor, "N"],
+        self,
+        logprobs: Float[Tensor, "N V"],
+        probs: Float[Tensor, "N V"],
+        labels: Int[Tensor, "N"],
         uniforms: Float[Tensor, "N u"],
-    ) -> Draws:  # fmt: skip
+    ) -> Draws:
         """Draw tokens; a position without a draw (share, or nothing but the label to draw) repeats the label.
 
         Args:
@@ -238,8 +272,8 @@ class Support:
             teacher_logprobs: nats, normalised over the vocabulary.
             student_logprobs: the same of the student.
             labels: the dataset's tokens.
-            draws: as `draw` gives them; needed when the support is sampled. A draw that equals the label has coefficient 0
-                beside the label: a token counts once.
+            draws: as `draw` gives them; needed when the support is sampled. A draw that equals the label has
+                coefficient 0 beside the label: a token counts once.
         """
         if self.is_distribution and self.whole:
             return Columns(teacher_logprobs, student_logprobs, None, None)
@@ -247,7 +281,9 @@ class Support:
             return self._top_columns(teacher_logprobs, student_logprobs, labels)
         if self.whole:
             tokens = labels[:, None]
-            everything = torch.arange(student_logprobs.shape[1], device=labels.device).expand_as(student_logprobs)
+            everything = torch.arange(student_logprobs.shape[1], device=labels.device).expand_as(
+                student_logprobs
+            )
             coefficients = torch.cat([torch.ones_like(student_logprobs[:, :1]), everything != tokens], dim=1)
             tokens = torch.cat([tokens, everything], dim=1)  # [N, 1 + V]
             pair = _gather(teacher_logprobs, student_logprobs, tokens)
@@ -296,7 +332,8 @@ class Support:
     def _coefficients(self, draws: Draws, labels: Tensor) -> Tensor:
         drawn = torch.ones_like(draws.logprobs)
         if self.importance:
-            # A token drawn with probability P counts w/P, so that the expectation over the draw is the full sum.
+            # A token drawn with probability P counts w/P, so that the expectation over the draw is the full
+            # sum.
             drawn = torch.exp(-draws.logprobs) / draws.tokens.shape[1]
         if not self.label:
             return drawn
@@ -305,11 +342,14 @@ class Support:
 
 
 def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return teacher.gather(1, tokens).clamp_min(LOGPROB_FLOOR), student.gather(1, tokens).clamp_min(LOGPROB_FLOOR)
+    return teacher.gather(1, tokens).clamp_min(LOGPROB_FLOOR), student.gather(1, tokens).clamp_min(
+        LOGPROB_FLOOR
+    )
 
 
 def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:
-    """Log-probability of all tokens but these, summed: `1 - sum` would lose a tail below the rounding of one."""
+    """Log-probability of all tokens but these, summed: `1 - sum` would lose a tail below the rounding of
+    one."""
     rest = torch.logsumexp(logprobs.scatter(1, tokens, -math.inf), -1, keepdim=True)
     return rest.clamp_min(LOGPROB_FLOOR)
 
@@ -322,7 +362,8 @@ def full() -> Support:
 def sampled(n: int = 1, *, of: Side = "student", **switches: Any) -> Support:
     """`n` tokens drawn at every position; `switches` are the fields of `Support` about draws.
 
-    `share` and `exclude_label` speak of the label, so they are given to the union: `Support(label=True, draws=1, share=0.5)`.
+    `share` and `exclude_label` speak of the label, so they are given to the union: `Support(label=True,
+    draws=1, share=0.5)`.
     """
     if n < 1:
         raise ValueError(f"sampled(n) needs n >= 1, got {n}.")

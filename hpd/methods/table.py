@@ -1,4 +1,5 @@
-"""The table of methods: a name, its terms, where its prefixes come from. Never a subclass, never a branch in the trainer."""
+"""The table of methods: a name, its terms, where its prefixes come from. Never a subclass, never a branch in
+the trainer."""
 
 from __future__ import annotations
 
@@ -235,7 +236,9 @@ METHODS: dict[str, Method] = {
         ),
         prefixes=Prefixes(student=1.0),
         rollouts=RolloutConfig(teacher_share=0.2),
-        strategy=StrategyConfig(type="policy_gradient", discount=1.0, later_only=True, normalize_returns=True),
+        strategy=StrategyConfig(
+            type="policy_gradient", discount=1.0, later_only=True, normalize_returns=True
+        ),
     ),
     "opd": Method(
         summary="on-policy distillation: the token that the student wrote, rewarded by the teacher's log-ratio",
@@ -243,7 +246,9 @@ METHODS: dict[str, Method] = {
         use="the second stage after any offline method; the teacher reads one token per position",
         defaults="policy gradient with clip 0.2, discount 0",
         reference="Thinking Machines Lab 2025, On-policy distillation",
-        terms=(TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0}),),
+        terms=(
+            TermConfig(objective="reverse_kl", on="student", support="rollout", kwargs={"baseline": 1.0}),
+        ),
         prefixes=Prefixes(student=1.0),
         strategy=StrategyConfig(type="policy_gradient"),
     ),
@@ -302,7 +307,9 @@ def choose_terms(
     if method is None and not terms:
         raise ValueError(f"Nothing to learn: give method (one of {', '.join(METHODS)}) or terms.")
     if method_kwargs and method is None:
-        raise ValueError("method_kwargs are parameters of method; with terms, put them into each term's kwargs.")
+        raise ValueError(
+            "method_kwargs are parameters of method; with terms, put them into each term's kwargs."
+        )
     chosen = method_terms(method, method_kwargs) if method is not None else tuple(terms)
     name_terms(chosen)
     return chosen

@@ -1,4 +1,5 @@
-"""A term: one objective on one support, with its weight in the loss; as it is computed, and as a recipe writes it."""
+"""A term: one objective on one support, with its weight in the loss; as it is computed, and as a recipe
+writes it."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def nearest(name: str, allowed: Sequence[str]) -> str:
 class Term(NamedTuple):
     """One summand of the loss, ready to be computed (no schedule, no names to look up).
 
-    The loss of a position is `weight * sum_k c_k value_k`, its gradient that of `-weight * sum_k c_k w_k log q_k`, with the
-    support's coefficients c and both distributions softened by `temperature`.
+    The loss of a position is `weight * sum_k c_k value_k`, its gradient that of `-weight * sum_k c_k w_k log
+    q_k`, with the support's coefficients c and both distributions softened by `temperature`.
     """
 
     name: str
@@ -60,28 +61,31 @@ class Term(NamedTuple):
             raise ValueError(f"Term {self.name!r}: on must be both, dataset or student, got {self.on!r}.")
         if support.given and self.on != "student":
             raise ValueError(
-                f"Term {self.name!r} reads the tokens that the student wrote, and only its own text has those: set on: student."
+                f"Term {self.name!r} reads the tokens that the student wrote, and only its own text has "
+                "those: set on: student."
             )
         if self.temperature <= 0:
             raise ValueError(f"Term {self.name!r}: temperature must be > 0, got {self.temperature}.")
         if domain == "label" and (not support.label or support.whole or support.top_k):
             raise ValueError(
-                f"Term {self.name!r} reads the label as its first column and draws after it, which {support} does not give. "
-                "Use support: label, or label+sampled."
+                f"Term {self.name!r} reads the label as its first column and draws after it, which {support} "
+                "does not give. Use support: label, or label+sampled."
             )
         if domain == "label_and_vocabulary" and not (support.label and support.whole):
-            raise ValueError(f"Term {self.name!r} reads the label and every token, not {support}. Use support: label+full.")
+            raise ValueError(
+                f"Term {self.name!r} reads the label and every token, not {support}. Use support: label+full."
+            )
         if domain == "distribution" and not support.is_distribution:
             raise ValueError(
-                f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. Use support: full, "
-                "or top_k with tail: bucket or renormalize."
+                f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. "
+                "Use support: full, or top_k with tail: bucket or renormalize."
             )
         drops = not (support.whole or support.draws or support.is_distribution)
         if domain == "token" and drops and not self.objective.drop_safe:
             raise ValueError(
-                f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is dropped, the sum can go "
-                "below zero, and shrinking the student's mass on the support minimises it. Use support: full, top_k with "
-                "tail: bucket, or label+sampled (unbiased)."
+                f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is "
+                "dropped, the sum can go below zero, and shrinking the student's mass on the support "
+                "minimises it. Use support: full, top_k with tail: bucket, or label+sampled (unbiased)."
             )
         return self
 
@@ -108,18 +112,19 @@ class TermConfig:
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
 
     objective: str
-    """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name" of your own
-    `Objective` or factory of one."""
+    """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name"
+    of your own `Objective` or factory of one."""
     weight: Scalar = 1.0
     """Factor of this term in the loss."""
     temperature: Scalar = 1.0
     """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
     on: Source = "both"
-    """Whose text the term learns from: the dataset's, the student's own rollouts, or both. (Evaluation reads the dataset's
-    rows only, and computes every term there.)"""
+    """Whose text the term learns from: the dataset's, the student's own rollouts, or both. (Evaluation reads
+    the dataset's rows only, and computes every term there.)"""
     support: str | None = None
-    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's own (label+sampled
-    for hpd, label for nll, label+full for hpd_exact, else full). rollout: the token that the student wrote, as its draw."""
+    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's
+    own (label+sampled for hpd, label for nll, label+full for hpd_exact, else full). rollout: the token that
+    the student wrote, as its draw."""
     draws: Literal["sampled", "exact"] = "sampled"
     """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
     num_draws: int = 1
@@ -129,9 +134,11 @@ class TermConfig:
     draw_temperature: Scalar = 1.0
     """Temperature of the draw, > 0."""
     exclude_label: bool = False
-    """Draw from the student's distribution without the label (the paper's algorithm), instead of ignoring such draws."""
+    """Draw from the student's distribution without the label (the paper's algorithm), instead of ignoring
+    such draws."""
     importance: bool | None = None
-    """Divide a drawn token's weight by its probability: unbiased, larger variance; null: yes, except for HPD's own rule."""
+    """Divide a drawn token's weight by its probability: unbiased, larger variance; null: yes, except for
+    HPD's own rule."""
     draws_of: Literal["student", "teacher"] = "student"
     """Whose distribution is drawn from."""
     top_k: int | None = None
@@ -139,7 +146,8 @@ class TermConfig:
     top_k_of: Literal["teacher", "student"] = "teacher"
     """Whose likeliest tokens."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
-    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalised), or dropped."""
+    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalised), or
+    dropped."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
 
@@ -149,7 +157,8 @@ class TermConfig:
             return self
         if self.objective != "hpd" or self.support not in (None, "label+full"):
             raise ValueError(
-                f"draws: exact is HPD's expectation on its own support, not {self.objective!r} on {self.support!r}."
+                f"draws: exact is HPD's expectation on its own support, not {self.objective!r} on "
+                f"{self.support!r}."
             )
         return replace(self, objective="hpd_exact", draws="sampled")
 
@@ -173,14 +182,18 @@ class TermConfig:
     def adaptive(self) -> dict[str, Schedule]:
         """Parameters of the objective whose schedule follows what is seen in training."""
         schedules = {key: as_schedule(value) for key, value in self.kwargs.items()}
-        return {key: s for key, s in schedules.items() if s is not None and s.schedule in ("adaptive", "skew")}
+        return {
+            key: s for key, s in schedules.items() if s is not None and s.schedule in ("adaptive", "skew")
+        }
 
     def build(self, name: str | None = None) -> Term:
         """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
         fixed = self.at(0.0).exact()
         objective = _build_objective(fixed.objective, fixed.kwargs)
         support = fixed.build_support()
-        return Term(name or self.objective, objective, support, fixed.weight, fixed.temperature, fixed.on).check()  # type: ignore[arg-type]
+        return Term(
+            name or self.objective, objective, support, fixed.weight, fixed.temperature, fixed.on
+        ).check()  # type: ignore[arg-type]
 
     def build_support(self) -> Support:
         """The support, with the draw's switches where it has draws."""
@@ -188,16 +201,26 @@ class TermConfig:
         if key not in SUPPORTS:
             raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
         spec = dict(SUPPORTS[key])
-        used = {} if "given" in spec else _DRAW_FIELDS if "draws" in spec else _TOP_K_FIELDS if "top_k" in spec else {}
+        used = (
+            {}
+            if "given" in spec
+            else _DRAW_FIELDS
+            if "draws" in spec
+            else _TOP_K_FIELDS
+            if "top_k" in spec
+            else {}
+        )
         idle = [
             f.name
             for f in fields(self)
-            if f.name in (_DRAW_FIELDS | _TOP_K_FIELDS) and f.name not in used and getattr(self, f.name) != f.default
+            if f.name in (_DRAW_FIELDS | _TOP_K_FIELDS)
+            and f.name not in used
+            and getattr(self, f.name) != f.default
         ]
         if idle:
             raise ValueError(
-                f"Support {key!r} makes no use of {', '.join(idle)}. Remove it, or choose a support that does: "
-                "label+sampled for draws, top_k for the k likeliest tokens."
+                f"Support {key!r} makes no use of {', '.join(idle)}. Remove it, or choose a support that "
+                "does: label+sampled for draws, top_k for the k likeliest tokens."
             )
         spec.update({option: getattr(self, name) for name, option in used.items()})
         if "draws" in spec and "given" not in spec and self.importance is None:
@@ -209,9 +232,13 @@ class TermConfig:
 
 # Fields of TermConfig and the field of Support that each becomes.
 _DRAW_FIELDS = {
-    "num_draws": "draws", "draw_share": "share", "draw_temperature": "temperature", "draws_of": "draws_of",
-    "exclude_label": "exclude_label", "importance": "importance",
-}  # fmt: skip
+    "num_draws": "draws",
+    "draw_share": "share",
+    "draw_temperature": "temperature",
+    "draws_of": "draws_of",
+    "exclude_label": "exclude_label",
+    "importance": "importance",
+}
 
 
 _TOP_K_FIELDS = {"top_k": "top_k", "top_k_of": "top_k_of", "tail": "tail"}
@@ -235,7 +262,9 @@ def objective_factory(name: str) -> Callable[..., Objective]:
     if isinstance(found, Objective):
         return lambda: found
     if not callable(found):
-        raise ValueError(f"{name} is a {type(found).__name__}: give an Objective, or a function that returns one.")
+        raise ValueError(
+            f"{name} is a {type(found).__name__}: give an Objective, or a function that returns one."
+        )
     return cast(Callable[..., Objective], found)
 
 
@@ -263,11 +292,14 @@ def _imported(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} cannot be imported ({error}): write package.module:name, importable from here.") from None
+        raise ValueError(
+            f"{name!r} cannot be imported ({error}): write package.module:name, importable from here."
+        ) from None
 
 
 def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
-    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put in."""
+    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put
+    in."""
     own = inspect.signature(objective_factory(term.objective)).parameters
     inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in own}}
     outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in own}

@@ -1,7 +1,7 @@
 """A causal language model that hands hidden states and head to a function, inside its own forward.
 
-Whatever runs on the head must run inside the (possibly wrapped) model's forward, or the hooks of DDP and FSDP are bypassed:
-gradients go unsynchronised and sharded weights are never gathered.
+Whatever runs on the head must run inside the (possibly wrapped) model's forward, or the hooks of DDP and FSDP
+are bypassed: gradients go unsynchronised and sharded weights are never gathered.
 """
 
 from __future__ import annotations
@@ -25,22 +25,30 @@ __all__ = ["add_head_function", "model_inputs", "scores_of"]
 
 
 _MODEL_INPUTS = (
-    "input_ids", "attention_mask", "position_ids",
-    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
-)  # fmt: skip
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+)
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The part of a collated batch that a model's backbone takes (no labels: they would make it compute its own loss)."""
+    """The part of a collated batch that a model's backbone takes (no labels: they would make it compute its
+    own loss)."""
     return {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
 
 
 def add_head_function(model: nn.Module) -> nn.Module:
-    """Teach `model` the call `model(**inputs, label_index=index, head_function=f)`, which returns `f(Scores)`.
+    """Teach `model` the call `model(**inputs, label_index=index, head_function=f)`, which returns
+    `f(Scores)`.
 
-    The backbone runs without the head, the hidden states at `index` (of the flattened batch) are selected, and `f` gets them
-    with the head. Without `head_function` the forward is the original one, so generation is unchanged. In place; call it
-    before the model is wrapped, and on the base model of a PEFT model.
+    The backbone runs without the head, the hidden states at `index` (of the flattened batch) are selected,
+    and `f` gets them with the head. Without `head_function` the forward is the original one, so generation is
+    unchanged. In place; call it before the model is wrapped, and on the base model of a PEFT model.
     """
     if getattr(model, "_has_head_function", False):
         return model
@@ -108,8 +116,11 @@ def _outliving(model: nn.Module, scores: Scores) -> Scores:
 
 
 def _gathered_by_zero(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """DeepSpeed ZeRO-3 empties parameters outside their own module's forward, and the head's is never called."""
-    parameters = list(model.get_output_embeddings().parameters()) if hasattr(model, "get_output_embeddings") else []
+    """DeepSpeed ZeRO-3 empties parameters outside their own module's forward, and the head's is never
+    called."""
+    parameters = (
+        list(model.get_output_embeddings().parameters()) if hasattr(model, "get_output_embeddings") else []
+    )
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -122,8 +133,8 @@ def adapt_head(
 ) -> tuple[Any, PeftConfig | None, contextlib.AbstractContextManager[None]]:
     """Let SFTTrainer accept an adapter on the output head.
 
-    It refuses one because its own fused head ignores adapters; ours does not. So such an adapter is put on here, and hidden
-    from that one check.
+    It refuses one because its own fused head ignores adapters; ours does not. So such an adapter is put on
+    here, and hidden from that one check.
     """
     targets = getattr(peft_config, "target_modules", None) or ()
     if isinstance(model, str) or peft_config is None or "lm_head" not in targets:

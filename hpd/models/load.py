@@ -30,7 +30,8 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     """The model's configuration: the cheapest proof that the path is a causal language model.
 
     Raises:
-        ValueError: not a folder or Hub id, no model there, not a causal language model, or files that cannot be its weights.
+        ValueError: not a folder or Hub id, no model there, not a causal language model, or files that cannot
+            be its weights.
     """
     path = source.model
     assert path is not None
@@ -38,20 +39,26 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
         _quantization(source.quantization)
     _check_folder(path, role)
     try:
-        config = AutoConfig.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
     except Exception as error:  # the values in a config.json are anybody's, and so is what their checks raise
         raise ValueError(_explain(path, role, error)) from None
     _check_no_foreign_kernels(config, source, role)
     if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
         raise ValueError(
-            f"The {role} {path!r} is a {config.model_type} model, which is not a causal language model that transformers "
-            "knows. Give a text-generation model, or set trust_remote_code if its repository brings the code."
+            f"The {role} {path!r} is a {config.model_type} model, which is not a causal language model that "
+            "transformers knows. Give a text-generation model, or set trust_remote_code if its repository "
+            "brings the code."
         )
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
         raise ValueError(
-            f"The {role} {path!r} has num_hidden_layers {config.get_text_config().num_hidden_layers}: >= 1 is needed."
+            f"The {role} {path!r} has num_hidden_layers {config.get_text_config().num_hidden_layers}: >= 1 "
+            "is needed."
         )
-    described = isinstance(source, TeacherConfig) and source.type == "cached"  # a cache keeps no weights of its teacher
+    described = (
+        isinstance(source, TeacherConfig) and source.type == "cached"
+    )  # a cache keeps no weights of its teacher
     if not described and not (isinstance(source, ModelConfig) and source.init == "random"):
         check_files(path, config, role, source.allow_pickle)
     return config
@@ -63,8 +70,8 @@ def _check_no_foreign_kernels(config: Any, source: ModelConfig | TeacherConfig, 
         kernel = getattr(config, name, None)
         if isinstance(kernel, str) and "/" in kernel and kernel != source.attn_implementation:
             raise ValueError(
-                f"The {role} {source.model!r} asks for the kernel {kernel!r} from the Hub, which is code. Remove it from its "
-                f"config.json, or set attn_implementation: {kernel} if you trust it."
+                f"The {role} {source.model!r} asks for the kernel {kernel!r} from the Hub, which is code. "
+                f"Remove it from its config.json, or set attn_implementation: {kernel} if you trust it."
             )
 
 
@@ -78,7 +85,9 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
     assert path is not None
     _check_folder(path, f"{role} tokenizer", needs_config=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
     except Exception as error:  # as above: Rust's parser raises a bare Exception
         raise ValueError(_explain(path, f"{role} tokenizer", error)) from None
     if tokenizer.eos_token_id is None:
@@ -101,7 +110,9 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
         set_seed(seed)
         try:
             return AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32 if dtype == "auto" else dtype, trust_remote_code=source.trust_remote_code
+                config,
+                dtype=torch.float32 if dtype == "auto" else dtype,
+                trust_remote_code=source.trust_remote_code,
             ).eval()
         except Exception as error:  # as below
             raise ValueError(_explain(str(source.model), role, error)) from None
@@ -117,7 +128,9 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
             str(source.model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         model, info = loaded
-    except Exception as error:  # weights and configuration are anybody's, and so is what they make a library raise
+    except (
+        Exception
+    ) as error:  # weights and configuration are anybody's, and so is what they make a library raise
         raise ValueError(_explain(str(source.model), role, error)) from None
     check_loaded(model, str(source.model), role, info)
     return model.eval()
@@ -131,12 +144,14 @@ def _check_folder(path: str, role: str, needs_config: bool = True) -> None:
     if not folder.is_dir():
         given = "is a file" if folder.exists() else "does not exist"
         raise ValueError(
-            f"The {role} {path!r} {given}: give a folder that save_pretrained wrote, or a Hub id such as org/name."
+            f"The {role} {path!r} {given}: give a folder that save_pretrained wrote, or a Hub id such as "
+            "org/name."
         )
     if needs_config and not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"The {role} folder {path!r} has no config.json (found: {found}): it is not a model that save_pretrained wrote."
+            f"The {role} folder {path!r} has no config.json (found: {found}): it is not a model that "
+            "save_pretrained wrote."
         )
 
 
@@ -145,20 +160,23 @@ def _quantization(bits: str) -> BitsAndBytesConfig:
         raise ValueError(f"quantization: {bits} needs bitsandbytes: pip install 'hpd[quantization]'.")
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type="nf4")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type="nf4"
+    )
 
 
 def _explain(path: str, role: str, error: Exception) -> str:
     reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
     if "trust_remote_code" in str(error):
         return (
-            f"The {role} {path!r} brings code of its own, which is not run: use a model that transformers knows, or, if you "
-            f"have read that code, set trust_remote_code: true."
+            f"The {role} {path!r} brings code of its own, which is not run: use a model that transformers "
+            "knows, or, if you have read that code, set trust_remote_code: true."
         )
     if not Path(path).exists():
         return (
-            f"The {role} {path!r} is no folder here, and cannot be had from the Hub either. Check the name (make models makes "
-            f"the folders that recipes/gsm8k_smollm2.yaml names). The Hub client says: {reason}"
+            f"The {role} {path!r} is no folder here, and cannot be had from the Hub either. Check the name "
+            "(make models makes the folders that recipes/gsm8k_smollm2.yaml names). The Hub client says: "
+            f"{reason}"
         )
     return f"The {role} {path!r} cannot be loaded: {reason}"
 
@@ -176,7 +194,8 @@ _NAMED = 3  # tensors that an error names
 
 
 def check_files(path: str, config: Any, role: str, allow_pickle: bool) -> None:
-    """Look at the weight files of a local folder: the headers of safetensors, whose sizes must add up to the file's.
+    """Look at the weight files of a local folder: the headers of safetensors, whose sizes must add up to the
+    file's.
 
     Raises:
         ValueError: none, cut short or damaged ones, a missing shard, or pickles that nobody allowed.
@@ -185,7 +204,11 @@ def check_files(path: str, config: Any, role: str, allow_pickle: bool) -> None:
     if not folder.is_dir():
         return
     named = getattr(config, "transformers_weights", None)
-    if named is not None and not str(named).endswith((".safetensors", ".safetensors.index.json")) and not allow_pickle:
+    if (
+        named is not None
+        and not str(named).endswith((".safetensors", ".safetensors.index.json"))
+        and not allow_pickle
+    ):
         raise ValueError(_pickle_refused(path, role, str(named)))
     if named is not None:
         return
@@ -199,17 +222,24 @@ def check_files(path: str, config: Any, role: str, allow_pickle: bool) -> None:
         return
     else:
         listed = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-        raise ValueError(f"The {role} {path!r} has no weights ({_SINGLE}; found: {listed}): copy or download it again.")
+        raise ValueError(
+            f"The {role} {path!r} has no weights ({_SINGLE}; found: {listed}): copy or download it again."
+        )
     for name in files:
         _check_header(folder / name, role)
 
 
 def _pickle_refused(path: str, role: str, name: str) -> str:
     """Loading a pickle runs what its author put in, unless the loader refuses well enough."""
-    switch = f" If you trust whoever wrote it, set {role}.allow_pickle: true." if role in ("student", "teacher") else ""
+    switch = (
+        f" If you trust whoever wrote it, set {role}.allow_pickle: true."
+        if role in ("student", "teacher")
+        else ""
+    )
     return (
-        f"The {role} {path!r} has its weights in {name}, a pickle, which can hold a program and is refused: use a revision "
-        f"with safetensors, or a copy that save_pretrained wrote; in recipes, allow_pickle: true takes it.{switch}"
+        f"The {role} {path!r} has its weights in {name}, a pickle, which can hold a program and is refused: "
+        "use a revision with safetensors, or a copy that save_pretrained wrote; in recipes, allow_pickle: "
+        f"true takes it.{switch}"
     )
 
 
@@ -219,12 +249,14 @@ def _shards(folder: Path, role: str) -> list[str]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"The {role}'s {index} is damaged ({type(error).__name__}: {error}): it needs a weight_map from tensors to files. "
-            "Copy or download the model again."
+            f"The {role}'s {index} is damaged ({type(error).__name__}: {error}): it needs a weight_map from "
+            "tensors to files. Copy or download the model again."
         ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"The {role}'s {index} names {name!r}, a file outside its folder: do not use this model.")
+            raise ValueError(
+                f"The {role}'s {index} names {name!r}, a file outside its folder: do not use this model."
+            )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(
             f"The {role} {str(folder)!r} is incomplete: {', '.join(missing[:_NAMED])} of {len(names)} shards "
@@ -255,26 +287,31 @@ def check_loaded(model: torch.nn.Module, path: str, role: str, info: Mapping[str
         info: what `from_pretrained(output_loading_info=True)` found.
 
     Raises:
-        ValueError: tensors that are missing (transformers would draw them at random), have other shapes, belong to layers
-            that the configuration leaves out, or hold nan or infinity.
+        ValueError: tensors that are missing (transformers would draw them at random), have other shapes,
+            belong to layers that the configuration leaves out, or hold nan or infinity.
     """
     end = "Its config.json and its weights do not belong together: copy or download the model again."
     if wrong := sorted(info["mismatched_keys"], key=str):
         name, saved, wanted = wrong[0]
         raise ValueError(
-            f"The {role} {path!r} has {len(wrong)} tensors of another shape than its configuration says: {name} is "
-            f"{list(saved)} and should be {list(wanted)}. {end}"
+            f"The {role} {path!r} has {len(wrong)} tensors of another shape than its configuration says: "
+            f"{name} is {list(saved)} and should be {list(wanted)}. {end}"
         )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"The {role} {path!r} lacks {len(missing)} tensors: {_some(missing)}. {end}")
     patterns = {_pattern(name) for name in model.state_dict()}
     if left_out := sorted(name for name in info["unexpected_keys"] if _pattern(name) in patterns):
-        raise ValueError(f"The {role} {path!r} has weights of layers that its config leaves out: {_some(left_out)}. {end}")
+        raise ValueError(
+            f"The {role} {path!r} has weights of layers that its config leaves out: {_some(left_out)}. {end}"
+        )
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() and not tensor.is_meta:
             least, most = torch.aminmax(tensor.detach())  # no temporary, and nan comes through
             if not (torch.isfinite(least) and torch.isfinite(most)):
-                raise ValueError(f"The {role} {path!r} is broken: {name} holds nan or infinite values. Use another checkpoint.")
+                raise ValueError(
+                    f"The {role} {path!r} is broken: {name} holds nan or infinite values. Use another "
+                    "checkpoint."
+                )
 
 
 def _some(names: list[str]) -> str:

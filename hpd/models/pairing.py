@@ -1,4 +1,5 @@
-"""Do student and teacher fit together? Vocabularies, end of sequence, chat templates: checked before training."""
+"""Do student and teacher fit together? Vocabularies, end of sequence, chat templates: checked before
+training."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Verdict:
 
 
 def first_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int | None:
-    """The first token id that means different things to the two tokenizers; None when one map continues the other."""
+    """The first token id that means different things to the two tokenizers; None when one map continues the
+    other."""
     ours, theirs = ({i: token for token, i in tok.get_vocab().items()} for tok in (student, teacher))
     # Ids that only one side defines are padding or added tokens; the size of the heads decides about those.
     return next((i for i in sorted(ours.keys() & theirs.keys()) if ours[i] != theirs[i]), None)
@@ -42,13 +44,14 @@ def common_vocab(student: Any, teacher: Any, policy: str) -> int:
     if policy not in POLICIES:
         raise ValueError(f"vocabulary must be one of {', '.join(POLICIES)}, got {policy!r}.")
     ours, theirs = (
-        m if isinstance(m, int) else getattr(m, "config", m).get_text_config().vocab_size for m in (student, teacher)
+        m if isinstance(m, int) else getattr(m, "config", m).get_text_config().vocab_size
+        for m in (student, teacher)
     )
     if ours != theirs and policy == "error":
         raise ValueError(
-            f"The student's head has {ours} tokens and the teacher's {theirs}. If the tokenizers agree on the first "
-            f"{min(ours, theirs)} (padded heads of one family, such as Qwen2.5 1.5B and 7B), set train.vocabulary: "
-            "shared_prefix; labels beyond are then dropped and counted."
+            f"The student's head has {ours} tokens and the teacher's {theirs}. If the tokenizers agree on "
+            f"the first {min(ours, theirs)} (padded heads of one family, such as Qwen2.5 1.5B and 7B), set "
+            "train.vocabulary: shared_prefix; labels beyond are then dropped and counted."
         )
     return min(ours, theirs)
 
@@ -69,10 +72,16 @@ def check_pair(
     if conversational:
         verdicts.append(_chat_template(student, teacher))
     if student.pad_token_id is None:
-        verdicts.append(Verdict("ok", "padding", "the tokenizer has no pad token; eos pads, and padding carries no label"))
+        verdicts.append(
+            Verdict("ok", "padding", "the tokenizer has no pad token; eos pads, and padding carries no label")
+        )
     elif student.pad_token_id == student.eos_token_id:
         verdicts.append(
-            Verdict("ok", "padding", "pad and eos are the same token; labels are masked by position, so eos is still learnt")
+            Verdict(
+                "ok",
+                "padding",
+                "pad and eos are the same token; labels are masked by position, so eos is still learnt",
+            )
         )
     return verdicts
 
@@ -85,8 +94,9 @@ def _vocabulary(student: Any, teacher: Any, student_config: Any, teacher_config:
         return Verdict(
             "error",
             "vocabulary",
-            f"token {difference} is {a!r} for the student and {b!r} for the teacher: the two tokenizers are different, and "
-            "a distribution over one says nothing about the other. Choose a teacher of the student's tokenizer family.",
+            f"token {difference} is {a!r} for the student and {b!r} for the teacher: the two tokenizers are "
+            "different, and a distribution over one says nothing about the other. Choose a teacher of the "
+            "student's tokenizer family.",
         )
     try:
         shared = common_vocab(student_config, teacher_config, policy)
@@ -100,22 +110,21 @@ def _vocabulary(student: Any, teacher: Any, student_config: Any, teacher_config:
 
 
 def _beyond_the_head(student: Any, student_config: Any) -> list[Verdict]:
-    """Tokens of the tokenizer that the student has no row for: text with them fails in the middle of training."""
+    """Tokens of the tokenizer that the student has no row for: text with them fails in the middle of
+    training."""
     head = student_config.get_text_config().vocab_size
     beyond = {token: i for token, i in student.get_vocab().items() if i >= head}
     if student.eos_token_id is not None and student.eos_token_id >= head:
         text = f"the eos_token {student.eos_token!r} is token {student.eos_token_id}, and the student's head has {head}: name "
-        return [Verdict("error", "vocabulary", text + "one of its tokens as eos_token in tokenizer_config.json.")]
+        return [
+            Verdict("error", "vocabulary", text + "one of its tokens as eos_token in tokenizer_config.json.")
+        ]
     if set(beyond) - set(student.get_added_vocab()):
-        text = (
-            f"the tokenizer has {max(beyond.values()) + 1} tokens and the student's head {head}: they are of different models."
-        )
+        text = f"the tokenizer has {max(beyond.values()) + 1} tokens and the student's head {head}: they are of different models."
         return [Verdict("error", "vocabulary", text)]
     if beyond:
         # As Gemma's token for images in its models that read text alone.
-        text = (
-            f"{len(beyond)} added tokens ({', '.join(sorted(beyond)[:3])}) lie beyond the head of {head}: no row may have them"
-        )
+        text = f"{len(beyond)} added tokens ({', '.join(sorted(beyond)[:3])}) lie beyond the head of {head}: no row may have them"
         return [Verdict("warning", "vocabulary", text)]
     return []
 
@@ -125,8 +134,9 @@ def _end_of_sequence(student: Any, teacher: Any, student_config: Any) -> Verdict
         return Verdict(
             "warning",
             "end of sequence",
-            f"the student ends with {student.eos_token!r}, the teacher with {teacher.eos_token!r}: the teacher gives the "
-            "student's end token little mass, and distillation teaches the student not to stop. Set train.eos_token.",
+            f"the student ends with {student.eos_token!r}, the teacher with {teacher.eos_token!r}: the "
+            "teacher gives the student's end token little mass, and distillation teaches the student not to "
+            "stop. Set train.eos_token.",
         )
     configured = student_config.get_text_config().eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
@@ -134,8 +144,8 @@ def _end_of_sequence(student: Any, teacher: Any, student_config: Any) -> Verdict
         return Verdict(
             "warning",
             "end of sequence",
-            f"the tokenizer's eos is {student.eos_token_id} and the student's config says {configured}: generation may not "
-            "stop where training ends.",
+            f"the tokenizer's eos is {student.eos_token_id} and the student's config says {configured}: "
+            "generation may not stop where training ends.",
         )
     return Verdict("ok", "end of sequence", f"both end with {student.eos_token!r}")
 
@@ -143,26 +153,35 @@ def _end_of_sequence(student: Any, teacher: Any, student_config: Any) -> Verdict
 def _chat_template(student: Any, teacher: Any) -> Verdict:
     if not student.chat_template:
         return Verdict(
-            "error", "chat template",
-            "the rows are conversations and the student's tokenizer has no chat template: set train.chat_template_path (the "
-            "teacher's folder, or a .jinja file), or data.format: plain for text columns.",
-        )  # fmt: skip
+            "error",
+            "chat template",
+            "the rows are conversations and the student's tokenizer has no chat template: set "
+            "train.chat_template_path (the teacher's folder, or a .jinja file), or data.format: plain for "
+            "text columns.",
+        )
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         ours = student.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template is a program of its author's: whatever it raises, it does not render this
+    except (
+        Exception
+    ) as error:  # a template is a program of its author's: whatever it raises, it does not render this
         return Verdict(
-            "error", "chat template",
-            f"the student's chat template cannot render a plain conversation ({type(error).__name__}: {error}): correct it, or "
-            "set train.chat_template_path.",
-        )  # fmt: skip
+            "error",
+            "chat template",
+            f"the student's chat template cannot render a plain conversation ({type(error).__name__}: "
+            f"{error}): correct it, or set train.chat_template_path.",
+        )
     try:
         theirs = teacher.apply_chat_template(messages, tokenize=False)
     except Exception:  # as above
-        return Verdict("warning", "chat template", "the teacher has no template that renders a plain conversation")
+        return Verdict(
+            "warning", "chat template", "the teacher has no template that renders a plain conversation"
+        )
     if ours != theirs:
         return Verdict(
-            "warning", "chat template",
-            f"the templates differ; training uses the student's ({ours!r}), which the teacher was not trained on.",
-        )  # fmt: skip
+            "warning",
+            "chat template",
+            f"the templates differ; training uses the student's ({ours!r}), which the teacher was not "
+            "trained on.",
+        )
     return Verdict("ok", "chat template", "both render a conversation alike")

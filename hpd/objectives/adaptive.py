@@ -25,10 +25,10 @@ def akl(mu: float = 0.5) -> Objective:
     .. math:: D = h\, KL(p \| q) + (1 - h)\, KL(q \| p), \qquad
               h = \frac{\sum_{v \in head} |p_v - q_v|}{\sum_v |p_v - q_v|} \quad \text{(constant)}
 
-    The head is the longest run of the teacher's most likely tokens whose mass is at most mu, and at least the first; a
-    token as likely as its last one belongs to it, so that the order of the vocabulary does not matter. As in AKL's
-    code, each divergence is blended whole, not its head or tail alone. Where p = q, h is one half. Costs a sort of the
-    teacher's distribution.
+    The head is the longest run of the teacher's most likely tokens whose mass is at most mu, and at least the
+    first; a token as likely as its last one belongs to it, so that the order of the vocabulary does not
+    matter. As in AKL's code, each divergence is blended whole, not its head or tail alone. Where p = q, h is
+    one half. Costs a sort of the teacher's distribution.
 
     Args:
         mu: mass of the head, in (0, 1).
@@ -57,21 +57,22 @@ def akl(mu: float = 0.5) -> Objective:
 def _descending(probs: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
     """Rows from the largest to the smallest."""
     if probs.device.type == "cpu" and probs.dtype in _NUMPY_DTYPES and not torch.compiler.is_compiling():
-        # NumPy's vector sort of values alone takes a tenth of the time of torch's, which moves indices too (2.6 against
-        # 29 ns a number here).
+        # NumPy's vector sort of values alone takes a tenth of the time of torch's, which moves indices too
+        # (2.6 against 29 ns a number here).
         return torch.from_numpy(np.sort(probs.detach().numpy(), axis=-1)).flip(-1)
     return probs.sort(dim=-1, descending=True).values
 
 
 def todi(beta: float = 1.0) -> Objective:
-    r"""Token-wise distillation: forward KL where the student underestimates a token, reverse KL where it overestimates.
+    r"""Token-wise distillation: forward KL where the student underestimates a token, reverse KL where it
+    overestimates.
 
     .. math:: D = \sum_v \big(\alpha_v p_v - (1 - \alpha_v) q_v\big) \delta_v, \quad
               \alpha_v = \operatorname{sigmoid}(\beta \delta_v) \text{ (constant)}, \qquad
               w_v = \alpha_v p_v + (1 - \alpha_v) q_v (\delta_v - 1)
 
-    At beta = 1, :math:`\alpha = p / (p + q)` and the value (not the gradient) is forward plus reverse KL exactly. Every
-    term is non-negative.
+    At beta = 1, :math:`\alpha = p / (p + q)` and the value (not the gradient) is forward plus reverse KL
+    exactly. Every term is non-negative.
 
     Args:
         beta: sharpness of the switch, >= 0; 0 is `symmetric_kl(0.5)`.
@@ -93,10 +94,11 @@ def todi(beta: float = 1.0) -> Objective:
 def taid(t: float) -> Objective:
     r"""Forward KL against a target that travels from the student to the teacher.
 
-    .. math:: D = KL(r \| q), \quad r = \operatorname{softmax}\big((1 - t) \log q + t \log p\big) \text{ (constant)},
-              \qquad w_v = r_v
+    .. math:: D = KL(r \| q), \quad r = \operatorname{softmax}\big((1 - t) \log q + t \log p\big) \text{
+              (constant)}, \qquad w_v = r_v
 
-    TAID's code reports the cross-entropy of r against q: the same gradient, a value larger by the entropy of r.
+    TAID's code reports the cross-entropy of r against q: the same gradient, a value larger by the entropy of
+    r.
 
     Args:
         t: position of the target, in [0, 1]: 0 is the student itself (no gradient), 1 is `forward_kl`.
@@ -123,6 +125,8 @@ def taid(t: float) -> Objective:
         path = torch.lerp(whole.student_logprobs, whole.teacher_logprobs, t, out=whole.teacher_logprobs)
         target = torch.log_softmax(path, -1, out=path)
         probs = target.exp()
-        return Weighed(probs, target.sub_(whole.student_logprobs).mul_(probs).sum(-1), mass=torch.ones_like(probs[:, 0]))
+        return Weighed(
+            probs, target.sub_(whole.student_logprobs).mul_(probs).sum(-1), mass=torch.ones_like(probs[:, 0])
+        )
 
     return Objective(weights, value, domain="distribution", fused=fused)

@@ -28,12 +28,14 @@ def _saturated_exp(exponent: Tensor) -> Tensor:
 
 
 def _exp_difference(x: Tensor, y: Tensor, difference: Tensor) -> Tensor:
-    """exp(x) - exp(y), the larger term saturated; exact near zero when `difference` is x - y before it was rounded."""
+    """exp(x) - exp(y), the larger term saturated; exact near zero when `difference` is x - y before it was
+    rounded."""
     return _saturated_exp(torch.maximum(x, y)) * torch.copysign(torch.expm1(-difference.abs()), difference)
 
 
 def abkd(alpha: float, beta: float) -> Objective:
-    r"""Alpha-beta divergence: alpha sets how far the gradient follows the ratio p/q, beta how far it follows q.
+    r"""Alpha-beta divergence: alpha sets how far the gradient follows the ratio p/q, beta how far it follows
+    q.
 
     .. math:: D = \frac{c}{\alpha \beta} \sum_v \Big( \frac{\alpha\, p_v^{\alpha + \beta}
                   + \beta\, q_v^{\alpha + \beta}}{\alpha + \beta} - p_v^\alpha q_v^\beta \Big), \qquad
@@ -47,11 +49,11 @@ def abkd(alpha: float, beta: float) -> Objective:
     * alpha = beta = 0: :math:`D = \tfrac{1}{2} \sum_v \delta_v^2`, c = 1.
 
     The factor c is the normalisation of ABKD's code, which divides these limits by alpha (or beta) once where
-    continuity asks for its square: on these lines the divergence jumps by c. The code's own factor is negative for a
-    negative alpha, so that it would maximise the divergence; the absolute value is ours.
+    continuity asks for its square: on these lines the divergence jumps by c. The code's own factor is
+    negative for a negative alpha, so that it would maximise the divergence; the absolute value is ours.
 
-    Also as in that code, the logarithm of the limit beta = 0 reads q no lower than 1e-12: below, the teacher's part has no
-    gradient.
+    Also as in that code, the logarithm of the limit beta = 0 reads q no lower than 1e-12: below, the
+    teacher's part has no gradient.
 
     Every term is non-negative. Powers saturate at exp(30), which only negative exponents reach.
 
@@ -68,7 +70,9 @@ def abkd(alpha: float, beta: float) -> Objective:
     for name, given in (("alpha", alpha), ("beta", beta)):
         check_number(f"abkd: {name}", given, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
         if 0 < abs(given) < _SMALLEST_EXPONENT:
-            raise ValueError(f"abkd: {name} = {given!r} is too near zero: give 0 or at least {_SMALLEST_EXPONENT}.")
+            raise ValueError(
+                f"abkd: {name} = {given!r} is too near zero: give 0 or at least {_SMALLEST_EXPONENT}."
+            )
     total = alpha + beta
     scale = max(abs(alpha), abs(beta)) or 1.0 if 0 in (alpha, beta, total) else 1.0
 
@@ -83,14 +87,16 @@ def abkd(alpha: float, beta: float) -> Objective:
         mixed = alpha * teacher_logprobs + beta * student_logprobs
         return scale / alpha * _exp_difference(mixed, total * student_logprobs, alpha * log_ratio)
 
-    # With E(c) = (r**c - 1) / c, w = q**total * E(alpha) and D = (q**total * E(total) - w) / beta, a divided difference
-    # of E; its limit at beta = 0 is the derivative of E.
+    # With E(c) = (r**c - 1) / c, w = q**total * E(alpha) and D = (q**total * E(total) - w) / beta, a divided
+    # difference of E; its limit at beta = 0 is the derivative of E.
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         log_ratio = teacher_logprobs - student_logprobs
         if alpha == 0 and beta == 0:
             return 0.5 * log_ratio.square()
         if beta == 0:
-            teacher_part, student_part = (_saturated_exp(alpha * x) for x in (teacher_logprobs, student_logprobs))
+            teacher_part, student_part = (
+                _saturated_exp(alpha * x) for x in (teacher_logprobs, student_logprobs)
+            )
             floored_ratio = teacher_logprobs - student_logprobs.clamp_min(_LIMIT_FLOOR)
             return scale * (teacher_part * floored_ratio - (teacher_part - student_part) / alpha) / alpha
         own = weights(teacher_logprobs, student_logprobs)

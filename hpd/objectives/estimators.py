@@ -15,8 +15,9 @@ rao_blackwell  exact on the likeliest tokens, k1 beyond    unbiased; lower than 
 On student-written prefixes, summing any of them over a sequence estimates the sequence's KL.
 
 Reference:
-    Schulman, Approximating KL divergence, 2020 (k1, k2, k3); Amini, Vieira and Cotterell, Better estimation of the KL
-    divergence between language models, 2025 (Rao-Blackwellisation: the exact expectation in place of the draw).
+    Schulman, Approximating KL divergence, 2020 (k1, k2, k3); Amini, Vieira and Cotterell, Better estimation
+    of the KL divergence between language models, 2025 (Rao-Blackwellisation: the exact expectation in place
+    of the draw).
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def kl_estimate(
     if estimator == "exact":
         return (student_logprobs.exp() * (student_logprobs - teacher_logprobs)).sum(-1)
     if draws is None:
-        raise ValueError(f"The estimator {estimator} needs tokens drawn from the student; exact does without.")
+        raise ValueError(
+            f"The estimator {estimator} needs tokens drawn from the student; exact does without."
+        )
     log_ratio = (teacher_logprobs - student_logprobs).gather(1, draws)  # [N, n]
     if estimator == "k1":
         return -log_ratio.mean(-1)

@@ -21,7 +21,8 @@ _MAX_LOG_RATIO = 40.0
 def total_variation() -> Objective:
     r"""Total variation distance, in [0, 1].
 
-    .. math:: D = \tfrac{1}{2} \sum_v |p_v - q_v|, \qquad w_v = \tfrac{1}{2} q_v \operatorname{sign}(p_v - q_v)
+    .. math:: D = \tfrac{1}{2} \sum_v |p_v - q_v|, \qquad w_v = \tfrac{1}{2} q_v \operatorname{sign}(p_v -
+        q_v)
 
     Reference:
         Wen et al., f-distill, 2023, arXiv 2307.15190.
@@ -47,8 +48,8 @@ def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) 
 
     .. math:: D = \sum_v q_v f(r_v), \quad r = p / q, \qquad w_v = q_v \big(r_v f'(r_v) - f(r_v)\big)
 
-    The ratio saturates at exp(-40) and exp(40), by raising the smaller of p and q to exp(-40) times the larger. Between
-    these f and df must be finite, as r squared and log r are.
+    The ratio saturates at exp(-40) and exp(40), by raising the smaller of p and q to exp(-40) times the
+    larger. Between these f and df must be finite, as r squared and log r are.
 
     >>> import torch
     >>> teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
@@ -68,7 +69,9 @@ def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) 
     """
     for name, given in (("f", f), ("df", df)):
         if not callable(given):
-            raise ValueError(f"f_divergence: {name} = {given!r} is not allowed: give a function of a tensor of ratios.")
+            raise ValueError(
+                f"f_divergence: {name} = {given!r} is not allowed: give a function of a tensor of ratios."
+            )
 
     def ratio_and_student(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor]:
         teacher_raised = torch.maximum(teacher_logprobs, student_logprobs - _MAX_LOG_RATIO)

@@ -1,6 +1,8 @@
-r"""Hybrid Policy Distillation: the paper's rule on the label and draws, its expectation over the draw, and every token.
+r"""Hybrid Policy Distillation: the paper's rule on the label and draws, its expectation over the draw, and
+every token.
 
-Axes and notation: see `hpd.objectives.objective`; in addition y is the label, a a token drawn from the student, and
+Axes and notation: see `hpd.objectives.objective`; in addition y is the label, a a token drawn from the
+student, and
 :math:`k_v = q_v (\log p_v - \log q_v)` the gap at a token: positive where the student underestimates it.
 
 Signs of k are read off :math:`\log p - \log q`, which keeps them where q underflows to zero.
@@ -20,23 +22,26 @@ __all__ = ["hpd", "hpd_exact", "hpd_full"]
 
 
 def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
-    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (columns 1 to n; n may be 0).
+    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (columns 1 to n; n may
+    be 0).
 
-    With c_f, c_r the two coefficients and P the share of the draws that the student overestimates, :math:`k_a < 0`:
+    With c_f, c_r the two coefficients and P the share of the draws that the student overestimates, :math:`k_a
+    < 0`:
 
     .. math:: w_y &= (1 + P)\, c_f\, p_y + c_r k_y \;\text{ if } k_y > 0 \text{ (reinforce)}, \quad
                      c_r k_y \;\text{ otherwise (suppress)} \\
               w_a &= c_r \min(k_a, 0) / n \;\text{ (punish)}, \qquad L = -w_y \log q_y - \sum_a w_a \log q_a
 
-    One draw is the paper's rule: P is 0 or 1. A draw that equals the label must not count twice; the support gives it
-    coefficient 0, and it cannot trigger the reinforcement, since its gap is the label's.
+    One draw is the paper's rule: P is 0 or 1. A draw that equals the label must not count twice; the support
+    gives it coefficient 0, and it cannot trigger the reinforcement, since its gap is the label's.
 
     Stats, per position (a draw whose two log-probabilities equal the label's is taken to be the label):
         k1_positive: 1 where the student underestimates the label.
         reinforced: P there, 0 elsewhere and without `reinforce`.
         suppressed: 1 where the forward weight is masked.
         punished: share of the draws, other than the label, that are punished.
-        mass_moved: sum of the absolute weights: log-likelihood weight given to tokens plus weight taken from them.
+        mass_moved: sum of the absolute weights: log-likelihood weight given to tokens plus weight taken from
+            them.
 
     Args:
         forward: coefficient c_f of the forward part, p; >= 0.
@@ -58,16 +63,20 @@ def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce
     return _label_and_draws(draw_share, forward, reverse, mask, reinforce)
 
 
-def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
+def hpd_exact(
+    forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True
+) -> Objective:
     r"""The expectation of `hpd` over the draw: columns are the label, then every token in order (K = 1 + V).
 
     .. math:: P = \sum_v q_v 1[k_v < 0], \qquad w_{1 + v} = c_r\, q_v \min(k_v, 0)
 
-    and w_y as in `hpd`. The support empties the label's second column. Arguments, errors and stats are those of `hpd`,
-    with the draws' share of n replaced by their probability.
+    and w_y as in `hpd`. The support empties the label's second column. Arguments, errors and stats are those
+    of `hpd`, with the draws' share of n replaced by their probability.
     """
     _check("hpd_exact", forward, reverse, mask, reinforce)
-    rule = _label_and_draws(lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce, label_is_apart=True)
+    rule = _label_and_draws(
+        lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce, label_is_apart=True
+    )
 
     def fused(whole: Whole) -> Weighed:
         """The label's two columns merged into its place in the vocabulary."""
@@ -80,7 +89,9 @@ def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, rei
         positive = (gap > 0).to(gap.dtype)
         coefficient = (positive if mask else 1.0) + positive * share * reinforce
         label_weight = reverse * label_q * gap + forward * coefficient * label_p
-        result = overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse).scatter_(1, labels, 0.0)
+        result = (
+            overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse).scatter_(1, labels, 0.0)
+        )
         others = result.sum(-1, keepdim=True)  # none of them positive
         result.scatter_(1, labels, label_weight)
         stats = {
@@ -91,7 +102,12 @@ def hpd_exact(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, rei
             "mass_moved": label_weight.abs() - others,
         }
         stats = {name: values[:, 0] for name, values in stats.items()}
-        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1), mass=(others + label_weight)[:, 0], stats=stats)
+        return Weighed(
+            result,
+            -whole.student_logprobs.mul_(result).sum(-1),
+            mass=(others + label_weight)[:, 0],
+            stats=stats,
+        )
 
     return rule._replace(domain="label_and_vocabulary", fused=fused)
 
@@ -106,7 +122,8 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
     Args:
         forward: coefficient c_f of the forward part, p; >= 0.
         reverse: coefficient c_r of the reverse part, k; >= 0.
-        mask: drop the forward part where k <= 0; without it the weight is c_f p + c_r k everywhere (a symmetric KL).
+        mask: drop the forward part where k <= 0; without it the weight is c_f p + c_r k everywhere (a
+            symmetric KL).
 
     Raises:
         ValueError: a negative coefficient, both zero, or a mask that is not a bool.
@@ -133,16 +150,22 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
 
 
 def _label_and_draws(
-    draw_share: Callable[[Tensor], Tensor | float], forward: float, reverse: float, mask: bool, reinforce: bool,
+    draw_share: Callable[[Tensor], Tensor | float],
+    forward: float,
+    reverse: float,
+    mask: bool,
+    reinforce: bool,
     label_is_apart: bool = False,
-) -> Objective:  # fmt: skip
+) -> Objective:
     """The rule shared by `hpd` and `hpd_exact`.
 
-    `draw_share` is what each draw column counts for, one in sum; `label_is_apart` says that no draw is the label.
+    `draw_share` is what each draw column counts for, one in sum; `label_is_apart` says that no draw is the
+    label.
     """
 
     def split(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor, Tensor]:
-        """Label's log-ratio [N, 1], draws' log-ratio [N, n] and the share [N, n] of each overestimated draw, else 0."""
+        """Label's log-ratio [N, 1], draws' log-ratio [N, n] and the share [N, n] of each overestimated draw,
+        else 0."""
         log_ratio = teacher_logprobs - student_logprobs
         label, draws = log_ratio[:, :1], log_ratio[:, 1:]
         return label, draws, (draws < 0).to(draws.dtype) * draw_share(student_logprobs[:, 1:])
@@ -187,6 +210,8 @@ def _check(name: str, forward: float, reverse: float, *switches: bool) -> None:
     check_number(f"{name}: forward", forward, 0.0)
     check_number(f"{name}: reverse", reverse, 0.0)
     if forward == 0 and reverse == 0:
-        raise ValueError(f"{name}: forward and reverse are both 0, so there is nothing to learn: raise one above 0.")
+        raise ValueError(
+            f"{name}: forward and reverse are both 0, so there is nothing to learn: raise one above 0."
+        )
     for switch, given in zip(("mask", "reinforce"), switches, strict=False):
         check_switch(f"{name}: {switch}", given)

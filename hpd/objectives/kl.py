@@ -41,8 +41,8 @@ def forward_kl() -> Objective:
 
     .. math:: D = \sum_v p_v (\log p_v - \log q_v), \qquad w_v = p_v
 
-    The cross-entropy of p against q, which DistiLLM's code reports, has the same gradient; its value is larger by the
-    teacher's entropy.
+    The cross-entropy of p against q, which DistiLLM's code reports, has the same gradient; its value is
+    larger by the teacher's entropy.
 
     Reference:
         Hinton, Vinyals and Dean, 2015, arXiv 1503.02531.
@@ -66,9 +66,10 @@ def reverse_kl(baseline: float = 0.0) -> Objective:
 
     .. math:: D = \sum_v q_v (\log q_v - \log p_v), \qquad w_v = q_v (\delta_v - 1 + b)
 
-    The -1 changes nothing on the whole vocabulary, and makes the gradient exact on a truncated support. On tokens drawn from
-    the student, weighted by 1 / q, the advantage is :math:`\delta_v - 1 + b`: a constant there has mean zero, and b = 1 leaves
-    the log-ratio, whose variance vanishes where the distributions agree.
+    The -1 changes nothing on the whole vocabulary, and makes the gradient exact on a truncated support. On
+    tokens drawn from the student, weighted by 1 / q, the advantage is :math:`\delta_v - 1 + b`: a constant
+    there has mean zero, and b = 1 leaves the log-ratio, whose variance vanishes where the distributions
+    agree.
 
     Args:
         baseline: b; 0 is the exact weight, 1 suits draws of the student (a `sampled` or `rollout` support).
@@ -95,7 +96,8 @@ def reverse_kl(baseline: float = 0.0) -> Objective:
 
 
 def blended_kl(
-    forward_share: Callable[[LogProbs, LogProbs], Tensor | float], domain: Literal["token", "distribution"] = "token"
+    forward_share: Callable[[LogProbs, LogProbs], Tensor | float],
+    domain: Literal["token", "distribution"] = "token",
 ) -> Objective:
     r"""Forward and reverse KL blended by a share that is constant for the gradient.
 
@@ -105,7 +107,8 @@ def blended_kl(
     The -1 cancels on the whole vocabulary only where :math:`\alpha` is the same for every token.
 
     Args:
-        forward_share: alpha in [0, 1] from (teacher_logprobs, student_logprobs): a number, or broadcasts to `[N, K]`.
+        forward_share: alpha in [0, 1] from (teacher_logprobs, student_logprobs): a number, or broadcasts to
+            `[N, K]`.
         domain: "distribution" where the share depends on other columns.
     """
 
@@ -121,7 +124,10 @@ def blended_kl(
 
     def fused(whole: Whole) -> Weighed:
         share = forward_share(whole.teacher_logprobs, whole.student_logprobs)
-        forward, log_ratio = whole.teacher_logprobs.exp().mul_(share), whole.teacher_logprobs.sub_(whole.student_logprobs)
+        forward, log_ratio = (
+            whole.teacher_logprobs.exp().mul_(share),
+            whole.teacher_logprobs.sub_(whole.student_logprobs),
+        )
         reverse = torch.mul(whole.student_probs, 1 - share, out=whole.student_logprobs)
         # w = F + R (d - 1) and D = sum (F - R) d, with F and R the two sides' shares: d is used up, then F.
         result = torch.addcmul(forward, reverse, log_ratio).sub_(reverse)
@@ -143,7 +149,8 @@ def symmetric_kl(lam: float = 0.5) -> Objective:
         ValueError: lam outside [0, 1].
 
     Reference:
-        Ko et al., DistiLLM, 2024, arXiv 2402.03898 (code: `symmetric_kl`, where the forward part is a cross-entropy).
+        Ko et al., DistiLLM, 2024, arXiv 2402.03898 (code: `symmetric_kl`, where the forward part is a
+        cross-entropy).
     """
     check_number("symmetric_kl: lam", lam, 0.0, 1.0)
     if lam == 0.0:

@@ -1,7 +1,7 @@
 r"""Divergences against a mixture of teacher and student: bounded where the plain ones blow up.
 
-Axes and notation: see `hpd.objectives.objective`. Mixtures are formed from log-probabilities: log m is finite even
-where p and q underflow.
+Axes and notation: see `hpd.objectives.objective`. Mixtures are formed from log-probabilities: log m is finite
+even where p and q underflow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ __all__ = ["generalized_jsd", "js", "skew_forward_kl", "skew_reverse_kl"]
 
 def _log_mixture(teacher_logprobs: LogProbs, student_logprobs: LogProbs, teacher_share: float) -> LogProbs:
     """Log of `share * p + (1 - share) * q`, for a share strictly between 0 and 1."""
-    return torch.logaddexp(teacher_logprobs + math.log(teacher_share), student_logprobs + math.log1p(-teacher_share))
+    return torch.logaddexp(
+        teacher_logprobs + math.log(teacher_share), student_logprobs + math.log1p(-teacher_share)
+    )
 
 
 def _mixture(p: Tensor, q: Tensor, teacher_share: float) -> Tensor:
@@ -33,8 +35,9 @@ def generalized_jsd(beta: float = 0.5) -> Objective:
     .. math:: D = \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m), \quad m = \beta p + (1 - \beta) q, \qquad
               w_v = (1 - \beta)\, q_v (\log m_v - \log q_v)
 
-    Towards either end D vanishes (D / beta tends to forward KL, D / (1 - beta) to reverse KL), so the ends are set by
-    convention, as in GKD and TRL: 0 is forward KL and 1 is reverse KL, exactly. A temperature is applied outside.
+    Towards either end D vanishes (D / beta tends to forward KL, D / (1 - beta) to reverse KL), so the ends
+    are set by convention, as in GKD and TRL: 0 is forward KL and 1 is reverse KL, exactly. A temperature is
+    applied outside.
 
     >>> import torch
     >>> teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
@@ -99,9 +102,11 @@ def js(lam: float) -> Objective:
 def skew_forward_kl(lam: float = 0.1) -> Objective:
     r"""Forward KL against a teacher-student mixture; finite where the student has no mass.
 
-    .. math:: D = KL(p \| m), \quad m = \lambda p + (1 - \lambda) q, \qquad w_v = (1 - \lambda)\, p_v q_v / m_v
+    .. math:: D = KL(p \| m), \quad m = \lambda p + (1 - \lambda) q, \qquad w_v = (1 - \lambda)\, p_v q_v /
+        m_v
 
-    DistiLLM's code reports the cross-entropy of p against m: same gradient, a value larger by the teacher's entropy.
+    DistiLLM's code reports the cross-entropy of p against m: same gradient, a value larger by the teacher's
+    entropy.
 
     Args:
         lam: the teacher's share of the mixture, in [0, 1); 0 is `forward_kl`.
@@ -121,7 +126,9 @@ def skew_forward_kl(lam: float = 0.1) -> Objective:
         return (1 - lam) * (teacher_logprobs + student_logprobs - log_mixture).exp()
 
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
-        return teacher_logprobs.exp() * (teacher_logprobs - _log_mixture(teacher_logprobs, student_logprobs, lam))
+        return teacher_logprobs.exp() * (
+            teacher_logprobs - _log_mixture(teacher_logprobs, student_logprobs, lam)
+        )
 
     def fused(whole: Whole) -> Weighed:
         p, q = whole.teacher_logprobs.exp(), whole.student_probs
@@ -157,7 +164,9 @@ def skew_reverse_kl(lam: float = 0.1) -> Objective:
         return student_logprobs.exp() * (lam * log_ratio.exp() - log_ratio - 1)
 
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
-        return student_logprobs.exp() * (student_logprobs - _log_mixture(teacher_logprobs, student_logprobs, 1.0 - lam))
+        return student_logprobs.exp() * (
+            student_logprobs - _log_mixture(teacher_logprobs, student_logprobs, 1.0 - lam)
+        )
 
     def fused(whole: Whole) -> Weighed:
         q = whole.student_probs

@@ -3,8 +3,9 @@ r"""The `Objective` type and the conventions that every factory of this package 
 Axes: N label positions, K columns of the support (the vocabulary, or label and draws).
 In formulas p is the teacher, q the student, both at one column; :math:`\delta = \log p - \log q`, in nats.
 
-Inputs are finite log-probabilities: the operator floors :math:`-\infty` at -1e5, whose exponential is exactly 0.
-Outputs are finite for every input in [-1e5, 0]; a factory whose true value can overflow says where it saturates. No
+Inputs are finite log-probabilities: the operator floors :math:`-\infty` at -1e5, whose exponential is exactly
+0. Outputs are finite for every input in [-1e5, 0]; a factory whose true value can overflow says where it
+   saturates. No
 function looks at another row or branches on data, so all run on tiles of any size and under torch.compile.
 """
 
@@ -17,7 +18,16 @@ from typing import Literal, NamedTuple, TypeAlias
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["LogProbs", "Objective", "PerPosition", "Weighed", "Weights", "Whole", "check_number", "check_switch"]
+__all__ = [
+    "LogProbs",
+    "Objective",
+    "PerPosition",
+    "Weighed",
+    "Weights",
+    "Whole",
+    "check_number",
+    "check_switch",
+]
 
 LogProbs: TypeAlias = Float[Tensor, "N K"]
 Weights: TypeAlias = Float[Tensor, "N K"]
@@ -25,7 +35,8 @@ PerPosition: TypeAlias = Float[Tensor, "N"]
 
 
 class Whole(NamedTuple):
-    """Both distributions over the whole vocabulary, as the operator has them at hand (K = V, every token in order)."""
+    """Both distributions over the whole vocabulary, as the operator has them at hand (K = V, every token in
+    order)."""
 
     teacher_logprobs: LogProbs
     """Scratch: may be overwritten."""
@@ -57,8 +68,8 @@ class Objective(NamedTuple):
     .. math:: \frac{\partial L}{\partial z_v} = \Big(\sum_u w_u\Big) q_v - w_v, \qquad
               w_v = -q_v \frac{\partial D}{\partial q_v}
 
-    The weight is the exact one, not one of those that differ from it by a multiple of q and agree only on the whole
-    vocabulary, so the gradient is right on any support.
+    The weight is the exact one, not one of those that differ from it by a multiple of q and agree only on the
+    whole vocabulary, so the gradient is right on any support.
 
     >>> import torch
     >>> from hpd.objectives import reverse_kl
@@ -71,16 +82,20 @@ class Objective(NamedTuple):
     weights: Callable[[LogProbs, LogProbs], Weights]
     """Weights w, constants for the gradient."""
     value: Callable[[LogProbs, LogProbs], Weights]
-    """Contributions of the columns to the loss, in nats; what the objective holds constant is detached in it."""
+    """Contributions of the columns to the loss, in nats; what the objective holds constant is detached in
+    it."""
     stats: Callable[[LogProbs, LogProbs], dict[str, PerPosition]] | None = None
     """Further metrics, one number per position."""
     domain: Literal["token", "distribution", "label"] = "token"
-    """token: a column depends on its own (p, q) only, so every support is legal. distribution: the columns must be a
-    whole distribution. label: column 0 is the dataset's label, the others are candidate draws of the student."""
+    """token: a column depends on its own (p, q) only, so every support is legal. distribution: the columns
+    must be a whole distribution. label: column 0 is the dataset's label, the others are candidate draws of
+    the student."""
     drop_safe: bool = False
-    """Whether the tail of the vocabulary may be dropped without a tail rule: the weights do not depend on q."""
+    """Whether the tail of the vocabulary may be dropped without a tail rule: the weights do not depend on
+    q."""
     fused: Callable[[Whole], Weighed] | None = None
-    """`weights` and the sum of `value` on the whole vocabulary at once, without gradient, in as few passes as possible."""
+    """`weights` and the sum of `value` on the whole vocabulary at once, without gradient, in as few passes as
+    possible."""
 
     def evaluate(self, teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
         """Weights, and the value summed over the columns."""
@@ -89,7 +104,13 @@ class Objective(NamedTuple):
 
 
 def check_number(
-    name: str, given: object, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+    name: str,
+    given: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
     """Raise ValueError unless `given` is a finite number between `low` and `high` (excluded where open)."""
     if isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given):
@@ -99,7 +120,9 @@ def check_number(
             return
     left = "(" if open_low else "["
     right = ")" if open_high or high == math.inf else "]"
-    raise ValueError(f"{name} = {given!r} is not allowed: give a finite number in {left}{low:g}, {high:g}{right}.")
+    raise ValueError(
+        f"{name} = {given!r} is not allowed: give a finite number in {left}{low:g}, {high:g}{right}."
+    )
 
 
 def check_switch(name: str, given: object) -> None:

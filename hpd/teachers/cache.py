@@ -1,14 +1,15 @@
 """A teacher's answers on disk: what the files are, how they are checked, how positions are looked up.
 
     cache.json              what the cache is, and size and digest of every other file; written last
-    index.safetensors       sorted keys of the label positions, the place of each, a digest per block of 64 positions
-    shard-00000.safetensors the answers, position after position
+    index.safetensors       sorted keys of the label positions, the place of each, a digest per block of 64
+    positions shard-00000.safetensors the answers, position after position
     shard-00000.json        size, digests and blocks of that shard; written after it
     head.safetensors        the teacher's output head (kind hidden)
     teacher/                the teacher's configuration and tokenizer
     plan.json               what is being written; a later `hpd cache` goes on only if it plans the same
 
-Everything that is read is checked first: cache.json by its own digest, the small files whole, shards by the blocks in use.
+Everything that is read is checked first: cache.json by its own digest, the small files whole, shards by the
+blocks in use.
 """
 
 from __future__ import annotations
@@ -38,10 +39,17 @@ FORMAT = 1
 
 
 BLOCK = 64
-"""Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more than the row."""
+"""Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more
+than the row."""
 
 
-ABOUT, PLAN, INDEX, HEAD, TEACHER = "cache.json", "plan.json", "index.safetensors", "head.safetensors", "teacher"
+ABOUT, PLAN, INDEX, HEAD, TEACHER = (
+    "cache.json",
+    "plan.json",
+    "index.safetensors",
+    "head.safetensors",
+    "teacher",
+)
 
 
 Places = npt.NDArray[np.int64]
@@ -82,8 +90,12 @@ def _digest_json(content: Mapping[str, Any]) -> str:
 
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
     """One 64-bit digest per block, over the bytes of all tensors at its positions."""
-    views = [tensors[name].flatten(1).view(torch.uint8) if tensors[name].dim() > 1 else tensors[name][:, None].view(torch.uint8)
-             for name in sorted(tensors)]  # fmt: skip
+    views = [
+        tensors[name].flatten(1).view(torch.uint8)
+        if tensors[name].dim() > 1
+        else tensors[name][:, None].view(torch.uint8)
+        for name in sorted(tensors)
+    ]
     found = np.empty(len(blocks), dtype=np.uint64)
     for i, block in enumerate(blocks.tolist()):
         state = xxhash.xxh3_64()
@@ -103,10 +115,14 @@ def save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
     with path.open("rb") as file:
         header_bytes = 8 + int.from_bytes(file.read(8), "little")
     about = {
-        "file": path.name, "positions": num_positions, "bytes": path.stat().st_size, "digest": digest_file(path),
-        "header_bytes": header_bytes, "header_digest": digest_file(path, header_bytes),
+        "file": path.name,
+        "positions": num_positions,
+        "bytes": path.stat().st_size,
+        "digest": digest_file(path),
+        "header_bytes": header_bytes,
+        "header_digest": digest_file(path, header_bytes),
         "blocks": base64.b64encode(blocks.tobytes()).decode(),
-    }  # fmt: skip
+    }
     write_json(path.with_suffix(".json"), about)
 
 
@@ -139,13 +155,17 @@ def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: 
     write_atomically(folder / INDEX, lambda draft: save_file(index, draft))
     names = [INDEX, *([HEAD] if (folder / HEAD).is_file() else [])]
     names += sorted(str(path.relative_to(folder)) for path in (folder / TEACHER).rglob("*") if path.is_file())
-    files = {name: {"bytes": (folder / name).stat().st_size, "digest": digest_file(folder / name)} for name in names}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "digest": digest_file(folder / name)}
+        for name in names
+    }
     listed = [{key: value for key, value in shard.items() if key != "blocks"} for shard in shards]
     write_json(folder / ABOUT, {**about, "files": files, "shards": listed})
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """What a cache is, with sizes of all files and the digests of those under teacher/ checked; reads no answers.
+    """What a cache is, with sizes of all files and the digests of those under teacher/ checked; reads no
+    answers.
 
     Raises:
         ValueError: there is no cache, an unfinished one, or one of another format.
@@ -156,20 +176,26 @@ def read_about(path: str | Path) -> dict[str, Any]:
         if (folder / PLAN).is_file():
             done, total = len(list(folder.glob("shard-*.json"))), read_json(folder / PLAN)["shards"]
             raise ValueError(
-                f"The cache {folder} is unfinished ({done} of {total} shards): run hpd cache with its recipe again, it goes on "
-                "where it stopped."
+                f"The cache {folder} is unfinished ({done} of {total} shards): run hpd cache with its recipe "
+                "again, it goes on where it stopped."
             )
-        raise ValueError(f"There is no cache at {folder}: write one with hpd cache RECIPE cache.path={folder}.")
+        raise ValueError(
+            f"There is no cache at {folder}: write one with hpd cache RECIPE cache.path={folder}."
+        )
     about = read_json(folder / ABOUT)
     if about["format"] != FORMAT:
-        raise ValueError(f"The cache {folder} has format {about['format']}, this version of hpd reads {FORMAT}: write it anew.")
+        raise ValueError(
+            f"The cache {folder} has format {about['format']}, this version of hpd reads {FORMAT}: write it "
+            "anew."
+        )
     for name, expected in {**about["files"], **{shard["file"]: shard for shard in about["shards"]}}.items():
         file = folder / name
         if not file.is_file():
             raise CorruptCacheError(f"The cache {folder} misses {name}. {_REPAIR}")
         if file.stat().st_size != expected["bytes"]:
             raise CorruptCacheError(
-                f"{file} has {file.stat().st_size:,} bytes, {expected['bytes']:,} were written: it is cut or changed. {_REPAIR}"
+                f"{file} has {file.stat().st_size:,} bytes, {expected['bytes']:,} were written: it is cut or "
+                f"changed. {_REPAIR}"
             )
         if name.startswith(TEACHER):
             _check_digest(file, expected["digest"])
@@ -182,7 +208,8 @@ def _check_digest(file: Path, digest: str) -> None:
 
 
 class Cache:
-    """Reads a cache: opened shards stay mapped, nothing is kept in memory but the pages that the system keeps.
+    """Reads a cache: opened shards stay mapped, nothing is kept in memory but the pages that the system
+    keeps.
 
     Args:
         path: the folder.
@@ -200,7 +227,9 @@ class Cache:
 
     def _map_index(self) -> None:
         index = _map_tensors(self.path / INDEX)
-        self._keys, self._places, self._blocks = (index[name].numpy() for name in ("keys", "places", "blocks"))
+        self._keys, self._places, self._blocks = (
+            index[name].numpy() for name in ("keys", "places", "blocks")
+        )
         sizes = np.array([shard["positions"] for shard in self.about["shards"]])
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._first_blocks = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
@@ -234,8 +263,8 @@ class Cache:
         absent = self.missing(keys)
         if absent.any():
             raise ValueError(
-                f"{int(absent.sum())} of {len(keys)} label positions are not in the cache {self.path}: it was not written for "
-                "their rows."
+                f"{int(absent.sum())} of {len(keys)} label positions are not in the cache {self.path}: it "
+                "was not written for their rows."
             )
         places = self._places[np.searchsorted(self._keys, keys)]
         numbers = np.searchsorted(self._starts, places, side="right") - 1
@@ -275,7 +304,9 @@ class Cache:
         wrong = _block_digests(tensors, blocks) != expected
         if wrong.any():
             first, file = int(blocks[wrong][0]) * BLOCK, self.about["shards"][number]["file"]
-            raise CorruptCacheError(f"{self.path / file} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}")
+            raise CorruptCacheError(
+                f"{self.path / file} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}"
+            )
 
 
 def _map_tensors(path: Path) -> dict[str, Tensor]:

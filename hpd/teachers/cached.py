@@ -22,10 +22,11 @@ __all__ = ["CachedTeacher", "stored_hidden"]
 
 
 class CachedTeacher:
-    """Looks the label positions of a batch up by their keys, whatever the order, packing, padding or number of processes.
+    """Looks the label positions of a batch up by their keys, whatever the order, packing, padding or number
+    of processes.
 
-    Kind hidden answers with hidden states, head and log-normaliser: exact for every objective. Kind top_k answers with the k
-    likeliest tokens and the label.
+    Kind hidden answers with hidden states, head and log-normaliser: exact for every objective. Kind top_k
+    answers with the k likeliest tokens and the label.
 
     Args:
         path: the folder that `hpd cache` wrote.
@@ -56,7 +57,9 @@ class CachedTeacher:
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         self._device = accelerator.device
         if self._head is not None:
-            weight, bias = (None if t is None else t.to(self._device) for t in (self._head.weight, self._head.bias))
+            weight, bias = (
+                None if t is None else t.to(self._device) for t in (self._head.weight, self._head.bias)
+            )
             self._head = self._head._replace(weight=weight, bias=bias)
 
     def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
@@ -73,13 +76,17 @@ class CachedTeacher:
         if missing:
             fingerprint = self.cache.about["fingerprint"]
             raise ValueError(
-                f"{missing:,} of {total:,} label positions are not in the cache {self.cache.path} (first in row {first}), "
-                f"written for {fingerprint['data']} with max_length {fingerprint['max_length']}; another dataset, template, "
-                "tokenizer or max_length makes other rows. Train on the rows that were cached, or cache these."
+                f"{missing:,} of {total:,} label positions are not in the cache {self.cache.path} (first in "
+                f"row {first}), written for {fingerprint['data']} with max_length "
+                f"{fingerprint['max_length']}; another dataset, template, tokenizer or max_length makes "
+                "other rows. Train on the rows that were cached, or cache these."
             )
 
-    def fetch(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Tensor] | Future[dict[str, Tensor]]:
-        """Read the answers for a collated batch, beside the step: in a loader's worker here and now, else in a thread.
+    def fetch(
+        self, inputs: Mapping[str, Any], batch: TokenBatch
+    ) -> dict[str, Tensor] | Future[dict[str, Tensor]]:
+        """Read the answers for a collated batch, beside the step: in a loader's worker here and now, else in
+        a thread.
 
         accelerate collates one batch ahead, so a thread has a whole step to read in.
         """
@@ -108,7 +115,11 @@ class CachedTeacher:
 
     def _read(self, keys: np.ndarray) -> dict[str, Tensor]:
         found = self.cache.read(keys)
-        return {name: tensor.pin_memory() for name, tensor in found.items()} if self._device.type == "cuda" else found
+        return (
+            {name: tensor.pin_memory() for name, tensor in found.items()}
+            if self._device.type == "cuda"
+            else found
+        )
 
 
 def stored_hidden(stored: Mapping[str, Tensor]) -> Tensor:

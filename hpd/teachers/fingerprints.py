@@ -17,7 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.files import digest_file
 
-__all__ = ["differences", "model_fingerprint", "teacher_fingerprint", "tokenizer_fingerprint", "tokenizer_hash"]
+__all__ = [
+    "differences",
+    "model_fingerprint",
+    "teacher_fingerprint",
+    "tokenizer_fingerprint",
+    "tokenizer_hash",
+]
 
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -34,18 +40,28 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
     if isinstance(source, TeacherConfig) and source.type == "cached":
         from hpd.teachers.cache import read_about
 
-        return {"cache": xxhash.xxh3_128_hexdigest(json.dumps(read_about(str(source.path)), sort_keys=True).encode())}
+        return {
+            "cache": xxhash.xxh3_128_hexdigest(
+                json.dumps(read_about(str(source.path)), sort_keys=True).encode()
+            )
+        }
     model = str(source.model)
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(
-            huggingface_hub.snapshot_download(model, revision=source.revision, allow_patterns=[*_WEIGHTS, "config.json"])
+            huggingface_hub.snapshot_download(
+                model, revision=source.revision, allow_patterns=[*_WEIGHTS, "config.json"]
+            )
         )
     files = [folder / "config.json", *sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
     state = xxhash.xxh3_128()
     for file in files:
         state.update(f"{file.name}:{digest_file(file)};".encode())
-    return {"weights": state.hexdigest(), "dtype": source.dtype, "quantization": getattr(source, "quantization", None)}
+    return {
+        "weights": state.hexdigest(),
+        "dtype": source.dtype,
+        "quantization": getattr(source, "quantization", None),
+    }
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict[str, Any]:
@@ -57,11 +73,17 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # Padding and truncation are settings of the last call, not of the tokenizer.
-    tokens = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")} if backend else None
+    tokens = (
+        {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
+        if backend
+        else None
+    )
     specials = [tokenizer.bos_token, args.eos_token or tokenizer.eos_token]
     template = [tokenizer.chat_template, args.chat_template_path and _content(args.chat_template_path)]
     return {
-        "tokenizer": _digest([tokens or sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), specials]),
+        "tokenizer": _digest(
+            [tokens or sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), specials]
+        ),
         "chat template": _digest(template),
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
@@ -92,15 +114,21 @@ _VALUES_PER_TENSOR = 4096
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """32 hex digits from the configuration and the parameters: names, shapes, dtypes and 4,096 evenly spaced values of each.
+    """32 hex digits from the configuration and the parameters: names, shapes, dtypes and 4,096 evenly spaced
+    values of each.
 
-    Values are sampled, because hashing all of a large model takes as long as loading it; training moves all of them.
+    Values are sampled, because hashing all of a large model takes as long as loading it; training moves all
+    of them.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
     if config is not None:
         # Where the weights came from and who loaded them does not change what the model computes.
-        facts = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "use_cache")}
+        facts = {
+            k: v
+            for k, v in config.to_dict().items()
+            if k not in ("_name_or_path", "transformers_version", "use_cache")
+        }
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -26,9 +26,10 @@ _CHUNK_BYTES = 64 * 2**20
 class MixtureTeacher:
     r"""A weighted mixture of distributions: :math:`p = \sum_i w_i\, p_i`.
 
-    A mixture has no hidden state, so it is computed on the whole vocabulary: every teacher's forward and head product, and
-    `[N, V]` float32 numbers per micro-batch (4 bytes x label positions x vocabulary: 1.2 GB for 2,048 positions of 151,936
-    tokens). Smaller micro-batches with more accumulation cost less memory and give the same gradient.
+    A mixture has no hidden state, so it is computed on the whole vocabulary: every teacher's forward and head
+    product, and `[N, V]` float32 numbers per micro-batch (4 bytes x label positions x vocabulary: 1.2 GB for
+    2,048 positions of 151,936 tokens). Smaller micro-batches with more accumulation cost less memory and give
+    the same gradient.
 
     Args:
         teachers: by name; those known at their k likeliest tokens only cannot be mixed.
@@ -59,8 +60,8 @@ class MixtureTeacher:
             part = teacher.scores({**inputs, "fetched": fetched.get(name)}, batch)
             if not isinstance(part, Scores):
                 raise ValueError(
-                    f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens only: use a "
-                    "live teacher or a hidden cache, or route rows instead."
+                    f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens "
+                    "only: use a live teacher or a hidden cache, or route rows instead."
                 )
             mixture = _mix(mixture, part, self.weights[name], self.vocab or part.vocab)
         assert mixture is not None
@@ -68,7 +69,8 @@ class MixtureTeacher:
 
 
 def _mix(mixture: Tensor | None, scores: Scores, weight: float, vocab: int) -> Float[Tensor, "N V"]:
-    """Add `weight` times the distribution of `scores` over the first `vocab` tokens, chunk by chunk, all in logarithms."""
+    """Add `weight` times the distribution of `scores` over the first `vocab` tokens, chunk by chunk, all in
+    logarithms."""
     num_tokens = len(scores.hidden)
     first = mixture is None
     if mixture is None:
@@ -87,8 +89,8 @@ def _mix(mixture: Tensor | None, scores: Scores, weight: float, vocab: int) -> F
 class RoutedTeacher:
     """Every row has one teacher, named by a column of the dataset.
 
-    Rows are known by the keys of their label positions, so the order of training does not matter. A live teacher runs on the
-    rows of its own, and not at all on a micro-batch without any.
+    Rows are known by the keys of their label positions, so the order of training does not matter. A live
+    teacher runs on the rows of its own, and not at all on a micro-batch without any.
 
     Args:
         teachers: by the names that stand in the column.
@@ -104,9 +106,11 @@ class RoutedTeacher:
         self._lockstep = False
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
-        # Sharded weights are gathered by all processes together: then every teacher runs on every micro-batch.
+        # Sharded weights are gathered by all processes together: then every teacher runs on every
+        # micro-batch.
         self._lockstep = any(
-            getattr(accelerator.state, plugin, None) is not None for plugin in ("deepspeed_plugin", "fsdp_plugin")
+            getattr(accelerator.state, plugin, None) is not None
+            for plugin in ("deepspeed_plugin", "fsdp_plugin")
         )
         for teacher in self.teachers.values():
             teacher.prepare(student, accelerator)
@@ -121,7 +125,9 @@ class RoutedTeacher:
         own: list[list[tuple[Mapping[str, Any], Tensor]]] = [[] for _ in self._names]
         for number, (row, own_keys) in enumerate(rows):
             if self.column not in row:
-                raise ValueError(f"Rows are routed by {self.column!r}, which the dataset does not have: {', '.join(row)}.")
+                raise ValueError(
+                    f"Rows are routed by {self.column!r}, which the dataset does not have: {', '.join(row)}."
+                )
             if row[self.column] not in self.teachers:
                 raise ValueError(
                     f"Row {number} has {self.column}: {row[self.column]!r}, and there is no such teacher: "
@@ -144,8 +150,8 @@ class RoutedTeacher:
         if len(torn):
             one, other = int(torn[0]), int(torn[0]) + 1
             raise ValueError(
-                f"Rows {numbers[one]} and {numbers[other]} are the same, and go to {self._names[choices[one]]!r} and "
-                f"{self._names[choices[other]]!r}: remove one of them."
+                f"Rows {numbers[one]} and {numbers[other]} are the same, and go to "
+                f"{self._names[choices[one]]!r} and {self._names[choices[other]]!r}: remove one of them."
             )
         self._keys, self._choices = keys, choices
 
@@ -159,13 +165,17 @@ class RoutedTeacher:
             if len(positions) or self._lockstep or (number == 0 and not len(choices)):
                 own = _rows_of(inputs, batch, positions)
                 fetched[name] = {**own._asdict(), "positions": positions}
-                fetched[name]["fetched"] = _fetch(self.teachers[name], *_inputs_of(inputs, batch, fetched[name]))
+                fetched[name]["fetched"] = _fetch(
+                    self.teachers[name], *_inputs_of(inputs, batch, fetched[name])
+                )
         return fetched
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> RoutedScores:
         fetched = inputs.get("fetched")
         if fetched is None:
-            fetched = self.fetch({k: v.cpu() for k, v in inputs.items() if isinstance(v, Tensor)}, _on_cpu(batch))
+            fetched = self.fetch(
+                {k: v.cpu() for k, v in inputs.items() if isinstance(v, Tensor)}, _on_cpu(batch)
+            )
         parts = []
         for name, own in fetched.items():
             own = {k: v.to(batch.labels.device) if isinstance(v, Tensor) else v for k, v in own.items()}
@@ -178,7 +188,9 @@ class RoutedTeacher:
     def _choices_of(self, keys: np.ndarray) -> Int[Tensor, "N"]:
         at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
         if len(keys) and (not len(self._keys) or (self._keys[at] != keys).any()):
-            raise ValueError(f"A row was not in the datasets that were routed by {self.column!r} at the start of training.")
+            raise ValueError(
+                f"A row was not in the datasets that were routed by {self.column!r} at the start of training."
+            )
         return torch.from_numpy(self._choices[at] if len(keys) else np.empty(0, dtype=np.int64))
 
 
@@ -198,10 +210,14 @@ def _rows_of(inputs: Mapping[str, Any], batch: TokenBatch, positions: Int[Tensor
     return _Rows(rows if len(rows) else torch.zeros(1, dtype=torch.long), place * length + index % length)
 
 
-def _inputs_of(inputs: Mapping[str, Any], batch: TokenBatch, own: Mapping[str, Any]) -> tuple[dict[str, Any], TokenBatch]:
+def _inputs_of(
+    inputs: Mapping[str, Any], batch: TokenBatch, own: Mapping[str, Any]
+) -> tuple[dict[str, Any], TokenBatch]:
     count, positions = len(inputs["input_ids"]), own["positions"]
     smaller = {
-        name: value[own["rows"]] if isinstance(value, Tensor) and value.shape[:1] == (count,) and value.dim() > 1 else value
+        name: value[own["rows"]]
+        if isinstance(value, Tensor) and value.shape[:1] == (count,) and value.dim() > 1
+        else value
         for name, value in inputs.items()
         if name != "fetched"
     }
@@ -234,10 +250,14 @@ def vocab_of(teacher: Any) -> int | None:
     """Tokens of a teacher's vocabulary; None for a teacher that is the student."""
     known = getattr(teacher, "model", None) or getattr(teacher, "config", None)
     return (
-        getattr(known, "config", known).get_text_config().vocab_size if known is not None else getattr(teacher, "vocab", None)
+        getattr(known, "config", known).get_text_config().vocab_size
+        if known is not None
+        else getattr(teacher, "vocab", None)
     )
 
 
 def _check_names(teachers: Mapping[str, Teacher], weights: Mapping[str, float]) -> None:
     if set(teachers) != set(weights) or min(weights.values(), default=0.0) <= 0.0:
-        raise ValueError(f"A mixture needs a weight > 0 for each teacher ({', '.join(teachers)}), got {dict(weights)}.")
+        raise ValueError(
+            f"A mixture needs a weight > 0 for each teacher ({', '.join(teachers)}), got {dict(weights)}."
+        )

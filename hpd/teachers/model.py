@@ -33,11 +33,13 @@ class Teacher(Protocol):
         ...
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
-        """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no gradient.
+        """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no
+        gradient.
 
-        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher may have two more
-        methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step, and what it returns is
-        `inputs["fetched"]` here. `read_rows(rows)` sees every (row, TokenBatch) of the datasets once, before training.
+        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher
+        may have two more methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step,
+        and what it returns is `inputs["fetched"]` here. `read_rows(rows)` sees every (row, TokenBatch) of the
+        datasets once, before training.
         """
         ...
 
@@ -59,7 +61,8 @@ class ModelTeacher:
     """A frozen causal language model: no gradient, no optimiser state, dropout off.
 
     Args:
-        model: any transformers causal language model, in any dtype or quantised; its parameters are frozen in place.
+        model: any transformers causal language model, in any dtype or quantised; its parameters are frozen in
+            place.
     """
 
     def __init__(self, model: nn.Module):
@@ -70,12 +73,17 @@ class ModelTeacher:
         if getattr(plugins, "deepspeed_plugin", None) is not None:
             self.model = prepare_deepspeed(self.model, accelerator)
         elif getattr(plugins, "fsdp_plugin", None) is not None:
-            # Layer by layer, as the student; TRL's prepare_fsdp makes one unit of the teacher and gathers all of it at once.
+            # Layer by layer, as the student; TRL's prepare_fsdp makes one unit of the teacher and gathers all
+            # of it at once.
             self.model = fsdp2_prepare_model(accelerator, self.model)
         else:
             # A model placed by quantisation or a device map must not be moved.
-            placed = getattr(self.model, "hf_device_map", None) or getattr(self.model, "quantization_method", None)
-            self.model = accelerator.prepare_model(self.model, device_placement=False if placed else None, evaluation_mode=True)
+            placed = getattr(self.model, "hf_device_map", None) or getattr(
+                self.model, "quantization_method", None
+            )
+            self.model = accelerator.prepare_model(
+                self.model, device_placement=False if placed else None, evaluation_mode=True
+            )
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
         return scores_of(self.model, inputs, batch.index)
@@ -84,8 +92,8 @@ class ModelTeacher:
 class SelfTeacher:
     """Self-distillation: the student as it was before training.
 
-    With a PEFT student the adapter is switched off for the teacher's forward, which costs no memory; without, the student is
-    copied and frozen.
+    With a PEFT student the adapter is switched off for the teacher's forward, which costs no memory; without,
+    the student is copied and frozen.
     """
 
     def __init__(self) -> None:

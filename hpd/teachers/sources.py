@@ -1,4 +1,5 @@
-"""From what a recipe says of its teacher to the teacher: descriptions without weights, checks of caches, loading."""
+"""From what a recipe says of its teacher to the teacher: descriptions without weights, checks of caches,
+loading."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ __all__ = ["check_caches", "described_by", "load_teacher"]
 def described_by(recipe: Recipe) -> dict[str, ModelConfig | TeacherConfig]:
     """Where configuration and tokenizer of each teacher are read, by the role that messages name it with."""
     if recipe.teacher.teachers:
-        return {f"teacher {name}": _description(part, recipe) for name, part in recipe.teacher.teachers.items()}
+        return {
+            f"teacher {name}": _description(part, recipe) for name, part in recipe.teacher.teachers.items()
+        }
     return {"teacher": _description(recipe.teacher, recipe)}
 
 
@@ -31,7 +34,9 @@ def _description(teacher: TeacherConfig, recipe: Recipe) -> ModelConfig | Teache
     if teacher.type == "self":
         return recipe.student
     if teacher.type == "cached":
-        return replace(teacher, model=str(Path(str(teacher.path)) / TEACHER), revision=None, quantization=None)
+        return replace(
+            teacher, model=str(Path(str(teacher.path)) / TEACHER), revision=None, quantization=None
+        )
     return teacher
 
 
@@ -44,24 +49,32 @@ def check_caches(teacher: TeacherConfig, tokenizer: Any, args: Any) -> None:
         args: `DistillConfig`.
 
     Raises:
-        ValueError: there is none, it is unfinished or damaged, or it was written for something else; the text names what.
+        ValueError: there is none, it is unfinished or damaged, or it was written for something else; the text
+            names what.
     """
     for part in teacher.teachers.values():
         check_caches(part, tokenizer, args)
-        if teacher.type == "mixture" and part.type == "cached" and read_about(str(part.path))["kind"] == "top_k":
+        if (
+            teacher.type == "mixture"
+            and part.type == "cached"
+            and read_about(str(part.path))["kind"] == "top_k"
+        ):
             raise ValueError(
-                f"A mixture needs whole distributions, and {part.path} holds the likeliest tokens only: cache kind hidden."
+                f"A mixture needs whole distributions, and {part.path} holds the likeliest tokens only: "
+                "cache kind hidden."
             )
     if teacher.type != "cached":
         return
     cached = read_about(str(teacher.path))["fingerprint"]
     changed = differences(cached, tokenizer_fingerprint(tokenizer, args))
     if teacher.model is not None:
-        changed += ["teacher"] if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model")) else []
+        changed += (
+            ["teacher"] if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model")) else []
+        )
     if changed:
         raise ValueError(
-            f"The cache {teacher.path} was written with another {', another '.join(changed)}. Use what it was written with "
-            f"({cached['name']} on {cached['data']}), or write a cache for this recipe."
+            f"The cache {teacher.path} was written with another {', another '.join(changed)}. Use what it "
+            f"was written with ({cached['name']} on {cached['data']}), or write a cache for this recipe."
         )
 
 
@@ -90,5 +103,7 @@ def as_teacher(teacher: Any, trust_remote_code: bool) -> Teacher:
         from hpd.config.models import ModelConfig
         from hpd.models.load import load_model
 
-        return ModelTeacher(load_model(ModelConfig(model=teacher, trust_remote_code=trust_remote_code), "teacher"))
+        return ModelTeacher(
+            load_model(ModelConfig(model=teacher, trust_remote_code=trust_remote_code), "teacher")
+        )
     return ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher

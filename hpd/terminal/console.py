@@ -40,9 +40,15 @@ def show_verdicts(verdicts: Iterable[Verdict]) -> None:
 
 def _bar(*extra: TextColumn) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), *extra, console=console,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *extra,
+        console=console,
+    )
 
 
 def progress_bar(description: str) -> Callable[[int, int], None]:

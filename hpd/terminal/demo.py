@@ -26,8 +26,9 @@ def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = 
     """Distil the packaged pair and show what changed; returns the run's summary."""
     recipe = load_recipe(demo_recipe(output_dir), overrides)
     console.print(
-        "A 0.8 M-parameter teacher solves chains of arithmetic in writing. A student 8 times smaller, from random weights, "
-        f"learns from 24,000 of its solutions with [bold]{escape(recipe.method or 'terms')}[/].\n",
+        "A 0.8 M-parameter teacher solves chains of arithmetic in writing. A student 8 times smaller, from "
+        "random weights, learns from 24,000 of its solutions with "
+        f"[bold]{escape(recipe.method or 'terms')}[/].\n",
         highlight=False,
     )
     summary = train_with_display(recipe, overwrite=overwrite)
@@ -38,7 +39,8 @@ def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = 
     console.print(f"\ntraining curves: {picture}", highlight=False)
     console.print(
         "next: the same run with another method  [bold]hpd demo --overwrite method=forward_kl[/]\n"
-        "      your own pair                     [bold]hpd doctor recipes/gsm8k_smollm2.yaml[/]  (make models fetches it)\n"
+        "      your own pair                     [bold]hpd doctor recipes/gsm8k_smollm2.yaml[/]  (make "
+        "models fetches it)\n"
         "      every method                      [bold]hpd methods[/]",
         highlight=False,
     )
@@ -47,7 +49,10 @@ def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = 
 
 def _show_samples(folder: Path) -> None:
     """The same problems, answered by the teacher and by the student before and after."""
-    evals = {entry["id"]: entry["model"] for entry in json.loads((folder / "evals.json").read_text(encoding="utf-8"))}
+    evals = {
+        entry["id"]: entry["model"]
+        for entry in json.loads((folder / "evals.json").read_text(encoding="utf-8"))
+    }
     answers: dict[str, dict[str, tuple[str, bool]]] = {}
     prompts: dict[str, str] = {}
     for line in (folder / "records-exact-match.jsonl").read_text(encoding="utf-8").split("\n"):
@@ -62,6 +67,8 @@ def _show_samples(folder: Path) -> None:
         table.add_column(model, overflow="fold")
     for identity in list(answers)[:_SAMPLES]:
         cells = [answers[identity].get(model, ("", False)) for model in models]
-        shown = [f"[{'green' if correct else 'red'}]{escape(text.strip()[:80])}[/]" for text, correct in cells]
+        shown = [
+            f"[{'green' if correct else 'red'}]{escape(text.strip()[:80])}[/]" for text, correct in cells
+        ]
         table.add_row(escape(prompts[identity]), *shown)
     console.print(table)

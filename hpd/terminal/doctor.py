@@ -33,14 +33,17 @@ def _show_regime(recipe: Recipe) -> None:
         adaptive = ", then as the validation loss says" if regime.prefixes.adaptive else ""
         console.print(f"student writes {span} of the rows{adaptive}: {what}", highlight=False)
     if regime.strategy.type != "direct":
-        console.print(f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False)
+        console.print(
+            f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False
+        )
     for stage in stage_recipes(recipe):
         kind = "dpo" if stage.dpo else stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
         console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
 
 
 def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | None) -> None:
-    """Floating-point operations of the run, and hours at a given speed; what the student writes itself comes on top."""
+    """Floating-point operations of the run, and hours at a given speed; what the student writes itself comes
+    on top."""
     price, lengths, args = flops_per_token(planned.recipe), planned.lengths, planned.args
     tokens = lengths.label_tokens / max(lengths.label_share, 1e-9)
     rows = devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -65,7 +68,9 @@ def _flop(count: float) -> str:
     return f"{count / 1e9:.3g} GFLOP"
 
 
-def diagnose(recipe: Recipe, memory: str | None = None, devices: int = 1, tflops: float | None = None) -> bool:
+def diagnose(
+    recipe: Recipe, memory: str | None = None, devices: int = 1, tflops: float | None = None
+) -> bool:
     """Print everything known about a run before its start; False when it would fail.
 
     Args:
@@ -75,13 +80,15 @@ def diagnose(recipe: Recipe, memory: str | None = None, devices: int = 1, tflops
         tflops: what a device reaches in training, in TFLOP/s, > 0: gives hours.
 
     Raises:
-        ValueError: the budget is no size; see also `hpd.training.plan.plan` and `hpd.estimate.memory.StepMemory`.
+        ValueError: the budget is no size; see also `hpd.training.plan.plan` and
+            `hpd.estimate.memory.StepMemory`.
     """
     budget = parse_bytes(memory) if memory is not None else None
     if devices < 1 or (tflops is not None and tflops <= 0):
         raise ValueError(f"--devices must be >= 1 and --tflops > 0, got {devices} and {tflops}.")
     if not torch.accelerator.is_available() and not recipe.train.get("use_cpu"):
-        # transformers refuses bf16 without a device for it; a recipe for another machine is looked at all the same.
+        # transformers refuses bf16 without a device for it; a recipe for another machine is looked at all the
+        # same.
         recipe = dataclasses.replace(recipe, train={**recipe.train, "use_cpu": True})
     planned = plan(recipe)
     show_verdicts(planned.verdicts)
@@ -91,7 +98,10 @@ def diagnose(recipe: Recipe, memory: str | None = None, devices: int = 1, tflops
     steps = steps_of(planned)
     args = planned.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    console.print(f"{count} rows{held_out}; {steps if steps is not None else 'unknown'} steps of {batch} rows", highlight=False)
+    console.print(
+        f"{count} rows{held_out}; {steps if steps is not None else 'unknown'} steps of {batch} rows",
+        highlight=False,
+    )
     for term in name_terms(recipe.choose_terms()):
         console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
     _show_regime(recipe)
@@ -145,9 +155,10 @@ def _show_fit(step: StepMemory, needed: Memory, budget: int) -> None:
     fit = step.fit(budget)
     room = budget - needed.total
     console.print(
-        f"{_size(budget)}: this recipe's step {'leaves ' + _size(room) if room >= 0 else 'needs ' + _size(-room) + ' more'}. "
-        f"Largest train.per_device_train_batch_size {fit.rows or 'none, not even 1'} (rows of {step.tokens} tokens, chunks of "
-        f"{_size(step.chunk_bytes)}); largest train.chunk_bytes on {step.batch} rows "
+        f"{_size(budget)}: this recipe's step "
+        f"{'leaves ' + _size(room) if room >= 0 else 'needs ' + _size(-room) + ' more'}. Largest "
+        f"train.per_device_train_batch_size {fit.rows or 'none, not even 1'} (rows of {step.tokens} tokens, "
+        f"chunks of {_size(step.chunk_bytes)}); largest train.chunk_bytes on {step.batch} rows "
         f"{f'{fit.chunk_bytes} ({_size(fit.chunk_bytes)}' if fit.chunk_bytes else 'none'}"
         + (
             ", all label positions at once)"

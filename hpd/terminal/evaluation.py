@@ -63,8 +63,12 @@ def evaluate_with_display(command: EvalCommand) -> None:
             console.print(figure_table(results[task.name], names))
         for model, result in results[task.name].items():
             if result.num_ungraded:
-                console.print(f"[yellow]{escape(names[model])}: {result.num_ungraded} answers could not be graded.[/]")
-    folders = list(dict.fromkeys(str(folder) for model in command.models if (folder := command.folder(model))))
+                console.print(
+                    f"[yellow]{escape(names[model])}: {result.num_ungraded} answers could not be graded.[/]"
+                )
+    folders = list(
+        dict.fromkeys(str(folder) for model in command.models if (folder := command.folder(model)))
+    )
     if folders:
         console.print(f"evals.json and every answer in {', '.join(folders)}", highlight=False)
 
@@ -78,22 +82,34 @@ def result_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
     figures = figures if len(figures) <= _MOST_COLUMNS else []
     columns = [first.metric, "95 % interval", *figures]
     differs = len(results) > 1
-    for column in ("model", *columns, *(("against first", "p") if differs else ()), "tokens per answer", "cut off"):
+    for column in (
+        "model",
+        *columns,
+        *(("against first", "p") if differs else ()),
+        "tokens per answer",
+        "cut off",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, result in results.items():
         low, high = result.interval
-        cells = [_shown(result.metric, result.value), f"{_shown(result.metric, low)} to {_shown(result.metric, high)}"]
+        cells = [
+            _shown(result.metric, result.value),
+            f"{_shown(result.metric, low)} to {_shown(result.metric, high)}",
+        ]
         cells += [_shown(key, result.figures.get(key)) for key in figures]
         if differs:
             cells += _difference(first, result)
         table.add_row(escape(names[model]), *cells, f"{result.mean_tokens:.0f}", f"{result.truncated:.1%}")
     if differs:
-        table.caption = "p: exact McNemar for one right or wrong answer per problem, else paired bootstrap over problems"
+        table.caption = (
+            "p: exact McNemar for one right or wrong answer per problem, else paired bootstrap over problems"
+        )
     return table
 
 
 def figure_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) -> Table:
-    """What a task sums up beyond its metric: a row per figure, a column per model. Plain numbers, shares from 0 to 1."""
+    """What a task sums up beyond its metric: a row per figure, a column per model. Plain numbers, shares from
+    0 to 1."""
     table = Table(box=None, show_header=len(results) > 1)
     table.add_column("")
     for model in results:
@@ -107,7 +123,10 @@ def figure_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
 def _figures(results: Mapping[str, EvalResult]) -> list[str]:
     """Names of the figures that are numbers; avg@n is the metric itself."""
     known = dict.fromkeys(
-        key for result in results.values() for key, value in result.figures.items() if isinstance(value, float)
+        key
+        for result in results.values()
+        for key, value in result.figures.items()
+        if isinstance(value, float)
     )
     return [key for key in known if not key.startswith("avg@")]
 
@@ -165,8 +184,8 @@ def measure_with_display(
         metrics, texts: names of `METRICS` and `TEXTS`, with commas between them.
         vocabulary: policy for heads of unequal size.
         limit: first n rows.
-        generation: fields of `GenerationSettings` for the students' texts; None values are left at the defaults here:
-            temperature 1, 256 tokens.
+        generation: fields of `GenerationSettings` for the students' texts; None values are left at the
+            defaults here: temperature 1, 256 tokens.
         dtype: of the weights.
         output: folder of evals.json; None writes nothing.
 
@@ -185,7 +204,9 @@ def measure_with_display(
     given = {key: value for key, value in (generation or {}).items() if value is not None}
     settings = GenerationSettings(**{"temperature": 1.0, "max_new_tokens": 256, **given})
     if settings.num_samples > 1 or settings.stop:
-        raise ValueError("--metrics reads one text per row, to its end: leave out --samples and stop strings.")
+        raise ValueError(
+            "--metrics reads one text per row, to its end: leave out --samples and stop strings."
+        )
     rows = read_text_rows(data, limit=limit)
     from hpd.progress import quiet_libraries
 
@@ -195,9 +216,15 @@ def measure_with_display(
         report = _measure(_load(model, "student", dtype), loaded, rows, chosen, settings, read, vocabulary)
         console.print(metrics_table(Path(model).name, report))
         identity = {
-            "model": model, "teacher": teacher, "data": str(data), "limit": limit, "metrics": chosen, "texts": read,
-            "vocabulary": vocabulary, "settings": dataclasses.asdict(settings),
-        }  # fmt: skip
+            "model": model,
+            "teacher": teacher,
+            "data": str(data),
+            "limit": limit,
+            "metrics": chosen,
+            "texts": read,
+            "vocabulary": vocabulary,
+            "settings": dataclasses.asdict(settings),
+        }
         _keep_report(output, identity, report)
 
 
@@ -236,9 +263,17 @@ def _measure(
         bars.setdefault(stage, progress_bar(stage))(done, total)
 
     return distribution_metrics(
-        student[0], teacher[0], student[1], rows, metrics, settings,
-        texts=texts, teacher_tokenizer=teacher[1], vocabulary=vocabulary, progress=progress,
-    )  # fmt: skip
+        student[0],
+        teacher[0],
+        student[1],
+        rows,
+        metrics,
+        settings,
+        texts=texts,
+        teacher_tokenizer=teacher[1],
+        vocabulary=vocabulary,
+        progress=progress,
+    )
 
 
 def _keep_report(folder: Path | None, identity: dict[str, Any], report: dict[str, Any]) -> None:
@@ -254,7 +289,9 @@ def metrics_table(name: str, report: Mapping[str, Any]) -> Table:
     """One row per figure, one column per text."""
     texts = [text for text in ("dataset", "student", "gap") if text in report]
     headings = {"dataset": "data set", "student": "its own text", "gap": "own - data set"}
-    table = Table(title=f"{escape(name)}: {report['num_rows']} rows, 95 % intervals over rows", title_justify="left")
+    table = Table(
+        title=f"{escape(name)}: {report['num_rows']} rows, 95 % intervals over rows", title_justify="left"
+    )
     table.add_column("")
     for text in texts:
         table.add_column(headings[text], justify="right")
@@ -277,22 +314,59 @@ def _cell(figure: Any) -> str:
 
 
 _METRICS_USE = (
-    "models", "data", "limit", "generation", "dtype", "output", "metrics", "metrics_on", "teacher", "vocabulary",
-)  # fmt: skip
+    "models",
+    "data",
+    "limit",
+    "generation",
+    "dtype",
+    "output",
+    "metrics",
+    "metrics_on",
+    "teacher",
+    "vocabulary",
+)
 
 
 _HARNESS_USES = (
-    "models", "tasks", "data", "limit", "generation", "few_shot", "dtype", "output", "harness",
-)  # fmt: skip
+    "models",
+    "tasks",
+    "data",
+    "limit",
+    "generation",
+    "few_shot",
+    "dtype",
+    "output",
+    "harness",
+)
 
 
 _TASKS_USE = (
-    "models", "tasks", "data", "limit", "limit_seed", "preset", "generation", "few_shot", "few_shot_data", "options",
-    "judge_url", "judge_model", "engine", "tensor_parallel", "dtype", "output",
-)  # fmt: skip
+    "models",
+    "tasks",
+    "data",
+    "limit",
+    "limit_seed",
+    "preset",
+    "generation",
+    "few_shot",
+    "few_shot_data",
+    "options",
+    "judge_url",
+    "judge_model",
+    "engine",
+    "tensor_parallel",
+    "dtype",
+    "output",
+)
 
 
-_UNSET: dict[str, Any] = {"tasks": "exact-match", "few_shot": 0, "options": (), "engine": "transformers", "tensor_parallel": 1}
+_UNSET: dict[str, Any] = {
+    "tasks": "exact-match",
+    "few_shot": 0,
+    "options": (),
+    "engine": "transformers",
+    "tensor_parallel": 1,
+}
 
 
 def run_eval(**given: Any) -> None:
@@ -324,21 +398,38 @@ def _tasks(given: Mapping[str, Any]) -> None:
     from hpd.evaluate.command import EvalCommand
     from hpd.evaluate.tasks import build_tasks
 
-    judge = [f"judge.{name}={given[f'judge_{name}']}" for name in ("url", "model") if given[f"judge_{name}"] is not None]
+    judge = [
+        f"judge.{name}={given[f'judge_{name}']}"
+        for name in ("url", "model")
+        if given[f"judge_{name}"] is not None
+    ]
     tasks = build_tasks(
-        given["tasks"], given["data"], [*given["options"], *judge], limit=given["limit"], limit_seed=given["limit_seed"],
-        few_shot=given["few_shot"], few_shot_data=given["few_shot_data"], judge_progress=judging_bar,
-    )  # fmt: skip
+        given["tasks"],
+        given["data"],
+        [*given["options"], *judge],
+        limit=given["limit"],
+        limit_seed=given["limit_seed"],
+        few_shot=given["few_shot"],
+        few_shot_data=given["few_shot_data"],
+        judge_progress=judging_bar,
+    )
     names = ("models", "preset", "generation", "engine", "tensor_parallel", "dtype", "output")
     evaluate_with_display(EvalCommand(tasks=tasks, **{name: given[name] for name in names}))
 
 
 def _metrics(given: Mapping[str, Any]) -> None:
     measure_with_display(
-        given["models"], given["teacher"], given["data"], given["metrics"],
-        texts=given["metrics_on"] or "dataset,student", vocabulary=given["vocabulary"] or "error", limit=given["limit"],
-        generation=given["generation"], dtype=given["dtype"], output=given["output"],
-    )  # fmt: skip
+        given["models"],
+        given["teacher"],
+        given["data"],
+        given["metrics"],
+        texts=given["metrics_on"] or "dataset,student",
+        vocabulary=given["vocabulary"] or "error",
+        limit=given["limit"],
+        generation=given["generation"],
+        dtype=given["dtype"],
+        output=given["output"],
+    )
 
 
 def _harness(given: Mapping[str, Any]) -> None:
@@ -361,13 +452,26 @@ def _harness(given: Mapping[str, Any]) -> None:
     tasks = [name.strip() for name in given["tasks"].split(",") if name.strip()]
     for model in given["models"]:
         found = run_harness(
-            model, tasks, include=given["data"], limit=given["limit"], num_few_shot=given["few_shot"] or None,
-            batch_size=generation["batch_size"], dtype=given["dtype"], generation=sampling,
-            chat_template=generation["chat_template"] == "always", system_prompt=generation["system_prompt"],
-        )  # fmt: skip
+            model,
+            tasks,
+            include=given["data"],
+            limit=given["limit"],
+            num_few_shot=given["few_shot"] or None,
+            batch_size=generation["batch_size"],
+            dtype=given["dtype"],
+            generation=sampling,
+            chat_template=generation["chat_template"] == "always",
+            system_prompt=generation["system_prompt"],
+        )
         console.print(harness_table(Path(model).name, found))
-        identity = {"model": model, "harness": "lm-eval", "tasks": tasks, "limit": given["limit"],
-                    "few_shot": given["few_shot"], "settings": generation}  # fmt: skip
+        identity = {
+            "model": model,
+            "harness": "lm-eval",
+            "tasks": tasks,
+            "limit": given["limit"],
+            "few_shot": given["few_shot"],
+            "settings": generation,
+        }
         _keep(given["output"], identity, {"results": found})
 
 

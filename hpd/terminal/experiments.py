@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from hpd.experiments.compare import Cost, predict
@@ -35,9 +42,14 @@ class _GridDisplay:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=console,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
         self._tasks: dict[str, Any] = {}
         self.live = Live(self._bar, console=console, refresh_per_second=4, transient=False)
 
@@ -46,7 +58,8 @@ class _GridDisplay:
             self._tasks[state.title] = self._bar.add_task(state.title, total=state.total)
         self._bar.update(self._tasks[state.title], completed=state.done)
         lines = [
-            f"  {escape(name)}  step {step}{f' of {total}' if total else ''}" for name, (step, total) in state.running.items()
+            f"  {escape(name)}  step {step}{f' of {total}' if total else ''}"
+            for name, (step, total) in state.running.items()
         ]
         self.live.update(Group(self._bar, *lines))
 
@@ -77,7 +90,8 @@ def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow:
 
 def _show_failures(failures: Sequence[Failure]) -> None:
     table = Table(
-        title=f"{len(failures)} runs failed; the others are kept, and a second call repeats only these", title_justify="left"
+        title=f"{len(failures)} runs failed; the others are kept, and a second call repeats only these",
+        title_justify="left",
     )
     table.add_column("run")
     table.add_column("why", overflow="fold")
@@ -93,14 +107,16 @@ def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> Non
 
     experiment = load_experiment(path, overrides)
     with tempfile.TemporaryDirectory() as scratch:
-        # Files of a base function must exist to be checked; finished runs are looked for where they really are.
+        # Files of a base function must exist to be checked; finished runs are looked for where they really
+        # are.
         folder = experiment.folder if (experiment.folder / "manifest.json").is_file() else Path(scratch)
         parts = {"tuning": expand_tuning(experiment, folder), "runs": expand(experiment, folder)}
         _show_axes(experiment)
         predicted = {
             title: predict(experiment, folder, cells, probe, lambda text: console.print(text, style="dim"))
-            for title, cells in parts.items() if title == "runs"
-        }  # fmt: skip
+            for title, cells in parts.items()
+            if title == "runs"
+        }
         unfinished = [cell for cell in parts["tuning"] if not is_finished(cell.recipe)]
         seconds = _show_costs(predicted["runs"], len(unfinished))
         _show_total(experiment, parts["runs"][0].recipe, seconds, jobs)
@@ -108,7 +124,10 @@ def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> Non
 
 def _show_axes(experiment: Experiment) -> None:
     console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}", highlight=False)
-    axes: dict[str, Any] = {**({"variant": experiment.variants} if experiment.variants else {}), **experiment.axes}
+    axes: dict[str, Any] = {
+        **({"variant": experiment.variants} if experiment.variants else {}),
+        **experiment.axes,
+    }
     for axis, values in axes.items():
         console.print(f"  {escape(axis)}: {escape(', '.join(map(str, values)))}", highlight=False)
     if experiment.tune is not None:
@@ -119,19 +138,27 @@ def _show_axes(experiment: Experiment) -> None:
             highlight=False,
         )
     if experiment.budget is not None:
-        console.print(f"  equal budget: {experiment.budget.value:g} {experiment.budget.type}", highlight=False)
+        console.print(
+            f"  equal budget: {experiment.budget.value:g} {experiment.budget.type}", highlight=False
+        )
 
 
 def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
     table = Table(title="predicted cost of a run, alone on this machine", title_justify="left")
     for column in ("variant", "runs", "finished", "seconds", "FLOPs", "measured by"):
-        table.add_column(column, justify="left" if column in ("variant", "measured by") else "right", overflow="fold")
+        table.add_column(
+            column, justify="left" if column in ("variant", "measured by") else "right", overflow="fold"
+        )
     for cost in costs:
         known = not math.isnan(cost.seconds)
         table.add_row(
-            escape(cost.group), str(cost.num_runs), str(cost.num_finished), f"{cost.seconds:.0f}" if known else "",
-            f"{cost.flops:.2g}" if known else "", cost.source,
-        )  # fmt: skip
+            escape(cost.group),
+            str(cost.num_runs),
+            str(cost.num_finished),
+            f"{cost.seconds:.0f}" if known else "",
+            f"{cost.flops:.2g}" if known else "",
+            cost.source,
+        )
     console.print(table)
     mean = sum(cost.seconds for cost in costs) / len(costs)
     # Those still to come; a tuning run evaluates less than a run of the grid and is taken to cost as much.
@@ -143,10 +170,13 @@ def _show_total(experiment: Experiment, recipe: Any, seconds: float, jobs: int) 
     from hpd.training.plan import plan
 
     memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
-    total = f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
+    total = (
+        f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
+    )
     console.print(
-        f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add any. "
-        f"Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: {experiment.folder}",
+        f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add "
+        f"any. Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: "
+        f"{experiment.folder}",
         highlight=False,
     )
 
@@ -169,7 +199,9 @@ def report_with_display(
     for line in report.verdicts:
         console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)
     console.print(
-        f"{report.status}\nreport: {page}, {target / 'report.md'}, plots/*.png, data/*.csv", highlight=False, soft_wrap=True
+        f"{report.status}\nreport: {page}, {target / 'report.md'}, plots/*.png, data/*.csv",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -180,7 +212,9 @@ def _serve(folders: list[Path], baseline: str | None, allow: Sequence[str], port
     watcher = Watcher(folders, lambda: render_page(build_report(folders, baseline, allow), live=True))
     watcher.refresh()
     with make_server(watcher, port) as server:
-        console.print(f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        console.print(
+            f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", highlight=False, soft_wrap=True
+        )
         try:
             server.serve_forever()
         except KeyboardInterrupt:

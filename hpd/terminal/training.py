@@ -23,7 +23,13 @@ from hpd.terminal.console import _bar, console, progress_bar
 from hpd.training.caching import CacheProgress, write_cache
 from hpd.training.run import train
 
-__all__ = ["cache_with_display", "generate_with_display", "show_methods", "show_summary", "train_with_display"]
+__all__ = [
+    "cache_with_display",
+    "generate_with_display",
+    "show_methods",
+    "show_summary",
+    "train_with_display",
+]
 
 
 def show_methods() -> None:
@@ -36,7 +42,9 @@ def show_methods() -> None:
         table.add_row(name, ", ".join(str(term.support) for term in name_terms(method.terms)), method.summary)
     console.print(table)
     console.print(
-        "\nmethod: NAME in a recipe, or method=NAME on the command line; weights and sources: docs/methods.md", highlight=False
+        "\nmethod: NAME in a recipe, or method=NAME on the command line; weights and sources: "
+        "docs/methods.md",
+        highlight=False,
     )
 
 
@@ -51,7 +59,9 @@ class _TrainingBar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self._bar = _bar(TextColumn("{task.fields[figures]}"))
-            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+            self._task = self._bar.add_task(
+                "training", total=state.max_steps, completed=state.global_step, figures=""
+            )
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -123,7 +133,11 @@ def cache_with_display(recipe: Recipe, overwrite: bool = False) -> None:
     summary = write_cache(recipe, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - started
     if int(os.environ.get("RANK", "0")) == 0:
-        what = f"{summary.written:,} positions written" if summary.written else "complete and verified, nothing to write"
+        what = (
+            f"{summary.written:,} positions written"
+            if summary.written
+            else "complete and verified, nothing to write"
+        )
         console.print(f"{summary.path}: {what} in {seconds:.0f} s", highlight=False)
         console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
 
@@ -155,13 +169,19 @@ _FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entr
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """The figures of a run before and after training."""
-    table = Table(title=f"{summary['method']}: {summary['steps']} steps, {summary['seconds']:.0f} s", title_justify="left")
+    table = Table(
+        title=f"{summary['method']}: {summary['steps']} steps, {summary['seconds']:.0f} s",
+        title_justify="left",
+    )
     table.add_column("")
     for column in ("before", "after", "teacher"):
         table.add_column(column, justify="right")
     for label in _task_labels(summary):
         show = _nats if label.endswith("score") else _share
-        table.add_row(label, *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")))
+        table.add_row(
+            label,
+            *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")),
+        )
     for figure in _FIGURES:
         before, after = summary.get(f"{figure} before"), summary.get(f"{figure} after")
         if before is not None or after is not None:
@@ -172,8 +192,12 @@ def summary_table(summary: dict[str, Any]) -> Table:
 
 def _task_labels(summary: dict[str, Any]) -> list[str]:
     """Metrics of the recipe's tasks."""
-    found = [key.removeprefix(prefix) for prefix in ("student before ", "student after ") for key in summary
-             if key.startswith(prefix)]  # fmt: skip
+    found = [
+        key.removeprefix(prefix)
+        for prefix in ("student before ", "student after ")
+        for key in summary
+        if key.startswith(prefix)
+    ]
     return list(dict.fromkeys(found))
 
 

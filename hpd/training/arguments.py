@@ -27,12 +27,23 @@ if TYPE_CHECKING:
 __all__ = ["DistillConfig", "check_engine", "check_train_values"]
 
 
-# Least values of fields of `train` that their libraries take without a check, or complain about in the middle of a run.
+# Least values of fields of `train` that their libraries take without a check, or complain about in the middle
+# of a run.
 _AT_LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "max_length": 2,
-    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "logging_steps": 0, "save_steps": 0,
-    "save_total_limit": 1, "dataloader_num_workers": 0, "seed": 0,
-}  # fmt: skip
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 2,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
 
 
 # Fields that would do nothing: the recipe loads model and tokenizer itself.
@@ -46,7 +57,8 @@ def check_train_values(values: Mapping[str, Any]) -> None:
     """Fields of `train`, of the right types, against what a run can use.
 
     Raises:
-        ValueError: a number out of range or not finite, or a field that has its place elsewhere in the recipe.
+        ValueError: a number out of range or not finite, or a field that has its place elsewhere in the
+            recipe.
     """
     for key, value in values.items():
         if key in _ELSEWHERE and value:
@@ -56,7 +68,9 @@ def check_train_values(values: Mapping[str, Any]) -> None:
         if key in _AT_LEAST and value is not None and value < _AT_LEAST[key]:
             raise ValueError(f"train.{key} must be >= {_AT_LEAST[key]}, got {value}.")
     if values.get("max_steps", -1) <= 0 and values.get("num_train_epochs", 3.0) <= 0:
-        raise ValueError(f"train.num_train_epochs must be > 0 without train.max_steps, got {values['num_train_epochs']}.")
+        raise ValueError(
+            f"train.num_train_epochs must be > 0 without train.max_steps, got {values['num_train_epochs']}."
+        )
 
 
 def train_arguments(recipe: Recipe, **forced: Any) -> Any:
@@ -83,7 +97,9 @@ def train_arguments(recipe: Recipe, **forced: Any) -> Any:
         if key in forced:
             raise ValueError(f"train.{key} is set by the recipe's own keys; remove it from train.")
         try:
-            values[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            values[key] = TypeAdapter(
+                hints[key], config=ConfigDict(arbitrary_types_allowed=True)
+            ).validate_python(value)
         except ValidationError as error:
             raise ValueError(f"train.{key}: {error.errors()[0]['msg']}, got {shorten(value)}") from None
     check_train_values(values)
@@ -95,11 +111,13 @@ def train_arguments(recipe: Recipe, **forced: Any) -> Any:
     try:
         return DistillConfig(output_dir=recipe.output_dir, **{**values, **forced})
     except (TypeError, ValueError, ImportError, NotImplementedError, RuntimeError) as error:
-        # transformers, TRL and accelerate check the fields against each other and the machine, each with its own error.
+        # transformers, TRL and accelerate check the fields against each other and the machine, each with its
+        # own error.
         raise ValueError(f"train: {' '.join(str(error).split())}") from None
 
 
-# How `accelerate launch` and its configuration files ask for an engine, and the field of TrainingArguments that asks too.
+# How `accelerate launch` and its configuration files ask for an engine, and the field of TrainingArguments
+# that asks too.
 _ENGINES = (
     (DistributedType.FSDP, "ACCELERATE_USE_FSDP", "fsdp"),
     (DistributedType.DEEPSPEED, "ACCELERATE_USE_DEEPSPEED", "deepspeed"),
@@ -108,9 +126,11 @@ _ENGINES = (
 
 
 def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) -> None:
-    """Refuse what would run silently under another engine than asked for, and what the loss cannot work under.
+    """Refuse what would run silently under another engine than asked for, and what the loss cannot work
+    under.
 
-    Accelerate falls back to DDP, without a word, where FSDP is asked for and no accelerator is found (or `use_cpu` is set).
+    Accelerate falls back to DDP, without a word, where FSDP is asked for and no accelerator is found (or
+    `use_cpu` is set).
 
     Args:
         args: TrainingArguments.
@@ -122,18 +142,24 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
     """
     got = accelerator.distributed_type
     for engine, variable, name in _ENGINES:
-        asked = os.environ.get(variable, "false").lower() in ("true", "1") or bool(name and getattr(args, name, None))
+        asked = os.environ.get(variable, "false").lower() in ("true", "1") or bool(
+            name and getattr(args, name, None)
+        )
         if asked and got != engine:
             raise ValueError(
-                f"{engine.value} was asked for (accelerate's configuration or train.{name or 'fsdp'}), and accelerate chose "
-                f"{got.value} on {accelerator.num_processes} {accelerator.device.type} process(es): FSDP and DeepSpeed need "
-                "two or more processes, each with an accelerator. Launch it there, or ask for DDP "
-                "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
+                f"{engine.value} was asked for (accelerate's configuration or train.{name or 'fsdp'}), and "
+                f"accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
+                "process(es): FSDP and DeepSpeed need two or more processes, each with an accelerator. "
+                "Launch it there, or ask for DDP (recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
             )
     if got == DistributedType.MEGATRON_LM:
-        raise ValueError("Megatron-LM computes its own loss: use FSDP2 or DeepSpeed ZeRO (recipes/accelerate/).")
+        raise ValueError(
+            "Megatron-LM computes its own loss: use FSDP2 or DeepSpeed ZeRO (recipes/accelerate/)."
+        )
     if got == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:  # type: ignore[union-attr]
-        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml).")
+        raise ValueError(
+            "FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)."
+        )
     if got == DistributedType.DEEPSPEED:
         deepspeed: Any = accelerator.state.deepspeed_plugin
         if deepspeed.zero_stage == 3:
@@ -141,10 +167,12 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
     layout = accelerator.parallelism_config
     for name, flag in (("context", "cp_enabled"), ("sequence", "sp_enabled")):
         if layout is not None and getattr(layout, flag, False):
-            # They cut each row into pieces after collation, and `TokenBatch.index` names positions of whole rows.
+            # They cut each row into pieces after collation, and `TokenBatch.index` names positions of whole
+            # rows.
             raise ValueError(
-                f"{name} parallelism cuts rows after their label positions were found, and the loss would read wrong ones: "
-                "for long rows use FSDP2 with gradient checkpointing and a smaller train.per_device_train_batch_size."
+                f"{name} parallelism cuts rows after their label positions were found, and the loss would "
+                "read wrong ones: for long rows use FSDP2 with gradient checkpointing and a smaller "
+                "train.per_device_train_batch_size."
             )
     if layout is not None and layout.tp_enabled:
         raise ValueError(
@@ -155,11 +183,14 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
 
 def _check_zero3(settings: Mapping[str, Any], recomputes: bool) -> None:
     if not settings.get("stage3_gather_16bit_weights_on_model_save"):
-        raise ValueError("ZeRO-3 without zero3_save_16bit_model exports no weights: set it (recipes/accelerate/zero3.yaml).")
+        raise ValueError(
+            "ZeRO-3 without zero3_save_16bit_model exports no weights: set it "
+            "(recipes/accelerate/zero3.yaml)."
+        )
     if recomputes:
         raise ValueError(
-            "strategy: policy_gradient reads the head again in the backward pass, when ZeRO-3 has emptied it: use ZeRO-2 or "
-            "FSDP2."
+            "strategy: policy_gradient reads the head again in the backward pass, when ZeRO-3 has emptied "
+            "it: use ZeRO-2 or FSDP2."
         )
 
 
@@ -167,10 +198,14 @@ def _check_zero3(settings: Mapping[str, Any], recomputes: bool) -> None:
 class DistillConfig(SFTConfig):
     """Every setting of TRL's `SFTConfig`, and those of the distillation loss."""
 
-    vocabulary: str = field(default="error", metadata={"help": "Unequal vocabularies: 'error', or 'shared_prefix'."})
+    vocabulary: str = field(
+        default="error", metadata={"help": "Unequal vocabularies: 'error', or 'shared_prefix'."}
+    )
     impl: str = field(
         default="chunked",
-        metadata={"help": "Operator: 'chunked' (fused), 'compiled' (also torch.compile), or 'reference' (whole logits)."},
+        metadata={
+            "help": "Operator: 'chunked' (fused), 'compiled' (also torch.compile), or 'reference' (whole logits)."
+        },
     )
     chunk_bytes: int | None = field(
         default=None,
@@ -187,22 +222,29 @@ class DistillConfig(SFTConfig):
     )
     kl_estimator: str = field(
         default="exact",
-        metadata={"help": "Also log the reverse KL as k1, k2, k3 or rao_blackwell estimate it at the drawn tokens."},
+        metadata={
+            "help": "Also log the reverse KL as k1, k2, k3 or rao_blackwell estimate it at the drawn tokens."
+        },
     )
-    # A check of every micro-batch's loss would synchronise the device; a non-finite loss shows at the next log.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Skip non-finite losses when averaging."})
+    # A check of every micro-batch's loss would synchronise the device; a non-finite loss shows at the next
+    # log.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Skip non-finite losses when averaging."}
+    )
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}.")
         if self.kl_estimator not in ESTIMATORS:
-            raise ValueError(f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}.")
+            raise ValueError(
+                f"kl_estimator must be one of {', '.join(ESTIMATORS)}, got {self.kl_estimator!r}."
+            )
         if (self.chunk_bytes is not None and self.chunk_bytes <= 0) or self.metric_stride < 0:
             raise ValueError("chunk_bytes must be > 0 and metric_stride >= 0.")
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
-                "activation_offloading moves activations from an accelerator to the CPU's memory, and there is none here: "
-                "remove it (gradient_checkpointing saves memory everywhere)."
+                "activation_offloading moves activations from an accelerator to the CPU's memory, and there "
+                "is none here: remove it (gradient_checkpointing saves memory everywhere)."
             )
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.

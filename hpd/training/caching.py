@@ -1,7 +1,8 @@
 """`hpd cache`: ask the teacher once about every label position of a recipe's rows.
 
-The rows are those that training would see, prepared by the same trainer. They are cut into shards before the first forward, and
-the cut depends on the rows alone: any number of processes, killed at any moment and started again, write the same shards.
+The rows are those that training would see, prepared by the same trainer. They are cut into shards before the
+first forward, and the cut depends on the rows alone: any number of processes, killed at any moment and
+started again, write the same shards.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class CacheProgress:
     def update(self, done: int, total: int) -> None: ...
 
 
-def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgress | None = None) -> CacheSummary:
+def write_cache(
+    recipe: Recipe, *, overwrite: bool = False, progress: CacheProgress | None = None
+) -> CacheSummary:
     """Write the cache of a recipe, or what is missing of it; a finished one is verified.
 
     Args:
@@ -76,7 +79,8 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
         overwrite: delete another cache at that place first.
 
     Raises:
-        FileNotFoundError, ValueError: as `hpd.training.plan.plan`; the folder holds something else; the disk cannot hold the cache.
+        FileNotFoundError, ValueError: as `hpd.training.plan.plan`; the folder holds something else; the disk
+            cannot hold the cache.
     """
     progress = progress or CacheProgress()
     config = _cache_config(recipe)
@@ -87,7 +91,8 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
     rows = torch.utils.data.ConcatDataset(datasets)
     position_bytes = position_bytes_of(config, planned)
     layout = lay_out(
-        trainer.data_collator.rows(itertools.chain.from_iterable(datasets)), max(1, config.shard_bytes // position_bytes)
+        trainer.data_collator.rows(itertools.chain.from_iterable(datasets)),
+        max(1, config.shard_bytes // position_bytes),
     )
     folder, main = Path(config.path), trainer.is_world_process_zero()
     target = _target(planned, config, layout)
@@ -96,14 +101,17 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
     trainer.accelerator.wait_for_everyone()
     _verify_own_share(folder, target["shards"], trainer)
     trainer.accelerator.wait_for_everyone()
-    todo = [number for number in range(target["shards"]) if not (folder / f"shard-{number:05d}.json").is_file()]
+    todo = [
+        number for number in range(target["shards"]) if not (folder / f"shard-{number:05d}.json").is_file()
+    ]
     total = len(layout.keys)
     left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
     if main:
         _check_disk(folder, left * position_bytes, total * position_bytes, planned, config)
         progress.say(
-            f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: {_size(total * position_bytes)} "
-            f"in {target['shards']} shards; {_size(left * position_bytes)} to write"
+            f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: "
+            f"{_size(total * position_bytes)} in {target['shards']} shards; {_size(left * position_bytes)} "
+            "to write"
         )
     if todo or not (folder / ABOUT).is_file():
         _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
@@ -116,15 +124,26 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: CacheProgr
 
 def _cache_config(recipe: Recipe) -> CacheConfig:
     if recipe.cache is None:
-        raise ValueError("cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER.")
+        raise ValueError(
+            "cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER."
+        )
     if recipe.data.streaming:
-        raise ValueError("A stream has no end that a cache could hold: set data.streaming to false for hpd cache.")
+        raise ValueError(
+            "A stream has no end that a cache could hold: set data.streaming to false for hpd cache."
+        )
     if recipe.teacher.type == "server":
-        raise ValueError("hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model.")
+        raise ValueError(
+            "hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model."
+        )
     if recipe.teacher.type == "routed":
-        raise ValueError("A cache has one teacher: write one for each, and route rows to teachers of type cached.")
+        raise ValueError(
+            "A cache has one teacher: write one for each, and route rows to teachers of type cached."
+        )
     if recipe.teacher.type == "mixture" and recipe.cache.kind == "hidden":
-        raise ValueError("A mixture has no hidden state: cache its teachers and mix the caches, or choose cache.kind: top_k.")
+        raise ValueError(
+            "A mixture has no hidden state: cache its teachers and mix the caches, or choose cache.kind: "
+            "top_k."
+        )
     return recipe.cache
 
 
@@ -151,9 +170,13 @@ def _rows_trainer(planned: Plan) -> DistillTrainer:
         student = AutoModelForCausalLM.from_config(planned.student_config)
     vocab = min(config.get_text_config().vocab_size for config in planned.teacher_configs.values())
     return _RowsTrainer(
-        model=student, teacher=_Nobody(vocab), args=planned.args,
-        train_dataset=planned.rows.train, eval_dataset=planned.rows.validation, processing_class=planned.tokenizer,
-    )  # fmt: skip
+        model=student,
+        teacher=_Nobody(vocab),
+        args=planned.args,
+        train_dataset=planned.rows.train,
+        eval_dataset=planned.rows.validation,
+        processing_class=planned.tokenizer,
+    )
 
 
 def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any]:
@@ -161,22 +184,31 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
     recipe = planned.recipe
     teacher = recipe.student if recipe.teacher.type == "self" else recipe.teacher
     fingerprint = {
-        "name": recipe.teacher.title, "data": recipe.data.path, "teacher": teacher_fingerprint(teacher),
+        "name": recipe.teacher.title,
+        "data": recipe.data.path,
+        "teacher": teacher_fingerprint(teacher),
         "rows": xxhash.xxh3_128_hexdigest(np.sort(layout.keys).tobytes()),
         **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
-    }  # fmt: skip
+    }
     return {
-        "format": FORMAT, "kind": config.kind, "dtype": str(stored_dtype(config, planned)).removeprefix("torch."),
-        "top_k": config.top_k, "shard_bytes": config.shard_bytes, "shards": len(layout.starts) - 1,
-        "positions": len(layout.keys), "fingerprint": fingerprint,
-    }  # fmt: skip
+        "format": FORMAT,
+        "kind": config.kind,
+        "dtype": str(stored_dtype(config, planned)).removeprefix("torch."),
+        "top_k": config.top_k,
+        "shard_bytes": config.shard_bytes,
+        "shards": len(layout.starts) - 1,
+        "positions": len(layout.keys),
+        "fingerprint": fingerprint,
+    }
 
 
 def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
     if folder.is_file():
         raise ValueError(f"cache.path {str(folder)!r} is a file: give a folder.")
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / PLAN).is_file() and not any(path.name.startswith(f".{PLAN}") for path in folder.iterdir()):
+        if not (folder / PLAN).is_file() and not any(
+            path.name.startswith(f".{PLAN}") for path in folder.iterdir()
+        ):
             raise ValueError(f"{folder} is not empty and no cache of hpd: choose another cache.path.")
         if overwrite:
             shutil.rmtree(folder)
@@ -197,8 +229,8 @@ def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
     changed = [name for name in differences(*flat) if not name.startswith(("name", "data"))]
     if changed:
         raise ValueError(
-            f"{folder} holds a cache with another {', another '.join(changed)}. Choose another cache.path, or delete it with "
-            "--overwrite."
+            f"{folder} holds a cache with another {', another '.join(changed)}. Choose another cache.path, "
+            "or delete it with --overwrite."
         )
 
 
@@ -220,12 +252,15 @@ def _check_disk(folder: Path, left: int, total: int, planned: Plan, config: Cach
     head = 0
     if config.kind == "hidden":
         text = next(iter(planned.teacher_configs.values())).get_text_config()
-        head = text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
+        head = (
+            text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
+        )
     free, needed = shutil.disk_usage(folder).free, left + head
     if needed > free:
         raise ValueError(
-            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has {_size(free)} free. "
-            "Choose a place with room, a narrower cache.dtype, cache.kind: top_k, or fewer rows (data.limit)."
+            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has "
+            f"{_size(free)} free. Choose a place with room, a narrower cache.dtype, cache.kind: top_k, or "
+            "fewer rows (data.limit)."
         )
 
 
@@ -238,16 +273,26 @@ def _size(num_bytes: float) -> str:
 
 
 def _ask(
-    trainer: DistillTrainer, planned: Plan, config: CacheConfig, layout: Layout, rows: Any, todo: list[int], done: int,
+    trainer: DistillTrainer,
+    planned: Plan,
+    config: CacheConfig,
+    layout: Layout,
+    rows: Any,
+    todo: list[int],
+    done: int,
     progress: CacheProgress,
-) -> None:  # fmt: skip
+) -> None:
     """Load the teacher and write this process's part of the missing shards."""
     teacher = _load(planned)
     teacher.prepare(trainer.model, trainer.accelerator)
     folder, dtype = Path(config.path), stored_dtype(config, planned)
     world, rank = trainer.args.world_size, trainer.args.process_index
-    # Weights sharded over processes are gathered by all of them together: each runs as many forwards as the busiest.
-    lockstep = any(getattr(trainer.accelerator.state, name, None) is not None for name in ("deepspeed_plugin", "fsdp_plugin"))
+    # Weights sharded over processes are gathered by all of them together: each runs as many forwards as the
+    # busiest.
+    lockstep = any(
+        getattr(trainer.accelerator.state, name, None) is not None
+        for name in ("deepspeed_plugin", "fsdp_plugin")
+    )
     first = _answers(teacher, trainer, layout, rows, range(1))
     if rank == 0:
         _save_teacher(folder, planned, first, config)
@@ -255,14 +300,18 @@ def _ask(
     for group in (todo[i : i + world] for i in range(0, len(todo), world)):
         mine = layout.shard(group[rank]) if rank < len(group) else range(0)
         parts: list[dict[str, Tensor]] = []
-        for batch in _batches(mine, [layout.shard(n) for n in group], trainer.args.per_device_eval_batch_size, lockstep):
+        for batch in _batches(
+            mine, [layout.shard(n) for n in group], trainer.args.per_device_eval_batch_size, lockstep
+        ):
             answer = _answers(teacher, trainer, layout, rows, batch or range(1))
             if batch:
                 parts.append(stored_tensors(answer, config, dtype))
                 counted += world * len(next(iter(parts[-1].values())))
                 progress.update(min(counted, len(layout.keys)), len(layout.keys))
         if parts:
-            save_shard(folder, group[rank], {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            save_shard(
+                folder, group[rank], {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            )
     progress.update(len(layout.keys), len(layout.keys))
 
 

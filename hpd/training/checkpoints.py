@@ -49,11 +49,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointFailed(RuntimeError):
-    """A file of the run could not be written: disk full, read-only, over a limit. Earlier checkpoints are as they were."""
+    """A file of the run could not be written: disk full, read-only, over a limit. Earlier checkpoints are as
+    they were."""
 
 
 def mark_complete(folder: Path, notes: Mapping[str, Any]) -> None:
-    """Make a checkpoint count: its files reach the disk, then a list of them and their sizes appears all at once.
+    """Make a checkpoint count: its files reach the disk, then a list of them and their sizes appears all at
+    once.
 
     Args:
         folder: with every file of every process.
@@ -67,7 +69,8 @@ def mark_complete(folder: Path, notes: Mapping[str, Any]) -> None:
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What `mark_complete` wrote; None where it did not get so far, its list is damaged, or a file is gone or cut short."""
+    """What `mark_complete` wrote; None where it did not get so far, its list is damaged, or a file is gone or
+    cut short."""
     mark = folder / _MARK
     if not mark.is_file():
         return None
@@ -76,7 +79,9 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
         sizes = dict(found["bytes"])
     except (ValueError, KeyError, TypeError):
         return None
-    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+    whole = all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items()
+    )
     return found if whole else None
 
 
@@ -86,15 +91,18 @@ def is_complete(folder: Path) -> bool:
 
 
 def newest_complete(run: Path, quiet: bool = False) -> Path | None:
-    """The checkpoint of the most steps that is whole; a warning names each that is not, unless it is `quiet`."""
+    """The checkpoint of the most steps that is whole; a warning names each that is not, unless it is
+    `quiet`."""
     for step, folder in reversed(_steps(run)):
         if is_complete(folder):
             return folder
         if not quiet:
             _LOGGER.warning(
-                "%s is incomplete (the run was killed while it was written or deleted) and is skipped. It is replaced when "
-                "step %d is saved again; delete it if you need the space.", folder, step,
-            )  # fmt: skip
+                "%s is incomplete (the run was killed while it was written or deleted) and is skipped. It is "
+                "replaced when step %d is saved again; delete it if you need the space.",
+                folder,
+                step,
+            )
     return None
 
 
@@ -119,11 +127,16 @@ def remove_incomplete(folder: Path) -> None:
 
 
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest complete checkpoints beyond `limit`, but neither the newest nor the best. Incomplete ones stay."""
+    """Delete the oldest complete checkpoints beyond `limit`, but neither the newest nor the best. Incomplete
+    ones stay."""
     if not limit or limit < 1:
         return
     whole = [folder for _, folder in _steps(run) if is_complete(folder)]
-    kept = {whole[-1], *(folder for folder in whole if best is not None and folder == Path(best))} if whole else set()
+    kept = (
+        {whole[-1], *(folder for folder in whole if best is not None and folder == Path(best))}
+        if whole
+        else set()
+    )
     excess = len(whole) - max(limit, len(kept))
     for folder in [folder for folder in whole if folder not in kept][: max(excess, 0)]:
         # What is half deleted must not count.
@@ -147,7 +160,9 @@ def writing(what: Path) -> Iterator[None]:
         # torch.save writes from C++ and has no error class of its own.
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
-        reason = getattr(error.__context__, "strerror", None) or "the disk took no more (full, or over a limit)"
+        reason = (
+            getattr(error.__context__, "strerror", None) or "the disk took no more (full, or over a limit)"
+        )
         raise CheckpointFailed(f"{what} could not be written: {reason}.") from error
 
 
@@ -172,7 +187,8 @@ class CheckpointUnreadable(ValueError):
 
 
 def check_readable(folder: Path) -> None:
-    """Open every file that resuming reads, before a model is loaded for it; what torch wrote is compared with its checksums.
+    """Open every file that resuming reads, before a model is loaded for it; what torch wrote is compared with
+    its checksums.
 
     Numbers that changed inside a file of weights are not noticed: safetensors has no checksum.
 
@@ -195,7 +211,8 @@ def check_readable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Name the file of a checkpoint for whatever a library raises while it reads it or puts its content into place.
+    """Name the file of a checkpoint for whatever a library raises while it reads it or puts its content into
+    place.
 
     Raises:
         CheckpointUnreadable: says which file, why, and what to do; no memory left is no fault of the file.
@@ -208,12 +225,13 @@ def reading(file: Path) -> Iterator[None]:
         folder = file.parent
         before = earlier_complete(folder)
         way = (
-            f"go on from the one before, {before.name}" if before is not None
+            f"go on from the one before, {before.name}"
+            if before is not None
             else "begin again with the first step, since there is none before it"
-        )  # fmt: skip
+        )
         raise CheckpointUnreadable(
-            f"{file.name} of the checkpoint {folder} cannot be read: {_reason(error)}. Delete that folder to {way}, or start "
-            "the run again with --overwrite. Nothing was deleted."
+            f"{file.name} of the checkpoint {folder} cannot be read: {_reason(error)}. Delete that folder to "
+            f"{way}, or start the run again with --overwrite. Nothing was deleted."
         ) from error
 
 
@@ -234,16 +252,25 @@ def check_whole(model: torch.nn.Module, result: Any) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in parameters.items() if name not in result.missing_keys}
-    lacking = [name for name in result.missing_keys if name in parameters and id(parameters[name]) not in loaded]
-    for what, names in (("lacks", lacking), ("has", [name for name in result.unexpected_keys if name not in parameters])):
+    lacking = [
+        name for name in result.missing_keys if name in parameters and id(parameters[name]) not in loaded
+    ]
+    for what, names in (
+        ("lacks", lacking),
+        ("has", [name for name in result.unexpected_keys if name not in parameters]),
+    ):
         if names:
-            raise ValueError(f"it {what} {names[0]}" + (f" and {len(names) - 1} more tensors" if names[1:] else ""))
+            raise ValueError(
+                f"it {what} {names[0]}" + (f" and {len(names) - 1} more tensors" if names[1:] else "")
+            )
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnpicklingError):
         # torch's own text tells its reader to load it as a program.
-        return "it is not what torch.save writes, or holds more than tensors and plain values, which is refused"
+        return (
+            "it is not what torch.save writes, or holds more than tensors and plain values, which is refused"
+        )
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
@@ -260,9 +287,13 @@ def _check_state(file: Path) -> None:
     history, callbacks = state.log_history, state.stateful_callbacks
     if state.global_step != step_of(file.parent):
         raise ValueError(f"it is of step {state.global_step!r}")
-    if not isinstance(history, list) or not all(isinstance(log, dict) and type(log.get("step")) is int for log in history):
+    if not isinstance(history, list) or not all(
+        isinstance(log, dict) and type(log.get("step")) is int for log in history
+    ):
         raise ValueError("log_history is no list of logs with their steps")
-    if not isinstance(callbacks, dict) or not all(isinstance(value, (dict, list)) for value in callbacks.values()):
+    if not isinstance(callbacks, dict) or not all(
+        isinstance(value, (dict, list)) for value in callbacks.values()
+    ):
         raise ValueError("stateful_callbacks is no object of objects")
 
 

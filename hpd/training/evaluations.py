@@ -1,4 +1,5 @@
-"""Tasks of a recipe: built before anything is loaded, run on models, and run on the student while it trains."""
+"""Tasks of a recipe: built before anything is loaded, run on models, and run on the student while it
+trains."""
 
 from __future__ import annotations
 
@@ -21,12 +22,15 @@ __all__ = ["EvaluatingTrainer"]
 class EvaluatingTrainer(DistillTrainer):
     """A `DistillTrainer` whose evaluation includes tasks, each at its own steps.
 
-    Their metrics are logged like any other, so every tracker has them, and `metric_for_best_model` can name them: with
-    `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a task is kept. Generation uses no
+    Their metrics are logged like any other, so every tracker has them, and `metric_for_best_model` can name
+    them: with
+    `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a task is kept.
+        Generation uses no
     global random numbers, so training goes on as if there had been no evaluation.
 
-    With several processes, each answers a share of the problems (all of them together where the weights are sharded, since
-    a sharded model can only run everywhere at once), and the first grades. The answers are those of one process.
+    With several processes, each answers a share of the problems (all of them together where the weights are
+    sharded, since a sharded model can only run everywhere at once), and the first grades. The answers are
+    those of one process.
 
     Args:
         evals: those with `every`.
@@ -53,7 +57,8 @@ class EvaluatingTrainer(DistillTrainer):
         return metrics
 
     def schedule(self, due: Sequence[PlannedEval], validation_due: bool) -> None:
-        """Have the next `evaluate` run these tasks, and the validation rows only if they are due themselves."""
+        """Have the next `evaluate` run these tasks, and the validation rows only if they are due
+        themselves."""
         self._due += due
         self._validation_due = validation_due
 
@@ -61,7 +66,9 @@ class EvaluatingTrainer(DistillTrainer):
         return {"tasks": [planned.label for planned in self._due], "validation": self._validation_due}
 
     def plan_evaluation(self, plan: dict[str, Any]) -> None:
-        self.schedule([planned for planned in self._evals if planned.label in plan["tasks"]], plan["validation"])
+        self.schedule(
+            [planned for planned in self._evals if planned.label in plan["tasks"]], plan["validation"]
+        )
 
     def drop_evaluation(self) -> None:
         self._due, self._validation_due = [], True
@@ -79,7 +86,9 @@ class EvaluatingTrainer(DistillTrainer):
             result = grade_answers(planned.task, examples, generated, planned.settings.num_samples)
             if self._folder is not None:
                 name = f"student step {self.state.global_step}"
-                write_result(self._folder, identify(name, planned.task, planned.settings, engine.name), result)
+                write_result(
+                    self._folder, identify(name, planned.task, planned.settings, engine.name), result
+                )
             shared = [_logged(planned, result)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(shared)
@@ -100,7 +109,8 @@ class EvaluatingTrainer(DistillTrainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
         ours = {f"eval_{planned.label}" for planned in self._evals}
-        # Tasks and validation rows have steps of their own: a figure that is not there now is not the best now.
+        # Tasks and validation rows have steps of their own: a figure that is not there now is not the best
+        # now.
         if name not in metrics and (name in ours or metrics.keys() <= _all_names(self._evals)):
             return False
         return super()._determine_best_metric(metrics, trial)

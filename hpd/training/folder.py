@@ -1,4 +1,5 @@
-"""The run folder: resolved recipe, versions, metrics.jsonl, checkpoints, model card. The only thing that reports read."""
+"""The run folder: resolved recipe, versions, metrics.jsonl, checkpoints, model card. The only thing that
+reports read."""
 
 from __future__ import annotations
 
@@ -65,17 +66,25 @@ class RunFolder:
             return
         before = read_yaml(recipe_file)
         # Guards only watch: a run that one of them stopped may go on under others.
-        if not isinstance(before, dict) or {**before, "guards": None} != {**_comparable(self.recipe), "guards": None}:
+        if not isinstance(before, dict) or {**before, "guards": None} != {
+            **_comparable(self.recipe),
+            "guards": None,
+        }:
             raise ValueError(
-                f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with --overwrite."
+                f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with "
+                "--overwrite."
             )
         if (self.path / "summary.json").is_file():
-            raise ValueError(f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another output_dir.")
+            raise ValueError(
+                f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another "
+                "output_dir."
+            )
         if (newest := newest_complete(self.path, quiet=True)) is not None:
             check_readable(newest)
 
     def open(self) -> None:
-        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and not earlier.
+        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and
+        not earlier.
 
         Of several processes the main one calls this, after all have made their check.
 
@@ -92,8 +101,8 @@ class RunFolder:
             self.write_json("environment.json", environment())
         except OSError as error:
             raise OSError(
-                f"The run folder {self.path} cannot be written: {error.strerror}. Make it writable, make space, or choose "
-                "another output_dir."
+                f"The run folder {self.path} cannot be written: {error.strerror}. Make it writable, make "
+                "space, or choose another output_dir."
             ) from error
 
     def baselines(self) -> dict[str, Any] | None:
@@ -121,8 +130,8 @@ class RunFolder:
         before = _read_object(file, "it is written again")["fingerprint"] if file.is_file() else fingerprint
         if before != fingerprint:
             raise ValueError(
-                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: start the first "
-                "one again, or choose another output_dir."
+                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: "
+                "start the first one again, or choose another output_dir."
             )
         self.write_json("teacher.json", {"fingerprint": fingerprint})
 
@@ -134,7 +143,9 @@ class RunFolder:
         """The model card of the trained student, with the recipe that made it."""
         student, teacher = self.recipe.student.model, self.recipe.teacher.title
         method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
-        rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str)))
+        rows = "\n".join(
+            f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str))
+        )
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
         text = (
             f"---\nlibrary_name: transformers\nbase_model: {student}\ntags: [hpd, distillation]\n---\n\n"
@@ -198,7 +209,8 @@ def _git_commit() -> str | None:
 
 
 class MetricsWriter(TrainerCallback):
-    """Appends every log to metrics.jsonl; a resumed run begins with the lines that its checkpoint remembers, and no others."""
+    """Appends every log to metrics.jsonl; a resumed run begins with the lines that its checkpoint remembers,
+    and no others."""
 
     def __init__(self, folder: RunFolder):
         self._path = folder.path / "metrics.jsonl"

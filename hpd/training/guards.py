@@ -1,4 +1,5 @@
-"""Guards: signs that training goes wrong, read from the metrics that are logged anyway; they warn, or stop and save."""
+"""Guards: signs that training goes wrong, read from the metrics that are logged anyway; they warn, or stop
+and save."""
 
 from __future__ import annotations
 
@@ -25,7 +26,15 @@ from hpd.teachers import RoutedScores
 if TYPE_CHECKING:
     from hpd.training.trainer import DistillTrainer
 
-__all__ = ["Finding", "NonFinite", "NonFiniteWatch", "all_finite", "check_metrics", "support_overlap", "teacher_is_finite"]
+__all__ = [
+    "Finding",
+    "NonFinite",
+    "NonFiniteWatch",
+    "all_finite",
+    "check_metrics",
+    "support_overlap",
+    "teacher_is_finite",
+]
 
 
 class Finding(NamedTuple):
@@ -36,7 +45,9 @@ class Finding(NamedTuple):
     text: str
 
 
-def check_metrics(config: GuardsConfig, logs: Mapping[str, float], history: Sequence[Mapping[str, Any]] = ()) -> list[Finding]:
+def check_metrics(
+    config: GuardsConfig, logs: Mapping[str, float], history: Sequence[Mapping[str, Any]] = ()
+) -> list[Finding]:
     """What the metrics of a logging step show.
 
     Args:
@@ -45,20 +56,44 @@ def check_metrics(config: GuardsConfig, logs: Mapping[str, float], history: Sequ
         history: the earlier logs of the run; the first is what entropy is compared with.
     """
     findings = _non_finite(config, logs)
-    first = next((log["student_entropy"] for log in history if log.get("student_entropy")), logs.get("student_entropy"))
+    first = next(
+        (log["student_entropy"] for log in history if log.get("student_entropy")), logs.get("student_entropy")
+    )
     kls = [logs[name] for name in ("forward_kl", "reverse_kl") if name in logs]
     above = {
-        "length_ratio": (config.length_ratio, logs.get("rollouts/length_ratio"), "rollouts are {:.2f} x as long as the data"),
-        "truncated": (config.truncated, logs.get("rollouts/truncated"), "{:.0%} of the rollouts are cut at their limit"),
-        "repetition": (config.repetition, logs.get("rollouts/repetition"), "{:.0%} of the rollouts' 4-grams repeat themselves"),
+        "length_ratio": (
+            config.length_ratio,
+            logs.get("rollouts/length_ratio"),
+            "rollouts are {:.2f} x as long as the data",
+        ),
+        "truncated": (
+            config.truncated,
+            logs.get("rollouts/truncated"),
+            "{:.0%} of the rollouts are cut at their limit",
+        ),
+        "repetition": (
+            config.repetition,
+            logs.get("rollouts/repetition"),
+            "{:.0%} of the rollouts' 4-grams repeat themselves",
+        ),
     }
     below = {
-        "entropy": (config.entropy, _share(logs.get("student_entropy"), first), "entropy fell to {:.0%} of what it was"),
-        "support_overlap": (
-            config.support_overlap, logs.get("support_overlap"), "{:.0%} of the student's likeliest tokens are the teacher's",
+        "entropy": (
+            config.entropy,
+            _share(logs.get("student_entropy"), first),
+            "entropy fell to {:.0%} of what it was",
         ),
-        "negative_divergence": (config.negative_divergence, min(kls, default=None), "a KL of {:.2e} nats is below zero"),
-    }  # fmt: skip
+        "support_overlap": (
+            config.support_overlap,
+            logs.get("support_overlap"),
+            "{:.0%} of the student's likeliest tokens are the teacher's",
+        ),
+        "negative_divergence": (
+            config.negative_divergence,
+            min(kls, default=None),
+            "a KL of {:.2e} nats is below zero",
+        ),
+    }
     for sign, table in ((1.0, above), (-1.0, below)):
         for guard, (thresholds, value, text) in table.items():
             if value is None or not math.isfinite(value):
@@ -73,7 +108,9 @@ def check_metrics(config: GuardsConfig, logs: Mapping[str, float], history: Sequ
 def _non_finite(config: GuardsConfig, logs: Mapping[str, float]) -> list[Finding]:
     if config.non_finite == "off":
         return []
-    names = [n for n in ("loss", "grad_norm", "forward_kl", "reverse_kl") if not math.isfinite(logs.get(n, 0.0))]
+    names = [
+        n for n in ("loss", "grad_norm", "forward_kl", "reverse_kl") if not math.isfinite(logs.get(n, 0.0))
+    ]
     # Under skip, what is left is a figure that no step is made of.
     level: Level = "stop" if config.non_finite == "stop" else "warn"
     return [Finding("non_finite", level, f"{' and '.join(names)} not finite")] if names else []
@@ -84,8 +121,11 @@ def _share(value: float | None, first: float | None) -> float | None:
 
 
 @torch.no_grad()
-def support_overlap(student: Scores, teacher: TeacherScores, labels: Tensor, top_k: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Sum over every `stride`-th position of the share of the student's `top_k` tokens among the teacher's, and a count."""
+def support_overlap(
+    student: Scores, teacher: TeacherScores, labels: Tensor, top_k: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Sum over every `stride`-th position of the share of the student's `top_k` tokens among the teacher's,
+    and a count."""
     rows = slice(None, None, max(stride, 1))
     vocab = min(student.vocab, teacher.vocab)
     sides = (
@@ -93,7 +133,11 @@ def support_overlap(student: Scores, teacher: TeacherScores, labels: Tensor, top
         teacher_logits(teacher.at(rows), labels[rows], vocab, student.hidden),
     )
     mine, theirs = (side.topk(min(top_k, vocab), -1).indices for side in sides)
-    shared = (mine[:, :, None] == theirs[:, None, :]).any(-1).to(torch.float64 if mine.device.type != "mps" else torch.float32)
+    shared = (
+        (mine[:, :, None] == theirs[:, None, :])
+        .any(-1)
+        .to(torch.float64 if mine.device.type != "mps" else torch.float32)
+    )
     return shared.mean(-1).sum(), shared.new_tensor(float(len(shared)))
 
 
@@ -104,7 +148,8 @@ _NAMES_SHOWN = 5
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient was NaN or infinite, and the recipe says to stop. The weights are those before the step."""
+    """A loss or gradient was NaN or infinite, and the recipe says to stop. The weights are those before the
+    step."""
 
 
 class _Flags(NamedTuple):
@@ -116,7 +161,8 @@ class _Flags(NamedTuple):
 
 
 def all_finite(tensor: Tensor) -> Bool[Tensor, ""]:
-    """Whether a tensor holds neither NaN nor infinity, without a copy of its size and without waiting for the device."""
+    """Whether a tensor holds neither NaN nor infinity, without a copy of its size and without waiting for the
+    device."""
     tensor = tensor.detach()
     if not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
@@ -125,21 +171,24 @@ def all_finite(tensor: Tensor) -> Bool[Tensor, ""]:
 
 
 def teacher_is_finite(teacher: TeacherScores | RoutedScores) -> Bool[Tensor, ""]:
-    """Whether what a teacher says of the label positions can be used; its head, which does not change, is not read."""
+    """Whether what a teacher says of the label positions can be used; its head, which does not change, is not
+    read."""
     if isinstance(teacher, RoutedScores):
         return torch.stack([teacher_is_finite(scores) for _, scores in teacher.parts]).all()
     if isinstance(teacher, Scores):
         known = all_finite(teacher.hidden)
         return known if teacher.log_z is None else known & all_finite(teacher.log_z)
     # A log-probability of -inf is a token that the teacher rules out.
-    return torch.stack([(values.detach() < torch.inf).all() for values in (teacher.logprobs, teacher.label_logprobs)]).all()
+    return torch.stack(
+        [(values.detach() < torch.inf).all() for values in (teacher.logprobs, teacher.label_logprobs)]
+    ).all()
 
 
 class NonFiniteWatch:
     """Looks at every optimiser step's losses, gradient norm and teacher.
 
-    Flags are collected on the device; reading them before the optimiser's step is the one synchronisation, and only the
-    policies `stop` and `skip` ask for it (several processes also reduce three numbers).
+    Flags are collected on the device; reading them before the optimiser's step is the one synchronisation,
+    and only the policies `stop` and `skip` ask for it (several processes also reduce three numbers).
 
     Args:
         trainer: whose steps.
@@ -174,9 +223,13 @@ class NonFiniteWatch:
         if not self.active:
             return
         if self._teacher_head_fine is None:
-            parts = [scores for _, scores in teacher.parts] if isinstance(teacher, RoutedScores) else [teacher]
+            parts = (
+                [scores for _, scores in teacher.parts] if isinstance(teacher, RoutedScores) else [teacher]
+            )
             weights = [s.head.weight for s in parts if isinstance(s, Scores) and s.head.weight is not None]
-            fine = [all_finite(weight) for weight in weights] or [torch.ones((), dtype=torch.bool, device=loss.device)]
+            fine = [all_finite(weight) for weight in weights] or [
+                torch.ones((), dtype=torch.bool, device=loss.device)
+            ]
             self._teacher_head_fine = torch.stack(fine).all()
         self._teacher_fine.append(teacher_is_finite(teacher) & self._teacher_head_fine)
         self._losses.append(loss.detach())
@@ -185,7 +238,8 @@ class NonFiniteWatch:
         """The gradient norm as it came, or None where the step is left out.
 
         Raises:
-            NonFinite: the policy is `stop`, or `skip` has reached its limit; gradients and sums are as before the step.
+            NonFinite: the policy is `stop`, or `skip` has reached its limit; gradients and sums are as before
+                the step.
         """
         if not self.active or not self._losses:
             return norm
@@ -196,7 +250,9 @@ class NonFiniteWatch:
         file = self._write(flags, source, text)
         step = self._trainer.state.global_step + 1
         text = f"Step {step}: {text} Its batch is in {file}."
-        self._trainer.model.zero_grad(set_to_none=True)  # an optimiser passes over a parameter without gradient
+        self._trainer.model.zero_grad(
+            set_to_none=True
+        )  # an optimiser passes over a parameter without gradient
         skipped = self._trainer.skipped_steps + 1
         self._trainer.window.put(self._window)
         if self._policy == "skip" and skipped <= self._max_skipped:
@@ -205,7 +261,11 @@ class NonFiniteWatch:
             self._trainer._globalstep_last_logged += 1  # the next log averages the steps that were done
             return None
         self._trainer._step.restore(self._rows)
-        spent = f" {self._max_skipped} steps were left out before it (guards.max_skipped_steps)." if skipped > 1 else ""
+        spent = (
+            f" {self._max_skipped} steps were left out before it (guards.max_skipped_steps)."
+            if skipped > 1
+            else ""
+        )
         raise NonFinite(f"{text}{spent}")
 
     def _read(self, norm: Any) -> _Flags:
@@ -227,11 +287,17 @@ class NonFiniteWatch:
         """Whose the NaN is, as a word and as a sentence."""
         weights = _not_finite((name, p) for name, p in self._trainer.model.named_parameters())
         if flags.teacher:
-            return "teacher", "the teacher's scores are NaN or infinite, so the loss says nothing about the student."
+            return (
+                "teacher",
+                "the teacher's scores are NaN or infinite, so the loss says nothing about the student.",
+            )
         if weights:
             return "student", f"the student's own weights are NaN or infinite already ({_shown(weights)})."
         if flags.loss:
-            return "student", "the student's loss is NaN or infinite, its weights and the teacher's scores are not."
+            return (
+                "student",
+                "the student's loss is NaN or infinite, its weights and the teacher's scores are not.",
+            )
         return "gradient", "the gradient is NaN or infinite, the loss is not: it overflowed on the way back."
 
     def _write(self, flags: _Flags, source: str, text: str) -> Path:
@@ -239,26 +305,39 @@ class NonFiniteWatch:
         trainer = self._trainer
         step, rank = trainer.state.global_step + 1, trainer.accelerator.process_index
         several = trainer.accelerator.num_processes > 1
-        file = Path(str(trainer.args.output_dir)) / "nonfinite" / f"step-{step}{f'-rank{rank}' if several else ''}.json"
+        file = (
+            Path(str(trainer.args.output_dir))
+            / "nonfinite"
+            / f"step-{step}{f'-rank{rank}' if several else ''}.json"
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         gradients = ((name, p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None)
         report: dict[str, Any] = {
-            "step": step, "source": source, "explanation": text, "policy": self._policy, **flags._asdict(),
-            "parameters": _not_finite(trainer.model.named_parameters()), "gradients": _not_finite(gradients),
+            "step": step,
+            "source": source,
+            "explanation": text,
+            "policy": self._policy,
+            **flags._asdict(),
+            "parameters": _not_finite(trainer.model.named_parameters()),
+            "gradients": _not_finite(gradients),
             "learning_rate": trainer._get_learning_rate(),
             "losses": [float(loss) for loss in self._losses],
             "teacher_finite": [bool(fine) for fine in self._teacher_fine],
-        }  # fmt: skip
+        }
         # A sharded model can only run everywhere at once.
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         report["rows"] = (
-            None if sharded else [row for number, batch in enumerate(self._batches) for row in self._rows_of(number, batch)]
+            None
+            if sharded
+            else [row for number, batch in enumerate(self._batches) for row in self._rows_of(number, batch)]
         )
         file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         tensors = {
             f"{number}/{name}": value.contiguous().cpu()
-            for number, batch in enumerate(self._batches) for name, value in batch.items() if isinstance(value, Tensor)
-        }  # fmt: skip
+            for number, batch in enumerate(self._batches)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
         save_file(tensors, file.with_suffix(".safetensors"))
         return file
 
@@ -270,19 +349,28 @@ class NonFiniteWatch:
         positions = TokenBatch.pop(inputs)
         teacher = trainer.teacher.scores(inputs, positions)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        student = model(**model_inputs(inputs), label_index=positions.index, head_function=lambda scores: scores)
+        student = model(
+            **model_inputs(inputs), label_index=positions.index, head_function=lambda scores: scores
+        )
         assert positions.rows is not None
         found = []
         for row in positions.rows.unique().tolist():
             where = (positions.rows == row).nonzero().flatten()
             labels = positions.labels[where]
-            theirs = None if isinstance(teacher, RoutedScores) else _nll_of(teacher.at(where), labels, student)
+            theirs = (
+                None if isinstance(teacher, RoutedScores) else _nll_of(teacher.at(where), labels, student)
+            )
             line = int(positions.index[where[0]]) // inputs["input_ids"].shape[1]
-            found.append({
-                "micro_batch": number, "row": row, "labels": len(where),
-                "student_nll": float(_nll(logits(student.at(where)), labels)), "teacher_nll": theirs,
-                "text": trainer._tokenizer.decode(inputs["input_ids"][line]),
-            })  # fmt: skip
+            found.append(
+                {
+                    "micro_batch": number,
+                    "row": row,
+                    "labels": len(where),
+                    "student_nll": float(_nll(logits(student.at(where)), labels)),
+                    "teacher_nll": theirs,
+                    "text": trainer._tokenizer.decode(inputs["input_ids"][line]),
+                }
+            )
         return found
 
 
@@ -297,7 +385,9 @@ def _nll(scores: Float[Tensor, "N V"], labels: Tensor) -> Tensor:
 
 def _not_finite(tensors: Any) -> list[str]:
     """Names of the tensors that hold NaN or infinity; on sharded ones, in this process's part."""
-    return [name for name, t in tensors if not bool(all_finite(t.to_local() if hasattr(t, "to_local") else t))]
+    return [
+        name for name, t in tensors if not bool(all_finite(t.to_local() if hasattr(t, "to_local") else t))
+    ]
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -1,4 +1,5 @@
-"""The logging window: sums since the last log, which a checkpoint between two logs must hold, or the next log is wrong."""
+"""The logging window: sums since the last log, which a checkpoint between two logs must hold, or the next log
+is wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ _PARTS = ("sums", "rollouts", "loss", "last_logged", "skipped_steps")
 
 
 class Window:
-    """Takes and restores what a trainer has summed since its last log: statistics, losses, rollouts, steps left out."""
+    """Takes and restores what a trainer has summed since its last log: statistics, losses, rollouts, steps
+    left out."""
 
     def __init__(self, trainer: DistillTrainer):
         self._trainer = trainer
@@ -63,7 +65,8 @@ class Window:
         torch.save(self.take(), self._file(checkpoint))
 
     def load(self, checkpoint: str) -> None:
-        """Read it again; it is put back when training begins, since the Trainer starts its own sums in between."""
+        """Read it again; it is put back when training begins, since the Trainer starts its own sums in
+        between."""
         file = self._file(checkpoint)
         if file.is_file():
             # Several processes on a CPU call it cpu:0, which torch.load does not know.
@@ -75,9 +78,11 @@ class Window:
             self._loaded = found
         else:
             _LOGGER.warning(
-                "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on only.",
-                checkpoint, file.name,
-            )  # fmt: skip
+                "%s holds no %s (it was written by fewer processes): the next log covers the steps from here "
+                "on only.",
+                checkpoint,
+                file.name,
+            )
 
     def restore(self) -> None:
         """Put back what `load` read."""

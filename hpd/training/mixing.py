@@ -1,4 +1,5 @@
-"""On-policy text is another source of rows: before a step, some of its dataset rows become rows that the student wrote.
+"""On-policy text is another source of rows: before a step, some of its dataset rows become rows that the
+student wrote.
 
 What follows (collator, TokenBatch, operator) is the same for both.
 """
@@ -24,7 +25,8 @@ from hpd.methods.schedules import ValidationRamp, value_at
 __all__ = ["PrefixMixer", "ReplayBuffer", "Row", "Stored", "repeated_share", "rollout_metrics", "rows_of"]
 
 
-# Uniform numbers of a row before those of its tokens: who writes it, where it is cut, new or old, which old one.
+# Uniform numbers of a row before those of its tokens: who writes it, where it is cut, new or old, which old
+# one.
 _COINS = 4
 
 
@@ -50,7 +52,8 @@ class _Request(NamedTuple):
 
 
 def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
-    """Take a collated batch apart again: padded, padding-free or packed (where filling tokens are left out)."""
+    """Take a collated batch apart again: padded, padding-free or packed (where filling tokens are left
+    out)."""
     ids, labels = inputs["input_ids"].tolist(), inputs["labels"].tolist()
     rows = []
     if "attention_mask" in inputs:
@@ -73,8 +76,9 @@ def repeated_share(tokens: Sequence[int]) -> float:
 class PrefixMixer:
     """Replaces rows of a step's batches by the student's own.
 
-    Which rows, where they are cut and what is drawn depends on (seed, optimiser step, content of the row, number among equal
-    rows of the step) alone: not on world size, accumulation, batch order or the point of resumption.
+    Which rows, where they are cut and what is drawn depends on (seed, optimiser step, content of the row,
+    number among equal rows of the step) alone: not on world size, accumulation, batch order or the point of
+    resumption.
 
     Args:
         prefixes: the shares.
@@ -90,10 +94,19 @@ class PrefixMixer:
     """
 
     def __init__(
-        self, prefixes: Prefixes, rollouts: RolloutConfig, collate: Callable[[list[Any]], dict[str, Any]],
-        engine: Callable[[], RolloutEngine], *, seed: int, max_length: int | None, on_dataset: bool = True,
-        num_updates: int = 1, collective: bool = False, with_behaviour: bool = False,
-    ):  # fmt: skip
+        self,
+        prefixes: Prefixes,
+        rollouts: RolloutConfig,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        engine: Callable[[], RolloutEngine],
+        *,
+        seed: int,
+        max_length: int | None,
+        on_dataset: bool = True,
+        num_updates: int = 1,
+        collective: bool = False,
+        with_behaviour: bool = False,
+    ):
         self.prefixes, self.rollouts = prefixes, rollouts
         self._collate, self._make_engine, self._engine = collate, engine, None
         self._seed, self._max_length, self._on_dataset = seed, max_length, on_dataset
@@ -101,7 +114,9 @@ class PrefixMixer:
         schedule = prefixes.adaptive
         self.ramp = None
         if schedule is not None and schedule.end is not None:
-            self.ramp = ValidationRamp(schedule.start, schedule.end, prefixes.adaptive_step, prefixes.adaptive_margin)
+            self.ramp = ValidationRamp(
+                schedule.start, schedule.end, prefixes.adaptive_step, prefixes.adaptive_margin
+            )
         self.replay = ReplayBuffer(rollouts.replay) if rollouts.replay else None
         self._current: list[list[dict[str, list[Any]]]] | None = None
         self._sums: defaultdict[str, float] = defaultdict(float)
@@ -152,7 +167,9 @@ class PrefixMixer:
     ) -> list[_Request]:
         """Toss the coins: rows to be written are returned, rows from the buffer are put into `out`."""
         numbers = uniforms(_row_keys(rows), seed=self._seed, step=step, count=_COINS + self._longest())
-        whole_batch = bool(uniforms(torch.zeros(1, dtype=torch.int64), seed=self._seed, step=step, count=1)[0, 0] < share)
+        whole_batch = bool(
+            uniforms(torch.zeros(1, dtype=torch.int64), seed=self._seed, step=step, count=1)[0, 0] < share
+        )
         fresh = 1.0
         if self.replay is not None and self.rollouts.replay is not None:
             self._sums["expired"] += self.replay.expire(step)
@@ -177,7 +194,8 @@ class PrefixMixer:
         return self.prefixes.continue_tokens or self.rollouts.max_new_tokens
 
     def _request(self, place: int, row: Row, cut: float, numbers: Tensor) -> _Request:
-        # A token is a label only where something stands before it, so a row of text alone is continued from its first token.
+        # A token is a label only where something stands before it, so a row of text alone is continued from
+        # its first token.
         labelled = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
         start = labelled[0] if self.prefixes.continue_tokens is None else labelled[int(cut * len(labelled))]
         prefix = Row(row.input_ids[:start], row.labels[:start])
@@ -190,8 +208,12 @@ class PrefixMixer:
     def _generate(self, requests: Sequence[_Request], step: int) -> list[Rollout]:
         if self._engine is None:
             self._engine = self._make_engine()
-        numbers = torch.stack([r.numbers for r in requests]) if requests else torch.zeros(0, 1, dtype=torch.float64)
-        return self._engine.generate([r.prefix.input_ids for r in requests], [r.limit for r in requests], numbers, step)
+        numbers = (
+            torch.stack([r.numbers for r in requests]) if requests else torch.zeros(0, 1, dtype=torch.float64)
+        )
+        return self._engine.generate(
+            [r.prefix.input_ids for r in requests], [r.limit for r in requests], numbers, step
+        )
 
     def _dataset_row(self, row: Row) -> dict[str, list[Any]]:
         return self._row(row, [], [])
@@ -206,9 +228,10 @@ class PrefixMixer:
         """`row`, whose last tokens are the student's where there are new labels for them."""
         old = row.labels if self._on_dataset else [IGNORE_INDEX] * len(row.labels)
         out: dict[str, list[Any]] = {
-            "input_ids": row.input_ids, "labels": old + new_labels,
+            "input_ids": row.input_ids,
+            "labels": old + new_labels,
             "sources": [DATASET] * len(old) + [STUDENT] * len(new_labels),
-        }  # fmt: skip
+        }
         if self._with_behaviour:
             out["behaviour"] = [math.nan] * len(old) + logprobs
         return out

@@ -1,4 +1,5 @@
-"""What an optimiser step keeps beside the model: who writes its rows, what its updates share, how both are resumed."""
+"""What an optimiser step keeps beside the model: who writes its rows, what its updates share, how both are
+resumed."""
 
 from __future__ import annotations
 
@@ -30,16 +31,26 @@ _STATE_KEY = "hpd_student_share"
 
 
 _SUMS = (
-    "rows", "student_rows", "rollouts", "tokens", "dataset_tokens", "truncated", "repetition", "seconds", "replayed", "age",
+    "rows",
+    "student_rows",
+    "rollouts",
+    "tokens",
+    "dataset_tokens",
+    "truncated",
+    "repetition",
+    "seconds",
+    "replayed",
+    "age",
     "expired",
-)  # fmt: skip
+)
 
 
 class StepState:
     """The data regime and the strategy at work in a trainer.
 
     Raises:
-        ValueError: an adaptive share without evaluation, or repeated rows that the data or the batch size do not allow.
+        ValueError: an adaptive share without evaluation, or repeated rows that the data or the batch size do
+            not allow.
     """
 
     def __init__(self, trainer: DistillTrainer):
@@ -51,37 +62,46 @@ class StepState:
         args = trainer.args
         if self._regime.prefixes.adaptive and (trainer.eval_dataset is None or args.eval_strategy == "no"):
             raise ValueError(
-                "prefixes: an adaptive share follows the validation loss, and there is none during training: give "
-                "data.validation and train.eval_strategy: steps."
+                "prefixes: an adaptive share follows the validation loss, and there is none during training: "
+                "give data.validation and train.eval_strategy: steps."
             )
         if self._regime.repeats and args.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"train.train_sampling_strategy: {args.train_sampling_strategy} does not go with repeated rows "
-                "(rollouts.num_rollouts or strategy.updates above 1): use random or sequential."
+                f"train.train_sampling_strategy: {args.train_sampling_strategy} does not go with repeated "
+                "rows (rollouts.num_rollouts or strategy.updates above 1): use random or sequential."
             )
         if args.per_device_train_batch_size % self._regime.rollouts.num_rollouts:
             raise ValueError(
-                f"train.per_device_train_batch_size ({args.per_device_train_batch_size}) counts completions: it must be a "
-                f"multiple of rollouts.num_rollouts ({self._regime.rollouts.num_rollouts})."
+                f"train.per_device_train_batch_size ({args.per_device_train_batch_size}) counts completions: "
+                f"it must be a multiple of rollouts.num_rollouts ({self._regime.rollouts.num_rollouts})."
             )
 
     def _make_mixer(self) -> PrefixMixer:
         trainer, regime = self._trainer, self._regime
         replay = regime.rollouts.replay
         return PrefixMixer(
-            regime.prefixes, regime.rollouts, trainer.data_collator, self._make_engine,
-            seed=trainer.args.seed, max_length=trainer.args.max_length,
-            on_dataset="dataset" in sources_used(trainer.terms), num_updates=regime.strategy.updates,
-            collective=trainer.accelerator.num_processes > 1, with_behaviour=bool(replay and replay.importance),
-        )  # fmt: skip
+            regime.prefixes,
+            regime.rollouts,
+            trainer.data_collator,
+            self._make_engine,
+            seed=trainer.args.seed,
+            max_length=trainer.args.max_length,
+            on_dataset="dataset" in sources_used(trainer.terms),
+            num_updates=regime.strategy.updates,
+            collective=trainer.accelerator.num_processes > 1,
+            with_behaviour=bool(replay and replay.importance),
+        )
 
     def _make_engine(self) -> RolloutEngine:
         trainer = self._trainer
         return make_engine(
-            self._regime.rollouts, lambda: cast(nn.Module, trainer.model_wrapped),
-            trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator, trainer._tokenizer,
+            self._regime.rollouts,
+            lambda: cast(nn.Module, trainer.model_wrapped),
+            trainer.accelerator.unwrap_model(trainer.model),
+            trainer.accelerator,
+            trainer._tokenizer,
             getattr(trainer.teacher, "model", None),
-        )  # fmt: skip
+        )
 
     def sampler(self, own: Sampler | None, rows: Any) -> Sampler | None:
         """The sampler of training rows: the Trainer's own, unless rows come several times."""
@@ -89,11 +109,17 @@ class StepState:
         if not regime.repeats:
             return own
         if own is None:
-            raise ValueError("rollouts.num_rollouts and strategy.updates above 1 repeat rows, which a stream cannot.")
+            raise ValueError(
+                "rollouts.num_rollouts and strategy.updates above 1 repeat rows, which a stream cannot."
+            )
         batch = self._trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = None if args.train_sampling_strategy == "sequential" else args.seed
         return RepeatedRows(
-            rows, batch // regime.rollouts.num_rollouts, regime.rollouts.num_rollouts, regime.strategy.updates, seed
+            rows,
+            batch // regime.rollouts.num_rollouts,
+            regime.rollouts.num_rollouts,
+            regime.strategy.updates,
+            seed,
         )
 
     def begin(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +138,13 @@ class StepState:
         return out
 
     def policy_gradient(
-        self, student: Scores, teacher: TeacherScores, batch: TokenBatch, scale: Tensor, numbers: Tensor | None, replicas: int
+        self,
+        student: Scores,
+        teacher: TeacherScores,
+        batch: TokenBatch,
+        scale: Tensor,
+        numbers: Tensor | None,
+        replicas: int,
     ) -> LossOutput:
         """The clipped loss of the next micro-batch.
 
@@ -125,11 +157,19 @@ class StepState:
         self._micro_batch += 1
         args, rollouts = self._trainer.args, self._regime.rollouts
         output, kept = policy_gradient_nll(
-            student, teacher, batch, self._trainer.terms, self._regime.strategy,
-            frozen=self._frozen[place] if place < len(self._frozen) else None, uniforms=numbers, scale=scale,
-            row_scale=replicas / self._num_rows, chunk_bytes=args.chunk_bytes, metric_stride=args.metric_stride,
+            student,
+            teacher,
+            batch,
+            self._trainer.terms,
+            self._regime.strategy,
+            frozen=self._frozen[place] if place < len(self._frozen) else None,
+            uniforms=numbers,
+            scale=scale,
+            row_scale=replicas / self._num_rows,
+            chunk_bytes=args.chunk_bytes,
+            metric_stride=args.metric_stride,
             teacher_share=rollouts.teacher_share,
-        )  # fmt: skip
+        )
         if place == len(self._frozen):
             self._frozen.append(kept)
         return output
@@ -180,8 +220,8 @@ class StepState:
         file = self._file(checkpoint)
         if not file.is_file():
             raise ValueError(
-                f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume with as many "
-                "processes as the checkpoint was written with, or start again with --overwrite."
+                f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume "
+                "with as many processes as the checkpoint was written with, or start again with --overwrite."
             )
         # Several processes on a CPU call it cpu:0, which torch.load does not know.
         device = self._trainer.accelerator.device.type

@@ -52,14 +52,25 @@ def plan_evals(evals: Sequence[EvalConfig]) -> tuple[PlannedEval, ...]:
 
 def _plan(config: EvalConfig) -> PlannedEval:
     task = build_task(
-        config.task, config.data or None, limit=config.limit, limit_seed=config.limit_seed, few_shot=config.few_shot,
-        few_shot_data=config.few_shot_data, options=config.options,
-    )  # fmt: skip
+        config.task,
+        config.data or None,
+        limit=config.limit,
+        limit_seed=config.limit_seed,
+        few_shot=config.few_shot,
+        few_shot_data=config.few_shot_data,
+        options=config.options,
+    )
     settings = settings_for(
-        task, config.preset, num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size, temperature=config.temperature, top_p=config.top_p, seed=config.seed,
+        task,
+        config.preset,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
         system_prompt=config.system_prompt,
-    )  # fmt: skip
+    )
     return PlannedEval(config, task, settings)
 
 
@@ -91,7 +102,8 @@ def plan(recipe: Recipe) -> Plan:
     """Read configurations, tokenizers and data, and check that they fit together.
 
     Raises:
-        FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what to do.
+        FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what
+            to do.
     """
     quiet_libraries()
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
@@ -114,7 +126,12 @@ def plan(recipe: Recipe) -> Plan:
             found = served.verdicts()
         else:
             found = check_pair(
-                tokenizer, theirs, student_config, config, policy=args.vocabulary, conversational=rows.conversational
+                tokenizer,
+                theirs,
+                student_config,
+                config,
+                policy=args.vocabulary,
+                conversational=rows.conversational,
             )
         several = len(teacher_configs) > 1
         verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
@@ -126,10 +143,23 @@ def plan(recipe: Recipe) -> Plan:
     lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
     verdicts += _length_verdicts(lengths, args)
     evals = _plan_evals(recipe, args)
-    return Plan(recipe, args, tokenizer, student_config, teacher_configs, rows, lengths, tuple(verdicts), evals, served)
+    return Plan(
+        recipe,
+        args,
+        tokenizer,
+        student_config,
+        teacher_configs,
+        rows,
+        lengths,
+        tuple(verdicts),
+        evals,
+        served,
+    )
 
 
-def _take_templates(rows: Rows, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, args: DistillConfig) -> Rows:
+def _take_templates(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, args: DistillConfig
+) -> Rows:
     """The rows, all of which the student's chat template takes; a stream's are looked at as they come."""
     if not rows.conversational:
         return rows
@@ -152,16 +182,21 @@ def _check_loggers(args: DistillConfig) -> None:
 
 
 def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has (None)."""
+    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has
+    (None)."""
     if served is not None:
-        tokenizer = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        tokenizer = (
+            load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        )
         return {"teacher": served.config}, {"teacher": tokenizer}
     sources = described_by(recipe)
     configs = {role: load_config(source, role) for role, source in sources.items()}
     return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
 
 
-def _connect(recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase) -> ServedTeacher:
+def _connect(
+    recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase
+) -> ServedTeacher:
     served = ServedTeacher(recipe.teacher, student_config.get_text_config().vocab_size)
     served.check_terms(recipe.choose_terms())
     served.connect(tokenizer)
@@ -178,21 +213,23 @@ def _plan_evals(recipe: Recipe, args: DistillConfig) -> tuple[Any, ...]:
     named = (args.metric_for_best_model or "").removeprefix("eval_")
     labels = {planned.label: planned.config.every for planned in evals}
     if named in labels and labels[named] is None:
-        raise ValueError(f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in training.")
+        raise ValueError(
+            f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in "
+            "training."
+        )
     return evals
 
 
 def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
     p = lengths.percentiles
     text = (
-        f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first {lengths.num_rows} rows); "
-        f"max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves {lengths.lost_rows:.1%} without a label"
+        f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first "
+        f"{lengths.num_rows} rows); max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves "
+        f"{lengths.lost_rows:.1%} without a label"
     )
     verdicts = [Verdict("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
     if lengths.ends_with_eos < 0.5:
-        text = (
-            f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
-        )
+        text = f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
         verdicts.append(Verdict("warning", "end of rows", text))
     return verdicts
 

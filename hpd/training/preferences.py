@@ -40,14 +40,17 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
     """Run a DPO stage from start (or its last checkpoint) to finish; returns its summary.
 
     Raises:
-        ValueError: rows without the columns that `dpo.pairs` asks for, or settings that DPOConfig does not have.
+        ValueError: rows without the columns that `dpo.pairs` asks for, or settings that DPOConfig does not
+            have.
         RunStopped: as `hpd.training.run.train`.
     """
     with ends_resumable(Path(recipe.output_dir)) as signals:
         return _train_preferences(recipe, dpo, progress, signals)
 
 
-def _train_preferences(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals) -> dict[str, Any]:
+def _train_preferences(
+    recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals
+) -> dict[str, Any]:
     from hpd.training.plan import lora_of, plan
     from hpd.training.single import evaluate_task, open_together
 
@@ -58,9 +61,13 @@ def _train_preferences(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, 
     student = load_model(recipe.student, "student", planned.args.seed)
     rows = preference_rows(planned, student, dpo)
     trainer = _PreferenceTrainer(
-        model=student, args=dpo_arguments(planned, dpo), train_dataset=rows, processing_class=planned.tokenizer,
-        peft_config=lora_of(recipe), callbacks=[MetricsWriter(folder), *progress.callbacks()],
-    )  # fmt: skip
+        model=student,
+        args=dpo_arguments(planned, dpo),
+        train_dataset=rows,
+        processing_class=planned.tokenizer,
+        peft_config=lora_of(recipe),
+        callbacks=[MetricsWriter(folder), *progress.callbacks()],
+    )
     trainer.remove_callback(PrinterCallback)
     before = time.perf_counter()
     with signals.stopping(trainer):
@@ -70,7 +77,9 @@ def _train_preferences(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, 
     summary: dict[str, Any] = {"method": "dpo", "train seconds": round(time.perf_counter() - before, 1)}
     with writing(folder.path):
         trainer.save_model()
-    summary |= evaluate_task(planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress)
+    summary |= evaluate_task(
+        planned, trainer.accelerator.unwrap_model(trainer.model), "student after", folder, progress
+    )
     summary |= {"seconds": round(time.perf_counter() - started, 1), "steps": trainer.state.global_step}
     if trainer.is_world_process_zero():
         folder.write_card(summary)
@@ -84,8 +93,15 @@ def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset
         return load_preferences(planned.recipe.data)
     rows = planned.rows.train
     if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
-        raise ValueError("dpo.pairs: rollouts needs rows with prompt and completion (no stream): give them, or pairs: data.")
-    needed = planned.args.max_steps * planned.args.per_device_train_batch_size * planned.args.gradient_accumulation_steps
+        raise ValueError(
+            "dpo.pairs: rollouts needs rows with prompt and completion (no stream): give them, or pairs: "
+            "data."
+        )
+    needed = (
+        planned.args.max_steps
+        * planned.args.per_device_train_batch_size
+        * planned.args.gradient_accumulation_steps
+    )
     if planned.args.max_steps > 0:
         rows = rows.select(range(min(len(rows), max(needed, 1))))
     listed = cast("list[dict[str, Any]]", list(rows))
@@ -96,7 +112,9 @@ def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset
         if _text(row["completion"]) != _text(answer)
     ]
     if not pairs:
-        raise ValueError("Every rollout of the student equals the dataset's completion: there is nothing to prefer.")
+        raise ValueError(
+            "Every rollout of the student equals the dataset's completion: there is nothing to prefer."
+        )
     return Dataset.from_list(pairs)
 
 
@@ -111,9 +129,9 @@ def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[An
     chat = is_conversational(rows[0])
     if chat:
         encoded: Any = [
-            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
+            tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
             for row in rows
         ]
     else:
@@ -121,7 +139,9 @@ def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[An
     accelerator = Accelerator(cpu=planned.args.use_cpu)
     student.to(accelerator.device)
     engine = make_engine(config, lambda: student, student, accelerator, tokenizer, None)
-    numbers = uniforms(torch.arange(len(encoded)), seed=planned.args.seed, step=0, count=config.max_new_tokens)
+    numbers = uniforms(
+        torch.arange(len(encoded)), seed=planned.args.seed, step=0, count=config.max_new_tokens
+    )
     written = engine.generate(encoded, [config.max_new_tokens] * len(encoded), numbers, 0)
     texts = [tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in written]
     return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
@@ -137,5 +157,10 @@ def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
     if unknown := [key for key in dpo.args if key not in known]:
         raise ValueError(f"dpo.args.{unknown[0]} is no field of TRL's DPOConfig.")
     shared = {key: getattr(planned.args, key) for key in planned.recipe.train if key in known}
-    fixed = {"output_dir": planned.recipe.output_dir, "report_to": "none", "disable_tqdm": True, "bf16": planned.args.bf16}
+    fixed = {
+        "output_dir": planned.recipe.output_dir,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": planned.args.bf16,
+    }
     return DPOConfig(**{**fixed, **shared, "use_cpu": planned.args.use_cpu, **dpo.args})

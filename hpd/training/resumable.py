@@ -1,4 +1,5 @@
-"""What a trainer needs to stop at any moment and to go on as if nothing had happened, beside what transformers does."""
+"""What a trainer needs to stop at any moment and to go on as if nothing had happened, beside what
+transformers does."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ class StopTraining(Exception):
 class Resumable(Trainer):
     """A Trainer whose checkpoints are complete or do not count, and that stops when it is told to.
 
-    A stop is carried out before the next step, or in an evaluation before its next batch; that evaluation is then done again
-    as a whole where training goes on.
+    A stop is carried out before the next step, or in an evaluation before its next batch; that evaluation is
+    then done again as a whole where training goes on.
     """
 
     stop_reason: str | None = None
@@ -59,7 +60,8 @@ class Resumable(Trainer):
     last_step: dict[str, Any] | None = None
     """grad_norm and learning_rate of the last step, where they are needed at the end of an epoch."""
     _epoch_ended_at: int | None = None
-    """The step after which an epoch was last ended: evaluated, logged and saved, as far as its strategies say."""
+    """The step after which an epoch was last ended: evaluated, logged and saved, as far as its strategies
+    say."""
     _to_end: bool = False
     """Whether the resumed checkpoint was saved behind the last step of an epoch that had not ended yet."""
     _random: dict[str, Any] | None = None
@@ -67,9 +69,11 @@ class Resumable(Trainer):
     _follow: TrainerCallback | None = None
 
     def stop_cleanly(self, reason: str) -> None:
-        """Save a checkpoint and end training before the next step; safe to call from a signal handler or a callback.
+        """Save a checkpoint and end training before the next step; safe to call from a signal handler or a
+        callback.
 
-        `train` then returns as usual and `stop_reason` says why. With several processes, one that is asked stops all.
+        `train` then returns as usual and `stop_reason` says why. With several processes, one that is asked
+        stops all.
         """
         self.stop_reason = reason
 
@@ -90,7 +94,8 @@ class Resumable(Trainer):
             self._resume_notes(Path(resume_from_checkpoint))
         if self._follow is not None:
             self.remove_callback(self._follow)
-        # Last of the callbacks: those before restore what an evaluation may change, and ask for what an epoch ends with.
+        # Last of the callbacks: those before restore what an evaluation may change, and ask for what an epoch
+        # ends with.
         self._follow = _Follow(self, str(resume_from_checkpoint or ""))
         self.add_callback(self._follow)
         try:
@@ -121,7 +126,8 @@ class Resumable(Trainer):
             self.is_in_train = False
 
     def save_checkpoint(self) -> None:
-        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing to keep."""
+        """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing
+        to keep."""
         if self.state.global_step:
             self._save_checkpoint(self.model, trial=None)
 
@@ -158,22 +164,29 @@ class Resumable(Trainer):
     def plan_evaluation(self, plan: dict[str, Any]) -> None:
         """Have the next evaluation consist of that."""
 
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
         self._unfinished = {
-            "plan": self.evaluation_plan(), "logs": len(self.state.log_history),
-            "callbacks": copy.deepcopy(self.state.stateful_callbacks), "random": _get_random(),
-        }  # fmt: skip
+            "plan": self.evaluation_plan(),
+            "logs": len(self.state.log_history),
+            "callbacks": copy.deepcopy(self.state.stateful_callbacks),
+            "random": _get_random(),
+        }
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         self._unfinished = None
         return metrics
 
     def catch_up(self, checkpoint: str) -> None:
-        """Do what the resumed checkpoint was saved before: the rest of an evaluation, and the end of its epoch."""
+        """Do what the resumed checkpoint was saved before: the rest of an evaluation, and the end of its
+        epoch."""
         if not checkpoint:
             return
         # An evaluation leaves the model in evaluation mode until the next step, and logs go by that.
         last = self.state.log_history[-1] if self.state.log_history else {}
-        evaluated = last.get("step") == self.state.global_step and any(name.startswith("eval_") for name in last)
+        evaluated = last.get("step") == self.state.global_step and any(
+            name.startswith("eval_") for name in last
+        )
         self.model.train(not evaluated)  # type: ignore[union-attr]
         if self._to_repeat is None and not self._to_end:
             return
@@ -195,9 +208,15 @@ class Resumable(Trainer):
         model: Any = self.model
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         self._maybe_log_save_evaluate(
-            self._tr_loss, step.get("grad_norm"), model, None, self.state.epoch, None, time.time(),
+            self._tr_loss,
+            step.get("grad_norm"),
+            model,
+            None,
+            self.state.epoch,
+            None,
+            time.time(),
             learning_rate=step.get("learning_rate"),
-        )  # fmt: skip
+        )
 
     def end_of_epoch(self, control: TrainerControl) -> None:
         """Note that an epoch ends here, or keep what was done at this step already from being done twice."""
@@ -216,7 +235,8 @@ class Resumable(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.agree(is_complete(folder)):
-            # Saved before: writing it again in place could spoil it. Which one is best may have been found since.
+            # Saved before: writing it again in place could spoil it. Which one is best may have been found
+            # since.
             self._name_best(folder.parent)
             return
         if self.args.should_save:
@@ -242,7 +262,11 @@ class Resumable(Trainer):
 
     def _notes(self) -> dict[str, Any]:
         step, unfinished = self.state.global_step, self._unfinished or {}
-        return {"step": step, "evaluation": unfinished.get("plan"), "epoch_ended": self._epoch_ended_at == step}
+        return {
+            "step": step,
+            "evaluation": unfinished.get("plan"),
+            "epoch_ended": self._epoch_ended_at == step,
+        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with reading(weights_file(Path(resume_from_checkpoint))):
@@ -277,7 +301,8 @@ class Resumable(Trainer):
 
 
 class _Follow(TrainerCallback):
-    """Before the first step of a resumed run, while no random number of training has been drawn; and behind each epoch."""
+    """Before the first step of a resumed run, while no random number of training has been drawn; and behind
+    each epoch."""
 
     def __init__(self, trainer: Resumable, checkpoint: str):
         self._trainer, self._checkpoint = trainer, checkpoint
@@ -292,7 +317,12 @@ class _Follow(TrainerCallback):
 def _get_random() -> dict[str, Any]:
     """The state of all random numbers of this process."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def _set_random(state: dict[str, Any]) -> None:

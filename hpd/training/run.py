@@ -1,4 +1,5 @@
-"""Runs in stages: each is a recipe of its own in a folder of its own, which starts from what the one before left."""
+"""Runs in stages: each is a recipe of its own in a folder of its own, which starts from what the one before
+left."""
 
 from __future__ import annotations
 
@@ -43,10 +44,12 @@ def _hand_on(recipe: Recipe) -> None:
 
 
 def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Check configurations, tokenizers and data of all these stages before the first of them trains or writes anything.
+    """Check configurations, tokenizers and data of all these stages before the first of them trains or writes
+    anything.
 
-    A stage whose student (or teacher, under `teacher: previous`) is not there yet is looked at with the recipe's student, which
-    has the same tokenizer and architecture. A teacher behind a server may be started later: of such a stage the rows are read.
+    A stage whose student (or teacher, under `teacher: previous`) is not there yet is looked at with the
+    recipe's student, which has the same tokenizer and architecture. A teacher behind a server may be started
+    later: of such a stage the rows are read.
 
     Raises:
         ValueError: as `hpd.training.plan.plan`, with the stage's name.
@@ -77,7 +80,9 @@ def _with_what_is_there(stage: Recipe, recipe: Recipe) -> Recipe:
     run, own = Path(recipe.output_dir), recipe.student
 
     def is_to_come(model: str | None) -> bool:
-        return model is not None and run in Path(model).parents and not (Path(model) / "config.json").is_file()
+        return (
+            model is not None and run in Path(model).parents and not (Path(model) / "config.json").is_file()
+        )
 
     if is_to_come(stage.student.model):
         stage = replace(stage, student=own)
@@ -86,8 +91,11 @@ def _with_what_is_there(stage: Recipe, recipe: Recipe) -> Recipe:
     return stage
 
 
-def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recipe's stages in order; finished ones are skipped, an unfinished one goes on from its last checkpoint.
+def train_stages(
+    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run a recipe's stages in order; finished ones are skipped, an unfinished one goes on from its last
+    checkpoint.
 
     Returns:
         The last stage's summary, with every stage's under `stages` and the seconds of all of them.
@@ -126,16 +134,26 @@ def train_stages(recipe: Recipe, *, overwrite: bool = False, progress: Progress 
             # What the student and the teacher were before is in the first stage's summary already.
             summaries[stage.name] = train(stage.recipe, progress=progress, baselines=not summaries)
         if "stopped" in summaries[stage.name]:
-            progress.say(f"stage {stage.name} was stopped ({summaries[stage.name]['stopped']}): later stages do not run")
+            progress.say(
+                f"stage {stage.name} was stopped ({summaries[stage.name]['stopped']}): later stages do not "
+                "run"
+            )
             break
     first, last = next(iter(summaries.values())), list(summaries.values())[-1]
     kept = {
-        key: value for key, value in first.items() if key.endswith(" before") or key.startswith(("student before", "teacher"))
+        key: value
+        for key, value in first.items()
+        if key.endswith(" before") or key.startswith(("student before", "teacher"))
     }
     total = {
-        **kept, **last, "stages": summaries,
-        **{key: round(sum(s.get(key, 0.0) for s in summaries.values()), 1) for key in ("seconds", "train seconds")},
-    }  # fmt: skip
+        **kept,
+        **last,
+        "stages": summaries,
+        **{
+            key: round(sum(s.get(key, 0.0) for s in summaries.values()), 1)
+            for key in ("seconds", "train seconds")
+        },
+    }
     if len(summaries) == len(stages) and processes.is_main_process:
         folder.write_json("summary.json", total)
     return total
@@ -153,12 +171,13 @@ def train(
         baselines: let teacher and untrained student do the task too.
 
     Returns:
-        The summary that is also written to the run folder: losses and KLs before and after, accuracies, seconds.
+        The summary that is also written to the run folder: losses and KLs before and after, accuracies,
+        seconds.
 
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
-        RunStopped: SIGTERM or Ctrl-C (caught in the main thread only), a remote teacher that stays away, a disk that takes no
-            more, or NaN: the steps done are saved, and the message says how to go on.
+        RunStopped: SIGTERM or Ctrl-C (caught in the main thread only), a remote teacher that stays away, a
+            disk that takes no more, or NaN: the steps done are saved, and the message says how to go on.
     """
     with ends_resumable(Path(recipe.output_dir)) as signals:
         if recipe.stages:

@@ -1,4 +1,5 @@
-"""Terms whose numbers move during training: built at every step, what they follow kept in the trainer's state."""
+"""Terms whose numbers move during training: built at every step, what they follow kept in the trainer's
+state."""
 
 from __future__ import annotations
 
@@ -21,11 +22,14 @@ __all__ = ["ScheduledTerms", "adaptive_positions"]
 _STATE_KEY = "hpd_adaptive"
 
 
-_GAPS = tuple(f"gap/{source}/{name}" for source in ("dataset", "student") for name in ("student", "teacher", "rows"))
+_GAPS = tuple(
+    f"gap/{source}/{name}" for source in ("dataset", "student") for name in ("student", "teacher", "rows")
+)
 
 
 class ScheduledTerms(TrainerCallback):
-    """Builds the terms of each step, and keeps the adaptive positions in the trainer's state, which checkpoints hold."""
+    """Builds the terms of each step, and keeps the adaptive positions in the trainer's state, which
+    checkpoints hold."""
 
     def __init__(self, trainer: DistillTrainer):
         self._trainer = trainer
@@ -52,7 +56,8 @@ class ScheduledTerms(TrainerCallback):
             state.stateful_callbacks.setdefault(_STATE_KEY, {})[name] = position.state_dict()
 
     def _totals(self) -> dict[str, float]:
-        """Running sums of this window over all processes; read from the device only where a position adapts."""
+        """Running sums of this window over all processes; read from the device only where a position
+        adapts."""
         if not self._trainer._adaptive:
             return {}
         names = [*(f"value/{term.name}" for term in self._trainer.terms), "tokens", *_GAPS]

@@ -68,7 +68,10 @@ def stored_tensors(answer: Answer, config: CacheConfig, dtype: torch.dtype) -> d
     """
     scores = answer.scores
     if config.kind == "top_k":
-        return {name: tensor.cpu().contiguous() for name, tensor in _likeliest(answer, config.top_k or 0, dtype).items()}
+        return {
+            name: tensor.cpu().contiguous()
+            for name, tensor in _likeliest(answer, config.top_k or 0, dtype).items()
+        }
     if not isinstance(scores, Scores) or scores.head.weight is None:
         raise ValueError("This teacher gives no hidden states: choose cache.kind: top_k.")
     stored: dict[str, Tensor] = {}
@@ -80,7 +83,8 @@ def stored_tensors(answer: Answer, config: CacheConfig, dtype: torch.dtype) -> d
         stored["hidden"] = scores.hidden.to(dtype)
         if not torch.isfinite(stored["hidden"]).all():
             raise ValueError(
-                f"A hidden state of the teacher does not fit into {dtype}: choose cache.dtype: bfloat16 or float32."
+                f"A hidden state of the teacher does not fit into {dtype}: choose cache.dtype: bfloat16 or "
+                "float32."
             )
     # Of what is stored, not of what was computed: so the cached distribution sums to one.
     kept = scores._replace(hidden=stored_hidden(stored))
@@ -93,14 +97,18 @@ def _logits(scores: Scores) -> Iterator[Tensor]:
     rows = max(1, _CHUNK_BYTES // (4 * scores.vocab))
     for start in range(0, len(scores.hidden), rows):
         hidden = ready.hidden[start : start + rows]
-        yield project_(ready._replace(hidden=hidden), hidden.new_empty(len(hidden), scores.vocab, dtype=torch.float32))
+        yield project_(
+            ready._replace(hidden=hidden), hidden.new_empty(len(hidden), scores.vocab, dtype=torch.float32)
+        )
 
 
 def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
     scores, labels = answer
     if isinstance(scores, TopKScores):
         if scores.tokens.shape[1] != k:
-            raise ValueError(f"The teacher gives {scores.tokens.shape[1]} tokens a position, and cache.top_k asks for {k}.")
+            raise ValueError(
+                f"The teacher gives {scores.tokens.shape[1]} tokens a position, and cache.top_k asks for {k}."
+            )
         tokens, logprobs, label_logprobs = scores.tokens, scores.logprobs, scores.label_logprobs
     else:
         if k > scores.vocab:
@@ -113,10 +121,15 @@ def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
             parts.append((top.indices, top.values, logprobs.gather(1, own)[:, 0]))
             first += len(logits)
         tokens, logprobs, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
-    stored = {"tokens": tokens.int(), "logprobs": logprobs.to(dtype), "label_logprobs": label_logprobs.float()}
+    stored = {
+        "tokens": tokens.int(),
+        "logprobs": logprobs.to(dtype),
+        "label_logprobs": label_logprobs.float(),
+    }
     if dtype != torch.float32:
-        # Rounded to 16 bits, k probabilities may sum to more than one, and nothing would be left for all other tokens. The
-        # least tail is what one minus a float32 sum of k numbers can still tell from nothing.
+        # Rounded to 16 bits, k probabilities may sum to more than one, and nothing would be left for all
+        # other tokens. The least tail is what one minus a float32 sum of k numbers can still tell from
+        # nothing.
         stored["tail"] = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(2.0**-20).float()
     return stored
 
@@ -165,4 +178,6 @@ def lay_out(rows: Iterable[tuple[Any, Tensor]], shard_positions: int) -> Layout:
     order = order[counts[order] > 0]
     starts = np.concatenate([[0], np.flatnonzero(np.diff(number[order])) + 1, [len(order)]])
     chosen = [masks[i] for i in order]
-    return Layout(order, starts, chosen, np.concatenate([keys[i][mask] for i, mask in zip(order, chosen, strict=True)]))
+    return Layout(
+        order, starts, chosen, np.concatenate([keys[i][mask] for i, mask in zip(order, chosen, strict=True)])
+    )

@@ -51,12 +51,15 @@ def open_together(folder: RunFolder, args: Any) -> None:
         found = gather_object([folder.checkpoint])
         if len(set(found)) > 1:
             raise ValueError(
-                f"Processes find different checkpoints in {folder.path}: {', '.join(sorted({str(name) for name in found}))}. "
-                "All machines must see one output_dir: put it on shared storage."
+                f"Processes find different checkpoints in {folder.path}: "
+                f"{', '.join(sorted({str(name) for name in found}))}. All machines must see one output_dir: "
+                "put it on shared storage."
             )
 
 
-def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, signals: Signals) -> dict[str, Any]:
+def _run(
+    planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, signals: Signals
+) -> dict[str, Any]:
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
@@ -87,7 +90,8 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
         if trainer.is_world_process_zero():
             folder.write_json("baselines.json", before)
     elif resume is None and trainer.eval_dataset is not None and not sharded:
-        # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows depends.
+        # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows
+        # depends.
         next(iter(trainer.get_eval_dataloader()))
     summary |= before
     before_training = time.perf_counter()
@@ -110,7 +114,7 @@ def _run(planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, 
 
 def _finish(
     planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress, started: float
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """What comes after the last step: evaluate the student and write it down."""
     if trainer.stop_reason is not None:
         raise Interrupted(trainer.stop_reason)
@@ -140,7 +144,9 @@ def _keeping_steps(trainer: DistillTrainer) -> Iterator[None]:
         raise
 
 
-def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress) -> DistillTrainer:
+def _trainer(
+    planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress
+) -> DistillTrainer:
     recipe, args = planned.recipe, planned.args
     make: Callable[..., DistillTrainer] = DistillTrainer
     if any(entry.config.every is not None for entry in planned.evals):
@@ -148,14 +154,22 @@ def _trainer(planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, p
 
         make = functools.partial(EvaluatingTrainer, evals=planned.evals, folder=folder.path)
     trainer = make(
-        model=student, teacher=teacher, args=args,
-        method=recipe.method, method_kwargs=recipe.method_kwargs, terms=recipe.terms,
-        train_dataset=planned.rows.train, eval_dataset=planned.rows.validation,
+        model=student,
+        teacher=teacher,
+        args=args,
+        method=recipe.method,
+        method_kwargs=recipe.method_kwargs,
+        terms=recipe.terms,
+        train_dataset=planned.rows.train,
+        eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
-        prefixes=recipe.prefixes, rollouts=recipe.rollouts, strategy=recipe.strategy, guards=recipe.guards,
+        prefixes=recipe.prefixes,
+        rollouts=recipe.rollouts,
+        strategy=recipe.strategy,
+        guards=recipe.guards,
         peft_config=lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     rows: Any = trainer.train_dataset
     if hasattr(rows, "__len__") and len(rows) == 0:
@@ -172,13 +186,20 @@ def _check_lora(recipe: Recipe, student: torch.nn.Module) -> None:
     if isinstance(targets, str):
         missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
     else:
-        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+        missing = [
+            target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)
+        ]
     if missing:
         known = sorted(
-            {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)}
+            {
+                name.rpartition(".")[2]
+                for name, module in student.named_modules()
+                if isinstance(module, torch.nn.Linear)
+            }
         )
         raise ValueError(
-            f"lora.target_modules names {', '.join(missing)}, which the student has not; it has {', '.join(known)}."
+            f"lora.target_modules names {', '.join(missing)}, which the student has not; it has "
+            f"{', '.join(known)}."
         )
 
 
@@ -193,7 +214,8 @@ def evaluate_task(
     """The metric of each of the recipe's tasks, found by the main process.
 
     Args:
-        together: all processes generate the same answers, since a sharded model runs on all of them or not at all.
+        together: all processes generate the same answers, since a sharded model runs on all of them or not at
+            all.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     if not planned.evals or not (is_main or together):
@@ -201,14 +223,23 @@ def evaluate_task(
     from hpd.evaluate import evaluate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not together and not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
+    if (
+        not together
+        and not getattr(model, "hf_device_map", None)
+        and not getattr(model, "quantization_method", None)
+    ):
         model.to(device)
     found = {}
     for entry in planned.evals:
         result = evaluate(
-            model, planned.tokenizer, entry.task, entry.settings,
-            output_dir=folder.path if is_main else None, name=name, progress=progress.evaluating(name),
-        )  # fmt: skip
+            model,
+            planned.tokenizer,
+            entry.task,
+            entry.settings,
+            output_dir=folder.path if is_main else None,
+            name=name,
+            progress=progress.evaluating(name),
+        )
         label = entry.label if len(planned.evals) > 1 else result.metric
         found[f"{name} {label}"] = round(result.value, 4)
     return found

@@ -39,7 +39,9 @@ def stopped(reason: str, run: Path, overrides: tuple[str, ...] = ()) -> RunStopp
     """The error for a run that was stopped for a reason."""
     kept = newest_complete(run)
     what = (
-        f"the checkpoint of step {kept.name.removeprefix('checkpoint-')} is in {run}" if kept else "there is no checkpoint yet"
+        f"the checkpoint of step {kept.name.removeprefix('checkpoint-')} is in {run}"
+        if kept
+        else "there is no checkpoint yet"
     )
     how = "goes on from there" if kept else "starts again"
     same = f"the same command with {' '.join(overrides)}" if overrides else "the same command"
@@ -71,11 +73,13 @@ class _Stoppable(Protocol):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal arrived where nothing runs that could be stopped cleanly: loading, and evaluation outside training."""
+    """A signal arrived where nothing runs that could be stopped cleanly: loading, and evaluation outside
+    training."""
 
 
 class Signals:
-    """The handler. While a trainer trains it is told to stop; elsewhere the signal is raised as `Interrupted`."""
+    """The handler. While a trainer trains it is told to stop; elsewhere the signal is raised as
+    `Interrupted`."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -94,7 +98,8 @@ class Signals:
     def handle(self, number: int, frame: Any) -> None:
         """A second signal ends the program at once; checkpoints are then as after a kill."""
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # A forked helper (a loader's worker, a grader) inherits the handler; Ctrl-C reaches it too, and it is still needed.
+        # A forked helper (a loader's worker, a grader) inherits the handler; Ctrl-C reaches it too, and it is
+        # still needed.
         forked = os.getpid() != self._process
         if forked and number == signal.SIGINT:
             return

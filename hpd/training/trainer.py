@@ -1,4 +1,5 @@
-"""`DistillTrainer`: TRL's SFTTrainer with the loss of the table and a teacher. Everything else is inherited."""
+"""`DistillTrainer`: TRL's SFTTrainer with the loss of the table and a teacher. Everything else is
+inherited."""
 
 from __future__ import annotations
 
@@ -44,24 +45,27 @@ __all__ = ["DistillTrainer"]
 class DistillTrainer(Resumable, SFTTrainer):
     """Distil `teacher` into `model`.
 
-    The loss is the sum over label tokens divided by the label tokens of the whole global batch (all processes, all
-    accumulation steps), so that the gradient does not depend on how the batch was split.
+    The loss is the sum over label tokens divided by the label tokens of the whole global batch (all
+    processes, all accumulation steps), so that the gradient does not depend on how the batch was split.
 
     Args:
         model: the student: a loaded causal language model, or a path or Hub id.
         teacher: a loaded model, a path or Hub id, "self", or any `Teacher`.
         method: a name of METHODS (default hpd); `method_kwargs` are its parameters.
         terms: an explicit list of terms instead of a method.
-        prefixes: shares of dataset and student rows; None: the method's own, which is the dataset alone for most.
+        prefixes: shares of dataset and student rows; None: the method's own, which is the dataset alone for
+            most.
         rollouts: how the student writes its rows.
         strategy: how weights meet the gradient: a `StrategyConfig`, or its type.
         guards: thresholds that warn, or stop and save.
         args: a `DistillConfig`.
         peft_config: as in TRL; an adapter on the output head is supported.
-        **kwargs: everything else that `SFTTrainer` takes: train_dataset, eval_dataset, processing_class, callbacks, ...
+        **kwargs: everything else that `SFTTrainer` takes: train_dataset, eval_dataset, processing_class,
+            callbacks, ...
 
     Raises:
-        ValueError: method and terms together, unknown names, or vocabularies that differ under `vocabulary="error"`.
+        ValueError: method and terms together, unknown names, or vocabularies that differ under
+            `vocabulary="error"`.
     """
 
     args: DistillConfig
@@ -100,7 +104,8 @@ class DistillTrainer(Resumable, SFTTrainer):
         student = self.accelerator.unwrap_model(self.model)
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
         add_head_function(self._base_model)
-        # Whatever the model's own loss is, ours shifts labels and needs the label count of the accumulated batch.
+        # Whatever the model's own loss is, ours shifts labels and needs the label count of the accumulated
+        # batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         self.teacher = as_teacher(teacher, args.trust_remote_code)
         theirs = vocab_of(self.teacher)
@@ -108,11 +113,13 @@ class DistillTrainer(Resumable, SFTTrainer):
         self.teacher.prepare(self.model, self.accelerator)
         self.skipped_steps = 0
         self._watch = self._make_watch()
-        # The data loader collates one batch ahead: a remote teacher is asked about it while the student works. Worker
-        # processes have no connection.
+        # The data loader collates one batch ahead: a remote teacher is asked about it while the student
+        # works. Worker processes have no connection.
         early = isinstance(self.teacher, RemoteTeacher) and args.dataloader_num_workers == 0
         early = early and not self.regime.prefixes.on_policy  # rows that are not trained on need no answer
-        self.data_collator = DistillCollator(self.data_collator, vocab, self.teacher.request if early else None)  # type: ignore[union-attr]
+        self.data_collator = DistillCollator(
+            self.data_collator, vocab, self.teacher.request if early else None
+        )  # type: ignore[union-attr]
         self._introduce_rows()
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
         if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
@@ -124,14 +131,20 @@ class DistillTrainer(Resumable, SFTTrainer):
     def _make_watch(self) -> NonFiniteWatch:
         policy = self._guards.non_finite
         if policy == "skip" and self.is_deepspeed_enabled:
-            raise ValueError("guards.non_finite: skip: DeepSpeed applies a step before it can be left out: use stop or warn.")
+            raise ValueError(
+                "guards.non_finite: skip: DeepSpeed applies a step before it can be left out: use stop or "
+                "warn."
+            )
         return NonFiniteWatch(self, policy, self._guards.max_skipped_steps or _MAX_SKIPPED_STEPS)
 
     def _introduce_rows(self) -> None:
-        """Teachers that know rows see those of the datasets once, and read ahead for each batch from then on."""
+        """Teachers that know rows see those of the datasets once, and read ahead for each batch from then
+        on."""
         teacher: Any = self.teacher
         if hasattr(teacher, "read_rows"):
-            held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            held_out = (
+                self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+            )
             # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
             known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
             teacher.read_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
@@ -146,7 +159,9 @@ class DistillTrainer(Resumable, SFTTrainer):
     ) -> Any:
         """The loss of a micro-batch; its statistics stay on the device until the next log."""
         if return_outputs:
-            raise ValueError("The fused loss builds no logits: set prediction_loss_only=True and drop compute_metrics.")
+            raise ValueError(
+                "The fused loss builds no logits: set prediction_loss_only=True and drop compute_metrics."
+            )
         mode = "train" if self.model.training else "eval"
         batch = TokenBatch.pop(inputs)
         teacher = self.teacher.scores(inputs, batch)
@@ -161,7 +176,9 @@ class DistillTrainer(Resumable, SFTTrainer):
 
         def head_function(student: Scores) -> Tensor:
             output = self._loss(student, teacher, batch, scale, mode, replicas)
-            stats.update(output.stats)  # as a result of the forward they would be cast to FSDP2's bfloat16, counts and all
+            stats.update(
+                output.stats
+            )  # as a result of the forward they would be cast to FSDP2's bfloat16, counts and all
             return output.loss
 
         loss = model(**model_inputs(inputs), label_index=batch.index, head_function=head_function)
@@ -171,7 +188,13 @@ class DistillTrainer(Resumable, SFTTrainer):
         return loss
 
     def _loss(
-        self, student: Scores, teacher: TeacherScores | RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+        self,
+        student: Scores,
+        teacher: TeacherScores | RoutedScores,
+        batch: TokenBatch,
+        scale: Tensor,
+        mode: str,
+        replicas: int,
     ) -> LossOutput:
         if isinstance(teacher, RoutedScores):
             return self._loss_of_parts(student, teacher, batch, scale, mode, replicas)
@@ -186,14 +209,23 @@ class DistillTrainer(Resumable, SFTTrainer):
             output = self._step.policy_gradient(student, teacher, batch, scale, numbers, replicas)
         else:
             output = loss_by_source(
-                student, teacher, batch, terms,
-                uniforms=numbers, scale=scale, impl=self.args.impl, chunk_bytes=self.args.chunk_bytes,
-                metric_stride=self.args.metric_stride if training else 1, kl_estimator=self.args.kl_estimator,
-            )  # fmt: skip
+                student,
+                teacher,
+                batch,
+                terms,
+                uniforms=numbers,
+                scale=scale,
+                impl=self.args.impl,
+                chunk_bytes=self.args.chunk_bytes,
+                metric_stride=self.args.metric_stride if training else 1,
+                kl_estimator=self.args.kl_estimator,
+            )
         if training and any(isinstance(position, SkewPosition) for position in self._adaptive.values()):
             output.stats.update(label_gaps(student, teacher, batch, self.args.metric_stride))
         if training and self._guards.overlap:
-            shared, rows = support_overlap(student, teacher, batch.labels, self._guards.overlap_top_k, self.args.metric_stride)
+            shared, rows = support_overlap(
+                student, teacher, batch.labels, self._guards.overlap_top_k, self.args.metric_stride
+            )
             output.stats.update({"support_overlap": shared, "overlap_rows": rows})
         return output
 
@@ -202,25 +234,36 @@ class DistillTrainer(Resumable, SFTTrainer):
         return self._step.sampler(super()._get_train_sampler(rows), rows)
 
     def _get_dataloader(
-        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, is_training: bool = False,
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
         dataloader_key: str | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         if fills_last_batch(self.args, dataset) and not (is_training and self.regime.repeats):
             count, dataset = len(dataset), fill(dataset, batch_size * self.args.world_size)
             shuffled = is_training and self.args.train_sampling_strategy == "random"
             sampler_fn = lambda rows: FilledOrder(count, len(rows), shuffled, self.args.data_seed)  # noqa: E731
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        return super()._get_dataloader(
+            dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole student, loadable by `from_pretrained` in one process, whatever engine shards it."""
+        """Write the whole student, loadable by `from_pretrained` in one process, whatever engine shards
+        it."""
         if self.is_fsdp_enabled and not _internal_call:
             # The Trainer writes nothing here, without a word, where checkpoints are sharded.
-            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            self._save(
+                output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model)
+            )
             return
         super().save_model(output_dir, _internal_call)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Rollouts in use are random state too: written by every process, before the checkpoint counts as complete.
+        # Rollouts in use are random state too: written by every process, before the checkpoint counts as
+        # complete.
         super()._save_rng_state(output_dir)
         self._step.save(output_dir)
         self.window.save(output_dir)
@@ -232,13 +275,24 @@ class DistillTrainer(Resumable, SFTTrainer):
             self.window.load(checkpoint)
 
     def _loss_of_parts(
-        self, student: Scores, routed: RoutedScores, batch: TokenBatch, scale: Tensor, mode: str, replicas: int
+        self,
+        student: Scores,
+        routed: RoutedScores,
+        batch: TokenBatch,
+        scale: Tensor,
+        mode: str,
+        replicas: int,
     ) -> LossOutput:
         """The loss is a sum over positions, so each teacher's positions may be summed on their own."""
         loss, stats = torch.zeros((), device=scale.device), {}
         for positions, teacher in routed.parts:
             part = self._loss(
-                student._replace(hidden=student.hidden[positions]), teacher, batch.at(positions), scale, mode, replicas
+                student._replace(hidden=student.hidden[positions]),
+                teacher,
+                batch.at(positions),
+                scale,
+                mode,
+                replicas,
             )
             loss = loss + part.loss
             for name, value in part.stats.items():
@@ -258,7 +312,9 @@ class DistillTrainer(Resumable, SFTTrainer):
             self.end_early()
             raise
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """The micro-batches of the next step; none where a resumed run has no step left to do."""
         self.stop_if_asked()
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
@@ -280,7 +336,8 @@ class DistillTrainer(Resumable, SFTTrainer):
         return self._watch.check(grad_norm)
 
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
-        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it has answered."""
+        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it
+        has answered."""
         if not isinstance(self.teacher, RemoteTeacher):
             return None
         failure = None
@@ -295,7 +352,9 @@ class DistillTrainer(Resumable, SFTTrainer):
             failure = next((f for f in gather_object([failure]) if f is not None), None)
         return failure
 
-    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
         self.stop_in_evaluation()
         if failure := self._teacher_failure([inputs]):
             raise TeacherUnavailable(failure)
@@ -317,14 +376,18 @@ class DistillTrainer(Resumable, SFTTrainer):
             metrics = _means(sums, self.terms)
             if mode == "train":
                 # The history is what a checkpoint restores, so a resumed run goes on counting.
-                before = next((log["num_tokens"] for log in reversed(self.state.log_history) if "num_tokens" in log), 0)
+                before = next(
+                    (log["num_tokens"] for log in reversed(self.state.log_history) if "num_tokens" in log), 0
+                )
                 metrics["num_tokens"] = before + int(sums["num_tokens"])
                 metrics.update(self._step.metrics())
             elif "eval_loss" in logs:
                 # The Trainer's own average weighs batches, not tokens.
                 logs["eval_loss"] = metrics.pop("value")
             metrics.pop("value", None)
-            logs.update({f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()})
+            logs.update(
+                {f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()}
+            )
         if mode == "train" and "loss" in logs:
             if self.skipped_steps:
                 logs["skipped_steps"] = self.skipped_steps
@@ -342,7 +405,8 @@ class DistillTrainer(Resumable, SFTTrainer):
                 _LOGGER.warning("guard %s at step %d: %s", guard, self.state.global_step, text)
 
     def build_scheduled_terms(self, progress: float) -> None:
-        """Set `terms` to what the schedules say at `progress`, the share of training steps that lie behind."""
+        """Set `terms` to what the schedules say at `progress`, the share of training steps that lie
+        behind."""
         names = [term.name for term in self.terms]
         fixed = []
         for name, config in zip(names, self._term_configs, strict=True):
@@ -355,7 +419,11 @@ class DistillTrainer(Resumable, SFTTrainer):
     def _read(self, mode: str) -> dict[str, float]:
         sums, self._sums[mode] = self._sums[mode], {}
         # Every process must bring the same names: a rank may have seen no label, and then lacks some.
-        names = sorted(set().union(*gather_object([sorted(sums)]))) if self.accelerator.num_processes > 1 else sorted(sums)
+        names = (
+            sorted(set().union(*gather_object([sorted(sums)])))
+            if self.accelerator.num_processes > 1
+            else sorted(sums)
+        )
         return self.reduce_sums(sums, names)
 
     def reduce_sums(self, sums: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:

@@ -1,1 +1,2 @@
-"""Malformed input: recipes, data sets, tokenizers and checkpoints, each with the error that a user should read."""
+"""Malformed input: recipes, data sets, tokenizers and checkpoints, each with the error that a user should
+read."""

@@ -13,7 +13,8 @@ class Case(NamedTuple):
     """How the input is made and what must be said about it."""
 
     build: Callable[[Path], list[str]]
-    """Makes the input in an empty folder; returns the arguments behind `hpd`. {recipe}, {student} and {rows} are good ones."""
+    """Makes the input in an empty folder; returns the arguments behind `hpd`. {recipe}, {student} and {rows}
+    are good ones."""
     message: str
     """Pattern that the error matches."""
 

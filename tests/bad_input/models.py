@@ -48,7 +48,9 @@ def edit(name: str, **changes: Any) -> Change:
 
     def change(folder: Path) -> None:
         tree = {**json.loads((folder / name).read_text()), **changes}
-        (folder / name).write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+        (folder / name).write_text(
+            json.dumps({key: value for key, value in tree.items() if value is not None})
+        )
 
     return change
 
@@ -95,7 +97,9 @@ def sharded(lose: int | None = None, index: bytes | None = None) -> Change:
         names = sorted(tensors)
         files = {name: f"model-{1 + (i % 2):05d}-of-00002.safetensors" for i, name in enumerate(names)}
         for file in set(files.values()):
-            save_file({n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"})
+            save_file(
+                {n: tensors[n] for n in names if files[n] == file}, folder / file, metadata={"format": "pt"}
+            )
         text = json.dumps({"metadata": {"total_size": 1}, "weight_map": files}).encode()
         (folder / "model.safetensors.index.json").write_bytes(text if index is None else index)
         if lose is not None:
@@ -128,7 +132,8 @@ def _no_template(folder: Path) -> None:
 
 
 _REFUSES = (
-    b"{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    b"{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ raise_exception('user first') }}{% "
+    b"endif %}"
     b"{{ m.content }}{% endfor %}"
 )
 
@@ -140,7 +145,10 @@ def _late(bad: list[str]) -> Callable[[Path], list[str]]:
         given = [["user", "assistant"]] * 299 + [bad]
         chats = [{"messages": [{"role": role, "content": "x"} for role in roles]} for roles in given]
         (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-        return [*student(write("chat_template.jinja", _REFUSES))(folder), f"data.path={folder / 'chats.jsonl'}"]
+        return [
+            *student(write("chat_template.jinja", _REFUSES))(folder),
+            f"data.path={folder / 'chats.jsonl'}",
+        ]
 
     return build
 
@@ -148,7 +156,13 @@ def _late(bad: list[str]) -> Callable[[Path], list[str]]:
 def _late_prompt(folder: Path) -> list[str]:
     given = _late(["assistant", "user"])(folder)
     model = given[2].partition("=")[2]
-    return ["generate", "{recipe}", f"generate.model={model}", given[3], f"generate.output={folder / 'out.jsonl'}"]
+    return [
+        "generate",
+        "{recipe}",
+        f"generate.model={model}",
+        given[3],
+        f"generate.output={folder / 'out.jsonl'}",
+    ]
 
 
 def _bigger_vocabulary(folder: Path) -> None:

@@ -25,7 +25,8 @@ def text(content: bytes) -> Callable[[Path], list[str]]:
 
 
 _BOMB = b"a: &a [x, x, x, x, x, x, x, x, x]\n" + b"".join(
-    b"%c: &%c [%s]\n" % (new, new, b", ".join([b"*%c" % old] * 9)) for old, new in zip(b"abcdefgh", b"bcdefghi", strict=True)
+    b"%c: &%c [%s]\n" % (new, new, b", ".join([b"*%c" % old] * 9))
+    for old, new in zip(b"abcdefgh", b"bcdefghi", strict=True)
 )
 
 # fmt: off

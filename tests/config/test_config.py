@@ -27,7 +27,9 @@ def test_self_teacher_has_a_shorthand():
 
 
 def test_overrides_reach_into_the_tree_and_read_yaml():
-    recipe = load_recipe(GOOD, ["student.dtype=bfloat16", "train.max_steps=5", "method=akl", "method_kwargs.mu=0.4"])
+    recipe = load_recipe(
+        GOOD, ["student.dtype=bfloat16", "train.max_steps=5", "method=akl", "method_kwargs.mu=0.4"]
+    )
     assert recipe.student == config.ModelConfig(model="org/student", dtype="bfloat16")
     assert recipe.train == {"max_steps": 5}
     assert recipe.method_kwargs == {"mu": 0.4}
@@ -41,14 +43,23 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
         ({"data": {}}, "'data.path' is missing"),
         ({"student": {"model": "x", "dtype": "float33"}}, "student.dtype.*bfloat16.*got 'float33'"),
         ({"method": "hdp"}, "Unknown method 'hdp'. Did you mean 'hpd'"),
-        ({"method_kwargs": {"renforce": False}, "method": "hpd"}, "no parameter 'renforce'. Did you mean 'reinforce'"),
+        (
+            {"method_kwargs": {"renforce": False}, "method": "hpd"},
+            "no parameter 'renforce'. Did you mean 'reinforce'",
+        ),
         ({"method": "hpd", "terms": [{"objective": "nll"}]}, "method or terms, not both"),
-        ({"terms": [{"objective": "nll", "wieght": 1}]}, "unknown key 'terms.0.wieght'; did you mean 'weight'"),
+        (
+            {"terms": [{"objective": "nll", "wieght": 1}]},
+            "unknown key 'terms.0.wieght'; did you mean 'weight'",
+        ),
         ({"terms": [{"objective": "abkd"}]}, "needs alpha, beta"),
         ({"terms": [{"objective": "akl", "support": "label"}]}, "needs a whole distribution"),
         ({"terms": [{"objective": "reverse_kl", "support": "label"}]}, "not a divergence"),
         ({"terms": [{"objective": "hpd", "support": "full"}]}, "reads the label"),
-        ({"terms": [{"objective": "reverse_kl", "support": "top_k", "top_k": 8, "tail": "drop"}]}, "not a divergence"),
+        (
+            {"terms": [{"objective": "reverse_kl", "support": "top_k", "top_k": 8, "tail": "drop"}]},
+            "not a divergence",
+        ),
         ({"terms": [{"objective": "reverse_kl", "support": "top_k"}]}, "needs top_k"),
         ({"terms": [{"objective": "forward_kl", "draw_share": 0.5}]}, "makes no use of draw_share"),
         ({"teacher": {"type": "model"}}, "teacher.model is missing"),

@@ -17,7 +17,16 @@ import yaml
 from helpers.tiny_models import NUM_TOKENS, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd.config import CacheConfig, DataConfig, EvalConfig, LoraConfig, ModelConfig, Recipe, TeacherConfig, load_recipe
+from hpd.config import (
+    CacheConfig,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    Recipe,
+    TeacherConfig,
+    load_recipe,
+)
 from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +46,14 @@ def _rows(**columns: list[Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-# What each recipe is run on: an architecture, rows of the student's and the teacher's head, rows with the dataset's columns.
+# What each recipe is run on: an architecture, rows of the student's and the teacher's head, rows with the
+# dataset's columns.
 GSM8K = _rows(question=QUESTIONS, answer=ANSWERS)
 OPENR1 = _rows(problem=QUESTIONS, solution=ANSWERS, answer=list(NUMBERS), messages=DIALOGUES)
 EVOL_CODE = _rows(instruction=QUESTIONS, output=ANSWERS)
-ULTRAFEEDBACK = _rows(prompt=QUESTIONS, prompt_id=list(NUMBERS), chosen=DIALOGUES, rejected=DIALOGUES, messages=DIALOGUES)
+ULTRAFEEDBACK = _rows(
+    prompt=QUESTIONS, prompt_id=list(NUMBERS), chosen=DIALOGUES, rejected=DIALOGUES, messages=DIALOGUES
+)
 CASES: dict[str, tuple[str, int, int, list[dict[str, Any]]]] = {
     "gsm8k_smollm2": ("llama", NUM_TOKENS, NUM_TOKENS, GSM8K),
     "llama3_math": ("llama", NUM_TOKENS, NUM_TOKENS, OPENR1),
@@ -60,7 +72,9 @@ def pair_of(tmp_path_factory):
         key = (architecture, student_vocab, teacher_vocab)
         if key not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            made[key] = tiny_pair(architecture, folder, student_vocab=student_vocab, teacher_vocab=teacher_vocab)
+            made[key] = tiny_pair(
+                architecture, folder, student_vocab=student_vocab, teacher_vocab=teacher_vocab
+            )
         return made[key]
 
     return get
@@ -74,18 +88,32 @@ def _two_steps(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     student, teacher = pair
     overrides = [
-        f"student={student}", f"teacher={teacher}", f"data.path={data}", "data.name=null", "data.split=train",
-        "data.limit=null", "data.validation=0.25", "train.max_steps=2", "train.per_device_train_batch_size=2",
-        "train.gradient_accumulation_steps=2", "train.logging_steps=1", "train.max_length=64", "train.bf16=false",
-        "train.use_cpu=true", f"output_dir={folder / 'run'}",
-    ]  # fmt: skip
+        f"student={student}",
+        f"teacher={teacher}",
+        f"data.path={data}",
+        "data.name=null",
+        "data.split=train",
+        "data.limit=null",
+        "data.validation=0.25",
+        "train.max_steps=2",
+        "train.per_device_train_batch_size=2",
+        "train.gradient_accumulation_steps=2",
+        "train.logging_steps=1",
+        "train.max_length=64",
+        "train.bf16=false",
+        "train.use_cpu=true",
+        f"output_dir={folder / 'run'}",
+    ]
     summary = train(load_recipe(recipe, [*overrides, *more]))
     logs = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return summary, [json.loads(line) for line in logs]
 
 
-def _check_run(summary: dict[str, Any], logs: list[dict[str, Any]], pair: tuple[Path, Path], run: Path) -> None:
-    """Two finite steps with their KLs, and a student that loads, generates and is not the one it started from."""
+def _check_run(
+    summary: dict[str, Any], logs: list[dict[str, Any]], pair: tuple[Path, Path], run: Path
+) -> None:
+    """Two finite steps with their KLs, and a student that loads, generates and is not the one it started
+    from."""
     steps = [log for log in logs if "loss" in log]
     assert [log["step"] for log in steps] == [1, 2]
     for log in steps:
@@ -145,7 +173,9 @@ def test_published_batches_are_what_the_comments_say():
         if tree.get("bf16"):
             rows = tree["per_device_train_batch_size"] * tree["gradient_accumulation_steps"]
             assert rows * 8 == 256, name
-            assert re.search(r"per_device_train_batch_size: .*# .*\b8 GPUs", path.read_text(encoding="utf-8")), name
+            assert re.search(
+                r"per_device_train_batch_size: .*# .*\b8 GPUs", path.read_text(encoding="utf-8")
+            ), name
 
 
 # Under which names the package holds each part of a recipe.
@@ -175,7 +205,9 @@ def _attribute_reads() -> set[tuple[str, str]]:
 def test_every_field_is_read_outside_the_configuration(part):
     """A field that nobody reads is an option without effect."""
     reads = _attribute_reads()
-    unread = [f.name for f in dataclasses.fields(part) if not any((h, f.name) in reads for h in HOLDERS[part])]
+    unread = [
+        f.name for f in dataclasses.fields(part) if not any((h, f.name) in reads for h in HOLDERS[part])
+    ]
     assert not unread
 
 

@@ -63,8 +63,13 @@ def test_chat_wraps_text_into_messages_with_a_system_prompt(tmp_path):
 
 
 def test_last_turn_splits_a_conversation(tmp_path):
-    turns = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
-    rows = load_rows(DataConfig(path=str(write(tmp_path / "r.jsonl", [{"messages": turns}])), labels="last_turn"))
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    rows = load_rows(
+        DataConfig(path=str(write(tmp_path / "r.jsonl", [{"messages": turns}])), labels="last_turn")
+    )
     assert [m["content"] for m in rows.train[0]["prompt"]] == ["a", "b", "c"]
     assert [m["content"] for m in rows.train[0]["completion"]] == ["d"]
 
@@ -88,7 +93,11 @@ def test_streaming_reads_lazily(tmp_path):
     ("rows", "options", "message"),
     [
         (ROWS, {"columns": {}}, "columns question, answer, id.*map them"),
-        (ROWS, {"columns": {"prompt": "q", "completion": "answer"}}, "maps prompt to 'q', which the dataset does not have"),
+        (
+            ROWS,
+            {"columns": {"prompt": "q", "completion": "answer"}},
+            "maps prompt to 'q', which the dataset does not have",
+        ),
         ([{"question": "a", "answer": ""}], {}, "Row 0 has an empty completion"),
         ([{"question": "only"}], {"columns": {"prompt": "question"}}, "Training needs prompt and completion"),
         (
@@ -137,7 +146,9 @@ def test_measure_counts_the_labels_that_training_keeps(tmp_path):
     student, _ = tiny_pair("llama", tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(student)
     turns = [{"role": "user", "content": "say one two"}, {"role": "assistant", "content": "one two"}]
-    rows = load_rows(DataConfig(path=str(write(tmp_path / "r.jsonl", [{"messages": turns}])), labels="assistant")).train
+    rows = load_rows(
+        DataConfig(path=str(write(tmp_path / "r.jsonl", [{"messages": turns}])), labels="assistant")
+    ).train
     everything = measure(rows, tokenizer, 512, "completion").label_tokens
     assistant = measure(rows, tokenizer, 512, "assistant").label_tokens
     assert 0 < assistant < everything
@@ -168,10 +179,12 @@ def recipe_of_chats(pair, tmp_path, template=ALTERNATE, bad=None, turns=(USER, U
     (tmp_path / "t.jinja").write_text(template)
     path = write(tmp_path / "chats.jsonl", chats(bad=bad, turns=turns))
     tree = {
-        "student": str(pair / "student"), "teacher": str(pair / "teacher"), "data": {"path": str(path), **data},
+        "student": str(pair / "student"),
+        "teacher": str(pair / "teacher"),
+        "data": {"path": str(path), **data},
         "train": {"max_length": 64, "max_steps": 2, "chat_template_path": str(tmp_path / "t.jinja")},
         "output_dir": str(tmp_path / "run"),
-    }  # fmt: skip
+    }
     return load_recipe(tree)
 
 
@@ -199,7 +212,11 @@ def test_a_template_that_refuses_a_late_row_is_told_with_its_number(pair, tmp_pa
 )
 def test_whatever_a_template_raises_is_told(pair, tmp_path, template, content, message):
     with pytest.raises(ValueError, match=message):
-        plan(recipe_of_chats(pair, tmp_path, template, bad=299, turns=({"role": "user", "content": content}, ANSWER)))
+        plan(
+            recipe_of_chats(
+                pair, tmp_path, template, bad=299, turns=({"role": "user", "content": content}, ANSWER)
+            )
+        )
 
 
 def test_rows_for_validation_and_streams_are_looked_at(pair, tmp_path):
@@ -215,14 +232,14 @@ def test_rows_for_validation_and_streams_are_looked_at(pair, tmp_path):
 
 def test_tools_and_options_of_a_row_reach_its_template(pair):
     tokenizer = AutoTokenizer.from_pretrained(pair / "student")
-    tokenizer.chat_template = (
-        "{{ tools[0].name }}{{ messages[0].content }}{% if strict %}{{ raise_exception('strict') }}{% endif %}"
-    )
+    tokenizer.chat_template = "{{ tools[0].name }}{{ messages[0].content }}{% if strict %}{{ raise_exception('strict') }}{% endif %}"
     row = {"messages": [USER, ANSWER], "tools": '[{"name": "search"}]'}
     check_templates(Dataset.from_list([row]), tokenizer, "completion")
     with pytest.raises(ValueError, match="Row 1.*strict"):
         check_templates(
-            Dataset.from_list([{**row, "chat_template_kwargs": {"strict": s}} for s in (False, True)]), tokenizer, "all"
+            Dataset.from_list([{**row, "chat_template_kwargs": {"strict": s}} for s in (False, True)]),
+            tokenizer,
+            "all",
         )
 
 

@@ -109,7 +109,10 @@ def test_shipped_teacher_solves_unseen_problems(tokenizer: PreTrainedTokenizerFa
     assert teacher.dtype == torch.float32
     rows = shipped_rows("test.jsonl")[:100]
     completions = write_completions(teacher, tokenizer, [row["prompt"] for row in rows], sample=False)
-    solved = sum(text is not None and is_correct(text, row["answer"]) for text, row in zip(completions, rows, strict=True))
+    solved = sum(
+        text is not None and is_correct(text, row["answer"])
+        for text, row in zip(completions, rows, strict=True)
+    )
     assert solved >= 97
 
 

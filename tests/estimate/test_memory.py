@@ -26,9 +26,18 @@ ROWS = [{"input_ids": ids, "labels": [-100] * 80 + ids[80:]} for ids in IDS]
 
 # Three owners of the peak: weights and states, activations, the operator's chunks.
 SIZES = {
-    "weights": ({"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 4096}, {"batch": 1}),
-    "activations": ({"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1024}, {"batch": 8}),
-    "logits": ({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 65536}, {"batch": 2}),
+    "weights": (
+        {"hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 4096},
+        {"batch": 1},
+    ),
+    "activations": (
+        {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 1024},
+        {"batch": 8},
+    ),
+    "logits": (
+        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 65536},
+        {"batch": 2},
+    ),
 }
 
 MEASURE = """
@@ -72,18 +81,28 @@ def write_recipe(folder: Path, shape, batch=1, **train) -> Path:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     common = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True, **special}
     for role, layers in (("student", shape["num_hidden_layers"]), ("teacher", 2)):
-        config = LlamaConfig(**{**shape, "num_hidden_layers": layers}, **common, architectures=["LlamaForCausalLM"])
+        config = LlamaConfig(
+            **{**shape, "num_hidden_layers": layers}, **common, architectures=["LlamaForCausalLM"]
+        )
         config.save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     recipe = {
-        "student": {"model": str(folder / "student"), "init": "random"}, "teacher": str(folder / "teacher"),
+        "student": {"model": str(folder / "student"), "init": "random"},
+        "teacher": str(folder / "teacher"),
         "data": {"path": str(folder / "rows.jsonl")},
-        "train": {"max_steps": 2, "per_device_train_batch_size": batch, "gradient_checkpointing": False, "max_length": 320,
-                  "save_strategy": "no", "use_cpu": True, **train},
+        "train": {
+            "max_steps": 2,
+            "per_device_train_batch_size": batch,
+            "gradient_checkpointing": False,
+            "max_length": 320,
+            "save_strategy": "no",
+            "use_cpu": True,
+            **train,
+        },
         "output_dir": str(folder / "run"),
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
 
@@ -93,12 +112,16 @@ def write_recipe(folder: Path, shape, batch=1, **train) -> Path:
 def test_predicted_memory_is_within_a_fifth_of_the_measured_peak(tmp_path, size):
     shape, options = SIZES[size]
     recipe = write_recipe(tmp_path, shape, **options)
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(recipe)], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(recipe)], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout.split()[-1])
     predicted = StepMemory(plan(load_recipe(recipe))).predict()
     print(size, measured / MIB, predicted.total / MIB)
-    assert predicted.total == pytest.approx(measured, rel=0.2), {k: v / MIB for k, v in predicted._asdict().items()}
+    assert predicted.total == pytest.approx(measured, rel=0.2), {
+        k: v / MIB for k, v in predicted._asdict().items()
+    }
 
 
 def step_memory(tmp_path, **train):
@@ -143,24 +166,34 @@ def test_what_saves_memory_is_seen(tmp_path):
 
 @pytest.mark.parametrize("method", ["hpd", "forward_kl", "generalized_jsd"])
 def test_the_operator_holds_gradients_and_two_chunks(method):
-    """SmolLM2's head: at most a tenth beside the gradients of head and hidden states and two chunks of logits."""
+    """SmolLM2's head: at most a tenth beside the gradients of head and hidden states and two chunks of
+    logits."""
     tokens, width, vocab = 768, 576, 49152
-    hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.zeros(vocab, width, requires_grad=True)
+    hidden, weight = (
+        torch.randn(tokens, width, requires_grad=True),
+        torch.zeros(vocab, width, requires_grad=True),
+    )
     teacher = Scores(torch.randn(tokens, width), Head(torch.zeros(vocab, width)))
     rows = chunk_rows(tokens, 4 * vocab, default_chunk_bytes("cpu"))
     terms = build_terms(method, {})
     chunked._cpu_scratch.clear()
     with LiveBytes() as live:
         loss, _ = reweighted_nll(
-            Scores(hidden, Head(weight)), teacher, torch.zeros(tokens, dtype=torch.long), terms,
-            uniforms=torch.zeros(tokens, 1), metric_stride=DistillConfig.metric_stride,
-        )  # fmt: skip
+            Scores(hidden, Head(weight)),
+            teacher,
+            torch.zeros(tokens, dtype=torch.long),
+            terms,
+            uniforms=torch.zeros(tokens, 1),
+            metric_stride=DistillConfig.metric_stride,
+        )
         loss.backward()
     bound = 4 * (weight.numel() + hidden.numel() + 2 * rows * vocab)
     assert bound < live.peak <= 1.1 * bound
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("500 MB", 500_000_000), ("1.5tib", 1.5 * 2**40), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("500 MB", 500_000_000), ("1.5tib", 1.5 * 2**40), ("7", 7)]
+)
 def test_sizes_are_read(text, size):
     assert parse_bytes(text) == size
 

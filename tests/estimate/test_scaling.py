@@ -18,9 +18,21 @@ sys.modules["scaling"] = scaling
 _spec.loader.exec_module(scaling)
 
 ROUND = scaling.Setup(
-    student_params=1e9, teacher_params=2e9, student_hidden=1000, teacher_hidden=2000, vocab=100_000, tokens_per_gpu=1000,
-    label_share=1.0, peak_tflops=100.0, mfu=0.5, nvlink_gbps=100.0, network_gbps=10.0, latency_us=0.0, overlap=0.0, layers=10,
-)  # fmt: skip
+    student_params=1e9,
+    teacher_params=2e9,
+    student_hidden=1000,
+    teacher_hidden=2000,
+    vocab=100_000,
+    tokens_per_gpu=1000,
+    label_share=1.0,
+    peak_tflops=100.0,
+    mfu=0.5,
+    nvlink_gbps=100.0,
+    network_gbps=10.0,
+    latency_us=0.0,
+    overlap=0.0,
+    layers=10,
+)
 
 
 @pytest.mark.parametrize("engine", scaling.ENGINES)
@@ -50,7 +62,9 @@ def test_beyond_a_node_the_network_carries_the_ring():
 
 def test_accumulation_spares_ddp_communication_but_not_fsdp2():
     for engine, factor in (("ddp", 1), ("fsdp2", 4)):
-        once, often = (scaling.parameter_bytes(replace(ROUND, engine=engine, accumulation=n), 8) for n in (1, 4))
+        once, often = (
+            scaling.parameter_bytes(replace(ROUND, engine=engine, accumulation=n), 8) for n in (1, 4)
+        )
         assert often == pytest.approx(factor * once)
 
 
@@ -87,7 +101,9 @@ def test_sharding_divides_memory():
 
 def test_the_script_explains_and_computes():
     def run(*arguments):
-        return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60
+        )
 
     text = run("--help").stdout
     assert "--network-gbps" in text

@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 from hpd.cli import app
-from hpd.evaluate.distribution import METRICS, TextRow, _cut, check_metrics, distribution_metrics, read_text_rows
+from hpd.evaluate.distribution import (
+    METRICS,
+    TextRow,
+    _cut,
+    check_metrics,
+    distribution_metrics,
+    read_text_rows,
+)
 from hpd.evaluate.statistics import estimate, ratio, row_weights
 from hpd.evaluate.token_statistics import TextTokens, distinct_ngrams, longest_loop, repeated_ngrams, sum_rows
 from hpd.generation.settings import GenerationSettings
@@ -53,7 +60,9 @@ def _naive(student, teacher, ids: list[int], is_label: list[bool]) -> dict[str, 
         "teacher_entropy": torch.distributions.Categorical(p).entropy(),
         "student_nll": torch.nn.functional.cross_entropy(logits[0][keep], labels, reduction="none"),
         "teacher_nll": torch.nn.functional.cross_entropy(logits[1][keep], labels, reduction="none"),
-        "overlap": torch.tensor([len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(*top, strict=True)]).double(),
+        "overlap": torch.tensor(
+            [len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(*top, strict=True)]
+        ).double(),
         "confidence": q.max(-1).values,
         "hit": (q.argmax(-1) == labels).double(),
     }
@@ -62,7 +71,9 @@ def _naive(student, teacher, ids: list[int], is_label: list[bool]) -> dict[str, 
 def _texts(tokenizer) -> list[TextTokens]:
     texts = []
     for prompt, completion in ROWS:
-        head = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        head = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
         ids = tokenizer(head + completion, add_special_tokens=False)["input_ids"]
         start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
         texts.append(TextTokens(ids, [place >= start for place in range(len(ids))]))
@@ -71,7 +82,9 @@ def _texts(tokenizer) -> list[TextTokens]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_row_sums_equal_the_naive_ones(pair, batch_size: int, monkeypatch) -> None:
-    monkeypatch.setattr("hpd.evaluate.token_statistics._CHUNK_BYTES", 4 * NUM_TOKENS * 3)  # three positions at a time
+    monkeypatch.setattr(
+        "hpd.evaluate.token_statistics._CHUNK_BYTES", 4 * NUM_TOKENS * 3
+    )  # three positions at a time
     student, teacher, tokenizer = pair
     for model in (student, teacher):
         add_head_function(model)
@@ -98,11 +111,20 @@ def test_metrics_are_token_means_with_intervals_around_them(pair) -> None:
     data = report["dataset"]
     assert data["tokens"] > report["num_rows"] == 5
     for text in ("dataset", "student"):
-        for name in ("forward_kl", "reverse_kl", "student_entropy", "overlap", "student_perplexity", "longest_loop_tokens"):
+        for name in (
+            "forward_kl",
+            "reverse_kl",
+            "student_entropy",
+            "overlap",
+            "student_perplexity",
+            "longest_loop_tokens",
+        ):
             low, high = report[text][name]["interval"]
             assert low <= report[text][name]["value"] <= high, name
     gap = report["gap"]["student_entropy"]["value"]
-    assert gap == pytest.approx(report["student"]["student_entropy"]["value"] - data["student_entropy"]["value"])
+    assert gap == pytest.approx(
+        report["student"]["student_entropy"]["value"] - data["student_entropy"]["value"]
+    )
     assert report["student"]["tokens_per_text"]["value"] <= SETTINGS.max_new_tokens
     assert "student_ece" in data
     assert "student_ece" not in report["student"]
@@ -110,7 +132,9 @@ def test_metrics_are_token_means_with_intervals_around_them(pair) -> None:
 
 def test_a_student_that_is_its_teacher(pair) -> None:
     student, _, tokenizer = pair
-    report = distribution_metrics(student, student, tokenizer, ROWS, ("kl", "overlap", "perplexity"), SETTINGS)
+    report = distribution_metrics(
+        student, student, tokenizer, ROWS, ("kl", "overlap", "perplexity"), SETTINGS
+    )
     for text in ("dataset", "student"):
         figures = report[text]
         assert figures["forward_kl"]["value"] == pytest.approx(0, abs=1e-6)
@@ -125,7 +149,10 @@ def test_training_reports_the_same_divergence(tmp_path: Path) -> None:
     from hpd.training.run import train
 
     student, teacher = tiny_pair("qwen2", tmp_path)
-    rows = [{"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": c}]} for p, c in ROWS]
+    rows = [
+        {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": c}]}
+        for p, c in ROWS
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = tmp_path / "recipe.yaml"
@@ -137,14 +164,21 @@ def test_training_reports_the_same_divergence(tmp_path: Path) -> None:
                 "data": {"path": str(data), "validation": str(data)},
                 "method": "forward_kl",
                 "output_dir": str(tmp_path / "run"),
-                "train": {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 2, "use_cpu": True},
+                "train": {
+                    "max_steps": 1,
+                    "learning_rate": 0.0,
+                    "per_device_train_batch_size": 2,
+                    "use_cpu": True,
+                },
             }
         )
     )
     logged = train(load_recipe(recipe))
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (student, teacher)]
     tokenizer = AutoTokenizer.from_pretrained(student)
-    report = distribution_metrics(*models, tokenizer, read_text_rows(data), ("kl", "entropy"), SETTINGS, texts=("dataset",))
+    report = distribution_metrics(
+        *models, tokenizer, read_text_rows(data), ("kl", "entropy"), SETTINGS, texts=("dataset",)
+    )
     for name in ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy"):
         assert report["dataset"][name]["value"] == pytest.approx(logged[f"{name} before"], rel=1e-4), name
 
@@ -163,9 +197,17 @@ class _Alphabet:
 def test_reverse_kl_on_student_texts_estimates_the_sequence_level_one() -> None:
     """All texts of a three-token model, their probabilities multiplied out, against sampled ones."""
     config = LlamaConfig(
-        vocab_size=3, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, initializer_range=0.6, bos_token_id=None, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=3,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        initializer_range=0.6,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     models = []
     for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
@@ -202,7 +244,14 @@ def test_unequal_heads(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shared_prefix"):
         distribution_metrics(*models, tokenizer, ROWS, ("kl",), SETTINGS)
     report = distribution_metrics(
-        *models, tokenizer, ROWS, ("kl",), SETTINGS, vocabulary="shared_prefix", texts=("dataset",), teacher_tokenizer=tokenizer
+        *models,
+        tokenizer,
+        ROWS,
+        ("kl",),
+        SETTINGS,
+        vocabulary="shared_prefix",
+        texts=("dataset",),
+        teacher_tokenizer=tokenizer,
     )
     assert report["common_vocabulary"] == NUM_TOKENS
     assert 0 < report["dataset"]["teacher_mass_outside"]["value"] < 1
@@ -219,7 +268,10 @@ def test_unequal_heads(tmp_path: Path) -> None:
 
 
 def test_a_token_that_one_model_lacks_ends_the_text() -> None:
-    texts = [TextTokens([1, 2, 3, 9, 4], [False, True, True, True, True]), TextTokens([1, 2, 3], [False, False, True])]
+    texts = [
+        TextTokens([1, 2, 3, 9, 4], [False, True, True, True, True]),
+        TextTokens([1, 2, 3], [False, False, True]),
+    ]
     cut, lost = _cut(texts, None, vocab=5)
     assert cut == [TextTokens([1, 2, 3], [False, True, True]), texts[1]]
     assert lost == {"rows_cut": 1, "labels_dropped": 2}
@@ -242,10 +294,17 @@ def test_different_tokenizers_are_refused(pair, tmp_path: Path) -> None:
 
 def test_without_a_teacher(pair) -> None:
     student, _, tokenizer = pair
-    report = distribution_metrics(student, None, tokenizer, ROWS, ("entropy", "perplexity", "length"), SETTINGS)
+    report = distribution_metrics(
+        student, None, tokenizer, ROWS, ("entropy", "perplexity", "length"), SETTINGS
+    )
     assert set(report["dataset"]) == {
-        "tokens", "labels_dropped", "rows_cut", "student_entropy", "student_perplexity", "tokens_per_text",
-    }  # fmt: skip
+        "tokens",
+        "labels_dropped",
+        "rows_cut",
+        "student_entropy",
+        "student_perplexity",
+        "tokens_per_text",
+    }
 
 
 @pytest.mark.parametrize(
@@ -268,14 +327,18 @@ def test_rows_beyond_the_length_limit(pair) -> None:
     student, teacher, tokenizer = pair
     rows = [TextRow("hi", "one two three four five six seven"), TextRow("say two " * 9, "two")]
     whole, cut = (
-        distribution_metrics(student, teacher, tokenizer, rows[:1], ("kl",), SETTINGS, texts=("dataset",), max_length=length)
+        distribution_metrics(
+            student, teacher, tokenizer, rows[:1], ("kl",), SETTINGS, texts=("dataset",), max_length=length
+        )
         for length in (None, 20)
     )
     assert (whole["dataset"]["rows_cut"], cut["dataset"]["rows_cut"]) == (0, 1)
     lost = whole["dataset"]["tokens"] - cut["dataset"]["tokens"]
     assert cut["dataset"]["labels_dropped"] == lost > 0
     with pytest.raises(ValueError, match=r"1 of 2 rows \(the first is row 2\)"):
-        distribution_metrics(student, teacher, tokenizer, rows, ("kl",), SETTINGS, texts=("dataset",), max_length=20)
+        distribution_metrics(
+            student, teacher, tokenizer, rows, ("kl",), SETTINGS, texts=("dataset",), max_length=20
+        )
 
 
 # --- rows and text statistics ---------------------------------------------------------------------
@@ -296,11 +359,15 @@ def test_rows_of_every_form(tmp_path: Path) -> None:
         "alpaca": ({"instruction": "q", "output": "a"}, "q"),
     }
     for name, (row, prompt) in forms.items():
-        assert read_text_rows(_write(tmp_path / f"{name}.jsonl", [row, row]), limit=1) == [TextRow(prompt, "a")], name
+        assert read_text_rows(_write(tmp_path / f"{name}.jsonl", [row, row]), limit=1) == [
+            TextRow(prompt, "a")
+        ], name
     with pytest.raises(ValueError, match="no completion column.*it has question"):
         read_text_rows(_write(tmp_path / "a.jsonl", [{"question": "q"}]))
     with pytest.raises(ValueError, match="row 2 has no text"):
-        read_text_rows(_write(tmp_path / "b.jsonl", [{"prompt": "q", "answer": "a"}, {"prompt": "q", "answer": " "}]))
+        read_text_rows(
+            _write(tmp_path / "b.jsonl", [{"prompt": "q", "answer": "a"}, {"prompt": "q", "answer": " "}])
+        )
     with pytest.raises(ValueError, match="row 1 do not end with an assistant"):
         read_text_rows(_write(tmp_path / "c.jsonl", [{"messages": [turn]}]))
 
@@ -353,7 +420,17 @@ def _eval(*arguments: str) -> Any:
 def test_command(tmp_path: Path) -> None:
     student, teacher = tiny_pair("qwen2", tmp_path)
     data = _write(tmp_path / "rows.jsonl", [row._asdict() for row in ROWS])
-    asked = (student, "--metrics", "kl,repetition", "--teacher", teacher, "--data", data, "--max-new-tokens", "6")
+    asked = (
+        student,
+        "--metrics",
+        "kl,repetition",
+        "--teacher",
+        teacher,
+        "--data",
+        data,
+        "--max-new-tokens",
+        "6",
+    )
     for limit in ("2", "3", "2"):
         result = _eval(*asked, "--limit", limit, "--output", tmp_path / "out")
         assert result.exit_code == 0, result.output

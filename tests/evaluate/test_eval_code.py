@@ -1,4 +1,5 @@
-"""Code tasks: extraction from answers, EvalPlus's comparison, the four formats on made-up rows and on the shared data."""
+"""Code tasks: extraction from answers, EvalPlus's comparison, the four formats on made-up rows and on the
+shared data."""
 
 import gzip
 import json
@@ -19,24 +20,40 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is 
 HEAD = 'from typing import List\n\n\ndef double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
 ROWS: dict[str, dict[str, Any]] = {
     "humaneval": {
-        "task_id": "HumanEval/900", "prompt": HEAD, "entry_point": "double", "canonical_solution": "    return 2 * x\n",
+        "task_id": "HumanEval/900",
+        "prompt": HEAD,
+        "entry_point": "double",
+        "canonical_solution": "    return 2 * x\n",
         "test": "def check(candidate):\n    assert candidate(3) == 6\n    assert candidate(-1) == -2\n",
     },
     "humaneval+": {
-        "task_id": "HumanEval/900", "prompt": HEAD, "entry_point": "double", "canonical_solution": "    return 2 * x\n",
-        "base_input": [[1]], "plus_input": [[2**70], [0], [1.5]], "atol": 0, "contract": "",
+        "task_id": "HumanEval/900",
+        "prompt": HEAD,
+        "entry_point": "double",
+        "canonical_solution": "    return 2 * x\n",
+        "base_input": [[1]],
+        "plus_input": [[2**70], [0], [1.5]],
+        "atol": 0,
+        "contract": "",
     },
     "mbpp": {
-        "task_id": 900, "text": "Write a function to double a number.",
+        "task_id": 900,
+        "text": "Write a function to double a number.",
         "code": "import math\r\ndef double(x):\r\n\treturn 2 * x",
-        "test_setup_code": "", "test_list": ["assert double(2) == 4", "assert math.isclose(double(0.1), 0.2)"],
+        "test_setup_code": "",
+        "test_list": ["assert double(2) == 4", "assert math.isclose(double(0.1), 0.2)"],
         "challenge_test_list": [],
     },
     "mbpp+": {
-        "task_id": "Mbpp/902", "prompt": '"""\nDouble a number.\nassert double(2) == 4\n"""\n', "entry_point": "double",
-        "canonical_solution": "def double(x):\n    return 2 * x\n", "base_input": [[1]], "plus_input": [[2**70]], "atol": 0,
+        "task_id": "Mbpp/902",
+        "prompt": '"""\nDouble a number.\nassert double(2) == 4\n"""\n',
+        "entry_point": "double",
+        "canonical_solution": "def double(x):\n    return 2 * x\n",
+        "base_input": [[1]],
+        "plus_input": [[2**70]],
+        "atol": 0,
     },
-}  # fmt: skip
+}
 FACTORIES = {"humaneval": human_eval, "humaneval+": human_eval_plus, "mbpp": mbpp, "mbpp+": mbpp_plus}
 FILES = {
     "humaneval": ("humaneval/HumanEval.jsonl.gz", 164),
@@ -67,7 +84,9 @@ def test_right_and_wrong_answers(name: str, tmp_path: Path) -> None:
     task = made_up(tmp_path, name)
     right = "```python\ndef double(x):\n    return x + x\n```"
     wrong = "```python\ndef double(x):\n    return x * x\n```"
-    verdicts = grade(task, f"Here:\n{right}\nDone.", wrong, "I do not know.", "```python\nimport sys\nsys.exit(0)\n```")
+    verdicts = grade(
+        task, f"Here:\n{right}\nDone.", wrong, "I do not know.", "```python\nimport sys\nsys.exit(0)\n```"
+    )
     assert [verdict.correct for verdict in verdicts] == [True, False, False, False]
     assert verdicts[0].extracted is not None
     assert "def double" in verdicts[0].extracted
@@ -105,7 +124,11 @@ def test_prompt_helpers_are_there(tmp_path: Path) -> None:
     prompt = "def helper(x):\n    return x + 1\n\n\n" + HEAD
     row = {"prompt": prompt, "test": "def check(candidate):\n    assert candidate(3) == helper(5)\n"}
     task = made_up(tmp_path, "humaneval", row)
-    verdicts = grade(task, "```python\ndef double(x):\n    return helper(x) + x - 1\n```", "```\nreturn helper(2 * x) - 1\n```")
+    verdicts = grade(
+        task,
+        "```python\ndef double(x):\n    return helper(x) + x - 1\n```",
+        "```\nreturn helper(2 * x) - 1\n```",
+    )
     assert [verdict.correct for verdict in verdicts] == [True, True]
 
 
@@ -143,7 +166,8 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
         made_up(tmp_path, "mbpp", {"test_list": ["assert 1 == 1"]})
     with pytest.raises(ValueError, match="reference solution of Mbpp/902 cannot be run"):
         grade(
-            made_up(tmp_path, "mbpp+", {"canonical_solution": "def double(x): return 1 / 0"}), "```\ndef double(x): pass\n```"
+            made_up(tmp_path, "mbpp+", {"canonical_solution": "def double(x): return 1 / 0"}),
+            "```\ndef double(x): pass\n```",
         )
 
 
@@ -200,7 +224,9 @@ def test_extraction_completes_bodies() -> None:
     assert complete(HEAD, "y = x\n    return 2 * y").endswith("    y = x\n    return 2 * y")
 
 
-@pytest.mark.parametrize("text", ["(" * 10**5, "-" * 10**5 + "1", "def f(:\n" * 2000, "x = [\n" * 5000, "```" * 10**4, "\0"])
+@pytest.mark.parametrize(
+    "text", ["(" * 10**5, "-" * 10**5 + "1", "def f(:\n" * 2000, "x = [\n" * 5000, "```" * 10**4, "\0"]
+)
 def test_extraction_survives_nonsense(text: str) -> None:
     extract_program(f"```python\n{text}", "double", HEAD)
     extract_program(f"import re\n{text}", "double")
@@ -238,8 +264,11 @@ def test_extraction_survives_nonsense(text: str) -> None:
         (35, 0, "surface_Area", [3, 4], 0, True),
     ],
 )
-def test_comparison(output: Any, reference: Any, name: str, arguments: list[Any], atol: float, right: bool) -> None:
-    """By hand: digits |1-2| + |2-5| + |3-6| = 7; a pyramid of base 3 and height 4 has 9 + 6 * sqrt(1.5^2 + 4^2) = 34.6."""
+def test_comparison(
+    output: Any, reference: Any, name: str, arguments: list[Any], atol: float, right: bool
+) -> None:
+    """By hand: digits |1-2| + |2-5| + |3-6| = 7; a pyramid of base 3 and height 4 has 9 + 6 * sqrt(1.5^2 +
+    4^2) = 34.6."""
     assert matches(output, reference, name, arguments, atol) is right
 
 
@@ -272,8 +301,14 @@ def test_all_reference_solutions_pass(name: str, shared: Path) -> None:
 
 
 def check_references(task: CodeTask, examples: Any) -> None:
-    verdicts = task.grade(examples, [Answer(text=f"```python\n{example.solution}\n```") for example in examples])
-    wrong = {example.id: verdict.detail for example, verdict in zip(examples, verdicts, strict=True) if not verdict.correct}
+    verdicts = task.grade(
+        examples, [Answer(text=f"```python\n{example.solution}\n```") for example in examples]
+    )
+    wrong = {
+        example.id: verdict.detail
+        for example, verdict in zip(examples, verdicts, strict=True)
+        if not verdict.correct
+    }
     assert wrong == {}
 
 
@@ -283,5 +318,7 @@ def test_stubs_fail(name: str, shared: Path) -> None:
     task = FACTORIES[name](shared / "data" / FILES[name][0], limit=6)
     examples = task.examples()
     names = [problem.entry_point for problem in task._problems.values()]
-    verdicts = task.grade(examples, [Answer(text=f"```python\ndef {name}(*args, **kwargs): pass\n```") for name in names])
+    verdicts = task.grade(
+        examples, [Answer(text=f"```python\ndef {name}(*args, **kwargs): pass\n```") for name in names]
+    )
     assert not any(verdict.correct for verdict in verdicts)

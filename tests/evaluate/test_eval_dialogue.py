@@ -88,7 +88,12 @@ def test_the_protocol_on_a_tiny_model(tmp_path: Path) -> None:
     task = dolly(_file(tmp_path, ROWS))
     settings = GenerationSettings(**{**task.defaults, "max_new_tokens": 6, "num_samples": 3})
     result = evaluate(model, tokenizer, task, settings, output_dir=tmp_path / "run")
-    assert (result.metric, result.num_examples, result.num_samples, len(result.records)) == ("rouge_l", 2, 3, 6)
+    assert (result.metric, result.num_examples, result.num_samples, len(result.records)) == (
+        "rouge_l",
+        2,
+        3,
+        6,
+    )
     assert result.figures["std_over_samples"] >= 0
     assert len({record.text for record in result.records}) > 2
     (entry,) = json.loads((tmp_path / "run" / "evals.json").read_text())

@@ -1,4 +1,5 @@
-"""Math grading: equal and different answers, the rules of each benchmark, the reference evaluation's files, GSM8K."""
+"""Math grading: equal and different answers, the rules of each benchmark, the reference evaluation's files,
+GSM8K."""
 
 import gzip
 import json
@@ -34,28 +35,41 @@ def _check(path: Path, name: str, *cases: tuple[dict, list[str], list[str]], **o
 def test_expressions_that_are_equal_and_expressions_that_are_not(tmp_path):
     cases = {
         r"\frac{\sqrt{3}}{2}": (
-            [r"\boxed{\dfrac{\sqrt 3}{2}}", r"\boxed{\sqrt{3/4}}", r"so $\frac12\sqrt{3}$."], [r"\boxed{\frac{3}{2}}"],
+            [r"\boxed{\dfrac{\sqrt 3}{2}}", r"\boxed{\sqrt{3/4}}", r"so $\frac12\sqrt{3}$."],
+            [r"\boxed{\frac{3}{2}}"],
         ),
         "p - q": ([r"\boxed{-q + p}"], [r"\boxed{q - p}"]),
         r"\left( 3, \frac{\pi}{2} \right)": ([r"\boxed{(3, \pi/2)}"], [r"\boxed{(\pi/2, 3)}", r"\boxed{3}"]),
         r"(-\infty, 2)": ([r"\boxed{(-\infty,2)}"], [r"\boxed{[-\infty,2]}"]),
-        "1024": ([r"\boxed{2^{10}}", r"\boxed{1,024}", r"The answer is $2^{10}$."], [r"\boxed{1023}", "no idea"]),
+        "1024": (
+            [r"\boxed{2^{10}}", r"\boxed{1,024}", r"The answer is $2^{10}$."],
+            [r"\boxed{1023}", "no idea"],
+        ),
         r"11\sqrt2": ([r"\boxed{\sqrt{242}}"], [r"\boxed{11}"]),
-    }  # fmt: skip
-    _check(tmp_path, "math500", *[({"problem": "?", "answer": answer}, *texts) for answer, texts in cases.items()])
+    }
+    _check(
+        tmp_path,
+        "math500",
+        *[({"problem": "?", "answer": answer}, *texts) for answer, texts in cases.items()],
+    )
 
 
 def test_a_comparison_that_would_never_end_is_killed_and_the_next_one_works():
     endless = Comparison("1", r"9^{9^{9^{9}}}")
     start = time.perf_counter()
     outcomes = compare_all(
-        [endless, Comparison("2x", "x + x"), Comparison("x", r"\frac{"), Comparison("1/3", r"\frac{2}{6}")], 3.0
+        [endless, Comparison("2x", "x + x"), Comparison("x", r"\frac{"), Comparison("1/3", r"\frac{2}{6}")],
+        3.0,
     )
     assert time.perf_counter() - start < 60
     assert not outcomes[endless].same
-    assert {comparison.gold: outcome.same for comparison, outcome in outcomes.items() if comparison != endless} == {
-        "2x": True, "x": False, "1/3": True,
-    }  # fmt: skip
+    assert {
+        comparison.gold: outcome.same for comparison, outcome in outcomes.items() if comparison != endless
+    } == {
+        "2x": True,
+        "x": False,
+        "1/3": True,
+    }
 
 
 def test_answers_in_lists():
@@ -78,7 +92,8 @@ def _olympiad(*answers: str, multiple: bool = False, error: str | None = None) -
 
 def test_olympiadbench_takes_several_answers_in_any_order_and_its_own_tolerance(tmp_path):
     _check(
-        tmp_path, "olympiadbench",
+        tmp_path,
+        "olympiadbench",
         (
             _olympiad(r"$1+\sqrt{2}, 1-\sqrt{2}$,$3$", multiple=True),
             [r"\boxed{3, 1-\sqrt2, 1+\sqrt2}", r"\boxed{3}, \boxed{1+\sqrt{2}} and \boxed{1-\sqrt{2}}"],
@@ -87,7 +102,7 @@ def test_olympiadbench_takes_several_answers_in_any_order_and_its_own_tolerance(
         (_olympiad("4.2", error="1e-1"), [r"\boxed{4.25}", r"\boxed{\frac{21}{5}}"], [r"\boxed{4.4}"]),
         (_olympiad("4.2"), [r"\boxed{4.2}"], [r"\boxed{4.25}"]),
         (_olympiad("2,400, 1350", multiple=True), [r"\boxed{1350, 2400}"], [r"\boxed{2, 400}"]),
-    )  # fmt: skip
+    )
     task = make_task("olympiadbench", tmp_path / "cases.jsonl", limit=1)
     assert task.examples()[0].prompt == "Let x = 1.\n\n?"
 
@@ -99,7 +114,11 @@ def test_minerva_numbers_have_a_tolerance_and_expressions_have_none(tmp_path):
         "-3./2": ([r"\boxed{-1.5}"], [r"\boxed{1.5}"]),
         r"\frac{e^{t}}{3}": ([r"\boxed{e^t/3}"], [r"\boxed{e^{t}/3.01}"]),
     }
-    _check(tmp_path, "minerva", *[({"problem": "?", "answer": answer}, *texts) for answer, texts in cases.items()])
+    _check(
+        tmp_path,
+        "minerva",
+        *[({"problem": "?", "answer": answer}, *texts) for answer, texts in cases.items()],
+    )
     strict = {"problem": "?", "answer": "200"}
     _check(tmp_path, "minerva", (strict, [r"\boxed{200}"], [r"\boxed{201}"]), tolerance=0.0)
     _check(tmp_path, "minerva", (strict, [r"\boxed{201}"], [r"\boxed{203}"]))
@@ -108,8 +127,14 @@ def test_minerva_numbers_have_a_tolerance_and_expressions_have_none(tmp_path):
 def test_columns_of_the_small_benchmarks(tmp_path):
     svamp = {"ID": "chal-1", "Body": "There are 87 oranges", "Question": "How many?", "Answer": 145.0}
     (example,) = make_task("svamp", _write(tmp_path / "s.jsonl", svamp)).examples()
-    assert (example.id, example.prompt, example.answer) == ("chal-1", "There are 87 oranges. How many?", "145")
-    (example,) = make_task("mawps", _write(tmp_path / "m.jsonl", {"input": "2 more?", "target": 1.5})).examples()
+    assert (example.id, example.prompt, example.answer) == (
+        "chal-1",
+        "There are 87 oranges. How many?",
+        "145",
+    )
+    (example,) = make_task(
+        "mawps", _write(tmp_path / "m.jsonl", {"input": "2 more?", "target": 1.5})
+    ).examples()
     assert (example.prompt, example.answer) == ("2 more?", "1.5")
     (example,) = make_task(
         "gsm8k", _write(tmp_path / "g.jsonl", {"question": "a", "answer": "1+1=<<1+1=2>>2\n#### 2"})
@@ -132,7 +157,11 @@ def test_gpqa_options_are_shuffled_by_seed_and_graded_by_letter(tmp_path):
     path = _write(tmp_path / "gpqa.jsonl", *[{**GPQA, "Record ID": f"r{index}"} for index in range(40)])
     task, again, other = Gpqa(path), Gpqa(path), Gpqa(path, shuffle_seed=1)
     examples = task.examples()
-    assert [e.prompt for e in examples] == [e.prompt for e in again.examples()] != [e.prompt for e in other.examples()]
+    assert (
+        [e.prompt for e in examples]
+        == [e.prompt for e in again.examples()]
+        != [e.prompt for e in other.examples()]
+    )
     assert {example.answer for example in examples} == set("ABCD")
     assert all(f"{example.answer}) right" in example.prompt for example in examples)
     first = examples[0]
@@ -145,7 +174,10 @@ def test_gpqa_options_are_shuffled_by_seed_and_graded_by_letter(tmp_path):
     ]
     verdicts = task.grade([first] * 4, [Answer(text=text) for text in texts])
     assert [v.correct for v in verdicts] == [True, True, False, False]
-    assert [chosen_letter(text) for text in (r"\boxed{\text{B}}", "Answer: (c)", "A is wrong, so D.", "Answer: a lot")] == [
+    assert [
+        chosen_letter(text)
+        for text in (r"\boxed{\text{B}}", "Answer: (c)", "A is wrong, so D.", "Answer: a lot")
+    ] == [
         "B",
         "C",
         "D",
@@ -163,8 +195,14 @@ def test_files_of_the_reference_evaluation_repeat_problems_as_samples(shared):
     ):
         upstream = make_task(name, shared / "data" / name / f"{file}.parquet")
         local = make_task(name, shared / "data")
-        assert [(e.prompt, e.answer) for e in upstream.examples()] == [(e.prompt, e.answer) for e in local.examples()]
-        assert (upstream.defaults["num_samples"], upstream.defaults["temperature"], upstream.defaults["top_p"]) == (
+        assert [(e.prompt, e.answer) for e in upstream.examples()] == [
+            (e.prompt, e.answer) for e in local.examples()
+        ]
+        assert (
+            upstream.defaults["num_samples"],
+            upstream.defaults["temperature"],
+            upstream.defaults["top_p"],
+        ) == (
             copies,
             0.7,
             0.95,
@@ -184,11 +222,15 @@ def test_gsm8k_verdicts_of_stored_model_samples(shared):
     """2,640 samples of four models with the verdicts that came with them."""
     task = make_task("gsm8k", shared / "data")
     examples = {example.prompt: example for example in task.examples()}
-    with gzip.open(shared / "data" / "gsm8k" / "example_model_solutions_even.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(
+        shared / "data" / "gsm8k" / "example_model_solutions_even.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
         rows = [json.loads(line) for line in file]
     models = [key for key in rows[0] if isinstance(rows[0][key], dict)]
     samples = [(examples[row["question"].strip()], row[model]) for row in rows for model in models]
-    verdicts = task.grade([example for example, _ in samples], [Answer(text=sample["solution"]) for _, sample in samples])
+    verdicts = task.grade(
+        [example for example, _ in samples], [Answer(text=sample["solution"]) for _, sample in samples]
+    )
     differing = [
         (example.id, verdict.extracted)
         for (example, sample), verdict in zip(samples, verdicts, strict=True)

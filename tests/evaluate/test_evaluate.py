@@ -1,4 +1,5 @@
-"""Evaluation: answers in texts, data files, generation against a loop without cache or padding, the run folder."""
+"""Evaluation: answers in texts, data files, generation against a loop without cache or padding, the run
+folder."""
 
 import csv
 import gzip
@@ -43,9 +44,7 @@ from hpd.evaluate.statistics import wilson_interval
 from hpd.generation.engine import _SeededDraw, encode_prompt
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -136,7 +135,9 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second", "same"), [(*pair, True) for pair in SAME] + [(*p, False) for p in DIFFERENT])
+@pytest.mark.parametrize(
+    ("first", "second", "same"), [(*pair, True) for pair in SAME] + [(*p, False) for p in DIFFERENT]
+)
 def test_same_answer(first: str, second: str, same: bool) -> None:
     assert same_answer(first, second) is same
     assert same_answer(second, first) is same
@@ -196,7 +197,9 @@ def data(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_every_format_reads_the_same(data, tmp_path: Path, monkeypatch, suffix: str, compressed: bool) -> None:
+def test_every_format_reads_the_same(
+    data, tmp_path: Path, monkeypatch, suffix: str, compressed: bool
+) -> None:
     path = data(*GSM8K, suffix=suffix)
     if compressed:
         plain, path = path, path.with_name(path.name + ".gz")
@@ -221,7 +224,10 @@ def test_every_format_reads_the_same(data, tmp_path: Path, monkeypatch, suffix: 
         ({"problem": "polar?", "answer": "(3, 4)", "solution": "long 7"}, "polar?", "(3, 4)"),
         ({"instruction": "say 0", "target": 0}, "say 0", "0"),
         (
-            {"prompt": [{"role": "user", "content": "2?"}], "completion": [{"role": "assistant", "content": "2"}]},
+            {
+                "prompt": [{"role": "user", "content": "2?"}],
+                "completion": [{"role": "assistant", "content": "2"}],
+            },
             [{"role": "user", "content": "2?"}],
             "2",
         ),
@@ -252,14 +258,24 @@ def test_columns_by_convention(data, row: dict[str, Any], prompt: Any, answer: s
 
 
 def test_named_columns_template_and_limit(data) -> None:
-    svamp = {"ID": "chal-7", "id": "s7", "Body": "290 bananas in 2 groups.", "Question": "Group size?", "Answer": 145.0}
+    svamp = {
+        "ID": "chal-7",
+        "id": "s7",
+        "Body": "290 bananas in 2 groups.",
+        "Question": "Group size?",
+        "Answer": 145.0,
+    }
     path = data(svamp, svamp)
-    task = ExactMatch(path, prompt_template=r"{Body} {Question} Use \boxed{}.", answer_column="Answer", limit=1)
+    task = ExactMatch(
+        path, prompt_template=r"{Body} {Question} Use \boxed{}.", answer_column="Answer", limit=1
+    )
     (example,) = task.examples()
     assert example.prompt == r"290 bananas in 2 groups. Group size? Use \boxed{}."
     assert example.id == "s7"
     assert _grade(task, example, "145").correct
-    (example, _) = ExactMatch(path, prompt_column="Body", answer_column="Answer", prompt_template="Q: {prompt}").examples()
+    (example, _) = ExactMatch(
+        path, prompt_column="Body", answer_column="Answer", prompt_template="Q: {prompt}"
+    ).examples()
     assert example.prompt == "Q: 290 bananas in 2 groups."
 
 
@@ -287,13 +303,29 @@ def test_json_lines_break_at_newlines_only(data) -> None:
             {},
             r"no answer column answer \| solution .* has prompt, label\. .*answer_column",
         ),
-        ([{"prompt": "a", "answer": "1"}], {"answer_column": "gold"}, "no answer column gold; it has prompt, answer"),
-        ([{"prompt": "a", "answer": "1"}, {"prompt": "b"}], {}, r"1 of 2 rows have no 'answer' \(the first is row 2\)"),
+        (
+            [{"prompt": "a", "answer": "1"}],
+            {"answer_column": "gold"},
+            "no answer column gold; it has prompt, answer",
+        ),
+        (
+            [{"prompt": "a", "answer": "1"}, {"prompt": "b"}],
+            {},
+            r"1 of 2 rows have no 'answer' \(the first is row 2\)",
+        ),
         ([{"prompt": "a", "answer": " "}], {}, "1 of 1 rows have no 'answer'"),
         ([{"prompt": None, "answer": "1"}], {}, "1 of 1 rows have no 'prompt'"),
         ([{"prompt": "a", "answer": ["1", "2"]}], {}, "is a list; exact match needs a text or a number"),
-        ([{"messages": [{"role": "assistant", "content": "a"}], "answer": "1"}], {}, "no turn of role 'user'"),
-        ([{"messages": [{"from": "human", "value": "a"}], "answer": "1"}], {}, "every turn needs a role and a content"),
+        (
+            [{"messages": [{"role": "assistant", "content": "a"}], "answer": "1"}],
+            {},
+            "no turn of role 'user'",
+        ),
+        (
+            [{"messages": [{"from": "human", "value": "a"}], "answer": "1"}],
+            {},
+            "every turn needs a role and a content",
+        ),
         (
             [{"prompt": "a", "answer": "1"}],
             {"prompt_template": "{promt}"},
@@ -359,7 +391,9 @@ def test_grading_imports_no_torch() -> None:
     code = "import sys, hpd.evaluate.task; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=root
+    )
     assert done.stdout.strip() == "set()"
 
 
@@ -377,7 +411,9 @@ def test_gsm8k_grades_its_own_solutions() -> None:
     examples = task.examples()
     assert len(examples) > 600
     assert all(_grade(task, example, str(example.metadata["answer"])).correct for example in examples)
-    wrong = sum(_grade(task, example, str(other.metadata["answer"])).correct for example, other in pairwise(examples))
+    wrong = sum(
+        _grade(task, example, str(other.metadata["answer"])).correct for example, other in pairwise(examples)
+    )
     assert wrong < len(examples) / 20  # neighbours with the same answer by chance
 
 
@@ -396,7 +432,9 @@ def test_math500_references_are_taken_as_a_whole() -> None:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character; pads on the right, as trainers leave it."""
     vocabulary = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 +-*=?.,<>"]
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -459,10 +497,14 @@ def test_greedy_is_the_plain_loop_for_any_batch_size(model, tokenizer, batch_siz
     assert len({generation.text for generation in generations}) == len(PROMPTS)
 
 
-def test_greedy_ignores_the_checkpoints_decoding_and_restores_it(model, tokenizer, caplog, monkeypatch) -> None:
+def test_greedy_ignores_the_checkpoints_decoding_and_restores_it(
+    model, tokenizer, caplog, monkeypatch
+) -> None:
     settings = GenerationSettings(max_new_tokens=16)
     plain = generate_answers(model, tokenizer, PROMPTS, settings)
-    favourite = max(range(3, len(tokenizer)), key=lambda token: sum(tokenizer.decode([token]) in g.text for g in plain))
+    favourite = max(
+        range(3, len(tokenizer)), key=lambda token: sum(tokenizer.decode([token]) in g.text for g in plain)
+    )
     theirs = GenerationConfig(
         do_sample=True,
         temperature=5.0,
@@ -482,10 +524,14 @@ def test_greedy_ignores_the_checkpoints_decoding_and_restores_it(model, tokenize
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.9}])
-def test_samples_depend_on_the_seed_and_not_on_the_batch_size(model, tokenizer, options: dict[str, Any]) -> None:
+def test_samples_depend_on_the_seed_and_not_on_the_batch_size(
+    model, tokenizer, options: dict[str, Any]
+) -> None:
     def texts(**changes: Any) -> list[str]:
         settings = GenerationSettings(max_new_tokens=16, temperature=1.5, **(options | changes))
-        return [generation.text for generation in generate_answers(model, tokenizer, ["3 + 4 = "] * 4, settings)]
+        return [
+            generation.text for generation in generate_answers(model, tokenizer, ["3 + 4 = "] * 4, settings)
+        ]
 
     torch.manual_seed(1)
     first = texts(batch_size=4)
@@ -498,7 +544,10 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch_size(model, tokenizer, 
 def test_top_k_1_is_greedy(model, tokenizer) -> None:
     greedy = generate_answers(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=16))
     assert (
-        generate_answers(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=16, temperature=2.0, top_k=1)) == greedy
+        generate_answers(
+            model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=16, temperature=2.0, top_k=1)
+        )
+        == greedy
     )
 
 
@@ -538,7 +587,9 @@ def test_end_tokens_of_the_checkpoint_and_of_the_tokenizer(model, tokenizer, as_
 def test_missing_or_shared_pad_token(model, tokenizer, pad_token: str | None) -> None:
     settings = GenerationSettings(max_new_tokens=24, batch_size=4)
     expected = generate_answers(model, tokenizer, PROMPTS, settings)
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token=pad_token)
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token=pad_token
+    )
     assert generate_answers(model, other, PROMPTS, settings) == expected
 
 
@@ -554,7 +605,9 @@ def test_flags_of_every_module_are_restored_and_training_goes_on(model, tokenize
     model.model.layers[0].eval()
     flags = [module.training for module in model.modules()]
     seen = []
-    model.lm_head.register_forward_hook(lambda *_: seen.append({module.training for module in model.modules()}))
+    model.lm_head.register_forward_hook(
+        lambda *_: seen.append({module.training for module in model.modules()})
+    )
     generate_answers(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=2))
     assert seen
     assert all(state == {False} for state in seen)
@@ -596,7 +649,9 @@ def test_longest_prompts_go_first_and_progress_counts(model, tokenizer) -> None:
         lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     settings = GenerationSettings(max_new_tokens=1, batch_size=2)
-    generate_answers(model, tokenizer, PROMPTS, settings, progress=lambda done, total: counts.append((done, total)))
+    generate_answers(
+        model, tokenizer, PROMPTS, settings, progress=lambda done, total: counts.append((done, total))
+    )
     assert lengths == sorted((len(prompt) for prompt in PROMPTS), reverse=True)[::2]
     assert counts == [(2, 6), (4, 6), (6, 6)]
 
@@ -608,7 +663,9 @@ def test_no_prompts(model, tokenizer) -> None:
 def test_answers_end_with_the_context(tokenizer, caplog) -> None:
     # Learned positions: one token beyond the context would be an index error.
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=24, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3
+    )
     model = GPT2LMHeadModel(config).eval()
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     model.generation_config = GenerationConfig()
@@ -621,7 +678,9 @@ def test_answers_end_with_the_context(tokenizer, caplog) -> None:
 
 
 def _templated(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )
     other.chat_template = CHAT_TEMPLATE
     return other
 
@@ -633,7 +692,11 @@ def _templated(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         ("hi", {"chat_template": "always"}, "<user>hi<assistant>"),
         ("hi", {"chat_template": "never"}, "hi"),
         ("hi", {"system_prompt": "be brief"}, "<system>be brief<user>hi<assistant>"),
-        ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], {}, "<system>s<user>u<assistant>"),
+        (
+            [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+            {},
+            "<system>s<user>u<assistant>",
+        ),
     ],
 )
 def test_prompts_with_a_chat_template(tokenizer, prompt: Any, options: dict[str, Any], text: str) -> None:
@@ -648,8 +711,14 @@ def test_special_tokens_come_from_the_template_or_the_tokenizer(tokenizer) -> No
     core.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
     beginning = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", bos_token="<eos>")
     beginning.chat_template = "<eos>" + CHAT_TEMPLATE
-    assert encode_prompt(beginning, "a", GenerationSettings(chat_template="never")) == [1, *tokenizer("a")["input_ids"]]
-    assert encode_prompt(beginning, "a", GenerationSettings()) == [1, *tokenizer("<user>a<assistant>")["input_ids"]]
+    assert encode_prompt(beginning, "a", GenerationSettings(chat_template="never")) == [
+        1,
+        *tokenizer("a")["input_ids"],
+    ]
+    assert encode_prompt(beginning, "a", GenerationSettings()) == [
+        1,
+        *tokenizer("<user>a<assistant>")["input_ids"],
+    ]
 
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -661,7 +730,12 @@ CHAT = [{"role": "user", "content": "hi"}]
         (False, "hi", {"chat_template": "always"}, "'always', but the tokenizer has none"),
         (False, CHAT, {}, "a prompt is a chat, which needs a chat template, but .* has none"),
         (True, CHAT, {"chat_template": "never"}, "a prompt is a chat, .* 'never' and the tokenizer has one"),
-        (True, [{"role": "system", "content": "s"}, *CHAT], {"system_prompt": "s"}, "has a system turn already"),
+        (
+            True,
+            [{"role": "system", "content": "s"}, *CHAT],
+            {"system_prompt": "s"},
+            "has a system turn already",
+        ),
         (False, "", {}, "has no tokens"),
     ],
 )
@@ -708,10 +782,16 @@ class _Letters:
     defaults: dict[str, Any] = {}  # noqa: RUF012
 
     def examples(self) -> list[Example]:
-        return [Example(id=f"q{index}", prompt=prompt, answer="ab"[index % 2]) for index, prompt in enumerate(PROMPTS)]
+        return [
+            Example(id=f"q{index}", prompt=prompt, answer="ab"[index % 2])
+            for index, prompt in enumerate(PROMPTS)
+        ]
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        return [Verdict(correct=a.text[:1] == e.answer, extracted=a.text[:1]) for e, a in zip(examples, answers, strict=True)]
+        return [
+            Verdict(correct=a.text[:1] == e.answer, extracted=a.text[:1])
+            for e, a in zip(examples, answers, strict=True)
+        ]
 
 
 SETTINGS = GenerationSettings(max_new_tokens=5)
@@ -754,7 +834,10 @@ def test_evaluate(writer, tokenizer, tmp_path: Path) -> None:
         "finish_reason": "length",
     }
     assert len(lines) == 6
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["evals.json", "records-letters.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "evals.json",
+        "records-letters.jsonl",
+    ]
 
 
 def test_evaluations_replace_themselves_and_nothing_else(writer, tokenizer, tmp_path: Path) -> None:
@@ -801,7 +884,9 @@ def test_a_failed_write_leaves_the_old_file(writer, tokenizer, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("content", ["[{", '{"model": "x"}'])
-def test_a_foreign_evals_file_stops_the_run_before_it_generates(writer, tokenizer, tmp_path: Path, content: str) -> None:
+def test_a_foreign_evals_file_stops_the_run_before_it_generates(
+    writer, tokenizer, tmp_path: Path, content: str
+) -> None:
     (tmp_path / "evals.json").write_text(content)
     with pytest.raises(ValueError, match="move it away"):
         evaluate(writer, tokenizer, _Letters(), SETTINGS, output_dir=tmp_path, progress=_interrupt)
@@ -818,6 +903,11 @@ def test_wilson_interval_inverts_the_score_test(num_correct: int, num_examples: 
     observed = num_correct / num_examples
     low, high = wilson_interval(num_correct, num_examples)
     assert 0 <= low <= observed <= high <= 1
-    for bound in (low, high):  # at a bound, the observed share is 1.96 of the bound's own standard errors away
+    for bound in (
+        low,
+        high,
+    ):  # at a bound, the observed share is 1.96 of the bound's own standard errors away
         if 1e-12 < bound < 1 - 1e-12:
-            assert abs(observed - bound) == pytest.approx(1.959964 * (bound * (1 - bound) / num_examples) ** 0.5)
+            assert abs(observed - bound) == pytest.approx(
+                1.959964 * (bound * (1 - bound) / num_examples) ** 0.5
+            )

@@ -1,4 +1,5 @@
-"""`hpd eval` as users run it: several models and tasks, metrics, and lm-evaluation-harness with a local task."""
+"""`hpd eval` as users run it: several models and tasks, metrics, and lm-evaluation-harness with a local
+task."""
 
 import json
 import os
@@ -32,11 +33,30 @@ def hpd(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
 
 def test_models_side_by_side_with_a_paired_test(workspace):
     done = hpd(
-        workspace, "student", "teacher", "--tasks", "gsm8k=problems.jsonl,exact-match=problems.jsonl", "--max-new-tokens", 4,
-        "--samples", 2, "--temperature", 1, "--output", "both",
-    )  # fmt: skip
+        workspace,
+        "student",
+        "teacher",
+        "--tasks",
+        "gsm8k=problems.jsonl,exact-match=problems.jsonl",
+        "--max-new-tokens",
+        4,
+        "--samples",
+        2,
+        "--temperature",
+        1,
+        "--output",
+        "both",
+    )
     assert done.returncode == 0, done.stderr
-    for text in ("student", "teacher", "against first", "pass@2", "maj@2", "6 problems, 2 samples each", "paired bootstrap"):
+    for text in (
+        "student",
+        "teacher",
+        "against first",
+        "pass@2",
+        "maj@2",
+        "6 problems, 2 samples each",
+        "paired bootstrap",
+    ):
         assert text in done.stdout, text
     entries = json.loads((workspace / "both" / "evals.json").read_text())
     assert [(entry["model"], entry["task"]) for entry in entries] == [
@@ -59,7 +79,10 @@ def test_models_side_by_side_with_a_paired_test(workspace):
             "--few-shot has no effect on --metrics",
         ),
         (["student", "--harness", "other", "--tasks", "x"], "Unknown harness"),
-        (["student", "--harness", "lm-eval", "--tasks", "x", "--preset", "paper"], "--preset has no effect on --harness"),
+        (
+            ["student", "--harness", "lm-eval", "--tasks", "x", "--preset", "paper"],
+            "--preset has no effect on --harness",
+        ),
     ],
 )
 @pytest.mark.slow
@@ -72,9 +95,21 @@ def test_mistakes_are_one_paragraph(workspace, arguments, message):
 
 def test_metrics_of_the_distribution(workspace):
     done = hpd(
-        workspace, "student", "--metrics", "kl,entropy", "--teacher", "teacher", "--data", "texts.jsonl", "--limit", 4,
-        "--max-new-tokens", 8, "--output", "metrics",
-    )  # fmt: skip
+        workspace,
+        "student",
+        "--metrics",
+        "kl,entropy",
+        "--teacher",
+        "teacher",
+        "--data",
+        "texts.jsonl",
+        "--limit",
+        4,
+        "--max-new-tokens",
+        8,
+        "--output",
+        "metrics",
+    )
     assert done.returncode == 0, done.stderr
     assert "forward kl" in done.stdout
     (entry,) = json.loads((workspace / "metrics" / "evals.json").read_text())
@@ -88,13 +123,31 @@ def test_lm_eval_runs_a_local_task_on_our_checkpoint(workspace):
     tasks = workspace / "yaml"
     tasks.mkdir()
     task = {
-        "task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(workspace / "problems.jsonl")}},
-        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(workspace / "problems.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
+    }
     (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
-    done = hpd(workspace, "student", "--harness", "lm-eval", "--tasks", "sums", "--data", tasks, "--limit", 3, "--output", "lm")
+    done = hpd(
+        workspace,
+        "student",
+        "--harness",
+        "lm-eval",
+        "--tasks",
+        "sums",
+        "--data",
+        tasks,
+        "--limit",
+        3,
+        "--output",
+        "lm",
+    )
     assert done.returncode == 0, done.stderr
     assert "exact_match,none" in done.stdout
     (entry,) = json.loads((workspace / "lm" / "evals.json").read_text())

@@ -1,4 +1,5 @@
-"""Several samples, conversations, stop strings, figures and their intervals, paired tests, and going on after a kill."""
+"""Several samples, conversations, stop strings, figures and their intervals, paired tests, and going on after
+a kill."""
 
 import itertools
 import json
@@ -16,7 +17,16 @@ import torch
 from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd.evaluate import Answer, Example, GenerationSettings, Verdict, evaluate, generate_answers, make_task, settings_for
+from hpd.evaluate import (
+    Answer,
+    Example,
+    GenerationSettings,
+    Verdict,
+    evaluate,
+    generate_answers,
+    make_task,
+    settings_for,
+)
 from hpd.evaluate.command import EvalCommand, EvalProgress, evaluate_models
 from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
@@ -24,7 +34,9 @@ from hpd.evaluate.tasks import build_task, build_tasks
 from hpd.generation.engine import TransformersEngine, cut_at
 
 PROMPTS = [f"say {word}:" for word in ("one", "two", "three", "four", "five")]
-SAMPLED = GenerationSettings(max_new_tokens=12, temperature=1.0, num_samples=3, batch_size=4, chat_template="never")
+SAMPLED = GenerationSettings(
+    max_new_tokens=12, temperature=1.0, num_samples=3, batch_size=4, chat_template="never"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +50,11 @@ def pair(folder):
 
 
 def _problems(path: Path, count: int = 12) -> Path:
-    path.write_text("".join(json.dumps({"prompt": f"say {index}:", "answer": str(index)}) + "\n" for index in range(count)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"say {index}:", "answer": str(index)}) + "\n" for index in range(count)
+        )
+    )
     return path
 
 
@@ -53,7 +69,10 @@ class _Lengths:
         return [Example(id=str(index), prompt=prompt) for index, prompt in enumerate(PROMPTS)]
 
     def grade(self, examples, answers):
-        return [Verdict(correct=None, score=float(len(a.text)) if len(a.text) % 2 else None, detail="even") for a in answers]
+        return [
+            Verdict(correct=None, score=float(len(a.text)) if len(a.text) % 2 else None, detail="even")
+            for a in answers
+        ]
 
     def summary(self, examples, answers, verdicts):
         return {"longest": float(max(len(answer.text) for answer in answers))}
@@ -68,7 +87,9 @@ def test_samples_of_a_problem_differ_and_depend_on_nothing_but_the_seed(pair):
     assert len({answer.text for answer in answers[:3]}) == 3
     alone = generate_answers(*pair, PROMPTS[:1], SAMPLED)
     assert [a.text for a in alone] == [a.text for a in answers[:3]]
-    few = generate_answers(*pair, PROMPTS, GenerationSettings(**{**vars(SAMPLED), "num_samples": 1, "batch_size": 2}))
+    few = generate_answers(
+        *pair, PROMPTS, GenerationSettings(**{**vars(SAMPLED), "num_samples": 1, "batch_size": 2})
+    )
     assert [answer.text for answer in few] == [answer.text for answer in answers[::3]]
 
 
@@ -79,7 +100,9 @@ def test_processes_share_the_batches_and_the_answers_are_those_of_one(pair):
     shares: list = []
     for rank in range(2):
         with pytest.raises(ZeroDivisionError):  # what each process hands over, before the exchange
-            answer_examples(engine, examples, SAMPLED, group=Group(rank, 2, lambda share: shares.append(share) or 1 / 0))
+            answer_examples(
+                engine, examples, SAMPLED, group=Group(rank, 2, lambda share: shares.append(share) or 1 / 0)
+            )
     assert all(share for share, _ in shares)
     joined = answer_examples(engine, examples, SAMPLED, group=Group(0, 2, lambda _: shares)).answers
     assert joined == whole
@@ -87,7 +110,10 @@ def test_processes_share_the_batches_and_the_answers_are_those_of_one(pair):
 
 def test_conversations_hold_every_reply(pair):
     model, tokenizer = pair
-    examples = [Example(id="a", prompt="say one:", follow_ups=("and two?", "three?")), Example(id="b", prompt="four?")]
+    examples = [
+        Example(id="a", prompt="say one:", follow_ups=("and two?", "three?")),
+        Example(id="b", prompt="four?"),
+    ]
     settings = GenerationSettings(max_new_tokens=6, batch_size=2)
     long, short = answer_examples(TransformersEngine(model, tokenizer), examples, settings).answers
     assert (len(long.turns), long.turns[-1], short.turns) == (3, long.text, ())
@@ -104,7 +130,9 @@ def test_conversations_hold_every_reply(pair):
 def test_stop_strings_end_an_answer_before_themselves(pair):
     free = generate_answers(*pair, PROMPTS, GenerationSettings(max_new_tokens=12, chat_template="never"))
     stop = next(answer.text[3:6] for answer in free if len(answer.text) > 8)
-    stopped = generate_answers(*pair, PROMPTS, GenerationSettings(max_new_tokens=12, chat_template="never", stop=(stop,)))
+    stopped = generate_answers(
+        *pair, PROMPTS, GenerationSettings(max_new_tokens=12, chat_template="never", stop=(stop,))
+    )
     assert [answer.text for answer in stopped] == [cut_at(answer.text, (stop,)) for answer in free]
     for before, after in zip(free, stopped, strict=True):
         found = stop in before.text
@@ -158,13 +186,21 @@ def test_tasks_of_a_folder_a_file_and_a_list(tmp_path):
     )
     assert "Answer: so\n#### " in prompts[0]
     settings = settings_for(task)
-    assert (settings.chat_template, settings.system_prompt, settings.stop) == ("never", None, ("\nQuestion:",))
+    assert (settings.chat_template, settings.system_prompt, settings.stop) == (
+        "never",
+        None,
+        ("\nQuestion:",),
+    )
     drawn = build_task("exact-match", tmp_path / "mine.jsonl", limit=5, limit_seed=3)
     ids = [example.id for example in drawn.examples()]
-    assert ids == [e.id for e in build_task("exact-match", tmp_path / "mine.jsonl", limit=5, limit_seed=3).examples()]
+    assert ids == [
+        e.id for e in build_task("exact-match", tmp_path / "mine.jsonl", limit=5, limit_seed=3).examples()
+    ]
     assert len(set(ids)) == 5
     assert ids != ["0", "1", "2", "3", "4"]
-    options = build_tasks("exact-match", tmp_path / "mine.jsonl", ["exact-match.prompt_template=Q {prompt}"])[0]
+    options = build_tasks("exact-match", tmp_path / "mine.jsonl", ["exact-match.prompt_template=Q {prompt}"])[
+        0
+    ]
     assert options.examples()[0].prompt == "Q say 0:"
 
 
@@ -189,7 +225,9 @@ def test_task_choices_that_make_no_sense(tmp_path, spec, arguments, message):
 def test_a_folder_without_the_task_and_the_hub_offline(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data for 'gsm8k': expected gsm8k/test\*"):
         make_task("gsm8k", tmp_path)
-    with pytest.raises(ValueError, match=r"openai/gsm8k:main:test cannot be had from the Hub; name a local file"):
+    with pytest.raises(
+        ValueError, match=r"openai/gsm8k:main:test cannot be had from the Hub; name a local file"
+    ):
         make_task("gsm8k")
     with pytest.raises(ValueError, match="no data of its own on the Hub"):
         make_task("exact-match")
@@ -285,7 +323,10 @@ def test_figures_of_several_samples(pair, tmp_path):
 def test_finished_batches_are_kept_and_a_cut_line_is_dropped(tmp_path):
     path = tmp_path / "partial.jsonl"
     partial = PartialAnswers(path, {"model": "m", "seed": 1})
-    answers = [Answer(text="a\u2028b", turns=("x", "a\u2028b"), num_tokens=3, finish_reason="length"), Answer(text="")]
+    answers = [
+        Answer(text="a\u2028b", turns=("x", "a\u2028b"), num_tokens=3, finish_reason="length"),
+        Answer(text=""),
+    ]
     partial.append(0, answers, 1.5)
     partial.append(1, answers[:1], 0.5)
     path.write_text(path.read_text(encoding="utf-8")[:-7], encoding="utf-8")
@@ -309,16 +350,35 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
 
     def command(output: str) -> EvalCommand:
         tasks = build_tasks("exact-match", data)
-        return EvalCommand(models=(str(folder),), tasks=tasks, generation=generation, output=tmp_path / output)
+        return EvalCommand(
+            models=(str(folder),), tasks=tasks, generation=generation, output=tmp_path / output
+        )
 
     evaluate_models(command("whole"))
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "hpd", "eval", str(folder), "--data", str(data), "--output", str(tmp_path / "cut"),
-            "--batch-size", "2", "--samples", "4", "--temperature", "1", "--max-new-tokens", "60", "--chat-template", "never",
+            sys.executable,
+            "-m",
+            "hpd",
+            "eval",
+            str(folder),
+            "--data",
+            str(data),
+            "--output",
+            str(tmp_path / "cut"),
+            "--batch-size",
+            "2",
+            "--samples",
+            "4",
+            "--temperature",
+            "1",
+            "--max-new-tokens",
+            "60",
+            "--chat-template",
+            "never",
         ],
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     deadline, lines = time.monotonic() + 200, 0
     while lines < 4 and time.monotonic() < deadline and process.poll() is None:
         lines = sum(path.read_text().count("\n") for path in (tmp_path / "cut").glob("partial-*"))

@@ -1,4 +1,5 @@
-"""Tasks in a recipe: schedules, logs, the best checkpoint, and training that goes on as if nothing had happened."""
+"""Tasks in a recipe: schedules, logs, the best checkpoint, and training that goes on as if nothing had
+happened."""
 
 import json
 import os
@@ -29,12 +30,25 @@ def workspace(tmp_path_factory) -> Path:
 
 
 def _recipe(workspace: Path, output: str, evals, **training):
-    return load_recipe({
-        "student": str(workspace / "student"), "teacher": str(workspace / "teacher"),
-        "data": {"path": str(workspace / "rows.jsonl")}, "eval": evals, "output_dir": str(workspace / output),
-        "train": {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-2, "max_length": 64, "save_strategy": "no", **training},
-    })  # fmt: skip
+    return load_recipe(
+        {
+            "student": str(workspace / "student"),
+            "teacher": str(workspace / "teacher"),
+            "data": {"path": str(workspace / "rows.jsonl")},
+            "eval": evals,
+            "output_dir": str(workspace / output),
+            "train": {
+                "max_steps": 4,
+                "per_device_train_batch_size": 4,
+                "logging_steps": 1,
+                "gradient_checkpointing": False,
+                "learning_rate": 1e-2,
+                "max_length": 64,
+                "save_strategy": "no",
+                **training,
+            },
+        }
+    )
 
 
 def _task(workspace: Path, **fields) -> dict:
@@ -48,7 +62,13 @@ def _logs(folder: Path) -> list[dict]:
 def test_tasks_run_at_their_steps_and_training_does_not_notice(workspace):
     evals = [
         _task(workspace, every=2, limit=4, limit_seed=1),
-        {"task": "gsm8k", "data": str(workspace / "problems.jsonl"), "max_new_tokens": 4, "every": "epoch", "temperature": 1.0},
+        {
+            "task": "gsm8k",
+            "data": str(workspace / "problems.jsonl"),
+            "max_new_tokens": 4,
+            "every": "epoch",
+            "temperature": 1.0,
+        },
     ]
     (workspace / "problems.jsonl").touch()
     summary = train(_recipe(workspace, "watched", evals))
@@ -59,15 +79,26 @@ def test_tasks_run_at_their_steps_and_training_does_not_notice(workspace):
         for log in logs
         if "eval_exact_match_accuracy" in log
     )
-    assert [log["step"] for log in logs if "eval_gsm8k_accuracy" in log] == [4]  # 24 rows in steps of 4: the epoch is cut at 4
+    assert [log["step"] for log in logs if "eval_gsm8k_accuracy" in log] == [
+        4
+    ]  # 24 rows in steps of 4: the epoch is cut at 4
     assert [log["step"] for log in logs if "loss" in log] == [1, 2, 3, 4]
-    names = {(entry["model"], entry["task"]) for entry in json.loads((workspace / "watched" / "evals.json").read_text())}
-    assert {("student step 2", "exact-match"), ("student step 4", "exact-match"), ("teacher", "gsm8k")} <= names
+    names = {
+        (entry["model"], entry["task"])
+        for entry in json.loads((workspace / "watched" / "evals.json").read_text())
+    }
+    assert {
+        ("student step 2", "exact-match"),
+        ("student step 4", "exact-match"),
+        ("teacher", "gsm8k"),
+    } <= names
     assert {"student before exact_match_accuracy", "student after gsm8k_accuracy"} <= summary.keys()
     train(_recipe(workspace, "alone", None))
     watched, alone = (load_file(workspace / name / "model.safetensors") for name in ("watched", "alone"))
     assert all(torch.equal(watched[name], alone[name]) for name in alone)
-    losses = [[log["loss"] for log in _logs(workspace / name) if "loss" in log] for name in ("watched", "alone")]
+    losses = [
+        [log["loss"] for log in _logs(workspace / name) if "loss" in log] for name in ("watched", "alone")
+    ]
     assert losses[0] == losses[1]
 
 
@@ -84,10 +115,20 @@ def test_the_checkpoint_that_does_best_on_a_task_is_kept(workspace, monkeypatch)
         return [Verdict(correct=index < right) for index in range(len(answers))]
 
     monkeypatch.setattr(ExactMatch, "grade", grade)
-    training = {"save_strategy": "best", "metric_for_best_model": "exact_match_accuracy", "load_best_model_at_end": True}
+    training = {
+        "save_strategy": "best",
+        "metric_for_best_model": "exact_match_accuracy",
+        "load_best_model_at_end": True,
+    }
     summary = train(_recipe(workspace, "best", _task(workspace, every=1), **training))
-    assert sorted(path.name for path in (workspace / "best").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
-    kept, best = (load_file(workspace / "best" / name) for name in ("model.safetensors", "checkpoint-2/model.safetensors"))
+    assert sorted(path.name for path in (workspace / "best").glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    kept, best = (
+        load_file(workspace / "best" / name)
+        for name in ("model.safetensors", "checkpoint-2/model.safetensors")
+    )
     assert all(torch.equal(kept[name], best[name]) for name in kept)
     assert "student after accuracy" in summary
 
@@ -122,26 +163,57 @@ def test_two_processes_answer_what_one_does(workspace):
     results = {}
     for processes in (1, 2):
         tree = {
-            "student": str(workspace / "student"), "teacher": str(workspace / "teacher"),
-            "data": {"path": str(workspace / "rows.jsonl")}, "output_dir": str(workspace / f"ranks{processes}"),
+            "student": str(workspace / "student"),
+            "teacher": str(workspace / "teacher"),
+            "data": {"path": str(workspace / "rows.jsonl")},
+            "output_dir": str(workspace / f"ranks{processes}"),
             "eval": _task(workspace, every=1, batch_size=2, temperature=1.0, num_samples=2),
-            "train": {"max_steps": 1, "per_device_train_batch_size": 4 // processes, "gradient_checkpointing": False,
-                      "learning_rate": 0.0, "max_length": 64, "save_strategy": "no", "use_cpu": True},
-        }  # fmt: skip
+            "train": {
+                "max_steps": 1,
+                "per_device_train_batch_size": 4 // processes,
+                "gradient_checkpointing": False,
+                "learning_rate": 0.0,
+                "max_length": 64,
+                "save_strategy": "no",
+                "use_cpu": True,
+            },
+        }
         recipe = workspace / f"ranks{processes}.yaml"
         recipe.write_text(yaml.safe_dump(tree))
-        command = [sys.executable, "-m", "accelerate.commands.launch",
-                   "--cpu", "--num_machines", "1", "--num_processes", str(processes),
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hpd", "train", str(recipe)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_machines",
+            "1",
+            "--num_processes",
+            str(processes),
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "-m",
+            "hpd",
+            "train",
+            str(recipe),
+        ]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=400, env={**os.environ, "ACCELERATE_USE_CPU": "1"}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env={**os.environ, "ACCELERATE_USE_CPU": "1"},
         )
         assert done.returncode == 0, done.stderr[-3000:]
         evals = {
-            entry["model"]: entry["id"] for entry in json.loads((workspace / f"ranks{processes}" / "evals.json").read_text())
+            entry["model"]: entry["id"]
+            for entry in json.loads((workspace / f"ranks{processes}" / "evals.json").read_text())
         }
         lines = (workspace / f"ranks{processes}" / "records-exact-match.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        results[processes] = [(r["id"], r["sample"], r["text"]) for r in records if r["eval"] == evals["student step 1"]]
+        results[processes] = [
+            (r["id"], r["sample"], r["text"]) for r in records if r["eval"] == evals["student step 1"]
+        ]
     assert len(results[1]) == 12
     assert results[1] == results[2]

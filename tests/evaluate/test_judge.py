@@ -16,7 +16,13 @@ from typer.testing import CliRunner
 
 from hpd.cli import app
 from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
-from hpd.evaluate.benchmarks.judge_prompts import FIVE_POINTS, PREFERENCE, load_prompt, read_label, read_rating
+from hpd.evaluate.benchmarks.judge_prompts import (
+    FIVE_POINTS,
+    PREFERENCE,
+    load_prompt,
+    read_label,
+    read_rating,
+)
 from hpd.evaluate.benchmarks.judged import alpaca_eval, arena_hard, mt_bench
 from hpd.evaluate.benchmarks.win_rates import (
     length_controlled_win_rate,
@@ -28,7 +34,10 @@ from hpd.evaluate.benchmarks.win_rates import (
 from hpd.evaluate.task import Notice, Summary, Task
 from hpd.generation.texts import Answer
 
-QUESTION = [[{"role": "user", "content": f"<answer_a>\n{'x' * n}\n</answer_a><answer_b>\nyyy\n</answer_b>"}] for n in range(6)]
+QUESTION = [
+    [{"role": "user", "content": f"<answer_a>\n{'x' * n}\n</answer_a><answer_b>\nyyy\n</answer_b>"}]
+    for n in range(6)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +46,12 @@ def _no_key(monkeypatch) -> None:
 
 
 def _judge(server: JudgeServer, folder: Path, **options: Any) -> Judge:
-    given = {"model": "judge", "cache": folder / "cache.jsonl", "backoff_seconds": 0.01, "timeout_seconds": 5.0} | options
+    given = {
+        "model": "judge",
+        "cache": folder / "cache.jsonl",
+        "backoff_seconds": 0.01,
+        "timeout_seconds": 5.0,
+    } | options
     return Judge(JudgeSettings(url=server.url, **given))
 
 
@@ -105,7 +119,9 @@ def test_a_judge_that_dies_loses_nothing(tmp_path: Path) -> None:
             _rule(judge)
     lines = (tmp_path / "cache.jsonl").read_text().splitlines()
     assert len(lines) == 3
-    (tmp_path / "cache.jsonl").write_text("\n".join([*lines[:2], lines[2][:20]]))  # the last line was cut by a kill
+    (tmp_path / "cache.jsonl").write_text(
+        "\n".join([*lines[:2], lines[2][:20]])
+    )  # the last line was cut by a kill
     with JudgeServer(likes_longer) as server:
         assert _judge(dying, tmp_path).num_cached == 2
         moved = _judge(server, tmp_path)  # another address is another judge
@@ -143,7 +159,11 @@ def test_nobody_at_home(tmp_path: Path) -> None:
 def test_babble_is_asked_again_then_counted(tmp_path: Path) -> None:
     def stubborn(conversation: str, _: int) -> str:
         return (
-            "Hm." if "Say it as" not in conversation else "[[B]]" if conversation.count("Say it as") == 2 else "[[A]] or [[B]]"
+            "Hm."
+            if "Say it as" not in conversation
+            else "[[B]]"
+            if conversation.count("Say it as") == 2
+            else "[[A]] or [[B]]"
         )
 
     with JudgeServer(stubborn) as server:
@@ -186,7 +206,9 @@ def test_settings_errors(options: dict[str, Any], message: str) -> None:
 def test_extra_fields_and_a_whole_address(tmp_path: Path) -> None:
     with JudgeServer(likes_longer) as server:
         extra = {"max_tokens": None, "max_completion_tokens": 64}
-        settings = JudgeSettings(url=f"{server.url}/chat/completions", model="m", cache=tmp_path / "c.jsonl", extra=extra)
+        settings = JudgeSettings(
+            url=f"{server.url}/chat/completions", model="m", cache=tmp_path / "c.jsonl", extra=extra
+        )
         judge = Judge(settings)
         judge.check()
         _rule(judge, QUESTION[:1])
@@ -202,11 +224,21 @@ def test_extra_fields_and_a_whole_address(tmp_path: Path) -> None:
 def test_parsers() -> None:
     texts = ("x [[A>>B]]", "[[b]]", "[[ A = B ]]", "[[A]] [[A]]", "[[A]] [[B]]", "A", "[[D]]")
     assert [read_label(text) for text in texts] == [
-        "A>>B", "B", "A=B", "A", None, None, None,
-    ]  # fmt: skip
+        "A>>B",
+        "B",
+        "A=B",
+        "A",
+        None,
+        None,
+        None,
+    ]
     assert [read_rating(text) for text in ("[[7.5]]", "Rating: [3]", "[[0]]", "[[5]] then [[6]]", "ten")] == [
-        7.5, 3.0, None, None, None,
-    ]  # fmt: skip
+        7.5,
+        3.0,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_answers_cannot_reach_the_other_places() -> None:
@@ -223,7 +255,10 @@ def test_prompts_of_the_user(tmp_path: Path) -> None:
         {"role": "user", "content": "Q q 1 a 2 b: [[A]] [[B]] [[C]]"}
     ]
     assert prompt.fingerprint() != FIVE_POINTS.fingerprint()
-    for text, message in [("prompt: 'Q {question}'", "places question; it needs"), ("promt: x", "must hold prompt")]:
+    for text, message in [
+        ("prompt: 'Q {question}'", "places question; it needs"),
+        ("promt: x", "must hold prompt"),
+    ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_prompt(path, FIVE_POINTS)
@@ -238,13 +273,17 @@ def _lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def _alpaca_rows(folder: Path, count: int = 8) -> Path:
-    rows = [{"idx": n, "instruction": f"q{n}", "output_gpt4_1106_preview": "b" * (4 + n)} for n in range(count)]
+    rows = [
+        {"idx": n, "instruction": f"q{n}", "output_gpt4_1106_preview": "b" * (4 + n)} for n in range(count)
+    ]
     return _lines(folder / "alpaca.jsonl", rows)
 
 
 def test_alpaca_eval(tmp_path: Path) -> None:
     with JudgeServer(likes_word("good")) as server:
-        task = alpaca_eval(_alpaca_rows(tmp_path), judge=_judge(server, tmp_path, price_in=1.0, price_out=4.0))
+        task = alpaca_eval(
+            _alpaca_rows(tmp_path), judge=_judge(server, tmp_path, price_in=1.0, price_out=4.0)
+        )
         assert isinstance(task, Task)
         assert isinstance(task, Summary)
         assert isinstance(task, Notice)
@@ -294,7 +333,8 @@ def test_parse_failures_are_never_scored(tmp_path: Path) -> None:
 def test_too_expensive_is_refused_before_the_first_verdict(tmp_path: Path) -> None:
     with JudgeServer(likes_longer) as server:
         task = alpaca_eval(
-            _alpaca_rows(tmp_path), judge=_judge(server, tmp_path, price_in=1000.0, price_out=1000.0, max_cost=0.5)
+            _alpaca_rows(tmp_path),
+            judge=_judge(server, tmp_path, price_in=1000.0, price_out=1000.0, max_cost=0.5),
         )
         for step in (lambda: task.notice(1), lambda: task.grade(task.examples(), [Answer(text="x")] * 8)):
             with pytest.raises(ValueError, match="would cost about .* above max_cost=0.5"):
@@ -320,7 +360,10 @@ def _arena(folder: Path, count: int = 6) -> Path:
     answers = [
         {
             "uid": f"u{n}",
-            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"answer": f"base {n}"}}],
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": {"answer": f"base {n}"}},
+            ],
         }
         for n in range(count)
     ]
@@ -351,12 +394,14 @@ def _mt_bench(folder: Path) -> Path:
     two_turns = "{question_1} ANSWER<{answer_1}> {question_2} ANSWER<{answer_2}>"
     prompts = [
         {
-            "name": name, "type": "single", "system_prompt": name,
+            "name": name,
+            "type": "single",
+            "system_prompt": name,
             "prompt_template": "REF<{ref_answer_1}> " * ("math" in name)
             + (two_turns if "multi" in name else "{question} ANSWER<{answer}>"),
         }
         for name in names
-    ]  # fmt: skip
+    ]
     _lines(folder / "judge_prompts.jsonl", [*prompts, {"name": "pair-v2", "type": "pairwise"}])
     _lines(folder / "reference_answer.jsonl", [{"question_id": 2, "choices": [{"turns": ["r1", "r2"]}]}])
     rows = [
@@ -372,14 +417,21 @@ def test_mt_bench(tmp_path: Path) -> None:
         task = mt_bench(data, judge=_judge(server, tmp_path, concurrency=1))
         assert isinstance(task, Task)
         examples = task.examples()
-        assert [(example.prompt, example.follow_ups) for example in examples] == [("w1", ("w2",)), ("m1", ("m2",))]
+        assert [(example.prompt, example.follow_ups) for example in examples] == [
+            ("w1", ("w2",)),
+            ("m1", ("m2",)),
+        ]
         answers = [Answer(text="bbb", turns=("a", "bbb")), Answer(text="d", turns=("ccccc", "d"))]
         assert "4 verdicts" in task.notice(1)
         verdicts = task.grade(examples, answers)
         assert [verdict.value for verdict in verdicts] == [3.0, 4.0]
         figures = task.summary(examples, answers, verdicts)
         assert (figures["turn_1"], figures["turn_2"]) == (4.0, 3.0)
-        assert (figures["category_math"], figures["category_writing"], figures["parse_failures"]) == (4.0, 3.0, 0)
+        assert (figures["category_math"], figures["category_writing"], figures["parse_failures"]) == (
+            4.0,
+            3.0,
+            0,
+        )
         systems = sorted(request["messages"][0]["content"] for request in server.requests)
         assert systems == ["single-math-v1", "single-math-v1-multi-turn", "single-v1", "single-v1-multi-turn"]
         math = [r["messages"][1]["content"] for r in server.requests if "math" in r["messages"][0]["content"]]
@@ -400,7 +452,8 @@ def test_mt_bench_needs_its_files(tmp_path: Path) -> None:
             [{"name": "single-v1", "type": "single", "system_prompt": "", "prompt_template": ""}],
         )
         with pytest.raises(
-            ValueError, match="lacks the prompts single-math-v1, single-math-v1-multi-turn, single-v1-multi-turn"
+            ValueError,
+            match="lacks the prompts single-math-v1, single-math-v1-multi-turn, single-v1-multi-turn",
         ):
             mt_bench(data, judge=judge)
         (tmp_path / "judge_prompts.jsonl").unlink()
@@ -413,12 +466,24 @@ def test_the_public_files_load(shared: Path, tmp_path: Path) -> None:
     with JudgeServer(position_biased) as server:
         judge = _judge(server, tmp_path)
         bench = mt_bench(data / "mt_bench" / "question.jsonl", judge=judge)
-        assert (len(bench.examples()), sum(bool(e.metadata["references"]) for e in bench.examples())) == (80, 30)
+        assert (len(bench.examples()), sum(bool(e.metadata["references"]) for e in bench.examples())) == (
+            80,
+            30,
+        )
         asked = bench._questions(bench.examples()[30], ["first {answer_2}", "second"])  # 111: mathematics
         assert all(
-            "{" not in m["content"].replace("{answer_2}", "") or "ref_answer" not in m["content"] for q in asked for m in q
+            "{" not in m["content"].replace("{answer_2}", "") or "ref_answer" not in m["content"]
+            for q in asked
+            for m in q
         )
-        assert len(alpaca_eval(data / "alpaca_eval" / "alpaca_eval_minus_holdout.jsonl.gz", judge=judge).examples()) == 679
+        assert (
+            len(
+                alpaca_eval(
+                    data / "alpaca_eval" / "alpaca_eval_minus_holdout.jsonl.gz", judge=judge
+                ).examples()
+            )
+            == 679
+        )
         arena = arena_hard(data / "arena_hard" / "v0.1_question.jsonl", judge=judge)
         assert len(arena.examples()) == 500
         assert all(example.answer for example in arena.examples())
@@ -430,10 +495,25 @@ def test_command(tmp_path: Path) -> None:
     data = _mt_bench(tmp_path)
     with JudgeServer(rates_by_length) as server:
         asked = [
-            "eval", model, "--tasks", f"mt_bench={data}", "--max-new-tokens", "4", "--judge-url", server.url,
-            "--judge-model", "judge", "-o", f"judge.cache={tmp_path / 'cache.jsonl'}", "-o", "judge.price_in=1",
-            "-o", "judge.price_out=2", "--output", tmp_path / "out",
-        ]  # fmt: skip
+            "eval",
+            model,
+            "--tasks",
+            f"mt_bench={data}",
+            "--max-new-tokens",
+            "4",
+            "--judge-url",
+            server.url,
+            "--judge-model",
+            "judge",
+            "-o",
+            f"judge.cache={tmp_path / 'cache.jsonl'}",
+            "-o",
+            "judge.price_in=1",
+            "-o",
+            "judge.price_out=2",
+            "--output",
+            tmp_path / "out",
+        ]
         outputs = []
         for _ in range(2):
             result = CliRunner().invoke(app, list(map(str, asked)))
@@ -457,7 +537,8 @@ def test_position_bias_figures() -> None:
 
 
 def test_length_control_removes_a_preference_for_length() -> None:
-    """Simulated judges whose log-odds are 0.4 plus 2 tanh(gap / std): the fit gives sigma(0.4) back, the raw rate does not."""
+    """Simulated judges whose log-odds are 0.4 plus 2 tanh(gap / std): the fit gives sigma(0.4) back, the raw
+    rate does not."""
     generator = np.random.default_rng(0)
     ours, theirs = (generator.integers(100, 2000, size=4000) + shift for shift in (900, 0))
     gap = ours - theirs
@@ -478,7 +559,9 @@ def test_length_control_with_difficulty_and_without_spread() -> None:
     assert found.coefficients["difficulty"] == pytest.approx(1.5, abs=0.2)
     assert found.coefficients["length"] == 0.0
     assert found.value == pytest.approx(wins.mean(), abs=1e-3)  # nothing to control for
-    assert length_controlled_win_rate([1.0] * 50, range(50), [9] * 50).value > 0.97  # separable data stay finite
+    assert (
+        length_controlled_win_rate([1.0] * 50, range(50), [9] * 50).value > 0.97
+    )  # separable data stay finite
 
 
 def test_style_control() -> None:
@@ -491,7 +574,9 @@ def test_style_control() -> None:
     assert controlled.coefficients["length"] == pytest.approx(1.2 * styles[:, 0].std(), abs=0.25)
     plain = style_controlled_win_rate(games, styles, controlled=False)
     assert plain.value == pytest.approx(np.mean([score for _, score, _ in games]), abs=1e-3)
-    weighted = style_controlled_win_rate([(0, 1.0, 3.0), (0, 0.0, 1.0), (1, 1.0, 3.0), (1, 0.0, 1.0)], np.zeros((2, 4)))
+    weighted = style_controlled_win_rate(
+        [(0, 1.0, 3.0), (0, 0.0, 1.0), (1, 1.0, 3.0), (1, 0.0, 1.0)], np.zeros((2, 4))
+    )
     assert weighted.value == pytest.approx(0.75, abs=5e-3)
 
 

@@ -1,7 +1,9 @@
-"""The sandbox as an attacker sees it: every program of tests/hostile is judged failed, and nothing outside notices it.
+"""The sandbox as an attacker sees it: every program of tests/hostile is judged failed, and nothing outside
+notices it.
 
-Each program ends with a right `solve` exactly if its attack worked, or with a wrong one that only a forged verdict can pass;
-so `passed` means a hole. The programs know what a real attacker would have to find out (`HOST`): paths, process ids, ports.
+Each program ends with a right `solve` exactly if its attack worked, or with a wrong one that only a forged
+verdict can pass; so `passed` means a hole. The programs know what a real attacker would have to find out
+(`HOST`): paths, process ids, ports.
 """
 
 import ast
@@ -39,7 +41,9 @@ from hpd.evaluate.sandbox import (
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of mechanisms of Linux")
 
 HOSTILE = sorted((Path(__file__).parents[1] / "hostile").glob("*.py"))
-SQUARES = Tests(source="assert program.solve(3) == 9\nassert program.solve(4) == 16\nassert program.solve(-5) == 25")
+SQUARES = Tests(
+    source="assert program.solve(3) == 9\nassert program.solve(4) == 16\nassert program.solve(-5) == 25"
+)
 SECRET = "token-5f2e9c"
 TIGHT = Limits(cpu_seconds=1, wall_seconds=4, memory_mib=256, output_bytes=2**18, scratch_mib=4)
 
@@ -96,7 +100,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     def listen(listener: socket.socket) -> None:
         while not done.is_set():
             try:
-                calls.append(listener.recv(100) if listener.type == socket.SOCK_DGRAM else repr(listener.accept()).encode())
+                calls.append(
+                    listener.recv(100)
+                    if listener.type == socket.SOCK_DGRAM
+                    else repr(listener.accept()).encode()
+                )
             except TimeoutError:
                 continue
 
@@ -121,7 +129,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 
 def attack(host: Host, isolation: Isolation) -> dict[str, Outcome]:
-    programs = [Program(source=f"HOST = {host.facts!r}\n{path.read_text()}", tests=SQUARES) for path in HOSTILE]
+    programs = [
+        Program(source=f"HOST = {host.facts!r}\n{path.read_text()}", tests=SQUARES) for path in HOSTILE
+    ]
     outcomes = run_many(programs, num_workers=8, limits=TIGHT, isolation=isolation)
     return {path.stem: outcome for path, outcome in zip(HOSTILE, outcomes, strict=True)}
 
@@ -137,7 +147,9 @@ def outcomes(host: Host) -> dict[str, Outcome]:
 def test_hostile_program_fails(name: str, outcomes: dict[str, Outcome]) -> None:
     outcome = outcomes[name]
     assert outcome.status != "passed"
-    assert outcome.status in EXPECTED.get(name, {"failed", "error", "timeout", "killed", "memory", "output"}), outcome
+    assert outcome.status in EXPECTED.get(
+        name, {"failed", "error", "timeout", "killed", "memory", "output"}
+    ), outcome
     assert SECRET not in f"{outcome.stdout}{outcome.stderr}{outcome.detail}"
     assert len(outcome.stdout) + len(outcome.stderr) <= 2 * 8192
 
@@ -150,29 +162,49 @@ def test_host_is_unharmed(host: Host, outcomes: dict[str, Outcome]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != "full"])
 def test_hostile_programs_at_lower_levels(level: str, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One mechanism by itself: without namespaces nothing passes; without seccomp, which is never used so, nothing gets out."""
+    """One mechanism by itself: without namespaces nothing passes; without seccomp, which is never used so,
+    nothing gets out."""
     monkeypatch.setenv("HPD_TEST_SECRET", SECRET)
     outcomes = attack(host, LEVELS[level])
     passed = {name for name, outcome in outcomes.items() if outcome.status == "passed"}
-    # Permitted inside namespaces, where it reaches nothing: signals to itself, sockets without a network, more namespaces.
-    harmless = {"kill_parent", "mount_and_unshare", "udp_and_raw_sockets", "ptrace_harness", "shared_memory", "anonymous_files"}
-    harmless |= {"io_uring", "leave_root", "rename_and_chmod", "read_system_files", "kill_by_descriptor", "kill_everything"}
+    # Permitted inside namespaces, where it reaches nothing: signals to itself, sockets without a network,
+    # more namespaces.
+    harmless = {
+        "kill_parent",
+        "mount_and_unshare",
+        "udp_and_raw_sockets",
+        "ptrace_harness",
+        "shared_memory",
+        "anonymous_files",
+    }
+    harmless |= {
+        "io_uring",
+        "leave_root",
+        "rename_and_chmod",
+        "read_system_files",
+        "kill_by_descriptor",
+        "kill_everything",
+    }
     assert passed <= (harmless if level == "namespaces-alone" else set())
     assert not any(SECRET in f"{o.stdout}{o.stderr}{o.detail}" for o in outcomes.values())
     assert_unharmed(host)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else; without it the tests above show this")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="needs root to become somebody else; without it the tests above show this"
+)
 @pytest.mark.parametrize("level", ISOLATIONS)
 def test_hostile_programs_of_an_ordinary_user(
     level: str, host: Host, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """User namespaces instead of root's privileges; without them the program has the very user of the evaluating process."""
+    """User namespaces instead of root's privileges; without them the program has the very user of the
+    evaluating process."""
     python = next((path for path in (sys.executable, "/usr/bin/python3") if _runs_as_nobody(path)), None)
     if python is None:
         pytest.skip("no Python that other users may run")
-    # pytest's folders are its user's own: all that it made on the way here are opened (a worker of xdist has one more).
+    # pytest's folders are its user's own: all that it made on the way here are opened (a worker of xdist has
+    # one more).
     base = tmp_path_factory.getbasetemp()
     opened = [tmp_path, *(parent for parent in tmp_path.parents if parent.is_relative_to(base)), base.parent]
     for folder in [*opened, *([base.parent.parent] if base.name.startswith("popen-") else [])]:
@@ -207,9 +239,13 @@ print(json.dumps({{name: [o.status, o.stdout + o.stderr + o.detail] for name, o 
 
 
 def _runs_as_nobody(python: str) -> bool:
-    code = f"import sys; sys.path.insert(0, {str(Path(hpd.__file__).parents[1])!r}); import hpd.evaluate.sandbox"
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(hpd.__file__).parents[1])!r}); import hpd.evaluate.sandbox"
+    )
     try:
-        done = subprocess.run([python, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True, cwd="/")
+        done = subprocess.run(
+            [python, "-c", code], user=65534, group=65534, extra_groups=[], capture_output=True, cwd="/"
+        )
     except PermissionError:
         return False
     return done.returncode == 0
@@ -251,8 +287,8 @@ def test_report_names_every_mechanism() -> None:
 @pytest.mark.parametrize("level", ISOLATIONS)
 def test_standard_library_works(level: str) -> None:
     source = """
-import asyncio, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools, json, math
-import random, re, statistics, string, threading, time, typing, unicodedata, uuid, zlib
+import asyncio, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools,
+json, math import random, re, statistics, string, threading, time, typing, unicodedata, uuid, zlib
 
 @dataclasses.dataclass
 class Point:
@@ -279,7 +315,8 @@ def test_scratch_folder() -> None:
     if not sandbox_report().isolation.namespaces:
         pytest.skip("files need namespaces")
     outcome = run_program(
-        "open('notes', 'w').write('x' * 1000)\nimport os\nprint(os.listdir('.'), os.getcwd(), len(os.environ))"
+        "open('notes', 'w').write('x' * 1000)\nimport os\nprint(os.listdir('.'), os.getcwd(), "
+        "len(os.environ))"
     )
     assert (outcome.status, outcome.stdout) == ("finished", "['notes'] /tmp 0\n")
 
@@ -300,7 +337,9 @@ def test_scratch_folder() -> None:
     ],
 )
 def test_status_and_detail(source: str, status: str, detail: str) -> None:
-    outcome = run_program(source, limits=replace(TIGHT, wall_seconds=60))  # a second of processor time can take many
+    outcome = run_program(
+        source, limits=replace(TIGHT, wall_seconds=60)
+    )  # a second of processor time can take many
     assert outcome.status == status
     assert detail in outcome.detail
 
@@ -308,7 +347,11 @@ def test_status_and_detail(source: str, status: str, detail: str) -> None:
 @pytest.mark.parametrize(
     ("program", "tests", "detail"),
     [
-        ("def f(x): return x", "assert program.f(1) == 2", "AssertionError at line 1: assert program.f(1) == 2"),
+        (
+            "def f(x): return x",
+            "assert program.f(1) == 2",
+            "AssertionError at line 1: assert program.f(1) == 2",
+        ),
         ("def f(x): return 1 / x", "program.f(0)", "ZeroDivisionError: division by zero"),
         ("def g(x): return x", "program.f(0)", "AttributeError"),
         ("class E(Exception): pass\ndef f(x): raise E('odd')", "program.f(0)", "RemoteError: E: odd"),
@@ -407,10 +450,35 @@ def test_wire_keeps_plain_data() -> None:
 
     pair = namedtuple("pair", "a b")
     values = [
-        None, True, 0, -1, 2**63, -(10**5000), 0.1, float("inf"), -0.0, "a\ud800\u2028", b"\0x", bytearray(b"y"), 1 + 2j,
-        (1, (2, [3])), {1: {2: 3}, (1, 2): None}, {1, "a"}, frozenset({2}), range(3, 9, 2), deque([1]), Decimal("1.10"),
-        Fraction(1, 3), date(2024, 2, 29), datetime(2024, 2, 29, 1, 2), {"h": 1}, {"d": [[1, 2]]}, [], int, type(None),
-    ]  # fmt: skip
+        None,
+        True,
+        0,
+        -1,
+        2**63,
+        -(10**5000),
+        0.1,
+        float("inf"),
+        -0.0,
+        "a\ud800\u2028",
+        b"\0x",
+        bytearray(b"y"),
+        1 + 2j,
+        (1, (2, [3])),
+        {1: {2: 3}, (1, 2): None},
+        {1, "a"},
+        frozenset({2}),
+        range(3, 9, 2),
+        deque([1]),
+        Decimal("1.10"),
+        Fraction(1, 3),
+        date(2024, 2, 29),
+        datetime(2024, 2, 29, 1, 2),
+        {"h": 1},
+        {"d": [[1, 2]]},
+        [],
+        int,
+        type(None),
+    ]
     for value in values:
         copy = wire.decode(wire.encode(value))
         assert copy == value
@@ -431,13 +499,16 @@ def test_system_call_numbers() -> None:
         pytest.skip("no kernel headers here")
     lines = [line.split() for line in headers[0].read_text().splitlines() if line.startswith("#define __NR")]
     numbers = {
-        name.removeprefix("__NR_").removeprefix("__NR3264_"): value for _, name, value, *_ in (x for x in lines if len(x) > 2)
+        name.removeprefix("__NR_").removeprefix("__NR3264_"): value
+        for _, name, value, *_ in (x for x in lines if len(x) > 2)
     }
     column = syscalls.ARCHITECTURES[machine][0]
     for table in (syscalls._COMPUTE, syscalls._FILES, syscalls._REFUSED):
         for name, both in table.items():
             if both[column] is not None:
-                assert numbers[name if (machine, name) != ("aarch64", "newfstatat") else "fstatat"] == str(both[column]), name
+                assert numbers[name if (machine, name) != ("aarch64", "newfstatat") else "fstatat"] == str(
+                    both[column]
+                ), name
 
 
 @pytest.mark.parametrize("machine", syscalls.ARCHITECTURES)
@@ -460,4 +531,7 @@ def test_runner_needs_the_standard_library_only() -> None:
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for module in modules:
                 root = module.split(".")[0]
-                assert root in sys.stdlib_module_names or root in ("lockdown", "syscalls", "wire"), (name, module)
+                assert root in sys.stdlib_module_names or root in ("lockdown", "syscalls", "wire"), (
+                    name,
+                    module,
+                )

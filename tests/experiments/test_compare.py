@@ -24,17 +24,25 @@ def grid(tmp_path_factory):
 
 def write(**changes):
     tree = {
-        "name": "e", "base": {"student": "s", "teacher": "t", "data": {"path": "d.jsonl"}, "train": {"learning_rate": 1e-3}},
-        "axes": {"method": ["hpd", "forward_kl"], "seed": [0, 1]}, **changes,
-    }  # fmt: skip
+        "name": "e",
+        "base": {
+            "student": "s",
+            "teacher": "t",
+            "data": {"path": "d.jsonl"},
+            "train": {"learning_rate": 1e-3},
+        },
+        "axes": {"method": ["hpd", "forward_kl"], "seed": [0, 1]},
+        **changes,
+    }
     return yaml.safe_dump(tree, sort_keys=False)
 
 
 def test_the_grid_is_the_product_without_the_excluded(tmp_path):
     text = write(
         axes={"method_kwargs.reverse": [0.0, 1.0], "method_kwargs.mask": [False, True], "seed": [0, 1]},
-        exclude=[{"method_kwargs.reverse": 0.0, "method_kwargs.mask": True}], set={"method": "hpd", "train.warmup_steps": 3},
-    )  # fmt: skip
+        exclude=[{"method_kwargs.reverse": 0.0, "method_kwargs.mask": True}],
+        set={"method": "hpd", "train.warmup_steps": 3},
+    )
     cells = expand(read_experiment(text), tmp_path)
     assert [cell.name for cell in cells][:2] == ["reverse-0__mask-off__seed-0", "reverse-0__mask-off__seed-1"]
     assert len(cells) == 6
@@ -42,11 +50,19 @@ def test_the_grid_is_the_product_without_the_excluded(tmp_path):
     assert last.recipe.method_kwargs == {"reverse": 1.0, "mask": True}
     assert last.recipe.train == {"learning_rate": 1e-3, "warmup_steps": 3, "seed": 1}
     assert last.axes == {"method_kwargs.reverse": "1", "method_kwargs.mask": "on", "seed": "1"}
-    assert {cell.recipe.output_dir for cell in cells} == {str(tmp_path / "runs" / cell.name) for cell in cells}
+    assert {cell.recipe.output_dir for cell in cells} == {
+        str(tmp_path / "runs" / cell.name) for cell in cells
+    }
 
 
 def test_a_method_axis_does_not_inherit_the_base_methods_parameters(tmp_path):
-    base = {"student": "s", "teacher": "t", "data": {"path": "d"}, "method": "hpd", "method_kwargs": {"mask": False}}
+    base = {
+        "student": "s",
+        "teacher": "t",
+        "data": {"path": "d"},
+        "method": "hpd",
+        "method_kwargs": {"mask": False},
+    }
     variants = {
         "plain": {"method": "akl"},
         "own": {"method": "akl", "method_kwargs": {"mu": 0.3}},
@@ -64,7 +80,10 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
     assert len(cells) == 2 * 4 * 2
     assert {cell.recipe.train["seed"] for cell in cells} == {10, 11}
     test = expand(experiment, tmp_path, {"hpd": 4e-3, "forward_kl": 1e-3})
-    assert {(c.recipe.method, c.recipe.train["learning_rate"]) for c in test} == {("hpd", 4e-3), ("forward_kl", 1e-3)}
+    assert {(c.recipe.method, c.recipe.train["learning_rate"]) for c in test} == {
+        ("hpd", 4e-3),
+        ("forward_kl", 1e-3),
+    }
     assert {cell.recipe.train["seed"] for cell in test} == {0, 1}
 
 
@@ -73,12 +92,24 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
     [
         ({"axis": {}}, "unknown key 'axis'; Did you mean 'axes'"),
         ({"tune": {"train.learning_rate": [1e-3, 2e-3, 4e-3, 8e-3], "seeds": [1, 9]}}, "share seed 1"),
-        ({"tune": {"train.learning_rate": [1e-3, 2e-3, 4e-3], "seeds": [9]}}, "at least 4 learning rates over a factor of 8"),
+        (
+            {"tune": {"train.learning_rate": [1e-3, 2e-3, 4e-3], "seeds": [9]}},
+            "at least 4 learning rates over a factor of 8",
+        ),
         ({"tune": {"train.learning_rate": [1e-3, 2e-3, 3e-3, 4e-3], "seeds": [9]}}, "over a factor of 8"),
-        ({"tune": {"train.learning_rate": [1, 2, 4, 8], "seeds": [9], "metric": "accuracy"}}, "better when higher"),
-        ({"tune": {"train.learning_rate": [1, 2, 4, 8], "seeds": [9], "metric": "tset"}}, "not measured on validation rows"),
+        (
+            {"tune": {"train.learning_rate": [1, 2, 4, 8], "seeds": [9], "metric": "accuracy"}},
+            "better when higher",
+        ),
+        (
+            {"tune": {"train.learning_rate": [1, 2, 4, 8], "seeds": [9], "metric": "tset"}},
+            "not measured on validation rows",
+        ),
         ({"axes": {"method": ["hpd", "hpd"]}}, "different values"),
-        ({"axes": {"method": ["hdp"]}}, "The cell hdp is no valid recipe. Unknown method 'hdp'. Did you mean 'hpd'"),
+        (
+            {"axes": {"method": ["hdp"]}},
+            "The cell hdp is no valid recipe. Unknown method 'hdp'. Did you mean 'hpd'",
+        ),
         ({"exclude": [{"metod": "hpd"}]}, "Did you mean 'method'"),
         ({"exclude": [{"seed": [0, 1]}]}, "exclude leaves no cell"),
         ({"budget": {"type": "hours", "value": 1}}, "'budget.type'"),
@@ -95,7 +126,10 @@ def test_mistakes_in_the_file(tmp_path, changes, message):
 
 
 def test_runs_may_differ_in_the_axes_only():
-    recipes = [{"method": "hpd", "train": {"seed": s, "warmup_steps": w}, "output_dir": str(s)} for s, w in ((0, 1), (1, 2))]
+    recipes = [
+        {"method": "hpd", "train": {"seed": s, "warmup_steps": w}, "output_dir": str(s)}
+        for s, w in ((0, 1), (1, 2))
+    ]
     assert differing_paths(recipes) == ["train.seed", "train.warmup_steps"]
     old, new = {"hpd": "1", "packages": {"torch": "2.8"}}, {"hpd": "1", "packages": {"torch": "2.9"}}
     with pytest.raises(ValueError, match="differ in more than the axes: packages"):
@@ -106,14 +140,23 @@ def test_runs_may_differ_in_the_axes_only():
 def test_variants_stand_in_the_order_of_their_own_axis():
     from hpd.experiments.results import _label_order
 
-    experiment = read_experiment(write(axes={"method_kwargs.reverse": [0.0, 0.5, 1.0], "method_kwargs.draw_share": [1.0, 0.0]}))
+    experiment = read_experiment(
+        write(axes={"method_kwargs.reverse": [0.0, 0.5, 1.0], "method_kwargs.draw_share": [1.0, 0.0]})
+    )
     order = _label_order(experiment)
     assert list(order["method_kwargs.reverse"]) == ["0", "0.5", "1"]
     assert list(order["method_kwargs.draw_share"]) == ["1", "0"]  # a label of two axes has a place in each
 
 
 def test_choices_say_when_the_best_is_at_the_edge():
-    choice = Choice("hpd", "train.learning_rate", "loss", "min", 2e-3, {"0.001": [1.0, 1.2], "0.002": [0.9], "0.004": [1.4]})
+    choice = Choice(
+        "hpd",
+        "train.learning_rate",
+        "loss",
+        "min",
+        2e-3,
+        {"0.001": [1.0, 1.2], "0.002": [0.9], "0.004": [1.4]},
+    )
     assert not choice.at_edge
     assert choice.spread == pytest.approx(0.5)
     assert choice._replace(chosen=1e-3).at_edge
@@ -121,7 +164,8 @@ def test_choices_say_when_the_best_is_at_the_edge():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_experiment_files_expand(tmp_path, monkeypatch, path):
-    """Every cell of every committed experiment is a valid recipe (bases that train or need an extra are replaced)."""
+    """Every cell of every committed experiment is a valid recipe (bases that train or need an extra are
+    replaced)."""
     monkeypatch.chdir(ROOT)
     from hpd.demo.run import demo_recipe
     from hpd.experiments import tasks
@@ -167,9 +211,14 @@ def test_every_cell_is_a_plain_run_folder(grid):
 
 def test_an_interrupted_grid_goes_on_where_it_stopped(grid):
     kept, lost = grid / "runs" / "hpd__seed-0", grid / "runs" / "hpd__seed-1"
-    before, figures = (kept / "summary.json").stat().st_mtime, json.loads((lost / "experiment.json").read_text())["figures"]
+    before, figures = (
+        (kept / "summary.json").stat().st_mtime,
+        json.loads((lost / "experiment.json").read_text())["figures"],
+    )
     shutil.rmtree(lost)
-    _, failures = compare(grid.parent / "tiny.yaml", jobs=2, allow=["git_commit"])  # somebody may commit meanwhile
+    _, failures = compare(
+        grid.parent / "tiny.yaml", jobs=2, allow=["git_commit"]
+    )  # somebody may commit meanwhile
     assert failures == []
     assert (kept / "summary.json").stat().st_mtime == before
     assert json.loads((lost / "experiment.json").read_text())["figures"] == pytest.approx(figures, abs=1e-4)
@@ -207,7 +256,13 @@ def test_a_changed_question_foreign_runs_and_changed_data_are_refused(grid):
 def test_dry_run_writes_nothing_and_names_the_method_of_its_prediction(grid, tmp_path):
     done = command("compare", grid.parent / "tiny.yaml", "--dry-run", "--no-probe")
     assert done.exit_code == 0, done.output
-    words = ("finished runs", "method: hpd, forward_kl", "equal budget: 12 steps", "Memory of 1 at once", "other: 0.00 hours")
+    words = (
+        "finished runs",
+        "method: hpd, forward_kl",
+        "equal budget: 12 steps",
+        "Memory of 1 at once",
+        "other: 0.00 hours",
+    )
     for word in words:
         assert word in done.output, word
     folder = tmp_path / "new"
@@ -220,9 +275,13 @@ def test_dry_run_writes_nothing_and_names_the_method_of_its_prediction(grid, tmp
 
 def test_a_run_that_fails_costs_only_itself(tmp_path):
     path = tiny_experiment(
-        tmp_path, axes={"train.optim": ["adamw_torch", "no_such_optimizer"], "seed": [0]}, tune=None, evals=[], own_samples=0,
+        tmp_path,
+        axes={"train.optim": ["adamw_torch", "no_such_optimizer"], "seed": [0]},
+        tune=None,
+        evals=[],
+        own_samples=0,
         budget={"type": "steps", "value": 2},
-    )  # fmt: skip
+    )
     _, failures = compare(path)
     assert [failure.name for failure in failures] == ["optim-no_such_optimizer__seed-0"]
     assert "no_such_optimizer" in failures[0].reason
@@ -251,9 +310,17 @@ def test_a_budget_stops_the_run_and_the_schedule_ends_there(tmp_path, kind):
     rates = [log["learning_rate"] for log in logs if "loss" in log]
     assert rates[1] > 0.8 * 1e-2  # cosine, over the budget and not over the ceiling of 40 steps
     assert rates[-1] < 0.1 * 1e-2
-    assert cost["flops"] == pytest.approx(price.backbone * cost["trained_tokens"] + price.head * cost["label_tokens"])
+    assert cost["flops"] == pytest.approx(
+        price.backbone * cost["trained_tokens"] + price.head * cost["label_tokens"]
+    )
     with pytest.raises(ValueError, match=r"train.max_steps is the ceiling"):
-        run_job(Job(load_recipe({**tree, "output_dir": str(tmp_path / "more")}), cell.axes, Budget(type=kind, value=1e15)))
+        run_job(
+            Job(
+                load_recipe({**tree, "output_dir": str(tmp_path / "more")}),
+                cell.axes,
+                Budget(type=kind, value=1e15),
+            )
+        )
 
 
 def test_the_price_of_a_token_is_the_formula_on_the_weights(tmp_path):
@@ -271,7 +338,9 @@ def test_the_price_of_a_token_is_the_formula_on_the_weights(tmp_path):
         return sum(p.numel() for p in model.parameters()) - head.numel() * (1 if shared else 2), head.numel()
 
     (student, head), (teacher, teacher_head) = weights(base["student"]), weights(base["teacher"])
-    hpd_price, sft_price = (flops_per_token(load_recipe({**base, "method": method})) for method in ("hpd", "sft"))
+    hpd_price, sft_price = (
+        flops_per_token(load_recipe({**base, "method": method})) for method in ("hpd", "sft")
+    )
     assert hpd_price == (6 * student + 2 * teacher, 6 * head + 2 * teacher_head, 2 * (student + head))
     assert sft_price == (6 * student, 6 * head, 2 * (student + head))
 
@@ -280,21 +349,31 @@ def test_a_budget_in_seconds_stops_the_run(tmp_path):
     from hpd.experiments.worker import Job, run_job
 
     path = tiny_experiment(tmp_path, budget=None, tune=None)
-    tree = {**yaml.safe_load(path.read_text())["base"], "method": "sft", "output_dir": str(tmp_path / "seconds")}
+    tree = {
+        **yaml.safe_load(path.read_text())["base"],
+        "method": "sft",
+        "output_dir": str(tmp_path / "seconds"),
+    }
     tree["train"] = {**tree["train"], "max_steps": 100_000, "logging_steps": 1, "warmup_steps": 0}
     run_job(Job(load_recipe(tree), {"seed": "0"}, Budget(type="seconds", value=2.0)))
     cost = json.loads((tmp_path / "seconds" / "cost.json").read_text())
-    assert 2.0 <= cost["seconds"] < 6.0  # a step of this pair takes hundredths of a second, here or on a busy machine
+    assert (
+        2.0 <= cost["seconds"] < 6.0
+    )  # a step of this pair takes hundredths of a second, here or on a busy machine
     logs = [json.loads(line) for line in (tmp_path / "seconds" / "metrics.jsonl").read_text().splitlines()]
     rates = [log["learning_rate"] for log in logs if "loss" in log]
     assert rates == sorted(rates, reverse=True)  # cosine over the seconds that are spent
     assert rates[-1] < 0.1 * 1e-2
     with pytest.raises(ValueError, match="needs --jobs 1"):
-        compare(tiny_experiment(tmp_path, budget={"type": "seconds", "value": 2.0}, set={"train.max_steps": 9}), jobs=2)
+        compare(
+            tiny_experiment(tmp_path, budget={"type": "seconds", "value": 2.0}, set={"train.max_steps": 9}),
+            jobs=2,
+        )
 
 
 def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
-    """Killed after its first checkpoint: the budget covers both lives, and the student is the undisturbed one."""
+    """Killed after its first checkpoint: the budget covers both lives, and the student is the undisturbed
+    one."""
     import multiprocessing
     import os
     import signal
@@ -306,10 +385,18 @@ def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
 
     path = tiny_experiment(tmp_path, budget=None, tune=None)
     tree = {**yaml.safe_load(path.read_text())["base"], "method": "hpd"}
-    tree["train"] = {**tree["train"], "max_steps": 400, "save_strategy": "steps", "save_steps": 5, "logging_steps": 5}
+    tree["train"] = {
+        **tree["train"],
+        "max_steps": 400,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "logging_steps": 5,
+    }
     jobs = [
         Job(
-            load_recipe({**tree, "output_dir": str(tmp_path / name)}), {"seed": "0"}, Budget(type="label_tokens", value=3000)
+            load_recipe({**tree, "output_dir": str(tmp_path / name)}),
+            {"seed": "0"},
+            Budget(type="label_tokens", value=3000),
         )  # 2988 before the last step: what is left is less than half a step
         for name in ("undisturbed", "killed")
     ]
@@ -317,7 +404,9 @@ def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=run_job, args=(jobs[1],))
     process.start()
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-5" / "complete.json").is_file() and time.monotonic() < deadline:
+    while (
+        not (tmp_path / "killed" / "checkpoint-5" / "complete.json").is_file() and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

@@ -57,7 +57,9 @@ def test_a_chain_is_solved_one_equation_at_a_time(small):
     for row in rows:
         *_, last = equations = row["completion"].partition("####")[0].split(",")
         assert len(equations) == 5
-        assert all(str(eval(left)) == right for left, right in (equation.split("=") for equation in equations))
+        assert all(
+            str(eval(left)) == right for left, right in (equation.split("=") for equation in equations)
+        )
         assert last.endswith(f"={row['answer']}")
         assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
         assert is_correct(row["completion"], row["answer"])
@@ -122,15 +124,26 @@ def test_a_grid_reads_the_cache_and_asks_its_model_about_own_samples(small, tmp_
     folder, recipe = small["chains"]
     experiment = tmp_path / "grid.yaml"
     tree = {
-        "name": "grid", "base": recipe, "set": {"eval": None}, "budget": {"type": "steps", "value": 3},
+        "name": "grid",
+        "base": recipe,
+        "set": {"eval": None},
+        "budget": {"type": "steps", "value": 3},
         "variants": {
             "hpd": {"method": "hpd"},
-            "sft": {"method": "sft", "data.path": str(folder / "truth.jsonl"), "teacher": str(folder / "teacher")},
+            "sft": {
+                "method": "sft",
+                "data.path": str(folder / "truth.jsonl"),
+                "teacher": str(folder / "teacher"),
+            },
         },
-        "axes": {"seed": [0, 1]}, "evals": [{"name": "sampled_accuracy", "temperature": 1.0, "limit": 8}],
-        "own_samples": 8, "own_samples_every": 2, "baseline": "sft",
-        "metrics": ["sampled_accuracy", "forward_kl"], "output_dir": str(tmp_path / "out"),
-    }  # fmt: skip
+        "axes": {"seed": [0, 1]},
+        "evals": [{"name": "sampled_accuracy", "temperature": 1.0, "limit": 8}],
+        "own_samples": 8,
+        "own_samples_every": 2,
+        "baseline": "sft",
+        "metrics": ["sampled_accuracy", "forward_kl"],
+        "output_dir": str(tmp_path / "out"),
+    }
     experiment.write_text(json.dumps(tree))
     done = CliRunner().invoke(app, ["compare", str(experiment)])
     assert done.exit_code == 0, done.output
@@ -153,7 +166,9 @@ def test_own_samples_leave_training_alone_and_go_on_where_a_run_was_resumed(tmp_
 
     seen = []
     student = torch.nn.Linear(1, 1)
-    curve = OwnSampleCurve(tmp_path / "own.jsonl", 2, lambda model: seen.append(model.training) or {"own_entropy": 1.0})
+    curve = OwnSampleCurve(
+        tmp_path / "own.jsonl", 2, lambda model: seen.append(model.training) or {"own_entropy": 1.0}
+    )
     state = TrainerState()
     curve.on_train_begin(None, state, None, model=student)
     for state.global_step in (1, 2, 3, 4):

@@ -21,7 +21,9 @@ from hpd.experiments.report import build_report
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.tables import ablation_table
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 DRIVER = shutil.which("chromedriver")
 PHONE_WIDTH = 390
 
@@ -40,11 +42,16 @@ def test_the_numbers_are_those_of_the_runs(grid):
     with (grid / "report" / "data" / "results.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     for method in ("hpd", "forward_kl"):
-        found = [json.loads((grid / "runs" / f"{method}__seed-{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+        found = [
+            json.loads((grid / "runs" / f"{method}__seed-{seed}" / "summary.json").read_text())
+            for seed in (0, 1)
+        ]
         expected = sum(summary["forward_kl after"] for summary in found) / 2
         assert float(rows[method]["forward kl"]) == pytest.approx(expected)
         assert rows[method]["seeds"] == "2"
-    assert rows["teacher"]["accuracy"] == str(json.loads((grid / "teacher" / "figures.json").read_text())["accuracy"])
+    assert rows["teacher"]["accuracy"] == str(
+        json.loads((grid / "teacher" / "figures.json").read_text())["accuracy"]
+    )
 
 
 def test_a_finding_that_two_seeds_cannot_bear_is_called_none(grid):
@@ -100,7 +107,9 @@ def test_plain_run_folders_get_a_report_and_a_baseline(grid, tmp_path):
     chosen = json.loads((grid / "tuned.json").read_text())
     decays = {choice["group"]: choice["chosen"] for choice in chosen}
     # Recipe keys that differ are the axes; a decay that both were tuned to is none.
-    baseline = "forward_kl" + (f", weight_decay={decays['forward_kl']}" if len(set(decays.values())) > 1 else "")
+    baseline = "forward_kl" + (
+        f", weight_decay={decays['forward_kl']}" if len(set(decays.values())) > 1 else ""
+    )
     done = command("report", *runs, "--output", tmp_path / "out", "--baseline", baseline)
     assert done.exit_code == 0, done.output
     assert "against forward_kl" in done.output or " forward_kl" in done.output
@@ -110,7 +119,10 @@ def test_plain_run_folders_get_a_report_and_a_baseline(grid, tmp_path):
 
 
 def test_runs_of_other_software_are_refused_unless_allowed(grid, tmp_path):
-    copies = [shutil.copytree(grid / "runs" / f"{method}__seed-0", tmp_path / method) for method in ("hpd", "forward_kl")]
+    copies = [
+        shutil.copytree(grid / "runs" / f"{method}__seed-0", tmp_path / method)
+        for method in ("hpd", "forward_kl")
+    ]
     path = copies[0] / "environment.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "python": "2.7"}))
     with pytest.raises(ValueError, match="python: 2.7 and"):
@@ -138,15 +150,32 @@ def test_an_unfinished_run_is_counted_and_its_curve_is_drawn(grid, tmp_path):
 def synthetic(axes, value, seeds=(0, 1)):
     """Runs whose accuracy is a function of their axes: only for what a grid of two methods does not show."""
     runs = [
-        Run(folder=None, axes=labels, group=", ".join(labels.values()), seed=seed, recipe={},
-            figures={"accuracy": value(labels, seed)}, logs=[], records={}, answers={}, environment={}, cost={}, teacher={})
-        for labels in axes for seed in seeds
-    ]  # fmt: skip
+        Run(
+            folder=None,
+            axes=labels,
+            group=", ".join(labels.values()),
+            seed=seed,
+            recipe={},
+            figures={"accuracy": value(labels, seed)},
+            logs=[],
+            records={},
+            answers={},
+            environment={},
+            cost={},
+            teacher={},
+        )
+        for labels in axes
+        for seed in seeds
+    ]
     return Results(title="t", runs=runs, axes=tuple(axes[0]))
 
 
 def test_heat_map_and_scaling_hold_the_means():
-    axes = [{"method_kwargs.reverse": r, "method_kwargs.draw_share": d} for r in ("0.5", "1") for d in ("0", "0.5", "1")]
+    axes = [
+        {"method_kwargs.reverse": r, "method_kwargs.draw_share": d}
+        for r in ("0.5", "1")
+        for d in ("0", "0.5", "1")
+    ]
     results = synthetic(axes, lambda labels, seed: float(labels["method_kwargs.reverse"]) + seed)
     (panel,) = heat_maps(results, ["accuracy"])
     assert ("0.5", "0", 1.0, 2) in panel.rows
@@ -154,20 +183,30 @@ def test_heat_map_and_scaling_hold_the_means():
     assert to_svg(panel).startswith("<svg role")
     assert to_png(panel).startswith(b"\x89PNG")
     lines = scaling_panels(
-        synthetic([{"method": m, "data.limit": n} for m in "ab" for n in ("100", "1000")], lambda a, s: s), ["accuracy"]
+        synthetic([{"method": m, "data.limit": n} for m in "ab" for n in ("100", "1000")], lambda a, s: s),
+        ["accuracy"],
     )
     assert [panel.title for panel in lines] == ["accuracy over limit"]
-    assert ("a", 100.0, 0.5, pytest.approx(0.5 - 6.3531, abs=1e-3), pytest.approx(0.5 + 6.3531, abs=1e-3)) in lines[0].rows
+    assert (
+        "a",
+        100.0,
+        0.5,
+        pytest.approx(0.5 - 6.3531, abs=1e-3),
+        pytest.approx(0.5 + 6.3531, abs=1e-3),
+    ) in lines[0].rows
 
 
 def test_ablation_is_the_paired_effect_of_each_switch():
     axes = [{"k.mask": m, "k.reinforce": r} for m in ("off", "on") for r in ("off", "on")]
-    results = synthetic(axes, lambda a, seed: 0.5 + 0.1 * (a["k.mask"] == "on") - 0.2 * (a["k.reinforce"] == "on") + seed)
+    results = synthetic(
+        axes, lambda a, seed: 0.5 + 0.1 * (a["k.mask"] == "on") - 0.2 * (a["k.reinforce"] == "on") + seed
+    )
     table = ablation_table(results, ["accuracy"])
     assert table is not None
     assert [(row[0], row[1], round(row[3].sort, 6), row[5]) for row in table.rows] == [
-        ("mask", "off → on", 0.1, 4), ("reinforce", "off → on", -0.2, 4),
-    ]  # fmt: skip
+        ("mask", "off → on", 0.1, 4),
+        ("reinforce", "off → on", -0.2, 4),
+    ]
 
 
 def test_figures_follow_the_colours_of_the_page():
@@ -189,7 +228,13 @@ def test_figures_follow_the_colours_of_the_page():
 
 @pytest.mark.parametrize(
     ("metric", "better"),
-    [("accuracy", True), ("sampled_accuracy", True), ("own_reverse_kl", False), ("loss", False), ("student_entropy", None)],
+    [
+        ("accuracy", True),
+        ("sampled_accuracy", True),
+        ("own_reverse_kl", False),
+        ("loss", False),
+        ("student_entropy", None),
+    ],
 )
 def test_direction_of_metrics(metric, better):
     assert higher_is_better(metric) is better
@@ -222,7 +267,9 @@ def test_watch_serves_this_machine_only_and_sees_new_results(grid, tmp_path):
 
 def test_watch_command_prints_its_address(grid):
     process = subprocess.Popen(
-        [sys.executable, "-m", "hpd", "report", str(grid), "--watch", "--port", "0"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "hpd", "report", str(grid), "--watch", "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -245,9 +292,16 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -258,7 +312,9 @@ def browser(tmp_path_factory):
 def show(browser, grid, width=1200, scheme="light"):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     browser.get((grid / "report" / "index.html").as_uri())
 
 
@@ -272,21 +328,22 @@ def test_page_in_a_browser_has_plots_and_no_errors(grid, browser):
         ".filter(s => s.getBBox().width < 50 || !s.querySelector('path')).length"
     )
     assert browser.execute_script(empty) == 0
-    twice = (
-        "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.filter((x, i) => ids.indexOf(x) !== i)"
-    )
+    twice = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.filter((x, i) => ids.indexOf(x) !== i)"
     assert browser.execute_script(twice) == []
 
 
 def test_tables_sort_on_click(grid, browser):
     show(browser, grid)
     column = (
-        "const t = document.querySelector('#results table'); const i = [...t.tHead.rows[0].cells].findIndex(c => "
-        "c.textContent.trim() === 'loss'); return [...t.tBodies[0].rows].map(r => r.cells[i].dataset.sort)"
+        "const t = document.querySelector('#results table'); const i = "
+        "[...t.tHead.rows[0].cells].findIndex(c => c.textContent.trim() === 'loss'); return "
+        "[...t.tBodies[0].rows].map(r => r.cells[i].dataset.sort)"
     )
     click = (
-        "[...document.querySelectorAll('#results th button')].find(b => b.textContent.trim() === 'loss').click();"
-        "return [...document.querySelectorAll('#results th')].map(h => h.getAttribute('aria-sort')).filter(Boolean)"
+        "[...document.querySelectorAll('#results th button')].find(b => b.textContent.trim() === "
+        "'loss').click();"
+        "return [...document.querySelectorAll('#results th')].map(h => "
+        "h.getAttribute('aria-sort')).filter(Boolean)"
     )
     assert browser.execute_script(click) == ["ascending"]
     rising = browser.execute_script(column)
@@ -304,19 +361,23 @@ def test_phone_width_and_dark_mode(grid, browser):
     show(browser, grid, PHONE_WIDTH, "dark")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE_WIDTH
     paper, ink, curve = browser.execute_script(
-        "const s = e => getComputedStyle(e); return [s(document.body).backgroundColor, s(document.body).color, "
-        "s(document.querySelector('figure svg text')).fill]"
+        "const s = e => getComputedStyle(e); return [s(document.body).backgroundColor, "
+        "s(document.body).color, s(document.querySelector('figure svg text')).fill]"
     )
     dark, light = ([int(x) for x in re.findall(r"\d+", color)[:3]] for color in (paper, ink))
     assert max(dark) < 60
     assert min(light) > 180
     assert curve == ink  # figures follow
     smallest = browser.execute_script(
-        "return Math.min(...[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height))"
+        "return Math.min(...[...document.querySelectorAll('figure svg text')].map(t => "
+        "t.getBoundingClientRect().height))"
     )
     assert smallest >= 8
     show(browser, grid, PHONE_WIDTH)
-    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
 
 
 def test_script_in_an_answer_is_shown_and_not_run(grid, browser):
@@ -328,7 +389,9 @@ def test_script_in_an_answer_is_shown_and_not_run(grid, browser):
 def test_trackers_come_from_the_trainer(grid, tmp_path):
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     recipe = grid / "runs" / "forward_kl__seed-0" / "recipe.yaml"
-    done = hpd("train", recipe, f"output_dir={tmp_path / 'run'}", "train.report_to=tensorboard", "train.max_steps=2")
+    done = hpd(
+        "train", recipe, f"output_dir={tmp_path / 'run'}", "train.report_to=tensorboard", "train.max_steps=2"
+    )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
@@ -357,7 +420,9 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     page, blocks = tmp_path / "results.md", ("results", "verdicts", "verdicts hpd", "stability")
-    page.write_text("# R\n" + "".join(f"\n<!-- table grid {block} -->\n<!-- end -->\n" for block in blocks) + "\nend\n")
+    page.write_text(
+        "# R\n" + "".join(f"\n<!-- table grid {block} -->\n<!-- end -->\n" for block in blocks) + "\nend\n"
+    )
     monkeypatch.setattr(script, "PAGE", page)
     monkeypatch.setattr(script, "TARGET", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["results.py", "--runs", str(grid.parent)])

@@ -1,4 +1,5 @@
-"""Names that are programs: whatever models, methods, metrics and recipes are called, the page shows it and runs none of it."""
+"""Names that are programs: whatever models, methods, metrics and recipes are called, the page shows it and
+runs none of it."""
 
 from __future__ import annotations
 
@@ -54,19 +55,31 @@ def hostile_results():
         for limit in ("100", "1000"):
             for seed in (0, 1, 2):
                 value = 0.1 * number + 0.01 * seed + (limit == "100")
-                logs = [{"step": s, "loss": 1.0 / s, "forward_kl": value / s, f"<i>{name}": 1.0} for s in (1, 2, 3)]
+                logs = [
+                    {"step": s, "loss": 1.0 / s, "forward_kl": value / s, f"<i>{name}": 1.0}
+                    for s in (1, 2, 3)
+                ]
                 record = {"text": name, "correct": True, "prompt": " ".join(NASTY), "answer": name}
                 answers = {"accuracy": {"1": record}}
                 runs.append(
                     Run(
-                        folder=Path("."), axes={"method": name, f"data.{NASTY[0]}": limit}, group=f"{name}, {limit}", seed=seed,
+                        folder=Path("."),
+                        axes={"method": name, f"data.{NASTY[0]}": limit},
+                        group=f"{name}, {limit}",
+                        seed=seed,
                         recipe={"student": {"model": name}, "method": name, "seed": seed, NASTY[1]: name},
-                        figures={f"acc {name}": value, "accuracy": value, "forward_kl": value}, logs=logs, records={},
-                        answers=answers, environment={"hpd": name, "platform": NASTY[2], "packages": {NASTY[0]: name}},
-                        cost={"seconds": 1.0, "train seconds": 1.0}, teacher={f"acc {name}": 1.0},
+                        figures={f"acc {name}": value, "accuracy": value, "forward_kl": value},
+                        logs=logs,
+                        records={},
+                        answers=answers,
+                        environment={"hpd": name, "platform": NASTY[2], "packages": {NASTY[0]: name}},
+                        cost={"seconds": 1.0, "train seconds": 1.0},
+                        teacher={f"acc {name}": 1.0},
                     )
-                )  # fmt: skip
-    return Results(title=NASTY[0], runs=runs, axes=("method", f"data.{NASTY[0]}"), teacher={f"acc {NASTY[1]}": 1.0})
+                )
+    return Results(
+        title=NASTY[0], runs=runs, axes=("method", f"data.{NASTY[0]}"), teacher={f"acc {NASTY[1]}": 1.0}
+    )
 
 
 @pytest.fixture(scope="module")

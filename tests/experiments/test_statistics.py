@@ -27,7 +27,11 @@ def test_interval_is_students():
     interval = mean_interval(SLEEP)
     expected = stats.t.interval(0.95, 9, loc=np.mean(SLEEP), scale=stats.sem(SLEEP))
     assert interval[1:3] == pytest.approx(expected)
-    assert (round(interval.mean, 2), round(interval.low, 4), round(interval.high, 4)) == (1.58, 0.7001, 2.4599)
+    assert (round(interval.mean, 2), round(interval.low, 4), round(interval.high, 4)) == (
+        1.58,
+        0.7001,
+        2.4599,
+    )
     alone = mean_interval([3.0])
     assert alone.mean == 3.0
     assert math.isnan(alone.low)
@@ -42,9 +46,12 @@ def test_paired_t_of_the_sleep_data():
 def test_sign_flips_are_exact_and_agree_with_scipy():
     ours = sign_flip_test(SLEEP)
     theirs = stats.permutation_test(
-        (np.array(SLEEP), np.zeros(10)), lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples",
-        vectorized=True, n_resamples=np.inf,
-    ).pvalue  # fmt: skip
+        (np.array(SLEEP), np.zeros(10)),
+        lambda a, b, axis: np.mean(a - b, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=np.inf,
+    ).pvalue
     assert ours == pytest.approx(theirs)
     # Five seeds that all agree cannot say more than this.
     assert sign_flip_test([1, 2, 3, 4, 5]) == 2 / 32
@@ -88,7 +95,8 @@ def test_bootstrap_covers_what_it_promises(num_seeds, promised):
 
 
 def test_hierarchical_bootstrap_covers_chance_of_seeds_and_of_examples():
-    """Grades of 60 examples by 5 seeds per side, with effects of seeds and of examples: both must be in the interval."""
+    """Grades of 60 examples by 5 seeds per side, with effects of seeds and of examples: both must be in the
+    interval."""
     rng = np.random.default_rng(0)
     hits, narrow, num_experiments = 0, 0, 300
     for _ in range(num_experiments):
@@ -102,15 +110,16 @@ def test_hierarchical_bootstrap_covers_chance_of_seeds_and_of_examples():
 
 
 def test_no_win_is_found_where_there_is_none():
-    """Twenty equal methods against a baseline, 100 times: some false verdict in at most about 5 % of the tables."""
+    """Twenty equal methods against a baseline, 100 times: some false verdict in at most about 5 % of the
+    tables."""
     rng = np.random.default_rng(1)
     tables = 0
     for _ in range(100):
         runs = rng.normal(0.8, 0.02, (21, 5))
         comparisons = [
-            compare_paired(dict(enumerate(row)), dict(enumerate(runs[0])), names=(str(i), "base", "accuracy"))._replace(
-                low=1e-9
-            )
+            compare_paired(
+                dict(enumerate(row)), dict(enumerate(runs[0])), names=(str(i), "base", "accuracy")
+            )._replace(low=1e-9)
             for i, row in enumerate(runs[1:])
         ]
         tables += any(c.verdict != "no consistent win" for c in correct(comparisons, {"accuracy": True}))
@@ -119,7 +128,9 @@ def test_no_win_is_found_where_there_is_none():
 
 def test_verdicts_follow_the_direction_of_the_metric():
     better, base = {s: 0.9 + s / 1000 for s in range(5)}, {s: 0.8 - s / 1000 for s in range(5)}
-    higher, lower = (compare_paired(better, base, names=("a", "b", metric)) for metric in ("accuracy", "forward_kl"))
+    higher, lower = (
+        compare_paired(better, base, names=("a", "b", metric)) for metric in ("accuracy", "forward_kl")
+    )
     found = correct([higher, lower], {"accuracy": True, "forward_kl": False})
     assert [c.verdict for c in found] == ["win", "loss"]
     assert found[0].p_holm == pytest.approx(2 * found[0].p_seeds)
@@ -141,7 +152,12 @@ def test_stability_sees_noise_spikes_and_collapse():
     steps = range(0, 400, 4)
     entropy = np.linspace(3.0, 0.5, 100)
     calm = [
-        {"step": s, "loss": 2 - s / 400 + rng.normal(0, 0.01), "grad_norm": 1 + rng.normal(0, 0.05), "student_entropy": e}
+        {
+            "step": s,
+            "loss": 2 - s / 400 + rng.normal(0, 0.01),
+            "grad_norm": 1 + rng.normal(0, 0.05),
+            "student_entropy": e,
+        }
         for s, e in zip(steps, entropy, strict=True)
     ]
     rough = [dict(log, loss=log["loss"] + rng.normal(0, 0.2)) for log in calm]
@@ -155,7 +171,10 @@ def test_stability_sees_noise_spikes_and_collapse():
 
 
 def test_steps_to_a_level_must_last():
-    logs = [{"step": s, "loss": 1.0, "forward_kl": kl} for s, kl in [(10, 0.9), (20, 0.2), (30, 0.4), (40, 0.25), (50, 0.1)]]
+    logs = [
+        {"step": s, "loss": 1.0, "forward_kl": kl}
+        for s, kl in [(10, 0.9), (20, 0.2), (30, 0.4), (40, 0.25), (50, 0.1)]
+    ]
     assert steps_to(logs, "forward_kl", 0.3) == 40  # 20 was a dip
     assert steps_to(logs, "forward_kl", 0.1) == 50
     assert steps_to(logs, "forward_kl", 0.01) is None

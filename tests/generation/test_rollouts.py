@@ -1,4 +1,5 @@
-"""Rollouts: the same tokens whatever the batch, the same log-probabilities as in training, ends and cuts as stated."""
+"""Rollouts: the same tokens whatever the batch, the same log-probabilities as in training, ends and cuts as
+stated."""
 
 from types import SimpleNamespace
 
@@ -29,7 +30,9 @@ def teacher(pair):
 
 def make(model, pair, teacher=None, **config):
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
-    return make_engine(RolloutConfig(**config), lambda: model, model, Accelerator(cpu=True), tokenizer, teacher)
+    return make_engine(
+        RolloutConfig(**config), lambda: model, model, Accelerator(cpu=True), tokenizer, teacher
+    )
 
 
 def prompts_of(pair, texts):
@@ -73,7 +76,9 @@ def test_draws_follow_the_students_distribution(pair, teacher):
     prompt = prompts_of(pair, ["say"])[0]
     with torch.no_grad():
         probs = teacher(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    drawn = make(teacher, pair, batch_size=1000).generate([prompt] * 2000, [1] * 2000, torch.rand(2000, 1).double(), 0)
+    drawn = make(teacher, pair, batch_size=1000).generate(
+        [prompt] * 2000, [1] * 2000, torch.rand(2000, 1).double(), 0
+    )
     counts = torch.bincount(torch.tensor([r.tokens[0] for r in drawn]), minlength=len(probs)) / 2000
     assert (counts - probs).abs().max() < 0.05
     top = make(teacher, pair, top_k=1).generate([prompt] * 4, [1] * 4, torch.rand(4, 1).double(), 0)
@@ -121,7 +126,9 @@ class Writer:
 
     def generate(self, prompts, limits, uniforms, step):
         self.calls.append((step, [list(p) for p in prompts]))
-        return [Rollout(self.tokens[:limit], self.ended, [-1.0] * len(self.tokens[:limit])) for limit in limits]
+        return [
+            Rollout(self.tokens[:limit], self.ended, [-1.0] * len(self.tokens[:limit])) for limit in limits
+        ]
 
 
 COLLATE = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
@@ -129,7 +136,9 @@ COLLATE = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
 
 def mixer(prefixes, writer=None, rollouts=None, **options):
     options = {"seed": 0, "max_length": 32, **options}
-    return PrefixMixer(prefixes, rollouts or RolloutConfig(max_new_tokens=4), COLLATE, lambda: writer or Writer(), **options)
+    return PrefixMixer(
+        prefixes, rollouts or RolloutConfig(max_new_tokens=4), COLLATE, lambda: writer or Writer(), **options
+    )
 
 
 def batch_of(count, offset=0):
@@ -156,13 +165,17 @@ def test_truncated_rollouts_get_no_end_label_and_may_be_masked():
     keep = mixer(Prefixes(student=1.0), Writer([7, 8, 9, 9, 9], ended=False))([batch_of(1)], 0, 0.0)[0]
     assert keep["labels"].tolist() == [[-100, -100, 7, 8, 9, 9]]
     config = RolloutConfig(max_new_tokens=4, truncated="mask")
-    masked = mixer(Prefixes(student=1.0), Writer([7, 8, 9, 9, 9], ended=False), config)([batch_of(1)], 0, 0.0)[0]
+    masked = mixer(Prefixes(student=1.0), Writer([7, 8, 9, 9, 9], ended=False), config)(
+        [batch_of(1)], 0, 0.0
+    )[0]
     assert masked["labels"].tolist() == [[-100] * 6]
 
 
 def test_long_prompts_keep_their_end_in_generation_and_training():
     writer = Writer()
-    (batch,) = mixer(Prefixes(student=1.0), writer, RolloutConfig(max_new_tokens=4, max_prompt_tokens=1))([batch_of(1)], 0, 0.0)
+    (batch,) = mixer(Prefixes(student=1.0), writer, RolloutConfig(max_new_tokens=4, max_prompt_tokens=1))(
+        [batch_of(1)], 0, 0.0
+    )
     assert writer.calls == [(0, [[20]])]
     assert batch["input_ids"].tolist() == [[20, 7, 8]]
 
@@ -196,7 +209,10 @@ def test_shares_by_row_are_the_coins_and_by_batch_all_or_nothing():
     counts = [len(written(mixer(Prefixes(student=0.3))([batch_of(50)], step, 0.0)[0])) for step in range(10)]
     assert 100 < sum(counts) < 200  # 500 coins at 0.3; five standard deviations are 51
     assert len(set(counts)) > 3
-    counts = [len(written(mixer(Prefixes(student=0.3, mix="batch"))([batch_of(50)], step, 0.0)[0])) for step in range(40)]
+    counts = [
+        len(written(mixer(Prefixes(student=0.3, mix="batch"))([batch_of(50)], step, 0.0)[0]))
+        for step in range(40)
+    ]
     assert set(counts) == {0, 50}
     assert 3 <= sum(count > 0 for count in counts) <= 22
 
@@ -214,7 +230,9 @@ def test_choice_and_tokens_do_not_depend_on_the_split_into_micro_batches():
     whole = mixer(Prefixes(student=0.5), Echo())([batch_of(8)], 5, 0.0)
     parts = mixer(Prefixes(student=0.5), Echo())([batch_of(4), batch_of(4, offset=4)][::-1], 5, 0.0)[::-1]
     # batch_of numbers its answers from 30 in each part, so compare what the student wrote to equal rows only
-    assert sorted(map(tuple, whole[0]["input_ids"][:4].tolist())) == sorted(map(tuple, parts[0]["input_ids"].tolist()))
+    assert sorted(map(tuple, whole[0]["input_ids"][:4].tolist())) == sorted(
+        map(tuple, parts[0]["input_ids"].tolist())
+    )
     other = mixer(Prefixes(student=0.5), Echo())([batch_of(8)], 6, 0.0)
     assert not torch.equal(whole[0]["input_ids"], other[0]["input_ids"])
 
@@ -237,7 +255,9 @@ def test_a_row_without_prompt_is_continued_from_its_first_token():
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_batches_come_apart_into_their_rows(padding_free):
-    collate = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free, pad_to_multiple_of=8))
+    collate = DistillCollator(
+        DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free, pad_to_multiple_of=8)
+    )
     given = [([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])]
     batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in given])
     assert [tuple(row) for row in rows_of(batch)] == given
@@ -321,7 +341,9 @@ def on_policy(pair, folder, **options):
 def test_trainer_counts_the_labels_that_the_student_wrote(pair, tmp_path):
     trainer = on_policy(pair, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     trainer.state.max_steps = 1
-    batches, count = trainer.get_batch_samples(iter(list(trainer.get_train_dataloader())), 2, torch.device("cpu"))
+    batches, count = trainer.get_batch_samples(
+        iter(list(trainer.get_train_dataloader())), 2, torch.device("cpu")
+    )
     assert int(count) == sum(len(TokenBatch.pop(dict(b)).by_student) for b in batches)
     assert int(count) > 0
 
@@ -329,7 +351,12 @@ def test_trainer_counts_the_labels_that_the_student_wrote(pair, tmp_path):
 def test_on_policy_training_does_not_depend_on_accumulation(pair, tmp_path):
     whole = on_policy(pair, tmp_path / "a", max_steps=2, train=rows(16))
     split = on_policy(
-        pair, tmp_path / "b", max_steps=2, train=rows(16), per_device_train_batch_size=2, gradient_accumulation_steps=4
+        pair,
+        tmp_path / "b",
+        max_steps=2,
+        train=rows(16),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
     )
     start = weights(whole)
     for trainer in (whole, split):
@@ -362,10 +389,16 @@ def test_resume_with_replay_goes_on_as_if_nothing_had_happened(pair, tmp_path, s
     replay = ReplayConfig(capacity=6, fresh=0.5, max_age_steps=4, importance=strategy == "policy_gradient")
     plan = StrategyConfig(type="policy_gradient", updates=2) if strategy == "policy_gradient" else None
     options = {
-        "train": rows(24), "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3, "max_steps": 6,
-        "rollouts": RolloutConfig(max_new_tokens=6, replay=replay), "strategy": plan,
-        "method": "opd" if strategy == "policy_gradient" else "forward_kl", "prefixes": Prefixes(student=0.8),
-    }  # fmt: skip
+        "train": rows(24),
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 6,
+        "rollouts": RolloutConfig(max_new_tokens=6, replay=replay),
+        "strategy": plan,
+        "method": "opd" if strategy == "policy_gradient" else "forward_kl",
+        "prefixes": Prefixes(student=0.8),
+    }
     straight = on_policy(pair, tmp_path / "a", **options)
     straight.train()
     first = on_policy(pair, tmp_path / "b", **options)
@@ -376,15 +409,24 @@ def test_resume_with_replay_goes_on_as_if_nothing_had_happened(pair, tmp_path, s
     assert torch.equal(weights(straight), weights(second))
     logs = [t.state.log_history[-2] for t in (straight, second)]
     assert logs[0]["loss"] == logs[1]["loss"]
-    assert straight._step.mixer.replay.state_dict() == second._step.mixer.replay.state_dict() or replay.importance
+    assert (
+        straight._step.mixer.replay.state_dict() == second._step.mixer.replay.state_dict()
+        or replay.importance
+    )
 
 
 def test_adaptive_share_rises_with_the_validation_loss_and_is_resumed(pair, tmp_path):
     share = {"schedule": "adaptive", "start": 0.2, "end": 1.0}
     options = {
-        "prefixes": Prefixes(student=share, adaptive_margin=-100.0), "evaluation": rows(4), "eval_strategy": "steps",
-        "eval_steps": 1, "max_steps": 3, "save_strategy": "steps", "save_steps": 3, "train": rows(32),
-    }  # fmt: skip
+        "prefixes": Prefixes(student=share, adaptive_margin=-100.0),
+        "evaluation": rows(4),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "max_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "train": rows(32),
+    }
     trainer = on_policy(pair, tmp_path, **options)
     trainer.train()
     assert trainer._step.mixer.share(0.0) == pytest.approx(0.4)
@@ -424,7 +466,12 @@ def test_end_tokens_join_model_and_tokenizer(pair, teacher):
 
 def test_distillm2_skews_follow_the_gaps(pair, tmp_path):
     trainer = make_trainer(
-        pair, tmp_path, method="distillm2", rollouts=RolloutConfig(max_new_tokens=6), max_steps=4, train=rows(32)
+        pair,
+        tmp_path,
+        method="distillm2",
+        rollouts=RolloutConfig(max_new_tokens=6),
+        max_steps=4,
+        train=rows(32),
     )
     trainer.train()
     skews = {name: position.t for name, position in trainer._adaptive.items()}
@@ -433,5 +480,6 @@ def test_distillm2_skews_follow_the_gaps(pair, tmp_path):
     assert all(position._count == 4 for position in trainer._adaptive.values())
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert all(
-        log["loss"] == pytest.approx(log["loss/skew_forward_kl"] + log["loss/skew_reverse_kl"], rel=1e-4) for log in logs
+        log["loss"] == pytest.approx(log["loss/skew_forward_kl"] + log["loss/skew_reverse_kl"], rel=1e-4)
+        for log in logs
     )

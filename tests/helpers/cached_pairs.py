@@ -24,20 +24,35 @@ def make_recipe(folder: Path, num_rows: int = 40, **changes: Any) -> Path:
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[:4]]))
     recipe = {
-        "student": str(student), "teacher": str(teacher), "method": "hpd",
+        "student": str(student),
+        "teacher": str(teacher),
+        "method": "hpd",
         "data": {"path": str(folder / "rows.jsonl"), "validation": 0.2},
-        "train": {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-2, "max_length": 64, "save_strategy": "no", "metric_stride": 1, "use_cpu": True},
+        "train": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "save_strategy": "no",
+            "metric_stride": 1,
+            "use_cpu": True,
+        },
         "cache": {"path": str(folder / "cache"), "dtype": "float32", "shard_bytes": 6000},
         "output_dir": str(folder / "run"),
         **changes,
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "recipe.yaml"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def write_here(recipe: Path, *overrides: str) -> None:
@@ -56,9 +71,14 @@ def write_in_world(rank: int, size: int, port: int, recipe: Path, *overrides: st
     import os
 
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
     write_here(recipe, *overrides)
     from accelerate import PartialState
 

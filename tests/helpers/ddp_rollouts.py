@@ -1,4 +1,5 @@
-"""Run by tests/training/test_distributed_rollouts.py on two processes: a few on-policy steps, or generation under FSDP2.
+"""Run by tests/training/test_distributed_rollouts.py on two processes: a few on-policy steps, or generation
+under FSDP2.
 
 Usage: torchrun --nproc_per_node 2 ddp_rollouts.py MODE STUDENT TEACHER OUTPUT
 """
@@ -26,18 +27,38 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 def train(student: str, teacher: str, output: Path, processes: int) -> None:
     """Three steps of eight rows in all; every process writes down the rows it trained on."""
-    rows = [{"prompt": f"say {WORDS[i % 8]} {WORDS[i // 8]}:", "completion": f" {WORDS[i % 8]}"} for i in range(24)]
+    rows = [
+        {"prompt": f"say {WORDS[i % 8]} {WORDS[i // 8]}:", "completion": f" {WORDS[i % 8]}"}
+        for i in range(24)
+    ]
     args = DistillConfig(
-        output_dir=str(output), max_steps=3, per_device_train_batch_size=8 // processes, gradient_checkpointing=False,
-        learning_rate=1e-2, report_to="none", disable_tqdm=True, logging_steps=1, save_strategy="no", max_length=64,
-        use_cpu=True, optim="sgd", max_grad_norm=0.0, train_sampling_strategy="sequential", dataset_num_proc=None,
+        output_dir=str(output),
+        max_steps=3,
+        per_device_train_batch_size=8 // processes,
+        gradient_checkpointing=False,
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        max_length=64,
+        use_cpu=True,
+        optim="sgd",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        dataset_num_proc=None,
         metric_stride=1,
-    )  # fmt: skip
+    )
     trainer = DistillTrainer(
-        model=AutoModelForCausalLM.from_pretrained(student), teacher=AutoModelForCausalLM.from_pretrained(teacher),
-        method="forward_kl", prefixes=Prefixes(student=0.7), rollouts=RolloutConfig(max_new_tokens=6), args=args,
-        train_dataset=Dataset.from_list(rows), processing_class=AutoTokenizer.from_pretrained(student),
-    )  # fmt: skip
+        model=AutoModelForCausalLM.from_pretrained(student),
+        teacher=AutoModelForCausalLM.from_pretrained(teacher),
+        method="forward_kl",
+        prefixes=Prefixes(student=0.7),
+        rollouts=RolloutConfig(max_new_tokens=6),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
     seen, collate = [], trainer._step.begin
 
     def begin(batches):
@@ -54,7 +75,8 @@ def train(student: str, teacher: str, output: Path, processes: int) -> None:
 
 
 def generate(student: str, output: Path) -> None:
-    """The same prompts by a sharded student and by a whole one; the processes have unequal numbers of them."""
+    """The same prompts by a sharded student and by a whole one; the processes have unequal numbers of
+    them."""
     from torch.distributed.fsdp import fully_shard
 
     distributed.init_process_group("gloo")
@@ -71,7 +93,9 @@ def generate(student: str, output: Path) -> None:
     results = []
     for model in (whole, sharded):
         engine = make_engine(config, lambda model=model: model, model, accelerator, tokenizer, None)
-        results.append([rollout.tokens for rollout in engine.generate(prompts, [8] * len(prompts), numbers, 0)])
+        results.append(
+            [rollout.tokens for rollout in engine.generate(prompts, [8] * len(prompts), numbers, 0)]
+        )
     (output / f"fsdp-{rank}.json").write_text(json.dumps(results))
     distributed.destroy_process_group()
 

@@ -1,9 +1,11 @@
-"""Run by tests/training/test_distributed.py under torchrun: many checks in one launch, since starting a process takes most of the time.
+"""Run by tests/training/test_distributed.py under torchrun: many checks in one launch, since starting a
+process takes most of the time.
 
 Usage: torchrun --nproc_per_node N distributed_checks.py STUDENT_FOLDER OUTPUT NAME...
 
-Every check writes NAME-N.json from its first process: logs, the largest difference between processes' weights, and the
-weights of the trained student beside it. What a single process finds is written by the same script, started with N = 1.
+Every check writes NAME-N.json from its first process: logs, the largest difference between processes'
+weights, and the weights of the trained student beside it. What a single process finds is written by the same
+script, started with N = 1.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ def rows(count: int) -> Dataset:
     """Different rows of different lengths."""
     return Dataset.from_list(
         [
-            {"prompt": f"say {WORDS[i % 10]} {WORDS[i // 10]}:", "completion": " " + " ".join(WORDS[: 1 + (3 * i) % 7])}
+            {
+                "prompt": f"say {WORDS[i % 10]} {WORDS[i // 10]}:",
+                "completion": " " + " ".join(WORDS[: 1 + (3 * i) % 7]),
+            }
             for i in range(count)
         ]
     )
@@ -43,29 +48,50 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def make_trainer(pair: Path, folder: Path, count: int = 24, accumulation: int = 1, **options) -> DistillTrainer:
+def make_trainer(
+    pair: Path, folder: Path, count: int = 24, accumulation: int = 1, **options
+) -> DistillTrainer:
     """A trainer whose global batch is 8 rows on any number of processes."""
-    regime = {name: options.pop(name) for name in ("prefixes", "rollouts", "method", "terms", "teacher") if name in options}
+    regime = {
+        name: options.pop(name)
+        for name in ("prefixes", "rollouts", "method", "terms", "teacher")
+        if name in options
+    }
     evaluation = options.pop("evaluation", 0)
     settings = {
-        "max_steps": 3, "per_device_train_batch_size": GLOBAL_BATCH // accumulation // world_size(),
-        "gradient_accumulation_steps": accumulation, "gradient_checkpointing": False, "learning_rate": 1e-2,
-        "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "metric_stride": 1,
+        "max_steps": 3,
+        "per_device_train_batch_size": GLOBAL_BATCH // accumulation // world_size(),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "metric_stride": 1,
         "dataset_num_proc": None,
-        "max_length": 64, "use_cpu": True, "bf16": False, "per_device_eval_batch_size": 2,
-    }  # fmt: skip
+        "max_length": 64,
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_eval_batch_size": 2,
+    }
     load = AutoModelForCausalLM.from_pretrained
     return DistillTrainer(
-        model=load(pair / "student"), teacher=regime.pop("teacher", None) or load(pair / "teacher"),
+        model=load(pair / "student"),
+        teacher=regime.pop("teacher", None) or load(pair / "teacher"),
         args=DistillConfig(output_dir=str(folder), **{**settings, **options}),
-        train_dataset=rows(count), eval_dataset=rows(evaluation) if evaluation else None,
-        processing_class=AutoTokenizer.from_pretrained(pair / "student"), **regime,
-    )  # fmt: skip
+        train_dataset=rows(count),
+        eval_dataset=rows(evaluation) if evaluation else None,
+        processing_class=AutoTokenizer.from_pretrained(pair / "student"),
+        **regime,
+    )
 
 
 def whole_weights(trainer: DistillTrainer) -> torch.Tensor:
     parameters = (p.detach() for p in trainer.accelerator.unwrap_model(trainer.model).parameters())
-    return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).flatten().double() for p in parameters])
+    return torch.cat(
+        [(p.full_tensor() if hasattr(p, "full_tensor") else p).flatten().double() for p in parameters]
+    )
 
 
 def report(name: str, output: Path, weights: torch.Tensor, logs: list[dict], **more) -> None:
@@ -76,7 +102,9 @@ def report(name: str, output: Path, weights: torch.Tensor, logs: list[dict], **m
         spread = max(float((other - weights).abs().max()) for other in others)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(weights, output / f"{name}-{world_size()}.pt")
-        (output / f"{name}-{world_size()}.json").write_text(json.dumps({"logs": logs, "spread": spread, **more}))
+        (output / f"{name}-{world_size()}.json").write_text(
+            json.dumps({"logs": logs, "spread": spread, **more})
+        )
 
 
 def trained(name: str, pair: Path, output: Path, **options) -> None:
@@ -96,14 +124,25 @@ def accumulated(pair: Path, output: Path) -> None:
 
 
 def uneven(pair: Path, output: Path) -> None:
-    """11 rows: of the last batch, some processes see only masked labels. The evaluation's rows are uneven too."""
-    options = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 1, "evaluation": 5}
+    """11 rows: of the last batch, some processes see only masked labels. The evaluation's rows are uneven
+    too."""
+    options = {
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "evaluation": 5,
+    }
     trained("uneven", pair, output, count=11, **options)
 
 
 def rollouts(pair: Path, output: Path) -> None:
     """The student writes most rows; the filling of the last batch is not continued."""
-    options = {"method": "forward_kl", "prefixes": Prefixes(student=0.7), "rollouts": RolloutConfig(max_new_tokens=5)}
+    options = {
+        "method": "forward_kl",
+        "prefixes": Prefixes(student=0.7),
+        "rollouts": RolloutConfig(max_new_tokens=5),
+    }
     trained("rollouts", pair, output, count=11, max_steps=2, **options)
 
 
@@ -113,7 +152,8 @@ def low_precision(pair: Path, output: Path) -> None:
 
 
 def cached(pair: Path, output: Path) -> None:
-    """Every process reads its own rows from one cache; the last batch is uneven, and its filling is not in the cache."""
+    """Every process reads its own rows from one cache; the last batch is uneven, and its filling is not in
+    the cache."""
     from hpd.teachers import CachedTeacher
 
     trained("cached", pair, output, count=11, max_steps=2, teacher=CachedTeacher(pair / "cache"))
@@ -128,7 +168,9 @@ def self_teacher(pair: Path, output: Path) -> None:
 def resumed(pair: Path, output: Path) -> None:
     """Two steps, then as a new trainer from their checkpoint."""
     folder = output / f"resumed-{world_size()}"
-    make_trainer(pair, folder, max_steps=2, lr_scheduler_type="constant", save_strategy="steps", save_steps=2).train()
+    make_trainer(
+        pair, folder, max_steps=2, lr_scheduler_type="constant", save_strategy="steps", save_steps=2
+    ).train()
     again = make_trainer(pair, folder, lr_scheduler_type="constant", save_strategy="steps", save_steps=2)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     report("resumed", output, whole_weights(again), again.state.log_history)
@@ -139,7 +181,8 @@ def straight(pair: Path, output: Path) -> None:
 
 
 def _let_fsdp_run_on_cpu(**settings) -> None:
-    """Lift the one condition that keeps accelerate from FSDP on a CPU; everything after it is what runs on GPUs."""
+    """Lift the one condition that keeps accelerate from FSDP on a CPU; everything after it is what runs on
+    GPUs."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -157,12 +200,15 @@ def _let_fsdp_run_on_cpu(**settings) -> None:
 
 
 def fsdp2(pair: Path, output: Path) -> None:
-    """`DistillTrainer` with accelerate's FSDP2: student and teacher sharded, validation before training, whole export."""
+    """`DistillTrainer` with accelerate's FSDP2: student and teacher sharded, validation before training,
+    whole export."""
     if world_size() > 1:
         _let_fsdp_run_on_cpu()
     options = {"fsdp": True, "fsdp_config": {"version": 2}} if world_size() > 1 else {}
     folder = output / f"fsdp2-{world_size()}"
-    trainer = make_trainer(pair, folder, evaluation=5, eval_on_start=True, eval_strategy="steps", eval_steps=2, **options)
+    trainer = make_trainer(
+        pair, folder, evaluation=5, eval_on_start=True, eval_strategy="steps", eval_steps=2, **options
+    )
     trainer.train()
     trainer.save_model()
     local = {}
@@ -172,13 +218,19 @@ def fsdp2(pair: Path, output: Path) -> None:
     owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     teacher_owned = sum(id(p) in owned for p in trainer.teacher.model.parameters())
     report(
-        "fsdp2", output, whole_weights(trainer), trainer.state.log_history, engine=trainer.accelerator.distributed_type.value,
-        local_share=local, teacher_in_optimizer=teacher_owned,
-    )  # fmt: skip
+        "fsdp2",
+        output,
+        whole_weights(trainer),
+        trainer.state.log_history,
+        engine=trainer.accelerator.distributed_type.value,
+        local_share=local,
+        teacher_in_optimizer=teacher_owned,
+    )
 
 
 def fully_shard(pair: Path, output: Path) -> None:
-    """torch's own `fully_shard` on student and teacher, against the same global batch in one process: tied and untied head."""
+    """torch's own `fully_shard` on student and teacher, against the same global batch in one process: tied
+    and untied head."""
     for family in ("pair", "untied"):
         _fully_shard(pair.parent / family, output, f"fully_shard_{family}")
 
@@ -191,7 +243,9 @@ def _fully_shard(pair: Path, output: Path, name: str) -> None:
     rank, world = distributed.get_rank(), world_size()
     load = AutoModelForCausalLM.from_pretrained
     tokenizer = AutoTokenizer.from_pretrained(pair / "student")
-    encoded = tokenizer([f"{r['prompt']}{r['completion']}" for r in rows(2 * world)], return_tensors="pt", padding=True)
+    encoded = tokenizer(
+        [f"{r['prompt']}{r['completion']}" for r in rows(2 * world)], return_tensors="pt", padding=True
+    )
     labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
     labels[2:3, :-1] = labels[3:4] = -100  # the second process has one label at most
     whole, teacher, sharded, frozen = (
@@ -203,41 +257,62 @@ def _fully_shard(pair: Path, output: Path, name: str) -> None:
             fsdp.fully_shard(layer)
         fsdp.fully_shard(model, reshard_after_forward=True)
     terms = name_terms(choose_terms("hpd", {}, ()))
-    inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+    inputs = {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "labels": labels,
+    }
     count = len(token_batch(inputs).labels)
 
     def loss_of(student, its_teacher, part, step, scale):
         piece = {key: value[part] for key, value in inputs.items()}
         batch = token_batch(piece)
         known = scores_of(its_teacher, piece, batch.index)
-        numbers = uniforms(batch.keys, seed=0, step=step, count=max(term.support.num_uniforms for term in terms))
+        numbers = uniforms(
+            batch.keys, seed=0, step=step, count=max(term.support.num_uniforms for term in terms)
+        )
         return student(
-            **model_inputs(piece), label_index=batch.index,
-            head_function=lambda scores: reweighted_nll(scores, known, batch.labels, terms, uniforms=numbers, scale=scale).loss,
-        )  # fmt: skip
+            **model_inputs(piece),
+            label_index=batch.index,
+            head_function=lambda scores: (
+                reweighted_nll(scores, known, batch.labels, terms, uniforms=numbers, scale=scale).loss
+            ),
+        )
 
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9) for model in (whole, sharded)]
     gradient_difference = loss_difference = 0.0
     for step in range(4):
         expected = loss_of(whole, teacher, slice(None), step, 1.0 / count)
-        loss = loss_of(sharded, frozen, slice(2 * rank, 2 * rank + 2), step, world / count)  # FSDP averages over processes
+        loss = loss_of(
+            sharded, frozen, slice(2 * rank, 2 * rank + 2), step, world / count
+        )  # FSDP averages over processes
         expected.backward()
         loss.backward()
         total = loss.detach().clone() / world
         distributed.all_reduce(total)
         loss_difference = max(loss_difference, abs(float(total - expected)))
         for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
-            gradient_difference = max(gradient_difference, float((ours.grad.full_tensor() - theirs.grad).abs().max()))
+            gradient_difference = max(
+                gradient_difference, float((ours.grad.full_tensor() - theirs.grad).abs().max())
+            )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     final = torch.cat([p.detach().full_tensor().flatten().double() for p in sharded.parameters()])
     reference = torch.cat([p.detach().flatten().double() for p in whole.parameters()])
-    held = sum(p.to_local().numel() for p in frozen.parameters()) / sum(p.numel() for p in teacher.parameters())
+    held = sum(p.to_local().numel() for p in frozen.parameters()) / sum(
+        p.numel() for p in teacher.parameters()
+    )
     report(
-        name, output, final, [], gradients=gradient_difference, losses=loss_difference,
-        final=float((final - reference).abs().max()), teacher_share=held,
-    )  # fmt: skip
+        name,
+        output,
+        final,
+        [],
+        gradients=gradient_difference,
+        losses=loss_difference,
+        final=float((final - reference).abs().max()),
+        teacher_share=held,
+    )
 
 
 def refusals(pair: Path, output: Path) -> None:

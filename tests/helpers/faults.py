@@ -1,7 +1,7 @@
 """Kill a training run again and again, at random moments and in every way a machine can, until it ends.
 
-A server process imports everything once and forks a child for each life, so that a life costs the training alone. `harass`
-tells what it did; the tests compare what the run left with what an undisturbed one leaves.
+A server process imports everything once and forks a child for each life, so that a life costs the training
+alone. `harass` tells what it did; the tests compare what the run left with what an undisturbed one leaves.
 """
 
 from __future__ import annotations
@@ -109,10 +109,13 @@ def start(tree: dict[str, Any], log: Path, plan: dict[str, Any] | None = None) -
     return process
 
 
-def harass(tree: dict[str, Any], folder: Path, log: Path, kills: int, seed: int, kinds: Sequence[str] = KINDS) -> Account:
+def harass(
+    tree: dict[str, Any], folder: Path, log: Path, kills: int, seed: int, kinds: Sequence[str] = KINDS
+) -> Account:
     """Disturb a run until it has survived `kills` faults, then let it end.
 
-    A run that ends before is begun again in the next folder, `folder`/run-N, which the caller compares like the others.
+    A run that ends before is begun again in the next folder, `folder`/run-N, which the caller compares like
+    the others.
     """
     draw, account, number = random.Random(seed), Account(), 0
     target: dict[str, Any] = {**tree, "output_dir": str(folder / "run-0")}
@@ -139,7 +142,9 @@ def harass(tree: dict[str, Any], folder: Path, log: Path, kills: int, seed: int,
             target = {**tree, "output_dir": str(folder / f"run-{number}")}
 
 
-def _one_life(tree: dict[str, Any], log: Path, kind: str, draw: random.Random, spans: list[float]) -> tuple[int, str]:
+def _one_life(
+    tree: dict[str, Any], log: Path, kind: str, draw: random.Random, spans: list[float]
+) -> tuple[int, str]:
     """A life and its end: exit code, and what went on at that moment."""
     run = Path(tree["output_dir"])
     plan: dict[str, Any] = {"kind": kind}
@@ -223,20 +228,30 @@ def _end(process: Any) -> int:
 
 
 def left_behind(run: Path) -> dict[str, Any]:
-    """What must be the same: weights, the last checkpoint's optimiser and schedule, the metrics and the summary."""
+    """What must be the same: weights, the last checkpoint's optimiser and schedule, the metrics and the
+    summary."""
     import torch
     from safetensors.torch import load_file
 
     last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    weights = "adapter_model.safetensors" if (run / "adapter_model.safetensors").is_file() else "model.safetensors"
+    weights = (
+        "adapter_model.safetensors" if (run / "adapter_model.safetensors").is_file() else "model.safetensors"
+    )
     files = {"weights": load_file(run / weights), "last weights": load_file(last / weights)}
     for name in ("optimizer.pt", "scheduler.pt", *(path.name for path in last.glob("rollouts-*"))):
         files[name] = torch.load(last / name, weights_only=True)
     logs = [_without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = json.loads((last / "trainer_state.json").read_text())
     kept = {key: state[key] for key in ("global_step", "epoch", "best_metric", "best_global_step")}
-    kept["adaptive"] = {key: value for key, value in state["stateful_callbacks"].items() if key.startswith("hpd")}
-    return {**files, "metrics": logs, "state": kept, "summary": _without_clock(json.loads((run / "summary.json").read_text()))}
+    kept["adaptive"] = {
+        key: value for key, value in state["stateful_callbacks"].items() if key.startswith("hpd")
+    }
+    return {
+        **files,
+        "metrics": logs,
+        "state": kept,
+        "summary": _without_clock(json.loads((run / "summary.json").read_text())),
+    }
 
 
 def _without_clock(figures: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +266,11 @@ def same(one: Any, other: Any, where: str = "") -> None:
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), where
     elif isinstance(one, dict):
-        assert list(one) == list(other) or sorted(map(str, one)) == sorted(map(str, other)), (where, list(one), list(other))
+        assert list(one) == list(other) or sorted(map(str, one)) == sorted(map(str, other)), (
+            where,
+            list(one),
+            list(other),
+        )
         for key in one:
             same(one[key], other[key], f"{where}/{key}")
     elif isinstance(one, (list, tuple)):

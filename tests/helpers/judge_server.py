@@ -53,17 +53,22 @@ class JudgeServer:
 
     Args:
         decide: what it replies.
-        status: for the n-th request of the run (from 0): None to reply, a status to refuse, "drop" to break the connection,
-            "garbage" to send 200 with no JSON.
+        status: for the n-th request of the run (from 0): None to reply, a status to refuse, "drop" to break
+            the connection, "garbage" to send 200 with no JSON.
         headers: sent with every refusal.
         delay_seconds: before every reply.
         key: refuse requests that do not carry it.
     """
 
     def __init__(
-        self, decide: Decide, *, status: Callable[[int], int | str | None] = lambda _: None,
-        headers: dict[str, str] | None = None, delay_seconds: float = 0.0, key: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        decide: Decide,
+        *,
+        status: Callable[[int], int | str | None] = lambda _: None,
+        headers: dict[str, str] | None = None,
+        delay_seconds: float = 0.0,
+        key: str | None = None,
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
         self.authorizations: Counter[str | None] = Counter()
         self.most_at_once = 0
@@ -97,7 +102,9 @@ class JudgeServer:
 
             def _reply(self, number: int, request: dict[str, Any]) -> None:
                 if key is not None and self.headers.get("Authorization") != f"Bearer {key}":
-                    return self._send(401, {"error": {"message": f"bad key {self.headers.get('Authorization')}"}})
+                    return self._send(
+                        401, {"error": {"message": f"bad key {self.headers.get('Authorization')}"}}
+                    )
                 wanted = status(number)
                 if wanted == "drop":
                     self.close_connection = True
@@ -110,7 +117,9 @@ class JudgeServer:
                 conversation = "\n\n".join(message["content"] for message in request["messages"])
                 text = decide(conversation, number)
                 usage = {"prompt_tokens": len(conversation) // 4, "completion_tokens": len(text) // 4}
-                return self._send(200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
+                return self._send(
+                    200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
+                )
 
             def _send(self, code: int, body: Any, more: dict[str, str] | None = None) -> None:
                 content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
@@ -125,7 +134,9 @@ class JudgeServer:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> JudgeServer:
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:

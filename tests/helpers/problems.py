@@ -25,13 +25,19 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "sampled": (Term("reverse_kl", reverse_kl(), sampled(3)),),
     "teacher's draws": (Term("forward_kl", forward_kl(), sampled(2, of="teacher", temperature=1.4)),),
     "every switch of the draw": (
-        Term("jsd", generalized_jsd(0.3), Support(label=True, draws=2, share=0.6, exclude_label=True, temperature=1.3)),
+        Term(
+            "jsd",
+            generalized_jsd(0.3),
+            Support(label=True, draws=2, share=0.6, exclude_label=True, temperature=1.3),
+        ),
     ),
     "top_k bucket": (Term("forward_kl", forward_kl(), top_k(4)),),
     "top_k renormalize": (Term("reverse_kl", reverse_kl(), top_k(4, tail="renormalize")),),
     "top_k drop": (Term("forward_kl", forward_kl(), top_k(4, tail="drop")),),
     "student's top_k and label": (Term("reverse_kl", reverse_kl(), label() + top_k(2, of="student")),),
-    "top_k and label, renormalize": (Term("reverse_kl", reverse_kl(), label() + top_k(2, tail="renormalize")),),
+    "top_k and label, renormalize": (
+        Term("reverse_kl", reverse_kl(), label() + top_k(2, tail="renormalize")),
+    ),
     "top_k beyond the vocabulary": (Term("reverse_kl", reverse_kl(), label() + top_k(9999)),),
     "sum": (
         Term("sft", nll(), label(), weight=0.3),
@@ -78,7 +84,8 @@ def problem(
     """Both models with hidden states, the teacher's of another size; `*_head` are the extras of `Head`."""
     teacher_vocab = teacher_vocab or vocab
     student = Scores(
-        random(num_tokens, HIDDEN, seed=1) * sharpness, Head(random(vocab, HIDDEN, seed=2), **(student_head or {}))
+        random(num_tokens, HIDDEN, seed=1) * sharpness,
+        Head(random(vocab, HIDDEN, seed=2), **(student_head or {})),
     )
     teacher = Scores(
         random(num_tokens, HIDDEN + 2, seed=3) * sharpness,
@@ -99,7 +106,8 @@ class Result(NamedTuple):
 def compute(given: Problem, terms: Sequence[Term], rows: int | None = None, **options: Any) -> Result:
     """Loss, gradients and statistics of fresh leaves; `rows` is the size of a chunk."""
     hidden, weight, bias = (
-        None if x is None else x.detach().clone().requires_grad_() for x in (given.student.hidden, *given.student.head[:2])
+        None if x is None else x.detach().clone().requires_grad_()
+        for x in (given.student.hidden, *given.student.head[:2])
     )
     assert hidden is not None
     student = Scores(hidden, given.student.head._replace(weight=weight, bias=bias))
@@ -112,7 +120,9 @@ def compute(given: Problem, terms: Sequence[Term], rows: int | None = None, **op
     return Result(loss.detach(), [None if x is None else x.grad for x in (hidden, weight, bias)], stats)
 
 
-def assert_equal(got: Result, want: Result, *, rtol: float = 1e-12, atol: float = 1e-12, stats: bool = True) -> None:
+def assert_equal(
+    got: Result, want: Result, *, rtol: float = 1e-12, atol: float = 1e-12, stats: bool = True
+) -> None:
     torch.testing.assert_close(got.loss, want.loss, rtol=rtol, atol=atol)
     for mine, other in zip(got.grads, want.grads, strict=True):
         assert (mine is None) == (other is None)
@@ -122,4 +132,6 @@ def assert_equal(got: Result, want: Result, *, rtol: float = 1e-12, atol: float 
     if stats:
         assert got.stats.keys() == want.stats.keys()
         for name, value in got.stats.items():
-            torch.testing.assert_close(value, want.stats[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                value, want.stats[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            )

@@ -1,4 +1,5 @@
-"""Real servers on loopback: ours, and one that speaks the protocols of vLLM and SGLang from a real tiny model."""
+"""Real servers on loopback: ours, and one that speaks the protocols of vLLM and SGLang from a real tiny
+model."""
 
 from __future__ import annotations
 
@@ -45,15 +46,18 @@ def served(backend: Backend, port: int = 0, **settings: Any) -> Iterator[str]:
 class PromptServer:
     """A tiny model behind /v1/completions (prompt_logprobs, echo) and /generate.
 
-    `faults` are called with the number of the request and its answer (status, headers, body); what they return is sent instead.
-    None cuts the connection.
+    `faults` are called with the number of the request and its answer (status, headers, body); what they
+    return is sent instead. None cuts the connection.
     """
 
     def __init__(self, folder: Any, key: str | None = None, max_logprobs: int = 20):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.key, self.max_logprobs = key, max_logprobs
-        self.fault: Callable[[int, tuple[int, dict[str, str], bytes]], tuple[int, dict[str, str], bytes] | None] | None = None
+        self.fault: (
+            Callable[[int, tuple[int, dict[str, str], bytes]], tuple[int, dict[str, str], bytes] | None]
+            | None
+        ) = None
         self.requests: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -98,11 +102,16 @@ class PromptServer:
         with self._lock:
             self.requests.append({"path": path, **request})
         if self.key is not None and authorization != f"Bearer {self.key}":
-            return self._json(401, {"error": f"Incorrect API key provided: {str(authorization).removeprefix('Bearer ')}"})
+            return self._json(
+                401, {"error": f"Incorrect API key provided: {str(authorization).removeprefix('Bearer ')}"}
+            )
         wanted = request.get("prompt_logprobs", request.get("logprobs", request.get("top_logprobs_num"))) or 0
         if wanted > self.max_logprobs:
             return self._json(
-                400, {"error": f"Requested prompt logprobs of {wanted}, greater than max allowed {self.max_logprobs}"}
+                400,
+                {
+                    "error": f"Requested prompt logprobs of {wanted}, greater than max allowed {self.max_logprobs}"
+                },
             )
         prompts = request.get("prompt", request.get("input_ids"))
         if isinstance(prompts[0], int):
@@ -110,10 +119,14 @@ class PromptServer:
         with self._lock, torch.no_grad():
             logprobs = [self.model(torch.tensor([p])).logits[0].log_softmax(-1) for p in prompts]
         if path == "/generate":
-            return self._json(200, [self._sglang(p, lp, request) for p, lp in zip(prompts, logprobs, strict=True)])
+            return self._json(
+                200, [self._sglang(p, lp, request) for p, lp in zip(prompts, logprobs, strict=True)]
+            )
         make = self._echo if request.get("echo") else self._prompt_logprobs
         choices = [make(i, p, lp, request) for i, (p, lp) in enumerate(zip(prompts, logprobs, strict=True))]
-        return self._json(200, {"object": "text_completion", "choices": choices[::-1]})  # the order is not promised
+        return self._json(
+            200, {"object": "text_completion", "choices": choices[::-1]}
+        )  # the order is not promised
 
     def _json(self, status: int, content: Any) -> tuple[int, dict[str, str], bytes]:
         return status, {"content-type": "application/json"}, json.dumps(content).encode()
@@ -130,22 +143,44 @@ class PromptServer:
         for position, token in enumerate(prompt[1:]):
             row = logprobs[position]
             top = self._top(row, request["prompt_logprobs"], token)
-            told.append({
-                str(i): {"logprob": v, "rank": int((row > v).sum()) + 1, "decoded_token": self.tokenizer.decode([i])}
-                for i, v in top.items()
-            })  # fmt: skip
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": told}
+            told.append(
+                {
+                    str(i): {
+                        "logprob": v,
+                        "rank": int((row > v).sum()) + 1,
+                        "decoded_token": self.tokenizer.decode([i]),
+                    }
+                    for i, v in top.items()
+                }
+            )
+        return {
+            "index": index,
+            "text": "",
+            "logprobs": None,
+            "finish_reason": "length",
+            "prompt_logprobs": told,
+        }
 
-    def _echo(self, index: int, prompt: list[int], logprobs: torch.Tensor, request: dict[str, Any]) -> dict[str, Any]:
+    def _echo(
+        self, index: int, prompt: list[int], logprobs: torch.Tensor, request: dict[str, Any]
+    ) -> dict[str, Any]:
         as_ids = request.get("return_tokens_as_token_ids")
         name = (lambda i: f"token_id:{i}") if as_ids else (lambda i: self.tokenizer.decode([i]))
         whole = [*prompt, int(logprobs[-1].argmax())]
         own = [None, *(float(logprobs[p][t]) for p, t in enumerate(whole[1:]))]
         top = [
             None,
-            *({name(i): v for i, v in self._top(logprobs[p], request["logprobs"], t).items()} for p, t in enumerate(whole[1:])),
+            *(
+                {name(i): v for i, v in self._top(logprobs[p], request["logprobs"], t).items()}
+                for p, t in enumerate(whole[1:])
+            ),
         ]
-        told = {"tokens": [name(t) for t in whole], "token_logprobs": own, "top_logprobs": top, "text_offset": [0] * len(whole)}
+        told = {
+            "tokens": [name(t) for t in whole],
+            "token_logprobs": own,
+            "top_logprobs": top,
+            "text_offset": [0] * len(whole),
+        }
         return {"index": index, "text": "", "logprobs": told, "finish_reason": "length"}
 
     def _sglang(self, prompt: list[int], logprobs: torch.Tensor, request: dict[str, Any]) -> dict[str, Any]:

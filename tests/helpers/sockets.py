@@ -14,7 +14,10 @@ def padded(side="right", rows=ROWS, free_of_padding=False):
     """A collated batch: every token but the first two of each row is a label."""
     labels = [[IGNORE_INDEX] * 2 + row[2:] for row in rows]
     if free_of_padding:
-        flat = {"input_ids": torch.tensor([list(chain(*rows))]), "labels": torch.tensor([list(chain(*labels))])}
+        flat = {
+            "input_ids": torch.tensor([list(chain(*rows))]),
+            "labels": torch.tensor([list(chain(*labels))]),
+        }
         flat["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
         inputs = flat
     else:

@@ -1,4 +1,5 @@
-"""One small grid, really run by `hpd compare` in a process of its own, that the tests of comparison and report share."""
+"""One small grid, really run by `hpd compare` in a process of its own, that the tests of comparison and
+report share."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 
 def hpd(*arguments, cwd=None):
     return subprocess.run(
-        [sys.executable, "-m", "hpd", *map(str, arguments)], capture_output=True, text=True, timeout=500, cwd=cwd,
+        [sys.executable, "-m", "hpd", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=cwd,
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-    )  # fmt: skip
+    )
 
 
 def command(*arguments):
@@ -39,24 +44,40 @@ def tiny_experiment(folder: Path, **changes) -> Path:
     """Models, data and an experiment file of 2 methods x 2 seeds under `folder`; returns the file."""
     if not (folder / "student").exists():
         tiny_pair("llama", folder)
-        rows = [{"prompt": f"say {w}:", "completion": f" {' '.join(_WORDS[i:])}"} for i, w in enumerate(_WORDS)] * 3
-        problems = [{"prompt": f"say {w}: {SCRIPT * (i == 0)}", "answer": "ten"} for i, w in enumerate(_WORDS[:6])]
+        rows = [
+            {"prompt": f"say {w}:", "completion": f" {' '.join(_WORDS[i:])}"} for i, w in enumerate(_WORDS)
+        ] * 3
+        problems = [
+            {"prompt": f"say {w}: {SCRIPT * (i == 0)}", "answer": "ten"} for i, w in enumerate(_WORDS[:6])
+        ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     experiment = {
         "name": "tiny",
         "question": "Is it <b>calm</b> & readable?",
         "base": {
-            "student": str(folder / "student"), "teacher": str(folder / "teacher"),
+            "student": str(folder / "student"),
+            "teacher": str(folder / "teacher"),
             "data": {"path": str(folder / "rows.jsonl"), "validation": 0.2},
-            "train": {"per_device_train_batch_size": 4, "logging_steps": 2, "gradient_checkpointing": False,
-                      "learning_rate": 1e-2,
-                      "max_length": 64,
-                      "save_strategy": "no", "lr_scheduler_type": "cosine"},
+            "train": {
+                "per_device_train_batch_size": 4,
+                "logging_steps": 2,
+                "gradient_checkpointing": False,
+                "learning_rate": 1e-2,
+                "max_length": 64,
+                "save_strategy": "no",
+                "lr_scheduler_type": "cosine",
+            },
         },
         "axes": {"method": ["hpd", "forward_kl"], "seed": [0, 1]},
         "budget": {"type": "steps", "value": 12},
-        "tune": {"path": "train.weight_decay", "values": [0.0, 0.1], "seeds": [7], "metric": "forward_kl", "per": ["method"]},
+        "tune": {
+            "path": "train.weight_decay",
+            "values": [0.0, 0.1],
+            "seeds": [7],
+            "metric": "forward_kl",
+            "per": ["method"],
+        },
         "evals": [{"name": "accuracy", "data": str(folder / "problems.jsonl"), "max_new_tokens": 6}],
         "own_samples": 4,
         "baseline": "forward_kl",
@@ -64,7 +85,7 @@ def tiny_experiment(folder: Path, **changes) -> Path:
         "reach": {"forward_kl": 100.0},
         "output_dir": str(folder / "grid"),
         **changes,
-    }  # fmt: skip
+    }
     path = folder / f"{experiment['name']}.yaml"
     path.write_text(yaml.safe_dump(experiment, sort_keys=False))
     return path

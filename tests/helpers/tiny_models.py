@@ -1,8 +1,8 @@
 """Tiny student-teacher pairs on disk: real architectures, a real byte-level tokenizer with a chat template.
 
-The student is random; the teacher has learnt to count a little, so that there is something to learn from it within a few steps.
-Both differ in width and depth, as real pairs do, so that code which mixes them up fails. Sizes are those of a unit test;
-heads, tying and special tokens are those of the family.
+The student is random; the teacher has learnt to count a little, so that there is something to learn from it
+within a few steps. Both differ in width and depth, as real pairs do, so that code which mixes them up fails.
+Sizes are those of a unit test; heads, tying and special tokens are those of the family.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ __all__ = ["ARCHITECTURES", "NUM_TOKENS", "tiny_model", "tiny_pair", "tiny_token
 NUM_TOKENS = 300
 """Tokens that the tokenizer defines; a head may have more rows."""
 
-# transformers' class for Qwen2 adds <|endoftext|> where it is missing, so that is what pads here too, as in Qwen2.5.
+# transformers' class for Qwen2 adds <|endoftext|> where it is missing, so that is what pads here too, as in
+# Qwen2.5.
 PAD, BOS, START, EOS = SPECIAL_TOKENS = ("<|endoftext|>", "<|bos|>", "<|im_start|>", "<|im_end|>")
 
 _NUM_READING_STEPS = 12
@@ -32,7 +33,8 @@ _TEXT = (
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% "
+    "endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -40,20 +42,24 @@ _CHAT_TEMPLATE = (
 _STUDENT_SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 _TEACHER_SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}
 
-# What tells each family from the others where a loss can see it: tied heads, biases, logit caps, windows, a leading BOS.
+# What tells each family from the others where a loss can see it: tied heads, biases, logit caps, windows, a
+# leading BOS.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"student": {"tie_word_embeddings": True}, "bos": False},
     "llama": {"student": {"tie_word_embeddings": True}, "bos": True},
     "mistral": {"both": {"sliding_window": None}, "bos": True},
     "gemma3_text": {
         "both": {
-            "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 16, "final_logit_softcapping": 4.0,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 16,
+            "final_logit_softcapping": 4.0,
         },
         "student": {"layer_types": ["sliding_attention", "full_attention"]},
         "teacher": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
         "bos": True,
     },
-}  # fmt: skip
+}
 
 
 def tiny_pair(
@@ -74,7 +80,9 @@ def tiny_pair(
     return student, teacher
 
 
-def tiny_model(architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role: str = "student", seed: int = 0) -> Path:
+def tiny_model(
+    architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role: str = "student", seed: int = 0
+) -> Path:
     """Save one model and its tokenizer."""
     family = ARCHITECTURES[architecture]
     tokenizer = tiny_tokenizer(family["bos"])

@@ -18,28 +18,55 @@ def pair(tmp_path_factory):
 
 def rows(count=8, offset=0):
     return [
-        {"prompt": f"say {WORDS[(i + offset) % 10]}:", "completion": " " + " ".join(WORDS[: 1 + (3 * i + offset) % 7])}
+        {
+            "prompt": f"say {WORDS[(i + offset) % 10]}:",
+            "completion": " " + " ".join(WORDS[: 1 + (3 * i + offset) % 7]),
+        }
         for i in range(count)
     ]
 
 
 def make_trainer(
-    pair, folder, *, method="hpd", train=None, evaluation=None, teacher=None, peft_config=None, terms=(), **options
+    pair,
+    folder,
+    *,
+    method="hpd",
+    train=None,
+    evaluation=None,
+    teacher=None,
+    peft_config=None,
+    terms=(),
+    **options,
 ):
     student_dir, teacher_dir = pair
     # Gradient checks compare exactly, so the data order must not depend on the batch size.
     settings = {
-        "max_steps": 1, "per_device_train_batch_size": 8, "gradient_checkpointing": False, "learning_rate": 1e-2,
-        "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "metric_stride": 1,
-        "dataset_num_proc": None, "max_length": 64, "optim": "sgd", "max_grad_norm": 0.0, "use_cpu": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "metric_stride": 1,
+        "dataset_num_proc": None,
+        "max_length": 64,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
         "train_sampling_strategy": "sequential",
-    }  # fmt: skip
-    regime = {name: options.pop(name) for name in ("prefixes", "rollouts", "strategy", "guards") if name in options}
+    }
+    regime = {
+        name: options.pop(name) for name in ("prefixes", "rollouts", "strategy", "guards") if name in options
+    }
     settings.update(options)
     return DistillTrainer(
         **regime,
         model=AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32),
-        teacher=teacher if teacher is not None else AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32),
+        teacher=teacher
+        if teacher is not None
+        else AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32),
         method=method,
         terms=terms,
         args=DistillConfig(output_dir=str(folder), **settings),

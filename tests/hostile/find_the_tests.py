@@ -7,7 +7,9 @@ found = []
 for root in {*sys.path, sys.prefix, "/usr/lib/python3", HOST["package"]}:
     for folder, _, files in os.walk(root):
         found += [
-            f"{folder}/{name}" for name in files if name in ("lockdown.py", "code_oracle.py") or "humaneval" in name.lower()
+            f"{folder}/{name}"
+            for name in files
+            if name in ("lockdown.py", "code_oracle.py") or "humaneval" in name.lower()
         ]
         if "site-packages" in folder or "dist-packages" in folder:
             found += files

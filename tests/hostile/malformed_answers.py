@@ -4,7 +4,15 @@ import json
 import os
 import struct
 
-for form in ({"T": "x"}, {"h": "../../etc"}, {"i": "zz"}, {"nope": 1}, {"a": 1, "b": 2}, {"D": "sNaN"}, {"r": [0, 10**30, 1]}):
+for form in (
+    {"T": "x"},
+    {"h": "../../etc"},
+    {"i": "zz"},
+    {"nope": 1},
+    {"a": 1, "b": 2},
+    {"D": "sNaN"},
+    {"r": [0, 10**30, 1]},
+):
     content = json.dumps({"value": form}).encode()
     for descriptor in range(3, 64):
         try:

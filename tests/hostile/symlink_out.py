@@ -3,7 +3,11 @@
 import os
 
 os.chdir("/tmp")
-for target in (HOST["canary"], "../" * 20 + HOST["canary"].lstrip("/"), f"/proc/{HOST['pid']}/root{HOST['canary']}"):
+for target in (
+    HOST["canary"],
+    "../" * 20 + HOST["canary"].lstrip("/"),
+    f"/proc/{HOST['pid']}/root{HOST['canary']}",
+):
     os.symlink(target, f"link{len(target)}")
     try:
         with open(f"link{len(target)}", "a") as file:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# A process of its own: the checks of shapes that conftest.py adds to every function are not made for the compiler.
+# A process of its own: the checks of shapes that conftest.py adds to every function are not made for the
+# compiler.
 SCRIPT = """
 import sys
 import torch
@@ -23,9 +24,15 @@ assert_equal(compiled, compute(given, TERMS[sys.argv[1]], rows=5), rtol=1e-4, at
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("name", ["hpd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generalized_jsd", "sum"))])
+@pytest.mark.parametrize(
+    "name", ["hpd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("generalized_jsd", "sum"))]
+)
 def test_compiled_is_chunked(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, name], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT, name],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,7 +14,12 @@ from hpd.objectives import OBJECTIVES, forward_kl
 
 HERE = Path(__file__).resolve()
 SHARED = next(
-    (p for p in [Path(os.environ.get("HPD_SHARED", "/nonexistent")), *(q / "shared" for q in HERE.parents)] if p.is_dir()), None
+    (
+        p
+        for p in [Path(os.environ.get("HPD_SHARED", "/nonexistent")), *(q / "shared" for q in HERE.parents)]
+        if p.is_dir()
+    ),
+    None,
 )
 INDEX = SHARED / "parity" / "index.json" if SHARED else None
 ENTRIES = json.loads(INDEX.read_text()) if INDEX and INDEX.is_file() else []
@@ -43,9 +48,12 @@ def test_parity_with_reference_code(entry):
 
 def batch(vocab=37, teacher_vocab=37, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden, teacher_hidden = (torch.randn(2, 6, width, generator=generator, dtype=torch.float64) for width in (8, 12))
+    hidden, teacher_hidden = (
+        torch.randn(2, 6, width, generator=generator, dtype=torch.float64) for width in (8, 12)
+    )
     head, teacher_head = (
-        torch.randn(v, width, generator=generator, dtype=torch.float64) for v, width in ((vocab, 8), (teacher_vocab, 12))
+        torch.randn(v, width, generator=generator, dtype=torch.float64)
+        for v, width in ((vocab, 8), (teacher_vocab, 12))
     )
     labels = torch.randint(vocab, (2, 6), generator=generator)
     labels[0, :3] = -100
@@ -57,9 +65,13 @@ def test_fused_equals_plain(objective):
     hidden, head, teacher_hidden, teacher_head, labels = batch()
     draws = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
     hidden.requires_grad_(), head.requires_grad_()
-    plain = hpd.distillation_loss(hidden @ head.T, teacher_hidden @ teacher_head.T, labels, objective, draws=draws).loss
+    plain = hpd.distillation_loss(
+        hidden @ head.T, teacher_hidden @ teacher_head.T, labels, objective, draws=draws
+    ).loss
     expected = torch.autograd.grad(plain, (hidden, head))
-    fused = hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, objective, draws=draws).loss
+    fused = hpd.fused_distillation_loss(
+        hidden, head, teacher_hidden, teacher_head, labels, objective, draws=draws
+    ).loss
     torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad(fused, (hidden, head)), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -100,7 +112,9 @@ def test_fresh_draws_come_from_the_generator():
 
     def loss(seed):
         generator = torch.Generator().manual_seed(seed)
-        return hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, "hpd", generator=generator).loss
+        return hpd.fused_distillation_loss(
+            hidden, head, teacher_hidden, teacher_head, labels, "hpd", generator=generator
+        ).loss
 
     assert loss(0) == loss(0) != loss(1)
 
@@ -125,7 +139,9 @@ def test_importance_weighted_draws_do_not_depend_on_their_number():
     logits = hidden @ head.T, teacher_hidden @ teacher_head.T
     draws = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
     once = hpd.distillation_loss(*logits, labels, "hpd", draws=draws, importance=True)
-    thrice = hpd.distillation_loss(*logits, labels, "hpd", draws=draws[..., None].expand(2, 5, 3), importance=True, num_draws=3)
+    thrice = hpd.distillation_loss(
+        *logits, labels, "hpd", draws=draws[..., None].expand(2, 5, 3), importance=True, num_draws=3
+    )
     torch.testing.assert_close(once.loss, thrice.loss)
     assert once.loss != hpd.distillation_loss(*logits, labels, "hpd", draws=draws).loss
 

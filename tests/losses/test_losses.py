@@ -13,7 +13,19 @@ import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.problems import HIDDEN, NUM_TOKENS, TERMS, Problem, Result, assert_equal, cast, compute, generator, problem, random
+from helpers.problems import (
+    HIDDEN,
+    NUM_TOKENS,
+    TERMS,
+    Problem,
+    Result,
+    assert_equal,
+    cast,
+    compute,
+    generator,
+    problem,
+    random,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -56,11 +68,14 @@ def test_chunked_is_the_reference_whatever_the_chunks(
 
 @pytest.mark.parametrize(("sharpness", "tolerance"), [(1.0, 1e-5), (12.0, 2e-4)], ids=["flat", "peaky"])
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
-def test_float32_is_float64_to_its_rounding(terms: tuple[Term, ...], sharpness: float, tolerance: float) -> None:
-    """Where peaky, logits reach 80, weights 60 nats and hidden states 30: float32 rounds a product of the last two by 1e-4.
+def test_float32_is_float64_to_its_rounding(
+    terms: tuple[Term, ...], sharpness: float, tolerance: float
+) -> None:
+    """Where peaky, logits reach 80, weights 60 nats and hidden states 30: float32 rounds a product of the
+    last two by 1e-4.
 
-    Bounded divergences have gradients far below one there, as a difference of terms near one: so the error is compared with
-    the larger of the gradient's norm and one.
+    Bounded divergences have gradients far below one there, as a difference of terms near one: so the error is
+    compared with the larger of the gradient's norm and one.
     """
     given = problem(101, sharpness=sharpness)
     single = given.to(torch.float32)
@@ -144,7 +159,9 @@ def test_a_tied_head_gathers_both_gradients(impl: str) -> None:
 
     def loss(embedding: Tensor, head: Tensor) -> Tensor:
         student = Scores(torch.tanh(embedding[tokens]), Head(head))
-        return reweighted_nll(student, given.teacher, given.labels, TERMS["forward_kl"], impl=impl, chunk_bytes=1000).loss
+        return reweighted_nll(
+            student, given.teacher, given.labels, TERMS["forward_kl"], impl=impl, chunk_bytes=1000
+        ).loss
 
     tied = weight.clone().requires_grad_()
     loss(tied, tied).backward()
@@ -178,10 +195,25 @@ def test_values_are_torch_s_own_losses(impl: str) -> None:
 
 # Values whose derivative is the gradient: nothing in them is held constant and nothing is drawn.
 DIFFERENTIABLE = [
-    "sft", "forward_kl", "reverse_kl", "symmetric_kl", "generalized_jsd", "js", "skew_forward_kl", "skew_reverse_kl",
-    "total_variation", "abkd", "softened", "softened top_k", "top_k bucket", "top_k renormalize", "top_k drop",
-    "student's top_k and label", "top_k and label, renormalize", "top_k beyond the vocabulary",
-]  # fmt: skip
+    "sft",
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "generalized_jsd",
+    "js",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "abkd",
+    "softened",
+    "softened top_k",
+    "top_k bucket",
+    "top_k renormalize",
+    "top_k drop",
+    "student's top_k and label",
+    "top_k and label, renormalize",
+    "top_k beyond the vocabulary",
+]
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -248,11 +280,15 @@ def test_unequal_vocabularies_are_cut_to_the_shared_prefix(
     given = problem(vocab, teacher_vocab=teacher_vocab, student_head=bias)
     if as_logits:
         logits = [scores.hidden @ scores.head.weight.t() for scores in given[:2]]  # type: ignore[union-attr]
-        given = given._replace(student=Scores(logits[0], Head(None, **bias)), teacher=Scores(logits[1], Head(None)))
+        given = given._replace(
+            student=Scores(logits[0], Head(None, **bias)), teacher=Scores(logits[1], Head(None))
+        )
     cut = given._replace(student=prefix(given.student, 19), teacher=prefix(given.teacher, 19))
     got, want = compute(given, TERMS[name], 5, impl=impl), compute(cut, TERMS[name], 5)
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=1e-12)
-    for mine, other, whole in zip(got.grads, want.grads, (given.student.hidden, *given.student.head[:2]), strict=True):
+    for mine, other, whole in zip(
+        got.grads, want.grads, (given.student.hidden, *given.student.head[:2]), strict=True
+    ):
         if mine is None or other is None or whole is None:
             continue
         assert mine.shape == whole.shape
@@ -278,7 +314,8 @@ def prefix(scores: Scores, vocab: int) -> Scores:
 
 
 class Recorder(TorchDispatchMode):
-    """Matrix products that ran, and the shapes of the tensors that were allocated (no views, nothing in place)."""
+    """Matrix products that ran, and the shapes of the tensors that were allocated (no views, nothing in
+    place)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,10 +328,18 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        given, new = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        self.products += func.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.aten.addmm,
+            torch.ops.aten.addmm_,
+        )
+        given, new = (
+            [x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out)
+        )
         old = {tensor.untyped_storage().data_ptr() for tensor in given}
-        self.shapes |= {tuple(tensor.shape) for tensor in new if tensor.untyped_storage().data_ptr() not in old}
+        self.shapes |= {
+            tuple(tensor.shape) for tensor in new if tensor.untyped_storage().data_ptr() not in old
+        }
         return out
 
 
@@ -322,9 +367,13 @@ def test_products_per_chunk_and_what_is_frozen() -> None:
         weight = given.student.head.weight.clone().requires_grad_(train_head)  # type: ignore[union-attr]
         with Recorder() as seen:
             loss = reweighted_nll(
-                Scores(hidden, Head(weight)), given.teacher, given.labels, TERMS["hpd"],
-                uniforms=given.uniforms, chunk_bytes=num_tokens // chunks * vocab * 8,
-            ).loss  # fmt: skip
+                Scores(hidden, Head(weight)),
+                given.teacher,
+                given.labels,
+                TERMS["hpd"],
+                uniforms=given.uniforms,
+                chunk_bytes=num_tokens // chunks * vocab * 8,
+            ).loss
             assert seen.products == chunks * products
             assert ((vocab, HIDDEN) in seen.shapes) == train_head  # the head's gradient
             assert loss.requires_grad == (train_hidden or train_head)
@@ -332,7 +381,10 @@ def test_products_per_chunk_and_what_is_frozen() -> None:
                 loss.backward()
             assert seen.products == chunks * products  # backward only scales
         torch.testing.assert_close(loss.detach(), whole.loss, rtol=1e-12, atol=1e-12)
-        for tensor, trained, grad in ((hidden, train_hidden, whole.grads[0]), (weight, train_head, whole.grads[1])):
+        for tensor, trained, grad in (
+            (hidden, train_hidden, whole.grads[0]),
+            (weight, train_head, whole.grads[1]),
+        ):
             assert (tensor.grad is not None) == trained
             if tensor.grad is not None:
                 torch.testing.assert_close(tensor.grad, grad, rtol=1e-12, atol=1e-12)
@@ -342,7 +394,9 @@ def test_an_evaluation_computes_no_gradient() -> None:
     given = problem(50)
     hidden, weight = given.student.hidden.requires_grad_(), given.student.head.weight.requires_grad_()  # type: ignore[union-attr]
     with torch.no_grad(), Recorder() as seen:
-        loss = reweighted_nll(Scores(hidden, Head(weight)), given.teacher, given.labels, TERMS["forward_kl"]).loss
+        loss = reweighted_nll(
+            Scores(hidden, Head(weight)), given.teacher, given.labels, TERMS["forward_kl"]
+        ).loss
     assert seen.products == 2
     assert not loss.requires_grad
 
@@ -394,7 +448,9 @@ def test_scale_multiplies_loss_and_gradients(impl: str) -> None:
 def test_what_follows_the_loss_scales_the_gradient() -> None:
     given = problem(33)
     hidden = given.student.hidden.clone().requires_grad_()
-    loss = reweighted_nll(given.student._replace(hidden=hidden), given.teacher, given.labels, TERMS["forward_kl"]).loss
+    loss = reweighted_nll(
+        given.student._replace(hidden=hidden), given.teacher, given.labels, TERMS["forward_kl"]
+    ).loss
     (loss * 3.0 + 1.0).backward()
     want = compute(given, TERMS["forward_kl"]).grads[0]
     torch.testing.assert_close(hidden.grad, want * 3.0, rtol=1e-12, atol=1e-12)  # type: ignore[operator]
@@ -403,7 +459,9 @@ def test_what_follows_the_loss_scales_the_gradient() -> None:
 def test_a_second_backward_is_refused() -> None:
     given = problem(10)
     hidden = given.student.hidden.clone().requires_grad_()
-    loss = reweighted_nll(given.student._replace(hidden=hidden), given.teacher, given.labels, TERMS["sft"]).loss
+    loss = reweighted_nll(
+        given.student._replace(hidden=hidden), given.teacher, given.labels, TERMS["sft"]
+    ).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         loss.backward()
@@ -418,7 +476,9 @@ def is_finite(result: Result) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("side", ["student", "teacher", "both", "opposite"])
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
-def test_impossible_tokens_keep_everything_finite(terms: tuple[Term, ...], side: str, dtype: torch.dtype, impl: str) -> None:
+def test_impossible_tokens_keep_everything_finite(
+    terms: tuple[Term, ...], side: str, dtype: torch.dtype, impl: str
+) -> None:
     vocab = 21
     masks = [torch.zeros(vocab, dtype=torch.float64) for _ in range(2)]
     masks[0][:8] = -math.inf
@@ -486,8 +546,14 @@ def test_each_operand_may_have_its_own_precision() -> None:
     given = problem(40)
     rounded = given.to(torch.bfloat16)
     want = compute(rounded.to(torch.float32), TERMS["forward_kl"], 5)
-    for student, teacher in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float64)):
-        mixed = rounded._replace(student=cast(rounded.student, student), teacher=cast(rounded.teacher, teacher))
+    for student, teacher in (
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ):
+        mixed = rounded._replace(
+            student=cast(rounded.student, student), teacher=cast(rounded.teacher, teacher)
+        )
         got = compute(mixed, TERMS["forward_kl"], 5)
         assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-5)
     double = compute(rounded._replace(student=cast(rounded.student, torch.float64)), TERMS["forward_kl"], 5)
@@ -509,7 +575,9 @@ def test_autocast_does_not_lower_precision_on_a_cpu() -> None:
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 @pytest.mark.parametrize("stride", [1, 3, 4, 100])
 @pytest.mark.parametrize("rows", [1, 4, 5, 100])
-def test_metrics_are_of_every_nth_position(impl: str, stride: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_of_every_nth_position(
+    impl: str, stride: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vocab = 43
     given = problem(vocab)
     monkeypatch.setattr(chunked, "_TILE_BYTES", 2 * vocab * 8)
@@ -528,7 +596,9 @@ def test_metrics_are_of_every_nth_position(impl: str, stride: int, rows: int, mo
     assert len(p) == math.ceil(NUM_TOKENS / stride)
     for name, value in expected.items():
         assert stats[name].dtype == torch.float64
-        torch.testing.assert_close(stats[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            stats[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert stats.keys() == expected.keys() | {"value/forward_kl"}
 
 
@@ -570,7 +640,10 @@ def call(given: Problem, terms: Sequence[Term], **options: Any) -> None:
         (lambda g: call(g, ()), "At least one term"),
         (lambda g: call(g, TERMS["sft"] + build_terms("sft", {}, ())), "give each its own"),
         (lambda g: call(g, TERMS["hpd"]), "needs 1 uniform numbers"),
-        (lambda g: call(g, TERMS["every switch of the draw"], uniforms=g.uniforms[:, :2]), "needs 3 uniform numbers"),
+        (
+            lambda g: call(g, TERMS["every switch of the draw"], uniforms=g.uniforms[:, :2]),
+            "needs 3 uniform numbers",
+        ),
         (lambda g: call(g._replace(labels=g.labels + 20), TERMS["sft"]), "outside the 20 tokens"),
         (lambda g: call(g._replace(student=prefix(g.student, 10)), TERMS["sft"]), "outside the 10 tokens"),
     ],

@@ -1,4 +1,5 @@
-"""The policy gradient: the direct strategy at ratio 1, PPO's clip beyond, and the exact expectation by enumeration."""
+"""The policy gradient: the direct strategy at ratio 1, PPO's clip beyond, and the exact expectation by
+enumeration."""
 
 import itertools
 
@@ -45,25 +46,36 @@ PREFIXES = list(dict.fromkeys(p for text in sequences() for p in prefixes_of(tex
 
 def tabular(seed):
     """A model as a table of logits, one row a prefix."""
-    return torch.randn(len(PREFIXES), VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        len(PREFIXES), VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def logprob_of(table, text):
     log_q = table.log_softmax(-1)
-    return sum(log_q[PREFIXES.index(prefix), token] for prefix, token in zip(prefixes_of(text), text, strict=True))
+    return sum(
+        log_q[PREFIXES.index(prefix), token] for prefix, token in zip(prefixes_of(text), text, strict=True)
+    )
 
 
 def batch_for(text):
     count = len(text)
     positions = torch.arange(count)
     return TokenBatch(
-        positions, torch.tensor(text), positions, torch.tensor(0), torch.zeros(count, dtype=torch.int64), torch.tensor([count]),
-        torch.zeros(0, dtype=torch.int64), positions,
-    )  # fmt: skip
+        positions,
+        torch.tensor(text),
+        positions,
+        torch.tensor(0),
+        torch.zeros(count, dtype=torch.int64),
+        torch.tensor([count]),
+        torch.zeros(0, dtype=torch.int64),
+        positions,
+    )
 
 
 def expected_gradient(terms, strategy):
-    """Gradient of the loss of a rollout, averaged over all rollouts with the student's probabilities: no sampling."""
+    """Gradient of the loss of a rollout, averaged over all rollouts with the student's probabilities: no
+    sampling."""
     student, teacher = tabular(0).requires_grad_(), tabular(1)
     total = torch.zeros_like(student)
     for text in sequences():
@@ -74,7 +86,15 @@ def expected_gradient(terms, strategy):
             loss = loss_by_source(*sides, batch_for(text), built, scale=1.0).loss
         else:
             loss = policy_gradient_nll(
-                *sides, batch_for(text), built, strategy, frozen=None, uniforms=None, scale=1.0, row_scale=1.0, chunk_bytes=64
+                *sides,
+                batch_for(text),
+                built,
+                strategy,
+                frozen=None,
+                uniforms=None,
+                scale=1.0,
+                row_scale=1.0,
+                chunk_bytes=64,
             )[0].loss
         (gradient,) = torch.autograd.grad(loss, student)
         total += gradient * logprob_of(student, text).exp().detach()
@@ -91,7 +111,8 @@ def sequence_kl_gradient():
 
 
 def token_kl_gradient():
-    """Autograd of the sum over prefixes of (probability to get there, held constant) times the token-level KL."""
+    """Autograd of the sum over prefixes of (probability to get there, held constant) times the token-level
+    KL."""
     student, teacher = tabular(0).requires_grad_(), tabular(1)
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     visits = torch.zeros(len(PREFIXES), dtype=torch.float64)
@@ -106,7 +127,9 @@ def exactly(a, b):
 
 
 def test_returns_give_the_gradient_of_the_sequence_kl():
-    exactly(expected_gradient([OPD], StrategyConfig(type="policy_gradient", discount=1.0)), sequence_kl_gradient())
+    exactly(
+        expected_gradient([OPD], StrategyConfig(type="policy_gradient", discount=1.0)), sequence_kl_gradient()
+    )
 
 
 @pytest.mark.parametrize("baseline", [0.0, 1.0])
@@ -117,13 +140,19 @@ def test_the_written_token_gives_the_token_kl_whatever_the_baseline(baseline, st
 
 
 def test_full_vocabulary_on_rollouts_is_the_same_expectation():
-    exactly(expected_gradient([TermConfig(objective="reverse_kl", on="student")], StrategyConfig()), token_kl_gradient())
+    exactly(
+        expected_gradient([TermConfig(objective="reverse_kl", on="student")], StrategyConfig()),
+        token_kl_gradient(),
+    )
 
 
 def test_minillms_split_is_the_sequence_kl():
     """An exact first step on the vocabulary plus the returns of later tokens."""
     strategy = StrategyConfig(type="policy_gradient", discount=1.0, later_only=True)
-    exactly(expected_gradient([TermConfig(objective="reverse_kl", on="student"), OPD], strategy), sequence_kl_gradient())
+    exactly(
+        expected_gradient([TermConfig(objective="reverse_kl", on="student"), OPD], strategy),
+        sequence_kl_gradient(),
+    )
 
 
 def test_clip_and_dual_clip_by_hand():
@@ -173,7 +202,9 @@ def test_clipping_holds_a_student_that_runs_away(pair, tmp_path):
     moved = []
     for clip in (0.05, 1e6):
         strategy = StrategyConfig(type="policy_gradient", updates=8, clip_low=1.0, clip_high=clip)
-        trainer = make_trainer(pair, tmp_path, method="psft", strategy=strategy, max_steps=8, learning_rate=0.3)
+        trainer = make_trainer(
+            pair, tmp_path, method="psft", strategy=strategy, max_steps=8, learning_rate=0.3
+        )
         start = weights(trainer)
         trainer.train()
         moved.append(float((weights(trainer) - start).norm()))
@@ -184,12 +215,16 @@ def test_sequence_mean_weighs_rows_equally(pair, tmp_path):
     strategy = StrategyConfig(type="policy_gradient", mean="sequence")
     trainer = make_trainer(pair, tmp_path / "a", method="sft", strategy=strategy)
     trainer.state.max_steps = 1
-    (batch,), count = trainer.get_batch_samples(iter([next(iter(trainer.get_train_dataloader()))]), 1, torch.device("cpu"))
+    (batch,), count = trainer.get_batch_samples(
+        iter([next(iter(trainer.get_train_dataloader()))]), 1, torch.device("cpu")
+    )
     loss = trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=count)
     loss.backward()
     ours = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     other = make_trainer(pair, tmp_path / "b", method="sft")
-    output = other.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    output = other.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits.log_softmax(-1)
     labels = batch["labels"][:, 1:]
     picked = output[:, :-1].gather(2, labels.clamp_min(0)[..., None])[..., 0] * (labels != -100)
     (-(picked.sum(1) / (labels != -100).sum(1)).mean()).backward()
@@ -201,11 +236,17 @@ def test_sequence_mean_weighs_rows_equally(pair, tmp_path):
     ("options", "message"),
     [
         ({"method": "forward_kl", "strategy": PG}, "every term sums"),
-        ({"method": "hpd", "strategy": StrategyConfig(type="policy_gradient", discount=1.0)}, "support: rollout"),
+        (
+            {"method": "hpd", "strategy": StrategyConfig(type="policy_gradient", discount=1.0)},
+            "support: rollout",
+        ),
         ({"method": "opd", "prefixes": Prefixes(dataset=1.0)}, "there is none"),
         ({"method": "hpd", "rollouts": RolloutConfig()}, "has no effect"),
         ({"method": "gkd", "rollouts": RolloutConfig(teacher_share=0.2)}, "policy_gradient corrects"),
-        ({"method": "distillm2", "prefixes": Prefixes(dataset=1.0)}, "skew_reverse_kl learns from the student's own"),
+        (
+            {"method": "distillm2", "prefixes": Prefixes(dataset=1.0)},
+            "skew_reverse_kl learns from the student's own",
+        ),
         ({"method": "distillm"}, "follows the validation loss"),
     ],
 )

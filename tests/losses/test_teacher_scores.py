@@ -1,4 +1,5 @@
-"""Teachers that are known by their normaliser or at their likeliest tokens, against the whole distribution."""
+"""Teachers that are known by their normaliser or at their likeliest tokens, against the whole
+distribution."""
 
 from __future__ import annotations
 
@@ -77,11 +78,19 @@ def test_the_tail_is_shared_evenly_and_stays_below_the_known_tokens(k: int) -> N
     given = problem(255, sharpness=2.0)
     teacher = top_k_of(given, k).teacher
     everything = torch.arange(255).expand(NUM_TOKENS, -1)
-    logprobs = side.token_logprobs(teacher, torch.zeros(NUM_TOKENS, dtype=torch.float64), given.labels, everything)
+    logprobs = side.token_logprobs(
+        teacher, torch.zeros(NUM_TOKENS, dtype=torch.float64), given.labels, everything
+    )
     exact = torch.log_softmax(logits(given.teacher), -1)
-    known = torch.zeros_like(exact, dtype=torch.bool).scatter(1, teacher.tokens, True).scatter(1, given.labels[:, None], True)
+    known = (
+        torch.zeros_like(exact, dtype=torch.bool)
+        .scatter(1, teacher.tokens, True)
+        .scatter(1, given.labels[:, None], True)
+    )
     torch.testing.assert_close(logprobs[known], exact[known], rtol=0, atol=1e-12)
-    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(NUM_TOKENS, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        logprobs.exp().sum(-1), torch.ones(NUM_TOKENS, dtype=torch.float64), rtol=0, atol=1e-9
+    )
     for row in range(NUM_TOKENS):
         tail: Tensor = logprobs[row][~known[row]]
         assert float(tail.max() - tail.min()) == 0.0
@@ -107,7 +116,10 @@ def test_draws_that_a_top_k_teacher_can_only_bound_are_counted(impl: str) -> Non
     draws[::2] = known.teacher.tokens[::2, :1]
     draws[1] = given.labels[1]
     stats = compute(known, TERMS["hpd"], impl=impl, draws=draws).stats
-    off = [int(token) not in {*map(int, known.teacher.tokens[i]), int(given.labels[i])} for i, token in enumerate(draws)]
+    off = [
+        int(token) not in {*map(int, known.teacher.tokens[i]), int(given.labels[i])}
+        for i, token in enumerate(draws)
+    ]
     assert 0 < sum(off) < NUM_TOKENS
     assert float(stats["draws_off_top_k"]) == pytest.approx(sum(off))
     assert "draws_off_top_k" not in compute(given, TERMS["hpd"], impl=impl, draws=draws).stats
@@ -123,5 +135,7 @@ def test_low_precision_rows_are_read_in_full_precision() -> None:
     single = given.to(torch.float32)
     assert_equal(
         compute(single._replace(teacher=known), TERMS["hpd"], metric_stride=0),
-        compute(single._replace(teacher=teacher), TERMS["hpd"], metric_stride=0), rtol=1e-5, atol=1e-6,
-    )  # fmt: skip
+        compute(single._replace(teacher=teacher), TERMS["hpd"], metric_stride=0),
+        rtol=1e-5,
+        atol=1e-6,
+    )

@@ -18,10 +18,21 @@ def recipe(tmp_path_factory):
     rows = [{"prompt": f"add {i}:", "completion": f" {i} and {i}"} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
-        "train": {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-3, "max_length": 64, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1},
-    }  # fmt: skip
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
+        "train": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-3,
+            "max_length": 64,
+            "save_strategy": "no",
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+        },
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,7 +53,9 @@ def test_rows_are_complete(method):
 
 
 def test_parameters_go_to_objective_or_term():
-    (term,) = method_terms("hpd", {"reinforce": False, "num_draws": 3, "draw_share": 0.5, "exclude_label": True})
+    (term,) = method_terms(
+        "hpd", {"reinforce": False, "num_draws": 3, "draw_share": 0.5, "exclude_label": True}
+    )
     assert term.kwargs == {"reinforce": False}
     assert (term.num_draws, term.draw_share, term.exclude_label) == (3, 0.5, True)
     support = term.build_support()
@@ -67,14 +80,19 @@ def test_importance_is_unbiased_by_default_and_off_for_hpd():
 def test_terms_of_one_objective_get_names_of_their_own():
     from hpd.methods.terms import TermConfig
 
-    names = [t.name for t in build_terms(None, {}, [TermConfig(objective="nll"), TermConfig(objective="nll", weight=0.5)])]
+    names = [
+        t.name
+        for t in build_terms(None, {}, [TermConfig(objective="nll"), TermConfig(objective="nll", weight=0.5)])
+    ]
     assert names == ["nll", "nll#2"]
 
 
 def test_objectives_of_ones_own(tmp_path, monkeypatch):
     from hpd.methods.terms import TermConfig
 
-    (tmp_path / "mine.py").write_text("def f(r): return r * r.log()\ndef df(r): return r.log() + 1\nnothing = 3\n")
+    (tmp_path / "mine.py").write_text(
+        "def f(r): return r * r.log()\ndef df(r): return r.log() + 1\nnothing = 3\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     TermConfig(objective="f_divergence", kwargs={"f": "mine:f", "df": "mine:df"}).build()
     for name, message in (

@@ -78,7 +78,9 @@ def test_inverse_cdf_never_gives_a_token_without_mass(vocab: int, dtype: torch.d
     edges = torch.tensor([0.0, 5e-324, 2.0**-53, 0.5, 1 - 2.0**-24, BELOW_ONE], dtype=torch.float64)
     # The edges of the row's own cumulative masses, where rounding could go either way.
     own = (probs.double().cumsum(-1) / probs.double().sum(-1, keepdim=True)).clamp_max(BELOW_ONE)
-    numbers = torch.cat([edges.expand(40, -1), uniform_numbers(40, 50), own[:, :: max(vocab // 50, 1)]], dim=1)
+    numbers = torch.cat(
+        [edges.expand(40, -1), uniform_numbers(40, 50), own[:, :: max(vocab // 50, 1)]], dim=1
+    )
     tokens = inverse_cdf(probs, numbers)
     assert (probs.gather(1, tokens) > 0).all()
     mass = torch.where(probs > 0, 1, 0)
@@ -142,7 +144,11 @@ def test_draws_follow_the_distribution(support: Support) -> None:
 
 @pytest.mark.parametrize(
     "support",
-    [sampled(3), sampled(2, temperature=0.5), Support(label=True, draws=2, exclude_label=True, temperature=2.0)],
+    [
+        sampled(3),
+        sampled(2, temperature=0.5),
+        Support(label=True, draws=2, exclude_label=True, temperature=2.0),
+    ],
     ids=str,
 )
 def test_log_probabilities_are_those_of_the_draw(support: Support) -> None:
@@ -231,7 +237,9 @@ def outcomes(support: Support, logprobs: Tensor, y: int) -> Outcomes:
     return Outcomes(as_tensor(numbers), torch.tensor(tokens), as_tensor(chances))
 
 
-def gradient(objective: Objective, support: Support, log_p: Tensor, log_q: Tensor, y: Tensor, draws: Draws | None) -> Tensor:
+def gradient(
+    objective: Objective, support: Support, log_p: Tensor, log_q: Tensor, y: Tensor, draws: Draws | None
+) -> Tensor:
     """Gradient of the logits by autograd on `-sum_k c_k w_k log q_k`. Axes: N positions."""
     logits = log_q.clone().requires_grad_()
     columns = support.columns(log_p, torch.log_softmax(logits, -1), y, draws)
@@ -243,7 +251,9 @@ def gradient(objective: Objective, support: Support, log_p: Tensor, log_q: Tenso
     return grad
 
 
-def value(objective: Objective, support: Support, log_p: Tensor, log_q: Tensor, y: Tensor, draws: Draws | None) -> Tensor:
+def value(
+    objective: Objective, support: Support, log_p: Tensor, log_q: Tensor, y: Tensor, draws: Draws | None
+) -> Tensor:
     columns = support.columns(log_p, log_q, y, draws)
     values = objective.value(columns.teacher_logprobs, columns.student_logprobs)
     return (values if columns.coefficients is None else values * columns.coefficients).sum(-1)  # [N]
@@ -278,7 +288,9 @@ UNBIASED = [
 ]
 
 
-@pytest.mark.parametrize("support", UNBIASED, ids=lambda s: f"{s},T{s.temperature},share{s.share},{s.exclude_label=}")
+@pytest.mark.parametrize(
+    "support", UNBIASED, ids=lambda s: f"{s},T{s.temperature},share{s.share},{s.exclude_label=}"
+)
 def test_the_expectation_over_the_draw_is_the_whole_vocabulary(support: Support) -> None:
     vocab, y = 5, 3
     log_p, log_q = log_distribution(1, vocab, 13), log_distribution(1, vocab, 14)
@@ -292,7 +304,9 @@ def test_the_expectation_over_the_draw_is_the_whole_vocabulary(support: Support)
     for name, objective in token_objectives():
         exact = gradient(objective, full(), log_p, log_q, labels[:1], None)[0]
         mean = cases.probabilities @ gradient(objective, support, *rows, labels, draws)
-        torch.testing.assert_close(mean, exact, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            mean, exact, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
         exact_value = value(objective, full(), log_p, log_q, labels[:1], None)
         mean_value = cases.probabilities @ value(objective, support, *rows, labels, draws)
         assert mean_value.item() == pytest.approx(exact_value.item(), abs=1e-12), name
@@ -322,7 +336,9 @@ def test_hpd_exact_is_the_expectation_of_hpd(y: int, switches: dict[str, float])
     draws = draw(support, rows[1], labels, cases.uniforms)
     for function in (gradient, value):
         sample = function(OBJECTIVES["hpd"](**switches), support, *rows, labels, draws)
-        exact = function(OBJECTIVES["hpd_exact"](**switches), label() + full(), log_p, log_q, labels[:1], None)
+        exact = function(
+            OBJECTIVES["hpd_exact"](**switches), label() + full(), log_p, log_q, labels[:1], None
+        )
         torch.testing.assert_close(cases.probabilities @ sample, exact[0], rtol=0, atol=1e-12)
 
 
@@ -344,7 +360,9 @@ def test_top_k_columns(tail: str, with_label: bool, side: str) -> None:
     support = top_k(k, of=side, tail=tail) + label() if with_label else top_k(k, of=side, tail=tail)
     columns = top_columns(support, log_p, log_q, labels)
     seen = set()
-    for row, (p, q, y) in enumerate(zip(log_p.exp().tolist(), log_q.exp().tolist(), labels.tolist(), strict=True)):
+    for row, (p, q, y) in enumerate(
+        zip(log_p.exp().tolist(), log_q.exp().tolist(), labels.tolist(), strict=True)
+    ):
         ranked = p if side == "teacher" else q
         chosen = set(sorted(range(12), key=lambda v: -ranked[v])[:k]) | ({y} if with_label else set())
         seen.add(len(chosen))
@@ -376,7 +394,9 @@ def test_the_gradient_of_a_tail_is_its_own(tail: str) -> None:
             if columns.coefficients is not None:
                 weights = weights * columns.coefficients
             got = assembled(columns, weights, log_q)
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                got, expected, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
             if tail == "renormalize":  # the rest of the vocabulary does not move
                 outside = torch.ones_like(got).scatter(1, columns.tokens, 0.0)  # type: ignore[arg-type]
                 assert (got * outside == 0).all()
@@ -392,7 +412,9 @@ def assembled(columns: Columns, weights: Tensor, log_q: Tensor) -> Tensor:
 @pytest.mark.parametrize("student_tail", [1e-4, 1e-9, 1e-20])
 def test_a_tail_below_the_rounding_of_one_keeps_its_gradient(student_tail: float) -> None:
     vocab, objective = 8, OBJECTIVES["forward_kl"]()
-    log_p = torch.log_softmax(torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64), -1)
+    log_p = torch.log_softmax(
+        torch.tensor([[3.0, 2.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64), -1
+    )
     z = torch.full((1, vocab), math.log(student_tail), dtype=torch.float64)
     z[:, :2] = torch.tensor([1.0, 1.2])
     log_q = torch.log_softmax(z, -1)
@@ -411,7 +433,8 @@ def test_a_tail_below_the_rounding_of_one_keeps_its_gradient(student_tail: float
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd", "total_variation"])
 def test_a_bucket_never_adds_divergence(name: str) -> None:
-    """Merging tokens cannot raise an f-divergence, more tokens cannot lower it, and all of them give the divergence."""
+    """Merging tokens cannot raise an f-divergence, more tokens cannot lower it, and all of them give the
+    divergence."""
     log_p, log_q, labels = log_distribution(30, 10, 29), log_distribution(30, 10, 30), torch.arange(30) % 10
     objective = OBJECTIVES[name]()
     by_k = torch.stack([value(objective, top_k(k), log_p, log_q, labels, None) for k in range(1, 11)])
@@ -420,12 +443,15 @@ def test_a_bucket_never_adds_divergence(name: str) -> None:
     whole = value(objective, full(), log_p, log_q, labels, None)
     torch.testing.assert_close(by_k[-1], whole, rtol=1e-12, atol=1e-12)
     for support in (top_k(50), label() + top_k(10), label() + top_k(9)):
-        torch.testing.assert_close(value(objective, support, log_p, log_q, labels, None), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            value(objective, support, log_p, log_q, labels, None), whole, rtol=1e-12, atol=1e-12
+        )
         torch.testing.assert_close(
             gradient(objective, support, log_p, log_q, labels, None),
             gradient(objective, full(), log_p, log_q, labels, None),
-            rtol=0, atol=1e-12,
-        )  # fmt: skip
+            rtol=0,
+            atol=1e-12,
+        )
 
 
 # ---- columns and unions
@@ -466,9 +492,20 @@ def test_unions() -> None:
     assert label() + label() == label()
     assert str(joined) == "label + sampled(2)"
     assert str(label() + full()) == "label + full"
-    assert label() + top_k(3, of="student", tail="drop") == Support(label=True, top_k=3, top_k_of="student", tail="drop")
-    assert [s.is_distribution for s in (full(), label() + full(), joined, label())] == [True, False, False, False]
-    assert [top_k(3, tail=tail).is_distribution for tail in ("bucket", "renormalize", "drop")] == [True, True, False]
+    assert label() + top_k(3, of="student", tail="drop") == Support(
+        label=True, top_k=3, top_k_of="student", tail="drop"
+    )
+    assert [s.is_distribution for s in (full(), label() + full(), joined, label())] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [top_k(3, tail=tail).is_distribution for tail in ("bucket", "renormalize", "drop")] == [
+        True,
+        True,
+        False,
+    ]
     assert full().num_uniforms == label().num_uniforms == 0
     assert joined.num_uniforms == 2
 

@@ -35,10 +35,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
 VOCAB = 67
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -49,7 +57,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "cohere": CohereConfig(**SIZES, logit_scale=0.3),
     "cohere2": Cohere2Config(**SIZES, logit_scale=0.3),
     "granite": GraniteConfig(**SIZES, logits_scaling=4.0),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
     "phi, bias": PhiConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
 }
 # What differs from a plain projection.
@@ -66,7 +76,9 @@ EXTRAS: dict[str, dict[str, Any]] = {
 def tiny(name: str = "llama", seed: int = 0) -> Any:
     torch.manual_seed(seed)
     # The configuration is copied: adapters and generation write into it.
-    model = AutoModelForCausalLM.from_config(CONFIGS[name].__class__(**CONFIGS[name].to_dict()), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name].__class__(**CONFIGS[name].to_dict()), attn_implementation="eager"
+    )
     bias = model.get_output_embeddings().bias
     if bias is not None:
         nn.init.normal_(bias)  # zero at the start, and a bias of zero proves nothing
@@ -114,7 +126,9 @@ def test_hidden_states_and_head_give_the_model_s_logits(name: str, inputs: dict[
     torch.testing.assert_close(truncated, expected[:, : VOCAB - 10], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, tied", "gemma2, cap 0.05", "cohere", "granite", "gpt2", "phi, bias"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama, tied", "gemma2, cap 0.05", "cohere", "granite", "gpt2", "phi, bias"]
+)
 def test_parameters_get_the_gradient_of_the_model_s_own_logits(name: str, inputs: dict[str, Tensor]) -> None:
     """Cross-entropy through the head function, against autograd through the logits that the model returns."""
     labels = torch.tensor([5, 6, 7, 8, 9])
@@ -158,7 +172,9 @@ def merged_weight(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "phi, bias"])
-def test_lora_on_the_head_is_merged_into_its_weight(name: str, rslora: bool, inputs: dict[str, Tensor]) -> None:
+def test_lora_on_the_head_is_merged_into_its_weight(
+    name: str, rslora: bool, inputs: dict[str, Tensor]
+) -> None:
     model = adapted(name, target_modules=["lm_head"], use_rslora=rslora)
     base = model.get_base_model()
     frozen = base.get_output_embeddings().get_base_layer().weight
@@ -174,7 +190,9 @@ def test_lora_on_the_head_is_merged_into_its_weight(name: str, rslora: bool, inp
 def test_the_adapter_on_the_head_learns_and_its_base_does_not(inputs: dict[str, Tensor]) -> None:
     labels = torch.tensor([5, 6, 7, 8, 9])
     plain, fused = (adapted(target_modules=["lm_head", "q_proj"]) for _ in range(2))
-    nn.functional.cross_entropy(plain(**inputs).logits.flatten(0, 1)[INDEX], labels, reduction="sum").backward()
+    nn.functional.cross_entropy(
+        plain(**inputs).logits.flatten(0, 1)[INDEX], labels, reduction="sum"
+    ).backward()
     add_head_function(fused.get_base_model())
     terms = build_terms("sft", {}, ())
     function = lambda given: reweighted_nll(given, given, labels, terms).loss  # noqa: E731
@@ -225,18 +243,25 @@ def test_a_head_that_is_trained_whole(name: str, inputs: dict[str, Tensor]) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}]
+    "options",
+    [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
 )
 @torch.no_grad()
-def test_with_the_adapter_off_the_head_is_the_base_model_s(options: dict[str, Any], inputs: dict[str, Tensor]) -> None:
+def test_with_the_adapter_off_the_head_is_the_base_model_s(
+    options: dict[str, Any], inputs: dict[str, Tensor]
+) -> None:
     model, untouched = adapted(**options), tiny()
     base = add_head_function(model.get_base_model())
     assert not torch.equal(head_of(base).weight, untouched.lm_head.weight)  # type: ignore[arg-type]
     with model.disable_adapter():
         off = scores(model, inputs)
     assert torch.equal(off.head.weight, untouched.lm_head.weight)  # type: ignore[arg-type]
-    torch.testing.assert_close(logits(off), untouched(**inputs).logits.flatten(0, 1)[INDEX], rtol=0, atol=1e-5)
-    assert not torch.equal(scores(model, inputs).hidden, off.hidden) or options["target_modules"] == ["lm_head"]
+    torch.testing.assert_close(
+        logits(off), untouched(**inputs).logits.flatten(0, 1)[INDEX], rtol=0, atol=1e-5
+    )
+    assert not torch.equal(scores(model, inputs).hidden, off.hidden) or options["target_modules"] == [
+        "lm_head"
+    ]
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("llama", {"lm_head": [3, 4]}), ("llama, tied", [3, 4])])
@@ -288,7 +313,9 @@ def test_an_adapter_that_is_no_sum_is_refused(config: PeftConfig, kind: str) -> 
 def test_the_original_forward_and_generation_are_unchanged(name: str, inputs: dict[str, Tensor]) -> None:
     plain, patched = tiny(name), add_head_function(tiny(name))
     assert torch.equal(patched(**inputs).logits, plain(**inputs).logits)
-    assert torch.equal(patched(**inputs, labels=inputs["input_ids"]).loss, plain(**inputs, labels=inputs["input_ids"]).loss)
+    assert torch.equal(
+        patched(**inputs, labels=inputs["input_ids"]).loss, plain(**inputs, labels=inputs["input_ids"]).loss
+    )
     assert inspect.signature(patched.forward) == inspect.signature(plain.forward)
     prompt = inputs["input_ids"][:1, :5]
     for options in ({"do_sample": False}, {"do_sample": True, "top_k": 0}):
@@ -296,7 +323,13 @@ def test_the_original_forward_and_generation_are_unchanged(name: str, inputs: di
         for model in (plain, patched):
             torch.manual_seed(4)
             written.append(
-                model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, pad_token_id=0, **options)
+                model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=6,
+                    pad_token_id=0,
+                    **options,
+                )
             )
         assert torch.equal(*written)
 
@@ -346,9 +379,24 @@ def test_scores_are_without_gradient_and_dropout(training: bool, inputs: dict[st
 
 def test_a_model_gets_its_own_inputs_only() -> None:
     collated = dict.fromkeys(
-        ["input_ids", "attention_mask", "labels", "label_keys", "position_ids", "cu_seq_lens_q", "seq_idx", "row_id"]
+        [
+            "input_ids",
+            "attention_mask",
+            "labels",
+            "label_keys",
+            "position_ids",
+            "cu_seq_lens_q",
+            "seq_idx",
+            "row_id",
+        ]
     )
-    assert list(model_inputs(collated)) == ["input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"]
+    assert list(model_inputs(collated)) == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "cu_seq_lens_q",
+        "seq_idx",
+    ]
 
 
 def test_a_truncated_head_is_a_view() -> None:

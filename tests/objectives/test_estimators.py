@@ -14,7 +14,9 @@ def logprobs(vocab=50, rows=4):
 def expectation(estimator, teacher, student):
     """Mean and variance of the estimator over a ~ q, by enumeration."""
     vocab = student.shape[1]
-    values = torch.stack([kl_estimate(estimator, teacher, student, torch.full((len(student), 1), a)) for a in range(vocab)], 1)
+    values = torch.stack(
+        [kl_estimate(estimator, teacher, student, torch.full((len(student), 1), a)) for a in range(vocab)], 1
+    )
     mean = (student.exp() * values).sum(-1)
     return mean, (student.exp() * (values - mean[:, None]) ** 2).sum(-1)
 
@@ -46,7 +48,8 @@ def test_equal_distributions_have_no_divergence():
     _, student = logprobs()
     for estimator in ESTIMATORS:
         torch.testing.assert_close(
-            kl_estimate(estimator, student, student, torch.zeros(4, 2, dtype=torch.long)), torch.zeros(4).double()
+            kl_estimate(estimator, student, student, torch.zeros(4, 2, dtype=torch.long)),
+            torch.zeros(4).double(),
         )
 
 

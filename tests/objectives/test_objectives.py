@@ -1,8 +1,8 @@
 """One table, many properties: every member of OBJECTIVES passes the same suite.
 
-Oracles are plain Python loops over one position, from the papers' formulas. An oracle takes the teacher's row p, the
-student's row q, and `held`, the student's row that the objective treats as constant; weights are checked against its
-numerical derivative. Axes: N label positions, K columns, V vocabulary.
+Oracles are plain Python loops over one position, from the papers' formulas. An oracle takes the teacher's row
+p, the student's row q, and `held`, the student's row that the objective treats as constant; weights are
+checked against its numerical derivative. Axes: N label positions, K columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def jsd_oracle(beta: float) -> Callable[[Row, Row, Row], float]:
 
 
 def alpha_beta_oracle(alpha: float, beta: float) -> Callable[[Row, Row, Row], float]:
-    """The five cases, each from its own formula, as Cichocki et al. state them, times the factor of ABKD's code."""
+    """The five cases, each from its own formula, as Cichocki et al. state them, times the factor of ABKD's
+    code."""
 
     def term(a: float, b: float) -> float:
         ratio = math.log(a / b)
@@ -100,7 +101,8 @@ class Case(NamedTuple):
     """The divergence; None for the weight rules, which have oracles of their own below."""
     domain: str = "token"
     holds_constants: bool = False
-    """Whether part of the value is constant for the gradient, so that it cannot be differentiated numerically."""
+    """Whether part of the value is constant for the gradient, so that it cannot be differentiated
+    numerically."""
 
     def make(self) -> Objective:
         return OBJECTIVES[self.name](**self.params)
@@ -123,8 +125,14 @@ CASES = [
     Case("generalized_jsd", {"beta": 1.0}, lambda p, q, held: kl(q, p)),
     *(Case("generalized_jsd", {"beta": beta}, jsd_oracle(beta)) for beta in (0.1, 0.5, 0.9)),
     Case("js", {"lam": 0.1}, jsd_oracle(0.9)),
-    *(Case("skew_forward_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(p, mix(p, q, lam))) for lam in (0.0, 0.1, 0.7)),
-    *(Case("skew_reverse_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(q, mix(q, p, lam))) for lam in (0.0, 0.1, 0.7)),
+    *(
+        Case("skew_forward_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(p, mix(p, q, lam)))
+        for lam in (0.0, 0.1, 0.7)
+    ),
+    *(
+        Case("skew_reverse_kl", {"lam": lam}, lambda p, q, held, lam=lam: kl(q, mix(q, p, lam)))
+        for lam in (0.0, 0.1, 0.7)
+    ),
     Case("total_variation", {}, lambda p, q, held: sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2),
     Case("f_divergence", CHI_SQUARED, chi_squared_oracle),
     *(Case("abkd", {"alpha": a, "beta": b}, alpha_beta_oracle(a, b)) for a, b in ALPHA_BETA),
@@ -166,7 +174,8 @@ def logit_gradient(objective: Objective, teacher: Tensor, student: Tensor) -> Te
     return weights.sum(-1, keepdim=True) * student.exp() - weights
 
 
-# --- the whole table -------------------------------------------------------------------------------------------------
+# --- the whole table
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_covered() -> None:
@@ -196,7 +205,9 @@ def test_gradient_of_the_value_is_assembled_from_the_weights(case: Case) -> None
     student.retain_grad()
     objective.value(teacher, student).sum().backward()
     student = student.detach()
-    torch.testing.assert_close(student_logits.grad, logit_gradient(objective, teacher, student), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        student_logits.grad, logit_gradient(objective, teacher, student), rtol=1e-12, atol=1e-12
+    )
 
 
 @every_case
@@ -204,7 +215,9 @@ def test_weights_are_exact_and_not_up_to_a_multiple_of_the_student(case: Case) -
     objective, (teacher, student) = case.make(), logprobs()
     student.requires_grad_()
     objective.value(teacher, student).sum().backward()
-    torch.testing.assert_close(objective.weights(teacher, student.detach()), -student.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        objective.weights(teacher, student.detach()), -student.grad, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in DIVERGENCES if not case.holds_constants], ids=str)
@@ -274,7 +287,9 @@ def test_masked_rows_are_removed_rows(case: Case) -> None:
     objective, (teacher, student) = case.make(), logprobs()
     keep = torch.tensor([True, False, True, True, False])
     teacher_other, student_other = logprobs(seed=1)
-    changed = [torch.where(keep[:, None], a, b) for a, b in ((teacher, teacher_other), (student, student_other))]
+    changed = [
+        torch.where(keep[:, None], a, b) for a, b in ((teacher, teacher_other), (student, student_other))
+    ]
     for f in (objective.weights, objective.value):
         torch.testing.assert_close(f(*changed)[keep], f(teacher[keep], student[keep]), rtol=1e-13, atol=1e-15)
 
@@ -282,7 +297,10 @@ def test_masked_rows_are_removed_rows(case: Case) -> None:
 @every_case
 def test_fused_is_weights_and_summed_value(case: Case) -> None:
     objective = case.make()
-    for teacher, student in (logprobs(), tuple(x.clamp(max=-1e5 + 1) if i else x for i, x in enumerate(logprobs()))):
+    for teacher, student in (
+        logprobs(),
+        tuple(x.clamp(max=-1e5 + 1) if i else x for i, x in enumerate(logprobs())),
+    ):
         weights, value = objective.evaluate(teacher.clone(), student.clone())
         torch.testing.assert_close(weights, objective.weights(teacher, student), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(value, objective.value(teacher, student).sum(-1), rtol=1e-9, atol=1e-10)
@@ -305,7 +323,10 @@ def test_token_objectives_look_at_their_own_column_only(case: Case) -> None:
     columns = torch.tensor([4, 1, 5])
     for f in (objective.weights, objective.value):
         torch.testing.assert_close(
-            f(teacher[:, columns], student[:, columns]), f(teacher, student)[:, columns], rtol=1e-13, atol=1e-15
+            f(teacher[:, columns], student[:, columns]),
+            f(teacher, student)[:, columns],
+            rtol=1e-13,
+            atol=1e-15,
         )
 
 
@@ -325,7 +346,9 @@ def test_drop_safe_means_weights_without_the_student(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.skipif(hasattr(OBJECTIVES["nll"], "__wrapped__"), reason="the type-checking import hook cannot be traced")
+@pytest.mark.skipif(
+    hasattr(OBJECTIVES["nll"], "__wrapped__"), reason="the type-checking import hook cannot be traced"
+)
 def test_runs_as_one_graph(case: Case) -> None:
     objective, (teacher, student) = case.make(), logprobs()
     torch.compiler.reset()
@@ -334,7 +357,8 @@ def test_runs_as_one_graph(case: Case) -> None:
         torch.testing.assert_close(compiled(teacher, student), f(teacher, student), rtol=0, atol=0)
 
 
-# --- numerics --------------------------------------------------------------------------------------------------------
+# --- numerics
+# --------------------------------------------------------------------------------------------------------
 
 EXTREMES = [FLOOR, -1e4, -200.0, -104.0, -88.0, -50.0, -5.0, -1.0, -1e-3, -1e-7, 0.0]
 
@@ -349,7 +373,9 @@ def test_finite_for_every_input_in_range(case: Case, dtype: torch.dtype) -> None
         outputs = [objective.weights(teacher, student), objective.value(teacher, student)]
         outputs += objective.stats(teacher, student).values() if objective.stats else []
         assert all(output.isfinite().all() for output in outputs)
-        assert outputs[0].sum(-1).square().isfinite().all(), "a sum of weights must survive being squared, in a norm"
+        assert outputs[0].sum(-1).square().isfinite().all(), (
+            "a sum of weights must survive being squared, in a norm"
+        )
 
 
 @every_case
@@ -413,7 +439,8 @@ def test_half_precision_logits_are_no_worse_than_naive(case: Case, dtype: torch.
         assert (truth - ours).norm() <= 1e-5 * truth.norm() + 1e-6
 
 
-# --- directions and relations: the bugs that other systems shipped ---------------------------------------------------
+# --- directions and relations: the bugs that other systems shipped
+# ---------------------------------------------------
 
 # The teacher has two modes, the student one of them: forward KL is large, reverse KL is small.
 TWO_MODES = torch.tensor([[0.49, 0.49, 0.02]], dtype=torch.float64).log()
@@ -448,13 +475,19 @@ def test_the_jsd_tends_to_either_kl_at_its_ends() -> None:
 
 def test_skew_bounds_the_divergence_by_the_share_of_the_first_argument() -> None:
     teacher, student = torch.tensor([[0.0, FLOOR]]), torch.tensor([[FLOOR, 0.0]])
-    assert OBJECTIVES["skew_forward_kl"](lam=0.1).value(teacher, student).sum().item() == pytest.approx(math.log(10))
-    assert OBJECTIVES["skew_reverse_kl"](lam=0.1).value(teacher, student).sum().item() == pytest.approx(math.log(10))
+    assert OBJECTIVES["skew_forward_kl"](lam=0.1).value(teacher, student).sum().item() == pytest.approx(
+        math.log(10)
+    )
+    assert OBJECTIVES["skew_reverse_kl"](lam=0.1).value(teacher, student).sum().item() == pytest.approx(
+        math.log(10)
+    )
     assert OBJECTIVES["total_variation"]().value(teacher, student).sum().item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("lam", [0.1, 0.5])
-def test_the_sharpest_todi_is_forward_where_underestimated_and_reverse_where_overestimated(lam: float) -> None:
+def test_the_sharpest_todi_is_forward_where_underestimated_and_reverse_where_overestimated(
+    lam: float,
+) -> None:
     teacher, student = logprobs()
     got = OBJECTIVES["todi"](beta=1e6).weights(teacher, student)
     want = torch.where(
@@ -497,7 +530,9 @@ def test_a_saturated_f_divergence_keeps_the_weight_of_forward_kl() -> None:
 def test_abkd_jumps_at_its_limits_by_the_stated_factor(near: tuple, limit: tuple, factor: float) -> None:
     arguments = logprobs(scale=1.0)
     for f in ("weights", "value"):
-        approaching, at_limit = (getattr(OBJECTIVES["abkd"](alpha=a, beta=b), f)(*arguments) for a, b in (near, limit))
+        approaching, at_limit = (
+            getattr(OBJECTIVES["abkd"](alpha=a, beta=b), f)(*arguments) for a, b in (near, limit)
+        )
         torch.testing.assert_close(approaching * factor, at_limit, rtol=0.05, atol=1e-3)
 
 
@@ -517,14 +552,19 @@ def test_akl_follows_the_part_of_the_teacher_that_the_student_misses() -> None:
     torch.testing.assert_close(got[1:], OBJECTIVES["reverse_kl"]().weights(teacher, student)[1:])
 
 
-# --- the hybrid rules ------------------------------------------------------------------------------------------------
+# --- the hybrid rules
+# ------------------------------------------------------------------------------------------------
 
 
 def hybrid_oracle(
     p: Row, q: Row, label: int, draws: Sequence[int], forward=1.0, reverse=1.0, mask=True, reinforce=True
 ) -> dict[str, Any]:
-    """Section by section: one rule for every draw, then the mean over draws; weights per token of the vocabulary."""
-    weights, stats = [0.0] * len(p), dict.fromkeys(("k1_positive", "reinforced", "suppressed", "punished"), 0.0)
+    """Section by section: one rule for every draw, then the mean over draws; weights per token of the
+    vocabulary."""
+    weights, stats = (
+        [0.0] * len(p),
+        dict.fromkeys(("k1_positive", "reinforced", "suppressed", "punished"), 0.0),
+    )
     k1 = q[label] * (math.log(p[label]) - math.log(q[label]))
     for a in draws or [None]:
         k1_draw = 0.0 if a is None else q[a] * (math.log(p[a]) - math.log(q[a]))
@@ -546,7 +586,8 @@ def hybrid_oracle(
 
 
 def to_vocabulary(objective: Objective, teacher: Tensor, student: Tensor, tokens: Tensor) -> Tensor:
-    """Weights of the columns [label, candidates...] on the vocabulary; a candidate equal to the label counts zero."""
+    """Weights of the columns [label, candidates...] on the vocabulary; a candidate equal to the label counts
+    zero."""
     counts = torch.ones_like(tokens, dtype=teacher.dtype)
     counts[:, 1:] = (tokens[:, 1:] != tokens[:, :1]).to(teacher.dtype)
     weights = objective.weights(teacher.gather(1, tokens), student.gather(1, tokens))
@@ -581,8 +622,11 @@ def test_hpd_follows_the_branches_of_the_paper(switches: dict[str, Any], num_dra
         torch.testing.assert_close(stats[name], expected, msg=name)
         can_happen = switches.get({"suppressed": "mask", "reinforced": "reinforce"}.get(name), True)
         needs_draw = name in ("reinforced", "punished")
-        assert expected.any() == (can_happen and (num_draws > 0 or not needs_draw)), f"{name} is not exercised"
-    # No weight of a draw is positive, so that draws of one token cannot cancel in the sum over the vocabulary.
+        assert expected.any() == (can_happen and (num_draws > 0 or not needs_draw)), (
+            f"{name} is not exercised"
+        )
+    # No weight of a draw is positive, so that draws of one token cannot cancel in the sum over the
+    # vocabulary.
     torch.testing.assert_close(stats["mass_moved"], got.abs().sum(1))
 
 
@@ -621,7 +665,9 @@ def test_hpd_full_is_the_rule_at_every_token(switches: dict[str, Any]) -> None:
             assert got[row, v].item() == pytest.approx(alone, rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize(("name", "columns"), [("hpd", [0, 1]), ("hpd_exact", [0, 0, 1]), ("hpd_full", [0, 1])])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("hpd", [0, 1]), ("hpd_exact", [0, 0, 1]), ("hpd_full", [0, 1])]
+)
 def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, columns: list[int]) -> None:
     teacher = torch.tensor([[0.5, 0.5]]).log()
     student = torch.tensor([[-200.0, 0.0]])  # exp(-200) is 0 in float32
@@ -629,7 +675,8 @@ def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, col
     assert label_weight == pytest.approx(0.5 if name == "hpd_full" else 1.0)
 
 
-# --- parameters ------------------------------------------------------------------------------------------------------
+# --- parameters
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -670,5 +717,7 @@ def test_parameters_out_of_range_are_refused(name: str, params: dict[str, Any], 
     ],
 )
 def test_parameters_of_another_type_are_refused(name: str, params: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, TypeError), match=name):  # TypeError from the type-checking import hook, where it is on
+    with pytest.raises(
+        (ValueError, TypeError), match=name
+    ):  # TypeError from the type-checking import hook, where it is on
         OBJECTIVES[name](**params)

@@ -1,7 +1,7 @@
 """Objectives against the losses and gradients that public reference code computed (`shared/parity`).
 
-The tests compare at the level of an Objective: log-probabilities over the shared vocabulary prefix at label positions,
-the value summed and averaged over label tokens, the gradient assembled from the weights.
+The tests compare at the level of an Objective: log-probabilities over the shared vocabulary prefix at label
+positions, the value summed and averaged over label tokens, the gradient assembled from the weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ SHARED = find_shared()
 INDEX = SHARED / "parity" / "index.json" if SHARED else None
 ENTRIES: list[dict[str, Any]] = json.loads(INDEX.read_text()) if INDEX and INDEX.exists() else []
 
-pytestmark = pytest.mark.skipif(not ENTRIES, reason="no shared/parity: set HPD_SHARED to the folder that holds parity/")
+pytestmark = pytest.mark.skipif(
+    not ENTRIES, reason="no shared/parity: set HPD_SHARED to the folder that holds parity/"
+)
 
 
 class Fixture(NamedTuple):
@@ -71,7 +73,8 @@ def assemble(
 ) -> LossAndGrad:
     """Mean over positions of the summed value, and its gradient `((sum w) q - w) / N`.
 
-    `tokens` are the columns [label, draw] of a label objective; a draw that equals the label counts for nothing.
+    `tokens` are the columns [label, draw] of a label objective; a draw that equals the label counts for
+    nothing.
     """
     if tokens is None:
         value, weights = (f(teacher_logprobs, student_logprobs) for f in (objective.value, objective.weights))
@@ -80,7 +83,9 @@ def assemble(
         counts[:, 1:] = (tokens[:, 1:] != tokens[:, :1]).to(counts.dtype)
         columns = teacher_logprobs.gather(1, tokens), student_logprobs.gather(1, tokens)
         value = objective.value(*columns) * counts
-        weights = torch.zeros_like(student_logprobs).scatter_add(1, tokens, objective.weights(*columns) * counts)
+        weights = torch.zeros_like(student_logprobs).scatter_add(
+            1, tokens, objective.weights(*columns) * counts
+        )
     grad = (weights.sum(-1, keepdim=True) * student_logprobs.exp() - weights) / len(weights)
     return LossAndGrad(value.sum(-1).mean(), grad)
 
@@ -89,7 +94,9 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1).mean()
 
 
-def missing_entropy(entry: dict[str, Any], teacher_logprobs: Tensor, student_logprobs: Tensor) -> Tensor | float:
+def missing_entropy(
+    entry: dict[str, Any], teacher_logprobs: Tensor, student_logprobs: Tensor
+) -> Tensor | float:
     """What the reference's loss exceeds the divergence by, where it reports a cross-entropy."""
     params = entry["params"]
     match entry["objective"]:
@@ -114,7 +121,9 @@ def test_loss_and_gradient_match_the_reference(entry: dict[str, Any], dtype: tor
     student_logprobs = torch.log_softmax(fixture.student_logits[fixture.is_label], -1)  # [N, V]
     tokens = None
     if objective.domain == "label":
-        tokens = torch.stack([fixture.labels[fixture.is_label], fixture.sampled[fixture.is_label]], 1)  # [N, 2]
+        tokens = torch.stack(
+            [fixture.labels[fixture.is_label], fixture.sampled[fixture.is_label]], 1
+        )  # [N, 2]
     got = assemble(objective, teacher_logprobs, student_logprobs, tokens)
     loss = got.loss + missing_entropy(entry, teacher_logprobs, student_logprobs)
     assert loss.item() == pytest.approx(entry["loss"], rel=RELATIVE_TOLERANCE)

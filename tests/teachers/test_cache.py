@@ -1,4 +1,5 @@
-"""A cached teacher says what the live one says, whatever the order of training; and refuses what it was not written for."""
+"""A cached teacher says what the live one says, whatever the order of training; and refuses what it was not
+written for."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def cache(recipe):
 
 def logprobs(scores):
     found = logits(scores)
-    return found - (scores.log_z[:, None] if scores.log_z is not None else torch.logsumexp(found, -1, keepdim=True))
+    return found - (
+        scores.log_z[:, None] if scores.log_z is not None else torch.logsumexp(found, -1, keepdim=True)
+    )
 
 
 @pytest.mark.parametrize("layout", [(), ("train.packing=true",)], ids=["padded", "packed"])
@@ -75,7 +78,11 @@ def test_fifty_steps_follow_the_live_teacher(recipe, cache, tmp_path):
     """Shuffled, over several epochs, with evaluation."""
     curves, distances, evaluations = [], [], []
     for name, teacher in (("live", "model"), ("cached", "cached")):
-        summary = train(load_recipe(recipe, [f"output_dir={tmp_path / name}", f"teacher.type={teacher}", "train.max_steps=50"]))
+        summary = train(
+            load_recipe(
+                recipe, [f"output_dir={tmp_path / name}", f"teacher.type={teacher}", "train.max_steps=50"]
+            )
+        )
         curves.append(losses(tmp_path / name))
         distances.append(losses(tmp_path / name, "forward_kl"))
         evaluations.append([summary[f"{figure} after"] for figure in ("loss", "forward_kl", "reverse_kl")])
@@ -112,20 +119,25 @@ def test_a_repeated_row_is_stored_once(recipe, cache):
     assert len(set(keys.tolist())) == len(keys) == about["positions"]
 
 
-# Nats, and share of positions whose sign of log p - log q changes; at a tiny teacher whose logits spread over about 10 nats.
+# Nats, and share of positions whose sign of log p - log q changes; at a tiny teacher whose logits spread over
+# about 10 nats.
 @pytest.mark.parametrize(
     ("dtype", "nats", "branches"), [("bfloat16", 0.03, 0.02), ("float16", 0.004, 0.01), ("int8", 0.08, 0.02)]
 )
 def test_narrow_hidden_states_stay_within_their_tolerance(recipe, tmp_path, dtype, nats, branches):
     narrow = load_recipe(recipe, [f"cache.path={tmp_path / 'cache'}", f"cache.dtype={dtype}"])
     summary = write_cache(narrow)
-    assert summary.bytes_per_position == {"bfloat16": 48 * 2 + 4, "float16": 48 * 2 + 4, "int8": 48 + 8}[dtype]
+    assert (
+        summary.bytes_per_position == {"bfloat16": 48 * 2 + 4, "float16": 48 * 2 + 4, "int8": 48 + 8}[dtype]
+    )
     live, cached = trainer_of(recipe, tmp_path / "run"), CachedTeacher(tmp_path / "cache")
     student = trainer_of(recipe, tmp_path / "student", "teacher=self").teacher
     worst, changed, total = 0.0, 0, 0
     for inputs in batches_of(live):
         batch = TokenBatch.pop(inputs)
-        there, here = (logprobs(t.scores(inputs, batch)).gather(1, batch.labels[:, None]) for t in (live.teacher, cached))
+        there, here = (
+            logprobs(t.scores(inputs, batch)).gather(1, batch.labels[:, None]) for t in (live.teacher, cached)
+        )
         own = logprobs(student.scores(inputs, batch)).gather(1, batch.labels[:, None])
         worst = max(worst, float((there - here).abs().max()))
         changed, total = changed + int(((there > own) != (here > own)).sum()), total + len(batch.labels)
@@ -144,7 +156,9 @@ def test_top_k_is_exact_at_its_tokens_and_names_its_tail(recipe, tmp_path):
     there, here = logprobs(live.teacher.scores(inputs, batch)), cached.scores(inputs, batch)
     assert isinstance(here, TopKScores)
     torch.testing.assert_close(here.logprobs, there.topk(8, -1).values, rtol=0, atol=1e-5)
-    torch.testing.assert_close(here.label_logprobs, there.gather(1, batch.labels[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        here.label_logprobs, there.gather(1, batch.labels[:, None])[:, 0], rtol=0, atol=1e-5
+    )
     train(load_recipe(recipe, [*small, "teacher.type=cached", f"output_dir={tmp_path / 'trained'}"]))
     logs = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
     assert all(0.0 < log["teacher_tail_mass"] < 1.0 for log in logs if "loss" in log)
@@ -156,8 +170,15 @@ def test_narrow_top_k_leaves_the_tail_its_mass(recipe, tmp_path, dtype):
     """Rounded log-probabilities may sum to more than one; the tail must not vanish for it."""
     masses = {}
     for name in ("float32", dtype):
-        small = ["cache.kind=top_k", "cache.top_k=290", f"cache.dtype={name}", f"cache.path={tmp_path / name}"]
-        assert write_cache(load_recipe(recipe, small)).bytes_per_position == (290 * 8 + 4 if name == "float32" else 290 * 6 + 8)
+        small = [
+            "cache.kind=top_k",
+            "cache.top_k=290",
+            f"cache.dtype={name}",
+            f"cache.path={tmp_path / name}",
+        ]
+        assert write_cache(load_recipe(recipe, small)).bytes_per_position == (
+            290 * 8 + 4 if name == "float32" else 290 * 6 + 8
+        )
         teacher = CachedTeacher(tmp_path / name)
         empty = torch.empty(0, dtype=torch.long)
         keys = torch.from_numpy(teacher.cache._keys)
@@ -186,11 +207,15 @@ def test_the_students_own_start_can_be_cached(recipe, tmp_path):
     write_cache(load_recipe(recipe, changes))
     trainer = trainer_of(recipe, tmp_path / "run", f"teacher={{type: cached, path: {tmp_path / 'cache'}}}")
     trainer.terms = build_terms("forward_kl", {})
-    assert float(trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0]).detach()) == pytest.approx(0.0, abs=1e-5)
+    assert float(
+        trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0]).detach()
+    ) == pytest.approx(0.0, abs=1e-5)
 
 
 def other_rows(recipe, tmp_path):
-    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "say what:", "completion": " nothing"}) + "\n")
+    (tmp_path / "other.jsonl").write_text(
+        json.dumps({"prompt": "say what:", "completion": " nothing"}) + "\n"
+    )
     return [f"data.path={tmp_path / 'other.jsonl'}", "data.validation=null"]
 
 
@@ -258,7 +283,10 @@ def test_a_disk_that_cannot_hold_it_is_refused_with_numbers(recipe, tmp_path, mo
         (["data.streaming=true", "data.validation=null", "train.max_steps=2"], "a cache could hold"),
         (["teacher.type=cached", "cache=null"], "teacher.path is missing"),
         (["teacher.path=x"], "teacher.path is for type cached"),
-        (["teacher.type=cached", "prefixes={student: 1}", "method=reverse_kl"], "knows the dataset's rows only"),
+        (
+            ["teacher.type=cached", "prefixes={student: 1}", "method=reverse_kl"],
+            "knows the dataset's rows only",
+        ),
         (["teacher.type=cached", "teacher.path=nowhere"], "There is no cache at nowhere"),
     ],
 )
@@ -268,7 +296,12 @@ def test_mistakes_are_named(recipe, tmp_path, changes, message):
 
 
 def test_a_stream_is_trained_from_a_cache(recipe, cache, tmp_path):
-    streamed = ["data.streaming=true", "data.validation=null", "teacher.type=cached", f"output_dir={tmp_path / 'run'}"]
+    streamed = [
+        "data.streaming=true",
+        "data.validation=null",
+        "teacher.type=cached",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     assert train(load_recipe(recipe, streamed))["steps"] == 4
     assert isinstance(CachedTeacher(cache).scores({}, _no_positions()), Scores)
 

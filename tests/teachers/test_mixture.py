@@ -49,7 +49,10 @@ ROUTED = {"type": "routed", "column": "field"}
 
 
 def distributions(trainer, inputs, batch):
-    return {name: logits(trainer.teacher.teachers[name].scores(inputs, batch)).softmax(-1) for name in trainer.teacher.teachers}
+    return {
+        name: logits(trainer.teacher.teachers[name].scores(inputs, batch)).softmax(-1)
+        for name in trainer.teacher.teachers
+    }
 
 
 def test_a_mixture_is_the_weighted_sum_of_its_teachers_distributions(recipe, tmp_path):
@@ -84,7 +87,9 @@ def test_a_mixture_of_one_and_the_same_teacher_is_that_teacher(recipe, tmp_path,
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", [(), ("train.padding_free=true", "train.max_length=null")], ids=["padded", "padding-free"])
+@pytest.mark.parametrize(
+    "layout", [(), ("train.padding_free=true", "train.max_length=null")], ids=["padded", "padding-free"]
+)
 def test_each_row_is_scored_by_its_own_teacher_only(recipe, tmp_path, layout):
     trainer = trainer_of(recipe, tmp_path, teachers(recipe, **ROUTED), *layout)
     rows = {tuple(row["input_ids"]): row["field"] for row in [*trainer.train_dataset, *trainer.eval_dataset]}
@@ -99,11 +104,17 @@ def test_each_row_is_scored_by_its_own_teacher_only(recipe, tmp_path, layout):
         covered = torch.cat([positions for positions, _ in routed.parts]).sort().values
         assert torch.equal(covered, torch.arange(len(batch.labels)))
         for name, (positions, scores) in zip(names, routed.parts, strict=True):
-            torch.testing.assert_close(logits(scores).softmax(-1), parts[name][positions], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                logits(scores).softmax(-1), parts[name][positions], rtol=1e-4, atol=1e-6
+            )
             asked.add(name)
             if not layout:
-                owners = inputs["input_ids"][(batch.index[positions] // inputs["input_ids"].shape[1]).unique()]
-                real = [tuple(row[: int(n)].tolist()) for row, n in zip(owners, (owners != 0).sum(1), strict=True)]
+                owners = inputs["input_ids"][
+                    (batch.index[positions] // inputs["input_ids"].shape[1]).unique()
+                ]
+                real = [
+                    tuple(row[: int(n)].tolist()) for row, n in zip(owners, (owners != 0).sum(1), strict=True)
+                ]
                 assert {rows[row] for row in real if row in rows} <= {name}
     assert asked == {"a", "b"}
 
@@ -122,7 +133,9 @@ def test_the_loss_of_routed_rows_is_the_sum_over_their_teachers(recipe, tmp_path
         p[part["positions"]] = parts[name][part["positions"]]
     expected = (p * (p.log() - log_q)).sum(-1).mean()
     trainer.model.train()
-    assert float(trainer.compute_loss(trainer.model, inputs).detach()) == pytest.approx(float(expected), rel=1e-4)
+    assert float(trainer.compute_loss(trainer.model, inputs).detach()) == pytest.approx(
+        float(expected), rel=1e-4
+    )
 
 
 def test_routes_to_caches_and_mixtures_of_caches(recipe, tmp_path):
@@ -157,7 +170,10 @@ def test_a_mixture_is_cached_at_its_likeliest_tokens(recipe, tmp_path):
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "live"), rel=1e-4, abs=1e-6)
     nested = {
         **MIXTURE,
-        "teachers": {"a": {"type": "cached", "path": str(tmp_path / "cache")}, "b": str(recipe.parent / "second")},
+        "teachers": {
+            "a": {"type": "cached", "path": str(tmp_path / "cache")},
+            "b": str(recipe.parent / "second"),
+        },
     }
     with pytest.raises(ValueError, match="needs whole distributions"):
         plan(load_recipe(recipe, ["teacher=" + json.dumps(nested)]))
@@ -190,13 +206,25 @@ def test_mistakes_are_named(recipe, settings, message):
 
 
 def test_rows_of_nobody_or_of_two_are_refused(recipe, tmp_path):
-    for field, message in ((["a", "x"], "there is no such teacher: a, b"), (["a", "b"], "are the same, and go to 'a' and 'b'")):
+    for field, message in (
+        (["a", "x"], "there is no such teacher: a, b"),
+        (["a", "b"], "are the same, and go to 'a' and 'b'"),
+    ):
         file = tmp_path / f"{field[1]}.jsonl"
         file.write_text(
-            "".join(json.dumps({"prompt": "say one:", "completion": " one", "field": name}) + "\n" for name in field)
+            "".join(
+                json.dumps({"prompt": "say one:", "completion": " one", "field": name}) + "\n"
+                for name in field
+            )
         )
         with pytest.raises(ValueError, match=message):
-            trainer_of(recipe, tmp_path / field[1], teachers(recipe, **ROUTED), f"data.path={file}", "data.validation=null")
+            trainer_of(
+                recipe,
+                tmp_path / field[1],
+                teachers(recipe, **ROUTED),
+                f"data.path={file}",
+                "data.validation=null",
+            )
     with pytest.raises(ValueError, match="train.packing"):
         load_recipe(recipe, [teachers(recipe, **ROUTED), "train.packing=true"])
 
@@ -204,7 +232,10 @@ def test_rows_of_nobody_or_of_two_are_refused(recipe, tmp_path):
 def test_from_python(recipe):
     from transformers import AutoModelForCausalLM
 
-    parts = {name: ModelTeacher(AutoModelForCausalLM.from_pretrained(recipe.parent / name)) for name in ("teacher", "second")}
+    parts = {
+        name: ModelTeacher(AutoModelForCausalLM.from_pretrained(recipe.parent / name))
+        for name in ("teacher", "second")
+    }
     assert MixtureTeacher(parts, {"teacher": 1, "second": 3}).weights == {"teacher": 0.25, "second": 0.75}
     with pytest.raises(ValueError, match="weight > 0 for each"):
         MixtureTeacher(parts, {"teacher": 1.0})

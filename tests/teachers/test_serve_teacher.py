@@ -53,7 +53,9 @@ def url(backend):
 
 
 def teacher(url, student_dir, **options):
-    config = TeacherConfig(type="server", url=url, protocol="hpd", **{"wait_seconds": 2.0, "timeout_seconds": 10.0, **options})
+    config = TeacherConfig(
+        type="server", url=url, protocol="hpd", **{"wait_seconds": 2.0, "timeout_seconds": 10.0, **options}
+    )
     connected = ServedTeacher(config, 300)
     connected.connect(AutoTokenizer.from_pretrained(student_dir))
     connected._backend.prepare(torch.device("cpu"))
@@ -75,7 +77,9 @@ def test_served_scores_equal_the_live_teachers(tmp_path_factory, architecture, l
     folder = tiny_model(architecture, tmp_path_factory.mktemp(architecture), role="teacher")
     inputs, batch = padded(layout, free_of_padding=layout == "free")
     live = ModelTeacher(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    expected = logits(live.scores({k: v for k, v in inputs.items() if not k.startswith("label")}, batch)).log_softmax(-1)
+    expected = logits(
+        live.scores({k: v for k, v in inputs.items() if not k.startswith("label")}, batch)
+    ).log_softmax(-1)
     with served(load_backend(folder)) as address:
         client = teacher(address, folder)
         found = client.scores(inputs, batch)
@@ -177,13 +181,18 @@ def test_malformed_requests_are_refused_and_the_server_lives(url, name):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.one_of(st.none(), st.integers(0, 10**6)), noise=st.binary()
+    place=st.integers(0, 10**6),
+    value=st.integers(0, 255),
+    cut=st.one_of(st.none(), st.integers(0, 10**6)),
+    noise=st.binary(),
 )
 def test_damaged_bytes_never_break_the_server(url, place, value, cut, noise):
     body = bytearray(query())
     body[place % len(body)] = value
     body = bytes(body)[: cut % len(body)] if cut is not None else bytes(body) + noise[:8]
-    assert CLIENT.post(f"{url}/v1/scores?hidden=float32&top_k=3", content=body, headers=BINARY).status_code in (200, 422)
+    assert CLIENT.post(
+        f"{url}/v1/scores?hidden=float32&top_k=3", content=body, headers=BINARY
+    ).status_code in (200, 422)
 
 
 CLIENT = httpx2.Client()
@@ -209,7 +218,9 @@ def test_unknown_paths_and_values(url, method, path, status):
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 10) as raw:  # no client tidies the path up
         body = query() if method == "POST" else b""
-        head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {MEDIA_TYPE}\r\nConnection: close\r\n"
+        head = (
+            f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {MEDIA_TYPE}\r\nConnection: close\r\n"
+        )
         raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = b"".join(iter(lambda: raw.recv(65536), b""))
     assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer[:200]
@@ -217,7 +228,10 @@ def test_unknown_paths_and_values(url, method, path, status):
 
 
 def test_other_content_types_and_hosts_are_refused(url):
-    assert httpx2.post(f"{url}/v1/scores", content=query(), headers={"content-type": "text/plain"}).status_code == 415
+    assert (
+        httpx2.post(f"{url}/v1/scores", content=query(), headers={"content-type": "text/plain"}).status_code
+        == 415
+    )
     assert httpx2.get(f"{url}/health", headers={"host": "attacker.example"}).status_code == 400
 
 
@@ -234,10 +248,13 @@ def test_large_requests_are_cut_short(backend):
         assert refused.status_code == 422
         assert "at most 100" in refused.json()["detail"]
         for lie in ("-5", "abc", "1e3"):
-            assert _raw(address, f"POST /v1/scores HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {lie}\r\n\r\n").startswith(
-                b"HTTP/1.1 4"
-            )
-        assert httpx2.post(f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY).status_code == 200
+            assert _raw(
+                address, f"POST /v1/scores HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {lie}\r\n\r\n"
+            ).startswith(b"HTTP/1.1 4")
+        assert (
+            httpx2.post(f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY).status_code
+            == 200
+        )
 
 
 def _raw(address, text):
@@ -250,7 +267,15 @@ def _raw(address, text):
 def test_token_is_needed_everywhere_but_for_the_bare_health(backend, pair):
     with served(backend, token=TOKEN) as address:
         assert httpx2.get(f"{address}/health").json() == {"status": "ok"}
-        for wrong in ("", "Bearer", f"bearer{TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Basic abc", "Bearer é"):
+        for wrong in (
+            "",
+            "Bearer",
+            f"bearer{TOKEN}",
+            f"Bearer {TOKEN}x",
+            f"Bearer {TOKEN[:-1]}",
+            "Basic abc",
+            "Bearer é",
+        ):
             headers = {**BINARY, "authorization": wrong.encode()}
             assert httpx2.get(f"{address}/health", headers=headers).json() == {"status": "ok"}
             for method, path in (("GET", "/v1/head"), ("GET", "/v1/tokenizer"), ("POST", "/v1/scores")):
@@ -294,7 +319,9 @@ def test_unsafe_settings_are_refused(options, message):
 
 def test_loopback():
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
-    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "::", "example.org", "127.0.0.1.example.org", "")))
+    assert not any(
+        map(is_loopback, ("0.0.0.0", "10.0.0.1", "::", "example.org", "127.0.0.1.example.org", ""))
+    )
     ServeSettings(host="0.0.0.0", token=TOKEN).check()
 
 
@@ -317,7 +344,10 @@ def test_another_tokenizer_is_rebuilt_and_differs(url, tmp_path):
 
 def test_concurrent_requests_share_forwards_and_get_their_own_answers(backend, url, pair):
     alone = [teacher(url, pair[0]) for _ in range(2)]
-    batches = [padded(rows=[[(7 * i + j) % 290 for j in range(4 + i % 5)] for i in range(n, n + 3)]) for n in range(12)]
+    batches = [
+        padded(rows=[[(7 * i + j) % 290 for j in range(4 + i % 5)] for i in range(n, n + 3)])
+        for n in range(12)
+    ]
     expected = [alone[0].scores(*b).hidden for b in batches]
     found = [None] * len(batches)
 
@@ -349,7 +379,9 @@ def test_full_queue_sends_away_and_the_client_comes_back(pair):
         statuses, waits = [], []
 
         def post():
-            answer = httpx2.post(f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY, timeout=20)
+            answer = httpx2.post(
+                f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY, timeout=20
+            )
             statuses.append(answer.status_code)
             waits.append(answer.headers.get("retry-after"))
 
@@ -377,7 +409,10 @@ def test_a_failing_model_fails_its_request_only(pair):
         assert answer.status_code == 500
         assert "0xdeadbeef" not in answer.text
         broken.answer = original
-        assert httpx2.post(f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY).status_code == 200
+        assert (
+            httpx2.post(f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY).status_code
+            == 200
+        )
 
 
 def test_a_teacher_that_overflows_says_so(pair):
@@ -388,7 +423,9 @@ def test_a_teacher_that_overflows_says_so(pair):
         answer = httpx2.post(f"{address}/v1/scores?hidden=float32", content=query(), headers=BINARY)
         assert answer.status_code == 500
         assert "NaN" in answer.json()["detail"]
-        fine = httpx2.post(f"{address}/v1/scores?hidden=float32", content=query([[80, 81, 82]]), headers=BINARY)
+        fine = httpx2.post(
+            f"{address}/v1/scores?hidden=float32", content=query([[80, 81, 82]]), headers=BINARY
+        )
         assert fine.status_code == 200
 
 
@@ -406,7 +443,8 @@ def test_a_server_restarted_with_another_model_is_noticed(backend, pair, tmp_pat
 
 
 def test_fuzzed_answers_are_bad_answers(url, pair):
-    """The client's side of the binary protocol: damaged bytes never become scores of the wrong shape, or NaN."""
+    """The client's side of the binary protocol: damaged bytes never become scores of the wrong shape, or
+    NaN."""
     rows = [Row(row, list(range(1, len(row) - 1))) for row in ROWS]
     body = httpx2.post(f"{url}/v1/scores?hidden=float32", content=query(), headers=BINARY).content
     client = teacher(url, pair[0])._backend

@@ -1,4 +1,5 @@
-"""Training from teachers behind HTTP: exactness, and servers that are slow, failing, restarting, or talk nonsense."""
+"""Training from teachers behind HTTP: exactness, and servers that are slow, failing, restarting, or talk
+nonsense."""
 
 import json
 import logging
@@ -42,7 +43,10 @@ def prompts(pair):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    made = [{"prompt": f"say {WORDS[i % 10]}:", "completion": " " + " ".join(WORDS[: 2 + i % 5])} for i in range(16)]
+    made = [
+        {"prompt": f"say {WORDS[i % 10]}:", "completion": " " + " ".join(WORDS[: 2 + i % 5])}
+        for i in range(16)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in made))
     return file
 
@@ -62,7 +66,9 @@ def top_k_teacher(url, pair, **options):
 
 def live_logprobs(pair, inputs, batch):
     live = ModelTeacher(AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32))
-    return logits(live.scores({k: v for k, v in inputs.items() if not k.startswith("label")}, batch)).log_softmax(-1)
+    return logits(
+        live.scores({k: v for k, v in inputs.items() if not k.startswith("label")}, batch)
+    ).log_softmax(-1)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -75,16 +81,30 @@ def test_top_k_and_label_equal_the_live_teachers(pair, prompts, protocol, suffix
     assert isinstance(found, TopKScores)
     assert torch.equal(found.tokens, expected.topk(10, -1).indices)
     torch.testing.assert_close(found.logprobs, expected.topk(10, -1).values, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.label_logprobs, expected.gather(1, batch.labels[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.label_logprobs, expected.gather(1, batch.labels[:, None])[:, 0], rtol=0, atol=1e-5
+    )
     assert found.vocab == 300
 
 
 def recipe(pair, rows, folder, teacher, **changes):
     tree = {
-        "student": str(pair[0]), "teacher": teacher, "data": {"path": str(rows)}, "output_dir": str(folder),
-        "train": {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-2, "max_length": 64, "save_strategy": "no", "use_cpu": True, "metric_stride": 1},
-    }  # fmt: skip
+        "student": str(pair[0]),
+        "teacher": teacher,
+        "data": {"path": str(rows)},
+        "output_dir": str(folder),
+        "train": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "metric_stride": 1,
+        },
+    }
     train_changes = changes.pop("train", {})
     return load_recipe({**tree, **changes, "train": {**tree["train"], **train_changes}})
 
@@ -95,7 +115,14 @@ def losses(folder):
 
 
 def hpd_teacher(url, **options):
-    return {"type": "server", "url": url, "protocol": "hpd", "wait_seconds": 5.0, "timeout_seconds": 10.0, **options}
+    return {
+        "type": "server",
+        "url": url,
+        "protocol": "hpd",
+        "wait_seconds": 5.0,
+        "timeout_seconds": 10.0,
+        **options,
+    }
 
 
 @pytest.mark.parametrize("method", ["hpd", "forward_kl"])
@@ -148,12 +175,19 @@ def test_the_next_batch_is_asked_about_while_the_student_works(pair, rows, tmp_p
         ({"objective": "hpd_exact"}, "every token"),
         ({"objective": "forward_kl"}, "every token"),
         ({"objective": "akl", "support": "top_k", "top_k": 30}, "reads 30 tokens"),
-        ({"objective": "reverse_kl", "support": "top_k", "top_k": 5, "top_k_of": "student"}, "student's likeliest"),
+        (
+            {"objective": "reverse_kl", "support": "top_k", "top_k": 5, "top_k_of": "student"},
+            "student's likeliest",
+        ),
         ({"objective": "forward_kl", "support": "top_k", "top_k": 5, "temperature": 2.0}, "temperature 2"),
         ({"objective": "forward_kl", "support": "sampled", "draws_of": "teacher"}, "draws from the whole"),
         (
-            {"objective": "forward_kl", "support": "top_k", "top_k": 5,
-             "temperature": {"schedule": "linear", "start": 1.0, "end": 2.0}},
+            {
+                "objective": "forward_kl",
+                "support": "top_k",
+                "top_k": 5,
+                "temperature": {"schedule": "linear", "start": 1.0, "end": 2.0},
+            },
             "temperature 2",
         ),
         ({"objective": "nll"}, None),
@@ -161,7 +195,7 @@ def test_the_next_batch_is_asked_about_while_the_student_works(pair, rows, tmp_p
         ({"objective": "reverse_kl", "support": "top_k", "top_k": 20}, None),
         ({"objective": "forward_kl", "support": "label+top_k", "top_k": 20, "tail": "renormalize"}, None),
     ],
-)  # fmt: skip
+)
 def test_what_top_k_cannot_tell(config, reason):
     from pydantic import TypeAdapter
 
@@ -172,14 +206,18 @@ def test_what_top_k_cannot_tell(config, reason):
 def test_asking_for_too_much_is_an_error_before_anything_is_loaded(pair, rows, tmp_path):
     """The address leads nowhere: the check must not need the server."""
     teacher = {"type": "server", "url": "http://127.0.0.1:9", "model": "tiny", "wait_seconds": 0.0}
-    with pytest.raises(ValueError, match="type model, type cached, or a server that hpd serve-teacher.*tail: uniform"):
+    with pytest.raises(
+        ValueError, match="type model, type cached, or a server that hpd serve-teacher.*tail: uniform"
+    ):
         train(recipe(pair, rows, tmp_path / "run", teacher))
     assert not (tmp_path / "run").exists()
 
 
 def test_uniform_tail_is_accepted_on_request_and_logged(pair, rows, prompts, tmp_path, caplog):
     with prompts.running() as url, caplog.at_level(logging.WARNING, "hpd"):
-        train(recipe(pair, rows, tmp_path, {"type": "server", "url": url, "model": "tiny", "tail": "uniform"}))
+        train(
+            recipe(pair, rows, tmp_path, {"type": "server", "url": url, "model": "tiny", "tail": "uniform"})
+        )
     assert "tail: uniform approximates" in caplog.text
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 0 < lines[0]["teacher_tail_mass"] < 1
@@ -227,13 +265,19 @@ def test_another_tokenizer_is_found_by_the_probe(pair, prompts, tmp_path):
 
 def test_another_vocabulary_is_refused(pair, rows, tmp_path, prompts):
     larger = tiny_model("llama", tmp_path / "larger", vocab=320, role="teacher")
-    with served(load_backend(larger)) as url, pytest.raises(ValueError, match="300 tokens and the teacher's 320"):
+    with (
+        served(load_backend(larger)) as url,
+        pytest.raises(ValueError, match="300 tokens and the teacher's 320"),
+    ):
         train(recipe(pair, rows, tmp_path / "a", hpd_teacher(url)))
     beyond = PromptServer(larger)
     with torch.no_grad():  # a head that likes a token which the student does not have
         beyond.model.lm_head.weight[310] = 0.0
         beyond.model.lm_head.weight[310, 0] = 50.0
-    with beyond.running() as url, pytest.raises((ValueError, TeacherUnavailable), match="beyond the student's 300"):
+    with (
+        beyond.running() as url,
+        pytest.raises((ValueError, TeacherUnavailable), match="beyond the student's 300"),
+    ):
         top_k_teacher(url, pair, wait_seconds=30.0)
 
 
@@ -275,7 +319,9 @@ RECOVERED = {
     "cut connection": lambda n, reply: None if n <= 3 else reply,
     "truncated body": lambda n, reply: (200, {}, reply[2][: len(reply[2]) // 2]) if n <= 2 else reply,
     "content-length too long": lambda n, reply: (
-        (200, {"content-length": str(len(reply[2]) + 10), "connection": "close"}, reply[2]) if n <= 1 else reply
+        (200, {"content-length": str(len(reply[2]) + 10), "connection": "close"}, reply[2])
+        if n <= 1
+        else reply
     ),
     "empty body": lambda n, reply: (200, {}, b"") if n <= 2 else reply,
 }
@@ -290,7 +336,9 @@ GARBAGE = {
     "no prompt_logprobs": change(lambda body: body["choices"][0].update(prompt_logprobs=None)),
     "short": change(lambda body: _places(body).pop()),
     "long": change(lambda body: _places(body).append({"5": {"logprob": -1.0}})),
-    "other tokens": change(lambda body: _places(body).__setitem__(2, {"7": {"logprob": -1.0}, "8": {"logprob": -2.0}})),
+    "other tokens": change(
+        lambda body: _places(body).__setitem__(2, {"7": {"logprob": -1.0}, "8": {"logprob": -2.0}})
+    ),
     "few tokens": change(lambda body: [place.popitem() for place in _places(body)[1:] for _ in range(5)]),
     "NaN": change(lambda body: [e.update(logprob=float("nan")) for e in _places(body)[2].values()]),
     "text": change(lambda body: [e.update(logprob="-1.0") for e in _places(body)[2].values()]),
@@ -309,7 +357,9 @@ def test_failures_that_pass_are_waited_out(pair, prompts, name):
         prompts.fault = RECOVERED[name]
         found = teacher.scores(inputs, batch)
     expected = live_logprobs(pair, inputs, batch)
-    torch.testing.assert_close(found.label_logprobs, expected.gather(1, batch.labels[:, None])[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.label_logprobs, expected.gather(1, batch.labels[:, None])[:, 0], rtol=0, atol=1e-5
+    )
     assert len(prompts.requests) > 1
 
 
@@ -367,10 +417,14 @@ def test_slow_server_is_bounded_in_time_and_size():
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
             begin = time.monotonic()
             with pytest.raises(TeacherUnavailable, match="no whole answer in 0.5 s"):
-                Connection(address, timeout_seconds=0.5, wait_seconds=0.3).request("GET", "/", lambda _, body: body)
+                Connection(address, timeout_seconds=0.5, wait_seconds=0.3).request(
+                    "GET", "/", lambda _, body: body
+                )
             assert time.monotonic() - begin < 5
             with pytest.raises(TeacherUnavailable, match="more than 3 bytes"):
-                Connection(address, timeout_seconds=5, wait_seconds=0.0).request("GET", "/", lambda _, body: body, max_bytes=3)
+                Connection(address, timeout_seconds=5, wait_seconds=0.0).request(
+                    "GET", "/", lambda _, body: body, max_bytes=3
+                )
         finally:
             stop.set()
             thread.join()
@@ -400,7 +454,10 @@ def test_training_stops_with_a_checkpoint_and_goes_on(pair, rows, tmp_path):
 
     backend.answer = failing
     config = recipe(pair, rows, tmp_path / "stopped", teacher, **options)
-    with served(backend, port=port), pytest.raises(RunStopped, match="HTTP 500.*checkpoint of step [123] .*same command"):
+    with (
+        served(backend, port=port),
+        pytest.raises(RunStopped, match="HTTP 500.*checkpoint of step [123] .*same command"),
+    ):
         train(config)
     assert len(list((tmp_path / "stopped").glob("checkpoint-*/trainer_state.json"))) == 1
     assert not (tmp_path / "stopped" / "summary.json").exists()
@@ -409,7 +466,9 @@ def test_training_stops_with_a_checkpoint_and_goes_on(pair, rows, tmp_path):
         summary = train(config)
     assert summary["steps"] == 4
     assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
-    final = [AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("straight", "stopped")]
+    final = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("straight", "stopped")
+    ]
     for name, weight in final[0].items():
         torch.testing.assert_close(final[1][name], weight, rtol=1e-4, atol=1e-5)
 
@@ -437,10 +496,16 @@ def test_another_teacher_at_resume_is_an_error(pair, rows, tmp_path):
     other = load_backend(tiny_model("llama", tmp_path / "other", role="teacher", seed=7))
     backend, port = load_backend(pair[1]), free_port()
     config = recipe(
-        pair, rows, tmp_path / "run", hpd_teacher(f"http://127.0.0.1:{port}", wait_seconds=0.2), train={"max_steps": 3}
+        pair,
+        rows,
+        tmp_path / "run",
+        hpd_teacher(f"http://127.0.0.1:{port}", wait_seconds=0.2),
+        train={"max_steps": 3},
     )
     original, asked = backend.answer, []
-    backend.answer = lambda q: original(q) if asked.append(1) or len(asked) < 3 else (_ for _ in ()).throw(RuntimeError("x"))
+    backend.answer = lambda q: (
+        original(q) if asked.append(1) or len(asked) < 3 else (_ for _ in ()).throw(RuntimeError("x"))
+    )
     with served(backend, port=port), pytest.raises(RunStopped):
         train(config)
     with served(other, port=port), pytest.raises(ValueError, match="began with the teacher"):
@@ -451,7 +516,14 @@ def test_unavailable_in_an_evaluation_keeps_the_steps(pair, rows, tmp_path):
     """After the last step, with nothing saved yet; the next call only evaluates."""
     backend, port = load_backend(pair[1]), free_port()
     teacher = hpd_teacher(f"http://127.0.0.1:{port}", wait_seconds=0.2)
-    config = recipe(pair, rows, tmp_path / "run", teacher, data={"path": str(rows), "validation": 0.25}, train={"max_steps": 2})
+    config = recipe(
+        pair,
+        rows,
+        tmp_path / "run",
+        teacher,
+        data={"path": str(rows), "validation": 0.25},
+        train={"max_steps": 2},
+    )
     original = backend.answer
 
     def failing_evaluation(queries):
@@ -488,7 +560,9 @@ def test_the_trainer_can_be_told_to_stop(pair, rows, tmp_path):
     assert train(recipe(pair, rows, tmp_path / "run", str(pair[1])))["steps"] == 4
 
 
-def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(pair, rows, tmp_path, monkeypatch, capfd):
+def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(
+    pair, rows, tmp_path, monkeypatch, capfd
+):
     """A server that repeats the key in its errors, as the best-known one does; the run fails half-way."""
     from typer.testing import CliRunner
 
@@ -498,10 +572,18 @@ def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(pair,
     teacher = {"type": "server", "model": "tiny", "api_key_env": "TEACHER_KEY", "wait_seconds": 0.5}
     with server.running() as url:
         tree = {
-            "student": str(pair[0]), "teacher": {**teacher, "url": url}, "data": {"path": str(rows)},
-            "terms": [{"objective": "forward_kl", "support": "label"}], "output_dir": str(tmp_path / "run"),
-            "train": {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 64, "gradient_checkpointing": False},
-        }  # fmt: skip
+            "student": str(pair[0]),
+            "teacher": {**teacher, "url": url},
+            "data": {"path": str(rows)},
+            "terms": [{"objective": "forward_kl", "support": "label"}],
+            "output_dir": str(tmp_path / "run"),
+            "train": {
+                "max_steps": 4,
+                "per_device_train_batch_size": 2,
+                "max_length": 64,
+                "gradient_checkpointing": False,
+            },
+        }
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
         command = ["train", str(tmp_path / "recipe.yaml")]
         monkeypatch.setattr(sys, "argv", ["hpd", *command])
@@ -510,7 +592,9 @@ def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(pair,
             monkeypatch.setenv("TEACHER_KEY", key)
             return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, command)
 
-        server.fault = lambda n, reply: reply if n <= 5 else (500, {}, f"key {CANARY} is over its limit".encode())
+        server.fault = lambda n, reply: (
+            reply if n <= 5 else (500, {}, f"key {CANARY} is over its limit".encode())
+        )
         stopped = run(CANARY)
         assert stopped.exit_code == 75, stopped.output
         assert f"Go on with: hpd train {tmp_path / 'recipe.yaml'}" in stopped.output

@@ -1,4 +1,5 @@
-"""Caches under a hostile world: processes killed at any moment, disks that lose bits, other numbers of processes."""
+"""Caches under a hostile world: processes killed at any moment, disks that lose bits, other numbers of
+processes."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from hpd.training.caching import write_cache
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that start in milliseconds: forked from one that has imported everything and computed nothing."""
+    """Processes that start in milliseconds: forked from one that has imported everything and computed
+    nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.cached_pairs", "hpd.training.caching"])
     return context
@@ -61,11 +63,19 @@ def _killed_and_resumed(processes, recipe, undisturbed, folder, kills, seed):
     moments, partial = random.Random(seed), 0
     for _ in range(kills):
         before = {
-            path: path.stat().st_mtime_ns for path in folder.glob("shard-*.safetensors") if path.with_suffix(".json").exists()
+            path: path.stat().st_mtime_ns
+            for path in folder.glob("shard-*.safetensors")
+            if path.with_suffix(".json").exists()
         }
-        finished = _live(processes, recipe, f"cache.path={folder}", kill_after=moments.uniform(0.0, 1.1 * seconds))
+        finished = _live(
+            processes, recipe, f"cache.path={folder}", kill_after=moments.uniform(0.0, 1.1 * seconds)
+        )
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-        partial += folder.is_dir() and len(list(folder.glob("shard-*.json"))) > 0 and not (folder / "cache.json").exists()
+        partial += (
+            folder.is_dir()
+            and len(list(folder.glob("shard-*.json"))) > 0
+            and not (folder / "cache.json").exists()
+        )
         if finished:
             assert files_of(folder) == files_of(reference)
             shutil.rmtree(folder)
@@ -82,7 +92,9 @@ def test_killed_at_random_moments_then_resumed(recipe, processes, undisturbed, t
 def test_killed_many_times_then_resumed(recipe, processes, undisturbed, tmp_path):
     partial = 0
     for round_ in range(5):
-        partial += _killed_and_resumed(processes, recipe, undisturbed, tmp_path / str(round_), kills=8, seed=round_)
+        partial += _killed_and_resumed(
+            processes, recipe, undisturbed, tmp_path / str(round_), kills=8, seed=round_
+        )
     assert partial >= 3, "no kill fell between two shards: make the cache larger"
 
 
@@ -124,9 +136,18 @@ def test_two_processes_write_the_same_cache_and_finish_one_anothers(recipe, proc
         port = probe.getsockname()[1]
     folder = tmp_path / "cache"
     shutil.copytree(reference, folder)
-    for name in ("shard-00001.json", "shard-00002.safetensors", "cache.json", "index.safetensors", "head.safetensors"):
+    for name in (
+        "shard-00001.json",
+        "shard-00002.safetensors",
+        "cache.json",
+        "index.safetensors",
+        "head.safetensors",
+    ):
         (folder / name).unlink()
-    team = [processes.Process(target=write_in_world, args=(rank, 2, port, recipe, f"cache.path={folder}")) for rank in range(2)]
+    team = [
+        processes.Process(target=write_in_world, args=(rank, 2, port, recipe, f"cache.path={folder}"))
+        for rank in range(2)
+    ]
     for process in team:
         process.start()
     for process in team:
@@ -143,7 +164,11 @@ def _read_everything(folder):
 def test_a_flipped_bit_is_always_detected(undisturbed, tmp_path):
     reference, _ = undisturbed
     dice = random.Random(1)
-    read = [name for name in files_of(reference) if not name.startswith(("plan", "teacher.json")) and not _is_description(name)]
+    read = [
+        name
+        for name in files_of(reference)
+        if not name.startswith(("plan", "teacher.json")) and not _is_description(name)
+    ]
     for name in [*read, *dice.choices(read, k=40)]:
         folder = tmp_path / "cache"
         shutil.copytree(reference, folder)
@@ -176,7 +201,9 @@ def test_only_what_a_flipped_bit_touches_is_refused(undisturbed, tmp_path):
         cache.verify()
 
 
-@pytest.mark.parametrize("name", ["shard-00001.safetensors", "index.safetensors", "head.safetensors", "teacher/config.json"])
+@pytest.mark.parametrize(
+    "name", ["shard-00001.safetensors", "index.safetensors", "head.safetensors", "teacher/config.json"]
+)
 def test_cut_and_missing_files_are_found_before_training(undisturbed, tmp_path, name):
     reference, _ = undisturbed
     shutil.copytree(reference, tmp_path / "cache")
@@ -192,7 +219,13 @@ def test_cut_and_missing_files_are_found_before_training(undisturbed, tmp_path, 
 def test_a_damaged_cache_is_repaired_by_writing_it_again(recipe, undisturbed, tmp_path):
     reference, _ = undisturbed
     folder = tmp_path / "cache"
-    for name in ("shard-00000.safetensors", "shard-00002.json", "cache.json", "head.safetensors", "teacher/config.json"):
+    for name in (
+        "shard-00000.safetensors",
+        "shard-00002.json",
+        "cache.json",
+        "head.safetensors",
+        "teacher/config.json",
+    ):
         shutil.copytree(reference, folder)
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 4

@@ -1,4 +1,5 @@
-"""A checkpoint counts when it is whole; stops, and evaluations that a stop breaks off, leave what goes on as if undisturbed."""
+"""A checkpoint counts when it is whole; stops, and evaluations that a stop breaks off, leave what goes on as
+if undisturbed."""
 
 import logging
 import os
@@ -38,7 +39,11 @@ def checkpoint(run, step, complete=True):
 
 def test_what_is_not_whole_is_skipped_with_a_warning_and_kept(tmp_path, caplog):
     whole = checkpoint(tmp_path, 9)
-    unmarked, cut, lacking = checkpoint(tmp_path, 10, complete=False), checkpoint(tmp_path, 11), checkpoint(tmp_path, 12)
+    unmarked, cut, lacking = (
+        checkpoint(tmp_path, 10, complete=False),
+        checkpoint(tmp_path, 11),
+        checkpoint(tmp_path, 12),
+    )
     (cut / "weights").write_text("01234")
     (lacking / "weights").unlink()
     assert newest_complete(tmp_path) == whole
@@ -61,7 +66,9 @@ def test_a_full_disk_is_one_error_whoever_writes(tmp_path):
     with open("/dev/full", "wb", buffering=0) as full:
         for write in (lambda: full.write(b"x"), lambda: torch.save({"x": torch.zeros(1000)}, full)):
             with (
-                pytest.raises(CheckpointFailed, match="run could not be written: .*(No space left|took no more)"),
+                pytest.raises(
+                    CheckpointFailed, match="run could not be written: .*(No space left|took no more)"
+                ),
                 writing("run"),
             ):
                 write()
@@ -69,8 +76,15 @@ def test_a_full_disk_is_one_error_whoever_writes(tmp_path):
         raise RuntimeError("shapes differ")
 
 
-OPTIONS = {"per_device_train_batch_size": 2, "optim": "adamw_torch", "max_steps": 6, "save_strategy": "steps", "save_steps": 2,
-           "train_sampling_strategy": "random", "logging_steps": 3}  # fmt: skip
+OPTIONS = {
+    "per_device_train_batch_size": 2,
+    "optim": "adamw_torch",
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "train_sampling_strategy": "random",
+    "logging_steps": 3,
+}
 
 
 def test_the_old_checkpoint_outlives_a_failed_save(pair, tmp_path):
@@ -100,9 +114,17 @@ class _StopIn(TrainerCallback):
 
 
 def test_an_evaluation_that_is_broken_off_is_done_again(pair, tmp_path):
-    options = {**OPTIONS, "train": rows(12), "evaluation": rows(6, offset=3), "per_device_eval_batch_size": 2,
-               "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss", "load_best_model_at_end": True,
-               "save_steps": 3}  # fmt: skip
+    options = {
+        **OPTIONS,
+        "train": rows(12),
+        "evaluation": rows(6, offset=3),
+        "per_device_eval_batch_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "metric_for_best_model": "loss",
+        "load_best_model_at_end": True,
+        "save_steps": 3,
+    }
     straight, stopped = (make_trainer(pair, tmp_path / name, **options) for name in ("straight", "stopped"))
     straight.train()
     stopped.add_callback(_StopIn(stopped, 3))
@@ -111,7 +133,9 @@ def test_an_evaluation_that_is_broken_off_is_done_again(pair, tmp_path):
     assert not any("eval_loss" in log for log in stopped.state.log_history)
     resumed = make_trainer(pair, tmp_path / "stopped", **options)
     resumed.train(resume_from_checkpoint=True)
-    logs = [[log["eval_loss"] for log in t.state.log_history if "eval_loss" in log] for t in (straight, resumed)]
+    logs = [
+        [log["eval_loss"] for log in t.state.log_history if "eval_loss" in log] for t in (straight, resumed)
+    ]
     assert logs[0] == logs[1]
     assert straight.state.best_metric == resumed.state.best_metric
     assert torch.equal(weights(straight), weights(resumed))

@@ -1,4 +1,5 @@
-"""Combinations that the Trainer offers and users pick: each trains two steps, and means the same as without it."""
+"""Combinations that the Trainer offers and users pick: each trains two steps, and means the same as without
+it."""
 
 import importlib.util
 
@@ -23,11 +24,17 @@ def two_steps(pair, folder, **options):
     return losses(make_trainer(pair, folder, **{"max_steps": 2, "per_device_train_batch_size": 4, **options}))
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}]
+)
 def test_gradient_checkpointing_changes_nothing(pair, tmp_path, options):
     plain = two_steps(pair, tmp_path / "a", **options)
     checkpointed = two_steps(
-        pair, tmp_path / "b", gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, **options
+        pair,
+        tmp_path / "b",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **options,
     )
     assert plain == checkpointed
     assert plain[0] != plain[1]
@@ -40,9 +47,12 @@ def test_lora_with_checkpointing_and_accumulation_changes_nothing(pair, tmp_path
 
     plain = run("a", per_device_train_batch_size=4)
     combined = run(
-        "b", per_device_train_batch_size=1, gradient_accumulation_steps=4, gradient_checkpointing=True,
+        "b",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-    )  # fmt: skip
+    )
     assert combined == pytest.approx(plain, rel=1e-4)
     assert plain[0] != plain[1]
 
@@ -52,7 +62,9 @@ def test_activation_offloading_changes_nothing(pair, tmp_path):
         with pytest.raises(ValueError, match=r"activation_offloading.*none here.*gradient_checkpointing"):
             two_steps(pair, tmp_path, activation_offloading=True)
         pytest.skip("activation_offloading needs an accelerator")
-    assert two_steps(pair, tmp_path / "a") == pytest.approx(two_steps(pair, tmp_path / "b", activation_offloading=True))
+    assert two_steps(pair, tmp_path / "a") == pytest.approx(
+        two_steps(pair, tmp_path / "b", activation_offloading=True)
+    )
 
 
 def test_attention_implementations_agree(pair, tmp_path):
@@ -81,7 +93,9 @@ def test_optimisers_of_the_trainer_train(pair, tmp_path, optim):
 
 
 def test_fused_adamw_is_adamw(pair, tmp_path):
-    plain, fused = (two_steps(pair, tmp_path / name, optim=name) for name in ("adamw_torch", "adamw_torch_fused"))
+    plain, fused = (
+        two_steps(pair, tmp_path / name, optim=name) for name in ("adamw_torch", "adamw_torch_fused")
+    )
     assert fused == pytest.approx(plain, rel=1e-5)
 
 

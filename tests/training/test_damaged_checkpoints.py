@@ -1,4 +1,5 @@
-"""A checkpoint of the right sizes and the wrong content: one paragraph that names the file, and nothing is deleted."""
+"""A checkpoint of the right sizes and the wrong content: one paragraph that names the file, and nothing is
+deleted."""
 
 from __future__ import annotations
 
@@ -27,15 +28,24 @@ def stopped(tmp_path_factory) -> Path:
     rows = [{"prompt": f"say {i}:", "completion": f" {i} and {i + 1}"} for i in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
-        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl")},
-        "method": "opd", "prefixes": {"student": 0.5},
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": {"path": str(folder / "rows.jsonl")},
+        "method": "opd",
+        "prefixes": {"student": 0.5},
         "rollouts": {"max_new_tokens": 4, "replay": {"capacity": 8, "fresh": 0.5}},
         "train": {
-            "max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 4, "gradient_checkpointing": False,
-            "max_length": 64, "save_strategy": "steps", "save_steps": 2, "use_cpu": True,
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 4,
+            "gradient_checkpointing": False,
+            "max_length": 64,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "use_cpu": True,
         },
         "output_dir": str(folder / "run"),
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(load_recipe(folder / "recipe.yaml"))
     for name in ("summary.json", "model.safetensors"):
@@ -52,7 +62,9 @@ def run(stopped) -> Path:
 
 
 def resume(run: Path, *words: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, ["train", str(run.parent / "recipe.yaml"), *words], env={"NO_COLOR": "1", "TERM": "dumb"})
+    done = CliRunner().invoke(
+        app, ["train", str(run.parent / "recipe.yaml"), *words], env={"NO_COLOR": "1", "TERM": "dumb"}
+    )
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.exit_code, done.stderr.strip()
@@ -61,7 +73,9 @@ def resume(run: Path, *words: str) -> tuple[int, str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """All but the time of the last attempt."""
     return {
-        str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "environment.json"
+        str(path): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "environment.json"
     }
 
 
@@ -101,7 +115,11 @@ def retorched(change):
 
 def renamed(file: Path) -> None:
     tensors = load_file(file)
-    save_file({name.replace("layers.0", "layers.7"): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    save_file(
+        {name.replace("layers.0", "layers.7"): tensor for name, tensor in tensors.items()},
+        file,
+        {"format": "pt"},
+    )
     mark_complete(file.parent, {"step": 4, "evaluation": None})
 
 
@@ -113,11 +131,17 @@ def reshaped(file: Path) -> None:
 DAMAGES = {
     "state, first bytes": ("trainer_state.json", garbage(0)),
     "state, no object": ("trainer_state.json", edited(lambda tree: [1, 2])),
-    "state, unknown key": ("trainer_state.json", edited(lambda tree: {**tree, "log_history": [], "os": "rm"})),
+    "state, unknown key": (
+        "trainer_state.json",
+        edited(lambda tree: {**tree, "log_history": [], "os": "rm"}),
+    ),
     "state, of another step": ("trainer_state.json", edited(lambda tree: {**tree, "global_step": 3})),
     "state, step is text": ("trainer_state.json", edited(lambda tree: {**tree, "global_step": "4"})),
     "state, history of numbers": ("trainer_state.json", edited(lambda tree: {**tree, "log_history": [1]})),
-    "state, history without steps": ("trainer_state.json", edited(lambda tree: {**tree, "log_history": [{"loss": 1.0}]})),
+    "state, history without steps": (
+        "trainer_state.json",
+        edited(lambda tree: {**tree, "log_history": [{"loss": 1.0}]}),
+    ),
     "state, callbacks": ("trainer_state.json", edited(lambda tree: {**tree, "stateful_callbacks": 3})),
     "config": ("config.json", garbage(10)),
     "weights, header": ("model.safetensors", garbage(0)),
@@ -127,7 +151,10 @@ DAMAGES = {
     "optimiser, first bytes": ("optimizer.pt", garbage(0)),
     "optimiser, in its numbers": ("optimizer.pt", garbage(120_000)),
     "optimiser, last bytes": ("optimizer.pt", garbage(-200)),
-    "optimiser, other groups": ("optimizer.pt", retorched(lambda state: {**state, "param_groups": state["param_groups"][:1]})),
+    "optimiser, other groups": (
+        "optimizer.pt",
+        retorched(lambda state: {**state, "param_groups": state["param_groups"][:1]}),
+    ),
     "optimiser, no groups": ("optimizer.pt", retorched(lambda state: {})),
     "optimiser, a list": ("optimizer.pt", retorched(lambda state: [state])),
     "schedule": ("scheduler.pt", garbage(300)),
@@ -148,7 +175,10 @@ def test_the_file_is_named_and_nothing_is_deleted(run, name):
     assert code == 2, text
     assert len(text.splitlines()) == 1
     assert f"error: {file} of the checkpoint {run / 'checkpoint-4'} cannot be read: " in text
-    assert "Delete that folder to go on from the one before, checkpoint-2, or start the run again with --overwrite." in text
+    assert (
+        "Delete that folder to go on from the one before, checkpoint-2, or start the run again with "
+        "--overwrite." in text
+    )
     assert contents(run) == before
 
 

@@ -1,4 +1,5 @@
-"""Two and four gloo processes against one: losses, weights, draws, metrics, files. `make test-distributed` prints the figures.
+"""Two and four gloo processes against one: losses, weights, draws, metrics, files. `make test-distributed`
+prints the figures.
 
 The first test runs by default; the others share three launches of tests/helpers/distributed_checks.py.
 """
@@ -29,7 +30,8 @@ from hpd.training.run import train
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/helpers/distributed_checks.py"
 CONFIGS = ROOT / "recipes/accelerate"
-# float32 sums in another order; Adam's first steps divide small gradients by their own size, which enlarges that.
+# float32 sums in another order; Adam's first steps divide small gradients by their own size, which enlarges
+# that.
 WEIGHTS, METRICS = 2e-5, 5e-6
 _NO_FIGURES = ("runtime", "per_second", "total_flos", "seconds", "num_tokens", "rollouts/tokens_per_second")
 TABLE: list[tuple[str, int, float, float]] = []
@@ -48,9 +50,13 @@ def printed_table(request):
 
 def environment():
     return {
-        **os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200",
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
         "TERM": "dumb",
-    }  # fmt: skip
+    }
 
 
 def launch(*arguments, timeout=300):
@@ -73,15 +79,26 @@ def folder(tmp_path_factory):
 
 def recipe_file(folder, name, batch, **train_settings):
     tree = {
-        "student": str(folder / "pair/student"), "teacher": str(folder / "pair/teacher"),
+        "student": str(folder / "pair/student"),
+        "teacher": str(folder / "pair/teacher"),
         "data": {"path": str(folder / "rows.jsonl"), "validation": 0.3},
-        "train": {"num_train_epochs": 1, "per_device_train_batch_size": batch, "per_device_eval_batch_size": 2,
-                  "logging_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-2, "max_length": 64,
-                  "use_cpu": True, "bf16": False,
-                  "lr_scheduler_type": "constant", "metric_stride": 1, **train_settings},
+        "train": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": 2,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "use_cpu": True,
+            "bf16": False,
+            "lr_scheduler_type": "constant",
+            "metric_stride": 1,
+            **train_settings,
+        },
         "eval": {"data": str(folder / "problems.jsonl"), "max_new_tokens": 8, "every": 1},
         "output_dir": str(folder / name),
-    }  # fmt: skip
+    }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -91,10 +108,13 @@ def cached_recipe(folder):
     """What `hpd cache` writes for the rows of tests/helpers/distributed_checks.py."""
     (folder / "counting.jsonl").write_text("".join(json.dumps(row) + "\n" for row in counting_rows(11)))
     return {
-        "student": str(folder / "pair/student"), "teacher": str(folder / "pair/teacher"),
-        "data": {"path": str(folder / "counting.jsonl")}, "train": {"max_length": 64, "use_cpu": True},
-        "cache": {"path": str(folder / "pair/cache"), "dtype": "float32"}, "output_dir": str(folder / "unused"),
-    }  # fmt: skip
+        "student": str(folder / "pair/student"),
+        "teacher": str(folder / "pair/teacher"),
+        "data": {"path": str(folder / "counting.jsonl")},
+        "train": {"max_length": 64, "use_cpu": True},
+        "cache": {"path": str(folder / "pair/cache"), "dtype": "float32"},
+        "output_dir": str(folder / "unused"),
+    }
 
 
 def metrics_of(run):
@@ -114,13 +134,18 @@ def largest_difference(logs, expected):
 
 
 def weights_of(run):
-    return torch.cat([p.detach().flatten().double() for p in AutoModelForCausalLM.from_pretrained(run).parameters()])
+    return torch.cat(
+        [p.detach().flatten().double() for p in AutoModelForCausalLM.from_pretrained(run).parameters()]
+    )
 
 
 def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
-    """11 training rows and 5 of validation on two processes, tasks evaluated after each step, one writer of every file."""
+    """11 training rows and 5 of validation on two processes, tasks evaluated after each step, one writer of
+    every file."""
     recipe = recipe_file(folder, "two", 4)
-    done = launch("accelerate.commands.launch", "--config_file", CONFIGS / "cpu.yaml", "-m", "hpd", "train", recipe)
+    done = launch(
+        "accelerate.commands.launch", "--config_file", CONFIGS / "cpu.yaml", "-m", "hpd", "train", recipe
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     train(load_recipe(recipe_file(folder, "one", 8)))
     two, one = folder / "two", folder / "one"
@@ -165,7 +190,9 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     (run / "summary.json").unlink()
     again = launch(*torchrun, stopped)
     assert again.returncode == 0, again.stderr[-3000:]
-    ours, theirs = ([log for log in metrics_of(path) if "train_loss" not in log] for path in (run, folder / "straight"))
+    ours, theirs = (
+        [log for log in metrics_of(path) if "train_loss" not in log] for path in (run, folder / "straight")
+    )
     assert largest_difference(ours, theirs) == 0.0
     assert torch.equal(weights_of(run), weights_of(folder / "straight"))
 
@@ -203,13 +230,16 @@ def test_several_processes_equal_one(figures, name, processes):
     found, weights = read(figures, name, processes)
     expected, expected_weights = read(figures, REFERENCE.get(name, name), 1)
     logs, expected_logs = found["logs"], expected["logs"]
-    if name == "resumed":  # the last log averages over the steps since the start, of which the second trainer did one
+    if (
+        name == "resumed"
+    ):  # the last log averages over the steps since the start, of which the second trainer did one
         logs, expected_logs = logs[:-1], expected_logs[:-1]
     metric = largest_difference(logs, expected_logs)
     weight = float((weights - expected_weights).abs().max())
     TABLE.append((name, processes, metric, weight))
     assert found["spread"] == 0.0
-    # bfloat16 rounds to 3 digits, and Adam's first step moves a weight by the learning rate whatever the gradient's size.
+    # bfloat16 rounds to 3 digits, and Adam's first step moves a weight by the learning rate whatever the
+    # gradient's size.
     low = name == "low_precision"
     assert metric < (2e-3 if low else METRICS)
     assert weight < (3e-2 if low else WEIGHTS)
@@ -231,7 +261,14 @@ def test_fsdp2_shards_student_and_teacher_and_exports_the_whole_student(figures,
 @pytest.mark.parametrize("head", ["pair", "untied"])
 def test_torchs_fully_shard_equals_one_process(figures, head, processes):
     found, _ = read(figures, f"fully_shard_{head}", processes)
-    TABLE.append((f"fully_shard, {'tied' if head == 'pair' else 'untied'} head", processes, found["losses"], found["final"]))
+    TABLE.append(
+        (
+            f"fully_shard, {'tied' if head == 'pair' else 'untied'} head",
+            processes,
+            found["losses"],
+            found["final"],
+        )
+    )
     assert found["spread"] == 0.0
     assert found["losses"] < 2e-6
     assert found["gradients"] < 2e-6
@@ -248,7 +285,13 @@ def test_a_recipe_that_asks_for_fsdp_and_would_get_ddp_is_refused(figures):
 def test_every_accelerate_configuration_is_one(path):
     """Accelerate's own reader refuses unknown keys; its engine is the one that the file's name says."""
     config = load_config_from_file(str(path))
-    engine = {"ddp": "MULTI_GPU", "cpu": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    engine = {
+        "ddp": "MULTI_GPU",
+        "cpu": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "zero2": "DEEPSPEED",
+        "zero3": "DEEPSPEED",
+    }
     assert config.distributed_type == DistributedType(engine[path.stem.split("_")[0]])
     assert config.num_processes % config.num_machines == 0
     if config.fsdp_config:
@@ -261,9 +304,12 @@ def accelerator(engine, **state):
     """What `check_engine` reads of an Accelerator, for engines that need GPUs to start."""
     layout = state.pop("layout", None)
     return SimpleNamespace(
-        distributed_type=engine, num_processes=2, device=torch.device("cpu"), state=SimpleNamespace(**state),
+        distributed_type=engine,
+        num_processes=2,
+        device=torch.device("cpu"),
+        state=SimpleNamespace(**state),
         parallelism_config=layout,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -271,19 +317,27 @@ def accelerator(engine, **state):
     [
         (accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=1)), "fsdp_version: 2"),
         (accelerator(DistributedType.MEGATRON_LM), "Megatron-LM"),
-        (accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=True)), "context parallelism"),
+        (
+            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=True)),
+            "context parallelism",
+        ),
         (
             accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=True)),
             "sequence parallelism",
         ),
         (
-            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=False, tp_enabled=True)),
+            accelerator(
+                DistributedType.MULTI_GPU,
+                layout=SimpleNamespace(cp_enabled=False, sp_enabled=False, tp_enabled=True),
+            ),
             "Tensor parallelism",
         ),
         (
             accelerator(
                 DistributedType.DEEPSPEED,
-                deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": {"stage": 3}}),
+                deepspeed_plugin=SimpleNamespace(
+                    zero_stage=3, deepspeed_config={"zero_optimization": {"stage": 3}}
+                ),
             ),
             "zero3_save_16bit_model",
         ),

@@ -1,4 +1,5 @@
-"""Two processes: rollouts are disjoint, reproducible and those of one; a sharded student writes what a whole one does."""
+"""Two processes: rollouts are disjoint, reproducible and those of one; a sharded student writes what a whole
+one does."""
 
 import json
 import os
@@ -20,7 +21,14 @@ def pair(tmp_path_factory):
 
 
 def run(mode, pair, folder, processes):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",

@@ -23,13 +23,17 @@ def pair(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["hpd", "forward_kl", "akl", "abkd", "hpd_full"])
 def test_a_micro_batch_reads_nothing_from_the_device(pair, tmp_path, monkeypatch, method):
-    """On the meta device tensors have no values: whoever asks for one (`.item()`, `if tensor`, `.cpu()`) fails."""
+    """On the meta device tensors have no values: whoever asks for one (`.item()`, `if tensor`, `.cpu()`)
+    fails."""
     trainer = make_trainer(pair, tmp_path, method=method)
     batch = {name: value.to("meta") for name, value in next(iter(trainer.get_train_dataloader())).items()}
-    # transformers itself looks at a mask of padding, once a forward (`create_causal_mask`); it takes a whole one as it is.
+    # transformers itself looks at a mask of padding, once a forward (`create_causal_mask`); it takes a whole
+    # one as it is.
     size, tokens = batch["input_ids"].shape
     batch["attention_mask"] = torch.ones(size, 1, tokens, tokens, dtype=torch.bool, device="meta")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no device without values
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda device: False
+    )  # it knows no device without values
     trainer.model.to("meta")
     trainer.teacher.model.to("meta")
     with pytest.raises((RuntimeError, NotImplementedError)):
@@ -49,12 +53,20 @@ class _Reads(TorchDispatchMode):
         self.by_caller = Counter()
 
     def count(self):
-        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
+        frames = [
+            f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__
+        ]
         file = Path(frames[-1].filename)
         self.by_caller[f"{file.parent.name}/{file.name}:{frames[-1].name}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"):
+        if func.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "_unique2",
+        ):
             self.count()
         return func(*args, **(kwargs or {}))
 
@@ -64,7 +76,9 @@ def reads_of(trainer, monkeypatch):
         # On a CPU these three copy nothing, so that no operation shows them.
         for name in ("tolist", "cpu", "numpy"):
             original = getattr(torch.Tensor, name)
-            patch.setattr(torch.Tensor, name, lambda self, *a, f=original, **k: (reads.count(), f(self, *a, **k))[1])
+            patch.setattr(
+                torch.Tensor, name, lambda self, *a, f=original, **k: (reads.count(), f(self, *a, **k))[1]
+            )
         trainer.train()
     return reads.by_caller
 
@@ -76,8 +90,9 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     many = reads_of(make_trainer(pair, tmp_path / "b", gradient_accumulation_steps=8, **options), monkeypatch)
     assert few["hpd/training/trainer.py:reduce_sums"] == many["hpd/training/trainer.py:reduce_sums"] == 2
     growing = {name for name in many if many[name] > few[name]}
-    # Where the tensors are on the CPU already: whether labels are in range, and whether there is a factor to scale by; the test
-    # above shows that no other device is asked. The collator runs on the CPU, in the loader's workers if there are any.
+    # Where the tensors are on the CPU already: whether labels are in range, and whether there is a factor to
+    # scale by; the test above shows that no other device is asked. The collator runs on the CPU, in the
+    # loader's workers if there are any.
     on_cpu_only = {
         "losses/operator.py:reweighted_nll",
         "losses/chunked.py:backward",
@@ -93,9 +108,18 @@ def test_second_start_tokenises_nothing(pair, tmp_path):
     """`hpd train` twice with one cache: the second run makes no new file in it."""
     questions = [{"question": f"add {i} and {i}:", "answer": f" {2 * i}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    data = {"path": str(tmp_path / "rows.jsonl"), "columns": {"prompt": "question", "completion": "answer"}, "format": "chat",
-            "validation": 0.2}  # fmt: skip
-    train = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_checkpointing": False, "max_length": 64}
+    data = {
+        "path": str(tmp_path / "rows.jsonl"),
+        "columns": {"prompt": "question", "completion": "answer"},
+        "format": "chat",
+        "validation": 0.2,
+    }
+    train = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_checkpointing": False,
+        "max_length": 64,
+    }
     recipe = {
         "student": str(pair[0]),
         "teacher": str(pair[1]),
@@ -108,8 +132,11 @@ def test_second_start_tokenises_nothing(pair, tmp_path):
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-m", "hpd", "train", str(tmp_path / "recipe.yaml"), "--overwrite"],
-            capture_output=True, text=True, timeout=240, env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        )
         assert done.returncode == 0, done.stderr
         written.append({path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")})
     assert len(written[0]) > 5
@@ -123,7 +150,11 @@ def test_rows_of_a_length_come_together_when_asked(pair, tmp_path):
 
     def padding(strategy):
         trainer = make_trainer(
-            pair, tmp_path / strategy, train=train, per_device_train_batch_size=4, train_sampling_strategy=strategy
+            pair,
+            tmp_path / strategy,
+            train=train,
+            per_device_train_batch_size=4,
+            train_sampling_strategy=strategy,
         )
         masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
         assert sum(int(mask.sum()) for mask in masks) == sum(lengths)

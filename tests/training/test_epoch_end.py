@@ -1,4 +1,5 @@
-"""A checkpoint behind the last step of an epoch whose evaluation, log and save are still to come loses none of them."""
+"""A checkpoint behind the last step of an epoch whose evaluation, log and save are still to come loses none
+of them."""
 
 from __future__ import annotations
 
@@ -47,17 +48,26 @@ def base(tmp_path_factory):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "problems.jsonl").write_text('{"prompt": "say 3:", "answer": "3 and 4"}\n')
     return {
-        "student": str(student), "teacher": str(teacher), "method": "hpd",
+        "student": str(student),
+        "teacher": str(teacher),
+        "method": "hpd",
         # Dropout draws from the numbers that an evaluation's loader draws from too.
         "lora": {"r": 2, "lora_dropout": 0.3},
         "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
         "train": {
-            "num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_checkpointing": False, "learning_rate": 1e-2,
-            "max_length": 64, "use_cpu": True, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "use_cpu": True,
+            "eval_strategy": "epoch",
+            "save_strategy": "steps",
+            "save_steps": 3,
             "logging_steps": 2,
         },
         "problems": str(folder / "problems.jsonl"),
-    }  # fmt: skip
+    }
 
 
 def recipe(base, folder, **options):
@@ -72,23 +82,35 @@ OPTIONS = {
     "eval": {},
     "eval and log": {"logging_strategy": "epoch"},
     "tasks": {"tasks": True},
-    "best": {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 3},
+    "best": {
+        "load_best_model_at_end": True,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    },
     "save, too": {"save_strategy": "epoch"},
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "ends within an epoch": {"max_steps": 8, "save_steps": 2},
     "ends within an epoch, save, too": {"max_steps": 8, "save_strategy": "epoch"},
 }
 EVENTS = {
-    "behind a save": ("on_save", 3), "at the end of an epoch": ("on_epoch_end", 6), "in the evaluation": ("on_evaluate", 3),
-    "in the next epoch": ("on_step_end", 7), "at the last": ("on_epoch_end", 9), "behind the last": ("on_train_end", 9),
-    "behind the last of eight": ("on_train_end", 8), "before the last of eight": ("on_epoch_end", 8),
-}  # fmt: skip
+    "behind a save": ("on_save", 3),
+    "at the end of an epoch": ("on_epoch_end", 6),
+    "in the evaluation": ("on_evaluate", 3),
+    "in the next epoch": ("on_step_end", 7),
+    "at the last": ("on_epoch_end", 9),
+    "behind the last": ("on_train_end", 9),
+    "behind the last of eight": ("on_train_end", 8),
+    "before the last of eight": ("on_epoch_end", 8),
+}
 
 
 QUICK = ("eval and log", "save, too")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OPTIONS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OPTIONS]
+)
 def test_killed_around_the_end_of_an_epoch_and_resumed_equals_undisturbed(base, tmp_path, name):
     straight = tmp_path / "straight"
     train(recipe(base, straight, **OPTIONS[name]))

@@ -1,4 +1,5 @@
-"""Nothing is lost: 20 steps straight equal 10, a kill, and 10 more, bit for bit; and so after faults of every kind."""
+"""Nothing is lost: 20 steps straight equal 10, a kill, and 10 more, bit for bit; and so after faults of every
+kind."""
 
 import json
 import os
@@ -15,18 +16,27 @@ FEATURES = {
     "hpd": {"method": "hpd"},
     "taid": {"method": "taid"},
     "replay": {
-        "method": "opd", "prefixes": {"student": 0.5}, 
+        "method": "opd",
+        "prefixes": {"student": 0.5},
         "rollouts": {"max_new_tokens": 4, "replay": {"capacity": 8, "fresh": 0.5}},
     },
     "repeated updates": {
-        "method": "opd", "rollouts": {"max_new_tokens": 4}, "strategy": {"type": "policy_gradient", "updates": 2},
+        "method": "opd",
+        "rollouts": {"max_new_tokens": 4},
+        "strategy": {"type": "policy_gradient", "updates": 2},
     },
     "lora": {"method": "hpd", "lora": {"r": 2, "lora_dropout": 0.1}},
     "best": {
-        "method": "forward_kl", "data": {"validation": 0.25},
-        "train": {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "save_total_limit": 2},
+        "method": "forward_kl",
+        "data": {"validation": 0.25},
+        "train": {
+            "eval_strategy": "steps",
+            "eval_steps": 5,
+            "load_best_model_at_end": True,
+            "save_total_limit": 2,
+        },
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +46,21 @@ def base(tmp_path_factory):
     rows = [{"prompt": f"say {i}:", "completion": f" {i} and {i + 1}"} for i in range(28)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl")},
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": {"path": str(folder / "rows.jsonl")},
         "train": {
-            "max_steps": 20, "per_device_train_batch_size": 2, "logging_steps": 2, "gradient_checkpointing": False,
-            "learning_rate": 1e-2, "max_length": 64, "save_strategy": "steps", "save_steps": 5, "use_cpu": True,
+            "max_steps": 20,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 2,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "save_strategy": "steps",
+            "save_steps": 5,
+            "use_cpu": True,
         },
-    }  # fmt: skip
+    }
 
 
 def recipe(base, folder, **parts):
@@ -64,7 +83,9 @@ def ended(process):
     return process.exitcode
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "replay" else pytest.mark.slow) for n in FEATURES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "replay" else pytest.mark.slow) for n in FEATURES]
+)
 def test_straight_equals_killed_and_resumed_bit_for_bit(base, tmp_path, name):
     straight, killed = (recipe(base, tmp_path / which, **FEATURES[name]) for which in ("straight", "killed"))
     log = tmp_path / "log.txt"
@@ -78,7 +99,9 @@ def test_straight_equals_killed_and_resumed_bit_for_bit(base, tmp_path, name):
 
 
 def test_sigterm_saves_between_two_logs_and_the_run_goes_on_unchanged(base, tmp_path):
-    straight, stopped = (recipe(base, tmp_path / which, train={"save_steps": 20}) for which in ("straight", "stopped"))
+    straight, stopped = (
+        recipe(base, tmp_path / which, train={"save_steps": 20}) for which in ("straight", "stopped")
+    )
     log = tmp_path / "log.txt"
     assert ended(start(straight, log)) == 0, log.read_text()
     process = start(stopped, log)
@@ -120,6 +143,16 @@ def test_faults_of_every_kind(base, tmp_path, capsys):
             base, tmp_path / "disk", tmp_path / "log.txt", kills, (*kinds, *KINDS[:2] * 3), int(time.time())
         )
     with capsys.disabled():
-        print(f"\nfaults survived: {account.survived} in {account.lives} lives; runs compared bit for bit: {runs}")
-        print("by kind:", dict(account.kills), "\nat moments:", dict(account.moments), "\nexit codes:", dict(account.exits))
+        print(
+            f"\nfaults survived: {account.survived} in {account.lives} lives; runs compared bit for bit: "
+            f"{runs}"
+        )
+        print(
+            "by kind:",
+            dict(account.kills),
+            "\nat moments:",
+            dict(account.moments),
+            "\nexit codes:",
+            dict(account.exits),
+        )
     assert set(account.kills) == set(kinds)

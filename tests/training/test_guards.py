@@ -21,15 +21,27 @@ def found(config, logs, history=()):
 
 
 ALL = GuardsConfig(
-    length_ratio=Thresholds(warn=2.0, stop=4.0), truncated=Thresholds(warn=0.5), repetition=Thresholds(stop=0.3),
-    entropy=Thresholds(warn=0.5), support_overlap=Thresholds(warn=0.2), negative_divergence=Thresholds(stop=-1e-3),
-)  # fmt: skip
+    length_ratio=Thresholds(warn=2.0, stop=4.0),
+    truncated=Thresholds(warn=0.5),
+    repetition=Thresholds(stop=0.3),
+    entropy=Thresholds(warn=0.5),
+    support_overlap=Thresholds(warn=0.2),
+    negative_divergence=Thresholds(stop=-1e-3),
+)
 
 
 @pytest.mark.parametrize(
     ("logs", "expected"),
     [
-        ({"rollouts/length_ratio": 1.9, "rollouts/truncated": 0.4, "student_entropy": 1.1, "forward_kl": 0.0}, []),
+        (
+            {
+                "rollouts/length_ratio": 1.9,
+                "rollouts/truncated": 0.4,
+                "student_entropy": 1.1,
+                "forward_kl": 0.0,
+            },
+            [],
+        ),
         ({"rollouts/length_ratio": 3.0}, [("length_ratio", "warn")]),
         ({"rollouts/length_ratio": 4.5}, [("length_ratio", "stop")]),
         ({"rollouts/truncated": 0.6}, [("truncated", "warn")]),
@@ -46,23 +58,34 @@ def test_thresholds(logs, expected):
 
 
 def test_switched_off():
-    off = GuardsConfig(non_finite="off", **{n: Thresholds() for n in ("length_ratio", "truncated", "repetition", "entropy")})
+    off = GuardsConfig(
+        non_finite="off", **{n: Thresholds() for n in ("length_ratio", "truncated", "repetition", "entropy")}
+    )
     assert found(off, {"loss": float("nan"), "rollouts/length_ratio": 100.0, "rollouts/truncated": 1.0}) == []
 
 
 def test_overlap_of_likeliest_tokens():
     mine, theirs = torch.tensor([[3.0, 2, 1, 0], [3, 2, 1, 0]]), torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3]])
-    total, count = support_overlap(Scores(mine, Head(None)), Scores(theirs, Head(None)), torch.zeros(2).long(), 2, 1)
+    total, count = support_overlap(
+        Scores(mine, Head(None)), Scores(theirs, Head(None)), torch.zeros(2).long(), 2, 1
+    )
     assert (float(total), float(count)) == (1.0, 2.0)
-    total, count = support_overlap(Scores(mine, Head(None)), Scores(theirs, Head(None)), torch.zeros(2).long(), 3, 1)
+    total, count = support_overlap(
+        Scores(mine, Head(None)), Scores(theirs, Head(None)), torch.zeros(2).long(), 3, 1
+    )
     assert float(total) == pytest.approx(1.0 + 2 / 3)
 
 
 def test_a_stop_saves_and_ends_and_a_warning_goes_on(pair, tmp_path, caplog):
     options = {
-        "method": "forward_kl", "prefixes": Prefixes(student=1.0), "rollouts": RolloutConfig(max_new_tokens=2), "max_steps": 6,
-        "logging_steps": 2, "train": rows(48), "save_strategy": "no",
-    }  # fmt: skip
+        "method": "forward_kl",
+        "prefixes": Prefixes(student=1.0),
+        "rollouts": RolloutConfig(max_new_tokens=2),
+        "max_steps": 6,
+        "logging_steps": 2,
+        "train": rows(48),
+        "save_strategy": "no",
+    }
     guards = GuardsConfig(truncated=Thresholds(stop=0.05), support_overlap=Thresholds(warn=1.0))
     stopped = make_trainer(pair, tmp_path / "a", guards=guards, **options)
     stopped.train()
@@ -72,7 +95,9 @@ def test_a_stop_saves_and_ends_and_a_warning_goes_on(pair, tmp_path, caplog):
     log = next(log for log in stopped.state.log_history if "loss" in log)
     assert log["guard/truncated"] == 1.0
     assert 0.0 < log["support_overlap"] < 1.0
-    warned = make_trainer(pair, tmp_path / "b", guards=GuardsConfig(truncated=Thresholds(warn=0.05)), **options)
+    warned = make_trainer(
+        pair, tmp_path / "b", guards=GuardsConfig(truncated=Thresholds(warn=0.05)), **options
+    )
     warned.train()
     assert warned.state.global_step == 6
     assert caplog.text.count("guard truncated at step") == 2  # once for each run: a warning is not repeated

@@ -53,7 +53,9 @@ def test_teacher_is_finite():
     hidden = torch.ones(2, 3)
     assert bool(teacher_is_finite(Scores(hidden, Head(None))))
     assert not bool(teacher_is_finite(Scores(hidden, Head(None), torch.tensor([0.0, INF]))))
-    known = TopKScores(torch.zeros(2, 1).long(), torch.tensor([[-1.0], [-INF]]), torch.tensor([-1.0, -2.0]), 9)
+    known = TopKScores(
+        torch.zeros(2, 1).long(), torch.tensor([[-1.0], [-INF]]), torch.tensor([-1.0, -2.0]), 9
+    )
     assert bool(teacher_is_finite(known))  # a token that the teacher rules out
     assert not bool(teacher_is_finite(known._replace(label_logprobs=torch.tensor([NAN, -1.0]))))
 
@@ -89,7 +91,9 @@ def test_a_student_of_nan_is_blamed_and_the_steps_before_are_kept(pair, tmp_path
 
 
 def test_a_learning_rate_that_overflows_is_stopped_at_the_next_step(pair, tmp_path):
-    trainer = make_trainer(pair, tmp_path, train=rows(12), **{**ADAM, "learning_rate": 1e30, "logging_steps": 50})
+    trainer = make_trainer(
+        pair, tmp_path, train=rows(12), **{**ADAM, "learning_rate": 1e30, "logging_steps": 50}
+    )
     with pytest.raises(NonFinite, match="Step 2: the gradient is NaN or infinite"):
         trainer.train()
     assert report(tmp_path, 2)["learning_rate"] > 1e29
@@ -116,7 +120,9 @@ def test_skip_leaves_the_step_out_and_the_log_averages_the_others(pair, tmp_path
     assert report(tmp_path, 2)["source"] == "gradient"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["skipped_steps"] for log in logs] == [1, 1]
-    single = make_trainer(pair, tmp_path / "single", train=rows(12), **{**options, "logging_steps": 1, "max_steps": 1})
+    single = make_trainer(
+        pair, tmp_path / "single", train=rows(12), **{**options, "logging_steps": 1, "max_steps": 1}
+    )
     single.train()
     first = single.state.log_history[0]["loss"]
     assert 0.3 * first < logs[0]["loss"] < 1.5 * first  # a mean over two steps, not over three
@@ -132,9 +138,13 @@ def test_skip_has_a_limit(pair, tmp_path):
     assert (tmp_path / "checkpoint-4" / "complete.json").is_file()
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"max_skipped_steps": 3}, "no effect"), ({"non_finite": "skip", "max_skipped_steps": 0}, ">= 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_skipped_steps": 3}, "no effect"),
+        ({"non_finite": "skip", "max_skipped_steps": 0}, ">= 1"),
+    ],
+)
 def test_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         GuardsConfig(**settings)

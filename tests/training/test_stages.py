@@ -24,10 +24,20 @@ def base(tmp_path_factory):
     pairs = [{"prompt": f"say {i}:", "chosen": f" {i}", "rejected": " no"} for i in range(8)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return {
-        "student": str(student), "teacher": str(teacher), "data": {"path": str(folder / "rows.jsonl")},
-        "train": {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "gradient_checkpointing": False,
-                  "learning_rate": 1e-2, "max_length": 64, "save_strategy": "steps", "save_steps": 2},
-    }  # fmt: skip
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": {"path": str(folder / "rows.jsonl")},
+        "train": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+    }
 
 
 OPD = {"name": "opd", "method": "opd", "rollouts": {"max_new_tokens": 6}}
@@ -43,7 +53,11 @@ def logs(folder):
 
 def test_hpd_then_opd_hands_its_checkpoint_on(base, tmp_path):
     run = tmp_path / "run"
-    summary = train(load_recipe({**base, "stages": [{"name": "hpd", "train": {"max_steps": 3}}, OPD], "output_dir": str(run)}))
+    summary = train(
+        load_recipe(
+            {**base, "stages": [{"name": "hpd", "train": {"max_steps": 3}}, OPD], "output_dir": str(run)}
+        )
+    )
     assert list(summary["stages"]) == ["hpd", "opd"]
     assert [s["steps"] for s in summary["stages"].values()] == [3, 4]
     assert yaml.safe_load((run / "opd" / "recipe.yaml").read_text())["student"]["model"] == str(run / "hpd")
@@ -52,7 +66,11 @@ def test_hpd_then_opd_hands_its_checkpoint_on(base, tmp_path):
     assert "generated tokens" not in summary["stages"]["hpd"]
     assert any("rollouts/length" in log for log in logs(run / "opd"))
     with pytest.raises(ValueError, match="finished"):
-        train(load_recipe({**base, "stages": [{"name": "hpd", "train": {"max_steps": 3}}, OPD], "output_dir": str(run)}))
+        train(
+            load_recipe(
+                {**base, "stages": [{"name": "hpd", "train": {"max_steps": 3}}, OPD], "output_dir": str(run)}
+            )
+        )
 
 
 class _Killed(Exception):
@@ -96,10 +114,16 @@ def test_a_run_killed_in_the_middle_of_a_stage_goes_on_there(base, tmp_path):
 
 @pytest.mark.parametrize("pairs", ["rollouts", "data"])
 def test_hpd_then_dpo_from_one_recipe(base, tmp_path, pairs):
-    stage = {"name": "dpo", "dpo": {"pairs": pairs, "args": {"beta": 0.2}}, "train": {"learning_rate": 1e-4, "max_steps": 2}}
+    stage = {
+        "name": "dpo",
+        "dpo": {"pairs": pairs, "args": {"beta": 0.2}},
+        "train": {"learning_rate": 1e-4, "max_steps": 2},
+    }
     if pairs == "data":
         stage["data"] = {"path": base["data"]["path"].replace("rows", "pairs")}
-    summary = train(load_recipe({**base, "stages": [{"name": "hpd"}, stage], "output_dir": str(tmp_path / "run")}))
+    summary = train(
+        load_recipe({**base, "stages": [{"name": "hpd"}, stage], "output_dir": str(tmp_path / "run")})
+    )
     assert summary["stages"]["dpo"]["steps"] == 2
     assert any("rewards/margins" in log for log in logs(tmp_path / "run" / "dpo"))
     assert not torch.equal(weights(tmp_path / "run" / "hpd"), weights(tmp_path / "run" / "dpo"))
@@ -108,17 +132,32 @@ def test_hpd_then_dpo_from_one_recipe(base, tmp_path, pairs):
 def test_self_distillation_in_rounds_makes_the_student_the_next_teacher(base, tmp_path):
     rounds = {"name": "round", "repeat": 2, "teacher": "previous", "method": "forward_kl"}
     run = tmp_path / "run"
-    stages = stage_recipes(load_recipe({**base, "stages": [{"name": "first"}, rounds], "output_dir": str(run)}))
+    stages = stage_recipes(
+        load_recipe({**base, "stages": [{"name": "first"}, rounds], "output_dir": str(run)})
+    )
     assert [stage.name for stage in stages] == ["first", "round-1", "round-2"]
-    assert [stage.recipe.teacher.model for stage in stages] == [base["teacher"], str(run / "first"), str(run / "round-1")]
-    assert [stage.recipe.student.model for stage in stages] == [base["student"], str(run / "first"), str(run / "round-1")]
+    assert [stage.recipe.teacher.model for stage in stages] == [
+        base["teacher"],
+        str(run / "first"),
+        str(run / "round-1"),
+    ]
+    assert [stage.recipe.student.model for stage in stages] == [
+        base["student"],
+        str(run / "first"),
+        str(run / "round-1"),
+    ]
 
 
 def test_an_adapter_is_merged_for_the_next_stage(base, tmp_path):
     run = tmp_path / "run"
     train(
         load_recipe(
-            {**base, "lora": {"r": 2}, "stages": [{"name": "hpd"}, {"name": "sft", "method": "sft"}], "output_dir": str(run)}
+            {
+                **base,
+                "lora": {"r": 2},
+                "stages": [{"name": "hpd"}, {"name": "sft", "method": "sft"}],
+                "output_dir": str(run),
+            }
         )
     )
     assert (run / "hpd" / "merged" / "config.json").is_file()
@@ -143,18 +182,34 @@ def test_stages_that_make_no_sense(base, stages, message):
 
 MISTAKES = {
     "first stage, no such data": (
-        [{"name": "a", "data": {"path": "none.jsonl"}}, {"name": "b"}], "stages: a: No dataset at none.jsonl"),
+        [{"name": "a", "data": {"path": "none.jsonl"}}, {"name": "b"}],
+        "stages: a: No dataset at none.jsonl",
+    ),
     "second stage, no such data": (
-        [{"name": "a"}, {"name": "b", "data": {"path": "none.jsonl"}}], "stages: b: No dataset at none.jsonl"),
+        [{"name": "a"}, {"name": "b", "data": {"path": "none.jsonl"}}],
+        "stages: b: No dataset at none.jsonl",
+    ),
     "second stage, wrong columns": (
-        [{"name": "a"}, {"name": "b", "data": {"columns": {"prompt": "question"}}}], "stages: b: data.columns maps prompt"),
-    "no label left": ([{"name": "a"}, {"name": "b", "train": {"max_length": 2}}], "stages: b: Every label is masked"),
+        [{"name": "a"}, {"name": "b", "data": {"columns": {"prompt": "question"}}}],
+        "stages: b: data.columns maps prompt",
+    ),
+    "no label left": (
+        [{"name": "a"}, {"name": "b", "train": {"max_length": 2}}],
+        "stages: b: Every label is masked",
+    ),
     "next teacher, wrong data": (
-        [{"name": "a"}, {"name": "b", "teacher": "previous", "data": {"path": "none.jsonl"}}], "stages: b: No dataset"),
-    "no pairs": ([{"name": "a"}, {"name": "b", "dpo": {"pairs": "data"}}], "stages: b: Preference pairs need"),
+        [{"name": "a"}, {"name": "b", "teacher": "previous", "data": {"path": "none.jsonl"}}],
+        "stages: b: No dataset",
+    ),
+    "no pairs": (
+        [{"name": "a"}, {"name": "b", "dpo": {"pairs": "data"}}],
+        "stages: b: Preference pairs need",
+    ),
     "unknown argument": (
-        [{"name": "a"}, {"name": "b", "dpo": {"pairs": "rollouts", "args": {"no_such": 1}}}], "stages: b: dpo.args.*no field"),
-}  # fmt: skip
+        [{"name": "a"}, {"name": "b", "dpo": {"pairs": "rollouts", "args": {"no_such": 1}}}],
+        "stages: b: dpo.args.*no field",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -170,7 +225,12 @@ def test_a_mistake_in_any_stage_is_found_before_anything_is_written(base, tmp_pa
 
 def test_a_mistake_leaves_the_run_that_overwrite_would_delete(base, tmp_path):
     run = tmp_path / "run"
-    good = {**base, "train": {**base["train"], "max_steps": 1}, "stages": [{"name": "a"}], "output_dir": str(run)}
+    good = {
+        **base,
+        "train": {**base["train"], "max_steps": 1},
+        "stages": [{"name": "a"}],
+        "output_dir": str(run),
+    }
     train(load_recipe(good))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     bad = {**good, "stages": [{"name": "a", "data": {"path": "none.jsonl"}}]}
@@ -186,6 +246,8 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "regimes").g
 def test_recipes_of_the_regimes_parse_and_are_short(path):
     recipe = load_recipe(path)
     assert len(path.read_text().splitlines()) <= 30
-    steps = [stage.recipe.train["max_steps"] for stage in stage_recipes(recipe)] or [recipe.train["max_steps"]]
+    steps = [stage.recipe.train["max_steps"] for stage in stage_recipes(recipe)] or [
+        recipe.train["max_steps"]
+    ]
     assert sum(steps) == 300
     assert path.read_text().startswith("# ")

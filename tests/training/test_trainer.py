@@ -61,7 +61,10 @@ def test_loss_is_the_objective_of_the_models_own_logits(pair, tmp_path):
 
 def test_all_masked_micro_batch_is_a_finite_zero(pair, tmp_path):
     trainer = make_trainer(pair, tmp_path)
-    examples = [{**trainer.train_dataset[i], "labels": [-100] * len(trainer.train_dataset[i]["labels"])} for i in range(2)]
+    examples = [
+        {**trainer.train_dataset[i], "labels": [-100] * len(trainer.train_dataset[i]["labels"])}
+        for i in range(2)
+    ]
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
     loss = trainer.compute_loss(trainer.model.train(), batch)
     loss.backward()
@@ -74,7 +77,9 @@ def test_teacher_is_frozen_and_the_optimizer_does_not_know_it(pair, tmp_path):
     before = {k: v.clone() for k, v in trainer.teacher.model.state_dict().items()}
     trainer.train()
     owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert not any(id(p) in owned or p.requires_grad or p.grad is not None for p in trainer.teacher.model.parameters())
+    assert not any(
+        id(p) in owned or p.requires_grad or p.grad is not None for p in trainer.teacher.model.parameters()
+    )
     assert not trainer.teacher.model.training
     assert all(torch.equal(v, before[k]) for k, v in trainer.teacher.model.state_dict().items())
 
@@ -118,9 +123,19 @@ def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(expected, rel=1e-4)
     for name in (
-        "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement",
-        "k1_positive", "reinforced", "suppressed", "punished", "drawn_label", "mass_moved", "num_tokens",
-    ):  # fmt: skip
+        "forward_kl",
+        "reverse_kl",
+        "student_entropy",
+        "teacher_entropy",
+        "top1_agreement",
+        "k1_positive",
+        "reinforced",
+        "suppressed",
+        "punished",
+        "drawn_label",
+        "mass_moved",
+        "num_tokens",
+    ):
         assert name in log, name
     assert log["k1_positive"] + log["suppressed"] == pytest.approx(1.0)
 
@@ -212,8 +227,14 @@ def test_streamed_dataset(pair, tmp_path):
 
 
 def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(pair, tmp_path):
-    options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch",
-               "max_steps": 6, "train_sampling_strategy": "random"}  # fmt: skip
+    options = {
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "optim": "adamw_torch",
+        "max_steps": 6,
+        "train_sampling_strategy": "random",
+    }
     straight = make_trainer(pair, tmp_path / "a", train=rows(12), **options)
     straight.train()
     first = make_trainer(pair, tmp_path / "b", train=rows(12), **{**options, "max_steps": 6})
@@ -262,8 +283,15 @@ GOLDEN = [
 
 
 def test_golden_loss_curve(pair, tmp_path):
-    trainer = make_trainer(pair, tmp_path, train=rows(80), max_steps=20, per_device_train_batch_size=4,
-                           optim="adamw_torch", learning_rate=1e-2)  # fmt: skip
+    trainer = make_trainer(
+        pair,
+        tmp_path,
+        train=rows(80),
+        max_steps=20,
+        per_device_train_batch_size=4,
+        optim="adamw_torch",
+        learning_rate=1e-2,
+    )
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     kls = [log["forward_kl"] for log in trainer.state.log_history if "forward_kl" in log]
@@ -273,7 +301,10 @@ def test_golden_loss_curve(pair, tmp_path):
 
 def test_schedules_move_the_terms(pair, tmp_path):
     ramp = {"schedule": "linear", "start": 0.0, "end": 1.0}
-    terms = [TermConfig(objective="nll", weight=1.0), TermConfig(objective="symmetric_kl", weight=0.5, kwargs={"lam": ramp})]
+    terms = [
+        TermConfig(objective="nll", weight=1.0),
+        TermConfig(objective="symmetric_kl", weight=0.5, kwargs={"lam": ramp}),
+    ]
     trainer = make_trainer(pair, tmp_path, method=None, terms=terms, train=rows(40), max_steps=5)
     seen = []
     original = trainer.build_scheduled_terms
@@ -283,11 +314,19 @@ def test_schedules_move_the_terms(pair, tmp_path):
     log_p, log_q = torch.randn(2, 3, 7).log_softmax(-1)
     from hpd.objectives import symmetric_kl
 
-    torch.testing.assert_close(trainer.terms[1].objective.value(log_p, log_q), symmetric_kl(0.8).value(log_p, log_q))
+    torch.testing.assert_close(
+        trainer.terms[1].objective.value(log_p, log_q), symmetric_kl(0.8).value(log_p, log_q)
+    )
 
 
 def test_taid_position_adapts_and_is_resumed(pair, tmp_path):
-    options = {"train": rows(12), "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    options = {
+        "train": rows(12),
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "max_steps": 6,
+    }
     straight = make_trainer(pair, tmp_path / "a", method="taid", **options)
     straight.train()
     first = make_trainer(pair, tmp_path / "b", method="taid", **options)

@@ -1,6 +1,7 @@
 """Answers in free text: where the final one is, and whether two of them are the same.
 
-Plain string and rational arithmetic: no expression is ever evaluated, so a model's output cannot cost more than a scan.
+Plain string and rational arithmetic: no expression is ever evaluated, so a model's output cannot cost more
+than a scan.
 """
 
 import re
@@ -33,7 +34,9 @@ _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
 
 
 # Words that change the number before them: what they follow is not "a number and its unit".
-_VALUE_WORDS = "and|or|to|over|plus|minus|times|half|pi|squared|cubed|dozen|hundred|thousand|million|billion|trillion"
+_VALUE_WORDS = (
+    "and|or|to|over|plus|minus|times|half|pi|squared|cubed|dozen|hundred|thousand|million|billion|trillion"
+)
 
 
 _QUANTITY = re.compile(
@@ -42,7 +45,8 @@ _QUANTITY = re.compile(
 )
 
 
-# Longer than any answer; Python refuses to read integers beyond 4,300 digits, and a looping model writes them.
+# Longer than any answer; Python refuses to read integers beyond 4,300 digits, and a looping model writes
+# them.
 _MAX_QUANTITY_CHARS = 200
 
 
@@ -54,8 +58,9 @@ class _Quantity(NamedTuple):
 def final_answer(text: str) -> str | None:
     r"""The final answer that a text states, as written, or None where it states none.
 
-    The first rule that finds something decides: the line after the last ``####`` (GSM8K), the last ``\boxed{...}``
-    with balanced braces (MATH), the sentence after the last "answer is" or "Answer:", the last number.
+    The first rule that finds something decides: the line after the last ``####`` (GSM8K), the last
+    ``\boxed{...}`` with balanced braces (MATH), the sentence after the last "answer is" or "Answer:", the
+    last number.
 
     >>> final_answer("12 + 30 = 42, so she has 42 apples.")
     '42'
@@ -70,7 +75,8 @@ def final_answer(text: str) -> str | None:
 
 
 def stated_answer(text: str) -> str | None:
-    """The answer that a text marks as final (`final_answer` without its last rule), or None where nothing is marked.
+    """The answer that a text marks as final (`final_answer` without its last rule), or None where nothing is
+    marked.
 
     This is the rule for references: an unmarked one such as ``(3, 4)`` is an answer as a whole.
     """
@@ -91,9 +97,10 @@ def stated_answer(text: str) -> str | None:
 def same_answer(first: str, second: str) -> bool:
     r"""Whether two answers are the same after normalisation; symmetric.
 
-    Numbers are compared as exact rationals: ``1,234`` = ``$1234.00``, ``\frac{3}{4}`` = ``3/4`` = ``0.75``. A unit
-    counts only where both have one: ``42 apples`` = ``42``, ``5 m`` != ``5 km``. Anything else is compared as text,
-    without case, spaces, currency signs, LaTeX spacing and closing punctuation. An empty answer equals nothing.
+    Numbers are compared as exact rationals: ``1,234`` = ``$1234.00``, ``\frac{3}{4}`` = ``3/4`` = ``0.75``. A
+    unit counts only where both have one: ``42 apples`` = ``42``, ``5 m`` != ``5 km``. Anything else is
+    compared as text, without case, spaces, currency signs, LaTeX spacing and closing punctuation. An empty
+    answer equals nothing.
 
     >>> same_answer("The Moon.", "the moon"), same_answer("2", "20"), same_answer("(1, 2)", "(1,2)")
     (True, False, True)
@@ -113,7 +120,8 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def last_math(text: str) -> str | None:
-    r"""The last formula (``$...$``, ``\(...\)``, ``\[...\]``) of a text, unless a number outside of formulas comes after it.
+    r"""The last formula (``$...$``, ``\(...\)``, ``\[...\]``) of a text, unless a number outside of formulas
+    comes after it.
 
     >>> last_math("so $x = 1$, that is $y = x + 1$."), last_math("so $x = 1$, that is 2.")
     ('y = x + 1', None)
@@ -158,7 +166,8 @@ def _strip_markup(text: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    r"""Content of the ``\boxed{`` that opens last among those that close; one pass, so nesting costs nothing."""
+    r"""Content of the ``\boxed{`` that opens last among those that close; one pass, so nesting costs
+    nothing."""
     open_braces: list[tuple[bool, int]] = []
     last_start, content = -1, None
     for match in _BRACES.finditer(text):

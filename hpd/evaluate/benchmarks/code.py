@@ -1,4 +1,5 @@
-"""HumanEval, MBPP, HumanEval+ and MBPP+: an answer is right if its program passes the benchmark's tests in the sandbox."""
+"""HumanEval, MBPP, HumanEval+ and MBPP+: an answer is right if its program passes the benchmark's tests in
+the sandbox."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,18 @@ INSTRUCTION = (
 
 
 # A completion is over where something at the margin starts that is no part of the solution.
-_STOP_IN_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ", "\n```", '\n"""', "\n</")
+_STOP_IN_FUNCTION = (
+    "\nclass ",
+    "\ndef ",
+    "\n#",
+    "\n@",
+    "\nif ",
+    "\nprint(",
+    "\nassert ",
+    "\n```",
+    '\n"""',
+    "\n</",
+)
 
 
 _STOP_IN_SCRIPT = ("\nassert ", "\nprint(", "\nif __name__", "\n# Test", "\n```", '\n"""', "\n</")
@@ -56,14 +68,16 @@ class CodeTask:
         name: the task's.
         problems: what to solve.
         options: what decides examples and grades; the factories fill it.
-        style: "instruct" asks for a script in a code block; "completion" gives the benchmark's prompt to continue.
+        style: "instruct" asks for a script in a code block; "completion" gives the benchmark's prompt to
+            continue.
         instruction: the prompt of the instruct style.
         limits: what a program may use.
         num_workers: programs at a time; None is one per processor.
         stop: strings that end an answer in the completion style.
 
     Raises:
-        ValueError: an unknown style, an instruction without ``{prompt}``, or a system that cannot isolate programs.
+        ValueError: an unknown style, an instruction without ``{prompt}``, or a system that cannot isolate
+            programs.
     """
 
     metric = "accuracy"
@@ -83,9 +97,13 @@ class CodeTask:
         if style not in ("instruct", "completion"):
             raise ValueError(f"style is {style!r}; it must be instruct or completion.")
         if "{prompt}" not in instruction:
-            raise ValueError(f"the instruction {instruction!r} lacks {{prompt}}, the place of the problem; put it in.")
+            raise ValueError(
+                f"the instruction {instruction!r} lacks {{prompt}}, the place of the problem; put it in."
+            )
         if style == "completion" and instruction != INSTRUCTION:
-            raise ValueError("instruction has no effect in the completion style; leave it out, or choose style instruct.")
+            raise ValueError(
+                "instruction has no effect in the completion style; leave it out, or choose style instruct."
+            )
         try:
             self._report = sandbox_report()
         except RuntimeError as error:
@@ -99,7 +117,9 @@ class CodeTask:
         self._instruction = instruction
         self._limits = limits
         self._num_workers = num_workers
-        self._references: dict[str, tuple[list[Any], float]] = {}  # outputs and seconds, by problem, as they are needed
+        self._references: dict[
+            str, tuple[list[Any], float]
+        ] = {}  # outputs and seconds, by problem, as they are needed
 
     def examples(self) -> list[Example]:
         return [
@@ -120,7 +140,9 @@ class CodeTask:
             ValueError: the reference solution of an EvalPlus problem does not run.
         """
         problems = [self._problems[example.id] for example in examples]
-        sources = [self._source(problem, answer.text) for problem, answer in zip(problems, answers, strict=True)]
+        sources = [
+            self._source(problem, answer.text) for problem, answer in zip(problems, answers, strict=True)
+        ]
         found = [index for index, source in enumerate(sources) if source is not None]
         self._run_references([problems[index] for index in found])
         programs = [self._judged(problems[index], sources[index] or "") for index in found]
@@ -134,7 +156,9 @@ class CodeTask:
 
     def _prompt(self, problem: Problem) -> str:
         if self._style == "completion":
-            return problem.prompt.rstrip()  # the line break is the model's: most tokenizers join it with what follows
+            return (
+                problem.prompt.rstrip()
+            )  # the line break is the model's: most tokenizers join it with what follows
         return self._instruction.replace("{prompt}", problem.prompt.strip())
 
     def _source(self, problem: Problem, text: str) -> str | None:
@@ -147,7 +171,9 @@ class CodeTask:
             return Program(source=source, tests=problem.tests)
         outputs, cpu_seconds = self._references[problem.id]
         data = [problem.entry_point, list(problem.inputs), outputs, problem.atol]
-        tests = Tests(source=f"{_ORACLE.read_text('utf-8')}\ncompare(getattr(program, data[0]), *data)\n", data=data)
+        tests = Tests(
+            source=f"{_ORACLE.read_text('utf-8')}\ncompare(getattr(program, data[0]), *data)\n", data=data
+        )
         allowed = math.ceil(_TIMES_REFERENCE * cpu_seconds)
         factor = max(1, allowed / self._limits.cpu_seconds)
         limits = replace(
@@ -159,10 +185,16 @@ class CodeTask:
 
     def _run_references(self, problems: Sequence[Problem]) -> None:
         missing = {p.id: p for p in problems if p.tests is None and p.id not in self._references}
-        source = f"{_ORACLE.read_text('utf-8')}\nresult = reference_outputs(getattr(program, data[0]), *data)\n"
+        source = (
+            f"{_ORACLE.read_text('utf-8')}\nresult = reference_outputs(getattr(program, data[0]), *data)\n"
+        )
         limits = replace(_REFERENCE_LIMITS, memory_mib=self._limits.memory_mib)
         programs = [
-            Program(source=p.solution, tests=Tests(source=source, data=[p.entry_point, list(p.inputs)]), limits=limits)
+            Program(
+                source=p.solution,
+                tests=Tests(source=source, data=[p.entry_point, list(p.inputs)]),
+                limits=limits,
+            )
             for p in missing.values()
         ]
         for id_, outcome in zip(missing, self._run(programs), strict=True):
@@ -227,7 +259,8 @@ def human_eval_plus(
     """HumanEval+: outputs on many more inputs, compared with the reference's as EvalPlus does.
 
     Args:
-        data: EvalPlus's release file: columns task_id, prompt, entry_point, canonical_solution, base_input, plus_input, atol.
+        data: EvalPlus's release file: columns task_id, prompt, entry_point, canonical_solution, base_input,
+            plus_input, atol.
         limit: the first n problems; None is all.
         plus: False compares on the inputs of HumanEval itself only.
         style, instruction, num_workers: see `CodeTask`.
@@ -263,7 +296,8 @@ def mbpp(
     """MBPP, full or sanitized: the row's assertions, which are part of the prompt.
 
     Args:
-        data: columns task_id, text (sanitized: prompt), code, test_list; test_setup_code and test_imports where needed.
+        data: columns task_id, text (sanitized: prompt), code, test_list; test_setup_code and test_imports
+            where needed.
         limit: the first n problems; None is all.
         style, instruction, num_workers: see `CodeTask`.
         cpu_seconds, wall_seconds, memory_mib: see `Limits`.

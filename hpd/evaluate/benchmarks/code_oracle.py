@@ -1,7 +1,9 @@
-"""The tests of EvalPlus: a program's outputs on given inputs against those of the reference. Runs inside the sandbox.
+"""The tests of EvalPlus: a program's outputs on given inputs against those of the reference. Runs inside the
+sandbox.
 
-Its source is sent there (`hpd.evaluate.benchmarks.code`), so it imports the standard library only. Rules as in EvalPlus 0.3: exact
-equality, or for floats numpy's ``allclose`` with the problem's `atol`, and the few problems with more than one right output.
+Its source is sent there (`hpd.evaluate.benchmarks.code`), so it imports the standard library only. Rules as
+in EvalPlus 0.3: exact equality, or for floats numpy's ``allclose`` with the problem's `atol`, and the few
+problems with more than one right output.
 """
 
 import math
@@ -16,9 +18,15 @@ DEFAULT_FLOAT_TOLERANCE = 1e-6
 
 
 SET_EQUALITY = {
-    "similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly",
-    "larg_nnum", "intersection_array", "find_dissimilar", "Diff",
-}  # fmt: skip
+    "similar_elements",
+    "find_char_long",
+    "common_in_nested_lists",
+    "extract_singly",
+    "larg_nnum",
+    "intersection_array",
+    "find_dissimilar",
+    "Diff",
+}
 """MBPP functions whose outputs are compared as sets."""
 
 
@@ -32,12 +40,16 @@ def reference_outputs(function: Callable[..., Any], entry_point: str, inputs: li
     return [output is not None for output in outputs] if entry_point in NONE_OR_NOT else outputs
 
 
-def compare(function: Callable[..., Any], entry_point: str, inputs: list[Any], expected: list[Any], atol: float) -> None:
+def compare(
+    function: Callable[..., Any], entry_point: str, inputs: list[Any], expected: list[Any], atol: float
+) -> None:
     """Raise AssertionError, with the input's number, at the first wrong output."""
     for number, (arguments, reference) in enumerate(zip(inputs, expected, strict=True), start=1):
         output = function(*arguments)
         if not matches(output, reference, entry_point, arguments, atol):
-            raise AssertionError(f"input {number} of {len(inputs)}: {_short(output)} instead of {_short(reference)}")
+            raise AssertionError(
+                f"input {number} of {len(inputs)}: {_short(output)} instead of {_short(reference)}"
+            )
 
 
 def matches(output: Any, reference: Any, entry_point: str, arguments: list[Any], atol: float) -> bool:
@@ -88,7 +100,10 @@ def _none_or_not(output: Any, reference: Any, arguments: list[Any], atol: float)
 
 def _is_root(output: Any, reference: Any, arguments: list[Any], atol: float) -> bool:
     # Any root of the polynomial is right; by its value there, since roots are ill-conditioned.
-    return abs(sum(coefficient * math.pow(output, power) for power, coefficient in enumerate(arguments[0]))) <= atol
+    return (
+        abs(sum(coefficient * math.pow(output, power) for power, coefficient in enumerate(arguments[0])))
+        <= atol
+    )
 
 
 def _pyramid_area(output: Any, reference: Any, arguments: list[Any], atol: float) -> bool | None:

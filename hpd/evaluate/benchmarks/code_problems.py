@@ -39,22 +39,26 @@ def read_problems(data: Data, limit: int | None, make: Callable[[Row], Problem])
         ValueError: a column is missing, code is not Python, or an id is repeated.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; give the number of problems to keep (1 or more), or None for all.")
+        raise ValueError(
+            f"limit is {limit}; give the number of problems to keep (1 or more), or None for all."
+        )
     problems = []
     for number, row in enumerate(read_rows(data)[:limit], start=1):
         try:
             problems.append(make(row))
         except KeyError as error:
             raise ValueError(
-                f"row {number} of {data} lacks the column {error}; it has {', '.join(row)}. "
-                "HumanEval+ and MBPP+ take EvalPlus's release files (.jsonl.gz with base_input and plus_input)."
+                f"row {number} of {data} lacks the column {error}; it has {', '.join(row)}. HumanEval+ and "
+                "MBPP+ take EvalPlus's release files (.jsonl.gz with base_input and plus_input)."
             ) from error
         except SyntaxError as error:
             raise ValueError(f"row {number} of {data} holds code that is not Python: {error}") from error
     ids = [problem.id for problem in problems]
     if len(set(ids)) < len(ids):
         repeated = next(id_ for id_ in ids if ids.count(id_) > 1)
-        raise ValueError(f"{data} has the task_id {repeated} more than once; every problem needs one of its own.")
+        raise ValueError(
+            f"{data} has the task_id {repeated} more than once; every problem needs one of its own."
+        )
     return problems
 
 
@@ -100,7 +104,9 @@ def mbpp_problem(row: Row) -> Problem:
     used = {node.id for node in ast.walk(ast.parse("\n".join(assertions))) if isinstance(node, ast.Name)}
     entry_points = [name for name in definitions if name in used]
     if not entry_points:
-        raise ValueError(f"the tests of task {row['task_id']} use nothing that its code defines: {assertions}")
+        raise ValueError(
+            f"the tests of task {row['task_id']} use nothing that its code defines: {assertions}"
+        )
     return Problem(
         id=str(row["task_id"]),
         prompt="\n".join(['"""', text, *assertions, '"""', ""]),
@@ -150,9 +156,10 @@ class _Block(NamedTuple):
 def extract_program(text: str, entry_point: str, prompt: str = "") -> str | None:
     """The program in an answer, ready to run; None where there is no code.
 
-    Of several fenced blocks the last that defines `entry_point` counts, else the longest. Without fences, the code is what
-    lies between the first line that starts like Python and the last line up to which all parses. What a prompt in Python
-    brings (imports, helpers, the head of the function) is put before code that lacks it.
+    Of several fenced blocks the last that defines `entry_point` counts, else the longest. Without fences, the
+    code is what lies between the first line that starts like Python and the last line up to which all parses.
+    What a prompt in Python brings (imports, helpers, the head of the function) is put before code that lacks
+    it.
 
     Args:
         text: the answer; what precedes ``</think>`` is dropped.
@@ -173,7 +180,8 @@ def extract_program(text: str, entry_point: str, prompt: str = "") -> str | None
 
 
 def complete(prompt: str, body: str) -> str:
-    """A prompt in Python and its continuation; a body that lost its indentation, or that of its first line, gets it back."""
+    """A prompt in Python and its continuation; a body that lost its indentation, or that of its first line,
+    gets it back."""
     for restored in (body, "    " + body.lstrip(), textwrap.indent(textwrap.dedent(body), "    ")):
         if _parses(prompt + restored):
             return prompt + restored
@@ -182,7 +190,9 @@ def complete(prompt: str, body: str) -> str:
 
 def _best_block(text: str, entry_point: str) -> str | None:
     blocks = list(_blocks(text))
-    candidates = [block.code for block in blocks if block.language in _PYTHON] or [block.code for block in blocks]
+    candidates = [block.code for block in blocks if block.language in _PYTHON] or [
+        block.code for block in blocks
+    ]
     if not candidates:
         return None
     defining = [code for code in candidates if _defines(code, entry_point)]
@@ -194,7 +204,9 @@ def _blocks(text: str) -> Iterator[_Block]:
     position = 0
     while opening := _FENCE.search(text, position):
         mark = opening["mark"]
-        closing = re.compile(rf"^[ \t]*{mark[0]}{{{len(mark)},}}[ \t]*$", re.MULTILINE).search(text, opening.end())
+        closing = re.compile(rf"^[ \t]*{mark[0]}{{{len(mark)},}}[ \t]*$", re.MULTILINE).search(
+            text, opening.end()
+        )
         code = textwrap.dedent(text[opening.end() + 1 : closing.start() if closing else len(text)])
         yield _Block(code if closing else (_longest_prefix(code) or code), opening["language"].lower())
         position = closing.end() if closing else len(text)
@@ -213,7 +225,11 @@ def _code_in_prose(text: str) -> str | None:
 def _continues(text: str, prompt: str) -> bool:
     """Whether the answer is the rest of the prompt's function: it starts indented and parses behind it."""
     first = next((line for line in text.split("\n") if line.strip()), "")
-    return bool(prompt) and first[:1] in (" ", "\t") and (_longest_prefix(prompt + text, len(prompt.split("\n"))) is not None)
+    return (
+        bool(prompt)
+        and first[:1] in (" ", "\t")
+        and (_longest_prefix(prompt + text, len(prompt.split("\n"))) is not None)
+    )
 
 
 def _longest_prefix(code: str, keep: int = 1) -> str | None:
@@ -233,7 +249,11 @@ def _longest_prefix(code: str, keep: int = 1) -> str | None:
 
 def _defines(code: str, name: str) -> bool:
     return (
-        re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=", code, re.MULTILINE)
+        re.search(
+            rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*=",
+            code,
+            re.MULTILINE,
+        )
         is not None
     )
 
@@ -256,7 +276,9 @@ def _error_line(code: str) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes
-            compile(code, "<answer>", "exec", dont_inherit=True)  # more than parsing: a return needs its function
+            compile(
+                code, "<answer>", "exec", dont_inherit=True
+            )  # more than parsing: a return needs its function
     except SyntaxError as error:
         return error.lineno or last
     except (ValueError, RecursionError, MemoryError):
@@ -291,7 +313,9 @@ def _tuples_of_tuples(arguments: Arguments) -> Arguments:
 
 
 def _tuples_of_some_tuples(arguments: Arguments) -> Arguments:
-    return [tuple(tuple(item) if isinstance(item, list) else item for item in argument) for argument in arguments]
+    return [
+        tuple(tuple(item) if isinstance(item, list) else item for item in argument) for argument in arguments
+    ]
 
 
 def _first_a_list_of_tuples(arguments: Arguments) -> Arguments:

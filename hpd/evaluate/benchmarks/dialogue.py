@@ -1,4 +1,5 @@
-"""Instruction following against references: Dolly, Self-Instruct, Vicuna and S-NI, by ROUGE-L as in MiniLLM and DistiLLM."""
+"""Instruction following against references: Dolly, Self-Instruct, Vicuna and S-NI, by ROUGE-L as in MiniLLM
+and DistiLLM."""
 
 from __future__ import annotations
 
@@ -30,32 +31,36 @@ class RougeTask:
 
     Args:
         name: the task's key.
-        data: a file of rows with `instruction`, `input` (may be empty) and `output` (a text, or a list of them), or of
-            Self-Instruct's form, where `instances[0]` holds input and output.
+        data: a file of rows with `instruction`, `input` (may be empty) and `output` (a text, or a list of
+            them), or of Self-Instruct's form, where `instances[0]` holds input and output.
         limit: first n rows; None is all.
-        template: alpaca: the plain prompt of the protocol, never in a chat template; chat: instruction and input as a user
-            turn, for chat models.
+        template: alpaca: the plain prompt of the protocol, never in a chat template; chat: instruction and
+            input as a user turn, for chat models.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a row lacks an instruction or a reference, or the template is unknown.
 
     Reference:
-        Gu et al., MiniLLM, 2024, section 3.1: five seeds at temperature 1, answers of at most 256 tokens, mean over the seeds;
-        here five samples of one seed.
+        Gu et al., MiniLLM, 2024, section 3.1: five seeds at temperature 1, answers of at most 256 tokens,
+        mean over the seeds; here five samples of one seed.
     """
 
     metric = "rouge_l"
 
-    def __init__(self, name: str, data: Data, *, limit: int | None = None, template: Template = "alpaca") -> None:
+    def __init__(
+        self, name: str, data: Data, *, limit: int | None = None, template: Template = "alpaca"
+    ) -> None:
         if template not in ("alpaca", "chat"):
             raise ValueError(f"template is {template!r}; it must be alpaca or chat.")
         self.name = name
         self.options: Mapping[str, Any] = {"data": str(data), "limit": limit, "template": template}
         self.defaults: Mapping[str, Any] = {
-            "temperature": 1.0, "num_samples": 5, "max_new_tokens": 256,
+            "temperature": 1.0,
+            "num_samples": 5,
+            "max_new_tokens": 256,
             "chat_template": "never" if template == "alpaca" else "auto",
-        }  # fmt: skip
+        }
         rows = read_rows(data)[:limit]
         self._examples = tuple(_example(data, number, row, template) for number, row in enumerate(rows))
 
@@ -64,7 +69,10 @@ class RougeTask:
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
         """ROUGE-L of every answer, without the spaces around it, against the best of its references."""
-        scores = rouge_l([answer.text.strip() for answer in answers], [example.metadata["references"] for example in examples])
+        scores = rouge_l(
+            [answer.text.strip() for answer in answers],
+            [example.metadata["references"] for example in examples],
+        )
         return [Verdict(correct=None, score=score) for score in scores]
 
 
@@ -111,7 +119,8 @@ def vicuna(data: Data, *, limit: int | None = None, template: Template = "alpaca
 
 
 def sni(data: Data, *, limit: int | None = None, template: Template = "alpaca") -> RougeTask:
-    """The test tasks of Super-NaturalInstructions with responses of 11 words or more; several references a row."""
+    """The test tasks of Super-NaturalInstructions with responses of 11 words or more; several references a
+    row."""
     return RougeTask("sni", data, limit=limit, template=template)
 
 
@@ -123,8 +132,18 @@ def _example(data: Data, number: int, row: Row, template: Template) -> Example:
     references = [text for text in given if isinstance(text, str) and text.strip()]
     if not instruction or not references:
         missing = "output" if instruction else "instruction"
-        raise ValueError(f"{data}: row {number + 1} has no {missing}; ROUGE-L needs rows with instruction, input and output.")
-    prompt = alpaca_prompt(instruction, context) if template == "alpaca" else "\n\n".join(filter(None, (instruction, context)))
+        raise ValueError(
+            f"{data}: row {number + 1} has no {missing}; ROUGE-L needs rows with instruction, input and "
+            "output."
+        )
+    prompt = (
+        alpaca_prompt(instruction, context)
+        if template == "alpaca"
+        else "\n\n".join(filter(None, (instruction, context)))
+    )
     return Example(
-        id=str(row.get("id", number)), prompt=prompt, answer=references[0], metadata={**row, "references": references}
-    )  # fmt: skip
+        id=str(row.get("id", number)),
+        prompt=prompt,
+        answer=references[0],
+        metadata={**row, "references": references},
+    )

@@ -21,12 +21,13 @@ class ExactMatch:
 
     Args:
         data: a .jsonl, .json, .csv or .parquet file, plain or compressed (.gz).
-        prompt_column: the column of the question, text or chat messages; None takes the first of `PROMPT_COLUMNS`. Of
-            chat messages, everything after the last user turn is dropped.
-        answer_column: the column of the reference; None takes the first of `ANSWER_COLUMNS`. A reference that marks its
-            final answer (``#### 42``, a box, "the answer is") is reduced to it.
+        prompt_column: the column of the question, text or chat messages; None takes the first of
+            `PROMPT_COLUMNS`. Of chat messages, everything after the last user turn is dropped.
+        answer_column: the column of the reference; None takes the first of `ANSWER_COLUMNS`. A reference that
+            marks its final answer (``#### 42``, a box, "the answer is") is reduced to it.
         limit: number of rows to keep from the start of the file; None keeps all.
-        prompt_template: the question as the model sees it. ``{prompt}`` is the question, ``{other}`` any other column.
+        prompt_template: the question as the model sees it. ``{prompt}`` is the question, ``{other}`` any
+            other column.
 
     Raises:
         FileNotFoundError: `data` is not a file.
@@ -47,7 +48,9 @@ class ExactMatch:
         prompt_template: str = "{prompt}",
     ) -> None:
         if limit is not None and limit < 1:
-            raise ValueError(f"limit is {limit}; give the number of rows to keep (1 or more), or None for all.")
+            raise ValueError(
+                f"limit is {limit}; give the number of rows to keep (1 or more), or None for all."
+            )
         rows = read_rows(data)[:limit]
         columns = list(dict.fromkeys(column for row in rows for column in row))
         answer_column = _find_column(data, "answer", columns, answer_column, ANSWER_COLUMNS)
@@ -56,7 +59,8 @@ class ExactMatch:
             fields["prompt"] = _find_column(data, "prompt", columns, prompt_column, PROMPT_COLUMNS)
         elif prompt_column is not None:
             raise ValueError(
-                f"prompt_column={prompt_column!r} has no effect: prompt_template={prompt_template!r} lacks {{prompt}}; "
+                f"prompt_column={prompt_column!r} has no effect: prompt_template={prompt_template!r} lacks "
+                f"{{prompt}}; "
                 "put {prompt} into the template, or leave out prompt_column."
             )
         _check_template(prompt_template, fields)
@@ -85,7 +89,10 @@ class ExactMatch:
         return self._examples
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        return [grade_exactly(answer.text, example.answer) for example, answer in zip(examples, answers, strict=True)]
+        return [
+            grade_exactly(answer.text, example.answer)
+            for example, answer in zip(examples, answers, strict=True)
+        ]
 
     def same(self, first: str, second: str) -> bool:
         return same_answer(first, second)
@@ -99,13 +106,15 @@ def grade_exactly(text: str, reference: str) -> Verdict:
     return Verdict(correct=extracted is not None and same_answer(extracted, reference), extracted=extracted)
 
 
-def _find_column(data: Data, role: str, columns: Sequence[str], given: str | None, conventional: Sequence[str]) -> str:
+def _find_column(
+    data: Data, role: str, columns: Sequence[str], given: str | None, conventional: Sequence[str]
+) -> str:
     candidates = conventional if given is None else (given,)
     found = next((column for column in candidates if column in columns), None)
     if found is None:
         raise ValueError(
-            f"{data} has no {role} column {' | '.join(candidates)}; it has {', '.join(columns)}. "
-            f"Name the right one with {role}_column."
+            f"{data} has no {role} column {' | '.join(candidates)}; it has {', '.join(columns)}. Name the "
+            f"right one with {role}_column."
         )
     return found
 
@@ -123,7 +132,11 @@ def _check_template(template: str, fields: Mapping[str, str]) -> None:
 
 def _require_values(data: Data, rows: Sequence[Row], column: str) -> None:
     values = [row.get(column) for row in rows]
-    empty = [number for number, value in enumerate(values, start=1) if value in (None, []) or not str(value).strip()]
+    empty = [
+        number
+        for number, value in enumerate(values, start=1)
+        if value in (None, []) or not str(value).strip()
+    ]
     if empty:
         raise ValueError(
             f"{data}: {len(empty)} of {len(rows)} rows have no {column!r} (the first is row {empty[0]}); "
@@ -131,13 +144,16 @@ def _require_values(data: Data, rows: Sequence[Row], column: str) -> None:
         )
     if objects := [number for number, value in enumerate(values, start=1) if isinstance(value, dict)]:
         raise ValueError(
-            f"{data}: row {objects[0]} has an object as {column!r}; give text, a number or (prompts) a list of messages."
+            f"{data}: row {objects[0]} has an object as {column!r}; give text, a number or (prompts) a list "
+            "of messages."
         )
 
 
 def _fill_template(template: str, fields: Mapping[str, str], row: Row) -> Prompt:
     def fill(question: str) -> str:
-        others = {name: "" if row.get(column) is None else str(row[column]) for name, column in fields.items()}
+        others = {
+            name: "" if row.get(column) is None else str(row[column]) for name, column in fields.items()
+        }
         return re.sub(r"\{(\w+)\}", lambda match: (others | {"prompt": question})[match[1]], template)
 
     question = row[fields["prompt"]] if "{prompt}" in template else ""
@@ -164,7 +180,8 @@ def _text(value: Any) -> str:
         value = value[-1]["content"]  # a completion in chat form: its last turn
     if isinstance(value, (list, dict)):
         raise ValueError(
-            f"the answer {value!r} is a {type(value).__name__}; exact match needs a text or a number in every row."
+            f"the answer {value!r} is a {type(value).__name__}; exact match needs a text or a number in "
+            "every row."
         )
     return str(value)
 

@@ -1,4 +1,5 @@
-"""GPQA: four options in a seeded order. The data are your own file: their authors ask that they not be shown in plain text."""
+"""GPQA: four options in a seeded order. The data are your own file: their authors ask that they not be shown
+in plain text."""
 
 import random
 import re
@@ -22,7 +23,9 @@ _CORRECT, _WRONG = "Correct Answer", ("Incorrect Answer 1", "Incorrect Answer 2"
 _INSTRUCTION = r"Please reason step by step, and put the letter of the right option within \boxed{}."
 
 
-_LETTER = re.compile(r"^\W*(?:\\text(?:bf)?\s*\{)?\W*(?:option\s*)?([A-D](?![A-Za-z'])|[a-d](?=\s*(?:[).}]|$)))")
+_LETTER = re.compile(
+    r"^\W*(?:\\text(?:bf)?\s*\{)?\W*(?:option\s*)?([A-D](?![A-Za-z'])|[a-d](?=\s*(?:[).}]|$)))"
+)
 
 
 _LETTER_IN_PROSE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-D])\)?(?![A-Za-z0-9'])")
@@ -32,7 +35,8 @@ class Gpqa:
     """Multiple choice (Rein et al. 2023); the answer is a letter.
 
     Args:
-        data: a file with the columns of the authors' (Question, Correct Answer, Incorrect Answer 1 to 3), or the Hub data set.
+        data: a file with the columns of the authors' (Question, Correct Answer, Incorrect Answer 1 to 3), or
+            the Hub data set.
         limit: first n problems only.
         shuffle_seed: of the options' order, which differs from problem to problem.
     """
@@ -42,10 +46,13 @@ class Gpqa:
 
     def __init__(self, data: Data, *, limit: int | None = None, shuffle_seed: int = 0):
         rows = read_rows(data)
-        missing = [column for column in ("Question", _CORRECT, *_WRONG) if not all(row.get(column) for row in rows)]
+        missing = [
+            column for column in ("Question", _CORRECT, *_WRONG) if not all(row.get(column) for row in rows)
+        ]
         if missing:
             raise ValueError(
-                f"{data} lacks {', '.join(missing)} in some rows; GPQA's columns are Question, {_CORRECT}, {', '.join(_WRONG)}."
+                f"{data} lacks {', '.join(missing)} in some rows; GPQA's columns are Question, {_CORRECT}, "
+                f"{', '.join(_WRONG)}."
             )
         self.options: Mapping[str, Any] = {"data": str(data), "limit": limit, "shuffle_seed": shuffle_seed}
         self.defaults: Mapping[str, Any] = {"max_new_tokens": 8192, "system_prompt": _INSTRUCTION}
@@ -80,7 +87,8 @@ def _example(index: int, row: Row, seed: int) -> Example:
 
 
 def chosen_letter(text: str) -> str | None:
-    r"""The option that a text chooses: in its box or after "the answer is", else the last letter that stands alone.
+    r"""The option that a text chooses: in its box or after "the answer is", else the last letter that stands
+    alone.
 
     >>> [chosen_letter(text) for text in (r"so \boxed{\text{B}}.", "Answer: (c)", "A is wrong, so D.", "no")]
     ['B', 'C', 'D', None]

@@ -37,16 +37,19 @@ class JudgeSettings:
     """Which judge, and how it is asked."""
 
     url: str
-    """Base of an OpenAI-compatible API, such as http://localhost:8000/v1; or the whole address of its chat completions."""
+    """Base of an OpenAI-compatible API, such as http://localhost:8000/v1; or the whole address of its chat
+    completions."""
     model: str
     """The judge's name at that endpoint."""
     key_env: str | None = None
-    """Environment variable that holds the key; None: OPENAI_API_KEY where it is set. The key is never stored or shown."""
+    """Environment variable that holds the key; None: OPENAI_API_KEY where it is set. The key is never stored
+    or shown."""
     temperature: float = 0.0
     max_tokens: int = 2048
     """Longest reply."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the request; null removes one (``{"max_tokens": null, "max_completion_tokens": 4096}``)."""
+    """Further fields of the request; null removes one (``{"max_tokens": null, "max_completion_tokens":
+    4096}``)."""
     concurrency: int = 8
     """Requests at a time."""
     timeout_seconds: float = 180.0
@@ -74,16 +77,24 @@ class JudgeSettings:
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("the cost needs both prices: give price_in and price_out, per million tokens.")
         if self.max_cost is not None and self.price_in is None:
-            raise ValueError("max_cost has no effect without prices: give price_in and price_out, per million tokens.")
+            raise ValueError(
+                "max_cost has no effect without prices: give price_in and price_out, per million tokens."
+            )
         if self.key_env is not None and not os.environ.get(self.key_env):
-            raise ValueError(f"the environment variable {self.key_env} is not set; it should hold the judge's key.")
+            raise ValueError(
+                f"the environment variable {self.key_env} is not set; it should hold the judge's key."
+            )
 
     def identity(self) -> dict[str, Any]:
         """What decides a verdict, for the record of an evaluation."""
         return {
-            "judge_url": self.url, "judge_model": self.model, "judge_temperature": self.temperature,
-            "judge_max_tokens": self.max_tokens, "judge_max_asks": self.max_asks, "judge_extra": dict(self.extra),
-        }  # fmt: skip
+            "judge_url": self.url,
+            "judge_model": self.model,
+            "judge_temperature": self.temperature,
+            "judge_max_tokens": self.max_tokens,
+            "judge_max_asks": self.max_asks,
+            "judge_extra": dict(self.extra),
+        }
 
     def cost(self, tokens_in: float, tokens_out: float) -> float | None:
         """Price of so many tokens; None without prices."""
@@ -124,7 +135,9 @@ class Judge:
         ValueError: the cache is no file of replies.
     """
 
-    def __init__(self, settings: JudgeSettings, progress: Callable[[str], Callable[[int, int], None]] | None = None) -> None:
+    def __init__(
+        self, settings: JudgeSettings, progress: Callable[[str], Callable[[int, int], None]] | None = None
+    ) -> None:
         self.settings = settings
         self.usage = Usage()
         self._progress = progress
@@ -154,11 +167,14 @@ class Judge:
             with self._client() as client:
                 status = client.get(f"{base}/models").status_code
         except httpx2.TransportError as error:
-            raise ConnectionError(f"the judge at {self.settings.url} does not answer ({error}); is it running?") from None
+            raise ConnectionError(
+                f"the judge at {self.settings.url} does not answer ({error}); is it running?"
+            ) from None
         if status in (401, 403):
             name = self.settings.key_env or "OPENAI_API_KEY"
             raise ValueError(
-                f"the judge at {self.settings.url} refuses the key (status {status}); put the right one into {name}."
+                f"the judge at {self.settings.url} refuses the key (status {status}); put the right one into "
+                f"{name}."
             )
 
     def rule(
@@ -170,18 +186,21 @@ class Judge:
     ) -> list[Ruling]:
         """The judge's verdicts, in the order of the questions.
 
-        A reply that `parse` reads nothing in is answered with `reminder`, at most `max_asks` times in all; what then still
-        is no verdict comes back as None.
+        A reply that `parse` reads nothing in is answered with `reminder`, at most `max_asks` times in all;
+        what then still is no verdict comes back as None.
 
         Raises:
-            ConnectionError: the judge stopped answering; what it said so far is in the cache, so that a repeated run goes on.
+            ConnectionError: the judge stopped answering; what it said so far is in the cache, so that a
+                repeated run goes on.
             ValueError: it refuses the request, or the cost passes `max_cost`.
         """
         rulings: dict[int, Ruling] = {}
         progress = None if self._progress is None else self._progress(name)
         self._stop.clear()
         with self._client() as client, ThreadPoolExecutor(self.settings.concurrency) as pool:
-            futures = {pool.submit(self._rule, client, q, parse, reminder): n for n, q in enumerate(questions)}
+            futures = {
+                pool.submit(self._rule, client, q, parse, reminder): n for n, q in enumerate(questions)
+            }
             try:
                 for future in as_completed(futures):
                     rulings[futures[future]] = future.result()
@@ -197,7 +216,9 @@ class Judge:
                 raise
         return [rulings[number] for number in range(len(questions))]
 
-    def _rule(self, client: httpx2.Client, question: list[Message], parse: Callable[[str], Any], reminder: str) -> Ruling:
+    def _rule(
+        self, client: httpx2.Client, question: list[Message], parse: Callable[[str], Any], reminder: str
+    ) -> Ruling:
         messages, text = list(question), ""
         for ask in range(1, self.settings.max_asks + 1):
             text = self._reply(client, messages)
@@ -205,14 +226,19 @@ class Judge:
             if verdict is not None:
                 return Ruling(verdict, text, ask)
             # An empty assistant turn is refused by some servers.
-            messages += [{"role": "assistant", "content": text or "(no answer)"}, {"role": "user", "content": reminder}]
+            messages += [
+                {"role": "assistant", "content": text or "(no answer)"},
+                {"role": "user", "content": reminder},
+            ]
         return Ruling(None, text, self.settings.max_asks)
 
     def _reply(self, client: httpx2.Client, messages: list[Message]) -> str:
         request: dict[str, Any] = {
-            "model": self.settings.model, "messages": messages,
-            "temperature": self.settings.temperature, "max_tokens": self.settings.max_tokens,
-        } | dict(self.settings.extra)  # fmt: skip
+            "model": self.settings.model,
+            "messages": messages,
+            "temperature": self.settings.temperature,
+            "max_tokens": self.settings.max_tokens,
+        } | dict(self.settings.extra)
         request = {name: value for name, value in request.items() if value is not None}
         # The address belongs to the key: local servers like to call every model "default".
         content = json.dumps([self.settings.url, request], sort_keys=True, ensure_ascii=False)
@@ -230,7 +256,10 @@ class Judge:
             self.usage.tokens_out += tokens_out
             cost = self.settings.cost(self.usage.tokens_in, self.usage.tokens_out)
         if cost is not None and self.settings.max_cost is not None and cost > self.settings.max_cost:
-            raise ValueError(f"the judge has cost {cost:.2f}, above max_cost={self.settings.max_cost:g}; raise it to go on.")
+            raise ValueError(
+                f"the judge has cost {cost:.2f}, above max_cost={self.settings.max_cost:g}; raise it to go "
+                "on."
+            )
         return text
 
     def _send(self, client: httpx2.Client, request: dict[str, Any]) -> tuple[str, int, int]:
@@ -255,14 +284,22 @@ class Judge:
                     wait = _retry_after(response) or wait
                 else:
                     said = self._without_key(response.text[:500])
-                    raise ValueError(f"the judge at {self.settings.url} refuses (status {response.status_code}): {said}")
+                    raise ValueError(
+                        f"the judge at {self.settings.url} refuses (status {response.status_code}): {said}"
+                    )
             if attempt < self.settings.max_retries:
                 with self._lock:
                     self.usage.retries += 1
                 if self._stop.wait(min(wait, _LONGEST_WAIT_SECONDS)):
                     break
-        asked = f"after {self.settings.max_retries + 1} attempts" if not self._stop.is_set() else "when the run stopped"
-        raise ConnectionError(f"the judge at {self.settings.url} gives no answer {asked} ({self._without_key(problem)})")
+        asked = (
+            f"after {self.settings.max_retries + 1} attempts"
+            if not self._stop.is_set()
+            else "when the run stopped"
+        )
+        raise ConnectionError(
+            f"the judge at {self.settings.url} gives no answer {asked} ({self._without_key(problem)})"
+        )
 
     def _client(self) -> httpx2.Client:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}

@@ -15,7 +15,15 @@ from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.benchmarks.win_rates import LABELS
 from hpd.generation.texts import Message
 
-__all__ = ["FIVE_POINTS", "PREFERENCE", "JudgePrompt", "load_fastchat_prompts", "load_prompt", "read_label", "read_rating"]
+__all__ = [
+    "FIVE_POINTS",
+    "PREFERENCE",
+    "JudgePrompt",
+    "load_fastchat_prompts",
+    "load_prompt",
+    "read_label",
+    "read_rating",
+]
 
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -40,7 +48,8 @@ class JudgePrompt:
     """Sent where a reply held no verdict."""
 
     def messages(self, **fields: str) -> list[Message]:
-        """The conversation that is sent; texts are filled in once, so that braces in an answer stay what they are."""
+        """The conversation that is sent; texts are filled in once, so that braces in an answer stay what they
+        are."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
         filled = _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), self.prompt)
         return [*turns, {"role": "user", "content": filled}]
@@ -59,10 +68,11 @@ _PAIR = "<question>\n{question}\n</question>\n\n<answer_a>\n{answer_a}\n</answer
 
 PREFERENCE = JudgePrompt(
     system=(
-        "You compare two answers to one instruction. Decide which of them a careful person who gave this instruction would "
-        "rather receive: it does what was asked, is right, complete and clear, and wastes no words. Which answer comes first "
-        "and which is longer must not matter. Reason in at most three sentences, then end with one line that holds nothing "
-        "but your verdict: [[A]] if answer A is better, [[B]] if answer B is better, [[C]] if neither is."
+        "You compare two answers to one instruction. Decide which of them a careful person who gave this "
+        "instruction would rather receive: it does what was asked, is right, complete and clear, and wastes "
+        "no words. Which answer comes first and which is longer must not matter. Reason in at most three "
+        "sentences, then end with one line that holds nothing but your verdict: [[A]] if answer A is better, "
+        "[[B]] if answer B is better, [[C]] if neither is."
     ),
     prompt=_PAIR,
     reminder="Your reply holds no single verdict. Write exactly one of [[A]], [[B]] or [[C]], and nothing else.",
@@ -72,11 +82,12 @@ PREFERENCE = JudgePrompt(
 
 FIVE_POINTS = JudgePrompt(
     system=(
-        "You referee two answers to a demanding request. First work out for yourself, briefly, what a good answer must "
-        "contain. Then check each answer against it: errors and omissions first, then relevance, and only then presentation. "
-        "The order of the answers, their length and their formatting must not matter by themselves. End with one line that "
-        "holds nothing but your verdict: [[A>>B]] answer A is much better, [[A>B]] answer A is better, [[A=B]] about equal, "
-        "[[B>A]] answer B is better, [[B>>A]] answer B is much better."
+        "You referee two answers to a demanding request. First work out for yourself, briefly, what a good "
+        "answer must contain. Then check each answer against it: errors and omissions first, then relevance, "
+        "and only then presentation. The order of the answers, their length and their formatting must not "
+        "matter by themselves. End with one line that holds nothing but your verdict: [[A>>B]] answer A is "
+        "much better, [[A>B]] answer A is better, [[A=B]] about equal, [[B>A]] answer B is better, [[B>>A]] "
+        "answer B is much better."
     ),
     prompt=_PAIR,
     reminder="Your reply holds no single verdict. Write exactly one of [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]].",
@@ -85,7 +96,8 @@ FIVE_POINTS = JudgePrompt(
 
 
 def read_label(text: str) -> str | None:
-    """The verdict between double brackets; None where there is none, or where different ones stand side by side.
+    """The verdict between double brackets; None where there is none, or where different ones stand side by
+    side.
 
     >>> read_label("A is clearer. [[A>B]]"), read_label("[[A]] or [[B]]?"), read_label("I like both.")
     ('A>B', None, None)
@@ -119,7 +131,11 @@ def load_prompt(path: str | Path | None, default: JudgePrompt) -> JudgePrompt:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
-    if not isinstance(content, dict) or "prompt" not in content or set(content) - {"system", "prompt", "reminder"}:
+    if (
+        not isinstance(content, dict)
+        or "prompt" not in content
+        or set(content) - {"system", "prompt", "reminder"}
+    ):
         raise ValueError(f"{path} must hold prompt, and may hold system and reminder; nothing else.")
     prompt = JudgePrompt(
         system=str(content.get("system") or ""),
@@ -129,7 +145,8 @@ def load_prompt(path: str | Path | None, default: JudgePrompt) -> JudgePrompt:
     wanted = {"question", "answer_a", "answer_b"}
     if prompt.places() != wanted:
         raise ValueError(
-            f"{path}: the prompt has the places {', '.join(sorted(prompt.places())) or 'none'}; it needs {{question}}, "
+            f"{path}: the prompt has the places {', '.join(sorted(prompt.places())) or 'none'}; it needs "
+            f"{{question}}, "
             "{answer_a} and {answer_b}, and its verdicts are [[A]] [[B]] [[C]] or [[A>>B]] ... [[B>>A]]."
         )
     return prompt

@@ -1,4 +1,5 @@
-"""Benchmarks that a judge grades: AlpacaEval 2, Arena-Hard (pairs, both orders) and MT-Bench (ratings, two turns)."""
+"""Benchmarks that a judge grades: AlpacaEval 2, Arena-Hard (pairs, both orders) and MT-Bench (ratings, two
+turns)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,11 @@ from hpd.evaluate.benchmarks.judge_client import Judge
 from hpd.evaluate.benchmarks.judge_prompts import FIVE_POINTS, PREFERENCE, load_fastchat_prompts, load_prompt
 from hpd.evaluate.benchmarks.judged_tasks import Games, MTBench, PairwiseTask
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
-from hpd.evaluate.benchmarks.win_rates import length_controlled_win_rate, style_controlled_win_rate, style_differences
+from hpd.evaluate.benchmarks.win_rates import (
+    length_controlled_win_rate,
+    style_controlled_win_rate,
+    style_differences,
+)
 from hpd.evaluate.task import Example
 from hpd.generation.texts import Answer
 
@@ -38,7 +43,8 @@ def alpaca_eval(
         judge: who decides.
         limit: first n rows.
         baseline_column: column of the baseline's answer; None: `output_gpt4_1106_preview`, else `output`.
-        difficulty: upstream's instruction_difficulty.csv, by the rows' `idx` (or `index`); None leaves the term out.
+        difficulty: upstream's instruction_difficulty.csv, by the rows' `idx` (or `index`); None leaves the
+            term out.
         prompt: YAML file of a prompt of your own; None: `PREFERENCE`.
 
     Raises:
@@ -50,12 +56,19 @@ def alpaca_eval(
     if column is None or "instruction" not in rows[0]:
         raise ValueError(f"{data} needs instruction and {' or '.join(known)}; it has {', '.join(rows[0])}.")
     examples = [
-        Example(id=str(row.get("idx", row.get("index", n))), prompt=row["instruction"], answer=row[column], metadata=row)
+        Example(
+            id=str(row.get("idx", row.get("index", n))),
+            prompt=row["instruction"],
+            answer=row[column],
+            metadata=row,
+        )
         for n, row in enumerate(rows)
     ]
     hardness = None if difficulty is None else _difficulty(difficulty, examples)
 
-    def figures(kept: Sequence[Example], answers: Sequence[Answer], games: Sequence[Games]) -> dict[str, float]:
+    def figures(
+        kept: Sequence[Example], answers: Sequence[Answer], games: Sequence[Games]
+    ) -> dict[str, float]:
         scores = [sum(pair.scores) / 2 for pair in games]
         lengths = [len(answer.text) for answer in answers], [len(example.answer) for example in kept]
         gamma = None if hardness is None else [hardness[example.id] for example in kept]
@@ -82,7 +95,8 @@ def arena_hard(
     baseline: str | Path | None = None,
     prompt: str | Path | None = None,
 ) -> PairwiseTask:
-    """Arena-Hard: win rate against the baseline's answers, a strong verdict counting as three games; also at equal style.
+    """Arena-Hard: win rate against the baseline's answers, a strong verdict counting as three games; also at
+    equal style.
 
     Args:
         data: questions, with `uid` and `prompt` (or `turns`).
@@ -104,7 +118,9 @@ def arena_hard(
         if question is None or _question_id(row) not in answers:
             missing = "prompt" if question is None else f"answer in {path}"
             raise ValueError(f"{data}: the question {_question_id(row)} has no {missing}.")
-        examples.append(Example(id=_question_id(row), prompt=question, answer=answers[_question_id(row)], metadata=row))
+        examples.append(
+            Example(id=_question_id(row), prompt=question, answer=answers[_question_id(row)], metadata=row)
+        )
 
     def figures(kept: Sequence[Example], texts: Sequence[Answer], games: Sequence[Games]) -> dict[str, float]:
         played = [
@@ -119,7 +135,11 @@ def arena_hard(
             "arena_score_standard_error": plain.standard_error,
             "style_controlled_score": controlled.value,
             "style_controlled_standard_error": controlled.standard_error,
-            **{f"style_{name}": value for name, value in controlled.coefficients.items() if name != "candidate"},
+            **{
+                f"style_{name}": value
+                for name, value in controlled.coefficients.items()
+                if name != "candidate"
+            },
         }
 
     options = {"data": str(data), "limit": limit, "baseline": str(path)}
@@ -150,9 +170,13 @@ def mt_bench(
     """
     rows = read_rows(data)[:limit]
     reference_file = _beside(data, "*reference*.jsonl*", references, "the reference answers")
-    prompt_file = _beside(data, "judge_prompts.jsonl*", prompts, "the judge's prompts (judge_prompts.jsonl of FastChat)")
+    prompt_file = _beside(
+        data, "judge_prompts.jsonl*", prompts, "the judge's prompts (judge_prompts.jsonl of FastChat)"
+    )
     found = load_fastchat_prompts(prompt_file)
-    missing = {f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn")} - found.keys()
+    missing = {
+        f"single{kind}-v1{turn}" for kind in ("", "-math") for turn in ("", "-multi-turn")
+    } - found.keys()
     if missing:
         raise ValueError(f"{prompt_file} lacks the prompts {', '.join(sorted(missing))}.")
     known = {str(row["question_id"]): row["choices"][0]["turns"] for row in read_rows(reference_file)}
@@ -163,15 +187,24 @@ def mt_bench(
 
 def _mt_example(data: Data, row: Row, references: Mapping[str, list[str]]) -> Example:
     if not {"question_id", "category", "turns"} <= row.keys() or len(row["turns"]) != 2:
-        raise ValueError(f"{data} is no question.jsonl of MT-Bench: every row needs question_id, category and two turns.")
+        raise ValueError(
+            f"{data} is no question.jsonl of MT-Bench: every row needs question_id, category and two turns."
+        )
     question_id, (first, second) = str(row["question_id"]), row["turns"]
     reference = references.get(question_id) if row["category"] in _WITH_REFERENCE else None
     if row["category"] in _WITH_REFERENCE and not reference:
-        raise ValueError(f"question {question_id} ({row['category']}) has no reference answer, which its judge's prompt needs.")
+        raise ValueError(
+            f"question {question_id} ({row['category']}) has no reference answer, which its judge's prompt "
+            "needs."
+        )
     answer = "\n\n".join(reference or ())
     return Example(
-        id=question_id, prompt=first, answer=answer, follow_ups=(second,), metadata={**row, "references": reference}
-    )  # fmt: skip
+        id=question_id,
+        prompt=first,
+        answer=answer,
+        follow_ups=(second,),
+        metadata={**row, "references": reference},
+    )
 
 
 def _standard_error(scores: Sequence[float]) -> float:
@@ -185,11 +218,15 @@ def _difficulty(path: str | Path, examples: Sequence[Example]) -> dict[str, floa
     index = next((name for name in ("index", "idx", "") if name in rows[0]), None)
     value = "instruction_difficulty"
     if index is None or value not in rows[0]:
-        raise ValueError(f"{path} needs the columns index and instruction_difficulty; it has {', '.join(rows[0])}.")
+        raise ValueError(
+            f"{path} needs the columns index and instruction_difficulty; it has {', '.join(rows[0])}."
+        )
     known = {str(row[index]): float(row[value]) for row in rows}
     missing = [example.id for example in examples if example.id not in known]
     if missing:
-        raise ValueError(f"{path} has no difficulty for {len(missing)} instructions (the first is {missing[0]}).")
+        raise ValueError(
+            f"{path} has no difficulty for {len(missing)} instructions (the first is {missing[0]})."
+        )
     return known
 
 
@@ -199,7 +236,9 @@ def _beside(data: Data, pattern: str, given: str | Path | None, what: str) -> Pa
     folder = Path(str(data)).expanduser().parent
     found = sorted(folder.glob(pattern))
     if not found:
-        raise FileNotFoundError(f"{folder} holds no {pattern}: {what} must be beside {Path(str(data)).name}, or be named.")
+        raise FileNotFoundError(
+            f"{folder} holds no {pattern}: {what} must be beside {Path(str(data)).name}, or be named."
+        )
     return found[0]
 
 

@@ -15,7 +15,8 @@ from hpd.generation.texts import Answer, Message
 __all__ = ["Games", "MTBench", "PairwiseTask"]
 
 
-# For the estimate before anything is written: what judges wrote in trials with the prompts of this package, rounded up.
+# For the estimate before anything is written: what judges wrote in trials with the prompts of this package,
+# rounded up.
 _REPLY_TOKENS = 200
 
 
@@ -56,12 +57,22 @@ class PairwiseTask:
     metric = "win_rate"
 
     def __init__(
-        self, name: str, examples: Sequence[Example], judge: Judge, prompt: JudgePrompt, figures: SummaryFigures,
-        options: Mapping[str, Any], defaults: Mapping[str, Any],
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        examples: Sequence[Example],
+        judge: Judge,
+        prompt: JudgePrompt,
+        figures: SummaryFigures,
+        options: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+    ) -> None:
         self.name = name
         self.defaults = defaults
-        self.options: Mapping[str, Any] = {**options, **judge.settings.identity(), "judge_prompt": prompt.fingerprint()}
+        self.options: Mapping[str, Any] = {
+            **options,
+            **judge.settings.identity(),
+            "judge_prompt": prompt.fingerprint(),
+        }
         self._examples, self._judge, self._prompt, self._figures = tuple(examples), judge, prompt, figures
         self._spent: dict[str, float] = {}
 
@@ -71,7 +82,9 @@ class PairwiseTask:
     def notice(self, num_samples: int) -> str:
         """Calls, tokens and cost to expect; the judge is asked whether it is there."""
         self._judge.check()
-        tokens = sum(tokens_of(self._prompt.system + str(e.prompt)) + 2 * tokens_of(e.answer) for e in self._examples)
+        tokens = sum(
+            tokens_of(self._prompt.system + str(e.prompt)) + 2 * tokens_of(e.answer) for e in self._examples
+        )
         return _notice(self, self._judge, 2 * num_samples * len(self._examples), 2 * num_samples * tokens) + (
             " Answers are taken to be as long as the baseline's."
         )
@@ -92,12 +105,16 @@ class PairwiseTask:
                     correct=None,
                     score=None if games is None else sum(games.scores) / 2,
                     extracted=None if games is None else " ".join(games.labels),
-                    detail=json.dumps({"labels": labels, "judge": [first.text, second.text]}, ensure_ascii=False),
+                    detail=json.dumps(
+                        {"labels": labels, "judge": [first.text, second.text]}, ensure_ascii=False
+                    ),
                 )
             )
         return verdicts
 
-    def summary(self, examples: Sequence[Example], answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    def summary(
+        self, examples: Sequence[Example], answers: Sequence[Answer], verdicts: Sequence[Verdict]
+    ) -> dict[str, float]:
         """Bias, controlled win rates, failures and what was spent."""
         games = [Games.read(json.loads(verdict.detail)["labels"]) for verdict in verdicts]
         kept = [number for number, pair in enumerate(games) if pair is not None]
@@ -125,7 +142,11 @@ class MTBench:
     defaults: Mapping[str, Any] = {"max_new_tokens": 1024}
 
     def __init__(
-        self, examples: Sequence[Example], judge: Judge, prompts: Mapping[str, JudgePrompt], options: Mapping[str, Any]
+        self,
+        examples: Sequence[Example],
+        judge: Judge,
+        prompts: Mapping[str, JudgePrompt],
+        options: Mapping[str, Any],
     ) -> None:
         self._examples, self._judge, self._prompts = tuple(examples), judge, prompts
         texts = "".join(prompts[name].fingerprint() for name in sorted(prompts))
@@ -141,7 +162,9 @@ class MTBench:
         tokens = 0
         for example in self._examples:
             for turn, question in enumerate(self._questions(example, ["", ""])):
-                tokens += sum(tokens_of(message["content"]) for message in question) + (turn + 1) * _ANSWER_TOKENS
+                tokens += (
+                    sum(tokens_of(message["content"]) for message in question) + (turn + 1) * _ANSWER_TOKENS
+                )
         return _notice(self, self._judge, 2 * num_samples * len(self._examples), num_samples * tokens) + (
             f" Answers are taken to have {_ANSWER_TOKENS} tokens a turn."
         )
@@ -164,12 +187,16 @@ class MTBench:
                     correct=None,
                     score=sum(ratings) / 2 if rated else None,
                     extracted=" ".join(map(str, ratings)) if rated else None,
-                    detail=json.dumps({"ratings": ratings, "judge": [first.text, second.text]}, ensure_ascii=False),
+                    detail=json.dumps(
+                        {"ratings": ratings, "judge": [first.text, second.text]}, ensure_ascii=False
+                    ),
                 )
             )
         return verdicts
 
-    def summary(self, examples: Sequence[Example], answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> dict[str, float]:
+    def summary(
+        self, examples: Sequence[Example], answers: Sequence[Answer], verdicts: Sequence[Verdict]
+    ) -> dict[str, float]:
         """Means of each turn and category over the ratings that there are, failures and what was spent."""
         groups: dict[str, list[float]] = {}
         missing = 0
@@ -187,7 +214,11 @@ class MTBench:
         """What the judge is asked about the first turn, and about the second."""
         if len(turns) != 2:
             raise ValueError(f"MT-Bench question {example.id} has {len(turns)} answers; both turns need one.")
-        fields = {"question": _text_of(example), "question_1": _text_of(example), "question_2": example.follow_ups[0]}
+        fields = {
+            "question": _text_of(example),
+            "question_1": _text_of(example),
+            "question_2": example.follow_ups[0],
+        }
         fields |= {"answer": turns[0], "answer_1": turns[0], "answer_2": turns[1]}
         references = example.metadata.get("references")
         fields |= {f"ref_answer_{number}": text for number, text in enumerate(references or (), start=1)}
@@ -213,17 +244,25 @@ def _notice(task: Any, judge: Judge, calls: int, tokens_in: int) -> str:
     tokens_out = calls * _REPLY_TOKENS
     cost = judge.settings.cost(tokens_in, tokens_out)
     _refuse_expensive(judge, tokens_in, tokens_out)
-    price = "cost unknown (give the judge's prices)" if cost is None else f"about {cost:.2f} in the currency of the prices"
+    price = (
+        "cost unknown (give the judge's prices)"
+        if cost is None
+        else f"about {cost:.2f} in the currency of the prices"
+    )
     return (
-        f"{task.name}: {calls:,} verdicts of {judge.settings.model} at {judge.settings.url}, about {tokens_in:,} prompt and "
-        f"{tokens_out:,} reply tokens: {price}. Verdicts are kept in {judge.cache_file}, which holds {judge.num_cached:,}."
+        f"{task.name}: {calls:,} verdicts of {judge.settings.model} at {judge.settings.url}, about "
+        f"{tokens_in:,} prompt and {tokens_out:,} reply tokens: {price}. Verdicts are kept in "
+        f"{judge.cache_file}, which holds {judge.num_cached:,}."
     )
 
 
 def _refuse_expensive(judge: Judge, tokens_in: int, tokens_out: int) -> None:
     cost, limit = judge.settings.cost(tokens_in, tokens_out), judge.settings.max_cost
     if cost is not None and limit is not None and cost > limit:
-        raise ValueError(f"the judge would cost about {cost:.2f}, above max_cost={limit:g}; raise it, or limit the questions.")
+        raise ValueError(
+            f"the judge would cost about {cost:.2f}, above max_cost={limit:g}; raise it, or limit the "
+            "questions."
+        )
 
 
 def _text_of(example: Example) -> str:

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from hpd.evaluate.benchmarks.answers import final_answer, last_math, plain_number, same_answer, split_answers, stated_answer
+from hpd.evaluate.benchmarks.answers import (
+    final_answer,
+    last_math,
+    plain_number,
+    same_answer,
+    split_answers,
+    stated_answer,
+)
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.benchmarks.verifier import Comparison, Outcome, compare_all
 from hpd.evaluate.task import Example, Verdict
@@ -71,14 +78,14 @@ class _Problem:
 class MathTask:
     """Problems whose final answer is a number or an expression.
 
-    The answer of a text is what follows its last ``####``, else its last box, else what it says "the answer is", else its last
-    formula or number. It is right if it equals the reference as text or as an exact number, and else if math-verify finds
-    them equal, within 20 seconds in a process of its own.
+    The answer of a text is what follows its last ``####``, else its last box, else what it says "the answer
+    is", else its last formula or number. It is right if it equals the reference as text or as an exact
+    number, and else if math-verify finds them equal, within 20 seconds in a process of its own.
 
     Args:
         name: the task's name.
-        data: its file or Hub data set; or a file of the reference evaluation (columns prompt and reward_model), where every
-            repetition of a problem is one sample of it.
+        data: its file or Hub data set; or a file of the reference evaluation (columns prompt and
+            reward_model), where every repetition of a problem is one sample of it.
         limit: first n problems only.
         problems: reads the rows; None knows the usual columns.
         rule: when an answer counts as the reference, where the rows do not say.
@@ -107,21 +114,32 @@ class MathTask:
         else:
             found = list((problems or _plain)(rows))
         if limit is not None and limit < 1:
-            raise ValueError(f"limit is {limit}; give the number of problems to keep (1 or more), or None for all.")
+            raise ValueError(
+                f"limit is {limit}; give the number of problems to keep (1 or more), or None for all."
+            )
         self._problems = [replace(problem, rule=problem.rule or rule) for problem in found[:limit]]
-        empty = [problem.id for problem in self._problems if not problem.question.strip() or not problem.answer.strip()]
+        empty = [
+            problem.id
+            for problem in self._problems
+            if not problem.question.strip() or not problem.answer.strip()
+        ]
         if empty:
-            raise ValueError(f"{data}: {len(empty)} problems lack a question or an answer (the first is {empty[0]}).")
+            raise ValueError(
+                f"{data}: {len(empty)} problems lack a question or an answer (the first is {empty[0]})."
+            )
         self.options: Mapping[str, Any] = {"data": str(data), "limit": limit, **options}
 
     def examples(self) -> list[Example]:
         return [
             Example(
-                id=problem.id, prompt=problem.question, answer=problem.answer, solution=problem.solution,
+                id=problem.id,
+                prompt=problem.question,
+                answer=problem.answer,
+                solution=problem.solution,
                 metadata={**problem.row, "rule": problem.rule},
             )
             for problem in self._problems
-        ]  # fmt: skip
+        ]
 
     def same(self, first: str, second: str) -> bool:
         """Cheap, for votes: 1/2 and 0.5 are one answer, x + 1 and 1 + x are two."""
@@ -130,7 +148,10 @@ class MathTask:
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
         rules = [example.metadata["rule"] for example in examples]
         extracted = [extract(a.text, e.answer, r) for e, a, r in zip(examples, answers, rules, strict=True)]
-        pairs = [_pairs(found, example.answer, rule) for found, example, rule in zip(extracted, examples, rules, strict=True)]
+        pairs = [
+            _pairs(found, example.answer, rule)
+            for found, example, rule in zip(extracted, examples, rules, strict=True)
+        ]
         asked = [pair for needed in pairs for pair in needed if _cheap(pair) is None]
         outcomes = compare_all(asked)
         return [
@@ -140,20 +161,24 @@ class MathTask:
 
 
 def extract(text: str, reference: str, rule: Rule) -> str | None:
-    """The final answer of a text; of several boxes in its last line with a box, all, where several answers are wanted."""
+    """The final answer of a text; of several boxes in its last line with a box, all, where several answers
+    are wanted."""
     if same_answer(text, reference):
         return text.strip()
     stated = stated_answer(text)
     if rule.multiple and "####" not in text:
         lines = [line for line in text.split("\n") if r"\boxed" in line]
-        boxes = re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", lines[-1]) if lines else []
+        boxes = (
+            re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", lines[-1]) if lines else []
+        )
         if len(boxes) > 1:
             return ", ".join(box.strip() for box in boxes)
     return stated if stated is not None else last_math(text) or final_answer(text)
 
 
 def _pairs(found: str | None, reference: str, rule: Rule) -> list[Comparison]:
-    """Comparisons that may be needed to grade an answer: one, or of every listed answer with every reference."""
+    """Comparisons that may be needed to grade an answer: one, or of every listed answer with every
+    reference."""
     if found is None:
         return []
     whole = Comparison(reference, found, rule.relative, rule.absolute)
@@ -166,7 +191,8 @@ def _pairs(found: str | None, reference: str, rule: Rule) -> list[Comparison]:
 
 
 def _lists(reference: str, found: str) -> tuple[list[str], list[str]]:
-    """Both lists of answers; commas between thousands are taken for what they are where the numbers of answers then fit."""
+    """Both lists of answers; commas between thousands are taken for what they are where the numbers of
+    answers then fit."""
     lists = split_answers(reference), split_answers(found)
     if len(lists[0]) == len(lists[1]):
         return lists
@@ -186,7 +212,11 @@ def _cheap(pair: Comparison) -> Outcome | None:
 
 
 def _verdict(
-    found: str | None, reference: str, rule: Rule, pairs: Sequence[Comparison], outcomes: Mapping[Comparison, Outcome]
+    found: str | None,
+    reference: str,
+    rule: Rule,
+    pairs: Sequence[Comparison],
+    outcomes: Mapping[Comparison, Outcome],
 ) -> Verdict:
     if found is None:
         return Verdict(correct=False, detail="no answer")
@@ -198,7 +228,9 @@ def _verdict(
         return Verdict(correct=outcome.same, extracted=found, detail=outcome.how)
     golds, left = _lists(reference, found)
     for gold in golds:
-        match = next((a for a in left if decided[Comparison(gold, a, rule.relative, rule.absolute)].same), None)
+        match = next(
+            (a for a in left if decided[Comparison(gold, a, rule.relative, rule.absolute)].same), None
+        )
         if match is None:
             return Verdict(correct=False, extracted=found, detail=f"without {gold}")
         left.remove(match)
@@ -249,8 +281,8 @@ def _upstream(data: Data, rows: Sequence[Row]) -> tuple[list[_Problem], int, str
             problems[question] = _problem(len(problems), row, question, row["reward_model"]["ground_truth"])
     if len(systems) > 1 or len(set(copies.values())) > 1:
         raise ValueError(
-            f"{data} repeats its problems {min(copies.values())} to {max(copies.values())} times with {len(systems)} system "
-            "prompts; every problem must come equally often, with one system prompt."
+            f"{data} repeats its problems {min(copies.values())} to {max(copies.values())} times with "
+            f"{len(systems)} system prompts; every problem must come equally often, with one system prompt."
         )
     return list(problems.values()), next(iter(copies.values())), systems.pop()
 
@@ -285,21 +317,23 @@ def amc(data: Data, *, limit: int | None = None) -> MathTask:
 
 
 def minerva(data: Data, *, limit: int | None = None, tolerance: float = 0.01) -> MathTask:
-    """Minerva math (Lewkowycz et al. 2022, OCWCourses): numbers within a share `tolerance` of the reference, which many
-    problems ask for to two digits."""
+    """Minerva math (Lewkowycz et al. 2022, OCWCourses): numbers within a share `tolerance` of the reference,
+    which many problems ask for to two digits."""
     return MathTask("minerva", data, limit=limit, rule=Rule(relative=tolerance), tolerance=tolerance)
 
 
 def olympiadbench(data: Data, *, limit: int | None = None) -> MathTask:
-    """OlympiadBench (He et al. 2024), open-ended English competition problems in text: its own tolerances (`error`), several
-    answers in any order (`is_multiple_answer`)."""
+    """OlympiadBench (He et al. 2024), open-ended English competition problems in text: its own tolerances
+    (`error`), several answers in any order (`is_multiple_answer`)."""
 
     def problems(rows: Sequence[Row]) -> Iterator[_Problem]:
         for index, row in enumerate(rows):
             question = "\n\n".join(filter(None, (row.get("context"), row["question"])))
             answers = row["final_answer"]
             answer = ", ".join(answers) if isinstance(answers, list) else str(answers)
-            rule = Rule(absolute=float(row.get("error") or 1e-8), multiple=bool(row.get("is_multiple_answer")))
+            rule = Rule(
+                absolute=float(row.get("error") or 1e-8), multiple=bool(row.get("is_multiple_answer"))
+            )
             yield _problem(index, {**row, "solution": _joined(row.get("solution"))}, question, answer, rule)
 
     return MathTask("olympiadbench", data, limit=limit, problems=problems)

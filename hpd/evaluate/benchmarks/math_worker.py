@@ -1,7 +1,7 @@
 """A process that compares mathematical answers with math-verify, and that whoever started it can kill.
 
-Reads one JSON object per line ({"gold", "answer", "relative", "absolute"}), writes one ({"same", "how"}). sympy can spend
-hours in one C call (a power tower), where no signal reaches it; its memory is limited too.
+Reads one JSON object per line ({"gold", "answer", "relative", "absolute"}), writes one ({"same", "how"}).
+sympy can spend hours in one C call (a power tower), where no signal reaches it; its memory is limited too.
 """
 
 import json

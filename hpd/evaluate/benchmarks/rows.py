@@ -34,10 +34,11 @@ Data: TypeAlias = "str | Path | HubData"
 
 
 def read_rows(data: Data) -> list[Row]:
-    """Rows of a Hub data set, or of a .jsonl, .json, .csv or .parquet file, plain or .gz; no file is cached anywhere.
+    """Rows of a Hub data set, or of a .jsonl, .json, .csv or .parquet file, plain or .gz; no file is cached
+    anywhere.
 
-    For files not `datasets.load_dataset`: that one infers a single type per column (an answer 42 beside an answer "x + 1"
-    fails) and keeps a copy of every file it was ever given.
+    For files not `datasets.load_dataset`: that one infers a single type per column (an answer 42 beside an
+    answer "x + 1" fails) and keeps a copy of every file it was ever given.
     """
     if isinstance(data, HubData):
         return _hub_rows(data)
@@ -46,9 +47,13 @@ def read_rows(data: Data) -> list[Row]:
     compressed = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
     if not suffix or suffix[0] not in _READERS:
-        raise ValueError(f"{path} has an unknown format; give a {', '.join(_READERS)} file, plain or with .gz after it.")
+        raise ValueError(
+            f"{path} has an unknown format; give a {', '.join(_READERS)} file, plain or with .gz after it."
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no data file {path}; check the path (it is relative to {Path.cwd()}).")
+        raise FileNotFoundError(
+            f"there is no data file {path}; check the path (it is relative to {Path.cwd()})."
+        )
     try:
         content = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
         rows = _READERS[suffix[0]](content)
@@ -86,7 +91,9 @@ def _json_rows(content: bytes) -> list[Row]:
                 raise ValueError(f"line {number}: {error}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is a {type(row).__name__}; every row must be an object with named columns.")
+            raise ValueError(
+                f"row {number} is a {type(row).__name__}; every row must be an object with named columns."
+            )
     return rows
 
 

@@ -14,7 +14,8 @@ __all__ = ["Comparison", "Outcome", "compare_all"]
 
 
 _SECONDS = 20.0
-"""Limit of one comparison: more than math-verify's own limits (5 s of parsing twice, 5 s of comparing) take together."""
+"""Limit of one comparison: more than math-verify's own limits (5 s of parsing twice, 5 s of comparing) take
+together."""
 
 
 _MAX_PROCESSES = 8
@@ -76,15 +77,22 @@ class _Worker:
     """One process of `hpd.evaluate.benchmarks.math_worker`."""
 
     def __init__(self) -> None:
-        # Not multiprocessing: spawn imports the caller's main module again, fork copies the threads' locks of torch.
+        # Not multiprocessing: spawn imports the caller's main module again, fork copies the threads' locks of
+        # torch.
         root = Path(__file__).resolve().parents[2]
         path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hpd.evaluate.benchmarks.math_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-        self._ask('{"gold": "1", "answer": "1", "relative": 0, "absolute": 0}', None)  # sympy's import is not on the clock
+        )
+        self._ask(
+            '{"gold": "1", "answer": "1", "relative": 0, "absolute": 0}', None
+        )  # sympy's import is not on the clock
 
     def ask(self, comparison: Comparison, seconds: float) -> Outcome | None:
         """The outcome; None where the process was killed at the time limit, or died of its memory limit."""

@@ -1,4 +1,5 @@
-"""Win rates of a candidate against a baseline, freed of what judges like for the wrong reasons: position, length, style.
+"""Win rates of a candidate against a baseline, freed of what judges like for the wrong reasons: position,
+length, style.
 
 Axes: Q questions, G games (one question in one order), F covariates, S resamples.
 """
@@ -32,16 +33,29 @@ Floats = NDArray[np.float64]
 
 
 LABELS: dict[str, float] = {
-    "A>>B": 1.0, "A>B": 1.0, "A=B": 0.5, "B>A": 0.0, "B>>A": 0.0, "A<B": 0.0, "A<<B": 0.0, "B<A": 1.0, "B<<A": 1.0, "B=A": 0.5,
-    "A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5,
-}  # fmt: skip
+    "A>>B": 1.0,
+    "A>B": 1.0,
+    "A=B": 0.5,
+    "B>A": 0.0,
+    "B>>A": 0.0,
+    "A<B": 0.0,
+    "A<<B": 0.0,
+    "B<A": 1.0,
+    "B<<A": 1.0,
+    "B=A": 0.5,
+    "A": 1.0,
+    "B": 0.0,
+    "C": 0.5,
+    "TIE": 0.5,
+}
 """What a judge writes between double brackets -> score of the answer that it saw first."""
 
 
 STYLE_FEATURES = ("length", "headers", "lists", "bold")
 
 
-# Keeps a candidate that wins (or loses) every game finite; beside hundreds of games it moves nothing (upstream: C = 100).
+# Keeps a candidate that wins (or loses) every game finite; beside hundreds of games it moves nothing
+# (upstream: C = 100).
 _RIDGE = 0.01
 
 
@@ -98,8 +112,8 @@ def length_controlled_win_rate(
 ) -> WinRate:
     r"""AlpacaEval 2's win rate at equal length: a logistic regression, read with its length term set to zero.
 
-    .. math:: \mathrm{logit}\,P(\text{win}_x) = \theta + \phi \tanh\frac{\Delta_x}{\mathrm{std}(\Delta)} + \psi \gamma_x,
-              \qquad \text{LC} = \frac{1}{Q} \sum_x \sigma(\theta + \psi \gamma_x)
+    .. math:: \mathrm{logit}\,P(\text{win}_x) = \theta + \phi \tanh\frac{\Delta_x}{\mathrm{std}(\Delta)} +
+              \psi \gamma_x, \qquad \text{LC} = \frac{1}{Q} \sum_x \sigma(\theta + \psi \gamma_x)
 
     with Δ the difference of the lengths in characters and γ the instruction's published difficulty.
 
@@ -110,13 +124,17 @@ def length_controlled_win_rate(
         seed: of the resamples behind the standard error.
 
     Reference:
-        Dubois et al., Length-Controlled AlpacaEval, 2024, arXiv 2404.04475, eq. 2. Upstream also adds two length-gamed
-        copies of the baseline as data of weight 0.2, and picks an L1 penalty by cross-validation; this fit has a ridge of 0.01.
+        Dubois et al., Length-Controlled AlpacaEval, 2024, arXiv 2404.04475, eq. 2. Upstream also adds two
+        length-gamed copies of the baseline as data of weight 0.2, and picks an L1 penalty by
+        cross-validation; this fit has a ridge of 0.01.
     """
     outcome = np.asarray(scores, float)
     gap = np.asarray(candidate_lengths, float) - np.asarray(baseline_lengths, float)
     spread = gap.std(ddof=1) if len(gap) > 1 else 0.0
-    columns = {"candidate": np.ones_like(outcome), "length": np.tanh(gap / spread) if spread else np.zeros_like(gap)}
+    columns = {
+        "candidate": np.ones_like(outcome),
+        "length": np.tanh(gap / spread) if spread else np.zeros_like(gap),
+    }
     if difficulty is not None:
         columns["difficulty"] = np.asarray(difficulty, float)
     design = np.stack(list(columns.values()), 1)  # [Q, F]
@@ -135,21 +153,23 @@ def length_controlled_win_rate(
 def style_controlled_win_rate(
     games: Sequence[tuple[int, float, float]], differences: Floats, *, controlled: bool = True, seed: int = 0
 ) -> WinRate:
-    r"""Arena-Hard's win rate: a Bradley-Terry model of candidate and baseline, at equal style where controlled.
+    r"""Arena-Hard's win rate: a Bradley-Terry model of candidate and baseline, at equal style where
+    controlled.
 
-    .. math:: \mathrm{logit}\,P(\text{win}_g) = \theta + \sum_f \beta_f \frac{z_{gf}}{\mathrm{std}(z_f)}, \qquad
-              \text{win rate} = \sigma(\theta)
+    .. math:: \mathrm{logit}\,P(\text{win}_g) = \theta + \sum_f \beta_f \frac{z_{gf}}{\mathrm{std}(z_f)},
+              \qquad \text{win rate} = \sigma(\theta)
 
     Args:
         games: (question, score of the candidate, weight) each; "much better" weighs three games.
-        differences: covariates per question [Q, F], candidate against baseline (`style_differences`); zero is equal style.
+        differences: covariates per question [Q, F], candidate against baseline (`style_differences`); zero is
+            equal style.
         controlled: False leaves the covariates out.
         seed: of the resamples (over questions: both orders of one are no independent games).
 
     Reference:
-        Li et al., From Crowdsourced Data to High-Quality Benchmarks (Arena-Hard), 2024; style control as in arena-hard-auto.
-        Upstream centres the covariates over all models of its leaderboard; one candidate alone would lose its own mean
-        style to that, so here zero stays where the styles are equal.
+        Li et al., From Crowdsourced Data to High-Quality Benchmarks (Arena-Hard), 2024; style control as in
+        arena-hard-auto. Upstream centres the covariates over all models of its leaderboard; one candidate
+        alone would lose its own mean style to that, so here zero stays where the styles are equal.
     """
     question, outcome, weight = (np.array(column) for column in zip(*games, strict=True))
     question = question.astype(int)
@@ -165,7 +185,10 @@ def style_controlled_win_rate(
         return float(_sigmoid(beta[:1])[0]), beta
 
     value, beta = at_equal_style(np.ones(len(differences)))
-    again = [at_equal_style(weights)[0] for weights in _touching(row_weights(len(differences), seed, _RESAMPLES), question)]
+    again = [
+        at_equal_style(weights)[0]
+        for weights in _touching(row_weights(len(differences), seed, _RESAMPLES), question)
+    ]
     return WinRate(value, float(np.std(again, ddof=1)), dict(zip(columns, beta.tolist(), strict=True)))
 
 
@@ -195,7 +218,9 @@ def _fit_logistic(design: Floats, outcome: Floats, weights: Floats) -> Floats:
         value = weights @ (np.logaddexp(0.0, logits) - outcome * logits) + _RIDGE / 2 * beta @ beta
         return float(value), design.T @ (weights * (_sigmoid(logits) - outcome)) + _RIDGE * beta
 
-    found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 1e-12})
+    found = minimize(
+        loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500, "ftol": 1e-12}
+    )
     return found.x
 
 

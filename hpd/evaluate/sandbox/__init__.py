@@ -1,7 +1,15 @@
 """A sandbox for Python that a model wrote: `run_program`, `run_many`, `sandbox_report`."""
 
 from hpd.evaluate.sandbox.host import run_many, run_program, sandbox_report
-from hpd.evaluate.sandbox.outcomes import ISOLATIONS, Isolation, Limits, Outcome, Program, SandboxReport, Tests
+from hpd.evaluate.sandbox.outcomes import (
+    ISOLATIONS,
+    Isolation,
+    Limits,
+    Outcome,
+    Program,
+    SandboxReport,
+    Tests,
+)
 
 __all__ = [
     "ISOLATIONS",

@@ -1,7 +1,9 @@
-"""The trusted side of the sandbox: starts locked-down processes, bounds what they may cost, and believes none of them.
+"""The trusted side of the sandbox: starts locked-down processes, bounds what they may cost, and believes none
+of them.
 
-A program and the tests that judge it run in two sandboxes that share nothing but a pair of pipes for plain data: the tests
-ask, the program answers, the tests compare. So the program can change its answers only, which is what is being judged.
+A program and the tests that judge it run in two sandboxes that share nothing but a pair of pipes for plain
+data: the tests ask, the program answers, the tests compare. So the program can change its answers only, which
+    is what is being judged.
 """
 
 import json
@@ -20,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from hpd.evaluate.sandbox import wire
-from hpd.evaluate.sandbox.outcomes import ISOLATIONS, Isolation, Limits, Outcome, Program, SandboxReport, Status, Tests
+from hpd.evaluate.sandbox.outcomes import (
+    ISOLATIONS,
+    Isolation,
+    Limits,
+    Outcome,
+    Program,
+    SandboxReport,
+    Status,
+    Tests,
+)
 
 # Modules of every kind: frozen, Python, built as a library with others behind it.
 _PROBE = "import array, ctypes, decimal, hashlib, json, math, random, re; print(decimal.Decimal(1))"
@@ -33,11 +44,16 @@ _MAX_VERDICT_BYTES = wire.MAX_MESSAGE_BYTES
 
 
 def run_program(
-    source: str, *, tests: Tests | None = None, limits: Limits | None = None, isolation: Isolation | None = None
+    source: str,
+    *,
+    tests: Tests | None = None,
+    limits: Limits | None = None,
+    isolation: Isolation | None = None,
 ) -> Outcome:
     """Run untrusted Python in a sandbox, and let `tests` in another judge it.
 
-    Without tests the status says how the process ended, which the program controls: never take "finished" for success.
+    Without tests the status says how the process ended, which the program controls: never take "finished" for
+    success.
 
     Args:
         source: the program. Standard library only; `__name__` is "program"; standard input is empty.
@@ -91,7 +107,8 @@ def run_many(
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(workers) as pool:
         futures = [
-            pool.submit(run_program, p.source, tests=p.tests, limits=p.limits or limits, isolation=isolation) for p in programs
+            pool.submit(run_program, p.source, tests=p.tests, limits=p.limits or limits, isolation=isolation)
+            for p in programs
         ]
         try:
             for future in futures:
@@ -133,8 +150,10 @@ def _describe(used: Isolation, reasons: dict[str, str]) -> list[str]:
         "network, processes, files: own namespaces; the standard library read-only, an empty folder in memory"
         if used.namespaces
         else f"network, processes, files: no namespaces ({reasons['full']}); sockets and all files are refused by seccomp",
-        "system calls: seccomp allows computing and threads" + (", and files within that view" if used.namespaces else ""),
-        "limits: processor and clock time, memory, output, file size, descriptors, threads; no environment, no capabilities",
+        "system calls: seccomp allows computing and threads"
+        + (", and files within that view" if used.namespaces else ""),
+        "limits: processor and clock time, memory, output, file size, descriptors, threads; no environment, "
+        "no capabilities",
         "verdict: the tests run in another sandbox and exchange plain data with the program",
     ]
 
@@ -148,7 +167,9 @@ class _Process:
         self.output_bytes = 0
         self._limits = limits
         self._content = {name: bytearray() for name in ("stdout", "stderr", "control", "verdict")}
-        pipes = {name: os.pipe() for name in (["control", "verdict"] if job["role"] == "tests" else ["control"])}
+        pipes = {
+            name: os.pipe() for name in (["control", "verdict"] if job["role"] == "tests" else ["control"])
+        }
         inherited = [*(pipe[1] for pipe in pipes.values()), *(ask_fds or ())]
         try:
             self._popen = subprocess.Popen(
@@ -171,7 +192,11 @@ class _Process:
         self._owned = [pipe[0] for pipe in pipes.values()]
         self.open = {stdout.fileno(): "stdout", stderr.fileno(): "stderr"}
         self.open |= {pipe[0]: name for name, pipe in pipes.items()}
-        fds = {"control_fd": pipes["control"][1], "verdict_fd": pipes.get("verdict", (0, None))[1], "ask_fds": ask_fds}
+        fds = {
+            "control_fd": pipes["control"][1],
+            "verdict_fd": pipes.get("verdict", (0, None))[1],
+            "ask_fds": ask_fds,
+        }
         with suppress(BrokenPipeError):  # it died at once: `require_report` says why
             wire.send(stdin.fileno(), job | fds)
 
@@ -294,7 +319,8 @@ def _judge(program: _Process, judge: _Process | None, limits: Limits) -> tuple[S
 
 
 def _how_it_ended(process: _Process, limits: Limits) -> tuple[Status, str] | None:
-    """Status and detail of a process that did not end well by itself; None of one that did, or that the host ended."""
+    """Status and detail of a process that did not end well by itself; None of one that did, or that the host
+    ended."""
     report = process.report
     assert report is not None
     if process.output_bytes > limits.output_bytes:
@@ -323,6 +349,7 @@ def _message(content: bytearray) -> dict[str, Any] | None:
 
 
 def _environment() -> dict[str, str]:
-    # The seed makes the order of sets, and so verdicts, reproducible. Some interpreters find their library by the other.
+    # The seed makes the order of sets, and so verdicts, reproducible. Some interpreters find their library by
+    # the other.
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     return kept | {"PYTHONHASHSEED": "0"}

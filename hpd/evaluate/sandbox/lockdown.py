@@ -1,7 +1,8 @@
 """What a sandboxed process gives up, in order: namespaces, limits, privileges, system calls.
 
-Runs inside the sandbox before any untrusted line, so it imports the standard library only. Each step raises OSError where the
-system refuses it. Linux only; the manual pages are namespaces(7), pivot_root(2), capabilities(7), seccomp(2).
+Runs inside the sandbox before any untrusted line, so it imports the standard library only. Each step raises
+OSError where the system refuses it. Linux only; the manual pages are namespaces(7), pivot_root(2),
+capabilities(7), seccomp(2).
 """
 
 import ctypes
@@ -32,10 +33,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter_namespaces(scratch_mib: int) -> None:
-    """Leave the host's processes, network, mounts and host name; the caller's next fork is process 1 of the new ones.
+    """Leave the host's processes, network, mounts and host name; the caller's next fork is process 1 of the
+    new ones.
 
-    The new root holds the standard library and system libraries (read-only) and an empty /tmp of `scratch_mib`; there is no
-    /proc and no /sys. As root this needs no user namespace, otherwise one is made.
+    The new root holds the standard library and system libraries (read-only) and an empty /tmp of
+    `scratch_mib`; there is no /proc and no /sys. As root this needs no user namespace, otherwise one is made.
     """
     flags = _CLONE_NEWNS | _CLONE_NEWPID | _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS
     if os.geteuid() != 0 or _libc.unshare(flags) != 0:
@@ -48,8 +50,11 @@ def enter_namespaces(scratch_mib: int) -> None:
     _change_root(scratch_mib)
 
 
-def limit_resources(cpu_seconds: int, memory_mib: int, scratch_mib: int, open_files: int, threads: int) -> None:
-    """Hard limits of this process and its children. Hard and soft are one: reaching the processor time is a SIGKILL."""
+def limit_resources(
+    cpu_seconds: int, memory_mib: int, scratch_mib: int, open_files: int, threads: int
+) -> None:
+    """Hard limits of this process and its children. Hard and soft are one: reaching the processor time is a
+    SIGKILL."""
     limits = {
         resource.RLIMIT_CPU: cpu_seconds,
         resource.RLIMIT_AS: memory_mib * 2**20,
@@ -67,7 +72,8 @@ def limit_resources(cpu_seconds: int, memory_mib: int, scratch_mib: int, open_fi
 
 
 def drop_privileges(supervisor_pid: int) -> None:
-    """No capability, no way to get one back, not readable by processes of the same user, dead with the parent.
+    """No capability, no way to get one back, not readable by processes of the same user, dead with the
+    parent.
 
     Root becomes a user of its own for each sandbox, numbered after the supervisor's process id.
     """
@@ -82,12 +88,17 @@ def drop_privileges(supervisor_pid: int) -> None:
                 continue
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     _check(_libc.capset(header, (ctypes.c_uint32 * 6)()), "capset")
-    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0), (_PR_SET_PDEATHSIG, int(signal.SIGKILL))):
+    for option, value in (
+        (_PR_SET_NO_NEW_PRIVS, 1),
+        (_PR_SET_DUMPABLE, 0),
+        (_PR_SET_PDEATHSIG, int(signal.SIGKILL)),
+    ):
         _check(_libc.prctl(option, value, 0, 0, 0), "prctl")
 
 
 def filter_system_calls(files: bool) -> None:
-    """Allow computing and threads, and files where `files`; no process, socket, signal to others, or change of limits."""
+    """Allow computing and threads, and files where `files`; no process, socket, signal to others, or change
+    of limits."""
     content = seccomp_filter(os.uname().machine, os.getpid(), files)
 
     class Program(ctypes.Structure):
@@ -120,7 +131,13 @@ def _change_root(scratch_mib: int) -> None:
             os.symlink(os.readlink(link), base + link)
     for path in _hidden_paths():
         if os.path.isdir(base + path):
-            _mount("tmpfs", base + path, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4k,nr_inodes=2,mode=755")
+            _mount(
+                "tmpfs",
+                base + path,
+                "tmpfs",
+                _MS_NOSUID | _MS_NODEV | _MS_RDONLY,
+                "size=4k,nr_inodes=2,mode=755",
+            )
     _mount("none", base, None, _MS_REMOUNT | _MS_BIND | _MS_NOSUID | _MS_NODEV | _MS_RDONLY)
     os.chdir(base)
     _check(_libc.pivot_root(b".", b"."), "pivot_root")
@@ -129,7 +146,8 @@ def _change_root(scratch_mib: int) -> None:
 
 
 def _visible_paths() -> list[str]:
-    """The standard library and the shared libraries that its modules load, without those inside another of them."""
+    """The standard library and the shared libraries that its modules load, without those inside another of
+    them."""
     paths = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/lib64", "/usr/lib64"]
     debian = [f"{parent}/{sysconfig.get_config_var('MULTIARCH')}" for parent in ("/lib", "/usr/lib")]
     paths += debian if os.path.isdir(debian[1]) else ["/lib", "/usr/lib"]
@@ -141,17 +159,27 @@ def _visible_paths() -> list[str]:
 
 
 def _hidden_paths() -> list[str]:
-    """Installed packages: a solution may use the standard library only, and data sets are installed as packages."""
+    """Installed packages: a solution may use the standard library only, and data sets are installed as
+    packages."""
     names = ("site-packages", "dist-packages")
-    parents = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/usr/lib/python3", "/usr/lib64/python3")
+    parents = (
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("platstdlib"),
+        "/usr/lib/python3",
+        "/usr/lib64/python3",
+    )
     version = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
-    return sorted({f"{parent}/{name}" for parent in (*parents, f"{sys.base_exec_prefix}/{version}") for name in names})
+    return sorted(
+        {f"{parent}/{name}" for parent in (*parents, f"{sys.base_exec_prefix}/{version}") for name in names}
+    )
 
 
 def _remount_read_only(target: str, devices: bool) -> None:
     # Flags that the original mount has are locked in a user namespace: they must be repeated.
     current = os.statvfs(target).f_flag
-    kept = (_MS_NOEXEC if current & os.ST_NOEXEC else 0) | (_MS_NODEV if current & os.ST_NODEV or not devices else 0)
+    kept = (_MS_NOEXEC if current & os.ST_NOEXEC else 0) | (
+        _MS_NODEV if current & os.ST_NODEV or not devices else 0
+    )
     _mount("none", target, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | kept)
 
 

@@ -61,8 +61,8 @@ class SandboxReport(NamedTuple):
 class Tests:
     """Trusted code that judges a program: it passes if it runs to its end.
 
-    It sees `program`, the program's module (attributes, calls; plain data by value, see `wire`), and `data`. What it leaves
-    in a variable `result` comes back as `Outcome.result`.
+    It sees `program`, the program's module (attributes, calls; plain data by value, see `wire`), and `data`.
+    What it leaves in a variable `result` comes back as `Outcome.result`.
     """
 
     __test__ = False  # not a test class, whatever pytest reads from its name
@@ -88,8 +88,8 @@ class Outcome:
     """How a program ended."""
 
     status: Status
-    """passed, failed: what the tests found. finished: without tests, the code ran to its end, or said so. error: it raised or
-    exited. timeout, memory, output: over that limit. killed: by a signal."""
+    """passed, failed: what the tests found. finished: without tests, the code ran to its end, or said so.
+    error: it raised or exited. timeout, memory, output: over that limit. killed: by a signal."""
     detail: str
     """One line for people."""
     stdout: str

@@ -1,8 +1,10 @@
-"""The program that `host` starts for each sandbox: a supervisor that forks the locked-down process and ends it.
+"""The program that `host` starts for each sandbox: a supervisor that forks the locked-down process and ends
+it.
 
-Runs as a script of its own with an empty environment and without site-packages, so it imports the standard library and its
-neighbours only. The supervisor (trusted, in the host's process table) kills the process at the wall-clock limit, or as soon
-as the host closes standard input, which it also does by dying. In a process namespace the kernel then kills all the rest.
+Runs as a script of its own with an empty environment and without site-packages, so it imports the standard
+library and its neighbours only. The supervisor (trusted, in the host's process table) kills the process at
+the wall-clock limit, or as soon as the host closes standard input, which it also does by dying. In a process
+namespace the kernel then kills all the rest.
 """
 
 import ast
@@ -20,9 +22,25 @@ from typing import Any, NamedTuple
 import lockdown
 import wire
 
-# Loaded on first use by functions of the standard library; without a file system view they must be there before.
-_LAZY_MODULES = ("_strptime", "calendar", "concurrent.futures.thread", "linecache", "locale", "traceback", "tokenize")
-_NEVER_PRELOADED = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo"}  # they act when imported
+# Loaded on first use by functions of the standard library; without a file system view they must be there
+# before.
+_LAZY_MODULES = (
+    "_strptime",
+    "calendar",
+    "concurrent.futures.thread",
+    "linecache",
+    "locale",
+    "traceback",
+    "tokenize",
+)
+_NEVER_PRELOADED = {
+    "antigravity",
+    "this",
+    "idlelib",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+}  # they act when imported
 _MAX_DETAIL_CHARS = 300
 
 
@@ -138,7 +156,8 @@ def _sandboxed(job: Job, supervisor_pid: int) -> None:
 
 
 def _run_program(job: Job) -> int:
-    """Run untrusted code, then answer for it. Whatever it does to this interpreter, it can only change its own answers."""
+    """Run untrusted code, then answer for it. Whatever it does to this interpreter, it can only change its
+    own answers."""
     module = ModuleType("program")
     sys.modules["program"] = module
     try:
@@ -189,11 +208,18 @@ class _Names(dict[str, Any]):
 
 def _describe(error: BaseException, source: str) -> str:
     """One line: the exception, and the last line of the source that it went through."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in ("<program>", "<tests>")]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename in ("<program>", "<tests>")
+    ]
     lines = source.split("\n")
     number = frames[-1].lineno if frames else None
     where = f" at line {number}: {lines[number - 1].strip()}" if number and number <= len(lines) else ""
-    return " ".join(f"{type(error).__name__}: {error}"[:_MAX_DETAIL_CHARS].rstrip(": ").split()) + where[:_MAX_DETAIL_CHARS]
+    return (
+        " ".join(f"{type(error).__name__}: {error}"[:_MAX_DETAIL_CHARS].rstrip(": ").split())
+        + where[:_MAX_DETAIL_CHARS]
+    )
 
 
 def _preload(source: str) -> None:

@@ -1,6 +1,8 @@
-"""The seccomp filter: which system calls a sandboxed process may make. A list of allowed ones; all others fail.
+"""The seccomp filter: which system calls a sandboxed process may make. A list of allowed ones; all others
+fail.
 
-Numbers are (x86_64, aarch64), as in the kernel's asm/unistd_64.h and asm-generic/unistd.h; None where there is no such call.
+Numbers are (x86_64, aarch64), as in the kernel's asm/unistd_64.h and asm-generic/unistd.h; None where there
+is no such call.
 """
 
 import errno
@@ -68,7 +70,8 @@ _IOCTL: tuple[int, int] = (16, 29)
 
 _CLONE_THREAD = 0x00010000
 _AF_UNIX = 1
-# They name a process that gets a signal of the caller's choice when a descriptor is ready: kill by another name.
+# They name a process that gets a signal of the caller's choice when a descriptor is ready: kill by another
+# name.
 _FCNTL_OWNER_COMMANDS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX
 _IOCTL_OWNER_COMMANDS = (0x8901, 0x8902, 0x5412)  # FIOSETOWN, SIOCSPGRP; TIOCSTI types into a terminal
 

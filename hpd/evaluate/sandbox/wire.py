@@ -1,9 +1,11 @@
 """What two sandboxed processes say to each other: plain data as JSON, everything else by reference.
 
-Runs inside the sandbox, so it imports the standard library only. Nothing received is ever executed or unpickled: `decode`
-builds exact built-in types, so a value of the program cannot bring an `__eq__` of its own to the tests.
+Runs inside the sandbox, so it imports the standard library only. Nothing received is ever executed or
+unpickled: `decode` builds exact built-in types, so a value of the program cannot bring an `__eq__` of its own
+    to the tests.
 
-A program's process answers requests (`serve`); the tests hold a `Remote` for each of its objects that is not plain data.
+A program's process answers requests (`serve`); the tests hold a `Remote` for each of its objects that is not
+plain data.
 """
 
 import builtins
@@ -20,7 +22,9 @@ from typing import Any
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 _LENGTH = struct.Struct("<I")
-_MAX_PLAIN_INTEGER = 2**63  # larger ones travel in hexadecimal: decimal conversion is quadratic and limited by Python
+_MAX_PLAIN_INTEGER = (
+    2**63
+)  # larger ones travel in hexadecimal: decimal conversion is quadratic and limited by Python
 
 Reference = Callable[[Any], int]
 Dereference = Callable[[int], Any]
@@ -121,7 +125,8 @@ def serve(namespace: Any, read_fd: int, write_fd: int) -> None:
 
 
 class Remote:
-    """An object of the program, from the side of the tests. Equal only to itself: its own `__eq__` is never asked."""
+    """An object of the program, from the side of the tests. Equal only to itself: its own `__eq__` is never
+    asked."""
 
     __slots__ = ("_ask", "_number")
 
@@ -197,7 +202,11 @@ def connect(read_fd: int, write_fd: int) -> Remote:
 
 def _exception(name: str, message: str) -> Exception:
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (UnicodeDecodeError, UnicodeEncodeError):
+    if (
+        isinstance(kind, type)
+        and issubclass(kind, Exception)
+        and kind not in (UnicodeDecodeError, UnicodeEncodeError)
+    ):
         try:
             return kind(message)
         except TypeError:  # built-in exceptions that want more than a message
@@ -243,7 +252,8 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
 
 # What a test may pass or expect as a type.
 _TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
+    kind.__name__: kind
+    for kind in (bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, type(None))
 }
 
 _ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {

@@ -1,4 +1,5 @@
-"""Tasks made for experiments, small enough for hundreds of runs on one machine: each a function, the `base` of a file."""
+"""Tasks made for experiments, small enough for hundreds of runs on one machine: each a function, the `base`
+of a file."""
 
 from hpd.experiments.tasks.chains import chains, gym_chains
 from hpd.experiments.tasks.short import ValidAnswers, short_answers

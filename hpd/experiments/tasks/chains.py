@@ -1,15 +1,16 @@
 """A task of longer chains: five additions and subtractions, worked out one equation at a time.
 
-``6+8-9+4-3+7=`` is answered by ``6+8=14,14-9=5,4+5=9,9-3=6,7+6=13#### 13``. The order of the equations is fixed, that of a
-sum's operands is not, so the text has entropy and the answer has none. It is the demo's family with longer chains, without
-parentheses. As in practice, the student has learnt something before: chains of 1 to 3 operations, and how a solution is
-written; it stops after three of the five equations, and distillation teaches it to go on.
+``6+8-9+4-3+7=`` is answered by ``6+8=14,14-9=5,4+5=9,9-3=6,7+6=13#### 13``. The order of the equations is
+fixed, that of a sum's operands is not, so the text has entropy and the answer has none. It is the demo's
+family with longer chains, without parentheses. As in practice, the student has learnt something before:
+chains of 1 to 3 operations, and how a solution is written; it stops after three of the five equations, and
+distillation teaches it to go on.
 
-Each function below is a `base` of an experiment file. `$BASE` holds `teacher` (330,000 weights, 100 % right when greedy and
-96 % when sampled), students of half, equal and twice the size (`student-x0.5`, `student-x1`, `student-x2`), `train.jsonl` and
-`validation.jsonl` (written by the teacher, its errors included), `truth.jsonl` (the same problems as `train.jsonl`, solved
-right) and `test.jsonl`. They are made once, in about four minutes on two cores; equal seeds give equal files on one machine
-and version of PyTorch.
+Each function below is a `base` of an experiment file. `$BASE` holds `teacher` (330,000 weights, 100 % right
+when greedy and 96 % when sampled), students of half, equal and twice the size (`student-x0.5`, `student-x1`,
+`student-x2`), `train.jsonl` and `validation.jsonl` (written by the teacher, its errors included),
+`truth.jsonl` (the same problems as `train.jsonl`, solved right) and `test.jsonl`. They are made once, in
+about four minutes on two cores; equal seeds give equal files on one machine and version of PyTorch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,18 @@ from typing import Any
 import torch
 
 from hpd.demo.build_teacher import build_tokenizer, model_config
-from hpd.demo.task import SPLITS, Operation, Row, Split, evaluate, is_correct, operation, prompt_of, split_of, write_solution
+from hpd.demo.task import (
+    SPLITS,
+    Operation,
+    Row,
+    Split,
+    evaluate,
+    is_correct,
+    operation,
+    prompt_of,
+    split_of,
+    write_solution,
+)
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
 
@@ -38,15 +50,42 @@ NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
 MAX_TOKENS, MAX_NEW_TOKENS = 80, 48
 TEACHER = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 STUDENTS = {
-    "x0.5": {"hidden_size": 36, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 12},
-    "x1": {"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 16},
-    "x2": {"hidden_size": 66, "intermediate_size": 216, "num_hidden_layers": 3, "num_attention_heads": 3, "head_dim": 22},
+    "x0.5": {
+        "hidden_size": 36,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "head_dim": 12,
+    },
+    "x1": {
+        "hidden_size": 48,
+        "intermediate_size": 144,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "head_dim": 16,
+    },
+    "x2": {
+        "hidden_size": 66,
+        "intermediate_size": 216,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "head_dim": 22,
+    },
 }
 TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 700, 600, 64, 4e-3
 _CHOICES = [
-    NUM_OPERATIONS, LARGEST_VALUE, PRETRAINING_OPERATIONS, NUM_ROWS, MAX_TOKENS, TEACHER, STUDENTS, TEACHER_STEPS,
-    STUDENT_STEPS, BATCH, RATE,
-]  # fmt: skip
+    NUM_OPERATIONS,
+    LARGEST_VALUE,
+    PRETRAINING_OPERATIONS,
+    NUM_ROWS,
+    MAX_TOKENS,
+    TEACHER,
+    STUDENTS,
+    TEACHER_STEPS,
+    STUDENT_STEPS,
+    BATCH,
+    RATE,
+]
 
 
 def chains(folder: Path) -> dict[str, Any]:
@@ -57,8 +96,8 @@ def chains(folder: Path) -> dict[str, Any]:
 def gym_chains(folder: Path) -> dict[str, Any]:
     """The same models on reasoning-gym's `chain_sum` of six one-digit numbers.
 
-    Problems that leave the teacher's range on the way are left out, and so are training rows whose answer it gets wrong, as a
-    grader would. Needs `pip install 'hpd[gym]'`.
+    Problems that leave the teacher's range on the way are left out, and so are training rows whose answer it
+    gets wrong, as a grader would. Needs `pip install 'hpd[gym]'`.
 
     Raises:
         ValueError: reasoning-gym is not installed.
@@ -68,7 +107,12 @@ def gym_chains(folder: Path) -> dict[str, Any]:
     except ImportError:
         raise ValueError("This base needs reasoning-gym: pip install 'hpd[gym]'.") from None
     return _recipe(
-        folder, prepare("gym_chains", [*_CHOICES, "in range"], lambda target: _build_gym(target, reasoning_gym.create_dataset))
+        folder,
+        prepare(
+            "gym_chains",
+            [*_CHOICES, "in range"],
+            lambda target: _build_gym(target, reasoning_gym.create_dataset),
+        ),
     )
 
 
@@ -85,16 +129,24 @@ def draw_chain(rng: random.Random, split: Split, num_operations: int = NUM_OPERA
 
 def _recipe(folder: Path, prepared: Path) -> dict[str, Any]:
     evaluation = {
-        "task": "exact-match", "data": str(folder / "test.jsonl"), "max_new_tokens": MAX_NEW_TOKENS, "batch_size": 500,
-    }  # fmt: skip
+        "task": "exact-match",
+        "data": str(folder / "test.jsonl"),
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "batch_size": 500,
+    }
     return {**_tree(folder), "teacher": copy_to(folder, prepared), "eval": evaluation}
 
 
 def _tree(folder: Path) -> dict[str, Any]:
     return distil(
-        folder, "student-x1", max_steps=200, per_device_train_batch_size=32, per_device_eval_batch_size=200,
-        max_length=MAX_TOKENS, metric_stride=4,
-    )  # fmt: skip
+        folder,
+        "student-x1",
+        max_steps=200,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=200,
+        max_length=MAX_TOKENS,
+        metric_stride=4,
+    )
 
 
 def _build(folder: Path) -> dict[str, Any]:
@@ -102,7 +154,10 @@ def _build(folder: Path) -> dict[str, Any]:
     tokenizer.model_max_length = MAX_TOKENS
     teacher = _learn(tokenizer, TEACHER, (NUM_OPERATIONS, NUM_OPERATIONS), TEACHER_STEPS)
     models = {"teacher": teacher}
-    models |= {f"student-{n}": _learn(tokenizer, s, PRETRAINING_OPERATIONS, STUDENT_STEPS) for n, s in STUDENTS.items()}
+    models |= {
+        f"student-{n}": _learn(tokenizer, s, PRETRAINING_OPERATIONS, STUDENT_STEPS)
+        for n, s in STUDENTS.items()
+    }
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -111,7 +166,9 @@ def _build(folder: Path) -> dict[str, Any]:
     write_rows(folder / "truth.jsonl", solved["train"])
     for split in ("train", "validation"):
         write_rows(folder / f"{split}.jsonl", _written(teacher, tokenizer, solved[split]))
-    write_rows(folder / "test.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in solved["test"]])
+    write_rows(
+        folder / "test.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in solved["test"]]
+    )
     return _tree(folder)
 
 
@@ -122,11 +179,15 @@ def _learn(tokenizer: Any, shape: Mapping[str, Any], operations: tuple[int, int]
     def draw(rng: random.Random) -> Row:
         return _solve(draw_chain(rng, "train", rng.randint(*operations)), rng)
 
-    return learn(config, tokenizer, draw, f"chains {operations}", num_steps=num_steps, batch_size=BATCH, rate=RATE)
+    return learn(
+        config, tokenizer, draw, f"chains {operations}", num_steps=num_steps, batch_size=BATCH, rate=RATE
+    )
 
 
 def _solve(chain: Operation, rng: random.Random) -> Row:
-    return Row(prompt=prompt_of(chain), completion=write_solution(chain, rng, "equations"), answer=str(chain.value))
+    return Row(
+        prompt=prompt_of(chain), completion=write_solution(chain, rng, "equations"), answer=str(chain.value)
+    )
 
 
 def _distinct(rng: random.Random, split: Split, number: int) -> list[Operation]:
@@ -138,13 +199,18 @@ def _distinct(rng: random.Random, split: Split, number: int) -> list[Operation]:
 
 
 def _written(teacher: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One draw of the teacher per problem, wrong ones included; texts that are empty or do not come to an end are left out."""
+    """One draw of the teacher per problem, wrong ones included; texts that are empty or do not come to an end
+    are left out."""
     settings = GenerationSettings(max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, batch_size=400)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         answers = generate_answers(teacher, tokenizer, [row["prompt"] for row in rows], settings)
     pairs = zip(rows, answers, strict=True)
-    return [{**row, "completion": answer.text} for row, answer in pairs if answer.finish_reason == "stop" and answer.text]
+    return [
+        {**row, "completion": answer.text}
+        for row, answer in pairs
+        if answer.finish_reason == "stop" and answer.text
+    ]
 
 
 def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, Any]:
@@ -156,7 +222,7 @@ def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, An
     size, terms = NUM_ROWS["train"], NUM_OPERATIONS + 1
     dataset = create_dataset(
         "chain_sum", seed=0, size=8 * size, min_terms=terms, max_terms=terms, min_digits=1, max_digits=1
-    )  # fmt: skip
+    )
     problems = {}
     for item in dataset:
         prompt = item["metadata"]["expression"].replace(" ", "") + "="
@@ -164,7 +230,9 @@ def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, An
         if all(0 <= value <= LARGEST_VALUE for value in on_the_way):
             problems[prompt] = {"prompt": prompt, "answer": item["answer"]}
     source = ModelConfig(model=str(folder / "teacher"))
-    rows = _written(load_model(source, "teacher"), load_tokenizer(source, "teacher"), list(problems.values())[:size])
+    rows = _written(
+        load_model(source, "teacher"), load_tokenizer(source, "teacher"), list(problems.values())[:size]
+    )
     splits: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     for row in rows:
         splits[split_of(row["prompt"])].append(row)

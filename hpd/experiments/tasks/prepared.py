@@ -1,4 +1,5 @@
-"""Files that the runs of many experiments share: made once, kept in `$HPD_HOME/tasks` (by default `~/.cache/hpd/tasks`)."""
+"""Files that the runs of many experiments share: made once, kept in `$HPD_HOME/tasks` (by default
+`~/.cache/hpd/tasks`)."""
 
 from __future__ import annotations
 
@@ -33,8 +34,9 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
 
     Args:
         choices: what the files follow from, as JSON; other choices make another folder.
-        build: writes the files into a folder and returns the recipe whose rows and teacher are cached beside them (hidden
-            states in float32: exact for every method, and no run pays for the teacher's forward again).
+        build: writes the files into a folder and returns the recipe whose rows and teacher are cached beside
+            them (hidden states in float32: exact for every method, and no run pays for the teacher's forward
+            again).
     """
     digest = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
     root = home() / "tasks"
@@ -54,7 +56,8 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
 
 
 def copy_to(folder: Path, prepared: Path) -> dict[str, str]:
-    """Copy the files to an experiment's own folder, and return the teacher that reads the cache, which stays where it is."""
+    """Copy the files to an experiment's own folder, and return the teacher that reads the cache, which stays
+    where it is."""
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns(_CACHE), dirs_exist_ok=True)
     return {"type": "cached", "model": str(folder / "teacher"), "path": str(prepared / _CACHE)}
 
@@ -62,9 +65,16 @@ def copy_to(folder: Path, prepared: Path) -> dict[str, str]:
 def distil(folder: Path, student: str, **train: Any) -> dict[str, Any]:
     """The recipe of a prepared folder with its live teacher; `train` says what is the task's own."""
     shared = {
-        "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01, "adam_beta2": 0.98,
-        "logging_steps": 10, "gradient_checkpointing": False, "save_strategy": "no", "dataloader_drop_last": True,
-    }  # fmt: skip
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.98,
+        "logging_steps": 10,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "dataloader_drop_last": True,
+    }
     return {
         "student": str(folder / student),
         "teacher": str(folder / "teacher"),

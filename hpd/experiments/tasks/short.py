@@ -1,10 +1,11 @@
 """A task of short answers of which several are right.
 
-``(4)1,8,6,9,3=`` asks for two of the listed digits that are larger than the first, in any order: ``8,6``, ``9,8`` and four more
-are right. What a perfect teacher says is known exactly, the uniform distribution over the right answers, so a student that
-covers its teacher spreads over all of them and one that seeks modes settles on some: the difference between the two
-directions of KL that one-answer tasks cannot show. The teacher is a 2-layer transformer trained on that distribution;
-`report.json` says how far from it it stayed. The student has learnt half of the task.
+``(4)1,8,6,9,3=`` asks for two of the listed digits that are larger than the first, in any order: ``8,6``,
+``9,8`` and four more are right. What a perfect teacher says is known exactly, the uniform distribution over
+the right answers, so a student that covers its teacher spreads over all of them and one that seeks modes
+settles on some: the difference between the two directions of KL that one-answer tasks cannot show. The
+teacher is a 2-layer transformer trained on that distribution; `report.json` says how far from it it stayed.
+The student has learnt half of the task.
 """
 
 from __future__ import annotations
@@ -29,8 +30,18 @@ __all__ = ["ValidAnswers", "right_answers", "short_answers"]
 NUM_LISTED, NUM_VALID = 5, (2, 4)
 """Digits in a problem beside the first, and how many of them may be larger than it."""
 NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
-SHORT_TEACHER = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHORT_STUDENT = {"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 3, "num_attention_heads": 3}
+SHORT_TEACHER = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SHORT_STUDENT = {
+    "hidden_size": 48,
+    "intermediate_size": 144,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+}
 TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 1000, 500, 64, 4e-3
 
 
@@ -50,7 +61,10 @@ def _draw_prompt(rng: random.Random, split: Split) -> str:
     while True:
         first, *listed = rng.sample("0123456789", NUM_LISTED + 1)
         prompt = f"({first}){','.join(listed)}="
-        if NUM_VALID[0] <= sum(digit > first for digit in listed) <= NUM_VALID[1] and split_of(prompt) == split:
+        if (
+            NUM_VALID[0] <= sum(digit > first for digit in listed) <= NUM_VALID[1]
+            and split_of(prompt) == split
+        ):
             return prompt
 
 
@@ -60,7 +74,9 @@ class ValidAnswers(ExactMatch):
     name = "valid-answers"
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        return [_grade(example, answer.text.strip()) for example, answer in zip(examples, answers, strict=True)]
+        return [
+            _grade(example, answer.text.strip()) for example, answer in zip(examples, answers, strict=True)
+        ]
 
 
 def _grade(example: Example, given: str) -> Verdict:
@@ -68,17 +84,32 @@ def _grade(example: Example, given: str) -> Verdict:
 
 
 def short_answers(folder: Path) -> dict[str, Any]:
-    """The recipe of the task; see the module's text. `$BASE` holds `teacher`, `student`, `train.jsonl` and `validation.jsonl`
-    (written by the teacher, its errors included), `test.jsonl` and `report.json`."""
-    choices = [NUM_LISTED, NUM_VALID, NUM_ROWS, SHORT_TEACHER, SHORT_STUDENT, TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE]
+    """The recipe of the task; see the module's text. `$BASE` holds `teacher`, `student`, `train.jsonl` and
+    `validation.jsonl` (written by the teacher, its errors included), `test.jsonl` and `report.json`."""
+    choices = [
+        NUM_LISTED,
+        NUM_VALID,
+        NUM_ROWS,
+        SHORT_TEACHER,
+        SHORT_STUDENT,
+        TEACHER_STEPS,
+        STUDENT_STEPS,
+        BATCH,
+        RATE,
+    ]
     return {**_tree(folder), "teacher": copy_to(folder, prepare("short_answers", choices, _build))}
 
 
 def _tree(folder: Path) -> dict[str, Any]:
     return distil(
-        folder, "student", max_steps=200, per_device_train_batch_size=64, per_device_eval_batch_size=250, max_length=32,
+        folder,
+        "student",
+        max_steps=200,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=250,
+        max_length=32,
         metric_stride=1,
-    )  # fmt: skip
+    )
 
 
 def _build(folder: Path) -> dict[str, Any]:
@@ -86,7 +117,9 @@ def _build(folder: Path) -> dict[str, Any]:
     shapes = model_config(tokenizer, SHORT_TEACHER), model_config(tokenizer, SHORT_STUDENT)
     large = {"num_steps": TEACHER_STEPS, "batch_size": 2 * BATCH, "rate": 0.75 * RATE}
     teacher = learn(shapes[0], tokenizer, _right, "short teacher", **large)
-    student = learn(shapes[1], tokenizer, _right, "short student", num_steps=STUDENT_STEPS, batch_size=BATCH, rate=RATE)
+    student = learn(
+        shapes[1], tokenizer, _right, "short student", num_steps=STUDENT_STEPS, batch_size=BATCH, rate=RATE
+    )
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -94,7 +127,9 @@ def _build(folder: Path) -> dict[str, Any]:
     prompts = {split: [_draw_prompt(rng, split) for _ in range(NUM_ROWS[split])] for split in SPLITS}
     for split in ("train", "validation"):
         write_rows(folder / f"{split}.jsonl", _teacher_rows(teacher, tokenizer, prompts[split]))
-    write_rows(folder / "test.jsonl", [{"prompt": prompt, "answer": _listed(prompt)} for prompt in prompts["test"]])
+    write_rows(
+        folder / "test.jsonl", [{"prompt": prompt, "answer": _listed(prompt)} for prompt in prompts["test"]]
+    )
     kl, mass = _against_truth(teacher, tokenizer, prompts["test"])
     report = {"kl_of_truth_to_teacher_nats": kl, "teacher_mass_on_right_answers": mass}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -130,7 +165,11 @@ def _against_truth(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> tupl
         ids, labels = encode_rows(tokenizer, [Row(prompt=prompt, completion=a, answer="") for a in answers])
         logprobs = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
         targets = labels[:, 1:]
-        chosen = logprobs.gather(-1, targets.clamp_min(0)[..., None])[..., 0].masked_fill(targets == IGNORED, 0.0).sum(1)
+        chosen = (
+            logprobs.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
+            .masked_fill(targets == IGNORED, 0.0)
+            .sum(1)
+        )
         kl += -math.log(len(answers)) - float(chosen.mean())
         mass += float(chosen.exp().sum())
     return round(kl / len(prompts), 4), round(mass / len(prompts), 4)

@@ -48,7 +48,9 @@ class Backend:
         max_batch_tokens: tokens of one forward, padding included.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int = 16384):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int = 16384
+    ):
         self._teacher = ModelTeacher(model)
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
@@ -59,7 +61,9 @@ class Backend:
         self.fingerprint = model_fingerprint(model)
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         with torch.no_grad():
-            self.head = self._score([torch.zeros(1, dtype=torch.int64)], [torch.zeros(1, dtype=torch.int64)])[0].head
+            self.head = self._score([torch.zeros(1, dtype=torch.int64)], [torch.zeros(1, dtype=torch.int64)])[
+                0
+            ].head
         self._head = _for_products(self.head)
 
     def answer(self, queries: Sequence[tuple[Query, Wanted]]) -> list[dict[str, Tensor] | Exception]:
@@ -135,7 +139,8 @@ def _weight(head: Head) -> Tensor:
 
 
 def _for_products(head: Head) -> Head:
-    # A CPU's low-precision products round to the operands' dtype; the live teacher's operator raises them too.
+    # A CPU's low-precision products round to the operands' dtype; the live teacher's operator raises them
+    # too.
     weight = _weight(head)
     raised = weight.float() if weight.device.type == "cpu" else weight
     return head._replace(weight=raised, bias=None if head.bias is None else head.bias.float())
@@ -169,7 +174,9 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self.pending = 0
 
-    async def submit(self, query: Query, wanted: Wanted, abandoned: Callable[[], Awaitable[bool]]) -> dict[str, Tensor]:
+    async def submit(
+        self, query: Query, wanted: Wanted, abandoned: Callable[[], Awaitable[bool]]
+    ) -> dict[str, Tensor]:
         """The answer to a query.
 
         Args:
@@ -222,7 +229,9 @@ class Batcher:
     async def _answer(self, jobs: Sequence[_Job]) -> None:
         ask = [(job.query, job.wanted) for job in jobs]
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.answer, ask)
+            answers = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._backend.answer, ask
+            )
         except Exception as error:  # out of memory, a driver's error: the requests fail, the server goes on
             answers = [error] * len(jobs)
         for job, answer in zip(jobs, answers, strict=True):

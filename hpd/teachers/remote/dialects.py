@@ -1,7 +1,8 @@
-"""What inference servers call the log-probabilities of a prompt: requests and answers of vLLM, SGLang, and plain echo.
+"""What inference servers call the log-probabilities of a prompt: requests and answers of vLLM, SGLang, and
+plain echo.
 
-All three answer, for each token of a prompt, its own log-probability and those of the k likeliest tokens at its place. A row of
-label positions becomes a prompt of token ids, so no text is tokenised twice.
+All three answer, for each token of a prompt, its own log-probability and those of the k likeliest tokens at
+its place. A row of label positions becomes a prompt of token ids, so no text is tokenised twice.
 
 Axes: N label positions, k tokens.
 """
@@ -45,7 +46,8 @@ class Dialect(NamedTuple):
     read: Callable[[Any, int], list[Any]]
     """(answer, number of prompts) -> what it says about each prompt."""
     places: Callable[[Any, list[int]], list[Place | None]]
-    """(what it says about a prompt, the prompt) -> about each of its tokens; None for the first, which nothing precedes."""
+    """(what it says about a prompt, the prompt) -> about each of its tokens; None for the first, which
+    nothing precedes."""
 
 
 def _ask_prompt_logprobs(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
@@ -53,12 +55,23 @@ def _ask_prompt_logprobs(model: str | None, prompts: list[list[int]], k: int, te
 
 
 def _ask_echo(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
-    body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": k}
+    body = {
+        "model": model,
+        "prompt": prompts,
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "echo": True,
+        "logprobs": k,
+    }
     return body if texts else {**body, "return_tokens_as_token_ids": True}
 
 
 def _ask_sglang(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
-    body = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}, "return_logprob": True}
+    body = {
+        "input_ids": prompts,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+    }
     return {**body, "logprob_start_len": 0, "top_logprobs_num": k, "return_text_in_logprobs": texts}
 
 
@@ -79,11 +92,15 @@ def _read_list(answer: Any, count: int) -> list[Any]:
 def _prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
     told = choice["prompt_logprobs"]
     if told is None:
-        raise BadAnswer("no prompt_logprobs: the server ignores the field (protocol: echo may be what it understands)")
+        raise BadAnswer(
+            "no prompt_logprobs: the server ignores the field (protocol: echo may be what it understands)"
+        )
     places: list[Place | None] = [None]
     for token, entry in zip(prompt[1:], told[1:], strict=True):
         own = entry[str(token)]
-        places.append(Place({int(i): _number(e["logprob"]) for i, e in entry.items()}, own.get("decoded_token")))
+        places.append(
+            Place({int(i): _number(e["logprob"]) for i, e in entry.items()}, own.get("decoded_token"))
+        )
     return places
 
 
@@ -115,7 +132,9 @@ def _sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
 def _token_id(name: str) -> int:
     prefix, _, number = name.partition(":")
     if prefix != "token_id":
-        raise BadAnswer("the server does not know return_tokens_as_token_ids, without which tokens are ambiguous")
+        raise BadAnswer(
+            "the server does not know return_tokens_as_token_ids, without which tokens are ambiguous"
+        )
     return int(number)
 
 
@@ -123,7 +142,12 @@ def _number(value: Any) -> float:
     # JSON has no -inf: servers write null, a large negative number, or Python's -Infinity.
     if value is None:
         return LOGPROB_FLOOR
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > _MASS_TOLERANCE:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or math.isnan(value)
+        or value > _MASS_TOLERANCE
+    ):
         raise BadAnswer(f"a log-probability of {value!r}")
     return min(max(float(value), LOGPROB_FLOOR), 0.0)
 
@@ -160,8 +184,11 @@ def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> 
         raise BadAnswer(f"not the expected fields ({type(error).__name__}: {str(error)[:100]})") from None
 
 
-def top_k_tensors(rows: Sequence[Row], places: Sequence[Sequence[Place | None]], k: int, vocab: int) -> dict[str, Tensor]:
-    """The label positions of rows as tensors: `tokens`, `logprobs` (both `[N, k]`, likeliest first), `label_logprobs` `[N]`.
+def top_k_tensors(
+    rows: Sequence[Row], places: Sequence[Sequence[Place | None]], k: int, vocab: int
+) -> dict[str, Tensor]:
+    """The label positions of rows as tensors: `tokens`, `logprobs` (both `[N, k]`, likeliest first),
+    `label_logprobs` `[N]`.
 
     Raises:
         BadAnswer: tokens beyond the vocabulary, fewer than k, or more mass than one.

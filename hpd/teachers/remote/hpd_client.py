@@ -19,7 +19,16 @@ from hpd.http import BadAnswer, Connection, TeacherUnavailable
 from hpd.losses import Head, Scores
 from hpd.teachers.fingerprints import tokenizer_hash
 from hpd.teachers.remote.dialects import read_json
-from hpd.teachers.remote.wire import FINGERPRINT_HEADER, MEDIA_TYPE, WIRE_DTYPES, Row, check_finite, dump, load, pack_rows
+from hpd.teachers.remote.wire import (
+    FINGERPRINT_HEADER,
+    MEDIA_TYPE,
+    WIRE_DTYPES,
+    Row,
+    check_finite,
+    dump,
+    load,
+    pack_rows,
+)
 
 __all__ = ["HpdClient"]
 
@@ -48,22 +57,29 @@ class HpdClient:
         facts = self._connection.request("GET", "/health", lambda _, body: read_json(body), max_bytes=2**20)
         if isinstance(facts, dict) and facts.get("status") == "ok" and len(facts) == 1:
             raise ValueError(
-                f"{self._where} wants a token: name the environment variable that holds it in teacher.api_key_env."
+                f"{self._where} wants a token: name the environment variable that holds it in "
+                "teacher.api_key_env."
             )
         try:
             self.fingerprint = str(facts["fingerprint"])
-            self.config = PreTrainedConfig(vocab_size=int(facts["vocab"]), hidden_size=int(facts["hidden_size"]))  # type: ignore[call-arg]
+            self.config = PreTrainedConfig(
+                vocab_size=int(facts["vocab"]), hidden_size=int(facts["hidden_size"])
+            )  # type: ignore[call-arg]
             self._dtype = facts["dtype"] if self._source.dtype == "auto" else self._source.dtype
-            self.max_row_tokens, self.max_request_tokens = int(facts["max_row_tokens"]), int(facts["max_request_tokens"])
+            self.max_row_tokens, self.max_request_tokens = (
+                int(facts["max_row_tokens"]),
+                int(facts["max_request_tokens"]),
+            )
             same = facts["tokenizer"] == tokenizer_hash(student)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self._where} is no server that hpd serve-teacher started ({type(error).__name__}: {error} in /health). "
-                "For vLLM or SGLang set teacher.protocol to openai, echo or sglang."
+                f"{self._where} is no server that hpd serve-teacher started ({type(error).__name__}: {error} "
+                "in /health). For vLLM or SGLang set teacher.protocol to openai, echo or sglang."
             ) from None
         if self._dtype not in WIRE_DTYPES:
             raise ValueError(
-                f"{self._where} keeps weights in {self._dtype}: set teacher.dtype to one of {', '.join(WIRE_DTYPES)}."
+                f"{self._where} keeps weights in {self._dtype}: set teacher.dtype to one of "
+                f"{', '.join(WIRE_DTYPES)}."
             )
         self.tokenizer = student if same else self._fetch_tokenizer()
 
@@ -80,12 +96,18 @@ class HpdClient:
         return self.config.get_text_config().hidden_size  # type: ignore[attr-defined]
 
     def _fetch_tokenizer(self) -> PreTrainedTokenizerBase:
-        facts = self._connection.request("GET", "/v1/tokenizer", lambda _, body: read_json(body), max_bytes=2**28)
+        facts = self._connection.request(
+            "GET", "/v1/tokenizer", lambda _, body: read_json(body), max_bytes=2**28
+        )
         special = {name: facts[name] for name in ("eos_token", "bos_token", "pad_token") if facts.get(name)}
         if not facts.get("json"):
-            raise ValueError(f"{self._where} has a tokenizer that cannot be sent: name it in teacher.tokenizer.")
+            raise ValueError(
+                f"{self._where} has a tokenizer that cannot be sent: name it in teacher.tokenizer."
+            )
         tokenizer = Tokenizer.from_str(facts["json"])
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=facts.get("chat_template"), **special)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, chat_template=facts.get("chat_template"), **special
+        )
 
     def fetch_head(self) -> Head:
         """The server's head, in the dtype of the wire."""
@@ -101,7 +123,9 @@ class HpdClient:
             return Head(weight, tensors.get("bias"), scale, None if softcap is None else float(softcap))
 
         params = {"dtype": self._dtype}
-        return self._connection.request("GET", "/v1/head", _boundary(read), params=params, max_bytes=_MAX_HEAD_BYTES)
+        return self._connection.request(
+            "GET", "/v1/head", _boundary(read), params=params, max_bytes=_MAX_HEAD_BYTES
+        )
 
     def ask(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         count = sum(len(row.positions) for row in rows)
@@ -121,7 +145,8 @@ class HpdClient:
         return self._post(pack_rows(rows, label=False), {"hidden": self._dtype}, read)
 
     def logprobs(self, rows: Sequence[Row], tokens: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-        """Log-probabilities of any tokens at the label positions of `rows`, computed by the server, its head left there."""
+        """Log-probabilities of any tokens at the label positions of `rows`, computed by the server, its head
+        left there."""
 
         def read(response: Any, body: bytes) -> Tensor:
             self._check_server(response)
@@ -143,8 +168,8 @@ class HpdClient:
         given = response.headers.get(FINGERPRINT_HEADER)
         if given != self.fingerprint:
             raise TeacherUnavailable(
-                f"{self._where} is another model than at the start (fingerprint {given} instead of {self.fingerprint}). Start "
-                "the first one again.",
+                f"{self._where} is another model than at the start (fingerprint {given} instead of "
+                f"{self.fingerprint}). Start the first one again.",
                 final=True,
             )
 

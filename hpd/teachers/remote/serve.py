@@ -1,6 +1,7 @@
 """`hpd serve-teacher`: a teacher behind HTTP, exact for every method. FastAPI, safetensors both ways."""
 
-# No postponed annotations here: FastAPI reads those of the routes, which are defined where FastAPI is imported.
+# No postponed annotations here: FastAPI reads those of the routes, which are defined where FastAPI is
+# imported.
 import asyncio
 import contextlib
 import hmac
@@ -52,12 +53,14 @@ class ServeSettings(NamedTuple):
     def check(self) -> "ServeSettings":
         """Return self, or raise ValueError where the server would be open to a network without a token."""
         if self.token is not None and len(self.token) < 16:
-            raise ValueError("The server's token is shorter than 16 characters: make one with `openssl rand -hex 32`.")
+            raise ValueError(
+                "The server's token is shorter than 16 characters: make one with `openssl rand -hex 32`."
+            )
         if self.token is None and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} is reachable from other machines, and the server has no token. Put a secret of 16 or more "
-                "characters into the environment variable HPD_SERVE_TOKEN (or the one that --token-env names), or bind to "
-                "127.0.0.1."
+                f"host {self.host} is reachable from other machines, and the server has no token. Put a "
+                "secret of 16 or more characters into the environment variable HPD_SERVE_TOKEN (or the one "
+                "that --token-env names), or bind to 127.0.0.1."
             )
         for name in ("max_waiting", "max_request_tokens", "max_body_bytes", "graceful_seconds"):
             if getattr(self, name) < 1:
@@ -94,7 +97,8 @@ def build_app(backend: Backend, settings: ServeSettings) -> Any:
     # No pages of documentation: they would describe the server to whoever finds it.
     app = FastAPI(title="hpd teacher", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if settings.token is None:
-        # Without a token, a web page that points its own name at this machine (DNS rebinding) must not get in.
+        # Without a token, a web page that points its own name at this machine (DNS rebinding) must not get
+        # in.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
     app.add_middleware(_BoundedBodies, limit=settings.max_body_bytes)  # type: ignore[arg-type]
     app.include_router(_routes(backend, batcher, settings))
@@ -108,7 +112,9 @@ def _routes(backend: Backend, batcher: Batcher, settings: ServeSettings) -> Any:
 
     def may(request: Request) -> bool:
         given = request.headers.get("authorization", "")
-        return settings.token is None or hmac.compare_digest(given.encode(), f"Bearer {settings.token}".encode())
+        return settings.token is None or hmac.compare_digest(
+            given.encode(), f"Bearer {settings.token}".encode()
+        )
 
     def must(request: Request) -> None:
         if not may(request):
@@ -131,15 +137,21 @@ def _routes(backend: Backend, batcher: Batcher, settings: ServeSettings) -> Any:
 
     @routes.post("/v1/scores", dependencies=[Depends(must)])
     async def scores(
-        request: Request, hidden: WireName | None = None, top_k: Annotated[int, Query(ge=0, le=_MAX_TOP_K)] = 0
+        request: Request,
+        hidden: WireName | None = None,
+        top_k: Annotated[int, Query(ge=0, le=_MAX_TOP_K)] = 0,
     ) -> Response:
         query = await _read(request, backend, settings)
         wanted = Wanted(WIRE_DTYPES[hidden] if hidden else None, top_k)
         try:
             answer = await batcher.submit(query, wanted, request.is_disconnected)
         except Busy:
-            raise HTTPException(503, "too many requests wait", {"Retry-After": str(_retry_after(batcher))}) from None
-        except Exception as error:  # whatever the model's library raises: this request fails, the server goes on
+            raise HTTPException(
+                503, "too many requests wait", {"Retry-After": str(_retry_after(batcher))}
+            ) from None
+        except (
+            Exception
+        ) as error:  # whatever the model's library raises: this request fails, the server goes on
             _LOGGER.error("a request failed: %s: %s", type(error).__name__, error)
             reason = str(error) if isinstance(error, ValueError) else type(error).__name__
             raise HTTPException(500, f"the teacher failed: {reason}") from None
@@ -171,11 +183,14 @@ async def _body(request: Any) -> bytes:
         with fail_after(_BODY_SECONDS):
             return await request.body()
     except TimeoutError:
-        raise HTTPException(408, f"the body took longer than {_BODY_SECONDS:g} s", {"Connection": "close"}) from None
+        raise HTTPException(
+            408, f"the body took longer than {_BODY_SECONDS:g} s", {"Connection": "close"}
+        ) from None
 
 
 class _BoundedBodies:
-    """Refuses bodies that are too long, or do not say how long they are, before anything reads them (ASGI middleware).
+    """Refuses bodies that are too long, or do not say how long they are, before anything reads them (ASGI
+    middleware).
 
     The connection is closed with the answer: what is refused must not be received all the same.
     """
@@ -209,7 +224,9 @@ def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict
         "tokenizer": backend.tokenizer_hash,
         "vocab": backend.vocab,
         "hidden_size": backend.hidden_size,
-        "dtype": str(backend.head.weight.dtype).removeprefix("torch.") if backend.head.weight is not None else None,
+        "dtype": str(backend.head.weight.dtype).removeprefix("torch.")
+        if backend.head.weight is not None
+        else None,
         "max_request_tokens": min(settings.max_request_tokens, settings.max_body_bytes // 64),
         "max_row_tokens": min(backend.max_row_tokens, settings.max_request_tokens),
         "max_top_k": _MAX_TOP_K,
@@ -254,14 +271,21 @@ def serve(backend: Backend, settings: ServeSettings) -> None:
     import uvicorn
 
     uvicorn.run(
-        app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=settings.graceful_seconds,
         # Connections beyond this get 503 from uvicorn itself, so that idle ones cannot use up the process.
         limit_concurrency=4 * settings.max_waiting + 16,
-    )  # fmt: skip
+    )
 
 
-def serve_model(model_path: str, dtype: str, quantization: str | None, settings: ServeSettings, max_batch_tokens: int) -> None:
+def serve_model(
+    model_path: str, dtype: str, quantization: str | None, settings: ServeSettings, max_batch_tokens: int
+) -> None:
     """Load a model and `serve` it.
 
     Args:
@@ -293,7 +317,8 @@ def serve_model(model_path: str, dtype: str, quantization: str | None, settings:
     backend = Backend(model, tokenizer, max_batch_tokens)
     print(
         f"teacher {model_path} on http://{settings.host}:{settings.port} (process {os.getpid()}, fingerprint "
-        f"{backend.fingerprint}, {backend.vocab} tokens, {'a token' if settings.token else 'no token'} needed)",
+        f"{backend.fingerprint}, {backend.vocab} tokens, {'a token' if settings.token else 'no token'} "
+        "needed)",
         flush=True,
     )
     serve(backend, settings)

@@ -1,4 +1,5 @@
-"""`teacher: {type: server}`: a teacher behind HTTP, ours (exact for every method) or an OpenAI-compatible one (top-k).
+"""`teacher: {type: server}`: a teacher behind HTTP, ours (exact for every method) or an OpenAI-compatible one
+(top-k).
 
 Axes: N label positions, D hidden, V vocabulary, k likeliest tokens.
 """
@@ -73,7 +74,8 @@ class Backend(Protocol):
         ...
 
     def scores(self, answer: dict[str, Tensor]) -> TeacherScores:
-        """Answers of several requests, concatenated, as what the operator reads; empty for a batch without labels."""
+        """Answers of several requests, concatenated, as what the operator reads; empty for a batch without
+        labels."""
         ...
 
 
@@ -89,13 +91,18 @@ class ServedTeacher:
         assert source.url is not None
         self.source = source
         self._connection = Connection(
-            source.url.rstrip("/").removesuffix("/v1"), api_key=read_key(source.api_key_env),
-            timeout_seconds=source.timeout_seconds, wait_seconds=source.wait_seconds, connections=source.concurrency,
-        )  # fmt: skip
+            source.url.rstrip("/").removesuffix("/v1"),
+            api_key=read_key(source.api_key_env),
+            timeout_seconds=source.timeout_seconds,
+            wait_seconds=source.wait_seconds,
+            connections=source.concurrency,
+        )
         self._pool = ThreadPoolExecutor(source.concurrency, thread_name_prefix="teacher")
         self._answers: OrderedDict[bytes, list[Future[dict[str, Tensor]]]] = OrderedDict()
         self._backend: Backend = (
-            HpdClient(self._connection, source) if source.protocol == "hpd" else _TopKClient(self._connection, source, vocab)
+            HpdClient(self._connection, source)
+            if source.protocol == "hpd"
+            else _TopKClient(self._connection, source, vocab)
         )
 
     def connect(self, student: PreTrainedTokenizerBase) -> None:
@@ -133,7 +140,8 @@ class ServedTeacher:
         limit = self._backend.max_row_tokens
         if max_length is not None and max_length > limit:
             raise ValueError(
-                f"train.max_length is {max_length} and the teacher at {self.source.url} takes {limit} tokens a row."
+                f"train.max_length is {max_length} and the teacher at {self.source.url} takes {limit} tokens "
+                "a row."
             )
 
     def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
@@ -143,14 +151,17 @@ class ServedTeacher:
         reasons = why_not_served(terms, self._backend.top_k)
         if reasons and self.source.tail == "exact":
             raise ValueError(
-                f"The teacher at {self.source.url} tells its {self._backend.top_k} likeliest tokens and the label, and that is "
-                f"not enough: {'; '.join(reasons)}. Teachers that can: type model, type cached, or a server that hpd "
-                "serve-teacher runs (protocol: hpd). Methods that this one can serve exactly: support: label, or top_k and "
-                f"label+top_k with top_k <= {self._backend.top_k}. Or accept an approximation with teacher.tail: uniform: "
-                "tokens beyond the likeliest share the rest of the mass evenly."
+                f"The teacher at {self.source.url} tells its {self._backend.top_k} likeliest tokens and the "
+                f"label, and that is not enough: {'; '.join(reasons)}. Teachers that can: type model, type "
+                "cached, or a server that hpd serve-teacher runs (protocol: hpd). Methods that this one can "
+                "serve exactly: support: label, or top_k and label+top_k with top_k <= "
+                f"{self._backend.top_k}. Or accept an approximation with teacher.tail: uniform: tokens "
+                "beyond the likeliest share the rest of the mass evenly."
             )
         if reasons:
-            _LOGGER.warning("tail: uniform approximates the teacher beyond its likeliest tokens: %s", "; ".join(reasons))
+            _LOGGER.warning(
+                "tail: uniform approximates the teacher beyond its likeliest tokens: %s", "; ".join(reasons)
+            )
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         self._backend.prepare(accelerator.device)
@@ -183,7 +194,9 @@ class ServedTeacher:
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
         self.wait({**inputs, **{f"label_{name}": value for name, value in batch._asdict().items()}})
         answers = [future.result() for future in self._answers.pop(_key(batch.keys))]
-        joined = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]} if answers else {}
+        joined = (
+            {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]} if answers else {}
+        )
         return self._backend.scores(joined)
 
     def close(self) -> None:
@@ -195,7 +208,10 @@ class ServedTeacher:
         """What could be checked about a server that does not tell its tokenizer."""
         text = f"{self.source.url} reads a probe of token ids as the student's tokenizer does"
         unknown = "unknown: the server does not tell its tokenizer; name it in teacher.tokenizer to have it compared"
-        return [Verdict("ok", "vocabulary", text), Verdict("warning", "end of sequence, chat template", unknown)]
+        return [
+            Verdict("ok", "vocabulary", text),
+            Verdict("warning", "end of sequence, chat template", unknown),
+        ]
 
 
 def _key(keys: Tensor) -> bytes:
@@ -217,12 +233,15 @@ class _TopKClient:
         self.max_request_tokens = 32768
 
     def connect(self, student: PreTrainedTokenizerBase) -> None:
-        """One probe: does the server know the fields, give enough tokens, and call them by the student's names?"""
+        """One probe: does the server know the fields, give enough tokens, and call them by the student's
+        names?"""
         prompt: list[int] = student(_PROBE, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
         row = Row(prompt, list(range(len(prompt) - 1)))
         self._ask([row], texts=False)
         told = [
-            (t, p.text) for t, p in zip(prompt, self._places([row], texts=True)[0], strict=True) if p and p.text is not None
+            (t, p.text)
+            for t, p in zip(prompt, self._places([row], texts=True)[0], strict=True)
+            if p and p.text is not None
         ]
         # A token that is part of a character has no text of its own.
         pairs = [(str(student.decode([token])), text) for token, text in told]
@@ -231,9 +250,9 @@ class _TopKClient:
         if len(differing) > len(known) // 4:
             ours, theirs = differing[0]
             raise ValueError(
-                f"The teacher at {self._connection.url} reads the student's token ids as other text ({theirs!r} where the "
-                f"student has {ours!r}, {len(differing)} of {len(known)} tokens): its tokenizer is another. Choose a teacher "
-                "of the student's family."
+                f"The teacher at {self._connection.url} reads the student's token ids as other text "
+                f"({theirs!r} where the student has {ours!r}, {len(differing)} of {len(known)} tokens): its "
+                "tokenizer is another. Choose a teacher of the student's family."
             )
 
     def ask(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -248,9 +267,11 @@ class _TopKClient:
 
     def _places(self, rows: Sequence[Row], texts: bool) -> list[list[Any]]:
         return self._connection.request(
-            "POST", self._dialect.path, lambda _, body: read_places(self._dialect, body, [row.tokens for row in rows]),
+            "POST",
+            self._dialect.path,
+            lambda _, body: read_places(self._dialect, body, [row.tokens for row in rows]),
             json=self._body(rows, texts),
-        )  # fmt: skip
+        )
 
     def _body(self, rows: Sequence[Row], texts: bool) -> dict[str, Any]:
         return self._dialect.ask(self._source.model, [row.tokens for row in rows], self.top_k, texts)
@@ -259,12 +280,16 @@ class _TopKClient:
         self._device = device
 
     def scores(self, answer: dict[str, Tensor]) -> TopKScores:
-        on_device = {n: t.to(self._device) for n, t in (answer or top_k_tensors([], [], self.top_k, self.vocab)).items()}
+        on_device = {
+            n: t.to(self._device)
+            for n, t in (answer or top_k_tensors([], [], self.top_k, self.vocab)).items()
+        }
         return TopKScores(**on_device, vocab=self.vocab)
 
 
 def why_not_served(terms: Sequence[Term | TermConfig], top_k: int) -> list[str]:
-    """What a teacher that is known at its `top_k` likeliest tokens and the label cannot tell these terms exactly."""
+    """What a teacher that is known at its `top_k` likeliest tokens and the label cannot tell these terms
+    exactly."""
     reasons = []
     for config in terms:
         ends = [config] if isinstance(config, Term) else [config.at(0.0).build(), config.at(1.0).build()]
@@ -277,7 +302,11 @@ def _why_not(term: Term, top_k: int) -> str | None:
     if support.whole:
         return "reads every token of the vocabulary"
     if support.draws:
-        return "reads tokens that the student draws" if support.draws_of == "student" else "draws from the whole vocabulary"
+        return (
+            "reads tokens that the student draws"
+            if support.draws_of == "student"
+            else "draws from the whole vocabulary"
+        )
     if support.top_k and support.top_k_of == "student":
         return "reads the student's likeliest tokens"
     if support.top_k > top_k:

@@ -60,7 +60,9 @@ class Query(NamedTuple):
 
 def dump(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors to bytes."""
-    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
 
 
 def load(content: bytes) -> dict[str, Tensor]:
@@ -104,14 +106,21 @@ def read_query(content: bytes, *, vocab: int, max_tokens: int, max_row_tokens: i
         rank = 2 if name == "tokens" else 1
         if tensor.dtype not in (torch.int64, torch.int32) or tensor.ndim != rank or not tensor.numel():
             raise ValueError(f"{name} must be a non-empty int64 tensor of rank {rank}")
-    ids, lengths, positions, counts = (tensors[n].long() for n in ("input_ids", "lengths", "positions", "counts"))
+    ids, lengths, positions, counts = (
+        tensors[n].long() for n in ("input_ids", "lengths", "positions", "counts")
+    )
     if max(len(ids), len(positions)) > max_tokens:
-        raise ValueError(f"{len(ids)} tokens and {len(positions)} positions in one request, at most {max_tokens} are answered")
+        raise ValueError(
+            f"{len(ids)} tokens and {len(positions)} positions in one request, at most {max_tokens} are "
+            "answered"
+        )
     _check_range("input_ids", ids, 0, vocab)
     _check_range("lengths", lengths, 1, max_row_tokens + 1)
     _check_range("counts", counts, 1, len(positions) + 1)
     if len(lengths) != len(counts) or int(lengths.sum()) != len(ids) or int(counts.sum()) != len(positions):
-        raise ValueError("lengths must sum to the tokens, counts to the positions, and both name the same rows")
+        raise ValueError(
+            "lengths must sum to the tokens, counts to the positions, and both name the same rows"
+        )
     _check_range("positions", positions, 0, lengths.repeat_interleave(counts))
     tokens = tensors.get("tokens")
     if tokens is not None:
@@ -148,7 +157,8 @@ class Row(NamedTuple):
 
 
 def rows_of(inputs: dict[str, Any], batch: TokenBatch) -> list[Row]:
-    """The rows that hold a label, in the order of the batch, whatever its layout (padded on either side, or padding-free).
+    """The rows that hold a label, in the order of the batch, whatever its layout (padded on either side, or
+    padding-free).
 
     The label positions of all rows, one after the other, are those of `batch`.
     """
