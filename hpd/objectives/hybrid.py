@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number, check_switch
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number, check_switch
 
 __all__ = ["hpd", "hpd_exact", "hpd_full"]
 
@@ -60,7 +60,8 @@ def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce
     def draw_share(draw_logprobs: Float[Tensor, "N n"]) -> float:
         return 1.0 / max(draw_logprobs.shape[1], 1)
 
-    return _label_and_draws(draw_share, forward, reverse, mask, reinforce)
+    objective = _label_and_draws(draw_share, forward, reverse, mask, reinforce)
+    return objective._replace(rule="hpd", arguments=(forward, reverse, mask, reinforce))
 
 
 def hpd_exact(
@@ -74,42 +75,12 @@ def hpd_exact(
     of `hpd`, with the draws' share of n replaced by their probability.
     """
     _check("hpd_exact", forward, reverse, mask, reinforce)
-    rule = _label_and_draws(
+    objective = _label_and_draws(
         lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce, label_is_apart=True
     )
-
-    def fused(whole: Whole) -> Weighed:
-        """The label's two columns merged into its place in the vocabulary."""
-        labels, q = whole.labels[:, None], whole.student_probs
-        label_p, label_q = whole.teacher_logprobs.gather(1, labels).exp(), q.gather(1, labels)
-        log_ratio = whole.teacher_logprobs.sub_(whole.student_logprobs)
-        gap = log_ratio.gather(1, labels)
-        overestimated = torch.mul(q, log_ratio < 0)
-        share = overestimated.sum(-1, keepdim=True)
-        positive = (gap > 0).to(gap.dtype)
-        coefficient = (positive if mask else 1.0) + positive * share * reinforce
-        label_weight = reverse * label_q * gap + forward * coefficient * label_p
-        result = (
-            overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse).scatter_(1, labels, 0.0)
-        )
-        others = result.sum(-1, keepdim=True)  # none of them positive
-        result.scatter_(1, labels, label_weight)
-        stats = {
-            "k1_positive": positive,
-            "reinforced": positive * share * reinforce,
-            "suppressed": (1 - positive) * mask,
-            "punished": share - label_q * (gap < 0),
-            "mass_moved": label_weight.abs() - others,
-        }
-        stats = {name: values[:, 0] for name, values in stats.items()}
-        return Weighed(
-            result,
-            -whole.student_logprobs.mul_(result).sum(-1),
-            mass=(others + label_weight)[:, 0],
-            stats=stats,
-        )
-
-    return rule._replace(domain="label_and_vocabulary", fused=fused)
+    return objective._replace(
+        domain="label_and_vocabulary", rule="hpd_exact", arguments=(forward, reverse, mask, reinforce)
+    )
 
 
 def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> Objective:
@@ -137,16 +108,7 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
             forward_part = forward_part * (log_ratio > 0)
         return forward_part + reverse * student_logprobs.exp() * log_ratio
 
-    def fused(whole: Whole) -> Weighed:
-        result, log_ratio = whole.teacher_logprobs.exp(), whole.teacher_logprobs.sub_(whole.student_logprobs)
-        if mask:
-            result.mul_(log_ratio > 0)
-        if forward != 1.0:
-            result.mul_(forward)
-        result.addcmul_(whole.student_probs, log_ratio, value=reverse)
-        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1))
-
-    return Objective(weights, _likelihood(weights), fused=fused)
+    return Objective(weights, _likelihood(weights), rule="hpd_full", arguments=(forward, reverse, mask))
 
 
 def _label_and_draws(
