@@ -22,7 +22,7 @@ from torch import Tensor
 from hpd import DistillConfig
 from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.losses.chunked import chunk_rows
+from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import METHODS, build_terms
 

@@ -120,5 +120,5 @@ def _saturated_exp(exponent: Tensor) -> Tensor:
 
 
 def _exp_difference(x: Tensor, y: Tensor, difference: Tensor) -> Tensor:
-    """exp(x) - exp(y), the larger term saturated; exact near zero if `difference` is x - y before rounding."""
+    """exp(x) - exp(y), the larger saturated; exact near zero if `difference` is x - y before rounding."""
     return _saturated_exp(torch.maximum(x, y)) * torch.copysign(torch.expm1(-difference.abs()), difference)

@@ -20,7 +20,7 @@ __all__ = ["FUSED", "Weighed", "Whole"]
 
 
 class Whole(NamedTuple):
-    """Both distributions over the whole vocabulary, every token in order, as the operator has them at hand."""
+    """Both distributions over the whole vocabulary, every token in order."""
 
     teacher_logprobs: Float[Tensor, "N V"]
     """Scratch: may be overwritten."""
@@ -32,7 +32,7 @@ class Whole(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """Weights and value of an objective on the whole vocabulary."""
+    """Weights and value on the whole vocabulary."""
 
     weights: Float[Tensor, "N V"]
     """To be multiplied by `factor`: a pass saved."""
@@ -148,7 +148,8 @@ def hpd_exact(whole: Whole, forward: float, reverse: float, mask: bool, reinforc
     positive = (gap > 0).to(gap.dtype)
     coefficient = (positive if mask else 1.0) + positive * share * reinforce
     label_weight = reverse * label_q * gap + forward * coefficient * label_p
-    weights = overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse).scatter_(1, labels, 0.0)
+    weights = overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse)
+    weights.scatter_(1, labels, 0.0)
     others = weights.sum(-1, keepdim=True)  # none of them positive
     weights.scatter_(1, labels, label_weight)
     stats = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from hpd.objectives.kl import forward_kl, reverse_kl
 from hpd.objectives.objective import LogProbs, Objective, Weights, check_number

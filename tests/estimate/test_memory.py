@@ -15,7 +15,7 @@ from hpd import DistillConfig
 from hpd.config import load_recipe
 from hpd.estimate.memory import LiveBytes, StepMemory, parse_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
-from hpd.losses.chunked import chunk_rows
+from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
 from hpd.methods import build_terms
 from hpd.training.plan import plan
