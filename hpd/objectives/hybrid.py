@@ -1,9 +1,8 @@
-r"""Hybrid Policy Distillation: the paper's rule on the label and draws, its expectation over the draw, and
-every token.
+r"""Hybrid Policy Distillation: the paper's rule on label and draws, its expectation, and every token.
 
 Axes and notation: see `hpd.objectives.objective`; in addition y is the label, a a token drawn from the
-student, and
-:math:`k_v = q_v (\log p_v - \log q_v)` the gap at a token: positive where the student underestimates it.
+student, and :math:`k_v = q_v (\log p_v - \log q_v)` the gap at a token: positive where the student
+underestimates it.
 
 Signs of k are read off :math:`\log p - \log q`, which keeps them where q underflows to zero.
 """
@@ -21,11 +20,10 @@ __all__ = ["hpd", "hpd_exact", "hpd_full"]
 
 
 def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
-    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (columns 1 to n; n may
-    be 0).
+    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (the other columns).
 
-    With c_f, c_r the two coefficients and P the share of the draws that the student overestimates, :math:`k_a
-    < 0`:
+    With c_f, c_r the two coefficients and P the share of the n >= 0 draws that the student overestimates,
+    :math:`k_a < 0`:
 
     .. math:: w_y &= (1 + P)\, c_f\, p_y + c_r k_y \;\text{ if } k_y > 0 \text{ (reinforce)}, \quad
                      c_r k_y \;\text{ otherwise (suppress)} \\
@@ -120,13 +118,13 @@ def _label_and_draws(
 ) -> Objective:
     """The rule shared by `hpd` and `hpd_exact`.
 
-    `draw_share` is what each draw column counts for, one in sum; `label_is_apart` says that no draw is the
-    label.
+    Args:
+        draw_share: what each draw column counts, one in sum.
+        label_is_apart: no draw is the label.
     """
 
     def split(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor, Tensor]:
-        """Label's log-ratio [N, 1], draws' log-ratio [N, n] and the share [N, n] of each overestimated draw,
-        else 0."""
+        """Log-ratio of the label [N, 1] and of the draws [N, n]; share [N, n] of each overestimated draw."""
         log_ratio = teacher_logprobs - student_logprobs
         label, draws = log_ratio[:, :1], log_ratio[:, 1:]
         return label, draws, (draws < 0).to(draws.dtype) * draw_share(student_logprobs[:, 1:])
