@@ -1,4 +1,4 @@
-"""Write docs/methods.md and the README's table from the package's tables; --check: say if they are current."""
+"""Write docs/methods.md and the README's table from the package's tables, or --check them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _TAIL = """
 |---|---|---|
 | `full` | every token | |
 | `label` | the dataset's token | |
-| `sampled` | drawn tokens, weight divided by their probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
+| `sampled` | drawn tokens, weight / probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
 | `label+sampled` | the label, and draws that differ from it | the same, `draw_share`, `exclude_label` |
 | `rollout` | the token that the student wrote, weight divided by its probability; needs `on: student` | |
-| `top_k` | the k likeliest and a rule for the rest | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
+| `top_k` | the k likeliest, and the tail | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
 | `label+top_k` | the same, the label always among them | the same |
 | `label+full` | the label, and every token (hpd_exact) | |
 

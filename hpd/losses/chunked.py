@@ -115,9 +115,9 @@ class ReweightedNLL(torch.autograd.Function):
             for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
         ]
         total = hidden.new_zeros(())
-        if len(hidden):
-            total = sum(term.weight * sums[f"value/{term.name}"] for term in terms)
-        return (total * call.scale).to(torch.promote_types(hidden.dtype, torch.float32))  # type: ignore[union-attr]
+        for term in terms if len(hidden) else ():
+            total = total + term.weight * sums[f"value/{term.name}"]
+        return (total * call.scale).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -37,7 +37,7 @@ Sums = dict[str, Tensor]
 
 
 class TileInputs(NamedTuple):
-    """What a tile needs beside the logits, row for row."""
+    """A tile's inputs beside the logits, row for row."""
 
     labels: Int[Tensor, "R"]
     uniforms: Float[Tensor, "R u"] | None
@@ -191,7 +191,7 @@ def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R 
 
 
 def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs) -> Draws | None:
-    """The term's draws: those given, or fresh ones from the position's uniform numbers."""
+    """The term's draws: those given, or fresh ones from the position's uniforms."""
     if not term.support.draws:
         return None
     from_student = term.support.draws_of == "student"

@@ -19,7 +19,7 @@ class Method:
     """A row of the table."""
 
     summary: str
-    """What it learns, in one line."""
+    """The thing that it learns, in one line."""
     weight: str
     """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
     use: str

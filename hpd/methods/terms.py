@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, cast
 
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
@@ -131,7 +131,7 @@ class Term(NamedTuple):
 class TermConfig:
     """One term of the loss, as a recipe writes it."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
     objective: Annotated[ObjectiveLike, _NameInRecipes]
     """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name"
@@ -215,8 +215,8 @@ class TermConfig:
                 )
             objective = OBJECTIVES["hpd_exact"](*objective.arguments)
         support = fixed._build_support(objective)
-        numbers = fixed.weight, fixed.temperature
-        return Term(name or self.name, objective, support, *numbers, fixed.on).check()  # type: ignore[arg-type]
+        name = name or self.name
+        return Term(name, objective, support, fixed.weight, fixed.temperature, fixed.on).check()  # type: ignore
 
     def _build_support(self, objective: Objective) -> Support:
         """The support, with the draw's switches where it has draws."""
@@ -264,7 +264,7 @@ def _factory(objective: ObjectiveLike) -> Callable[..., Objective]:
     if not callable(found):
         kind = type(found).__name__
         raise ValueError(f"{objective} is a {kind}: give an Objective, or a function that returns one.")
-    return found
+    return cast(Callable[..., Objective], found)
 
 
 def parameters_of(objective: ObjectiveLike) -> Mapping[str, inspect.Parameter]:
@@ -314,7 +314,7 @@ def sources_used(terms: Sequence[Term]) -> set[str]:
 
 
 def num_uniforms(terms: Sequence[Term]) -> int:
-    """Uniform numbers that a position needs."""
+    """Uniforms that a position needs."""
     return max((term.support.num_uniforms for term in terms), default=0)
 
 

@@ -63,7 +63,7 @@ def _descending(probs: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
 
 
 def todi(beta: float = 1.0) -> Objective:
-    r"""Token-wise distillation: forward KL on tokens that the student underestimates, reverse KL on the others.
+    r"""Token-wise distillation: forward KL where the student underestimates, reverse KL elsewhere.
 
     .. math:: D = \sum_v \big(\alpha_v p_v - (1 - \alpha_v) q_v\big) \delta_v, \quad
               \alpha_v = \operatorname{sigmoid}(\beta \delta_v) \text{ (constant)}, \qquad

@@ -70,7 +70,7 @@ class Objective(NamedTuple):
     """Name of the factory of this package that made it, whose second form in `hpd.objectives.fused.FUSED` the
     operator takes on the whole vocabulary. Leave it empty for an objective of your own."""
     arguments: tuple[Any, ...] = ()
-    """What the second form is given."""
+    """Arguments of the second form."""
 
 
 def check_number(
