@@ -200,8 +200,8 @@ class TermConfig:
         """The objective's name, for logs and errors."""
         if isinstance(self.objective, str):
             return self.objective
-        made_by = self.objective.rule if isinstance(self.objective, Objective) else self.objective.__name__
-        return made_by or "objective"
+        maker = "rule" if isinstance(self.objective, Objective) else "__name__"
+        return getattr(self.objective, maker, "") or "objective"
 
     def build(self, name: str | None = None) -> Term:
         """The term, checked. Raises ValueError with the reason where the choices do not fit together."""

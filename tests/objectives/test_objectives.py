@@ -295,9 +295,10 @@ def test_masked_rows_are_removed_rows(case: Case) -> None:
         torch.testing.assert_close(f(*changed)[keep], f(teacher[keep], student[keep]), rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.make().rule in FUSED and not case.domain.startswith("label")], ids=str
-)
+WITH_SECOND_FORM = [c for c in CASES if c.make().rule in FUSED and not c.domain.startswith("label")]
+
+
+@pytest.mark.parametrize("case", WITH_SECOND_FORM, ids=str)
 def test_fused_is_weights_and_summed_value(case: Case) -> None:
     objective, (teacher, student) = case.make(), logprobs()
     labels = torch.zeros(len(student), dtype=torch.long)
