@@ -77,6 +77,8 @@ An `hpd.Objective`, or a function that returns one, from any module that Python 
 terms: [{objective: "my_module:chi_square"}]
 ```
 
+In Python (`TermConfig`, `distillation_loss`) the objective or its factory itself will do as well.
+
 [CONTRIBUTING.md](../CONTRIBUTING.md) shows one in 15 lines. For an f-divergence two functions of r = p/q are
 enough:
 
