@@ -1,4 +1,4 @@
-"""Before anything else is imported: run offline, on two threads, with the shapes of public signatures checked."""
+"""Before anything else is imported: run offline, on few threads, with the shapes of public signatures checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 # Hub clients read these when they are imported. Whoever runs the tests marked `network` sets HF_HUB_OFFLINE=0.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Torch reads it when it is imported, and so do the processes that tests start: all compute on as many threads, on which the
+# last bit of a product may depend.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
@@ -18,7 +21,13 @@ from jaxtyping import install_import_hook
 SHAPED = ["batch", "estimators", "forward", "functional", "losses", "sampling", "supports", "terms"]
 install_import_hook([f"hpd.{module}" for module in SHAPED], "beartype.beartype")
 
-torch.set_num_threads(2)
+
+@pytest.fixture(autouse=True)
+def threads_stay_as_they_are():
+    """A run of `hpd compare` sets the number of threads of its process; the next test computes on as many as the one before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
