@@ -15,11 +15,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from skips import fail_on_unlisted_skips
 
 # The modules whose signatures carry shapes. The trainer's are left out, their types are foreign classes and protocols; so are
 # the objectives', since torch.compile, which their tests use, cannot trace the checks.
 SHAPED = ["batch", "estimators", "forward", "functional", "losses", "sampling", "supports", "terms"]
 install_import_hook([f"hpd.{module}" for module in SHAPED], "beartype.beartype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    fail_on_unlisted_skips(config)
 
 
 @pytest.fixture(autouse=True)
