@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cached_pairs import THREADS, files_of, make_recipe, write_here, write_in_world
+from forked import context
 
 from hpd.config import load_recipe
 from hpd.teachers import CachedTeacher, cache_writer
@@ -28,10 +28,7 @@ def threads_of_the_processes():
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that start in milliseconds: forked from one that has imported everything and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cached_pairs", "hpd.teachers.cache_writer"])
-    return context
+    return context()
 
 
 @pytest.fixture(scope="module")

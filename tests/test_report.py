@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from tiny_grid import SCRIPT, command, hpd, tiny_grid
+from forked import hpd
+from tiny_grid import SCRIPT, command, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
 from hpd.experiments.html import render_page
