@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from hpd.teachers import TeacherUnavailable
 from hpd.training.checkpoints import CheckpointFailed, newest_complete
-from hpd.training.guards import NonFinite
+from hpd.training.nonfinite import NonFinite
 
 __all__ = ["Interrupted", "RunStopped", "Signals", "catch_signals", "ends_resumable", "stopped"]
 

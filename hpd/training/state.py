@@ -1,0 +1,137 @@
+"""A process's part of a checkpoint: the state of everything that has one, by name, in one file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hpd.training.checkpoints import reading
+
+__all__ = ["SavedState", "get_random", "read_state", "set_random", "write_state"]
+
+_LOGGER = logging.getLogger(__name__)
+
+# The same on all processes.
+_SHARED = ("terms", "share", "watch")
+
+
+class SavedState(NamedTuple):
+    """State by name, and the file that it was read from."""
+
+    file: Path
+    parts: dict[str, Any]
+
+
+def write_state(checkpoint: Path, rank: int, parts: Mapping[str, Any]) -> None:
+    """Write a process's part of a checkpoint."""
+    torch.save(dict(parts), _file(checkpoint, rank))
+
+
+def read_state(checkpoint: Path, rank: int, device: str, names: Iterable[str], required: bool) -> SavedState:
+    """Read a process's part of a checkpoint, of this layout or the one before.
+
+    Args:
+        device: type of the device that tensors go to.
+        names: what a process's own part must hold.
+        required: True if nothing can go on without this process's own part.
+
+    Returns:
+        Without a part of this process (the checkpoint was written by fewer), what all of them share.
+
+    Raises:
+        CheckpointUnreadable: a file is damaged.
+        ValueError: there is no part of this process, and it is required.
+    """
+    file, first = _file(checkpoint, rank), _file(checkpoint, 0)
+    if file.is_file():
+        saved = SavedState(file, _load(file, device))
+        with reading(file):
+            if lacking := [name for name in names if name not in saved.parts]:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+        return saved
+    if first.is_file():
+        found = _load(first, device)
+        saved = SavedState(first, {name: found[name] for name in _SHARED if name in found})
+    else:
+        saved = _read_earlier_layout(checkpoint, rank, device, required)
+    if required and "on_policy" not in saved.parts:
+        raise ValueError(
+            f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume "
+            "with as many processes as the checkpoint was written with, or start again with --overwrite."
+        )
+    if "sums" not in saved.parts:
+        _LOGGER.warning(
+            "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on "
+            "only.",
+            checkpoint,
+            file.name,
+        )
+    return saved
+
+
+def get_random() -> dict[str, Any]:
+    """The state of all random numbers of this process."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def set_random(state: dict[str, Any]) -> None:
+    """Go on where `get_random` was called."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / f"state-rank{rank}.pt"
+
+
+def _load(file: Path, device: str) -> dict[str, Any]:
+    with reading(file):
+        # Several processes on a CPU call it cpu:0, which torch.load does not know; so only its type.
+        return torch.load(file, weights_only=True, map_location=device)
+
+
+def _read_earlier_layout(checkpoint: Path, rank: int, device: str, required: bool) -> SavedState:
+    """Two files a process, and in trainer_state.json what all processes share."""
+    callbacks = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))[
+        "stateful_callbacks"
+    ]
+    parts: dict[str, Any] = {"terms": callbacks.get("hpd_adaptive", {})}
+    if "hpd_student_share" in callbacks:
+        parts["share"] = callbacks["hpd_student_share"]
+    window_file, rows_file = (checkpoint / f"{name}-rank{rank}.pt" for name in ("window", "rollouts"))
+    written: dict[str, Any] = {"frozen": [], "rows": {"replay": None, "current": None}}
+    sums: dict[str, float] = {}
+    if rows_file.is_file():
+        written = _load(rows_file, device)
+    if window_file.is_file():
+        window = _load(window_file, device)
+        with reading(window_file):
+            sums = window["rollouts"]
+            parts["sums"] = window["sums"]
+            parts["watch"] = {"skipped_steps": window["skipped_steps"]}
+            loss, last_logged = window["loss"], window["last_logged"]
+            parts["window"] = {"loss": loss, "last_logged": last_logged, "last_step": window.get("last_step")}
+    if rows_file.is_file() or not required:
+        with reading(rows_file):
+            rows = written["rows"]
+            parts["on_policy"] = {
+                "frozen": written["frozen"],
+                "rows": None if rows is None else {**rows, "sums": sums},
+            }
+    return SavedState(rows_file if required else window_file, parts)
