@@ -93,10 +93,11 @@ class TaskEvaluation(Resumable):
         if self.accelerator.num_processes > 1:
             broadcast_object_list(shared)
         metrics: dict[str, float] = shared[0]
-        training = self.model.training
-        self.model.eval()  # `log` then leaves the running sums of training alone
+        student: Any = self.model
+        training = student.training
+        student.eval()  # `log` then leaves the running sums of training alone
         self.log(dict(metrics))
-        self.model.train(training)
+        student.train(training)
         return metrics
 
     def _group(self) -> Group | None:

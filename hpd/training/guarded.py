@@ -86,8 +86,10 @@ class GuardedTrainer(StudentTrainer):
         """
         rows = None
         if not self.is_sharded:
-            student, decode = self.accelerator.unwrap_model(self.model), self._tokenizer.decode
-            rows = row_likelihoods(record.batches, student, self.teacher, self._prepare_inputs, decode)
+            student = self.accelerator.unwrap_model(self.model)
+            rows = row_likelihoods(
+                record.batches, student, self.teacher, self._prepare_inputs, self._tokenizer.decode
+            )
         text = write_report(
             Path(str(self.args.output_dir)) / "nonfinite",
             finding,

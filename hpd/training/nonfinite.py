@@ -245,7 +245,7 @@ def row_likelihoods(
     model: nn.Module,
     teacher: Teacher,
     prepare: Callable[[dict[str, Any]], Any],
-    decode: Callable[[Any], str],
+    decode: Callable[[Any], Any],
 ) -> list[dict[str, Any]]:
     """Each row with the negative log-likelihood of its labels under both models, in nats.
 

@@ -29,9 +29,12 @@ from hpd.training.checkpoints import (
     weights_file,
     writing,
 )
-from hpd.training.state import SavedState, get_random, read_state, set_random, write_state
+from hpd.training.state import EARLIER_NAMES, get_random, read_state, set_random, write_state
 
 __all__ = ["Resumable", "Stateful", "StopTraining"]
+
+
+_OF_A_WINDOW = {"loss", "last_logged", "last_step"}
 
 
 class StopTraining(Exception):
@@ -62,8 +65,8 @@ class Resumable(Trainer):
     """What a checkpoint holds beside what transformers keeps, by name."""
     needs_own_state: bool = False
     """True if a process cannot go on without the state that it had itself."""
-    _loaded: SavedState | None = None
-    """The state of the resumed checkpoint, until training begins."""
+    _window: Mapping[str, Any] | None = None
+    """What the resumed checkpoint says of the log that comes next, until training begins."""
     _unfinished: dict[str, Any] | None = None
     """The evaluation that runs: what it consists of, and the state before it."""
     _to_repeat: dict[str, Any] | None = None
@@ -147,12 +150,12 @@ class Resumable(Trainer):
 
     def take_state(self) -> dict[str, Any]:
         """The state of everything that has one, and of the log that comes next, by name."""
-        window = {
-            "loss": self._tr_loss.clone(),
-            "last_logged": self._globalstep_last_logged,
-            "last_step": self.last_step,
-        }
-        return {"window": window, **{name: part.state_dict() for name, part in self.stateful.items()}}
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
+        if hasattr(self, "_tr_loss"):  # since training began
+            last_logged, last_step = self._globalstep_last_logged, self.last_step
+            window = {"loss": self._tr_loss.clone(), "last_logged": last_logged, "last_step": last_step}
+            state["window"] = window
+        return state
 
     def put_state(self, state: Mapping[str, Any]) -> None:
         """Go on where `take_state` was called, as far as `state` holds it."""
@@ -222,11 +225,10 @@ class Resumable(Trainer):
         epoch."""
         if not checkpoint:
             return
-        if self._loaded is not None:
-            # Not earlier: the Trainer starts its sums when training begins.
-            with reading(self._loaded.file):
-                self.put_state(self._loaded.parts)
-            self._loaded = None
+        if self._window is not None:
+            # Not earlier: the Trainer starts its own sums when training begins.
+            self.put_state({"window": self._window})
+            self._window = None
         # An evaluation leaves the model in evaluation mode until the next step, and logs go by that.
         last = self.state.log_history[-1] if self.state.log_history else {}
         evaluated = last.get("step") == self.state.global_step and any(
@@ -332,13 +334,21 @@ class Resumable(Trainer):
         with reading(Path(checkpoint or "") / "optimizer.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._loaded = read_state(
-                Path(checkpoint),
-                self.accelerator.process_index,
-                self.accelerator.device.type,
-                names=("window", *self.stateful),
-                required=self.needs_own_state,
-            )
+            self._load_state(Path(checkpoint))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """Go on with the state of a checkpoint."""
+        rank, device = self.accelerator.process_index, self.accelerator.device.type
+        names = ("window", *self.stateful)
+        saved = read_state(checkpoint, rank, device, names, required=self.needs_own_state)
+        with reading(saved.file):
+            self._window = saved.parts.pop("window", None)
+            if self._window is not None and (lacking := _OF_A_WINDOW - self._window.keys()):
+                raise ValueError(f"its window lacks {', '.join(sorted(lacking))}")
+            self.put_state(saved.parts)
+        callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for name in EARLIER_NAMES:
+            callbacks.pop(name, None)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # By every process, before the checkpoint counts as complete.

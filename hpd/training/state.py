@@ -14,12 +14,14 @@ import torch
 
 from hpd.training.checkpoints import reading
 
-__all__ = ["SavedState", "get_random", "read_state", "set_random", "write_state"]
+__all__ = ["EARLIER_NAMES", "SavedState", "get_random", "read_state", "set_random", "write_state"]
 
 _LOGGER = logging.getLogger(__name__)
 
 # The same on all processes.
 _SHARED = ("terms", "share", "watch")
+# What the layout before kept in trainer_state.json: "terms" and "share".
+EARLIER_NAMES = ("hpd_adaptive", "hpd_student_share")
 
 
 class SavedState(NamedTuple):
@@ -108,17 +110,11 @@ def _load(file: Path, device: str) -> dict[str, Any]:
 
 def _read_earlier_layout(checkpoint: Path, rank: int, device: str, required: bool) -> SavedState:
     """Two files a process, and in trainer_state.json what all processes share."""
-    callbacks = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))[
-        "stateful_callbacks"
-    ]
-    parts: dict[str, Any] = {"terms": callbacks.get("hpd_adaptive", {})}
-    if "hpd_student_share" in callbacks:
-        parts["share"] = callbacks["hpd_student_share"]
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    shared = zip(("terms", "share"), map(state["stateful_callbacks"].get, EARLIER_NAMES), strict=True)
+    parts = {name: found for name, found in shared if found is not None}
     window_file, rows_file = (checkpoint / f"{name}-rank{rank}.pt" for name in ("window", "rollouts"))
-    written: dict[str, Any] = {"frozen": [], "rows": {"replay": None, "current": None}}
     sums: dict[str, float] = {}
-    if rows_file.is_file():
-        written = _load(rows_file, device)
     if window_file.is_file():
         window = _load(window_file, device)
         with reading(window_file):
@@ -127,11 +123,11 @@ def _read_earlier_layout(checkpoint: Path, rank: int, device: str, required: boo
             parts["watch"] = {"skipped_steps": window["skipped_steps"]}
             loss, last_logged = window["loss"], window["last_logged"]
             parts["window"] = {"loss": loss, "last_logged": last_logged, "last_step": window.get("last_step")}
-    if rows_file.is_file() or not required:
+    written: dict[str, Any] = {"frozen": [], "rows": {"replay": None, "current": None}}
+    if rows_file.is_file():
+        written = _load(rows_file, device)
+    if rows_file.is_file() or (window_file.is_file() and not required):
         with reading(rows_file):
-            rows = written["rows"]
-            parts["on_policy"] = {
-                "frozen": written["frozen"],
-                "rows": None if rows is None else {**rows, "sums": sums},
-            }
+            frozen, rows = written["frozen"], written["rows"]
+            parts["on_policy"] = {"frozen": frozen, "rows": None if rows is None else {**rows, "sums": sums}}
     return SavedState(rows_file if required else window_file, parts)

@@ -17,7 +17,6 @@ from hpd.training.nonfinite import NonFinite
 
 __all__ = ["Interrupted", "RunStopped", "Signals", "catch_signals", "ends_resumable", "stopped"]
 
-
 # A disk that takes no more, or nothing at all.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -127,5 +126,5 @@ def catch_signals() -> Iterator[Signals]:
         yield signals
     finally:
         for number, handler in before.items():
-            # None: not installed from Python, and so not to be had back.
+            # None: not installed from Python, and so not available.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -140,7 +140,7 @@ class DistillTrainer(GuardedTrainer):
     def _make_engine(self) -> RolloutEngine:
         return make_engine(
             self.regime.rollouts,
-            lambda: self.model_wrapped,
+            lambda: cast(nn.Module, self.model_wrapped),
             self.accelerator.unwrap_model(self.model),
             self.accelerator,
             self._tokenizer,

@@ -1,4 +1,4 @@
-"""The frames of this package between a call and the objective's weights: how many hands a step passes through."""
+"""The frames of this package between a call and a function: how many hands a step passes through."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ class Way(NamedTuple):
     @property
     def files(self) -> set[str]:
         return {frame.partition(":")[0] for frame in self.frames}
-
-    def after(self, function: str) -> Way:
-        """The part of the way that begins with a function."""
-        names = [frame.partition(":")[2] for frame in self.frames]
-        return Way(self.frames[names.index(function) :])
 
 
 def way_to(is_target: Callable[[CodeType], bool], call: Callable[[], Any]) -> Way:
