@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
 from hpd.config.models import TeacherConfig
-from hpd.losses.chunked import chunk_rows
+from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
 from hpd.training.plan import Plan
 

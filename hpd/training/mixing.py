@@ -245,7 +245,7 @@ class PrefixMixer:
             "sources": [DATASET] * len(old) + [STUDENT] * len(new_labels),
         }
         if self._with_behavior_logprobs:
-            out["behaviour"] = [math.nan] * len(old) + logprobs
+            out["behavior_logprobs"] = [math.nan] * len(old) + logprobs
         return out
 
     def _observe(self, row: TrainingRow, rollout: Rollout) -> None:
