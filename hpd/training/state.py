@@ -22,6 +22,8 @@ _LOGGER = logging.getLogger(__name__)
 _SHARED = ("terms", "share", "watch")
 # What the layout before kept in trainer_state.json: "terms" and "share".
 EARLIER_NAMES = ("hpd_adaptive", "hpd_student_share")
+# Names within rows and frozen updates, before and now.
+_RENAMED = {"behaviour": "behavior_logprobs", "old": "old_logprobs"}
 
 
 class SavedState(NamedTuple):
@@ -125,9 +127,16 @@ def _read_earlier_layout(checkpoint: Path, rank: int, device: str, required: boo
             parts["window"] = {"loss": loss, "last_logged": last_logged, "last_step": window.get("last_step")}
     written: dict[str, Any] = {"frozen": [], "rows": {"replay": None, "current": None}}
     if rows_file.is_file():
-        written = _load(rows_file, device)
+        written = _renamed(_load(rows_file, device))
     if rows_file.is_file() or (window_file.is_file() and not required):
         with reading(rows_file):
             frozen, rows = written["frozen"], written["rows"]
             parts["on_policy"] = {"frozen": frozen, "rows": None if rows is None else {**rows, "sums": sums}}
     return SavedState(rows_file if required else window_file, parts)
+
+
+def _renamed(found: Any) -> Any:
+    """The same with the names of now."""
+    if isinstance(found, dict):
+        return {_RENAMED.get(name, name): _renamed(value) for name, value in found.items()}
+    return type(found)(map(_renamed, found)) if isinstance(found, (list, tuple)) else found

@@ -19,7 +19,8 @@ from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.config.schema import GuardsConfig
 from hpd.generation.rollouts import RolloutEngine, make_engine
 from hpd.losses import Scores, TeacherScores
-from hpd.losses.by_source import label_gaps, loss_by_source
+from hpd.losses.by_source import label_gaps
+from hpd.losses.operator import loss_by_source
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hpd.training.checkpoints import mark_complete
 
 __all__ = ["rewrite_as_earlier"]
+
+_EARLIER = {"behavior_logprobs": "behaviour", "old_logprobs": "old"}
 
 
 def rewrite_as_earlier(checkpoint: Path) -> None:
@@ -31,7 +34,7 @@ def rewrite_as_earlier(checkpoint: Path) -> None:
         }
         torch.save(window, checkpoint / f"window-rank{rank}.pt")
         if (rows and (rows["replay"] or rows["current"])) or found["on_policy"]["frozen"]:
-            torch.save(found["on_policy"], checkpoint / f"rollouts-rank{rank}.pt")
+            torch.save(_renamed(found["on_policy"]), checkpoint / f"rollouts-rank{rank}.pt")
         if found["terms"]:
             state["stateful_callbacks"]["hpd_adaptive"] = found["terms"]
         if "share" in found:
@@ -40,3 +43,9 @@ def rewrite_as_earlier(checkpoint: Path) -> None:
     state_file.write_text(json.dumps(state))
     del notes["bytes"]
     mark_complete(checkpoint, notes)
+
+
+def _renamed(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {_EARLIER.get(name, name): _renamed(value) for name, value in found.items()}
+    return type(found)(map(_renamed, found)) if isinstance(found, (list, tuple)) else found

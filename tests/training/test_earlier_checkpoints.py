@@ -36,6 +36,14 @@ RUNS = {
         "rollouts": RolloutConfig(max_new_tokens=4),
         "strategy": StrategyConfig(type="policy_gradient", updates=2),
     },
+    "importance of replay": {
+        "method": "opd",
+        "prefixes": Prefixes(student=0.8),
+        "rollouts": RolloutConfig(
+            max_new_tokens=4, replay=ReplayConfig(capacity=6, fresh=0.5, importance=True)
+        ),
+        "strategy": StrategyConfig(type="policy_gradient", updates=2),
+    },
     "adaptive share": {
         "method": "forward_kl",
         "prefixes": Prefixes(student=SHARE, adaptive_margin=-100.0),
@@ -72,7 +80,9 @@ def test_an_earlier_checkpoint_is_gone_on_from_bit_for_bit(pair, tmp_path, name)
     rewrite_as_earlier(checkpoint)
     assert is_complete(checkpoint)
     assert not list(checkpoint.glob("state-*"))
-    assert (checkpoint / "rollouts-rank0.pt").is_file() == (name in ("replay", "repeated updates"))
+    assert (checkpoint / "rollouts-rank0.pt").is_file() == (
+        name in ("replay", "importance of replay", "repeated updates")
+    )
     second = make_trainer(pair, tmp_path / "stopped", **options)
     second.train(resume_from_checkpoint=True)
     assert torch.equal(weights(straight), weights(second))
