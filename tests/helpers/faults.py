@@ -233,14 +233,17 @@ def left_behind(run: Path) -> dict[str, Any]:
         "adapter_model.safetensors" if (run / "adapter_model.safetensors").is_file() else "model.safetensors"
     )
     files = {"weights": load_file(run / weights), "last weights": load_file(last / weights)}
-    for name in ("optimizer.pt", "scheduler.pt", *(path.name for path in last.glob("rollouts-*"))):
+    for name in ("optimizer.pt", "scheduler.pt"):
         files[name] = torch.load(last / name, weights_only=True)
+    for path in last.glob("state-*"):
+        saved = torch.load(path, weights_only=True)
+        rows = saved["on_policy"]["rows"]
+        if rows is not None:
+            del rows["sums"]  # with seconds
+        files[path.name] = {name: saved.get(name) for name in ("on_policy", "terms", "share")}
     logs = [_without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = json.loads((last / "trainer_state.json").read_text())
     kept = {key: state[key] for key in ("global_step", "epoch", "best_metric", "best_global_step")}
-    kept["adaptive"] = {
-        key: value for key, value in state["stateful_callbacks"].items() if key.startswith("hpd")
-    }
     return {
         **files,
         "metrics": logs,

@@ -15,6 +15,11 @@ from hpd.losses.products import logits
 from hpd.teachers import SelfTeacher
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tiny_pair("llama", tmp_path_factory.mktemp("pair"))
+
+
 @pytest.mark.parametrize("method", ["hpd", "forward_kl"])
 def test_gradient_does_not_depend_on_how_the_batch_is_split(pair, tmp_path, method):
     whole = gradient(make_trainer(pair, tmp_path / "a", method=method))
@@ -118,7 +123,7 @@ def test_training_draws_change_with_the_step_and_the_seed(pair, tmp_path):
 def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
     trainer = make_trainer(pair, tmp_path, max_steps=2)
     expected = gradient(trainer, [first_batch(trainer)])[0]
-    trainer._sums["train"].clear()
+    trainer.sums["train"].load_state_dict({})
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(expected, rel=1e-4)
@@ -308,8 +313,8 @@ def test_schedules_move_the_terms(pair, tmp_path):
     ]
     trainer = make_trainer(pair, tmp_path, method=None, terms=terms, train=rows(40), max_steps=5)
     seen = []
-    original = trainer.build_scheduled_terms
-    trainer.build_scheduled_terms = lambda progress: (seen.append(progress), original(progress))
+    original = trainer._schedule.at
+    trainer._schedule.at = lambda progress: (seen.append(progress), original(progress))[1]
     trainer.train()
     assert seen == [0.0, 0.2, 0.4, 0.6, 0.8]
     log_p, log_q = torch.randn(2, 3, 7).log_softmax(-1)
@@ -335,9 +340,9 @@ def test_taid_position_adapts_and_is_resumed(pair, tmp_path):
     first.train()
     second = make_trainer(pair, tmp_path / "b", method="taid", **options)
     second.train(resume_from_checkpoint=True)
-    position = straight._adaptive["taid.t"]
+    position = straight._schedule.positions["taid.t"]
     assert 0.4 < position.t <= 1.0
-    assert second._adaptive["taid.t"].state_dict() == position.state_dict()
+    assert second._schedule.positions["taid.t"].state_dict() == position.state_dict()
     assert torch.equal(weights(straight), weights(second))
 
 
