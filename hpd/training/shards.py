@@ -19,7 +19,7 @@ from hpd.losses.products import for_products, project_
 from hpd.teachers.cached import stored_hidden
 from hpd.training.plan import Plan
 
-__all__ = ["Answer", "Layout", "lay_out", "position_bytes_of", "stored_dtype", "stored_tensors"]
+__all__ = ["Layout", "TeacherAnswer", "lay_out", "position_bytes_of", "stored_dtype", "stored_tensors"]
 
 
 _CHUNK_BYTES = 64 * 2**20
@@ -28,7 +28,7 @@ _CHUNK_BYTES = 64 * 2**20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
-class Answer(NamedTuple):
+class TeacherAnswer(NamedTuple):
     """What a teacher said of some label positions."""
 
     scores: TeacherScores
@@ -60,7 +60,7 @@ def stored_dtype(config: CacheConfig, planned: Plan) -> torch.dtype:
     return getattr(next(iter(planned.teacher_configs.values())), "dtype", None) or torch.float32
 
 
-def stored_tensors(answer: Answer, config: CacheConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_tensors(answer: TeacherAnswer, config: CacheConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a shard, on the CPU.
 
     Raises:
@@ -102,7 +102,7 @@ def _logits(scores: Scores) -> Iterator[Tensor]:
         )
 
 
-def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _likeliest(answer: TeacherAnswer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
     scores, labels = answer
     if isinstance(scores, TopKScores):
         if scores.tokens.shape[1] != k:
