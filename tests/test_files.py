@@ -42,7 +42,7 @@ def test_an_error_leaves_the_file_as_it_was_and_no_draft(tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
-@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_the_umask_says_who_may_read(tmp_path, mask, mode):
     def private(draft):
         draft.unlink()

@@ -33,12 +33,12 @@ __all__ = [
 
 MANIFEST, FILE = "manifest.json", "experiment.yaml"
 RECORD = "experiment.json"
-"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is
+"""File that the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is
 finished."""
 _RESULTS = ("runs", "tune", "report", "logs", "tuned.json")
 TEACHER_FIGURES = "figures.json"
 OWN_LOGS = "own_samples.jsonl"
-"""What a run measured on its student's own text, by step."""
+"""Figures of a run on its student's own text, by step."""
 COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 """Fields of environment.json that must be equal; `--allow` names those that may differ."""
 
@@ -171,8 +171,8 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
                 "delete it to redo it."
             )
         try:
-            own = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            require_equal_environments([manifest["environment"], own], allow)
+            environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            require_equal_environments([manifest["environment"], environment], allow)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))

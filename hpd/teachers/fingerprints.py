@@ -63,7 +63,7 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict[str, Any]:
-    """What turns text into tokens: the tokenizer, the chat template and the cut.
+    """Digests of all that turns text into tokens: the tokenizer, the chat template and the cut.
 
     Args:
         tokenizer: the one that tokenises the rows (the student's).

@@ -5,11 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import rich.progress
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,11 +48,22 @@ class TerminalProgress(Progress):
         return _RichBar(name) if self._shown else super().bar(name)
 
 
+class _Display(rich.progress.Progress):
+    """Bars, and lines of text below them."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below)
+
+
 class _RichBar:
     """A bar that appears with its first figure and stays when it is full."""
 
     def __init__(self, name: str):
-        self._bar = rich.progress.Progress(
+        self._display = _Display(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -63,22 +73,21 @@ class _RichBar:
             TextColumn("{task.fields[note]}"),
             console=console,
         )
-        self._task = self._bar.add_task(escape(name), note="", start=False)
-        self._live = Live(self._bar, console=console, refresh_per_second=4)
+        self._task = self._display.add_task(escape(name), note="", start=False)
         self._start: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._start is None:
             self._start = (time.perf_counter(), done)
-            self._bar.start_task(self._task)
-            self._live.start()
+            self._display.start_task(self._task)
+            self._display.start()
             # Whatever ends the program, the terminal gets its cursor back.
-            atexit.register(self._live.stop)
-        beside, _, below = note.partition("\n")
-        self._bar.update(self._task, completed=done, total=total, note=escape(beside) or self._rate(done))
-        self._live.update(Group(self._bar, *([Text(below)] if below else [])))
-        if done >= total:
-            self._live.stop()
+            atexit.register(self._display.live.stop)
+        beside, _, self._display.below = note.partition("\n")
+        shown = escape(beside) if note else self._rate(done)
+        self._display.update(self._task, completed=done, total=total, note=shown)
+        if done >= total and self._display.live.is_started:
+            self._display.stop()
 
     def _rate(self, done: int) -> str:
         assert self._start is not None

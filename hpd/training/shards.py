@@ -21,15 +21,12 @@ from hpd.training.plan import Plan
 
 __all__ = ["Layout", "TeacherAnswer", "lay_out", "position_bytes_of", "stored_dtype", "stored_tensors"]
 
-
 _CHUNK_BYTES = 64 * 2**20
-
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 class TeacherAnswer(NamedTuple):
-    """What a teacher said of some label positions."""
+    """A teacher's scores at some label positions, and their labels."""
 
     scores: TeacherScores
     labels: Tensor
@@ -117,8 +114,8 @@ def _likeliest(answer: TeacherAnswer, k: int, dtype: torch.dtype) -> dict[str, T
         for logits in _logits(scores):
             logprobs = torch.log_softmax(logits, -1)
             top = logprobs.topk(k, -1)
-            own = labels[first : first + len(logits), None]
-            parts.append((top.indices, top.values, logprobs.gather(1, own)[:, 0]))
+            label = labels[first : first + len(logits), None]
+            parts.append((top.indices, top.values, logprobs.gather(1, label)[:, 0]))
             first += len(logits)
         tokens, logprobs, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
     stored = {
@@ -160,8 +157,8 @@ def lay_out(rows: Iterable[tuple[Any, Tensor]], shard_positions: int) -> Layout:
         ValueError: no row has a label.
     """
     keys, lengths = [], []
-    for row, own in rows:
-        keys.append(own.numpy())
+    for row, row_keys in rows:
+        keys.append(row_keys.numpy())
         lengths.append(len(row["input_ids"]))
     ends = np.cumsum([len(k) for k in keys])
     if not len(ends) or not ends[-1]:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from hpd.files import JsonLines, digest_text
+from hpd.files import JsonLines, digest_json
 from hpd.generation.texts import Message
 from hpd.http import BadResponse, Connection, ServerUnavailable
 from hpd.progress import Progress
 
 __all__ = ["Judge", "JudgeSettings", "Ruling", "Usage", "tokens_of"]
-
 
 _CHARACTERS_PER_TOKEN = 4
 """For estimates only; English text in current vocabularies."""
@@ -81,7 +80,7 @@ class JudgeSettings:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides a verdict, for the record of an evaluation."""
+        """Everything that decides a verdict, for the record of an evaluation."""
         return {
             "judge_url": self.url,
             "judge_model": self.model,
@@ -99,7 +98,7 @@ class JudgeSettings:
 
 
 class Ruling(NamedTuple):
-    """What a judge said about one question."""
+    """A judge's verdict on one question."""
 
     verdict: Any
     """As the parser reads it; None where no reply held one."""
@@ -110,7 +109,7 @@ class Ruling(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a judge has been asked in this process."""
+    """Count of a judge's requests in this process."""
 
     calls: int = 0
     cached: int = 0
@@ -127,7 +126,7 @@ class Judge:
         progress: gets a bar for each task.
 
     Raises:
-        ValueError: the cache is no file of replies.
+        ValueError: the cache is not a file of replies.
     """
 
     def __init__(self, settings: JudgeSettings, progress: Progress | None = None) -> None:
@@ -217,7 +216,8 @@ class Judge:
     def _rule(
         self, connection: Connection, question: list[Message], parse: Callable[[str], Any], reminder: str
     ) -> Ruling:
-        messages, text = list(question), ""
+        messages = list(question)
+        text = ""
         for ask in range(1, self.settings.max_asks + 1):
             text = self._reply(connection, messages)
             verdict = parse(text)
@@ -239,8 +239,7 @@ class Judge:
         } | dict(self.settings.extra)
         request = {name: value for name, value in request.items() if value is not None}
         # The address belongs to the key: local servers like to call every model "default".
-        content = json.dumps([self.settings.url, request], sort_keys=True, ensure_ascii=False)
-        key = digest_text(content)
+        key = digest_json([self.settings.url, request], ensure_ascii=False)
         with self._lock:
             if key in self._cache:
                 self.usage.cached += 1

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from hpd.demo.build_teacher import encode_rows
 from hpd.demo.task import Row
-from hpd.files import digest_text
+from hpd.files import JsonLines, digest_text
 
 __all__ = ["copy_to", "distil", "home", "learn", "prepare", "write_rows"]
 
@@ -124,4 +124,4 @@ def learn(
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    JsonLines(path).write(rows)
