@@ -174,7 +174,7 @@ class Judge:
         questions: Sequence[list[Message]],
         parse: Callable[[str], Any],
         reminder: str,
-        name: str = "verdicts",
+        name: str = "judge",
     ) -> list[Ruling]:
         """The judge's verdicts, in the order of the questions.
 
