@@ -44,7 +44,7 @@ class Completion(NamedTuple):
     """stop, or length where it was cut."""
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """The row and the number of a completion to write."""
 
     row: int
@@ -56,7 +56,7 @@ class Writer(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
 
-    def write(self, places: Sequence[Place], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         """Completions of one chunk; the same whenever it is called again."""
         ...
 
@@ -94,21 +94,21 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
         )
     name, writer = _writer(recipe, config)
     check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
-    places = [Place(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
+    slots = [Slot(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
     part = JsonLines(output.with_name(output.name + ".part"))
     bar = (progress or Progress()).bar("completions")
     try:
         done = _begin(part, _identity(recipe, config, rows), overwrite)
-        for chunk in range(-(-len(places) // CHUNK)):
+        for chunk in range(-(-len(slots) // CHUNK)):
             if chunk not in done:
-                chosen = places[chunk * CHUNK : (chunk + 1) * CHUNK]
-                done[chunk] = writer.write(chosen, [rows[place.row].prompt for place in chosen], chunk)
+                chosen = slots[chunk * CHUNK : (chunk + 1) * CHUNK]
+                done[chunk] = writer.write(chosen, [rows[slot.row].prompt for slot in chosen], chunk)
                 part.append({"chunk": chunk, "completions": done[chunk]}, durable=True)
-                bar(min((chunk + 1) * CHUNK, len(places)), len(places))
+                bar(min((chunk + 1) * CHUNK, len(slots)), len(slots))
     finally:
         writer.close()
     completions = [completion for chunk in sorted(done) for completion in done[chunk]]
-    made = [(place, rows[place.row], text) for place, text in zip(places, completions, strict=True)]
+    made = [(slot, rows[slot.row], text) for slot, text in zip(slots, completions, strict=True)]
     summary = _finish(output, made, config, name)
     part.path.unlink()
     return summary
@@ -136,21 +136,21 @@ def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dic
 
 def _finish(
     output: Path,
-    made: Sequence[tuple[Place, PromptRow, Completion]],
+    made: Sequence[tuple[Slot, PromptRow, Completion]],
     config: GenerateConfig,
     name: str,
 ) -> dict[str, Any]:
     """Write the output, then its summary."""
     counts = {"completions": len(made), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
     kept = []
-    for place, row, completion in made:
+    for slot, row, completion in made:
         why = _why_dropped(completion, row, config)
         counts["tokens"] += completion.num_tokens or 0
         counts["truncated"] += completion.finish_reason == "length"
         if why in ("empty", "wrong"):
             counts[why] += 1
         if why is None:
-            kept.append(_row(place, row, completion, config, name))
+            kept.append(_row(slot, row, completion, config, name))
     counts["rows"] = len(kept)
     JsonLines(output).write(kept)
     summary = {**counts, "model": name, "settings": dataclasses.asdict(config)}
@@ -171,7 +171,7 @@ def _why_dropped(completion: Completion, row: PromptRow, config: GenerateConfig)
 
 
 def _row(
-    place: Place, row: PromptRow, completion: Completion, config: GenerateConfig, name: str
+    slot: Slot, row: PromptRow, completion: Completion, config: GenerateConfig, name: str
 ) -> dict[str, Any]:
     """One line of the output: what training reads, and columns that say where it comes from."""
     text: Any = completion.text
@@ -180,8 +180,8 @@ def _row(
     return {
         "prompt": row.prompt,
         "completion": text,
-        "source_row": place.row,
-        "sample": place.sample,
+        "source_row": slot.row,
+        "sample": slot.sample,
         "model": name,
         "temperature": config.temperature,
         "top_p": config.top_p,
@@ -262,7 +262,7 @@ class _ModelWriter:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
 
-    def write(self, places: Sequence[Place], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         settings = _settings(self._config, prompts[0], _seed(self._config.seed, chunk))
         answers = generate_answers(self._model, self.tokenizer, prompts, settings)
         return [Completion(answer.text, answer.num_tokens, answer.finish_reason) for answer in answers]
@@ -287,12 +287,12 @@ class _ServerWriter:
         )
         self._pool = ThreadPoolExecutor(teacher.concurrency)
 
-    def write(self, places: Sequence[Place], prompts: Sequence[Any], chunk: int) -> list[Completion]:
-        return list(self._pool.map(self._complete, places, prompts))
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+        return list(self._pool.map(self._complete, slots, prompts))
 
-    def _complete(self, place: Place, prompt: Any) -> Completion:
+    def _complete(self, slot: Slot, prompt: Any) -> Completion:
         config = self._config
-        seed = _seed(config.seed, place.row, place.sample)
+        seed = _seed(config.seed, slot.row, slot.sample)
         body = {
             "model": self._model,
             "prompt": encode_prompt(self.tokenizer, prompt, _settings(config, prompt, seed)),
