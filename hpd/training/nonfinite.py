@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
+from hpd.files import write_json
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
@@ -208,7 +208,7 @@ def write_report(
         "teacher_finite": [bool(finite) for finite in record.teacher_finite],
         **notes,
     }
-    file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, report, indent=1)
     tensors = {
         f"{number}/{name}": value.contiguous().cpu()
         for number, batch in enumerate(record.batches)
