@@ -1,8 +1,7 @@
 """Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
 
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
-    python benchmarks/head.py --docs      # docs/performance.md's table from the stored result; measures
-    nothing
+    python benchmarks/head.py --docs    # docs/performance.md from the stored result, nothing measured
 
 The floor is the products that no method can do without, in the same chunks: three with the student's head
 (logits, gradient of the hidden states, gradient of the head), one with the teacher's. Run it on an idle

@@ -12,9 +12,9 @@ import re
 import shutil
 from pathlib import Path
 
-from hpd.experiments.pages import markdown_table, write_report
+from hpd.experiments.output import markdown_table, write_report
 from hpd.experiments.report import Report, build_report
-from hpd.experiments.tables import Table
+from hpd.experiments.table import Table
 from hpd.experiments.tasks.prepared import home
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,7 @@ _PANELS = (
 
 
 def plot_training(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder to `training.png`; panels without data are left out. Returns the
-    picture's path."""
+    """Draw `metrics.jsonl` of a run folder to `training.png`, whose path is returned; no empty panels."""
     from matplotlib.figure import Figure
 
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -23,12 +23,12 @@ from numpy import ndarray
 from scipy import stats
 
 __all__ = [
-    "Comparison",
     "Interval",
     "Stability",
+    "VariantComparison",
     "cliffs_delta",
     "cohen_dz",
-    "compare_paired",
+    "compare_variants",
     "correct",
     "holm",
     "mean_interval",
@@ -55,7 +55,7 @@ class Interval(NamedTuple):
     num_values: int
 
 
-class Comparison(NamedTuple):
+class VariantComparison(NamedTuple):
     """A variant against the baseline on one metric; differences are variant minus baseline."""
 
     variant: str
@@ -203,13 +203,13 @@ def cliffs_delta(variant: Sequence[float] | Floats, baseline: Sequence[float] | 
     return float(np.sign(x[:, None] - y[None, :]).mean()) if len(x) and len(y) else math.nan
 
 
-def compare_paired(
+def compare_variants(
     variant: Mapping[int, float],
     baseline: Mapping[int, float],
     *,
     names: tuple[str, str, str] = ("variant", "baseline", "metric"),
     records: tuple[Mapping[int, Mapping[str, float]], Mapping[int, Mapping[str, float]]] | None = None,
-) -> Comparison:
+) -> VariantComparison:
     """One comparison, uncorrected (`p_holm` is `p_seeds`, see `correct`), on the seeds that both have.
 
     Args:
@@ -222,7 +222,7 @@ def compare_paired(
     per_example = _example_differences(seeds, *records) if records is not None else None
     low, high = paired_bootstrap(d if per_example is None else per_example)
     p_seeds = _paired_t(d)
-    return Comparison(
+    return VariantComparison(
         *names,
         num_seeds=len(seeds),
         num_examples=0 if per_example is None else per_example.shape[1],
@@ -240,8 +240,8 @@ def compare_paired(
 
 
 def correct(
-    comparisons: Sequence[Comparison], higher_is_better: Mapping[str, bool], level: float = 0.05
-) -> list[Comparison]:
+    comparisons: Sequence[VariantComparison], higher_is_better: Mapping[str, bool], level: float = 0.05
+) -> list[VariantComparison]:
     """Holm over all of them, and the verdicts.
 
     A win (or loss) needs both: a corrected paired t-test below `level`, and a bootstrap interval that

@@ -20,10 +20,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from hpd.experiments.compare import Cost, predict
 from hpd.experiments.experiment import Experiment, load_experiment
-from hpd.experiments.grid import expand, expand_tuning
+from hpd.experiments.grid import expand
 from hpd.experiments.manifest import is_finished
+from hpd.experiments.predict import Cost, predict
+from hpd.experiments.tuning import expand_tuning
 
 if TYPE_CHECKING:
     from hpd.experiments.compare import Failure, GridState
@@ -68,7 +69,7 @@ def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow:
     """`hpd compare`: run the grid, then write the report and print its verdicts; False when a run failed."""
     # Training libraries take seconds to import; a report does without.
     from hpd.experiments.compare import compare
-    from hpd.experiments.pages import check_target, write_report
+    from hpd.experiments.output import check_target, write_report
     from hpd.experiments.report import build_report
 
     # Known before hours of runs, not behind them.
@@ -185,7 +186,7 @@ def report_with_display(
     folders: Sequence[Path], output: Path | None, baseline: str | None, allow: Sequence[str], port: int | None
 ) -> None:
     """`hpd report`: write the report, or serve it while runs go on."""
-    from hpd.experiments.pages import check_target, write_report
+    from hpd.experiments.output import check_target, write_report
     from hpd.experiments.report import build_report
 
     if port is not None:
@@ -206,7 +207,8 @@ def report_with_display(
 
 
 def _serve(folders: list[Path], baseline: str | None, allow: Sequence[str], port: int) -> None:
-    from hpd.experiments.pages import Watcher, make_server, render_page
+    from hpd.experiments.live import Watcher, make_server
+    from hpd.experiments.pages import render_page
     from hpd.experiments.report import build_report
 
     watcher = Watcher(folders, lambda: render_page(build_report(folders, baseline, allow), live=True))

@@ -15,8 +15,11 @@ import pytest
 from helpers.tiny_grid import SCRIPT, command, hpd, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
-from hpd.experiments.pages import Watcher, make_server, render_markdown, render_page, write_report
-from hpd.experiments.plots import Panel, heat_maps, scaling_panels, to_png, to_svg
+from hpd.experiments.figures import Panel, line_panel, to_png, to_svg
+from hpd.experiments.live import Watcher, make_server
+from hpd.experiments.output import render_markdown, write_report
+from hpd.experiments.pages import render_page
+from hpd.experiments.plots import heat_maps, scaling_panels
 from hpd.experiments.report import build_report
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.tables import ablation_table
@@ -438,9 +441,7 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
 
 
 def test_powers_of_a_logarithmic_axis_are_plain_numbers():
-    from hpd.experiments.plots import _line_panel
-
-    panel = _line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
+    panel = line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
     assert ">0.01<" in to_svg(panel)
     assert "mathdefault" not in to_svg(panel)
 

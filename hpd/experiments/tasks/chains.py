@@ -29,7 +29,7 @@ from hpd.demo.build_teacher import build_tokenizer, model_config
 from hpd.demo.task import (
     SPLITS,
     Operation,
-    Row,
+    SolvedProblem,
     Split,
     evaluate,
     is_correct,
@@ -176,7 +176,7 @@ def _learn(tokenizer: Any, shape: Mapping[str, Any], operations: tuple[int, int]
     config = model_config(tokenizer, shape)
     config.max_position_embeddings = MAX_TOKENS
 
-    def draw(rng: random.Random) -> Row:
+    def draw(rng: random.Random) -> SolvedProblem:
         return _solve(draw_chain(rng, "train", rng.randint(*operations)), rng)
 
     return learn(
@@ -184,8 +184,8 @@ def _learn(tokenizer: Any, shape: Mapping[str, Any], operations: tuple[int, int]
     )
 
 
-def _solve(chain: Operation, rng: random.Random) -> Row:
-    return Row(
+def _solve(chain: Operation, rng: random.Random) -> SolvedProblem:
+    return SolvedProblem(
         prompt=prompt_of(chain), completion=write_solution(chain, rng, "equations"), answer=str(chain.value)
     )
 

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hpd.demo.build_teacher import encode_rows
-from hpd.demo.task import Row
+from hpd.demo.task import SolvedProblem
 
 __all__ = ["copy_to", "distil", "home", "learn", "prepare", "write_rows"]
 
@@ -96,7 +96,7 @@ def _write_cache(folder: Path, recipe: Mapping[str, Any]) -> None:
 def learn(
     config: Any,
     tokenizer: Any,
-    draw: Callable[[random.Random], Row],
+    draw: Callable[[random.Random], SolvedProblem],
     name: str,
     *,
     num_steps: int,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hpd.demo.build_teacher import IGNORED, build_tokenizer, encode_rows, model_config
-from hpd.demo.task import SPLITS, Row, Split, split_of
+from hpd.demo.task import SPLITS, SolvedProblem, Split, split_of
 from hpd.evaluate import Answer, ExactMatch, Example, GenerationSettings, Verdict, generate_answers
 from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
 
@@ -136,10 +136,10 @@ def _build(folder: Path) -> dict[str, Any]:
     return _tree(folder)
 
 
-def _right(rng: random.Random) -> Row:
+def _right(rng: random.Random) -> SolvedProblem:
     """Answers drawn uniformly from the right ones: the loss's minimum is the truth."""
     prompt = _draw_prompt(rng, "train")
-    return Row(prompt=prompt, completion=rng.choice(right_answers(prompt)), answer="")
+    return SolvedProblem(prompt=prompt, completion=rng.choice(right_answers(prompt)), answer="")
 
 
 def _teacher_rows(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, str]]:
@@ -162,7 +162,9 @@ def _against_truth(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> tupl
     kl = mass = 0.0
     for prompt in prompts:
         answers = right_answers(prompt)
-        ids, labels = encode_rows(tokenizer, [Row(prompt=prompt, completion=a, answer="") for a in answers])
+        ids, labels = encode_rows(
+            tokenizer, [SolvedProblem(prompt=prompt, completion=a, answer="") for a in answers]
+        )
         logprobs = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
         targets = labels[:, 1:]
         chosen = (
