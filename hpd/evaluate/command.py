@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any, Literal
 import torch
 
 from hpd.config.models import ModelConfig
-from hpd.evaluate.generate import Progress
 from hpd.evaluate.run import EvalResult, evaluate_engine
 from hpd.evaluate.task import Notice, Task
 from hpd.evaluate.tasks import settings_for
@@ -21,13 +18,13 @@ from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
 from hpd.methods.terms import nearest
 from hpd.models.load import load_config, load_model, load_tokenizer
+from hpd.progress import Progress
+from hpd.teachers.fingerprints import quick_fingerprint
 
-__all__ = ["ENGINES", "EvalCommand", "EvalProgress", "evaluate_models", "load_engine", "names_of"]
+__all__ = ["ENGINES", "EvalCommand", "evaluate_models", "load_engine", "names_of"]
 
 ENGINES = ("transformers", "vllm")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What makes two folders of one name different models.
-_FINGERPRINTED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +68,9 @@ class EvalCommand:
         return Path(model) if (Path(model) / "recipe.yaml").is_file() else None
 
 
-class EvalProgress:
-    """What is shown on the way; silent unless overridden."""
-
-    def say(self, text: str) -> None: ...
-
-    def answers(self, model: str, task: str) -> Progress | None:
-        return None
-
-
 def evaluate_models(
     command: EvalCommand,
-    progress: EvalProgress | None = None,
+    progress: Progress | None = None,
     done: Callable[[str, EvalResult], None] | None = None,
 ) -> dict[str, dict[str, EvalResult]]:
     """Results by task and model, in the order in which they are named.
@@ -94,10 +82,11 @@ def evaluate_models(
     Raises:
         FileNotFoundError, ValueError: before any weight is loaded, where it can be known.
     """
-    progress = progress or EvalProgress()
+    progress = progress or Progress()
     settings = {task.name: command.settings(task) for task in command.tasks}
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
+    names = names_of(command.models)
     said = set()
     for task in command.tasks:
         if isinstance(task, Notice):
@@ -116,8 +105,8 @@ def evaluate_models(
                 settings[task.name],
                 command.folder(model),
                 name=model,
-                progress=progress.answers(model, task.name),
-                fingerprint=_fingerprint(model, command.dtype),
+                progress=progress.bar(f"{task.name} answers of {names[model]}"),
+                fingerprint=quick_fingerprint(model, command.dtype),
             )
             results[task.name][model] = result
             if done is not None:
@@ -147,19 +136,3 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
     return {
         model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)
     }
-
-
-def _fingerprint(model: str, dtype: str) -> str:
-    """Changes with the weights: sizes and times of a folder's files, the commit of a Hub model."""
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for pattern in _FINGERPRINTED for path in folder.glob(pattern))
-        # evals.json is written by the evaluation itself.
-        facts: Any = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
-            if path.name != "evals.json"
-        ]
-    else:
-        facts = getattr(load_config(ModelConfig(model=model), "model"), "_commit_hash", None)
-    return hashlib.sha256(json.dumps([facts, dtype]).encode()).hexdigest()[:16]

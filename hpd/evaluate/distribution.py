@@ -6,7 +6,7 @@ In formulas p is the teacher, q the student; nats, means over label tokens. Axes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +30,13 @@ from hpd.generation.settings import GenerationSettings
 from hpd.generation.texts import Prompt
 from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
+from hpd.progress import Progress
 
 __all__ = ["METRICS", "TEXTS", "TextRow", "check_metrics", "distribution_metrics", "read_text_rows"]
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")
 COMPLETION_COLUMNS = ("completion", "answer", "response", "solution", "output", "chosen")
 
-Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows so far, rows)."""
 
 
@@ -171,7 +171,7 @@ def distribution_metrics(
         max_length: tokens of prompt and completion that are read; None is the smaller context of the models.
         top_k: size of the sets whose overlap is taken.
         seed: of the resamples; draws of the student's texts follow `settings.seed`.
-        progress: called after each batch.
+        progress: gets a bar for each stage.
 
     Returns:
         JSON values: `dataset` and `student` (each figure with `value` and `interval`), `gap` (student minus
@@ -190,7 +190,7 @@ def distribution_metrics(
     for model in filter(None, (student, teacher)):
         add_head_function(model)
     limit = _length_limit(student, teacher, max_length)
-    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress)
+    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress or Progress())
     weights = row_weights(len(rows), seed)
     report: dict[str, Any] = {
         "num_rows": len(rows),
@@ -219,7 +219,7 @@ class _Reader(NamedTuple):
     vocab: int | None
     limit: int | None
     top_k: int
-    progress: Progress | None
+    progress: Progress
 
 
 def _read(
@@ -241,7 +241,7 @@ def _read(
         top_k=top_k,
         batch_size=settings.batch_size,
         pad_id=_pad_id(tokenizer),
-        progress=None if progress is None else _named(progress, f"reading {text} text"),
+        progress=progress.bar(f"reading {text} text"),
     )
     labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
     statistics = _likelihood_statistics(sums, metrics, with_bins=not own)
@@ -297,7 +297,7 @@ def _student_tokens(
     rows: Sequence[TextRow],
     settings: GenerationSettings,
     limit: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[TextTokens]:
     """What the student writes, as the token ids that it drew: decoding and encoding again may give others."""
     engine = TransformersEngine(student, tokenizer)
@@ -309,11 +309,11 @@ def _student_tokens(
             f"{limit}."
         )
     written: dict[int, list[int]] = {}
+    bar = progress.bar("the student writes")
     for batch in engine.batches([len(prompt) for prompt in prompts], settings):
         requests = [Request(prompts[row], (settings.seed, row, 0, 0)) for row in batch]
         written.update(zip(batch, engine.generate_tokens(requests, settings, room), strict=True))
-        if progress is not None:
-            progress("the student writes", len(written), len(rows))
+        bar(len(written), len(rows))
     return [
         TextTokens([*prompt, *written[row]], [False] * len(prompt) + [True] * len(written[row]))
         for row, prompt in enumerate(prompts)
@@ -409,10 +409,6 @@ def _gap(statistics: dict[str, dict[str, Statistic]], weights: Floats) -> dict[s
         return estimate(lambda w: own[name](w) - data[name](w), weights)
 
     return {name: difference(name).to_json() for name in _GAPS if name in own and name in data}
-
-
-def _named(progress: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(stage, done, total)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,8 +15,9 @@ from hpd.evaluate.benchmarks.few_shot import FewShot, Subset
 from hpd.evaluate.benchmarks.rows import Data, HubData
 from hpd.evaluate.task import Task
 from hpd.generation.settings import GenerationSettings
+from hpd.progress import Progress
 
-__all__ = ["JudgeProgress", "build_task", "build_tasks", "share_options"]
+__all__ = ["build_task", "build_tasks", "share_options"]
 
 
 class TaskEntry(NamedTuple):
@@ -181,10 +182,6 @@ def find_data(name: str, data: str | Path | None, *, shots: bool = False) -> Dat
     )
 
 
-JudgeProgress = Callable[[str], Callable[[int, int], None]]
-"""Gives, for the name of a task, what is called with (verdicts so far, verdicts)."""
-
-
 _JUDGE = "judge."
 
 
@@ -197,7 +194,7 @@ def build_task(
     few_shot: int = 0,
     few_shot_data: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-    judge_progress: JudgeProgress | None = None,
+    progress: Progress | None = None,
 ) -> Task:
     """A task with everything that can be put around it.
 
@@ -208,7 +205,7 @@ def build_task(
         few_shot_data: their file or folder; None: the training file of the benchmark, in the folder `data` or
             on the Hub.
         options: of the task; `judge.NAME` is a field of `JudgeSettings`.
-        judge_progress: shows a judge's progress.
+        progress: shows a judge's progress.
 
     Raises:
         FileNotFoundError, ValueError: as `make_task`; options without effect.
@@ -221,7 +218,7 @@ def build_task(
     judge = {key.removeprefix(_JUDGE): given.pop(key) for key in list(given) if key.startswith(_JUDGE)}
     check_options(name, given)
     if "judge" in task_options(name):
-        given["judge"] = _judge(name, judge, judge_progress)
+        given["judge"] = _judge(name, judge, progress)
     elif judge:
         raise ValueError(
             f"the task {name!r} has no judge: leave out {', '.join(_JUDGE + key for key in judge)}."
@@ -238,7 +235,7 @@ def build_task(
     return task
 
 
-def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None) -> Any:
+def _judge(name: str, fields: Mapping[str, Any], progress: Progress | None) -> Any:
     from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
 
     known = inspect.signature(JudgeSettings).parameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.experiments.grid import Cell
+from hpd.files import digest_text, digest_tree, write_atomically, write_json
 
 __all__ = [
     "COMPARED",
@@ -62,7 +62,7 @@ def open_manifest(
     from hpd.training.folder import environment
 
     found = {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256": digest_text(text),
         "overrides": list(overrides),
         "environment": environment(),
         "fingerprints": _all_fingerprints([*tuning, *grid]),
@@ -79,9 +79,9 @@ def open_manifest(
                 f"{folder} holds another {EXPERIMENT} and no {MANIFEST}: choose another output_dir."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / EXPERIMENT).write_text(text, encoding="utf-8")
+        write_atomically(folder / EXPERIMENT, text)
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        path.write_text(json.dumps({**found, "started": started}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {**found, "started": started})
         return found
     known = json.loads(path.read_text(encoding="utf-8"))
     if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
@@ -107,7 +107,7 @@ def open_manifest(
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for
     themselves."""
-    return {name: _digest(Path(source)) or source for name, source in _sources(recipe).items()}
+    return {name: _digest(source) for name, source in _sources(recipe).items()}
 
 
 def is_finished(recipe: Recipe) -> bool:
@@ -136,8 +136,8 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
                 "delete it to redo it."
             )
         try:
-            own = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            require_equal_environments([manifest["environment"], own], allow)
+            environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            require_equal_environments([manifest["environment"], environment], allow)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -202,17 +202,8 @@ def _sources(recipe: Recipe) -> dict[str, str]:
 def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
     """Digest of each source of the cells, by recipe path and source; each is read once."""
     read = {(name, source) for cell in cells for name, source in _sources(cell.recipe).items()}
-    return {f"{name}: {source}": _digest(Path(source)) or source for name, source in sorted(read)}
+    return {f"{name}: {source}": _digest(source) for name, source in sorted(read)}
 
 
-def _digest(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                whole.update(block)
-    return whole.hexdigest()[:16]
+def _digest(source: str) -> str:
+    return digest_tree(Path(source))[:16] if Path(source).exists() else source

@@ -8,6 +8,7 @@ from hpd.experiments.figures import to_png
 from hpd.experiments.pages import render_page
 from hpd.experiments.report import Report, file_name
 from hpd.experiments.table import Table, TableCell, panel_table
+from hpd.files import write_atomically
 
 __all__ = ["check_target", "markdown_table", "render_markdown", "write_report"]
 
@@ -44,8 +45,8 @@ def write_report(report: Report, folder: Path) -> Path:
         (folder / sub).mkdir(parents=True, exist_ok=True)
     # First, since they are what the folder is known by if a kill comes in between.
     page, text = (folder / name for name in _PAGES)
-    text.write_text(render_markdown(report), encoding="utf-8")
-    page.write_text(render_page(report), encoding="utf-8")
+    write_atomically(text, render_markdown(report))
+    write_atomically(page, render_page(report))
     for section in report.sections:
         for table in section.tables:
             (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")

@@ -5,7 +5,6 @@ Axes: B prompts, N written tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hpd.evaluate import GenerationSettings, generate_answers
+from hpd.files import JsonLines
 from hpd.generation.texts import Answer, Prompt
 
 __all__ = ["OwnSampleCurve", "own_sample_metrics"]
@@ -63,14 +63,14 @@ class OwnSampleCurve(TrainerCallback):
     """
 
     def __init__(self, path: Path, every: int, measure: Callable[[nn.Module], dict[str, float]]):
-        self._path, self._every, self._measure = path, every, measure
+        self._lines = JsonLines(path)
+        self._every = every
+        self._measure = measure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        resumed = state.global_step and self._path.is_file()
-        lines = self._path.read_text(encoding="utf-8").splitlines() if resumed else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        if not state.global_step:
+        step = state.global_step
+        self._lines.write(line for line in self._lines.read() if step and line["step"] <= step)
+        if not step:
             self._add(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -82,8 +82,7 @@ class OwnSampleCurve(TrainerCallback):
         model.eval()
         figures = self._measure(model)
         model.train(was_training)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._lines.append({"step": step, **figures})
 
 
 @torch.no_grad()

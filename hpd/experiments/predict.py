@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from hpd.experiments.grid import Cell, group_key
 from hpd.experiments.manifest import RECORD, is_finished
 from hpd.experiments.worker import Callbacks
 from hpd.models.load import load_model, load_tokenizer
+from hpd.progress import Progress
 from hpd.training.plan import plan, plan_evals, steps_of
 from hpd.training.run import train
 
@@ -48,7 +49,7 @@ def predict(
     folder: Path,
     cells: Sequence[Cell],
     probe: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
 ) -> list[Cost]:
     """One line per group of cells that differ in the seed only.
 
@@ -57,6 +58,7 @@ def predict(
     is taken; an untrained student writes longer answers than a trained one, so this is rather too much. FLOPs
     are scaled from the same runs.
     """
+    progress = progress or Progress()
     evals = evaluations(experiment, folder)
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -69,7 +71,7 @@ def predict(
             seconds, flops = _mean_of(finished)
             costs.append(Cost(group, len(members), len(finished), seconds, flops, "finished runs"))
         elif probe:
-            say(f"probe of {group}: {PROBE_STEPS} steps")
+            progress.say(f"probe of {group}: {PROBE_STEPS} steps")
             seconds, flops = _probe(experiment, evals, members[0])
             costs.append(Cost(group, len(members), 0, seconds, flops, "probe"))
         else:

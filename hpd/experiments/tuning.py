@@ -15,6 +15,7 @@ from hpd.experiments.bases import base_tree, validation_of
 from hpd.experiments.experiment import SEED_PATH, VALIDATION_METRICS, Evaluation, Experiment, Tune, put
 from hpd.experiments.grid import Cell, group_key, make_cell, product, require_distinct, tuned_axes
 from hpd.experiments.manifest import RECORD
+from hpd.files import write_json
 
 __all__ = ["Choice", "choose", "expand_tuning", "read_choices", "tuning_evaluation", "write_choices"]
 
@@ -108,9 +109,7 @@ def choose(experiment: Experiment, cells: Sequence[Cell]) -> list[Choice]:
 
 def write_choices(folder: Path, choices: Sequence[Choice]) -> None:
     """Freeze the choices."""
-    (folder / TUNED).write_text(
-        json.dumps([choice._asdict() for choice in choices], indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / TUNED, [choice._asdict() for choice in choices])
 
 
 def read_choices(folder: Path) -> list[Choice] | None:

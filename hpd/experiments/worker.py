@@ -20,6 +20,7 @@ from hpd.experiments.budget import BudgetCallback
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
 from hpd.experiments.own_samples import OwnSampleCurve, own_sample_metrics
+from hpd.files import write_json
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress, quiet_libraries
 from hpd.training.plan import plan_evals
@@ -76,11 +77,11 @@ def run_job(job: Job, log: str | None = None) -> None:
                 f"{job.budget.type}: train.max_steps is the ceiling of such a budget, raise it."
             )
         record["cost"] = counter.spent
-        _write(folder / "cost.json", counter.spent)
+        write_json(folder / "cost.json", counter.spent)
     else:
         record["cost"] = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
     record["figures"] = _more_evaluations(job, folder)
-    _write(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def _redirect(log: str) -> None:
@@ -141,7 +142,7 @@ def evaluate_teacher(job: Job, folder: str, log: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_model(job.recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
     figures = _ask(teacher, tokenizer, job.evals, Path(folder), "teacher")
-    _write(Path(folder) / TEACHER_FIGURES, figures)
+    write_json(Path(folder) / TEACHER_FIGURES, figures)
 
 
 def has_model(recipe: Recipe) -> bool:
@@ -169,9 +170,3 @@ def _ask(
         )
         figures[evaluation.name] = result.value
     return figures
-
-
-def _write(path: Path, content: Any) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)

@@ -14,7 +14,8 @@ from hpd.estimate.cost import flops_per_token
 from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
-from hpd.terminal.console import console, show_verdicts
+from hpd.terminal.console import console
+from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
 
 __all__ = ["diagnose"]

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from hpd.evaluate.command import EvalCommand, EvalProgress, evaluate_models, names_of
-from hpd.evaluate.generate import Progress
-from hpd.evaluate.run import EvalResult
+from hpd.evaluate.command import EvalCommand, evaluate_models, names_of
+from hpd.evaluate.run import EvalResult, write_entry
 from hpd.evaluate.statistics import compare_paired
 from hpd.generation.settings import GenerationSettings
 from hpd.progress import quiet_libraries
-from hpd.terminal.console import console, progress_bar
+from hpd.terminal.console import TerminalProgress, console
 
 __all__ = [
-    "TerminalEvalProgress",
     "evaluate_with_display",
     "harness_table",
-    "judging_bar",
     "measure_with_display",
     "metrics_table",
     "result_table",
@@ -36,27 +31,11 @@ _MOST_COLUMNS = 4
 """More figures than these go below the table."""
 
 
-class TerminalEvalProgress(EvalProgress):
-    def __init__(self, names: Mapping[str, str]):
-        self._names = names
-
-    def say(self, text: str) -> None:
-        console.print(escape(text), highlight=False)
-
-    def answers(self, model: str, task: str) -> Progress:
-        return progress_bar(f"{task} answers of {self._names[model]}")
-
-
-def judging_bar(task: str) -> Callable[[int, int], None]:
-    """Progress of a judge."""
-    return progress_bar(f"{task} verdicts")
-
-
 def evaluate_with_display(command: EvalCommand) -> None:
     """`hpd eval`: answer, grade, print."""
     quiet_libraries()
     names = names_of(command.models)
-    results = evaluate_models(command, TerminalEvalProgress(names))
+    results = evaluate_models(command, TerminalProgress())
     for task in command.tasks:
         console.print(result_table(results[task.name], names))
         if len(_figures(results[task.name])) > _MOST_COLUMNS:
@@ -257,11 +236,6 @@ def _measure(
 ) -> dict[str, Any]:
     from hpd.evaluate.distribution import distribution_metrics
 
-    bars: dict[str, Any] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        bars.setdefault(stage, progress_bar(stage))(done, total)
-
     return distribution_metrics(
         student[0],
         teacher[0],
@@ -272,16 +246,13 @@ def _measure(
         texts=texts,
         teacher_tokenizer=teacher[1],
         vocabulary=vocabulary,
-        progress=progress,
+        progress=TerminalProgress(),
     )
 
 
 def _keep_report(folder: Path | None, identity: dict[str, Any], report: dict[str, Any]) -> None:
-    from hpd.evaluate.run import write_entry
-
     if folder is not None:
-        eval_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        write_entry(folder, {"id": eval_id, **identity, "distribution": report})
+        write_entry(folder, identity, {"distribution": report})
         console.print(f"figures in {folder / 'evals.json'}", highlight=False)
 
 
@@ -411,7 +382,7 @@ def _tasks(given: Mapping[str, Any]) -> None:
         limit_seed=given["limit_seed"],
         few_shot=given["few_shot"],
         few_shot_data=given["few_shot_data"],
-        judge_progress=judging_bar,
+        progress=TerminalProgress(),
     )
     names = ("models", "preset", "generation", "engine", "tensor_parallel", "dtype", "output")
     evaluate_with_display(EvalCommand(tasks=tasks, **{name: given[name] for name in names}))
@@ -472,13 +443,5 @@ def _harness(given: Mapping[str, Any]) -> None:
             "few_shot": given["few_shot"],
             "settings": generation,
         }
-        _keep(given["output"], identity, {"results": found})
-
-
-def _keep(folder: Path | None, identity: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Into evals.json, in place of an earlier entry of the same identity."""
-    from hpd.evaluate.run import write_entry
-
-    if folder is not None:
-        eval_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        write_entry(folder, {"id": eval_id, **identity, **figures})
+        if given["output"] is not None:
+            write_entry(given["output"], identity, {"results": found})
