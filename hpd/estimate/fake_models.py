@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from hpd.config.models import ModelConfig
+from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
 
 __all__ = ["OperatorGradients", "backbone", "head_weight", "meta_model", "meta_student", "without_data"]
 
 
-def meta_model(config: PretrainedConfig, source: ModelConfig) -> nn.Module:
+def meta_model(config: PretrainedConfig, source: ModelConfig | TeacherConfig) -> nn.Module:
     """A model of a configuration, in the dtype that it would be loaded in."""
     dtype = source.dtype if source.dtype != "auto" else getattr(config, "dtype", None) or torch.float32
     options: dict[str, Any] = {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
@@ -50,7 +50,7 @@ def head_weight(model: nn.Module) -> Tensor:
 
 
 def backbone(model: nn.Module, batch: int, tokens: int, autocast: bool) -> Tensor:
-    """The last hidden states of a batch; the mask is one that padding makes, so that no kernel may leave it out."""
+    """The last hidden states of a batch, under a mask as padding makes it: no kernel may leave it out."""
     base = _base(model)
     ids = torch.zeros(batch, tokens, dtype=torch.long)
     if base.config._attn_implementation == "eager":

@@ -24,13 +24,18 @@ from hpd.experiments.tuning import expand_tuning
 from hpd.terminal.console import TerminalProgress, console
 from hpd.training.plan import plan
 
-__all__ = ["compare_with_display", "dry_run"]
+__all__ = ["run_compare"]
 
 _GIB = 2**30
 
 
-def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str]) -> bool:
+def run_compare(
+    path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str], dry_run: bool, probe: bool
+) -> bool:
     """Run the grid, then write the report and print its verdicts; False if a run failed."""
+    if dry_run:
+        _dry_run(path, overrides, jobs, probe)
+        return True
     # Known before hours of runs, not behind them.
     check_target(load_experiment(path, overrides).folder / "report")
     experiment, failures = compare(path, overrides, jobs, allow, TerminalProgress())
@@ -59,7 +64,7 @@ def _show_failures(failures: Sequence[Failure]) -> None:
     console.print(table)
 
 
-def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> None:
+def _dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> None:
     """Print the grid and what it will cost; nothing is written but to a temporary folder."""
     experiment = load_experiment(path, overrides)
     with tempfile.TemporaryDirectory() as scratch:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from hpd.config.load import stage_recipes
+from hpd.config.load import load_recipe, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.estimate.cost import flops_per_token
 from hpd.estimate.memory import Memory, StepMemory
@@ -18,7 +20,7 @@ from hpd.terminal.console import console
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "run_doctor"]
 
 
 _GIB = 2**30
@@ -34,6 +36,13 @@ _OWNERS = {
     "head": "loss operator: gradient of the head, scratch",
     "backward": "backward pass, gradients, optimiser's step",
 }
+
+
+def run_doctor(
+    path: Path, overrides: Sequence[str], memory: str | None, devices: int, tflops: float | None
+) -> bool:
+    """`diagnose` of a recipe file."""
+    return diagnose(load_recipe(path, overrides), memory, devices, tflops)
 
 
 def diagnose(

@@ -14,10 +14,10 @@ from hpd.experiments.pages import render_page
 from hpd.experiments.report import build_report
 from hpd.terminal.console import console
 
-__all__ = ["report_with_display"]
+__all__ = ["run_report"]
 
 
-def report_with_display(
+def run_report(
     folders: Sequence[Path], output: Path | None, baseline: str | None, allow: Sequence[str], port: int | None
 ) -> None:
     """Write the report, or serve it on `port` while runs go on."""
