@@ -42,10 +42,10 @@ def candidates(point: dict[str, int]) -> dict[str, Callable[[], None]]:
     )
     return {
         "bare products": problem.floor,
-        "hpd": problem.ours("hpd"),
-        "forward_kl": problem.ours("forward_kl"),
+        "hpd": problem.operator("hpd"),
+        "forward_kl": problem.operator("forward_kl"),
         "TRL forward KL": problem.trl(0.0),
-        "reference forward_kl": problem.ours("forward_kl", "reference"),
+        "reference forward_kl": problem.operator("forward_kl", "reference"),
     }
 
 

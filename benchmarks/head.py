@@ -66,7 +66,7 @@ class Problem:
             else:
                 grad_weight.addmm_(student.T, hidden[chunk])
 
-    def ours(self, method: str, impl: str = "chunked") -> Callable[[], None]:
+    def operator(self, method: str, impl: str = "chunked") -> Callable[[], None]:
         terms = build_terms(method, {})
 
         def run() -> None:
@@ -105,11 +105,11 @@ def measure(
     problem = Problem(SHAPES[shape])
     candidates: dict[str, Callable[[], None]] = {
         "floor": problem.floor,
-        **{m: problem.ours(m) for m in methods},
+        **{m: problem.operator(m) for m in methods},
     }
     if peers:
         candidates |= {name: problem.trl(beta) for name, beta in TRL.items()}
-        candidates["reference forward_kl"] = problem.ours("forward_kl", "reference")
+        candidates["reference forward_kl"] = problem.operator("forward_kl", "reference")
     seconds = interleaved(candidates, repeats)
     return ratios(seconds, "floor"), seconds
 

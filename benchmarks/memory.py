@@ -44,7 +44,7 @@ def measure(name: str, shape: str) -> tuple[float, float]:
         if name == PRODUCTS
         else problem.trl(TRL[name])
         if name in TRL
-        else problem.ours(*name.split(" "))
+        else problem.operator(*name.split(" "))
     )
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak

@@ -1,5 +1,4 @@
-"""Writes docs/methods.md and the README's table from the package's tables; `--check` only says whether they
-are current."""
+"""Writes docs/methods.md and the README's table from the package's tables; `--check` only compares them."""
 
 from __future__ import annotations
 
@@ -29,21 +28,39 @@ support, w a constant for the gradient. p is the teacher, q the student, y the l
 student, k = q (log p - log q).
 """
 
+_SUPPORT_ROWS = (
+    ("`full`", "every token", ""),
+    ("`label`", "the dataset's token", ""),
+    (
+        "`sampled`",
+        "drawn tokens, weight divided by their probability",
+        "`num_draws`, `draws_of`, `draw_temperature`, `importance`",
+    ),
+    (
+        "`label+sampled`",
+        "the label, and draws that differ from it",
+        "the same, `draw_share`, `exclude_label`",
+    ),
+    (
+        "`rollout`",
+        "the token that the student wrote, weight divided by its probability; needs `on: student`",
+        "",
+    ),
+    (
+        "`top_k`",
+        "the k likeliest and a rule for the rest",
+        "`top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`)",
+    ),
+    ("`label+top_k`", "the same, the label always among them", "the same"),
+    ("`label+full`", "the label, and every token (hpd_exact)", ""),
+)
+"""Name, meaning, and fields of a term, of each support."""
 _TAIL = """
 ## Supports
 
-| support | meaning | fields of a term |
-|---|---|---|
-| `full` | every token | |
-| `label` | the dataset's token | |
-| `sampled` | drawn tokens, weight divided by their probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
-| `label+sampled` | the label, and draws that differ from it | the same, `draw_share`, `exclude_label` |
-| `rollout` | the token that the student wrote, weight divided by its probability; needs `on: student` | |
-| `top_k` | the k likeliest and a rule for the rest | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
-| `label+top_k` | the same, the label always among them | the same |
-| `label+full` | the label, and every token (hpd_exact) | |
+@SUPPORTS@
 
-An objective that is no divergence on a support is refused when the recipe is read.
+An objective that is not a divergence on a support is refused when the recipe is read.
 
 ## Sums of terms
 
@@ -102,7 +119,16 @@ def page() -> str:
         else ""
     )
     sections = [_section(name, method) for name, method in METHODS.items()]
-    return "\n".join([_HEAD, *rows, "", note, *sections, _objectives(), _TAIL])
+    tail = _TAIL.replace("@SUPPORTS@", _supports())
+    return "\n".join([_HEAD, *rows, "", note, *sections, _objectives(), tail])
+
+
+def _supports() -> str:
+    lines = ["| support | meaning | fields of a term |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {meaning} | {fields}{' ' * bool(fields)}|" for name, meaning, fields in _SUPPORT_ROWS
+    ]
+    return "\n".join(lines)
 
 
 def _row(name: str, method: Method, costs: dict[str, float]) -> str:

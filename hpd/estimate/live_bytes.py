@@ -30,7 +30,8 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
+        size = storage.nbytes()
         if key in self._storages:
             return
 

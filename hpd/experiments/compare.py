@@ -161,4 +161,5 @@ def _steps(name: str, job: Job) -> str:
     """Last logged step of a run, and its planned steps."""
     logs = JsonLines(Path(job.recipe.output_dir) / "metrics.jsonl").read()
     total = int(job.recipe.train.get("max_steps", 0) or 0)
-    return f"  {name}  step {logs[-1]['step'] if logs else 0}{f' of {total}' if total else ''}"
+    step = logs[-1]["step"] if logs else 0
+    return f"  {name}  step {step}" + (f" of {total}" if total else "")

@@ -47,8 +47,8 @@ class Budget:
     """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`).
     seconds: wall-clock."""
     value: float
-    """How much, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of the
-    budget spent."""
+    """The amount, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of
+    the budget spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ class Tune:
     path: str
     """The recipe path that is tuned; a learning rate needs at least four values over a factor of 8."""
     values: list[float]
-    """What is tried."""
+    """Values that are tried."""
     seeds: list[int]
     """Seeds of the tuning runs; none of them may be a seed of the grid."""
     metric: str = "loss"
     """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another
     name of evals, measured on the file data.validation."""
     mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
+    """min: less of it is better; max: more."""
     per: list[str] | None = None
     """Axes that get a choice of their own; null: every axis but the seed. The other axes stand at their first
     value."""
@@ -105,7 +105,7 @@ class Experiment:
     name: str
     """Title, and the default folder: runs/NAME."""
     question: str = ""
-    """What the experiment is to settle; it stands at the top of the report."""
+    """The question that it settles; it stands at the top of the report."""
     base: str | Mapping[str, Any]
     """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its
     files and returns one."""
@@ -120,7 +120,7 @@ class Experiment:
     budget: Budget | None = None
     """Equal budget of all runs; null: what the recipes say."""
     tune: Annotated[Tune | None, BeforeValidator(_tune_shorthand)] = None
-    """What is chosen per variant before the grid runs."""
+    """A setting that is chosen per variant before the grid runs."""
     evals: list[Mapping[str, Any]] = field(default_factory=list)
     """Evaluations of the trained student beside the recipe's own: a name, and fields of a recipe's `eval`.
     What is left out or null is as in the base's eval of that task (`hpd.experiments.bases.evaluations`)."""
@@ -228,7 +228,8 @@ def _seed_axis(axes: Mapping[str, Any]) -> str | None:
 
 
 def _cross_check(experiment: Experiment) -> None:
-    axes, tune = experiment.axes, experiment.tune
+    axes = experiment.axes
+    tune = experiment.tune
     for axis, values in {**axes, **({"variant": experiment.variants} if experiment.variants else {})}.items():
         if len(axis_values(values)) != len(values) or not values:
             raise ValueError(f"The axis {axis!r} needs one or more different values, got {values!r}.")

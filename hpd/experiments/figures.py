@@ -75,7 +75,7 @@ def to_svg(panel: Panel) -> str:
     """Without fixed colours for ink and grid, and with text as text."""
     import matplotlib
 
-    # A dollar in a name is no formula.
+    # A dollar in a name does not start a formula.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False}):
         text = _save(panel, "svg", facecolor="none", metadata={"Date": None}).decode("utf-8")
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--line)")

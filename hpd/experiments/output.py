@@ -77,7 +77,9 @@ def render_markdown(report: Report) -> str:
 
 
 def _marked(text: str, correct: bool | None) -> str:
-    return text if correct is None else f"{'✓' if correct else '✗'} {text}"
+    if correct is None:
+        return text
+    return f"✓ {text}" if correct else f"✗ {text}"
 
 
 def markdown_table(table: Table) -> str:

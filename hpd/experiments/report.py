@@ -24,7 +24,6 @@ from hpd.experiments.table import Table
 
 __all__ = ["Report", "Sample", "Section", "build_report", "file_name", "report_on"]
 
-
 NUM_SAMPLES = 8
 
 
@@ -67,7 +66,7 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
         allow: environment fields that may differ.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_results`; or the baseline is no variant.
+        FileNotFoundError, ValueError: see `read_results`; or the baseline is not a variant.
     """
     return report_on(read_results(paths, allow), baseline)
 
@@ -105,7 +104,7 @@ def _compare(results: Results, baseline: str) -> list[VariantComparison]:
     tested = [metric for metric in metrics if metric in measured]
     if neutral := [metric for metric in tested if higher_is_better(metric) is None]:
         raise ValueError(
-            f"{', '.join(neutral)} is neither better high nor low, so nobody wins by it: take it out of "
+            f"{', '.join(neutral)} is neither better high nor low, so no variant wins by it: take it out of "
             "metrics."
         )
     comparisons = [

@@ -30,8 +30,7 @@ __all__ = [
 
 
 def compared_metrics(results: Results) -> list[str]:
-    """What the tables show, in order: the experiment's metrics, then everything else that the runs
-    measured."""
+    """Metrics in the order of the tables: the experiment's, then all others that the runs measured."""
     found = dict.fromkeys(metric for run in results.runs for metric in run.figures)
     first = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
     return [m for m in first if m in found] + [m for m in found if m not in first]
@@ -141,7 +140,7 @@ def comparison_table(comparisons: Sequence[VariantComparison]) -> Table:
 
 
 def tuning_table(results: Results) -> Table | None:
-    """What was tried for each variant, what was taken, and how much the choice matters."""
+    """Values that were tried for each variant, the one that was taken, and how much the choice matters."""
     if not results.choices:
         return None
     first = results.choices[0]
@@ -178,7 +177,7 @@ def tuning_table(results: Results) -> Table | None:
 
 
 def stability_table(results: Results) -> Table:
-    """How smoothly the variants trained, as means over their seeds."""
+    """The smoothness of the variants' training, as means over their seeds."""
     reach = dict(results.experiment.reach) if results.experiment else {}
     rows = []
     for group, runs in results.groups.items():

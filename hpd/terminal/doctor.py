@@ -107,7 +107,8 @@ def _show_regime(recipe: Recipe) -> None:
             f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False
         )
     for stage in stage_recipes(recipe):
-        kind = "dpo" if stage.dpo else stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
+        method = stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
+        kind = "dpo" if stage.dpo else method
         console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
 
 

@@ -332,7 +332,8 @@ def test_page_in_a_browser_has_plots_and_no_errors(grid, browser):
         ".filter(s => s.getBBox().width < 50 || !s.querySelector('path')).length"
     )
     assert browser.execute_script(empty) == 0
-    twice = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.filter((x, i) => ids.indexOf(x) !== i)"
+    ids = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id);"
+    twice = f"{ids} return ids.filter((x, i) => ids.indexOf(x) !== i)"
     assert browser.execute_script(twice) == []
 
 

@@ -27,8 +27,10 @@ from hpd.files import write_json
 
 __all__ = ["ValidAnswers", "right_answers", "short_answers"]
 
-NUM_LISTED, NUM_VALID = 5, (2, 4)
-"""Digits in a problem beside the first, and how many of them may be larger than it."""
+NUM_LISTED = 5
+"""Digits in a problem beside the first."""
+NUM_VALID = (2, 4)
+"""Fewest and most of them that are larger than it."""
 NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
 SHORT_TEACHER = {
     "hidden_size": 64,
@@ -42,7 +44,10 @@ SHORT_STUDENT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
 }
-TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 1000, 500, 64, 4e-3
+TEACHER_STEPS = 1000
+STUDENT_STEPS = 500
+BATCH = 64
+RATE = 4e-3
 
 
 def right_answers(prompt: str) -> list[str]:
