@@ -21,9 +21,9 @@ from torch import Tensor
 from hpd import DistillConfig
 from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.losses.chunked import chunk_rows
+from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
-from hpd.methods import METHODS, build_terms
+from hpd.methods import METHODS, method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
 SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
@@ -67,7 +67,7 @@ class Problem:
                 grad_weight.addmm_(student.T, hidden[chunk])
 
     def operator(self, method: str, impl: str = "chunked") -> Callable[[], None]:
-        terms = build_terms(method, {})
+        terms = name_terms(method_terms(method, {}))
 
         def run() -> None:
             self.hidden.grad = self.weight.grad = None

@@ -35,8 +35,8 @@ from hpd.estimate.fake_models import (
 )
 from hpd.estimate.live_bytes import LiveBytes
 from hpd.estimate.sizes import head_bytes, model_bytes, optimizer_bytes, step_scratch, tensor_bytes
-from hpd.losses.chunked import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
+from hpd.losses.products import chunk_rows
 
 __all__ = ["Fit", "Memory", "StepMemory", "StepPlan", "row_tokens"]
 

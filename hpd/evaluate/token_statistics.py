@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpd.batch import IGNORE_INDEX, token_batch
 from hpd.losses.heads import Scores
-from hpd.losses.products import project_
+from hpd.losses.products import chunks, project_
 from hpd.losses.tile import sum_dtype
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.models.forward import scores_of
@@ -93,7 +93,8 @@ def sum_rows(
             for model in (student, teacher)
         ]
         assert both[0] is not None
-        for chunk in _chunks(len(batch.index), max(scores.vocab for scores in both if scores)):
+        widest = max(scores.vocab for scores in both if scores)
+        for chunk in chunks(len(batch.index), 4 * widest, _CHUNK_BYTES):
             sides = [None if scores is None else Scores(scores.hidden[chunk], scores.head) for scores in both]
             _add_chunk(sums, sides, batch.labels[chunk], row_of[chunk], len(texts), vocab, top_k)
         if progress is not None:
@@ -123,11 +124,6 @@ def _wide(scores: Scores) -> Scores:
         None if t is None else t.detach().to(dtype) for t in (scores.head.weight, scores.head.bias)
     )
     return Scores(scores.hidden.to(dtype), scores.head._replace(weight=weight, bias=bias))
-
-
-def _chunks(count: int, vocab: int) -> list[slice]:
-    size = max(1, _CHUNK_BYTES // (4 * vocab))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _add_chunk(

@@ -233,7 +233,7 @@ class PrefixMixer:
             "sources": [DATASET] * len(old) + [STUDENT] * len(new_labels),
         }
         if self._with_behaviour:
-            out["behaviour"] = [math.nan] * len(old) + logprobs
+            out["behavior_logprobs"] = [math.nan] * len(old) + logprobs
         return out
 
     def _observe(self, row: Row, rollout: Rollout) -> None:

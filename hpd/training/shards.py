@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpd.config.schema import CacheConfig
 from hpd.losses import Scores, TeacherScores, TopKScores
-from hpd.losses.products import for_products, project_
+from hpd.losses.products import chunks, for_products, project_
 from hpd.teachers.cached import stored_hidden
 from hpd.training.plan import Plan
 
@@ -91,9 +91,8 @@ def stored_tensors(answer: TeacherAnswer, config: CacheConfig, dtype: torch.dtyp
 
 def _logits(scores: Scores) -> Iterator[Tensor]:
     ready = for_products(scores, scores.vocab)
-    rows = max(1, _CHUNK_BYTES // (4 * scores.vocab))
-    for start in range(0, len(scores.hidden), rows):
-        hidden = ready.hidden[start : start + rows]
+    for chunk in chunks(len(scores.hidden), 4 * scores.vocab, _CHUNK_BYTES):
+        hidden = ready.hidden[chunk]
         yield project_(
             ready._replace(hidden=hidden), hidden.new_empty(len(hidden), scores.vocab, dtype=torch.float32)
         )
