@@ -21,8 +21,8 @@ from torch import Tensor
 from hpd import DistillConfig
 from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
+from hpd.losses.products import chunk_rows
 from hpd.methods import METHODS, method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
