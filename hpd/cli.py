@@ -1,18 +1,15 @@
-"""The command line: every command is one call into the package."""
+"""The command line: the options of every command, each of which is one call into the package."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hpd import __version__
+from hpd.terminal.errors import user_errors as _user_errors
 
 app = typer.Typer(
     help="Distil language models: HPD and every other method as one row of one table.",
@@ -30,12 +27,10 @@ Overrides = Annotated[
         metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."
     ),
 ]
+Allow = Annotated[
+    str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
+]
 BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
-
-
-_TRY_AGAIN = (
-    75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later
-)
 
 
 def _version(shown: bool) -> None:
@@ -52,45 +47,6 @@ def _root(
 ) -> None: ...
 
 
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """A mistake in the input is one paragraph and exit code 2; HPD_DEBUG=1 shows where it was raised."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("HPD_DEBUG"):
-            raise
-        _complain("error", str(error) if str(error) else type(error).__name__)
-        raise typer.Exit(2) from None
-    except RuntimeError as error:
-        # By name: importing the classes would load transformers for every command.
-        if type(error).__name__ not in ("RunStopped", "TeacherUnavailable") or os.environ.get("HPD_DEBUG"):
-            raise
-        words = [word for word in sys.argv[1:] if word != "--overwrite"]
-        again = shlex.join(["hpd", *words, *getattr(error, "overrides", ())])
-        _complain("stopped", f"{error} Go on with: {again}")
-        raise typer.Exit(_TRY_AGAIN) from None
-
-
-def _complain(kind: str, text: str) -> None:
-    from rich.console import Console
-
-    from hpd.config.secrets import redact
-
-    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a
-    # stranger's.
-    text = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
-    )
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 @app.command()
 def train(
     recipe: RecipeFile,
@@ -105,28 +61,9 @@ def train(
     """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last
     checkpoint."""
     with _user_errors():
-        from hpd.config.load import load_recipe
+        from hpd.terminal.training import run_train
 
-        loaded = load_recipe(recipe, overrides or ())
-        if dry_run:
-            _dry_run(loaded)
-            return
-        from hpd.terminal.training import show_summary, train_with_display
-
-        show_summary(loaded, train_with_display(loaded, overwrite=overwrite))
-
-
-def _dry_run(recipe: Any) -> None:
-    import yaml
-
-    from hpd.config.check import resolve
-    from hpd.terminal.console import show_verdicts
-    from hpd.training.plan import plan
-
-    planned = plan(recipe)
-    typer.echo(yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True), nl=False)
-    show_verdicts(planned.verdicts)
-    planned.require_sound()
+        run_train(recipe, overrides or (), dry_run, overwrite)
 
 
 @app.command()
@@ -148,10 +85,9 @@ def doctor(
     """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and
     the run costs."""
     with _user_errors():
-        from hpd.config.load import load_recipe
-        from hpd.terminal.doctor import diagnose
+        from hpd.terminal.doctor import run_doctor
 
-        if not diagnose(load_recipe(recipe, overrides or ()), memory, devices, tflops):
+        if not run_doctor(recipe, overrides or (), memory, devices, tflops):
             raise typer.Exit(1)
 
 
@@ -166,10 +102,9 @@ def cache(
     """Ask the teacher about every label position of a recipe's rows once and write its answers to
     cache.path."""
     with _user_errors():
-        from hpd.config.load import load_recipe
-        from hpd.terminal.training import cache_with_display
+        from hpd.terminal.training import run_cache
 
-        cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
+        run_cache(recipe, overrides or (), overwrite)
 
 
 @app.command(name="eval")
@@ -303,16 +238,19 @@ def serve_teacher(
     """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra
     `serve`."""
     with _user_errors():
-        from hpd.teachers.remote.serve import ServeSettings, serve_model
+        from hpd.terminal.serve import run_serve
 
-        settings = ServeSettings(
+        run_serve(
+            model,
+            dtype,
+            quantization,
+            token_env,
+            max_batch_tokens,
             host=host,
             port=port,
-            token=os.environ.get(token_env) or None,
             max_waiting=max_waiting,
             max_request_tokens=max_request_tokens,
         )
-        serve_model(model, dtype, quantization, settings, max_batch_tokens)
 
 
 @app.command()
@@ -324,10 +262,9 @@ def generate(
     """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was
     interrupted."""
     with _user_errors():
-        from hpd.config.load import load_recipe
-        from hpd.terminal.training import generate_with_display
+        from hpd.terminal.training import run_generate
 
-        generate_with_display(load_recipe(recipe, overrides or ()), overwrite)
+        run_generate(recipe, overrides or (), overwrite)
 
 
 @app.command()
@@ -341,20 +278,14 @@ def compare(
     probe: Annotated[
         bool, typer.Option(help="With --dry-run: time a few steps of each variant that has no finished run.")
     ] = True,
-    allow: Annotated[
-        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
-    ] = "",
+    allow: Allow = "",
 ) -> None:
     """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is
     run."""
     with _user_errors():
-        from hpd.terminal import experiments as terminal
+        from hpd.terminal.compare import run_compare
 
-        if dry_run:
-            terminal.dry_run(experiment, overrides or (), jobs, probe)
-        elif not terminal.compare_with_display(
-            experiment, overrides or (), jobs, [a for a in allow.split(",") if a]
-        ):
+        if not run_compare(experiment, overrides or (), jobs, _names(allow), dry_run, probe):
             raise typer.Exit(1)
 
 
@@ -370,9 +301,7 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="Variant to test against, as the report names it.")
     ] = None,
-    allow: Annotated[
-        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
-    ] = "",
+    allow: Allow = "",
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve the page on this machine and renew it while runs go on.")
     ] = False,
@@ -380,18 +309,16 @@ def report(
 ) -> None:
     """Write what runs found: one HTML page, and the same as Markdown, PNG and CSV."""
     with _user_errors():
-        from hpd.terminal.experiments import report_with_display
+        from hpd.terminal.report import run_report
 
-        report_with_display(
-            folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None
-        )
+        run_report(folders, output, baseline, _names(allow), port if watch else None)
 
 
 @app.command()
 def methods() -> None:
     """Print the table of methods."""
     with _user_errors():
-        from hpd.terminal.training import show_methods
+        from hpd.terminal.methods import show_methods
 
         show_methods()
 
@@ -409,6 +336,10 @@ def demo(
         from hpd.terminal.demo import run_demo
 
         run_demo(output_dir, overrides or (), overwrite)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def main() -> None:

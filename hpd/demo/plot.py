@@ -26,8 +26,7 @@ _PANELS = (
 
 
 def plot_training(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder to `training.png`; panels without data are left out. Returns the
-    picture's path."""
+    """Draw `metrics.jsonl` of a run folder to `training.png`, whose path is returned; no empty panels."""
     from matplotlib.figure import Figure
 
     logs = [log for log in JsonLines(folder / "metrics.jsonl").read() if "loss" in log]

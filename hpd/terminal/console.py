@@ -1,37 +1,23 @@
-"""The one console: progress bars and verdicts that every command shows alike."""
+"""The one console and its progress bars, which every command shows alike."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import rich.progress
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
-from hpd.models.pairing import Verdict
 from hpd.progress import Bar, Progress
 
-__all__ = ["TerminalProgress", "console", "show_verdicts"]
+__all__ = ["TerminalProgress", "console"]
 
 console = Console()
-_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
-
-
-def show_verdicts(verdicts: Iterable[Verdict]) -> None:
-    """One line per finding."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for verdict in verdicts:
-        table.add_row(_MARKS[verdict.level], verdict.topic, escape(verdict.text))
-    console.print(table)
 
 
 class TerminalProgress(Progress):

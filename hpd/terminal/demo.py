@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hpd.config.load import load_recipe
 from hpd.demo.plot import plot_training
-from hpd.demo.run import demo_recipe
+from hpd.demo.recipe import demo_recipe
 from hpd.files import JsonLines
 from hpd.terminal.console import console
 from hpd.terminal.training import show_summary, train_with_display

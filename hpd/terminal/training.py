@@ -1,45 +1,104 @@
-"""What a terminal shows: progress, verdicts, tables."""
+"""`hpd train`, `hpd cache` and `hpd generate` in a terminal."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 from transformers import TrainerCallback
 
-from hpd.config.schema import Recipe
-from hpd.methods.table import METHODS, name_terms
-from hpd.progress import Bar, Progress
+from hpd.config.check import resolve
+from hpd.config.load import load_recipe
+from hpd.config.schema import GenerateConfig, Recipe
+from hpd.generate import generate
+from hpd.progress import Bar, Progress, quiet_libraries
 from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import write_cache
+from hpd.training.plan import plan
 from hpd.training.run import train
 
-__all__ = [
-    "cache_with_display",
-    "generate_with_display",
-    "show_methods",
-    "show_summary",
-    "train_with_display",
-]
+__all__ = ["run_cache", "run_generate", "run_train", "show_summary", "train_with_display"]
+
+_FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-def show_methods() -> None:
-    """The table of METHODS."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("method", no_wrap=True, style="bold")
-    table.add_column("support", no_wrap=True)
-    table.add_column("what it learns", overflow="fold")
-    for name, method in METHODS.items():
-        table.add_row(name, ", ".join(str(term.support) for term in name_terms(method.terms)), method.summary)
-    console.print(table)
+def run_train(path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bool) -> None:
+    """Train by a recipe file and show the summary; or check everything and print the resolved recipe."""
+    recipe = load_recipe(path, overrides)
+    if not dry_run:
+        show_summary(recipe, train_with_display(recipe, overwrite))
+        return
+    planned = plan(recipe)
+    text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
+    console.file.write(text)  # as it is: no wrapping, no markup
+    show_verdicts(planned.verdicts)
+    planned.require_sound()
+
+
+def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """Train with bars; returns the summary of `hpd.training.run.train`."""
+    return train(recipe, overwrite=overwrite, progress=_TrainingProgress())
+
+
+def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Show before and after, side by side, and where the student is."""
+    console.print(summary_table(summary))
+    console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
+
+
+def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
+    """Write the cache of a recipe file, with a bar, and show what was written."""
+    started = time.perf_counter()
+    summary = write_cache(load_recipe(path, overrides), overwrite=overwrite, progress=TerminalProgress())
+    seconds = time.perf_counter() - started
+    if int(os.environ.get("RANK", "0")) == 0:
+        done = "complete and verified, nothing to write"
+        if summary.written:
+            done = f"{summary.written:,} positions written"
+        console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False)
+        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
+
+
+def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
+    """Write the completions of a recipe file, with a bar, and show the summary."""
+    quiet_libraries()
+    recipe = load_recipe(path, overrides)
+    summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
     console.print(
-        "\nmethod: NAME in a recipe, or method=NAME on the command line; weights and sources: "
-        "docs/methods.md",
+        f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
+        f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
+        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
         highlight=False,
     )
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The figures of a run before and after training."""
+    table = Table(
+        title=f"{summary['method']}: {summary['steps']} steps, {summary['seconds']:.0f} s",
+        title_justify="left",
+    )
+    table.add_column("")
+    for column in ("before", "after", "teacher"):
+        table.add_column(column, justify="right")
+    for label in _task_labels(summary):
+        show = _nats if label.endswith("score") else _share
+        table.add_row(
+            label,
+            *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")),
+        )
+    for figure in _FIGURES:
+        before, after = summary.get(f"{figure} before"), summary.get(f"{figure} after")
+        if before is not None or after is not None:
+            show = _share if figure == "top1_agreement" else _nats
+            table.add_row(figure, show(before), show(after), "")
+    return table
 
 
 class _TrainingBar(TrainerCallback):
@@ -87,74 +146,6 @@ class _TrainingBar(TrainerCallback):
 class _TrainingProgress(TerminalProgress):
     def callbacks(self) -> Sequence[TrainerCallback]:
         return (_TrainingBar(self),)
-
-
-def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
-    """`hpd.training.run.train` with bars."""
-    return train(recipe, overwrite=overwrite, progress=_TrainingProgress())
-
-
-def cache_with_display(recipe: Recipe, overwrite: bool = False) -> None:
-    """`hpd cache`: the bar, and what was written."""
-    started = time.perf_counter()
-    summary = write_cache(recipe, overwrite=overwrite, progress=TerminalProgress())
-    seconds = time.perf_counter() - started
-    if int(os.environ.get("RANK", "0")) == 0:
-        what = (
-            f"{summary.written:,} positions written"
-            if summary.written
-            else "complete and verified, nothing to write"
-        )
-        console.print(f"{summary.path}: {what} in {seconds:.0f} s", highlight=False)
-        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
-
-
-def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Before and after, side by side, and where the student is."""
-    console.print(summary_table(summary))
-    console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
-
-
-def generate_with_display(recipe: Recipe, overwrite: bool = False) -> None:
-    """`hpd generate`, with a bar and the summary."""
-    from hpd.config.schema import GenerateConfig
-    from hpd.generate import generate
-    from hpd.progress import quiet_libraries
-
-    quiet_libraries()
-    summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
-    console.print(
-        f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
-        f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
-        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
-        highlight=False,
-    )
-
-
-_FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
-
-
-def summary_table(summary: dict[str, Any]) -> Table:
-    """The figures of a run before and after training."""
-    table = Table(
-        title=f"{summary['method']}: {summary['steps']} steps, {summary['seconds']:.0f} s",
-        title_justify="left",
-    )
-    table.add_column("")
-    for column in ("before", "after", "teacher"):
-        table.add_column(column, justify="right")
-    for label in _task_labels(summary):
-        show = _nats if label.endswith("score") else _share
-        table.add_row(
-            label,
-            *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")),
-        )
-    for figure in _FIGURES:
-        before, after = summary.get(f"{figure} before"), summary.get(f"{figure} after")
-        if before is not None or after is not None:
-            show = _share if figure == "top1_agreement" else _nats
-            table.add_row(figure, show(before), show(after), "")
-    return table
 
 
 def _task_labels(summary: dict[str, Any]) -> list[str]:

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig
 from hpd.config import load_recipe
-from hpd.estimate.memory import LiveBytes, StepMemory, parse_bytes
+from hpd.estimate.live_bytes import LiveBytes
+from hpd.estimate.memory import StepMemory
+from hpd.estimate.sizes import parse_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
 from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes

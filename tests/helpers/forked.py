@@ -63,9 +63,7 @@ def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:
         os.chdir(cwd)
     sys.argv = ["hpd", *words]
     from hpd.cli import main
-    from hpd.terminal import experiments as terminal
-    from hpd.terminal import training as display
+    from hpd.terminal.console import console
 
-    for module in (display, terminal):  # imported before COLUMNS was set
-        module.console.width = 220
+    console.width = 220  # imported before COLUMNS was set
     main()

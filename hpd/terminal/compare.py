@@ -1,8 +1,9 @@
-"""What `hpd compare` and `hpd report` show in a terminal."""
+"""`hpd compare` in a terminal."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,31 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from hpd.experiments.compare import Cost, Failure, compare, predict
+from hpd.config.schema import Recipe
+from hpd.estimate.memory import StepMemory
+from hpd.experiments.compare import Failure, compare
 from hpd.experiments.experiment import Experiment, load_experiment
-from hpd.experiments.grid import expand, expand_tuning
-from hpd.experiments.manifest import is_finished
+from hpd.experiments.grid import expand
+from hpd.experiments.manifest import MANIFEST, is_finished
+from hpd.experiments.output import check_target, write_report
+from hpd.experiments.predict import Cost, predict
+from hpd.experiments.report import build_report
+from hpd.experiments.tuning import expand_tuning
 from hpd.terminal.console import TerminalProgress, console
+from hpd.training.plan import plan
 
-__all__ = ["compare_with_display", "dry_run", "report_with_display"]
-
+__all__ = ["run_compare"]
 
 _GIB = 2**30
 
 
-def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str]) -> bool:
-    """`hpd compare`: run the grid, then write the report and print its verdicts; False when a run failed."""
-    from hpd.experiments.pages import check_target, write_report
-    from hpd.experiments.report import build_report
-
+def run_compare(
+    path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str], dry_run: bool, probe: bool
+) -> bool:
+    """Run the grid, then write the report and print its verdicts; False if a run failed."""
+    if dry_run:
+        _dry_run(path, overrides, jobs, probe)
+        return True
     # Known before hours of runs, not behind them.
     check_target(load_experiment(path, overrides).folder / "report")
     experiment, failures = compare(path, overrides, jobs, allow, TerminalProgress())
@@ -55,33 +64,25 @@ def _show_failures(failures: Sequence[Failure]) -> None:
     console.print(table)
 
 
-def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> None:
+def _dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> None:
     """Print the grid and what it will cost; nothing is written but to a temporary folder."""
-    import tempfile
-
     experiment = load_experiment(path, overrides)
     with tempfile.TemporaryDirectory() as scratch:
-        # Files of a base function must exist to be checked; finished runs are looked for where they really
-        # are.
-        folder = experiment.folder if (experiment.folder / "manifest.json").is_file() else Path(scratch)
-        parts = {"tuning": expand_tuning(experiment, folder), "runs": expand(experiment, folder)}
+        # Files of a base function must exist to be checked; finished runs are looked for where they are.
+        folder = experiment.folder if (experiment.folder / MANIFEST).is_file() else Path(scratch)
+        tuning = expand_tuning(experiment, folder)
+        runs = expand(experiment, folder)
         _show_axes(experiment)
-        predicted = {
-            title: predict(experiment, folder, cells, probe, TerminalProgress())
-            for title, cells in parts.items()
-            if title == "runs"
-        }
-        unfinished = [cell for cell in parts["tuning"] if not is_finished(cell.recipe)]
-        seconds = _show_costs(predicted["runs"], len(unfinished))
-        _show_total(experiment, parts["runs"][0].recipe, seconds, jobs)
+        costs = predict(experiment, folder, runs, probe, TerminalProgress())
+        unfinished = [cell for cell in tuning if not is_finished(cell.recipe)]
+        seconds = _show_costs(costs, len(unfinished))
+        _show_total(experiment, runs[0].recipe, seconds, jobs)
 
 
 def _show_axes(experiment: Experiment) -> None:
     console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}", highlight=False)
-    axes: dict[str, Any] = {
-        **({"variant": experiment.variants} if experiment.variants else {}),
-        **experiment.axes,
-    }
+    variants = {"variant": experiment.variants} if experiment.variants else {}
+    axes: dict[str, Any] = {**variants, **experiment.axes}
     for axis, values in axes.items():
         console.print(f"  {escape(axis)}: {escape(', '.join(map(str, values)))}", highlight=False)
     if experiment.tune is not None:
@@ -119,10 +120,7 @@ def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
     return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning
 
 
-def _show_total(experiment: Experiment, recipe: Any, seconds: float, jobs: int) -> None:
-    from hpd.estimate.memory import StepMemory
-    from hpd.training.plan import plan
-
+def _show_total(experiment: Experiment, recipe: Recipe, seconds: float, jobs: int) -> None:
     memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
     total = (
         f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
@@ -133,43 +131,3 @@ def _show_total(experiment: Experiment, recipe: Any, seconds: float, jobs: int) 
         f"{experiment.folder}",
         highlight=False,
     )
-
-
-def report_with_display(
-    folders: Sequence[Path], output: Path | None, baseline: str | None, allow: Sequence[str], port: int | None
-) -> None:
-    """`hpd report`: write the report, or serve it while runs go on."""
-    from hpd.experiments.pages import check_target, write_report
-    from hpd.experiments.report import build_report
-
-    if port is not None:
-        _serve(list(folders), baseline, allow, port)
-        return
-    single = len(folders) == 1 and (folders[0] / "manifest.json").is_file()
-    target = output or (folders[0] / "report" if single else Path("runs/report"))
-    check_target(target)
-    report = build_report(folders, baseline, allow)
-    page = write_report(report, target)
-    for line in report.verdicts:
-        console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{report.status}\nreport: {page}, {target / 'report.md'}, plots/*.png, data/*.csv",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _serve(folders: list[Path], baseline: str | None, allow: Sequence[str], port: int) -> None:
-    from hpd.experiments.pages import Watcher, make_server, render_page
-    from hpd.experiments.report import build_report
-
-    watcher = Watcher(folders, lambda: render_page(build_report(folders, baseline, allow), live=True))
-    watcher.refresh()
-    with make_server(watcher, port) as server:
-        console.print(
-            f"http://127.0.0.1:{server.server_port}/  (Ctrl-C ends it)", highlight=False, soft_wrap=True
-        )
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return
