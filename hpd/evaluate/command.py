@@ -6,23 +6,36 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.config.models import ModelConfig
+from hpd.config.schema import EvalConfig
 from hpd.evaluate.generate import Progress
-from hpd.evaluate.run import EvalResult, evaluate_engine
+from hpd.evaluate.run import EvalResult, evaluate_engine, write_entry
 from hpd.evaluate.task import Notice, Task
-from hpd.evaluate.tasks import settings_for
+from hpd.evaluate.tasks import share_options
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
 from hpd.methods.terms import nearest
 from hpd.models.load import load_config, load_model, load_tokenizer
 
-__all__ = ["ENGINES", "EvalCommand", "EvalProgress", "evaluate_models", "load_engine", "names_of"]
+__all__ = [
+    "ENGINES",
+    "EvalCommand",
+    "EvalProgress",
+    "check_dtype",
+    "eval_sections",
+    "evaluate_models",
+    "keep_figures",
+    "load_engine",
+    "load_on_device",
+    "names_of",
+]
 
 ENGINES = ("transformers", "vllm")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,15 +45,12 @@ _FINGERPRINTED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """What `hpd eval` is asked for."""
+    """Models that answer tasks (`hpd eval`)."""
 
     models: tuple[str, ...]
     """Folders or Hub ids; the first is the one that the others are compared with."""
-    tasks: Sequence[Task]
-    preset: str | None = None
-    """A name of `PRESETS`."""
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `GenerationSettings` that go before preset and task."""
+    tasks: Sequence[tuple[Task, GenerationSettings]]
+    """As `task_and_settings` gives them."""
     engine: str = "transformers"
     """A name of `ENGINES`."""
     tensor_parallel: int = 1
@@ -54,15 +64,11 @@ class EvalCommand:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"Unknown engine {self.engine!r}. {nearest(self.engine, list(ENGINES))}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be {', '.join(_DTYPES)}, got {self.dtype!r}.")
+        check_dtype(self.dtype)
         if self.tensor_parallel != 1 and self.engine != "vllm":
             raise ValueError("tensor_parallel is vLLM's: it needs --engine vllm.")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice.")
-
-    def settings(self, task: Task) -> GenerationSettings:
-        return settings_for(task, self.preset, **self.generation)
 
     def folder(self, model: str) -> Path | None:
         """Where a model's results go."""
@@ -72,7 +78,7 @@ class EvalCommand:
 
 
 class EvalProgress:
-    """What is shown on the way; silent unless overridden."""
+    """Display of what happens on the way; silent unless overridden."""
 
     def say(self, text: str) -> None: ...
 
@@ -95,25 +101,23 @@ def evaluate_models(
         FileNotFoundError, ValueError: before any weight is loaded, where it can be known.
     """
     progress = progress or EvalProgress()
-    settings = {task.name: command.settings(task) for task in command.tasks}
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
     said = set()
-    for task in command.tasks:
+    for task, settings in command.tasks:
         if isinstance(task, Notice):
-            head, _, details = task.notice(settings[task.name].num_samples * len(command.models)).partition(
-                "\n"
-            )
+            notice = task.notice(settings.num_samples * len(command.models))
+            head, _, details = notice.partition("\n")
             progress.say(head if not details or details in said else f"{head}\n{details}")
             said.add(details)
-    results: dict[str, dict[str, EvalResult]] = {task.name: {} for task in command.tasks}
+    results: dict[str, dict[str, EvalResult]] = {task.name: {} for task, _ in command.tasks}
     for model in command.models:
         engine = load_engine(command, model)
-        for task in command.tasks:
+        for task, settings in command.tasks:
             result = evaluate_engine(
                 engine,
                 task,
-                settings[task.name],
+                settings,
                 command.folder(model),
                 name=model,
                 progress=progress.answers(model, task.name),
@@ -131,14 +135,61 @@ def evaluate_models(
 
 def load_engine(command: EvalCommand, model: str) -> Engine:
     """The model, ready to answer."""
-    source = ModelConfig(model=model, dtype=command.dtype)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(source, "model")
     if command.engine == "vllm":
         from hpd.generation.vllm_engine import VllmEngine
 
+        tokenizer = load_tokenizer(ModelConfig(model=model), "model")
         return VllmEngine(model, tokenizer, dtype=command.dtype, tensor_parallel_size=command.tensor_parallel)
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return TransformersEngine(load_model(source, "model").to(device), tokenizer)  # type: ignore[arg-type]
+    return TransformersEngine(*load_on_device(model, command.dtype))
+
+
+def load_on_device(
+    model: str, dtype: str, role: str = "model"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on the accelerator, where there is one, and its tokenizer; `role` names it in messages."""
+    source = ModelConfig(model=model, dtype=dtype)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(source, role)
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(source, role).to(device), tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError for a type that weights cannot be loaded in."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be {', '.join(_DTYPES)}, got {dtype!r}.")
+
+
+def eval_sections(
+    spec: str, data: Path | None, options: Sequence[str] = (), **shared: Any
+) -> list[EvalConfig]:
+    """The `eval` sections of a comma-separated list of ``name`` and ``name=file``.
+
+    Args:
+        spec: such as "gsm8k,math500=mine.jsonl".
+        data: folder or file of those without one of their own; None: the Hub.
+        options: as for `share_options`.
+        shared: further fields of every section.
+
+    Raises:
+        ValueError: no task, one that is named twice, or an option that none has.
+    """
+    entries = [part.strip().partition("=") for part in spec.split(",") if part.strip()]
+    if not entries:
+        raise ValueError("no tasks: give names with commas between them, such as gsm8k,math500.")
+    names = [name for name, _, _ in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a task is named twice in {spec!r}.")
+    shares = share_options(names, options)
+    return [
+        EvalConfig(task=name, data=path or str(data or ""), options=shares[name], **shared)
+        for name, _, path in entries
+    ]
+
+
+def keep_figures(folder: Path, identity: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Put figures into evals.json, in place of an earlier entry of the same identity."""
+    eval_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    write_entry(folder, {"id": eval_id, **identity, **figures})
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:

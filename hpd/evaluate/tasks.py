@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -16,7 +16,25 @@ from hpd.evaluate.benchmarks.rows import Data, HubData
 from hpd.evaluate.task import Task
 from hpd.generation.settings import GenerationSettings
 
-__all__ = ["JudgeProgress", "build_task", "build_tasks", "share_options"]
+if TYPE_CHECKING:
+    from hpd.config.schema import EvalConfig  # the schema imports torch, which building a task does not need
+
+__all__ = [
+    "PRESETS",
+    "TASKS",
+    "JudgeProgress",
+    "TaskEntry",
+    "build_task",
+    "make_task",
+    "settings_for",
+    "share_options",
+    "task_and_settings",
+]
+
+
+JudgeProgress = Callable[[str], Callable[[int, int], None]]
+"""Gives, for the name of a task, what is called with (verdicts so far, verdicts)."""
+_JUDGE = "judge."
 
 
 class TaskEntry(NamedTuple):
@@ -181,11 +199,47 @@ def find_data(name: str, data: str | Path | None, *, shots: bool = False) -> Dat
     )
 
 
-JudgeProgress = Callable[[str], Callable[[int, int], None]]
-"""Gives, for the name of a task, what is called with (verdicts so far, verdicts)."""
+def task_and_settings(
+    config: EvalConfig,
+    judge_progress: JudgeProgress | None = None,
+    *,
+    top_k: int | None = None,
+    chat_template: str | None = None,
+) -> tuple[Task, GenerationSettings]:
+    """The task of an `eval` section of a recipe, with its examples read, and how it is answered.
 
+    Args:
+        config: the section.
+        judge_progress: shows a judge's progress.
+        top_k, chat_template: fields of `GenerationSettings` that only the command line has; None: not given.
 
-_JUDGE = "judge."
+    Raises:
+        FileNotFoundError, ValueError: as `build_task` and `settings_for`.
+    """
+    task = build_task(
+        config.task,
+        config.data or None,
+        limit=config.limit,
+        limit_seed=config.limit_seed,
+        few_shot=config.few_shot,
+        few_shot_data=config.few_shot_data,
+        options=config.options,
+        judge_progress=judge_progress,
+    )
+    settings = settings_for(
+        task,
+        config.preset,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=top_k,
+        seed=config.seed,
+        chat_template=chat_template,
+        system_prompt=config.system_prompt,
+    )
+    return task, settings
 
 
 def build_task(
@@ -253,27 +307,16 @@ def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None)
     return Judge(JudgeSettings(**{**fields, "cache": Path(cache) if cache is not None else None}), progress)
 
 
-def build_tasks(spec: str, data: Path | None, options: Sequence[str] = (), **shared: Any) -> list[Task]:
-    """The tasks of a comma-separated list of ``name`` and ``name=file``.
+def share_options(names: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each task's options.
 
     Args:
-        spec: such as "gsm8k,math500=mine.jsonl".
-        data: folder or file of those without one of their own.
+        names: tasks.
         options: ``name=value`` for every task that has this option, or ``task.name=value`` for one.
-        shared: as for `build_task`.
+
+    Raises:
+        ValueError: an option that no task has.
     """
-    entries = [part.strip().partition("=") for part in spec.split(",") if part.strip()]
-    if not entries:
-        raise ValueError("no tasks: give names with commas between them, such as gsm8k,math500.")
-    names = [name for name, _, _ in entries]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a task is named twice in {spec!r}.")
-    shares = share_options(names, options)
-    return [build_task(name, path or data, options=shares[name], **shared) for name, _, path in entries]
-
-
-def share_options(names: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each task's options; one that no task has is an error."""
     shares: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in options:
         key, sign, value = text.partition("=")
@@ -296,7 +339,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 32768, "num_samples": 8},
 }
 """Name -> fields of `GenerationSettings`. paper: Hybrid Policy Distillation, arXiv 2604.20244."""
-
 
 _PAPER_SAMPLES = {"aime24": 32, "aime25": 32, "amc": 32}
 """Tasks that the paper gives more than eight samples per problem."""

@@ -31,10 +31,8 @@ __all__ = [
     "sum_rows",
 ]
 
-
 NUM_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
-
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -197,7 +195,6 @@ def _add_bins(
 
 _MAX_PERIOD_TOKENS = 256
 """Loops of a longer period are copies of whole paragraphs; repeated n-grams show those."""
-
 
 _MIN_COPIES = 3
 """Two equal words in a row are language, three are a loop."""

@@ -43,7 +43,7 @@ class EvaluatingTrainer(DistillTrainer):
         self._due: list[PlannedEval] = []
         self._validation_due = True
         super().__init__(*args, **kwargs)
-        self.add_callback(_Schedule(self))
+        self.add_callback(_TaskSchedule(self))
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss on the validation rows where it is due, then the tasks that are due."""
@@ -116,7 +116,7 @@ class EvaluatingTrainer(DistillTrainer):
         return super()._determine_best_metric(metrics, trial)
 
 
-class _Schedule(TrainerCallback):
+class _TaskSchedule(TrainerCallback):
     """Asks for an evaluation at the steps of the tasks."""
 
     def __init__(self, trainer: EvaluatingTrainer):

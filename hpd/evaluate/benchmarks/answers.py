@@ -10,40 +10,30 @@ from typing import NamedTuple
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 
-
 _NUMBER = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
-
 
 _MARKER = re.compile(r"\banswer\**\s*(?:is\b\s*:?|:)", re.IGNORECASE)
 
-
 _SENTENCE_END = re.compile(r"""[.!?][*_"`)]*(?:\s|$)""")
-
 
 # The look-behind keeps digits of identifiers (x2, v1.5) out, and reads the minus of 7-3 as an operator.
 _NUMBER_IN_PROSE = re.compile(rf"(?<![0-9A-Za-z_./)\]])[-\u2212]?[$€£¥]?{_NUMBER}(?:/[0-9]+)?")
 
-
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-
 
 _FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
-
 _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
-
 
 # Words that change the number before them: what they follow is not "a number and its unit".
 _VALUE_WORDS = (
     "and|or|to|over|plus|minus|times|half|pi|squared|cubed|dozen|hundred|thousand|million|billion|trillion"
 )
 
-
 _QUANTITY = re.compile(
     rf"(?P<number>[+-]?{_NUMBER})(?:/(?P<denominator>0*[1-9][0-9]*))?"
     rf"(?P<unit>\s?[%°]|(?!.*\b(?:{_VALUE_WORDS})\b),?\s+[a-z][a-z\s]*)?"
 )
-
 
 # Longer than any answer; Python refuses to read integers beyond 4,300 digits, and a looping model writes
 # them.

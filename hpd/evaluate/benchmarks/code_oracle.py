@@ -12,10 +12,8 @@ from typing import Any
 
 RELATIVE_TOLERANCE = 1e-7
 
-
 DEFAULT_FLOAT_TOLERANCE = 1e-6
 """Absolute, where the reference's output is of floats and the problem states none."""
-
 
 SET_EQUALITY = {
     "similar_elements",
@@ -28,7 +26,6 @@ SET_EQUALITY = {
     "Diff",
 }
 """MBPP functions whose outputs are compared as sets."""
-
 
 NONE_OR_NOT = {"check_str", "text_match_three", "text_starta_endb"}
 """MBPP functions that may return anything for yes: a match, True, a string; None or False for no."""

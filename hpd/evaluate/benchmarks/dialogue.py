@@ -12,16 +12,12 @@ from hpd.generation.texts import Answer
 
 __all__ = ["RougeTask", "alpaca_prompt", "dolly", "rouge_l", "self_instruct", "sni", "vicuna"]
 
-
 Template = Literal["alpaca", "chat"]
-
 
 # The two forms of the Alpaca prompt (Taori et al. 2023), on which the students of this protocol are trained.
 _TASK = "Below is an instruction that describes a task"
 
-
 _WITH_INPUT = ", paired with an input that provides further context"
-
 
 _REQUEST = ". Write a response that appropriately completes the request."
 

@@ -20,9 +20,7 @@ from hpd.generation.texts import Answer
 
 __all__ = ["alpaca_eval", "arena_hard", "mt_bench"]
 
-
 _STRONG_WEIGHT = 3.0  # arena-hard-auto: a "much better" counts as three games
-
 
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 

@@ -14,14 +14,11 @@ from hpd.generation.texts import Answer, Message
 
 __all__ = ["Games", "MTBench", "PairwiseTask"]
 
-
 # For the estimate before anything is written: what judges wrote in trials with the prompts of this package,
 # rounded up.
 _REPLY_TOKENS = 200
 
-
 _ANSWER_TOKENS = 400
-
 
 SummaryFigures = Callable[[Sequence[Example], Sequence[Answer], Sequence["Games"]], dict[str, float]]
 

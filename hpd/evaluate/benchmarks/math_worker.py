@@ -12,7 +12,6 @@ from typing import Any
 
 _MAX_BYTES = 4 << 30  # of address space
 
-
 _SECONDS = 5  # math-verify's own limit of each comparison, which leaves this process alive
 
 

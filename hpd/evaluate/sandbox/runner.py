@@ -44,7 +44,7 @@ _NEVER_PRELOADED = {
 _MAX_DETAIL_CHARS = 300
 
 
-class Job(NamedTuple):
+class SandboxJob(NamedTuple):
     """What the host sends."""
 
     role: str
@@ -67,7 +67,7 @@ class Job(NamedTuple):
 
 def main() -> None:
     sys.path.pop(0)  # this folder: nothing more is imported from it
-    job = Job(**wire.receive(0))
+    job = SandboxJob(**wire.receive(0))
     try:
         null = os.open("/dev/null", os.O_RDWR)
         if job.namespaces:
@@ -123,7 +123,7 @@ def _supervise(pid: int, wake: int, wall_seconds: float) -> dict[str, Any]:
     }
 
 
-def _sandboxed(job: Job, supervisor_pid: int) -> None:
+def _sandboxed(job: SandboxJob, supervisor_pid: int) -> None:
     """The process that never comes back."""
     code = 70
     try:
@@ -155,7 +155,7 @@ def _sandboxed(job: Job, supervisor_pid: int) -> None:
         os._exit(code)
 
 
-def _run_program(job: Job) -> int:
+def _run_program(job: SandboxJob) -> int:
     """Run untrusted code, then answer for it. Whatever it does to this interpreter, it can only change its
     own answers."""
     module = ModuleType("program")
@@ -172,7 +172,7 @@ def _run_program(job: Job) -> int:
     return 0
 
 
-def _run_tests(job: Job) -> None:
+def _run_tests(job: SandboxJob) -> None:
     assert job.verdict_fd is not None
     value = None
     try:
