@@ -71,7 +71,7 @@ class EvalCommand:
             raise ValueError("a model is named twice.")
 
     def folder(self, model: str) -> Path | None:
-        """Where a model's results go."""
+        """Folder of a model's results; None: they are not written."""
         if self.output is not None:
             return self.output
         return Path(model) if (Path(model) / "recipe.yaml").is_file() else None

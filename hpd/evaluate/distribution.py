@@ -142,32 +142,13 @@ def distribution_metrics(
     vocab = _common_vocab(student, teacher, tokenizer, teacher_tokenizer, vocabulary)
     for model in filter(None, (student, teacher)):
         add_head_function(model)
-    reader = _Reader(
-        student=student,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        settings=settings,
-        vocab=vocab,
-        limit=_length_limit(student, teacher, max_length),
-        top_k=top_k,
-        progress=progress,
-    )
-    report: dict[str, Any] = {
-        "num_rows": len(rows),
-        "top_k": top_k,
-        "max_length": reader.limit,
-        "common_vocabulary": vocab,
-    }
-    figures: dict[str, dict[str, Figure]] = {}
-    for text in texts:
-        figures[text], plain = reader.read(text, rows, metrics)
-        report[text] = plain | _estimates(figures[text], len(rows), seed)
-    if len(figures) == 2:
-        report["gap"] = _estimates(_gaps(figures["student"], figures["dataset"]), len(rows), seed)
-    return report
+    limit = _length_limit(student, teacher, max_length)
+    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress)
+    counts = {"num_rows": len(rows), "top_k": top_k, "max_length": limit, "common_vocabulary": vocab}
+    return counts | _report(reader, rows, metrics, texts, seed)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Reader:
     """Models that read texts, how far, and how the student writes."""
 
@@ -208,6 +189,19 @@ class _Reader:
         figures |= _text_figures(labels, metrics, ends)
         distinct = _distinct(labels) if "repetition" in metrics else {}
         return figures, {"tokens": int(sums.tokens.sum()), **lost, **distinct}
+
+
+def _report(
+    reader: _Reader, rows: Sequence[TextRow], metrics: Sequence[str], texts: Sequence[str], seed: int
+) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    figures: dict[str, dict[str, Figure]] = {}
+    for text in texts:
+        figures[text], plain = reader.read(text, rows, metrics)
+        report[text] = plain | _estimates(figures[text], len(rows), seed)
+    if len(figures) == 2:
+        report["gap"] = _estimates(_gaps(figures["student"], figures["dataset"]), len(rows), seed)
+    return report
 
 
 def _estimates(figures: dict[str, Figure], num_rows: int, seed: int) -> dict[str, Any]:
@@ -278,7 +272,7 @@ def _student_tokens(
     limit: int | None,
     progress: StageProgress | None,
 ) -> list[TextTokens]:
-    """What the student writes, as the token ids that it drew: decoding and encoding again may give others."""
+    """Texts that the student writes, as the token ids that it drew: encoding them again may give others."""
     engine = TransformersEngine(student, tokenizer)
     prompts = [encode_prompt(tokenizer, row.prompt, settings) for row in rows]
     room = min((limit or 2**31) - max(map(len, prompts)), settings.max_new_tokens)

@@ -213,7 +213,8 @@ def compare_paired(first: Floats, second: Floats) -> PairedDifference:
         level).
     """
     both = ~(np.isnan(first).all(axis=1) | np.isnan(second).all(axis=1))
-    one, two = mean_over_problems(first[both]), mean_over_problems(second[both])
+    one = mean_over_problems(first[both])
+    two = mean_over_problems(second[both])
     differences = two - one
     resampled = resample(ratio(differences), len(differences))
     single = first.shape[1] == second.shape[1] == 1 and np.isin([one, two], (0.0, 1.0)).all()

@@ -38,7 +38,7 @@ _JUDGE = "judge."
 
 
 class TaskEntry(NamedTuple):
-    """How a task is made."""
+    """Recipe of a task."""
 
     factory: str
     """"module:function"; the function takes (data, *, limit=None, ...) and returns a `Task`."""
@@ -171,7 +171,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def task_options(name: str) -> list[str]:
-    """What a task's factory takes beside data and limit."""
+    """Names that a task's factory takes beside data and limit."""
     parameters = inspect.signature(load_factory(name)).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "limit"]
 

@@ -185,7 +185,8 @@ def _two_models(
 def _add_bins(
     sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int
 ) -> None:
-    key, dtype = f"bins/{name}", sum_dtype(confidence.device)
+    key = f"bins/{name}"
+    dtype = sum_dtype(confidence.device)
     if key not in sums:
         sums[key] = torch.zeros(num_rows, NUM_BINS, 3, dtype=dtype, device=confidence.device)
     place = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)

@@ -137,13 +137,16 @@ class EvalOptions(HarnessOptions, MetricsOptions, TaskOptions):
         Raises:
             ValueError: two modes, or an option that has no effect on the chosen one.
         """
-        kind, name = TaskOptions, "an evaluation of tasks"
+        kind: type[TaskOptions | MetricsOptions | HarnessOptions] = TaskOptions
+        name = "an evaluation of tasks"
         if self.metrics is not None and self.harness is not None:
             raise ValueError("--metrics and --harness are different evaluations: give one of them.")
         if self.metrics is not None:
-            kind, name = MetricsOptions, "--metrics"
+            kind = MetricsOptions
+            name = "--metrics"
         elif self.harness is not None:
-            kind, name = HarnessOptions, "--harness"
+            kind = HarnessOptions
+            name = "--harness"
         used = {field.name: getattr(self, field.name) for field in fields(kind)}
         for field in fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:

@@ -23,10 +23,9 @@ class EvaluatingTrainer(DistillTrainer):
     """A `DistillTrainer` whose evaluation includes tasks, each at its own steps.
 
     Their metrics are logged like any other, so every tracker has them, and `metric_for_best_model` can name
-    them: with
-    `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a task is kept.
-        Generation uses no
-    global random numbers, so training goes on as if there had been no evaluation.
+    them: with `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a
+    task is kept. Generation uses no global random numbers, so training goes on as if there had been no
+    evaluation.
 
     With several processes, each answers a share of the problems (all of them together where the weights are
     sharded, since a sharded model can only run everywhere at once), and the first grades. The answers are
@@ -51,7 +50,8 @@ class EvaluatingTrainer(DistillTrainer):
         metrics: dict[str, float] = {}
         if has_rows and self._validation_due:
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        due, self._due, self._validation_due = self._due, [], True
+        due = self._due
+        self.drop_evaluation()
         for planned in due:
             metrics |= self._run_task(planned)
         return metrics
@@ -71,7 +71,8 @@ class EvaluatingTrainer(DistillTrainer):
         )
 
     def drop_evaluation(self) -> None:
-        self._due, self._validation_due = [], True
+        self._due = []
+        self._validation_due = True
 
     def _run_task(self, planned: PlannedEval) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)

@@ -229,7 +229,7 @@ def test_a_folder_without_the_task_and_the_hub_offline(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data for 'gsm8k': expected gsm8k/test\*"):
         make_task("gsm8k", tmp_path)
     with pytest.raises(
-        ValueError, match=r"openai/gsm8k:main:test cannot be had from the Hub; name a local file"
+        ValueError, match=r"openai/gsm8k:main:test is not available from the Hub; name a local file"
     ):
         make_task("gsm8k")
     with pytest.raises(ValueError, match="no data of its own on the Hub"):

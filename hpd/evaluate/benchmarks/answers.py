@@ -85,7 +85,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def same_answer(first: str, second: str) -> bool:
-    r"""Whether two answers are the same after normalisation; symmetric.
+    r"""True if two answers are the same after normalisation; symmetric.
 
     Numbers are compared as exact rationals: ``1,234`` = ``$1234.00``, ``\frac{3}{4}`` = ``3/4`` = ``0.75``. A
     unit counts only where both have one: ``42 apples`` = ``42``, ``5 m`` != ``5 km``. Anything else is
@@ -95,7 +95,8 @@ def same_answer(first: str, second: str) -> bool:
     >>> same_answer("The Moon.", "the moon"), same_answer("2", "20"), same_answer("(1, 2)", "(1,2)")
     (True, False, True)
     """
-    left, right = _normalise(first), _normalise(second)
+    left = _normalise(first)
+    right = _normalise(second)
     numbers = _quantity(left), _quantity(right)
     if numbers[0] and numbers[1]:
         units = {number.unit for number in numbers if number and number.unit}

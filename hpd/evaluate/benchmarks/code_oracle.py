@@ -32,7 +32,7 @@ NONE_OR_NOT = {"check_str", "text_match_three", "text_starta_endb"}
 
 
 def reference_outputs(function: Callable[..., Any], entry_point: str, inputs: list[Any]) -> list[Any]:
-    """What the reference returns, in the form that `compare` takes."""
+    """Outputs of the reference, in the form that `compare` takes."""
     outputs = [function(*arguments) for arguments in inputs]
     return [output is not None for output in outputs] if entry_point in NONE_OR_NOT else outputs
 
@@ -50,7 +50,7 @@ def compare(
 
 
 def matches(output: Any, reference: Any, entry_point: str, arguments: list[Any], atol: float) -> bool:
-    """Whether an output is right."""
+    """True if an output is right."""
     if entry_point in _OWN_RULES:
         own = _OWN_RULES[entry_point](output, reference, arguments, atol)
         if own is not None:
@@ -83,7 +83,8 @@ def _close_items(output: Any, reference: Any, atol: float) -> bool:
         return False
     if output == reference:
         return True
-    difference, scale = abs(output - reference), abs(reference)
+    difference = abs(output - reference)
+    scale = abs(reference)
     return math.isfinite(scale) and difference <= atol + RELATIVE_TOLERANCE * scale
 
 

@@ -119,7 +119,8 @@ def mbpp_problem(row: Row) -> CodeProblem:
 
 def _top_level(code: str) -> tuple[list[str], list[str]]:
     """Names that a program defines, and its imports, which the tests may use."""
-    names, imports = [], []
+    names = []
+    imports = []
     for node in ast.parse(code).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.append(node.name)

@@ -122,7 +122,8 @@ def sni(data: Data, *, limit: int | None = None, template: Template = "alpaca") 
 
 def _example(data: Data, number: int, row: Row, template: Template) -> Example:
     instances = row.get("instances") or [row]
-    instruction, context = row.get("instruction"), instances[0].get("input") or ""
+    instruction = row.get("instruction")
+    context = instances[0].get("input") or ""
     output = instances[0].get("output")
     given = output if isinstance(output, list) else [output]
     references = [text for text in given if isinstance(text, str) and text.strip()]

@@ -179,4 +179,4 @@ def load_fastchat_prompts(path: Path) -> Mapping[str, JudgePrompt]:
             if row["type"] == "single"
         }
     except KeyError as error:
-        raise ValueError(f"{path} is no judge_prompts.jsonl of FastChat: a row has no {error}.") from None
+        raise ValueError(f"{path} is not a judge_prompts.jsonl of FastChat: a row has no {error}.") from None

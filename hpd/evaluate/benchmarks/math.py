@@ -59,7 +59,7 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MathProblem:
-    """What a task's file says of one problem."""
+    """One problem of a task's file."""
 
     id: str
     question: str
@@ -198,7 +198,8 @@ def _cheap(pair: AnswerPair) -> Equality | None:
     """The outcome where strings and exact numbers decide it."""
     if same_answer(pair.gold, pair.answer):
         return Equality(True, "same")
-    gold, answer = plain_number(pair.gold), plain_number(pair.answer)
+    gold = plain_number(pair.gold)
+    answer = plain_number(pair.answer)
     if gold is None or answer is None:
         return None
     # Equal numbers that are not the same answer have different units.

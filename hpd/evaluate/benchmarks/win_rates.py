@@ -90,7 +90,8 @@ def position_bias(first: Sequence[float], second: Sequence[float]) -> PositionBi
         first: score of the candidate where it was shown first, per question.
         second: the same where it was shown second.
     """
-    shown_first, shown_second = np.asarray(first, float), np.asarray(second, float)
+    shown_first = np.asarray(first, float)
+    shown_second = np.asarray(second, float)
     return PositionBias(
         float((shown_first + 1 - shown_second).mean() / 2), float((shown_first == shown_second).mean())
     )

@@ -33,19 +33,13 @@ _LAZY_MODULES = (
     "traceback",
     "tokenize",
 )
-_NEVER_PRELOADED = {
-    "antigravity",
-    "this",
-    "idlelib",
-    "tkinter",
-    "turtle",
-    "turtledemo",
-}  # they act when imported
+# They act when imported.
+_NEVER_PRELOADED = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo"}
 _MAX_DETAIL_CHARS = 300
 
 
 class SandboxJob(NamedTuple):
-    """What the host sends."""
+    """Message of the host that starts a sandbox."""
 
     role: str
     """"program": untrusted code that then answers requests; "tests": code that asks and decides."""
@@ -58,7 +52,7 @@ class SandboxJob(NamedTuple):
     namespaces: bool
     seccomp: bool
     control_fd: int
-    """Where the supervisor reports; never open in the sandboxed process."""
+    """The supervisor reports here; never open in the sandboxed process."""
     verdict_fd: int | None
     """tests: where the verdict goes; never open in the program's process."""
     ask_fds: tuple[int, int] | None
