@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.config.models import ModelConfig
 from hpd.config.schema import EvalConfig
-from hpd.evaluate.generate import Progress
-from hpd.evaluate.run import EvalResult, evaluate_engine, write_entry
+from hpd.evaluate.run import EvalResult, evaluate_engine
 from hpd.evaluate.task import Notice, Task
 from hpd.evaluate.tasks import share_options
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
 from hpd.methods.terms import nearest
 from hpd.models.load import load_config, load_model, load_tokenizer
+from hpd.progress import Progress
+from hpd.teachers.fingerprints import quick_fingerprint
 
 __all__ = [
     "ENGINES",
     "EvalCommand",
-    "EvalProgress",
     "check_dtype",
     "eval_sections",
     "evaluate_models",
-    "keep_figures",
     "load_engine",
     "load_on_device",
     "names_of",
@@ -39,8 +36,6 @@ __all__ = [
 
 ENGINES = ("transformers", "vllm")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What makes two folders of one name different models.
-_FINGERPRINTED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +72,9 @@ class EvalCommand:
         return Path(model) if (Path(model) / "recipe.yaml").is_file() else None
 
 
-class EvalProgress:
-    """Display of what happens on the way; silent unless overridden."""
-
-    def say(self, text: str) -> None: ...
-
-    def answers(self, model: str, task: str) -> Progress | None:
-        return None
-
-
 def evaluate_models(
     command: EvalCommand,
-    progress: EvalProgress | None = None,
+    progress: Progress | None = None,
     done: Callable[[str, EvalResult], None] | None = None,
 ) -> dict[str, dict[str, EvalResult]]:
     """Results by task and model, in the order in which they are named.
@@ -100,9 +86,10 @@ def evaluate_models(
     Raises:
         FileNotFoundError, ValueError: before any weight is loaded, where it can be known.
     """
-    progress = progress or EvalProgress()
+    progress = progress or Progress()
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
+    names = names_of(command.models)
     said = set()
     for task, settings in command.tasks:
         if isinstance(task, Notice):
@@ -120,8 +107,8 @@ def evaluate_models(
                 settings,
                 command.folder(model),
                 name=model,
-                progress=progress.answers(model, task.name),
-                fingerprint=_fingerprint(model, command.dtype),
+                progress=progress.bar(f"{task.name} answers of {names[model]}"),
+                fingerprint=quick_fingerprint(model, command.dtype),
             )
             results[task.name][model] = result
             if done is not None:
@@ -186,31 +173,9 @@ def eval_sections(
     ]
 
 
-def keep_figures(folder: Path, identity: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-    """Put figures into evals.json, in place of an earlier entry of the same identity."""
-    eval_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    write_entry(folder, {"id": eval_id, **identity, **figures})
-
-
 def names_of(models: Sequence[str]) -> dict[str, str]:
     """Short names of models: the last part of each path, or the whole where that is not unique."""
     short = [Path(model).name for model in models]
     return {
         model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)
     }
-
-
-def _fingerprint(model: str, dtype: str) -> str:
-    """Changes with the weights: sizes and times of a folder's files, the commit of a Hub model."""
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for pattern in _FINGERPRINTED for path in folder.glob(pattern))
-        # evals.json is written by the evaluation itself.
-        facts: Any = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
-            if path.name != "evals.json"
-        ]
-    else:
-        facts = getattr(load_config(ModelConfig(model=model), "model"), "_commit_hash", None)
-    return hashlib.sha256(json.dumps([facts, dtype]).encode()).hexdigest()[:16]

@@ -6,9 +6,8 @@ In formulas p is the teacher, q the student; nats, means over label tokens. Axes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,11 +29,9 @@ from hpd.generation.engine import Request, TransformersEngine, encode_prompt, en
 from hpd.generation.settings import GenerationSettings
 from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
+from hpd.progress import Progress
 
 __all__ = ["METRICS", "TEXTS", "check_metrics", "distribution_metrics"]
-
-StageProgress = Callable[[str, int, int], None]
-"""Called with (what is being done, rows so far, rows)."""
 
 
 class Metric(NamedTuple):
@@ -102,7 +99,7 @@ def distribution_metrics(
     max_length: int | None = None,
     top_k: int = 10,
     seed: int = 0,
-    progress: StageProgress | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     r"""Measure a student's distances, entropies, likelihoods and texts, with 95 % intervals over the rows.
 
@@ -125,7 +122,7 @@ def distribution_metrics(
         max_length: tokens of prompt and completion that are read; None is the smaller context of the models.
         top_k: size of the sets whose overlap is taken.
         seed: of the resamples; draws of the student's texts follow `settings.seed`.
-        progress: called after each batch.
+        progress: gets a bar for each stage.
 
     Returns:
         JSON values: `dataset` and `student` (each figure with `value` and `interval`), `gap` (student minus
@@ -143,7 +140,7 @@ def distribution_metrics(
     for model in filter(None, (student, teacher)):
         add_head_function(model)
     limit = _length_limit(student, teacher, max_length)
-    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress)
+    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress or Progress())
     counts = {"num_rows": len(rows), "top_k": top_k, "max_length": limit, "common_vocabulary": vocab}
     return counts | _report(reader, rows, metrics, texts, seed)
 
@@ -159,7 +156,7 @@ class _Reader:
     vocab: int | None
     limit: int | None
     top_k: int
-    progress: StageProgress | None
+    progress: Progress
 
     def read(
         self, text: str, rows: Sequence[TextRow], metrics: Sequence[str]
@@ -181,7 +178,7 @@ class _Reader:
             top_k=self.top_k,
             batch_size=self.settings.batch_size,
             pad_id=_pad_id(self.tokenizer),
-            progress=None if self.progress is None else partial(self.progress, f"reading {text} text"),
+            progress=self.progress.bar(f"reading {text} text"),
         )
         labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
         ends = end_token_ids(self.student, self.tokenizer) if by_student else None
@@ -270,7 +267,7 @@ def _student_tokens(
     rows: Sequence[TextRow],
     settings: GenerationSettings,
     limit: int | None,
-    progress: StageProgress | None,
+    progress: Progress,
 ) -> list[TextTokens]:
     """Texts that the student writes, as the token ids that it drew: encoding them again may give others."""
     engine = TransformersEngine(student, tokenizer)
@@ -282,11 +279,11 @@ def _student_tokens(
             f"{limit}."
         )
     written: dict[int, list[int]] = {}
+    bar = progress.bar("the student writes")
     for batch in engine.batches([len(prompt) for prompt in prompts], settings):
         requests = [Request(prompts[row], (settings.seed, row, 0, 0)) for row in batch]
         written.update(zip(batch, engine.generate_tokens(requests, settings, room), strict=True))
-        if progress is not None:
-            progress("the student writes", len(written), len(rows))
+        bar(len(written), len(rows))
     return [
         TextTokens([*prompt, *written[row]], [False] * len(prompt) + [True] * len(written[row]))
         for row, prompt in enumerate(prompts)

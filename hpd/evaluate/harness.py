@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from hpd.evaluate.command import keep_figures
+from hpd.evaluate.run import write_entry
 
 __all__ = ["HARNESSES", "HarnessCommand", "run_harness"]
 
@@ -90,7 +90,7 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
     for model in command.models:
         results = _evaluate(command, model, manager)
         if command.output is not None:
-            keep_figures(command.output, command.identity(model), {"results": results})
+            write_entry(command.output, command.identity(model), {"results": results})
         yield model, results
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.evaluate.command import check_dtype, keep_figures, load_on_device
-from hpd.evaluate.distribution import TEXTS, WRITING, StageProgress, check_metrics, distribution_metrics
+from hpd.evaluate.command import check_dtype, load_on_device
+from hpd.evaluate.distribution import TEXTS, WRITING, check_metrics, distribution_metrics
+from hpd.evaluate.run import write_entry
 from hpd.evaluate.text_rows import TextRow, read_text_rows
 from hpd.generation.settings import GenerationSettings
 from hpd.losses.heads import POLICIES
+from hpd.progress import Progress
 
 __all__ = ["MetricsCommand", "measure_models"]
 
@@ -71,7 +73,7 @@ class MetricsCommand:
 
 
 def measure_models(
-    command: MetricsCommand, progress: StageProgress | None = None
+    command: MetricsCommand, progress: Progress | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each model and its report (`distribution_metrics`), which is put into evals.json.
 
@@ -85,7 +87,7 @@ def measure_models(
     for model in command.models:
         report = _measure(command, model, teacher, rows, progress)
         if command.output is not None:
-            keep_figures(command.output, command.identity(model), {"distribution": report})
+            write_entry(command.output, command.identity(model), {"distribution": report})
         yield model, report
 
 
@@ -95,7 +97,7 @@ def _measure(
     model: str,
     teacher: Pair,
     rows: Sequence[TextRow],
-    progress: StageProgress | None,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     student, tokenizer = load_on_device(model, command.dtype, "student")
     return distribution_metrics(

@@ -15,6 +15,7 @@ from hpd.evaluate.benchmarks.few_shot import FewShot, Subset
 from hpd.evaluate.benchmarks.rows import Data, HubData
 from hpd.evaluate.task import Task
 from hpd.generation.settings import GenerationSettings
+from hpd.progress import Progress
 
 if TYPE_CHECKING:
     from hpd.config.schema import EvalConfig  # the schema imports torch, which building a task does not need
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "TASKS",
-    "JudgeProgress",
     "TaskEntry",
     "build_task",
     "make_task",
@@ -32,8 +32,6 @@ __all__ = [
 ]
 
 
-JudgeProgress = Callable[[str], Callable[[int, int], None]]
-"""Gives, for the name of a task, what is called with (verdicts so far, verdicts)."""
 _JUDGE = "judge."
 
 
@@ -201,7 +199,7 @@ def find_data(name: str, data: str | Path | None, *, shots: bool = False) -> Dat
 
 def task_and_settings(
     config: EvalConfig,
-    judge_progress: JudgeProgress | None = None,
+    progress: Progress | None = None,
     *,
     top_k: int | None = None,
     chat_template: str | None = None,
@@ -210,7 +208,7 @@ def task_and_settings(
 
     Args:
         config: the section.
-        judge_progress: shows a judge's progress.
+        progress: shows a judge's progress.
         top_k, chat_template: fields of `GenerationSettings` that only the command line has; None: not given.
 
     Raises:
@@ -224,7 +222,7 @@ def task_and_settings(
         few_shot=config.few_shot,
         few_shot_data=config.few_shot_data,
         options=config.options,
-        judge_progress=judge_progress,
+        progress=progress,
     )
     settings = settings_for(
         task,
@@ -251,7 +249,7 @@ def build_task(
     few_shot: int = 0,
     few_shot_data: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-    judge_progress: JudgeProgress | None = None,
+    progress: Progress | None = None,
 ) -> Task:
     """A task with everything that can be put around it.
 
@@ -262,7 +260,7 @@ def build_task(
         few_shot_data: their file or folder; None: the training file of the benchmark, in the folder `data` or
             on the Hub.
         options: of the task; `judge.NAME` is a field of `JudgeSettings`.
-        judge_progress: shows a judge's progress.
+        progress: shows a judge's progress.
 
     Raises:
         FileNotFoundError, ValueError: as `make_task`; options without effect.
@@ -275,7 +273,7 @@ def build_task(
     judge = {key.removeprefix(_JUDGE): given.pop(key) for key in list(given) if key.startswith(_JUDGE)}
     check_options(name, given)
     if "judge" in task_options(name):
-        given["judge"] = _judge(name, judge, judge_progress)
+        given["judge"] = _judge(name, judge, progress)
     elif judge:
         raise ValueError(
             f"the task {name!r} has no judge: leave out {', '.join(_JUDGE + key for key in judge)}."
@@ -292,7 +290,7 @@ def build_task(
     return task
 
 
-def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None) -> Any:
+def _judge(name: str, fields: Mapping[str, Any], progress: Progress | None) -> Any:
     from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
 
     known = inspect.signature(JudgeSettings).parameters

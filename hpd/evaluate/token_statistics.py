@@ -5,7 +5,7 @@ Axes: B rows of a batch, T tokens, N label positions, C positions of a chunk, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from hpd.losses.products import project_
 from hpd.losses.tile import sum_dtype
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.models.forward import scores_of
+from hpd.progress import Advance
 
 __all__ = [
     "NUM_BINS",
@@ -64,7 +65,7 @@ def sum_rows(
     top_k: int,
     batch_size: int,
     pad_id: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> RowSums:
     """Run both models over the texts, longest first, and sum what they say over the label positions of each.
 

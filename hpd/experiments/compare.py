@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,10 @@ from hpd.experiments.grid import (
 )
 from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
 from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
+from hpd.files import JsonLines
+from hpd.progress import Progress
 
-__all__ = ["Cost", "Failure", "GridState", "compare", "predict", "run_grid"]
+__all__ = ["Cost", "Failure", "compare", "predict", "run_grid"]
 
 
 _POLL_SECONDS = 0.2
@@ -42,22 +44,12 @@ class Failure(NamedTuple):
     reason: str
 
 
-class GridState(NamedTuple):
-    """What a display needs while a grid runs."""
-
-    title: str
-    done: int
-    total: int
-    running: dict[str, tuple[int, int]]
-    """Run -> (step, steps)."""
-
-
 def compare(
     path: Path,
     overrides: Sequence[str] = (),
     jobs: int = 1,
     allow: Sequence[str] = (),
-    show: Callable[[GridState], None] = lambda state: None,
+    progress: Progress | None = None,
 ) -> tuple[Experiment, list[Failure]]:
     """Run what is missing of an experiment.
 
@@ -66,7 +58,7 @@ def compare(
         overrides: `key=value` assignments to the experiment's keys, such as `set.train.max_steps=50`.
         jobs: runs at once; the machine's threads are split among them.
         allow: fields of the environment that may differ between runs.
-        show: called a few times a second.
+        progress: gets a bar for tuning and one for the runs, with the steps of those under way.
 
     Returns:
         The experiment, and the runs that failed; all others are finished.
@@ -75,6 +67,7 @@ def compare(
         FileNotFoundError, ValueError: an experiment that is not valid, has changed, or compares what is not
             comparable.
     """
+    progress = progress or Progress()
     text = path.read_text(encoding="utf-8")
     experiment = read_experiment(text, overrides)
     if jobs < 1:
@@ -91,7 +84,7 @@ def compare(
             deciding = tuning_evaluation(experiment, folder)
             evals = (deciding,) if deciding is not None else ()
             work = [Job(cell.recipe, cell.axes, experiment.budget, evals) for cell in tuning]
-            failures = run_grid(work, jobs, folder, "tuning", show)
+            failures = run_grid(work, jobs, folder, "tuning", progress)
             if failures:
                 return experiment, failures
             choices = choose(experiment, tuning)
@@ -102,12 +95,10 @@ def compare(
     own = experiment.own_samples, experiment.own_samples_every
     work = [Job(cell.recipe, cell.axes, experiment.budget, evals, *own) for cell in grid]
     _evaluate_teacher(work[0], folder)
-    return experiment, run_grid(work, jobs, folder, "runs", show)
+    return experiment, run_grid(work, jobs, folder, "runs", progress)
 
 
-def run_grid(
-    work: Sequence[Job], jobs: int, folder: Path, title: str, show: Callable[[GridState], None]
-) -> list[Failure]:
+def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, progress: Progress) -> list[Failure]:
     """Run the unfinished of `work`, `jobs` at once; a crash loses one run."""
     waiting = [job for job in work if not is_finished(job.recipe)]
     done = len(work) - len(waiting)
@@ -115,6 +106,7 @@ def run_grid(
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     context = _context()
+    bar = progress.bar(title)
     running: dict[str, tuple[Any, Job]] = {}
     failures: list[Failure] = []
     try:
@@ -135,7 +127,7 @@ def run_grid(
                 done += 1
                 if not is_finished(job.recipe):
                     failures.append(_failure(name, logs / f"{title}-{name}.log", process.exitcode))
-            show(GridState(title, done, len(work), {name: _steps(job) for name, (_, job) in running.items()}))
+            bar(done, len(work), "\n" + "\n".join(_steps(name, job) for name, (_, job) in running.items()))
     finally:
         for process, _ in running.values():
             process.terminate()
@@ -180,17 +172,11 @@ def _failure(name: str, log: Path, exit_code: int | None) -> Failure:
     return Failure(name, log, lines[-1].strip() if lines else f"the process ended with exit code {exit_code}")
 
 
-def _steps(job: Job) -> tuple[int, int]:
-    """Last logged step and planned steps."""
-    path = Path(job.recipe.output_dir) / "metrics.jsonl"
+def _steps(name: str, job: Job) -> str:
+    """Last logged step of a run, and its planned steps."""
+    logs = JsonLines(Path(job.recipe.output_dir) / "metrics.jsonl").read()
     total = int(job.recipe.train.get("max_steps", 0) or 0)
-    if not path.is_file():
-        return 0, total
-    last = path.read_text(encoding="utf-8").rstrip("\n").rpartition("\n")[2]
-    try:
-        return int(json.loads(last)["step"]), total
-    except (ValueError, KeyError):
-        return 0, total  # a line that is being written
+    return f"  {name}  step {logs[-1]['step'] if logs else 0}{f' of {total}' if total else ''}"
 
 
 PROBE_STEPS, PROBE_EXAMPLES = 8, 32
@@ -214,7 +200,7 @@ def predict(
     folder: Path,
     cells: Sequence[Cell],
     probe: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    progress: Progress | None = None,
 ) -> list[Cost]:
     """One line per group of cells that differ in the seed only.
 
@@ -223,6 +209,7 @@ def predict(
     is taken; an untrained student writes longer answers than a trained one, so this is rather too much. FLOPs
     are scaled from the same runs.
     """
+    progress = progress or Progress()
     evals = evaluations(experiment, folder)
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -235,7 +222,7 @@ def predict(
             seconds, flops = _mean_of(finished)
             costs.append(Cost(group, len(members), len(finished), seconds, flops, "finished runs"))
         elif probe:
-            say(f"probe of {group}: {PROBE_STEPS} steps")
+            progress.say(f"probe of {group}: {PROBE_STEPS} steps")
             seconds, flops = _probe(experiment, evals, members[0])
             costs.append(Cost(group, len(members), 0, seconds, flops, "probe"))
         else:

@@ -29,6 +29,7 @@ from hpd.experiments.experiment import (
     axis_values,
     put,
 )
+from hpd.files import write_json
 
 __all__ = [
     "BASE_FOLDER",
@@ -372,9 +373,7 @@ def _measured(cell: Cell, tune: Tune) -> float:
 
 def write_choices(folder: Path, choices: Sequence[Choice]) -> None:
     """Freeze the choices."""
-    (folder / FILE).write_text(
-        json.dumps([choice._asdict() for choice in choices], indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / FILE, [choice._asdict() for choice in choices])
 
 
 def read_choices(folder: Path) -> list[Choice] | None:

@@ -1,10 +1,8 @@
-"""What is fixed before the first result: the experiment file, versions, and the content of everything that is
-read."""
+"""The manifest, fixed before the first result: experiment file, versions, content of what is read."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import yaml
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.experiments.grid import Cell
+from hpd.files import digest_text, digest_tree, write_atomically, write_json
 
 __all__ = [
     "COMPARED",
@@ -34,12 +33,12 @@ __all__ = [
 
 MANIFEST, FILE = "manifest.json", "experiment.yaml"
 RECORD = "experiment.json"
-"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is
+"""File that the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is
 finished."""
 _RESULTS = ("runs", "tune", "report", "logs", "tuned.json")
 TEACHER_FIGURES = "figures.json"
 OWN_LOGS = "own_samples.jsonl"
-"""What a run measured on its student's own text, by step."""
+"""Figures of a run on its student's own text, by step."""
 COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 """Fields of environment.json that must be equal; `--allow` names those that may differ."""
 
@@ -59,10 +58,10 @@ def open_manifest(
     """
     if unknown := [name for name in allow if name not in (*COMPARED, "data")]:
         raise ValueError(f"--allow {', '.join(unknown)}: it takes {', '.join(COMPARED)}, data.")
-    from hpd.training.folder import environment
+    from hpd.training.folder import environment  # takes seconds, and a report does without
 
     found = {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256": digest_text(text),
         "overrides": list(overrides),
         "environment": environment(),
         "fingerprints": _all_fingerprints([*tuning, *grid]),
@@ -77,9 +76,9 @@ def open_manifest(
         if (folder / FILE).is_file() and (folder / FILE).read_text(encoding="utf-8") != text:
             raise ValueError(f"{folder} holds another {FILE} and no {MANIFEST}: choose another output_dir.")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(text, encoding="utf-8")
+        write_atomically(folder / FILE, text)
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        path.write_text(json.dumps({**found, "started": started}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {**found, "started": started})
         return found
     known = json.loads(path.read_text(encoding="utf-8"))
     if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
@@ -116,24 +115,15 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
         "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
         **{f"eval.{number}.data": entry.data for number, entry in enumerate(recipe.eval)},
     }
-    return {name: _digest(Path(source)) or source for name, source in named.items() if source}
-
-
-def _digest(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                whole.update(block)
-    return whole.hexdigest()[:16]
+    return {
+        name: digest_tree(Path(source))[:16] if Path(source).exists() else source
+        for name, source in named.items()
+        if source
+    }
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the run folder holds everything that a grid writes."""
+    """True if the run folder holds everything that a grid writes."""
     return (Path(recipe.output_dir) / RECORD).is_file()
 
 
@@ -181,8 +171,8 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
                 "delete it to redo it."
             )
         try:
-            own = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            require_equal_environments([manifest["environment"], own], allow)
+            environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            require_equal_environments([manifest["environment"], environment], allow)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))

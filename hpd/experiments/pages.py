@@ -15,6 +15,7 @@ from hpd.experiments import tables
 from hpd.experiments.plots import Panel, to_png, to_svg
 from hpd.experiments.report import Report, Sample, Section, file_name
 from hpd.experiments.tables import Cell, Table, panel_table
+from hpd.files import write_atomically
 
 __all__ = ["Watcher", "check_target", "make_server", "markdown_table", "render_page", "write_report"]
 
@@ -196,8 +197,8 @@ def write_report(report: Report, folder: Path) -> Path:
         (folder / sub).mkdir(parents=True, exist_ok=True)
     # First, since they are what the folder is known by if a kill comes in between.
     page, text = (folder / name for name in _PAGES)
-    text.write_text(render_markdown(report), encoding="utf-8")
-    page.write_text(render_page(report), encoding="utf-8")
+    write_atomically(text, render_markdown(report))
+    write_atomically(page, render_page(report))
     for section in report.sections:
         for table in section.tables:
             (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")

@@ -21,6 +21,7 @@ from hpd.experiments.manifest import (
     flatten,
     require_equal_environments,
 )
+from hpd.files import JsonLines
 
 __all__ = ["Results", "Run", "higher_is_better", "read_results"]
 
@@ -205,7 +206,7 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run
         seed=int(recipe.get("train", {}).get("seed", 42)),
         recipe=recipe,
         figures=figures,
-        logs=_read_logs(folder / "metrics.jsonl") + _read_logs(folder / OWN_LOGS),
+        logs=JsonLines(folder / "metrics.jsonl").read() + JsonLines(folder / OWN_LOGS).read(),
         records={name: found for name, found in grades.items() if found and name in figures},
         answers=answers,
         environment=_json(folder / "environment.json", {}),
@@ -224,11 +225,7 @@ def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             metrics[entry["id"]] = (name, entry.get("records", ""))
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for file in {file for _, file in metrics.values() if file}:
-        if not (folder / file).is_file():
-            continue
-        # Split at line feeds only: answers may hold other line separators, which JSON leaves as they are.
-        for line in (folder / file).read_text(encoding="utf-8").split("\n"):
-            record = json.loads(line) if line else {}
+        for record in JsonLines(folder / file).read():
             if record.get("eval") in metrics:
                 sample = record.get("sample", 0)
                 identity = f"{record.get('id')}#{sample}" if sample else str(record.get("id"))
@@ -239,18 +236,6 @@ def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def _grade(record: Mapping[str, Any]) -> float | None:
     value = record.get("score", record.get("correct"))
     return float(value) if isinstance(value, (bool, int, float)) else None
-
-
-def _read_logs(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    logs = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            logs += [json.loads(line)] if line else []
-        except ValueError:
-            continue  # the last line of a run that is writing, or was killed
-    return logs
 
 
 def _json(path: Path, default: Any) -> Any:

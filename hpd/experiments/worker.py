@@ -21,6 +21,7 @@ from hpd.evaluate.tasks import build_task, settings_for
 from hpd.experiments.budget import BudgetCallback
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
+from hpd.files import JsonLines, write_json
 from hpd.generation.texts import Prompt
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress, quiet_libraries
@@ -86,11 +87,11 @@ def run_job(job: Job, log: str | None = None) -> None:
                 f"{job.budget.type}: train.max_steps is the ceiling of such a budget, raise it."
             )
         record["cost"] = counter.spent
-        _write(folder / "cost.json", counter.spent)
+        write_json(folder / "cost.json", counter.spent)
     else:
         record["cost"] = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
     record["figures"] = _more_evaluations(job, folder)
-    _write(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def _redirect(log: str) -> None:
@@ -158,7 +159,7 @@ def evaluate_teacher(job: Job, folder: str, log: str) -> None:
         figures[evaluation.name] = evaluate(
             teacher, tokenizer, task, settings, output_dir=folder, name="teacher"
         ).value
-    _write(Path(folder) / TEACHER_FIGURES, figures)
+    write_json(Path(folder) / TEACHER_FIGURES, figures)
 
 
 def has_model(recipe: Recipe) -> bool:
@@ -186,12 +187,6 @@ def task_and_settings(recipe: Recipe, evaluation: Evaluation) -> tuple[Task, Gen
         seed=evaluation.seed,
     )
     return task, settings
-
-
-def _write(path: Path, content: Any) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
 
 
 _BATCH = 32
@@ -236,17 +231,14 @@ class OwnSampleCurve(TrainerCallback):
     """
 
     def __init__(self, path: Path, every: int, measure: Callable[[nn.Module], dict[str, float]]):
-        self._path, self._every, self._measure = path, every, measure
+        self._lines = JsonLines(path)
+        self._every = every
+        self._measure = measure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        lines = (
-            self._path.read_text(encoding="utf-8").splitlines()
-            if state.global_step and self._path.is_file()
-            else []
-        )
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        if not state.global_step:
+        step = state.global_step
+        self._lines.write(line for line in self._lines.read() if step and line["step"] <= step)
+        if not step:
             self._add(0, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -258,8 +250,7 @@ class OwnSampleCurve(TrainerCallback):
         model.eval()
         figures = self._measure(model)
         model.train(was_training)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._lines.append({"step": step, **figures})
 
 
 @torch.no_grad()

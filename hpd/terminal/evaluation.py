@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from rich.markup import escape
 
-from hpd.evaluate.command import EvalCommand, EvalProgress, eval_sections, evaluate_models, names_of
-from hpd.evaluate.distribution import TEXTS, WRITING, StageProgress
-from hpd.evaluate.generate import Progress
+from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models, names_of
+from hpd.evaluate.distribution import TEXTS, WRITING
 from hpd.evaluate.harness import HarnessCommand, run_harness
 from hpd.evaluate.measure import MetricsCommand, measure_models
 from hpd.evaluate.tasks import task_and_settings
 from hpd.progress import quiet_libraries
-from hpd.terminal.console import console, progress_bar
+from hpd.terminal.console import TerminalProgress, console
 from hpd.terminal.eval_options import HarnessOptions, MetricsOptions, TaskOptions
 from hpd.terminal.evaluation_tables import harness_table, metrics_table, result_tables
 
 __all__ = [
-    "TerminalEvalProgress",
     "evaluate_with_display",
     "harness_with_display",
-    "judging_bar",
     "measure_with_display",
     "run_eval",
 ]
@@ -61,10 +57,11 @@ def _task_command(options: TaskOptions) -> EvalCommand:
         seed=options.seed,
         system_prompt=options.system_prompt,
     )
+    progress = TerminalProgress()
     return EvalCommand(
         models=tuple(options.models),
         tasks=[
-            task_and_settings(section, judging_bar, top_k=options.top_k, chat_template=options.chat_template)
+            task_and_settings(section, progress, top_k=options.top_k, chat_template=options.chat_template)
             for section in sections
         ],
         engine=options.engine,
@@ -110,29 +107,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-class TerminalEvalProgress(EvalProgress):
-    """A line per notice and a bar per model and task."""
-
-    def __init__(self, names: Mapping[str, str]):
-        self._names = names
-
-    def say(self, text: str) -> None:
-        console.print(escape(text), highlight=False)
-
-    def answers(self, model: str, task: str) -> Progress:
-        return progress_bar(f"{task} answers of {self._names[model]}")
-
-
-def judging_bar(task: str) -> Callable[[int, int], None]:
-    """Progress of a judge."""
-    return progress_bar(f"{task} verdicts")
-
-
 def evaluate_with_display(command: EvalCommand) -> None:
     """Answer, grade, print."""
     quiet_libraries()
     names = names_of(command.models)
-    results = evaluate_models(command, TerminalEvalProgress(names))
+    results = evaluate_models(command, TerminalProgress())
     for found in results.values():
         for table in result_tables(found, names):
             console.print(table)
@@ -149,24 +128,10 @@ def evaluate_with_display(command: EvalCommand) -> None:
 def measure_with_display(command: MetricsCommand) -> None:
     """Measure each model against the teacher and show a table."""
     quiet_libraries()
-    for model, report in measure_models(command, _stage_bars()):
+    for model, report in measure_models(command, TerminalProgress()):
         console.print(metrics_table(Path(model).name, report))
         if command.output is not None:
             console.print(f"figures in {command.output / 'evals.json'}", highlight=False)
-
-
-def _stage_bars() -> StageProgress:
-    """A bar per stage, anew for each model."""
-    bars: dict[str, Progress] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            bars[stage] = progress_bar(stage)
-        bars[stage](done, total)
-        if done >= total:
-            del bars[stage]
-
-    return progress
 
 
 def harness_with_display(command: HarnessCommand) -> None:

@@ -5,77 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from hpd.experiments.compare import Cost, predict
+from hpd.experiments.compare import Cost, Failure, compare, predict
 from hpd.experiments.experiment import Experiment, load_experiment
 from hpd.experiments.grid import expand, expand_tuning
 from hpd.experiments.manifest import is_finished
-
-if TYPE_CHECKING:
-    from hpd.experiments.compare import Failure, GridState
+from hpd.terminal.console import TerminalProgress, console
 
 __all__ = ["compare_with_display", "dry_run", "report_with_display"]
-
-
-console = Console()
 
 
 _GIB = 2**30
 
 
-class _GridDisplay:
-    """A bar over the grid, and a line per running run."""
-
-    def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, Any] = {}
-        self.live = Live(self._bar, console=console, refresh_per_second=4, transient=False)
-
-    def __call__(self, state: GridState) -> None:
-        if state.title not in self._tasks:
-            self._tasks[state.title] = self._bar.add_task(state.title, total=state.total)
-        self._bar.update(self._tasks[state.title], completed=state.done)
-        lines = [
-            f"  {escape(name)}  step {step}{f' of {total}' if total else ''}"
-            for name, (step, total) in state.running.items()
-        ]
-        self.live.update(Group(self._bar, *lines))
-
-
 def compare_with_display(path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str]) -> bool:
     """`hpd compare`: run the grid, then write the report and print its verdicts; False when a run failed."""
-    # Training libraries take seconds to import; a report does without.
-    from hpd.experiments.compare import compare
     from hpd.experiments.pages import check_target, write_report
     from hpd.experiments.report import build_report
 
     # Known before hours of runs, not behind them.
     check_target(load_experiment(path, overrides).folder / "report")
-    display = _GridDisplay()
-    with display.live:
-        experiment, failures = compare(path, overrides, jobs, allow, display)
+    experiment, failures = compare(path, overrides, jobs, allow, TerminalProgress())
     if failures:
         _show_failures(failures)
         return False
@@ -113,7 +67,7 @@ def dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> Non
         parts = {"tuning": expand_tuning(experiment, folder), "runs": expand(experiment, folder)}
         _show_axes(experiment)
         predicted = {
-            title: predict(experiment, folder, cells, probe, lambda text: console.print(text, style="dim"))
+            title: predict(experiment, folder, cells, probe, TerminalProgress())
             for title, cells in parts.items()
             if title == "runs"
         }

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.progress import (
-    Progress,
-    TaskID,
-    TextColumn,
-)
 from rich.table import Table
 from transformers import TrainerCallback
 
 from hpd.config.schema import Recipe
 from hpd.methods.table import METHODS, name_terms
-from hpd.progress import Progress as TrainProgress
-from hpd.terminal.console import _bar, console, progress_bar
-from hpd.training.caching import CacheProgress, write_cache
+from hpd.progress import Bar, Progress
+from hpd.terminal.console import TerminalProgress, console
+from hpd.training.caching import write_cache
 from hpd.training.run import train
 
 __all__ = [
@@ -51,86 +45,59 @@ def show_methods() -> None:
 class _TrainingBar(TrainerCallback):
     """Loss, KL, tokens per second and time left."""
 
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar: Bar | None = None
+        self._figures = ""
         self._last = (0.0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._bar = _bar(TextColumn("{task.fields[figures]}"))
-            self._task = self._bar.add_task(
-                "training", total=state.max_steps, completed=state.global_step, figures=""
-            )
-            self._bar.start()
+            self._bar = self._progress.bar("training")
+            self._last = (0.0, time.perf_counter())
+            self._show(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=state.global_step)
+        self._show(state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._bar is None or self._task is None or not logs or "loss" not in logs:
+        if not logs or "loss" not in logs:
             return
-        elapsed = self._bar.tasks[0].elapsed or 0.0
-        tokens, seconds = logs.get("num_tokens", 0.0) - self._last[0], elapsed - self._last[1]
-        self._last = (logs.get("num_tokens", 0.0), elapsed)
-        figures = f"loss {logs['loss']:.4f}"
+        now = time.perf_counter()
+        tokens = logs.get("num_tokens", 0.0) - self._last[0]
+        seconds = now - self._last[1]
+        self._last = (logs.get("num_tokens", 0.0), now)
+        self._figures = f"loss {logs['loss']:.4f}"
         if "forward_kl" in logs:
-            figures += f"  KL {logs['forward_kl']:.4f}"
+            self._figures += f"  KL {logs['forward_kl']:.4f}"
         if seconds > 0:
-            figures += f"  {tokens / seconds:,.0f} tok/s"
-        self._bar.update(self._task, figures=figures)
+            self._figures += f"  {tokens / seconds:,.0f} tok/s"
+        self._show(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._bar(state.global_step, state.global_step, self._figures)
+
+    def _show(self, state: Any) -> None:
+        # The last step's log comes after it, and the bar ends where it is full.
+        if self._bar is not None and state.global_step < state.max_steps:
+            self._bar(state.global_step, state.max_steps, self._figures)
 
 
-class _TerminalProgress(TrainProgress):
-    def say(self, text: str) -> None:
-        console.print(escape(text), highlight=False)
-
-    def evaluating(self, name: str) -> Callable[[int, int], None]:
-        return progress_bar(f"answers of {name}")
-
+class _TrainingProgress(TerminalProgress):
     def callbacks(self) -> Sequence[TrainerCallback]:
-        return (_TrainingBar(),)
+        return (_TrainingBar(self),)
 
 
 def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     """`hpd.training.run.train` with bars."""
-    return train(recipe, overwrite=overwrite, progress=_TerminalProgress())
-
-
-class _CacheBar(CacheProgress):
-    """Label positions done, their rate and the time left, on the main process."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._shown = int(os.environ.get("RANK", "0")) == 0
-        self._start = (0.0, 0)
-
-    def say(self, text: str) -> None:
-        console.print(escape(text), highlight=False)
-
-    def update(self, done: int, total: int) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            self._bar = _bar(TextColumn("{task.fields[rate]}"))
-            self._bar.add_task("label positions", total=total, completed=done, rate="")
-            self._bar.start()
-            self._start = (time.perf_counter(), done)
-        rate = (done - self._start[1]) / max(time.perf_counter() - self._start[0], 1e-9)
-        self._bar.update(self._bar.tasks[0].id, completed=done, rate=f"{rate:,.0f}/s")
-        if done >= total:
-            self._bar.stop()
+    return train(recipe, overwrite=overwrite, progress=_TrainingProgress())
 
 
 def cache_with_display(recipe: Recipe, overwrite: bool = False) -> None:
     """`hpd cache`: the bar, and what was written."""
-    started, bar = time.perf_counter(), _CacheBar()
-    summary = write_cache(recipe, overwrite=overwrite, progress=bar)
+    started = time.perf_counter()
+    summary = write_cache(recipe, overwrite=overwrite, progress=TerminalProgress())
     seconds = time.perf_counter() - started
     if int(os.environ.get("RANK", "0")) == 0:
         what = (
@@ -155,7 +122,7 @@ def generate_with_display(recipe: Recipe, overwrite: bool = False) -> None:
     from hpd.progress import quiet_libraries
 
     quiet_libraries()
-    summary = generate(recipe, overwrite=overwrite, progress=progress_bar("completions"))
+    summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
     console.print(
         f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
         f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from hpd.files import _flush, replace_text
+from hpd.files import flush, write_json
 
 __all__ = [
     "CheckpointFailed",
@@ -63,9 +63,9 @@ def mark_complete(folder: Path, notes: Mapping[str, Any]) -> None:
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MARK)
     for path in [*files, folder]:
-        _flush(path)
+        flush(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    replace_text(folder / _MARK, json.dumps({**notes, "bytes": sizes}, indent=1) + "\n")
+    write_json(folder / _MARK, {**notes, "bytes": sizes}, indent=1)
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@ and save."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
 from hpd.config.schema import GuardsConfig, Level
+from hpd.files import write_json
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
@@ -331,7 +331,7 @@ class NonFiniteWatch:
             if sharded
             else [row for number, batch in enumerate(self._batches) for row in self._rows_of(number, batch)]
         )
-        file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, report, indent=1)
         tensors = {
             f"{number}/{name}": value.contiguous().cpu()
             for number, batch in enumerate(self._batches)

@@ -238,7 +238,7 @@ def evaluate_task(
             entry.settings,
             output_dir=folder.path if is_main else None,
             name=name,
-            progress=progress.evaluating(name),
+            progress=progress.bar(f"answers of {name}"),
         )
         label = entry.label if len(planned.evals) > 1 else result.metric
         found[f"{name} {label}"] = round(result.value, 4)

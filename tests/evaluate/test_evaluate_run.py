@@ -27,11 +27,13 @@ from hpd.evaluate import (
     make_task,
     settings_for,
 )
-from hpd.evaluate.command import EvalCommand, EvalProgress, eval_sections, evaluate_models
+from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models
 from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
 from hpd.evaluate.tasks import build_task, task_and_settings
 from hpd.generation.engine import TransformersEngine, cut_at
+from hpd.progress import Progress
+from hpd.teachers.fingerprints import quick_fingerprint
 
 PROMPTS = [f"say {word}:" for word in ("one", "two", "three", "four", "five")]
 SAMPLED = GenerationSettings(
@@ -390,9 +392,12 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
     kept = json.loads(partial.read_text(encoding="utf-8").split("\n")[1])
     assert not (tmp_path / "cut" / "evals.json").exists()
     done: list[int] = []
-    silent = EvalProgress()
-    silent.answers = lambda model, task: lambda count, total: done.append(count)  # type: ignore[method-assign]
-    evaluate_models(command("cut"), silent)
+
+    class Counted(Progress):
+        def bar(self, name):
+            return lambda count, total, note="": done.append(count)
+
+    evaluate_models(command("cut"), Counted())
     assert (kept["batch"], len(done)) == (0, 48)
     whole, cut = ((tmp_path / name / "records-exact-match.jsonl").read_text() for name in ("whole", "cut"))
     assert whole == cut
@@ -404,13 +409,11 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
 
 
 def test_other_weights_under_the_same_name_start_anew(folder):
-    from hpd.evaluate.command import _fingerprint
-
-    before = _fingerprint(str(folder), "auto")
-    assert before == _fingerprint(str(folder), "auto") != _fingerprint(str(folder), "float32")
+    before = quick_fingerprint(str(folder), "auto")
+    assert before == quick_fingerprint(str(folder), "auto") != quick_fingerprint(str(folder), "float32")
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns + 1))
-    assert _fingerprint(str(folder), "auto") != before
+    assert quick_fingerprint(str(folder), "auto") != before
 
 
 # --- engines ---

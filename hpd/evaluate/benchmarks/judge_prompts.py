@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import yaml
 
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.benchmarks.win_rates import LABELS
+from hpd.files import digest_text
 from hpd.generation.texts import Message
 
 __all__ = [
@@ -56,7 +56,7 @@ class JudgePrompt:
 
     def fingerprint(self) -> str:
         """Short hash of all texts: verdicts of other prompts are other verdicts."""
-        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
+        return digest_text(repr(sorted(asdict(self).items())))[:12]
 
 
 _PAIR = (

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -32,6 +32,7 @@ from hpd.evaluate.sandbox.outcomes import (
     Status,
     Tests,
 )
+from hpd.progress import Advance
 
 # Modules of every kind: frozen, Python, built as a library with others behind it.
 _PROBE = "import array, ctypes, decimal, hashlib, json, math, random, re; print(decimal.Decimal(1))"
@@ -90,7 +91,7 @@ def run_many(
     num_workers: int | None = None,
     limits: Limits | None = None,
     isolation: Isolation | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> list[Outcome]:
     """`run_program` for each, `num_workers` at a time (None: one per processor), in the given order.
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from hpd.demo.build_teacher import encode_rows
 from hpd.demo.task import Row
+from hpd.files import JsonLines, digest_text
 
 __all__ = ["copy_to", "distil", "home", "learn", "prepare", "write_rows"]
 
@@ -38,7 +38,7 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
             them (hidden states in float32: exact for every method, and no run pays for the teacher's forward
             again).
     """
-    digest = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
+    digest = digest_text(json.dumps(choices))[:8]
     root = home() / "tasks"
     target = root / f"{name}-{digest}"
     if target.is_dir():
@@ -124,4 +124,4 @@ def learn(
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    JsonLines(path).write(rows)

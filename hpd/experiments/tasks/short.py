@@ -11,7 +11,6 @@ The student has learnt half of the task.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from hpd.demo.build_teacher import IGNORED, build_tokenizer, encode_rows, model_
 from hpd.demo.task import SPLITS, Row, Split, split_of
 from hpd.evaluate import Answer, ExactMatch, Example, GenerationSettings, Verdict, generate_answers
 from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
+from hpd.files import write_json
 
 __all__ = ["ValidAnswers", "right_answers", "short_answers"]
 
@@ -132,7 +132,7 @@ def _build(folder: Path) -> dict[str, Any]:
     )
     kl, mass = _against_truth(teacher, tokenizer, prompts["test"])
     report = {"kl_of_truth_to_teacher_nats": kl, "teacher_mass_on_right_answers": mass}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", report)
     return _tree(folder)
 
 
