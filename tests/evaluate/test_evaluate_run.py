@@ -5,8 +5,6 @@ import itertools
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.forked import start
 from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -345,7 +344,7 @@ def test_finished_batches_are_kept_and_a_cut_line_is_dropped(tmp_path):
 def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
     data = _problems(tmp_path / "p.jsonl", 24)
     generation = {
-        "num_samples": 4,
+        "num_samples": 2,
         "temperature": 1.0,
         "max_new_tokens": 60,
         "batch_size": 2,
@@ -358,36 +357,30 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
         return EvalCommand(models=(str(folder),), tasks=tasks, output=tmp_path / output)
 
     evaluate_models(command("whole"))
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "hpd",
-            "eval",
-            str(folder),
-            "--data",
-            str(data),
-            "--output",
-            str(tmp_path / "cut"),
-            "--batch-size",
-            "2",
-            "--samples",
-            "4",
-            "--temperature",
-            "1",
-            "--max-new-tokens",
-            "60",
-            "--chat-template",
-            "never",
-        ],
-        stdout=subprocess.DEVNULL,
+    process = start(
+        "eval",
+        folder,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "cut",
+        "--batch-size",
+        2,
+        "--samples",
+        2,
+        "--temperature",
+        1,
+        "--max-new-tokens",
+        60,
+        "--chat-template",
+        "never",
     )
     deadline, lines = time.monotonic() + 200, 0
-    while lines < 4 and time.monotonic() < deadline and process.poll() is None:
+    while lines < 4 and time.monotonic() < deadline and process.is_alive():
         lines = sum(path.read_text().count("\n") for path in (tmp_path / "cut").glob("partial-*"))
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     (partial,) = (tmp_path / "cut").glob("partial-*.jsonl")
     kept = json.loads(partial.read_text(encoding="utf-8").split("\n")[1])
     assert not (tmp_path / "cut" / "evals.json").exists()
@@ -398,7 +391,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
             return lambda count, total, note="": done.append(count)
 
     evaluate_models(command("cut"), Counted())
-    assert (kept["batch"], len(done)) == (0, 48)
+    assert (kept["batch"], len(done)) == (0, 24)
     whole, cut = ((tmp_path / name / "records-exact-match.jsonl").read_text() for name in ("whole", "cut"))
     assert whole == cut
     evals = [json.loads((tmp_path / name / "evals.json").read_text())[0] for name in ("whole", "cut")]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.forked import context
 from helpers.tiny_grid import command, tiny_experiment, tiny_grid
 
 from hpd.config import load_recipe
@@ -374,7 +375,6 @@ def test_a_budget_in_seconds_stops_the_run(tmp_path):
 def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
     """Killed after its first checkpoint: the budget covers both lives, and the student is the undisturbed
     one."""
-    import multiprocessing
     import os
     import signal
     import time
@@ -401,7 +401,7 @@ def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
         for name in ("undisturbed", "killed")
     ]
     run_job(jobs[0])
-    process = multiprocessing.get_context("spawn").Process(target=run_job, args=(jobs[1],))
+    process = context().Process(target=run_job, args=(jobs[1],))
     process.start()
     deadline = time.monotonic() + 120
     while (

@@ -12,7 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers.tiny_grid import SCRIPT, command, hpd, tiny_grid
+from helpers.forked import hpd
+from helpers.tiny_grid import SCRIPT, command, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
 from hpd.experiments.pages import Watcher, make_server, render_markdown, render_page, write_report

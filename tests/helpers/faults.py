@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -23,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from helpers.forked import context
 
 __all__ = ["Account", "disk", "harass", "left_behind", "live", "same", "start"]
 
@@ -44,12 +45,6 @@ class Account:
     @property
     def survived(self) -> int:
         return sum(self.kills.values())
-
-
-def _context() -> Any:
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd.training.single", "helpers.faults"])
-    return context
 
 
 def live(tree: dict[str, Any], log: str, plan: dict[str, Any]) -> None:
@@ -104,7 +99,7 @@ def _fail_writes_of_shards(after: int) -> None:
 
 def start(tree: dict[str, Any], log: Path, plan: dict[str, Any] | None = None) -> Any:
     """A child that lives the run."""
-    process = _context().Process(target=live, args=(tree, str(log), plan or {"kind": "none"}))
+    process = context().Process(target=live, args=(tree, str(log), plan or {"kind": "none"}))
     process.start()
     return process
 

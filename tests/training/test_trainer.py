@@ -257,7 +257,8 @@ def test_unequal_vocabularies_are_refused_or_cut(pair, tmp_path, tmp_path_factor
     assert 0.0 < trainer.state.log_history[0]["teacher_mass_outside"] < 1.0
 
 
-# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here.
+# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here. One or two threads and instruction
+# sets from SSE to AVX-512 move a loss by up to 3e-6 of itself, and the figures are rounded to 1.3e-5.
 GOLDEN = [
     4.7605,
     3.58428,
@@ -295,7 +296,7 @@ def test_golden_loss_curve(pair, tmp_path):
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     kls = [log["forward_kl"] for log in trainer.state.log_history if "forward_kl" in log]
-    assert losses == pytest.approx(GOLDEN, rel=1e-3), losses
+    assert losses == pytest.approx(GOLDEN, rel=5e-5), losses
     assert sum(kls[-5:]) < 0.9 * sum(kls[:5])
 
 
