@@ -23,9 +23,10 @@ class EvaluatingTrainer(DistillTrainer):
     """A `DistillTrainer` whose evaluation includes tasks, each at its own steps.
 
     Their metrics are logged like any other, so every tracker has them, and `metric_for_best_model` can name
-    them: with `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a
-    task is kept. Generation uses no global random numbers, so training goes on as if there had been no
-    evaluation.
+    them: with
+    `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a task is kept.
+        Generation uses no
+    global random numbers, so training goes on as if there had been no evaluation.
 
     With several processes, each answers a share of the problems (all of them together where the weights are
     sharded, since a sharded model can only run everywhere at once), and the first grades. The answers are
@@ -42,7 +43,7 @@ class EvaluatingTrainer(DistillTrainer):
         self._due: list[PlannedEval] = []
         self._validation_due = True
         super().__init__(*args, **kwargs)
-        self.add_callback(_TaskSchedule(self))
+        self.add_callback(_Schedule(self))
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss on the validation rows where it is due, then the tasks that are due."""
@@ -50,8 +51,7 @@ class EvaluatingTrainer(DistillTrainer):
         metrics: dict[str, float] = {}
         if has_rows and self._validation_due:
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        due = self._due
-        self.drop_evaluation()
+        due, self._due, self._validation_due = self._due, [], True
         for planned in due:
             metrics |= self._run_task(planned)
         return metrics
@@ -71,8 +71,7 @@ class EvaluatingTrainer(DistillTrainer):
         )
 
     def drop_evaluation(self) -> None:
-        self._due = []
-        self._validation_due = True
+        self._due, self._validation_due = [], True
 
     def _run_task(self, planned: PlannedEval) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
@@ -117,7 +116,7 @@ class EvaluatingTrainer(DistillTrainer):
         return super()._determine_best_metric(metrics, trial)
 
 
-class _TaskSchedule(TrainerCallback):
+class _Schedule(TrainerCallback):
     """Asks for an evaluation at the steps of the tasks."""
 
     def __init__(self, trainer: EvaluatingTrainer):
