@@ -10,6 +10,7 @@ import typer
 
 from hpd import __version__
 from hpd.terminal.errors import user_errors as _user_errors
+from hpd.terminal.eval_options import EvalOptions, with_options
 
 app = typer.Typer(
     help="Distil language models: HPD and every other method as one row of one table.",
@@ -30,7 +31,6 @@ Overrides = Annotated[
 Allow = Annotated[
     str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
 ]
-BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
 
 
 def _version(shown: bool) -> None:
@@ -108,111 +108,13 @@ def cache(
 
 
 @app.command(name="eval")
-def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Folders or Hub ids; compared with the first.", show_default=False
-        ),
-    ],
-    tasks: Annotated[
-        str,
-        typer.Option(
-            "--tasks", "--task", "-t", help="Names with commas between them; name=FILE gives a task its file."
-        ),
-    ] = "exact-match",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="A file, or a folder with one subfolder per task; without it, the Hub."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="First n problems of each task only.", min=1)] = None,
-    limit_seed: Annotated[
-        int | None, typer.Option(help="Draw the n problems with this seed instead.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 8 or 32 samples.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers per problem.", min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens; 0 is all.", min=0)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0,
-    chat_template: Annotated[str | None, typer.Option(help="auto, never or always.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help='Instead of the task\'s; "" is none.')] = None,
-    few_shot: Annotated[
-        int, typer.Option(help="Worked examples in a plain-text prompt; 0 is none.", min=0)
-    ] = 0,
-    few_shot_data: Annotated[
-        Path | None, typer.Option(help="Their file; without it, the task's training file.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="A task's option: name=value, or task.name=value."),
-    ] = None,
-    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint of the judge.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
-    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
-    tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share a model.", min=1)] = 1,
-    batch_size: BatchSize = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of evals.json and every answer; resumes there.")
-    ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(help="Instead of tasks: kl,entropy,... on the texts of --data.")
-    ] = None,
-    metrics_on: Annotated[
-        str | None, typer.Option(help="Texts of --metrics: dataset, student or both (default).")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Model that --metrics compares with.")] = None,
-    vocabulary: Annotated[
-        str | None, typer.Option(help="Unequal heads: error (default) or shared_prefix.")
-    ] = None,
-    harness: Annotated[
-        str | None, typer.Option(help="lm-eval: run its --tasks with its own grading.")
-    ] = None,
-) -> None:
+@with_options(EvalOptions)
+def evaluate(options: EvalOptions) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
     with _user_errors():
-        generation = {
-            "num_samples": samples,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "chat_template": chat_template,
-            "system_prompt": system_prompt,
-            "batch_size": batch_size,
-        }
         from hpd.terminal.evaluation import run_eval
 
-        run_eval(
-            models=tuple(models),
-            tasks=tasks,
-            data=data,
-            limit=limit,
-            limit_seed=limit_seed,
-            preset=preset,
-            generation=generation,
-            few_shot=few_shot,
-            few_shot_data=few_shot_data,
-            options=tuple(option or ()),
-            judge_url=judge_url,
-            judge_model=judge_model,
-            engine=engine,
-            tensor_parallel=tensor_parallel,
-            dtype=dtype,
-            output=output,
-            metrics=metrics,
-            metrics_on=metrics_on,
-            teacher=teacher,
-            vocabulary=vocabulary,
-            harness=harness,
-        )
+        run_eval(options.mode())
 
 
 @app.command(name="serve-teacher")

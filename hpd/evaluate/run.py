@@ -46,12 +46,12 @@ class Record:
     id: str
     """The example's."""
     sample: int
-    """Which answer to it, from 0."""
+    """Number of the answer to it, from 0."""
     prompt: Prompt
     answer: str
     """The reference."""
     text: str
-    """What the model wrote; of a conversation: last."""
+    """The model's answer; of a conversation: the last reply."""
     turns: tuple[str, ...]
     """Every reply of a conversation, else empty."""
     extracted: str | None
@@ -69,7 +69,7 @@ class EvalResult:
 
     task: str
     metric: str
-    """What `value` is: accuracy, rouge_l, ..."""
+    """Name of `value`: accuracy, rouge_l, ..."""
     value: float
     """Mean over problems of the mean over their graded samples."""
     interval: tuple[float, float]
@@ -172,7 +172,7 @@ def evaluate_engine(
 
 
 def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -> dict[str, Any]:
-    """What makes an evaluation the same as another one, as JSON values."""
+    """Describe an evaluation by JSON values; it is the same as another of equal values."""
     return {
         "model": name,
         "task": task.name,
@@ -223,7 +223,7 @@ def grade_answers(
 
 
 def _figures(task: Task, verdicts: Sequence[Verdict], values: Floats) -> dict[str, Any]:
-    """What several samples per problem tell beyond their mean."""
+    """Figures of several samples per problem beyond their mean."""
     num_problems, num_samples = values.shape
     if num_samples == 1:
         return {}

@@ -32,10 +32,8 @@ __all__ = [
     "sum_rows",
 ]
 
-
 NUM_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
-
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -184,7 +182,8 @@ def _two_models(
 def _add_bins(
     sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int
 ) -> None:
-    key, dtype = f"bins/{name}", sum_dtype(confidence.device)
+    key = f"bins/{name}"
+    dtype = sum_dtype(confidence.device)
     if key not in sums:
         sums[key] = torch.zeros(num_rows, NUM_BINS, 3, dtype=dtype, device=confidence.device)
     place = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
@@ -194,7 +193,6 @@ def _add_bins(
 
 _MAX_PERIOD_TOKENS = 256
 """Loops of a longer period are copies of whole paragraphs; repeated n-grams show those."""
-
 
 _MIN_COPIES = 3
 """Two equal words in a row are language, three are a loop."""

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
 
+from hpd.evaluate.statistics import ratio, resample
+
 __all__ = [
     "Interval",
     "Stability",
@@ -38,8 +40,6 @@ __all__ = [
 
 Floats = Float[ndarray, "..."]
 NUM_RESAMPLES = 10_000
-_BLOCK = 1000
-"""Resamples held at once: with E examples they take 8 E kilobytes."""
 _MAX_EXACT = 16
 """Pairs up to which every one of the 2^n sign patterns is tried."""
 
@@ -117,25 +117,19 @@ def paired_bootstrap(
     num_seeds = d.shape[0]
     if num_seeds < 2:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
     if d.ndim == 1:
-        means = d[rng.integers(num_seeds, size=(num_resamples, num_seeds))].mean(1)
+        means = resample(ratio(d), num_seeds, count=num_resamples, seed=seed)
     else:
-        blocks = [min(_BLOCK, num_resamples - start) for start in range(0, num_resamples, _BLOCK)]
-        means = np.concatenate([_resample_both(d, size, rng) for size in blocks])
+        means = resample(
+            lambda seeds, examples: ((examples @ d.T) * seeds).sum(1) / d.size,
+            *d.shape,
+            count=num_resamples,
+            seed=seed,
+        )
     t = stats.t.ppf(0.5 + level / 2, num_seeds - 1) * math.sqrt(num_seeds / (num_seeds - 1))
     tail = stats.norm.cdf(-t)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _resample_both(d: Float[ndarray, "S E"], size: int, rng: np.random.Generator) -> Float[ndarray, "R"]:
-    num_seeds, num_examples = d.shape
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size) / num_seeds  # [R, S]
-    examples = (
-        rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=size) / num_examples
-    )  # [R, E]
-    return ((examples @ d.T) * seeds).sum(1)
 
 
 def sign_flip_test(

@@ -44,7 +44,10 @@ from hpd.evaluate.statistics import wilson_interval
 from hpd.generation.engine import _SeededDraw, encode_prompt
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def _describe(used: Isolation, reasons: dict[str, str]) -> list[str]:
     return [
         "network, processes, files: own namespaces; the standard library read-only, an empty folder in memory"
         if used.namespaces
-        else f"network, processes, files: no namespaces ({reasons['full']}); sockets and all files are refused by seccomp",
+        else f"network, processes, files: no namespaces ({reasons['full']}); sockets and all files are "
+        "refused by seccomp",
         "system calls: seccomp allows computing and threads"
         + (", and files within that view" if used.namespaces else ""),
         "limits: processor and clock time, memory, output, file size, descriptors, threads; no environment, "
