@@ -122,7 +122,7 @@ def make_engine(
         from trl.generation.vllm_generation import VLLMGeneration
 
         generation = VLLMGeneration(
-            base,
+            base,  # type: ignore[arg-type]
             accelerator,
             tokenizer,  # type: ignore[arg-type]
             temperature=config.temperature,

@@ -59,11 +59,10 @@ class MixtureTeacher(_SeveralTeachers):
         self.weights = {name: weights[name] / total for name in teachers}
 
     def register_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
-        # Teachers that do not read the rows cost nothing.
-        for teacher, copy in zip(
-            self.teachers.values(), itertools.tee(rows, len(self.teachers)), strict=True
-        ):
-            teacher.register_rows(copy)
+        # Read as often as a teacher wants them, at most: live teachers want none.
+        copies = list(itertools.tee(rows, len(self.teachers)))
+        for teacher in self.teachers.values():
+            teacher.register_rows(copies.pop())
 
     def ask(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Any]:
         return {name: teacher.ask(inputs, batch) for name, teacher in self.teachers.items()}
@@ -165,12 +164,14 @@ class RoutedTeacher(_SeveralTeachers):
         keys, choices, numbers = keys[order], choices[order], numbers[order]
         torn = np.flatnonzero((keys[1:] == keys[:-1]) & (choices[1:] != choices[:-1]))
         if len(torn):
-            one, other = int(torn[0]), int(torn[0]) + 1
+            one = int(torn[0])
+            other = one + 1
             raise ValueError(
                 f"Rows {numbers[one]} and {numbers[other]} are the same, and go to "
                 f"{self._names[choices[one]]!r} and {self._names[choices[other]]!r}: remove one of them."
             )
-        self._keys, self._choices = keys, choices
+        self._keys = keys
+        self._choices = choices
 
     def ask(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, dict[str, Any]]:
         """The positions of each teacher, and its handle for them."""

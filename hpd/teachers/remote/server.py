@@ -1,5 +1,4 @@
-"""`teacher: {type: server}`: a teacher behind HTTP, ours (exact for every method) or an OpenAI-compatible one
-(top-k).
+"""`teacher: {type: server}`: a teacher behind HTTP, of hpd (every method) or OpenAI-compatible (top-k).
 
 Axes: N label positions, D hidden, V vocabulary, k likeliest tokens.
 """
@@ -228,13 +227,14 @@ class _TopKClient:
         prompt: list[int] = student(_PROBE, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
         row = WireRow(prompt, list(range(len(prompt) - 1)))
         self.ask([row])
-        # A token that is part of a character has no text of its own.
-        known = [
-            (name.strip(), place.text.strip(" ▁Ġ"))
-            for token, place in zip(prompt, self._places([row], texts=True)[0], strict=True)
+        (places,) = self._request([row], lambda places: places, texts=True)
+        pairs = [
+            (str(student.decode([token])), place.text)
+            for token, place in zip(prompt, places, strict=True)
             if place is not None and place.text is not None
-            if "�" not in (name := str(student.decode([token]))) + place.text
         ]
+        # A token that is part of a character has no text of its own.
+        known = [(name.strip(), text.strip(" ▁Ġ")) for name, text in pairs if "�" not in name + text]
         differing = [pair for pair in known if pair[0] != pair[1]]
         if len(differing) > len(known) // 4:
             expected, found = differing[0]
@@ -245,15 +245,10 @@ class _TopKClient:
             )
 
     def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
-        return self._request(
-            rows, lambda places: top_k_tensors(rows, places, self.top_k, self.vocab), texts=False
-        )
-
-    def _places(self, rows: Sequence[WireRow], texts: bool) -> list[list[Place | None]]:
-        return self._request(rows, lambda places: places, texts)
+        return self._request(rows, lambda places: top_k_tensors(rows, places, self.top_k, self.vocab))
 
     def _request(
-        self, rows: Sequence[WireRow], read: Callable[[list[list[Place | None]]], T], texts: bool
+        self, rows: Sequence[WireRow], read: Callable[[list[list[Place | None]]], T], texts: bool = False
     ) -> T:
         """The response about rows, as `read` understands it; what `read` refuses is asked for again."""
         prompts = [row.tokens for row in rows]
