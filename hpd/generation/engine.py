@@ -3,7 +3,8 @@
 Axes: B batch, T time (prompt and answer), V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -196,16 +197,7 @@ def _tokens_to_stop(
 
     if not stop or not holds(len(written)):
         return None
-    return _first(holds, len(written))
-
-
-def _first(holds: Callable[[int], bool], last: int) -> int:
-    """Least count in [1, last] for which a monotone condition holds; it holds for the last."""
-    low, high = 1, last
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+    return 1 + bisect_left(range(1, len(written)), True, key=holds)
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

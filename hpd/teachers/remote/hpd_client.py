@@ -61,7 +61,10 @@ class HpdClient:
             )
         try:
             self.fingerprint = str(facts["fingerprint"])
-            sizes: dict[str, Any] = {"vocab_size": int(facts["vocab"]), "hidden_size": int(facts["hidden_size"])}
+            sizes: dict[str, Any] = {
+                "vocab_size": int(facts["vocab"]),
+                "hidden_size": int(facts["hidden_size"]),
+            }
             self.config = PreTrainedConfig(**sizes)
             self._dtype = facts["dtype"] if self._source.dtype == "auto" else self._source.dtype
             self.max_row_tokens = int(facts["max_row_tokens"])

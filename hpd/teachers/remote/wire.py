@@ -56,10 +56,6 @@ class ScoreRequest(NamedTuple):
     def num_tokens(self) -> int:
         return sum(map(len, self.rows))
 
-    @property
-    def num_positions(self) -> int:
-        return sum(map(len, self.positions))
-
 
 def dump(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors to bytes."""
