@@ -61,7 +61,7 @@ def top_k_teacher(url, pair, **options):
     defaults = {"model": "tiny", "wait_seconds": 3.0, "timeout_seconds": 5.0, "top_k": 10}
     teacher = ServedTeacher(TeacherConfig(type="server", url=url, **{**defaults, **options}), 300)
     teacher.connect(AutoTokenizer.from_pretrained(pair[0]))
-    teacher._backend.prepare(torch.device("cpu"))
+    teacher._client.prepare(torch.device("cpu"))
     return teacher
 
 
