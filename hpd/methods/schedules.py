@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from hpd.methods.fields import STRICT, check_fields
+
 __all__ = ["Schedule", "SkewPosition", "TaidPosition", "ValidationRamp", "as_schedule", "value_at"]
 
 
@@ -25,7 +27,7 @@ class Schedule:
     0.5
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = STRICT
 
     schedule: Literal["constant", "linear", "cosine", "step", "adaptive", "skew"]
     """Shape of the curve."""
@@ -37,6 +39,7 @@ class Schedule:
     """Share of training that the change takes, in (0, 1]; for step, when it happens."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "schedule")
         if not 0.0 < self.over <= 1.0:
             raise ValueError(f"A schedule's over is a share of training in (0, 1], got {self.over}.")
         if self.end is None and self.schedule != "constant":
@@ -63,24 +66,23 @@ def as_schedule(value: Any) -> Schedule | None:
 def _checked(tree: Mapping[str, Any]) -> Schedule:
     """A schedule from plain data; where it stands (kwargs), pydantic has not seen it."""
     shapes = get_args(get_type_hints(Schedule)["schedule"])
-    known = [f.name for f in fields(Schedule)]
-    numbers = {key: value for key, value in tree.items() if key != "schedule"}
-    wrong = [
-        k
-        for k, v in numbers.items()
-        if isinstance(v, bool) or not (isinstance(v, (int, float)) and math.isfinite(v))
-    ]
+    known = {f.name for f in fields(Schedule)}
+    numbers = [value for key, value in tree.items() if key != "schedule" and (key, value) != ("end", None)]
     if (
         tree["schedule"] not in shapes
-        or set(tree) - set(known)
+        or set(tree) - known
         or "start" not in tree
-        or [k for k in wrong if tree[k] is not None]
+        or not all(_is_number(value) for value in numbers)
     ):
         raise ValueError(
             f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got "
             f"{dict(tree)}."
         )
     return Schedule(**tree)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def value_at(value: Any, progress: float) -> Any:
@@ -125,7 +127,7 @@ class TaidPosition:
         return self.t
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint must hold."""
+        """State for a checkpoint."""
         return {"t": self.t, "change": self._change, "previous": self._previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -165,7 +167,7 @@ class SkewPosition:
         return self.t
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must hold."""
+        """State for a checkpoint."""
         return {"t": self.t, "mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,7 +211,7 @@ class ValidationRamp:
         return self.share
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint must hold."""
+        """State for a checkpoint."""
         return {"share": self.share, "reference": self._reference}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, Union, cast
 
+from hpd.methods.fields import nearest
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
 from hpd.objectives import OBJECTIVES, Objective
@@ -32,12 +32,6 @@ Scalar = Union[float, Schedule]  # noqa: UP007 (pydantic reads it on Python 3.10
 
 
 Source = Literal["both", "dataset", "student"]
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """The end of an error message: what was probably meant, or all that is allowed."""
-    close = get_close_matches(name, allowed, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(allowed)}."
 
 
 class Term(NamedTuple):
