@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from hpd.models.pairing import Verdict
+from hpd.models.pairing import CheckResult
 
 __all__ = ["console", "progress_bar", "show_verdicts"]
 
@@ -27,7 +27,7 @@ console = Console()
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
 
 
-def show_verdicts(verdicts: Iterable[Verdict]) -> None:
+def show_verdicts(verdicts: Iterable[CheckResult]) -> None:
     """One line per finding."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)

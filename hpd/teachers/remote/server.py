@@ -24,7 +24,7 @@ from hpd.http import Connection, TeacherUnavailable, read_key
 from hpd.losses import TeacherScores
 from hpd.losses.heads import TopKScores
 from hpd.methods.terms import Term, TermConfig
-from hpd.models.pairing import Verdict
+from hpd.models.pairing import CheckResult
 from hpd.teachers.remote.dialects import DIALECTS, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
 from hpd.teachers.remote.wire import Row, grouped, rows_of
@@ -204,13 +204,13 @@ class ServedTeacher:
         self._connection.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[CheckResult]:
         """What could be checked about a server that does not tell its tokenizer."""
         text = f"{self.source.url} reads a probe of token ids as the student's tokenizer does"
         unknown = "unknown: the server does not tell its tokenizer; name it in teacher.tokenizer to have it compared"
         return [
-            Verdict("ok", "vocabulary", text),
-            Verdict("warning", "end of sequence, chat template", unknown),
+            CheckResult("ok", "vocabulary", text),
+            CheckResult("warning", "end of sequence, chat template", unknown),
         ]
 
 
