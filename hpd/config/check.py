@@ -100,7 +100,8 @@ def _explain(error: ValidationError) -> str:
 
 def _mistake(mistake: ErrorDetails) -> str:
     """A mistake: its place, the value that was given, and what is allowed."""
-    location, kind = mistake["loc"], mistake["type"]
+    location = mistake["loc"]
+    kind = mistake["type"]
     path = ".".join(str(part) for part in location if not str(part).startswith("function-"))
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {path!r}; {_lower(nearest(str(location[-1]), _keys_at(location[:-1])))}"

@@ -48,7 +48,8 @@ def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
     for name in ("prompt", "completion", "messages", "text"):
         if name in row and not row[name]:
             raise ValueError(f"Row {index} has an empty {name}: remove the row or fill it.")
-    completion, messages = row.get("completion"), row.get("messages")
+    completion = row.get("completion")
+    messages = row.get("messages")
     if (
         "prompt" in row
         and "completion" in row
@@ -125,7 +126,8 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
 
 
 def _check_ids(row: Mapping[str, Any], index: int) -> None:
-    ids, labels = row["input_ids"], row.get("labels")
+    ids = row["input_ids"]
+    labels = row.get("labels")
     for name, values in (("input_ids", ids), ("labels", labels)):
         if values is not None and not (
             isinstance(values, list) and all(type(value) is int for value in values)

@@ -38,7 +38,7 @@ def read(path: str, config: DataConfig, split: str | None = None, limit: bool = 
     """
     split = split or config.split
     local = None
-    # Its log of a parser's error would come before ours, which says more.
+    # Its own log of a parser's error would come first, and says less.
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
         local = local_files(path)

@@ -79,7 +79,8 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
         if len(train) < 2:
             raise ValueError("data.validation as a share needs at least two rows.")
         parts = train.train_test_split(test_size=config.validation, seed=0)
-        train, validation = parts["train"], parts["test"]
+        train = parts["train"]
+        validation = parts["test"]
     return Rows(train, validation, is_conversational(dict(next(iter(train)))))
 
 

@@ -111,7 +111,10 @@ class TaidPosition:
     """
 
     def __init__(self, start: float, end: float, step_size: float = 5e-4, momentum: float = 0.99):
-        self.start, self.end, self.step_size, self.momentum = start, end, step_size, momentum
+        self.start = start
+        self.end = end
+        self.step_size = step_size
+        self.momentum = momentum
         self.t = start
         self._change = 0.0
         self._previous: float | None = None
@@ -132,7 +135,9 @@ class TaidPosition:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.t, self._change, self._previous = state["t"], state["change"], state["previous"]
+        self.t = state["t"]
+        self._change = state["change"]
+        self._previous = state["previous"]
 
 
 class SkewPosition:
@@ -155,8 +160,11 @@ class SkewPosition:
     """
 
     def __init__(self, start: float, end: float):
-        self.start, self.end, self.t = start, end, start
-        self._mean, self._count = 0.0, 0
+        self.start = start
+        self.end = end
+        self.t = start
+        self._mean = 0.0
+        self._count = 0
 
     def update(self, gap: float) -> float:
         """Take note of a step's gap and return the skew for the next step."""
@@ -172,7 +180,9 @@ class SkewPosition:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.t, self._mean, self._count = state["t"], state["mean"], state["count"]
+        self.t = state["t"]
+        self._mean = state["mean"]
+        self._count = state["count"]
 
 
 class ValidationRamp:
@@ -197,7 +207,9 @@ class ValidationRamp:
     """
 
     def __init__(self, start: float, end: float, step: float = 0.1, margin: float = 0.1):
-        self.end, self.step, self.margin = end, step, margin
+        self.end = end
+        self.step = step
+        self.margin = margin
         self.share = start
         self._reference: float | None = None
 
@@ -216,4 +228,5 @@ class ValidationRamp:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.share, self._reference = state["share"], state["reference"]
+        self.share = state["share"]
+        self._reference = state["reference"]

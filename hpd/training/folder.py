@@ -134,7 +134,8 @@ class RunFolder:
 
     def write_card(self, summary: dict[str, Any]) -> None:
         """Write the model card of the trained student, with the recipe that made it."""
-        student, teacher = self.recipe.student.model, self.recipe.teacher.title
+        student = self.recipe.student.model
+        teacher = self.recipe.teacher.title
         method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
         rows = "\n".join(
             f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str))

@@ -158,7 +158,8 @@ def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
     if recipe.teacher.type == "server":
         served = _connect(recipe, args, student_config, tokenizer)
         asked = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
-        configs, tokenizers = {"teacher": served.config}, {"teacher": asked}
+        configs = {"teacher": served.config}
+        tokenizers = {"teacher": asked}
     else:
         sources = described_by(recipe)
         configs = {role: load_config(source, role) for role, source in sources.items()}
@@ -210,10 +211,12 @@ def _take_templates(
     """The rows, all of which the student's chat template takes; a stream's are looked at as they come."""
     if not rows.conversational:
         return rows
-    labels, drawn = recipe.data.labels, isinstance(recipe.data.validation, float)
+    drawn = isinstance(recipe.data.validation, float)
     names = {"train": "of the training rows" if drawn else "", "validation": "of the validation rows"}
     train, validation = (
-        check_templates(getattr(rows, part), tokenizer, labels, name=name, num_proc=args.dataset_num_proc)
+        check_templates(
+            getattr(rows, part), tokenizer, recipe.data.labels, name=name, num_proc=args.dataset_num_proc
+        )
         for part, name in names.items()
     )
     return rows._replace(train=train, validation=validation)
@@ -274,7 +277,8 @@ def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
 
 def steps_of(planned: Plan) -> int | None:
     """Optimiser steps that the run will take on one process; None for a stream without max_steps."""
-    args, rows = planned.args, planned.rows.train
+    args = planned.args
+    rows = planned.rows.train
     if args.max_steps > 0:
         return args.max_steps
     if not hasattr(rows, "__len__"):

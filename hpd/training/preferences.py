@@ -148,7 +148,7 @@ def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
     if unknown := [key for key in dpo.args if key not in known]:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"dpo.args.{unknown[0]} is no field of TRL's DPOConfig{hint}")
+        raise ValueError(f"dpo.args.{unknown[0]} is not a field of TRL's DPOConfig{hint}")
     shared = {key: getattr(planned.args, key) for key in planned.recipe.train if key in known}
     fixed = {
         "output_dir": planned.recipe.output_dir,

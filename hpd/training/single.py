@@ -33,7 +33,7 @@ __all__ = ["evaluate_task", "make_trainer", "open_together", "train_single"]
 
 
 def open_together(folder: RunFolder, args: Any) -> None:
-    """Open a run folder from its main process, when all processes have checked it.
+    """Open a run folder on the main process, when all processes have checked it.
 
     Args:
         folder: the folder, checked by its constructor.
@@ -197,14 +197,14 @@ def make_trainer(
     Raises:
         ValueError: no row keeps a label.
     """
-    recipe, args = planned.recipe, planned.args
+    recipe = planned.recipe
     make: Callable[..., DistillTrainer] = DistillTrainer
     if any(entry.config.every is not None for entry in planned.evals):
         make = functools.partial(EvaluatingTrainer, evals=planned.evals, folder=folder.path)
     trainer = make(
         model=student,
         teacher=teacher,
-        args=args,
+        args=planned.args,
         method=recipe.method,
         method_kwargs=recipe.method_kwargs,
         terms=recipe.terms,
