@@ -112,7 +112,7 @@ def _mistake(mistake: ErrorDetails) -> str:
         # A section names its fields as if it stood where it usually does; a teacher may be one of several.
         sentence = str(context["error"])
         if path.startswith("teacher.teachers."):
-            sentence = re.sub(r"\bteacher(?=[.:] ?\w)", path, sentence)
+            sentence = re.sub(r"\bteacher(?=[.:] ?\w)", lambda _: path, sentence)
         return sentence if not path or sentence.startswith(str(location[0])) else f"{path!r}: {sentence}"
     hint = ""
     if kind == "literal_error" and isinstance(mistake["input"], str):

@@ -99,6 +99,11 @@ class Plan(NamedTuple):
         if errors:
             raise ValueError(" ".join(errors))
 
+    def close(self) -> None:
+        """Let go of a teacher elsewhere."""
+        if self.served is not None:
+            self.served.close()
+
 
 class _Models(NamedTuple):
     """The models of a run, described without their weights."""

@@ -50,6 +50,8 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
 
 def _train(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals) -> dict[str, Any]:
     planned = plan(recipe)
+    # Preferences need no teacher.
+    planned.close()
     folder = RunFolder(recipe)
     open_together(folder, planned.args)
     started = time.perf_counter()

@@ -51,12 +51,11 @@ def train(
             return train_stages(recipe, overwrite=overwrite, progress=progress)
         folder = RunFolder(recipe, overwrite)
         planned = plan(recipe)
-        planned.require_sound()
         try:
+            planned.require_sound()
             return train_single(planned, folder, progress or Progress(), baselines, signals)
         finally:
-            if planned.served is not None:
-                planned.served.close()
+            planned.close()
 
 
 def train_stages(
@@ -152,8 +151,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
                 load_rows(stage.recipe.data, stage.recipe.teacher.column)
                 continue
             planned = plan(_with_what_is_there(stage.recipe, recipe))
-            if planned.served is not None:
-                planned.served.close()
+            planned.close()
             planned.require_sound()
             if stage.dpo is not None:
                 dpo_arguments(planned, stage.dpo)
