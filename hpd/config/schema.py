@@ -188,7 +188,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_fields(self, "eval")
         if self.task == "exact-match" and not self.data:
-            raise ValueError("eval.data is missing: give a file with prompts and answers, or remove eval.")
+            raise ValueError(
+                "eval.data is missing: exact-match has no data of its own; give it a file with prompts and "
+                "answers (hpd eval: --data)."
+            )
         if isinstance(self.every, int) and self.every < 1:
             raise ValueError(f"eval.every must be 1 or more steps, or epoch, got {self.every}.")
 

@@ -14,7 +14,8 @@ REDACTED = "***"
 # hub_token, api_key, client-secret; not eos_token, max_new_tokens, tokenizer, or api_key_env, which names a
 # variable.
 _NAMES = re.compile(
-    r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|secret(_key)?|password|passwd|bearer)$|^token$"
+    r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|secret(_key)?|password|passwd|bearer)$"
+    r"|^token$"
 )
 
 _VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)(_[A-Z0-9]+)?$")

@@ -1,5 +1,4 @@
-"""Numbers that change during training: a term's weight, temperature, share of draws, or any parameter of its
-objective."""
+"""Numbers that change during training: a term's weight, temperature, or any parameter of its objective."""
 
 from __future__ import annotations
 
@@ -18,10 +17,9 @@ class Schedule:
     r"""A number as a function of training progress x in [0, 1].
 
     constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step:
-        start before
-    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a
-    share of prefixes, see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x /
-    over, 1)`.
+    start before `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`;
+    DistiLLM's for a share of prefixes, see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here
+    :math:`x' = \min(x / over, 1)`.
 
     >>> Schedule(schedule="linear", start=0.0, end=1.0, over=0.5).at(0.25)
     0.5
@@ -86,14 +84,13 @@ def _is_number(value: Any) -> bool:
 
 
 def value_at(value: Any, progress: float) -> Any:
-    """`value` itself, or what its schedule says."""
+    """`value` itself, or the value of its schedule."""
     schedule = as_schedule(value)
     return value if schedule is None else schedule.at(progress)
 
 
 class TaidPosition:
-    r"""TAID's adaptive position t of the intermediate teacher: faster while the loss falls, never behind the
-    linear ramp.
+    r"""TAID's position t of the intermediate teacher: faster while the loss falls, never behind the ramp.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) \frac{J_{n-1} - J_n}{J_{n-1}}, \qquad
               t \leftarrow \min\big(t_{end}, \max(t_{start} + x (t_{end} - t_{start}),\; t + \alpha\,
@@ -141,8 +138,7 @@ class TaidPosition:
 
 
 class SkewPosition:
-    r"""DistiLLM-2's adaptive skew: a small one where teacher and student are nearer on a step's labels than
-    before.
+    r"""DistiLLM-2's skew: small where teacher and student are nearer on a step's labels than before.
 
     .. math:: \alpha \leftarrow \mathrm{clip}\Big(1 - (1 - \alpha_0) \frac{\bar g}{g},\; \alpha_{min},
               \alpha_0\Big), \qquad g = e^{\overline{\log p(y)}} - e^{\overline{\log q(y)}}

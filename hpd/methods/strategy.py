@@ -61,4 +61,6 @@ def as_strategy(value: StrategyConfig | str | None) -> StrategyConfig:
     """A strategy, or the one of a name with its defaults."""
     if value is None:
         return StrategyConfig()
-    return replace(StrategyConfig(), type=value) if isinstance(value, str) else value  # type: ignore[arg-type]
+    if isinstance(value, str):
+        return replace(StrategyConfig(), type=value)  # type: ignore[arg-type]
+    return value

@@ -1,7 +1,7 @@
 """Where the teacher's distribution comes from."""
 
-from hpd.http import TeacherUnavailable
 from hpd.teachers.cached import CachedTeacher
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher, vocab_of
 from hpd.teachers.model import ModelTeacher, RemoteTeacher, RoutedScores, SelfTeacher, Teacher
 

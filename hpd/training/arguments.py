@@ -197,12 +197,13 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         raise ValueError(
             "Megatron-LM computes its own loss: use FSDP2 or DeepSpeed ZeRO (recipes/accelerate/)."
         )
-    if got == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:  # type: ignore[union-attr]
+    state: Any = accelerator.state
+    if got == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
         raise ValueError(
             "FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)."
         )
     if got == DistributedType.DEEPSPEED:
-        deepspeed: Any = accelerator.state.deepspeed_plugin
+        deepspeed = state.deepspeed_plugin
         if deepspeed.zero_stage == 3:
             _check_zero3(deepspeed.deepspeed_config["zero_optimization"], recomputes)
     _check_layout(accelerator.parallelism_config)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.losses import Head, Scores
-from hpd.losses.products import project_
+from hpd.losses.products import chunks, project_
 from hpd.models.forward import scores_of
 from hpd.teachers.fingerprints import model_fingerprint, tokenizer_hash
 from hpd.teachers.model import ModelTeacher
@@ -110,11 +110,10 @@ class Backend:
     def _tell(self, hidden: Float[Tensor, "N D"], tokens: Tensor | None, wanted: Wanted) -> dict[str, Tensor]:
         """The numbers that are asked for; logits exist one chunk at a time."""
         parts: dict[str, list[Tensor]] = {}
-        rows = max(1, _CHUNK_BYTES // (4 * self.vocab))
-        for start in range(0, len(hidden), rows):
-            chunk = hidden[start : start + rows]
-            logits = torch.empty(len(chunk), self.vocab, device=chunk.device)  # [n, V]
-            project_(Scores(chunk.to(_weight(self._head).dtype), self._head), logits)
+        for chunk in chunks(len(hidden), 4 * self.vocab, _CHUNK_BYTES):
+            part = hidden[chunk]
+            logits = torch.empty(len(part), self.vocab, device=part.device)  # [n, V]
+            project_(Scores(part.to(_weight(self._head).dtype), self._head), logits)
             log_z = torch.logsumexp(logits, -1)
             check_finite("the teacher's distribution", log_z)
             told = {"log_z": log_z}
@@ -122,7 +121,7 @@ class Backend:
                 values, ids = logits.topk(min(wanted.top_k, self.vocab), -1)
                 told |= {"top_tokens": ids, "top_logprobs": values - log_z[:, None]}
             if tokens is not None:
-                asked = tokens[start : start + rows].to(logits.device)
+                asked = tokens[chunk].to(logits.device)
                 told["token_logprobs"] = logits.gather(1, asked) - log_z[:, None]
             for name, tensor in told.items():
                 parts.setdefault(name, []).append(tensor.cpu())

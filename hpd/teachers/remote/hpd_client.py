@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hpd.config.models import TeacherConfig
-from hpd.http import BadAnswer, Connection, TeacherUnavailable
+from hpd.http import BadResponse, Connection
 from hpd.losses import Head, Scores
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.fingerprints import tokenizer_hash
 from hpd.teachers.remote.dialects import read_json
 from hpd.teachers.remote.wire import (
@@ -117,7 +118,7 @@ class HpdClient:
             tensors = load(body)
             weight, scale = tensors["weight"], float(tensors["scale"])
             if weight.shape != (self._vocab, self._width):
-                raise BadAnswer(f"a head of {tuple(weight.shape)} instead of {(self._vocab, self._width)}")
+                raise BadResponse(f"a head of {tuple(weight.shape)} instead of {(self._vocab, self._width)}")
             check_finite("the head", weight)
             softcap = tensors.get("softcap")
             return Head(weight, tensors.get("bias"), scale, None if softcap is None else float(softcap))
@@ -135,9 +136,9 @@ class HpdClient:
             answer = load(body)
             hidden, log_z = answer["hidden"], answer["log_z"]
             if hidden.shape != (count, self._width) or log_z.shape != (count,):
-                raise BadAnswer(f"hidden states of {tuple(hidden.shape)} instead of {(count, self._width)}")
+                raise BadResponse(f"hidden states of {tuple(hidden.shape)} instead of {(count, self._width)}")
             if hidden.dtype != WIRE_DTYPES[self._dtype] or log_z.dtype != torch.float32:
-                raise BadAnswer(f"hidden states in {hidden.dtype}")
+                raise BadResponse(f"hidden states in {hidden.dtype}")
             check_finite("hidden", hidden)
             check_finite("log_z", log_z)
             return {"hidden": hidden, "log_z": log_z}
@@ -152,7 +153,9 @@ class HpdClient:
             self._check_server(response)
             found = load(body)["token_logprobs"]
             if found.shape != tokens.shape:
-                raise BadAnswer(f"log-probabilities of {tuple(found.shape)} instead of {tuple(tokens.shape)}")
+                raise BadResponse(
+                    f"log-probabilities of {tuple(found.shape)} instead of {tuple(tokens.shape)}"
+                )
             return found
 
         return self._post({**pack_rows(rows, label=False), "tokens": tokens}, {}, read)
@@ -188,12 +191,12 @@ class HpdClient:
 
 
 def _boundary(read: Any) -> Any:
-    """Missing tensors are a bad answer like wrong ones."""
+    """Missing tensors are a bad response like wrong ones."""
 
     def checked(response: Any, body: bytes) -> Any:
         try:
             return read(response, body)
         except KeyError as error:
-            raise BadAnswer(f"no tensor {error}") from None
+            raise BadResponse(f"no tensor {error}") from None
 
     return checked

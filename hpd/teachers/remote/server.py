@@ -20,11 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hpd.batch import TokenBatch
 from hpd.config.models import TeacherConfig
-from hpd.http import Connection, TeacherUnavailable, read_key
+from hpd.http import Connection, read_key
 from hpd.losses import TeacherScores
 from hpd.losses.heads import TopKScores
 from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import CheckResult
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.remote.dialects import DIALECTS, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
 from hpd.teachers.remote.wire import Row, grouped, rows_of
@@ -92,10 +93,12 @@ class ServedTeacher:
         self.source = source
         self._connection = Connection(
             source.url.rstrip("/").removesuffix("/v1"),
+            name="The teacher",
             api_key=read_key(source.api_key_env),
             timeout_seconds=source.timeout_seconds,
             wait_seconds=source.wait_seconds,
             connections=source.concurrency,
+            failure=TeacherUnavailable,
         )
         self._pool = ThreadPoolExecutor(source.concurrency, thread_name_prefix="teacher")
         self._answers: OrderedDict[bytes, list[Future[dict[str, Tensor]]]] = OrderedDict()
