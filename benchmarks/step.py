@@ -1,9 +1,9 @@
 """Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the
 student alone.
 
-    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check]
-    [--memory] python benchmarks/step.py --docs      # docs/performance.md's table from the stored result;
-    measures nothing
+    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--memory]
+        [--json | --check]
+    python benchmarks/step.py --docs    # docs/performance.md from the stored result, nothing measured
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three
 quarters of them labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
@@ -94,14 +94,14 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     batch = next(iter(trainer.get_train_dataloader()))
     count = batch["labels"][:, 1:].ne(-100).sum()
 
-    fetch = getattr(trainer.data_collator, "fetch", None)
-    keys = TokenBatch.pop(dict(batch)) if fetch else None
+    ask = getattr(trainer.data_collator, "ask", None)
+    positions = TokenBatch.pop(dict(batch)) if ask else None
 
     def step() -> None:
         inputs = dict(batch)
-        if fetch:
-            # As in the trainer's own loop, what the next step reads is fetched while this one runs.
-            batch["fetched"] = fetch(batch, keys)
+        if ask:
+            # As in the trainer's own loop, the teacher is asked about the next step while this one runs.
+            batch["asked"] = ask(batch, positions)
         trainer.training_step(trainer.model, inputs, num_items_in_batch=count)
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         trainer.optimizer.step()
@@ -113,7 +113,7 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
 def cached_teacher(folder: Path) -> CachedTeacher:
     """A float32 hidden cache of the rows: the teacher's shape, random numbers."""
     collator = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
-    keys = torch.cat([batch.keys for _, batch in collator.rows(rows())])
+    keys = torch.cat([keys for _, keys in collator.rows(rows())])
     generator = torch.Generator().manual_seed(1)
     shard = {
         "hidden": torch.randn(len(keys), SHAPE["hidden_size"], generator=generator),

@@ -42,7 +42,7 @@ _TAIL = """
 | `label+top_k` | the same, the label always among them | the same |
 | `label+full` | the label, and every token (hpd_exact) | |
 
-An objective that is no divergence on a support is refused when the recipe is read.
+An objective that is not a divergence on a support is refused when the recipe is read.
 
 ## Sums of terms
 

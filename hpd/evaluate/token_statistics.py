@@ -5,7 +5,7 @@ Axes: B rows of a batch, T tokens, N label positions, C positions of a chunk, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from hpd.losses.products import chunks, project_
 from hpd.losses.tile import sum_dtype
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.models.forward import scores_of
+from hpd.progress import Advance
 
 __all__ = [
     "NUM_BINS",
@@ -31,10 +32,8 @@ __all__ = [
     "sum_rows",
 ]
 
-
 NUM_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
-
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -66,7 +65,7 @@ def sum_rows(
     top_k: int,
     batch_size: int,
     pad_id: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> RowSums:
     """Run both models over the texts, longest first, and sum what they say over the label positions of each.
 
@@ -183,7 +182,8 @@ def _two_models(
 def _add_bins(
     sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int
 ) -> None:
-    key, dtype = f"bins/{name}", sum_dtype(confidence.device)
+    key = f"bins/{name}"
+    dtype = sum_dtype(confidence.device)
     if key not in sums:
         sums[key] = torch.zeros(num_rows, NUM_BINS, 3, dtype=dtype, device=confidence.device)
     place = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
@@ -193,7 +193,6 @@ def _add_bins(
 
 _MAX_PERIOD_TOKENS = 256
 """Loops of a longer period are copies of whole paragraphs; repeated n-grams show those."""
-
 
 _MIN_COPIES = 3
 """Two equal words in a row are language, three are a loop."""

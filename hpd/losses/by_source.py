@@ -1,4 +1,4 @@
-"""Terms that learn from one writer's text only: the operator runs on the label positions of each writer.
+"""Terms that learn from one writer's text only: the label positions of each writer, and what they show.
 
 Axes: N label positions, D hidden.
 """
@@ -9,18 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from hpd.batch import TokenBatch
 from hpd.losses.heads import Scores, TeacherScores
-from hpd.losses.operator import LossOutput, reweighted_nll
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
 from hpd.losses.tile import Sums
 from hpd.methods.terms import Term
 
-__all__ = ["SourcePart", "label_gaps", "loss_by_source", "parts_of"]
+__all__ = ["SourcePart", "label_gaps", "parts_of"]
 
 
 class SourcePart(NamedTuple):
@@ -48,53 +47,6 @@ def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[SourcePart]:
             if chosen:
                 yield SourcePart(positions, chosen, given, first)
                 first = False
-
-
-def loss_by_source(
-    student: Scores,
-    teacher: TeacherScores,
-    batch: TokenBatch,
-    terms: Sequence[Term],
-    *,
-    uniforms: Float[Tensor, "N u"] | None = None,
-    scale: Tensor | float = 1.0,
-    impl: str = "chunked",
-    chunk_bytes: int | None = None,
-    metric_stride: int = 1,
-    kl_estimator: str = "exact",
-) -> LossOutput:
-    """`reweighted_nll`, each term on the positions that it learns from.
-
-    Args:
-        student, teacher: at all N positions.
-        batch: says who wrote what.
-        terms: what is learnt.
-        uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator: as for `reweighted_nll`.
-    """
-    total = student.hidden.new_zeros(())
-    stats: Sums = {}
-    for part in parts_of(batch, terms):
-        at = slice(None) if part.positions is None else part.positions
-        labels = batch.labels[at]
-        loss, sums = reweighted_nll(
-            student.at(part.positions),
-            teacher.at(part.positions),
-            labels,
-            part.terms,
-            uniforms=None if uniforms is None else uniforms[at],
-            draws=labels[:, None] if part.given else None,
-            scale=scale,
-            impl=impl,
-            chunk_bytes=chunk_bytes,
-            metric_stride=metric_stride if part.first else 0,
-            kl_estimator=kl_estimator,
-        )
-        if not part.first:
-            sums = {name: value for name, value in sums.items() if name.startswith("value/")}
-        total = total + loss
-        for name, value in sums.items():
-            stats[name] = stats[name] + value if name in stats else value
-    return LossOutput(total, stats)
 
 
 @torch.no_grad()

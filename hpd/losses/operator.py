@@ -1,4 +1,4 @@
-"""`reweighted_nll`, the front door of the operator."""
+"""`reweighted_nll`, the front door of the operator, and `loss_by_source`, for terms of one writer's text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpd.batch import TokenBatch
+from hpd.losses.by_source import parts_of
 from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
 from hpd.losses.heads import Scores, TeacherScores
 from hpd.losses.products import for_products
@@ -16,7 +18,7 @@ from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import Sums, TileInputs
 from hpd.methods.terms import Term, num_uniforms
 
-__all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "reweighted_nll"]
+__all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "loss_by_source", "reweighted_nll"]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_reweighted_nll,
@@ -96,6 +98,53 @@ def reweighted_nll(
     call = OperatorCall(teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
     sums: Sums = {}
     return LossOutput(IMPLEMENTATIONS[impl](*_leaves(student), student.head, call, sums), sums)
+
+
+def loss_by_source(
+    student: Scores,
+    teacher: TeacherScores,
+    batch: TokenBatch,
+    terms: Sequence[Term],
+    *,
+    uniforms: Float[Tensor, "N u"] | None = None,
+    scale: Tensor | float = 1.0,
+    impl: str = "chunked",
+    chunk_bytes: int | None = None,
+    metric_stride: int = 1,
+    kl_estimator: str = "exact",
+) -> LossOutput:
+    """`reweighted_nll`, each term on the positions that it learns from.
+
+    Args:
+        student, teacher: at all N positions.
+        batch: says who wrote what.
+        terms: what is learnt.
+        uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator: as for `reweighted_nll`.
+    """
+    total = student.hidden.new_zeros(())
+    stats: Sums = {}
+    for part in parts_of(batch, terms):
+        at = slice(None) if part.positions is None else part.positions
+        labels = batch.labels[at]
+        loss, sums = reweighted_nll(
+            student.at(part.positions),
+            teacher.at(part.positions),
+            labels,
+            part.terms,
+            uniforms=None if uniforms is None else uniforms[at],
+            draws=labels[:, None] if part.given else None,
+            scale=scale,
+            impl=impl,
+            chunk_bytes=chunk_bytes,
+            metric_stride=metric_stride if part.first else 0,
+            kl_estimator=kl_estimator,
+        )
+        if not part.first:
+            sums = {name: value for name, value in sums.items() if name.startswith("value/")}
+        total = total + loss
+        for name, value in sums.items():
+            stats[name] = stats[name] + value if name in stats else value
+    return LossOutput(total, stats)
 
 
 def _leaves(student: Scores) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -1,8 +1,8 @@
-"""A teacher's answers on disk: what the files are, how they are checked, how positions are looked up.
+"""A teacher's answers on disk: the files, their checks, the lookup of positions.
 
     cache.json              what the cache is, and size and digest of every other file; written last
-    index.safetensors       sorted keys of the label positions, the place of each, a digest per block of 64
-    positions shard-00000.safetensors the answers, position after position
+    index.safetensors       sorted keys of the label positions, the place of each, a digest per 64 positions
+    shard-00000.safetensors the answers, position after position
     shard-00000.json        size, digests and blocks of that shard; written after it
     head.safetensors        the teacher's output head (kind hidden)
     teacher/                the teacher's configuration and tokenizer
@@ -18,7 +18,7 @@ import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,31 +28,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpd.files import digest_file, write_atomically
+from hpd.files import checksum_file, checksum_json, write_atomically
 from hpd.losses import Head
 
 __all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "read_about"]
 
-
 FORMAT = 1
 """Version of the files; another one is refused."""
-
 
 BLOCK = 64
 """Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more
 than the row."""
 
 
-ABOUT, PLAN, INDEX, HEAD, TEACHER = (
-    "cache.json",
-    "plan.json",
-    "index.safetensors",
-    "head.safetensors",
-    "teacher",
+ABOUT = "cache.json"
+PLAN = "plan.json"
+INDEX = "index.safetensors"
+HEAD = "head.safetensors"
+TEACHER = "teacher"
+
+_REPAIR = (
+    "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
+    "rest anew."
 )
 
-
-Places = npt.NDArray[np.int64]
+Places: TypeAlias = npt.NDArray[np.int64]
 
 
 class CorruptCacheError(ValueError):
@@ -61,8 +61,8 @@ class CorruptCacheError(ValueError):
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON object that carries the digest of itself."""
-    text = json.dumps({**content, "checksum": _digest_json(content)}, indent=1)
-    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    text = json.dumps({**content, "checksum": checksum_json(content)}, indent=1)
+    write_atomically(path, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,16 +76,15 @@ def read_json(path: Path) -> dict[str, Any]:
         digest = content.pop("checksum")
     except (ValueError, KeyError, AttributeError):
         raise CorruptCacheError(f"{path} is damaged. {_REPAIR}") from None
-    if digest != _digest_json(content):
+    if digest != checksum_json(content):
         raise CorruptCacheError(f"{path} is damaged: its content does not have its digest. {_REPAIR}")
     return content
 
 
-_REPAIR = "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the rest anew."
-
-
-def _digest_json(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+_REPAIR = (
+    "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
+    "rest again."
+)
 
 
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
@@ -118,9 +117,9 @@ def save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
         "file": path.name,
         "positions": num_positions,
         "bytes": path.stat().st_size,
-        "digest": digest_file(path),
+        "digest": checksum_file(path),
         "header_bytes": header_bytes,
-        "header_digest": digest_file(path, header_bytes),
+        "header_digest": checksum_file(path, header_bytes),
         "blocks": base64.b64encode(blocks.tobytes()).decode(),
     }
     write_json(path.with_suffix(".json"), about)
@@ -131,7 +130,7 @@ def describe_shard(folder: Path, number: int) -> dict[str, Any] | None:
     path = folder / f"shard-{number:05d}.safetensors"
     try:
         about = read_json(path.with_suffix(".json"))
-        whole = path.stat().st_size == about["bytes"] and digest_file(path) == about["digest"]
+        whole = path.stat().st_size == about["bytes"] and checksum_file(path) == about["digest"]
     except (OSError, CorruptCacheError):
         return None
     return about if whole else None
@@ -156,7 +155,7 @@ def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: 
     names = [INDEX, *([HEAD] if (folder / HEAD).is_file() else [])]
     names += sorted(str(path.relative_to(folder)) for path in (folder / TEACHER).rglob("*") if path.is_file())
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "digest": digest_file(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "digest": checksum_file(folder / name)}
         for name in names
     }
     listed = [{key: value for key, value in shard.items() if key != "blocks"} for shard in shards]
@@ -164,8 +163,7 @@ def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: 
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """What a cache is, with sizes of all files and the digests of those under teacher/ checked; reads no
-    answers.
+    """Read the description of a cache; sizes of all files, and digests of those under teacher/, are checked.
 
     Raises:
         ValueError: there is no cache, an unfinished one, or one of another format.
@@ -174,7 +172,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not (folder / ABOUT).is_file():
         if (folder / PLAN).is_file():
-            done, total = len(list(folder.glob("shard-*.json"))), read_json(folder / PLAN)["shards"]
+            done = len(list(folder.glob("shard-*.json")))
+            total = read_json(folder / PLAN)["shards"]
             raise ValueError(
                 f"The cache {folder} is unfinished ({done} of {total} shards): run hpd cache with its recipe "
                 "again, it goes on where it stopped."
@@ -203,7 +202,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
 
 
 def _check_digest(file: Path, digest: str) -> None:
-    if digest_file(file) != digest:
+    if checksum_file(file) != digest:
         raise CorruptCacheError(f"{file} is damaged: it is not what was written. {_REPAIR}")
 
 
@@ -245,11 +244,12 @@ class Cache:
     @property
     def head(self) -> Head:
         """The teacher's head, mapped from its file."""
-        tensors, extras = _map_tensors(self.path / HEAD), self.about["head"]
+        tensors = _map_tensors(self.path / HEAD)
+        extras = self.about["head"]
         return Head(tensors["weight"], tensors.get("bias"), extras["scale"], extras["softcap"])
 
     def missing(self, keys: Places) -> npt.NDArray[np.bool_]:
-        """Which of these positions the cache does not hold."""
+        """Mark the positions that the cache does not hold."""
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return self._keys[at] != keys
 
@@ -293,7 +293,7 @@ class Cache:
             shard = self.about["shards"][number]
             file = self.path / shard["file"]
             # The header says where tensors begin and what they are: blocks cannot tell a changed one.
-            if not file.is_file() or digest_file(file, shard["header_bytes"]) != shard["header_digest"]:
+            if not file.is_file() or checksum_file(file, shard["header_bytes"]) != shard["header_digest"]:
                 raise CorruptCacheError(f"{file} is missing or its header is damaged. {_REPAIR}")
             self._shards[number] = _map_tensors(file)
         return self._shards[number]
@@ -303,7 +303,8 @@ class Cache:
         expected = self._blocks[self._first_blocks[number] + blocks].view(np.uint64)
         wrong = _block_digests(tensors, blocks) != expected
         if wrong.any():
-            first, file = int(blocks[wrong][0]) * BLOCK, self.about["shards"][number]["file"]
+            first = int(blocks[wrong][0]) * BLOCK
+            file = self.about["shards"][number]["file"]
             raise CorruptCacheError(
                 f"{self.path / file} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}"
             )

@@ -41,10 +41,14 @@ from hpd.evaluate import (
     same_answer,
 )
 from hpd.evaluate.statistics import wilson_interval
-from hpd.generation.engine import _SeededDraw, encode_prompt
+from hpd.generation.drawing import Draw, Sampling, warpers
+from hpd.generation.engine import encode_prompt
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -397,17 +401,8 @@ def test_grading_imports_no_torch() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def _shared(*parts: str) -> Path:
-    candidates = [Path(os.environ["HPD_SHARED"])] if "HPD_SHARED" in os.environ else []
-    candidates += [parent / "shared" for parent in Path(__file__).resolve().parents]
-    found = [path.joinpath(*parts) for path in candidates if path.joinpath(*parts).exists()]
-    if not found:
-        pytest.skip("no shared data")
-    return found[0]
-
-
-def test_gsm8k_grades_its_own_solutions() -> None:
-    task = ExactMatch(_shared("data", "gsm8k", "test_even.jsonl"))
+def test_gsm8k_grades_its_own_solutions(shared: Path) -> None:
+    task = ExactMatch(shared / "data" / "gsm8k" / "test_even.jsonl")
     examples = task.examples()
     assert len(examples) > 600
     assert all(_grade(task, example, str(example.metadata["answer"])).correct for example in examples)
@@ -417,8 +412,8 @@ def test_gsm8k_grades_its_own_solutions() -> None:
     assert wrong < len(examples) / 20  # neighbours with the same answer by chance
 
 
-def test_math500_references_are_taken_as_a_whole() -> None:
-    task = ExactMatch(_shared("data", "math500", "test.jsonl"))
+def test_math500_references_are_taken_as_a_whole(shared: Path) -> None:
+    task = ExactMatch(shared / "data" / "math500" / "test.jsonl")
     examples = task.examples()
     assert all(example.answer == example.metadata["answer"].strip() for example in examples)
     agreeing = [_grade(task, example, example.metadata["solution"]).correct for example in examples]
@@ -555,12 +550,13 @@ def test_draws_follow_the_distribution() -> None:
     num_draws = 1000
     probabilities = torch.tensor([0.1, 0.0, 0.25, 0.65])
     uniforms = (torch.arange(num_draws, dtype=torch.float64)[:, None] + 0.5) / num_draws
-    draw = _SeededDraw(uniforms, prompt_length=3)
+    draw = Draw(Sampling(uniforms, warpers(1.0)), torch.ones(num_draws, 3, dtype=torch.long))
     scores = probabilities.log().expand(num_draws, -1)
     tokens = draw(torch.zeros(num_draws, 3, dtype=torch.long), scores).argmax(-1)
     counts = torch.bincount(tokens, minlength=4)
     assert torch.allclose(counts / num_draws, probabilities, atol=1.5 / num_draws)
-    extremes = _SeededDraw(torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64), prompt_length=3)
+    ends = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64)
+    extremes = Draw(Sampling(ends, warpers(1.0)), torch.ones(2, 3, dtype=torch.long))
     masked = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
     assert extremes(torch.zeros(2, 3, dtype=torch.long), masked).argmax(-1).tolist() == [1, 2]
 

@@ -1,7 +1,6 @@
 """The losses as functions: parity with public reference code, and the fused form equal to the plain one."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,25 +12,15 @@ from hpd import Head
 from hpd.objectives import OBJECTIVES, forward_kl
 from hpd.objectives.fused import FUSED
 
-HERE = Path(__file__).resolve()
-SHARED = next(
-    (
-        p
-        for p in [Path(os.environ.get("HPD_SHARED", "/nonexistent")), *(q / "shared" for q in HERE.parents)]
-        if p.is_dir()
-    ),
-    None,
-)
-INDEX = SHARED / "parity" / "index.json" if SHARED else None
-ENTRIES = json.loads(INDEX.read_text()) if INDEX and INDEX.is_file() else []
+PARITY = Path(__file__).parent / "parity"
+ENTRIES = json.loads((PARITY / "index.json").read_text())
 # Fixtures whose value is a cross-entropy: larger than the divergence by the entropy of the target.
 CROSS_ENTROPIES = ("forward_kl", "symmetric_kl", "skew_forward_kl", "taid")
 
 
-@pytest.mark.skipif(not ENTRIES, reason="the parity fixtures are not here")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["file"].removesuffix(".safetensors"))
 def test_parity_with_reference_code(entry):
-    fixture = load_file(INDEX.parent / entry["file"])
+    fixture = load_file(PARITY / entry["file"])
     student = fixture["student_logits"].requires_grad_()
     output = hpd.distillation_loss(
         student,

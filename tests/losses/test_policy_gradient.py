@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch
 from hpd.losses import Head, Scores
-from hpd.losses.by_source import loss_by_source
+from hpd.losses.operator import loss_by_source
 from hpd.losses.policy_gradient import clipped_surrogate, discounted_returns, policy_gradient_nll
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.strategy import StrategyConfig

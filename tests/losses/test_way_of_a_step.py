@@ -11,7 +11,7 @@ from helpers.problems import problem
 
 import hpd
 from hpd.losses import reweighted_nll
-from hpd.losses.by_source import loss_by_source
+from hpd.losses.operator import loss_by_source
 from hpd.methods.terms import TermConfig
 from hpd.objectives import OBJECTIVES, Objective
 
@@ -53,5 +53,5 @@ def test_five_frames_and_four_files_from_the_operator_to_the_weights(known):
 
 
 def test_terms_of_all_writers_cost_one_frame():
-    way = frames_below("by_source.py:loss_by_source")
+    way = frames_below("operator.py:loss_by_source")
     assert way[1] == "operator.py:reweighted_nll"

@@ -26,6 +26,11 @@ from hpd.training.run import train
 
 
 @pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_recipe(tmp_path_factory.mktemp("cached"))
+
+
+@pytest.fixture(scope="module")
 def cache(recipe):
     summary = write_cache(load_recipe(recipe))
     assert len(list(summary.path.glob("shard-*.safetensors"))) >= 4

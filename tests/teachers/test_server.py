@@ -16,10 +16,11 @@ from helpers.tiny_models import tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import TeacherConfig, load_recipe
-from hpd.http import Connection, TeacherUnavailable
+from hpd.http import Connection, ServerUnavailable
 from hpd.losses.heads import TopKScores
 from hpd.losses.products import logits
 from hpd.methods.terms import TermConfig
+from hpd.teachers import TeacherUnavailable
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.remote.server import ServedTeacher, why_not_served
 from hpd.training.run import train
@@ -60,7 +61,7 @@ def top_k_teacher(url, pair, **options):
     defaults = {"model": "tiny", "wait_seconds": 3.0, "timeout_seconds": 5.0, "top_k": 10}
     teacher = ServedTeacher(TeacherConfig(type="server", url=url, **{**defaults, **options}), 300)
     teacher.connect(AutoTokenizer.from_pretrained(pair[0]))
-    teacher._backend.prepare(torch.device("cpu"))
+    teacher._client.prepare(torch.device("cpu"))
     return teacher
 
 
@@ -228,7 +229,7 @@ def test_uniform_tail_is_accepted_on_request_and_logged(pair, rows, prompts, tmp
     [
         ({"url": "ftp://x"}, "base address"),
         ({"url": "127.0.0.1:8000"}, "base address"),
-        ({"url": "http://h:port"}, "no address"),
+        ({"url": "http://h:port"}, "not an address"),
         ({"url": "http://h/v1?key=1"}, "without a query"),
         ({"url": f"http://user:{CANARY}@h"}, "password"),
         ({"api_key_env": CANARY}, "must name an environment variable"),
@@ -236,10 +237,10 @@ def test_uniform_tail_is_accepted_on_request_and_logged(pair, rows, prompts, tmp
         ({"model": None}, "teacher.model is missing"),
         ({"protocol": "hpd", "top_k": 5}, "no effect with protocol hpd"),
         ({"dtype": "bfloat16"}, "dtype has an effect"),
-        ({"quantization": "4bit"}, "quantization has no effect"),
-        ({"top_k": 0}, "top_k >= 1"),
-        ({"concurrency": 0}, "concurrency >= 1"),
-        ({"type": "model", "url": "http://h"}, "url has no effect on teacher type model"),
+        ({"quantization": "4bit"}, "quantization is for type model or cached, and the type is server"),
+        ({"top_k": 0}, "top_k must be >= 1"),
+        ({"concurrency": 0}, "concurrency must be >= 1"),
+        ({"type": "model", "url": "http://h"}, "url is for type server, and the type is model"),
     ],
 )
 def test_mistakes_in_the_recipe(teacher, message):
@@ -370,7 +371,7 @@ def test_garbage_ends_in_a_bounded_refusal(pair, prompts, name):
         teacher = top_k_teacher(url, pair)
         prompts.requests.clear()
         prompts.fault = GARBAGE[name]
-        with pytest.raises(TeacherUnavailable, match="keeps giving bad answers"):
+        with pytest.raises(TeacherUnavailable, match="keeps giving bad responses"):
             teacher.scores(inputs, batch)
         assert len(prompts.requests) == 4
         prompts.fault = None
@@ -416,12 +417,12 @@ def test_slow_server_is_bounded_in_time_and_size():
         try:
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
             begin = time.monotonic()
-            with pytest.raises(TeacherUnavailable, match="no whole answer in 0.5 s"):
+            with pytest.raises(ServerUnavailable, match="no whole response in 0.5 s"):
                 Connection(address, timeout_seconds=0.5, wait_seconds=0.3).request(
                     "GET", "/", lambda _, body: body
                 )
             assert time.monotonic() - begin < 5
-            with pytest.raises(TeacherUnavailable, match="more than 3 bytes"):
+            with pytest.raises(ServerUnavailable, match="more than 3 bytes"):
                 Connection(address, timeout_seconds=5, wait_seconds=0.0).request(
                     "GET", "/", lambda _, body: body, max_bytes=3
                 )
