@@ -46,7 +46,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         self._repeats_rows = repeats_rows
         model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
         with hide_head:
-            super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
+            super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
@@ -77,7 +77,11 @@ class StudentTrainer(Resumable, SFTTrainer):
             count = len(dataset)
             dataset = fill(dataset, batch_size * self.args.world_size)
             shuffled = is_training and self.args.train_sampling_strategy == "random"
-            sampler_fn = lambda rows: FilledOrder(count, len(rows), shuffled, self.args.data_seed)  # noqa: E731
+
+            def order(rows: Any) -> FilledOrder:
+                return FilledOrder(count, len(rows), shuffled, self.args.data_seed)
+
+            sampler_fn = order
         return super()._get_dataloader(
             dataset, description, batch_size, sampler_fn, is_training, dataloader_key
         )

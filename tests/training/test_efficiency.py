@@ -94,14 +94,14 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     # scale by; the test above shows that no other device is asked. The collator runs on the CPU, in the
     # loader's workers if there are any.
     on_cpu_only = {
-        "losses/operator.py:reweighted_nll",
+        "losses/operator.py:_check",
         "losses/chunked.py:backward",
         "hpd/batch.py:token_batch",
         "hpd/batch.py:_row_keys",
     }
     # transformers' own: whether a mask of padding is all ones, once a forward pass of either model.
-    theirs = {"transformers/masking_utils.py:_ignore_causal_mask_sdpa"}
-    assert growing <= on_cpu_only | theirs, growing
+    of_transformers = {"transformers/masking_utils.py:_ignore_causal_mask_sdpa"}
+    assert growing <= on_cpu_only | of_transformers, growing
 
 
 def test_second_start_tokenises_nothing(pair, tmp_path):
