@@ -112,9 +112,10 @@ def cache(
 def evaluate(options: EvalOptions) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
     with _user_errors():
+        mode = options.mode()  # before the seconds that the import takes
         from hpd.terminal.evaluation import run_eval
 
-        run_eval(options.mode())
+        run_eval(mode)
 
 
 @app.command(name="serve-teacher")
