@@ -17,8 +17,8 @@ from hpd.estimate.live_bytes import LiveBytes
 from hpd.estimate.memory import StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
-from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
+from hpd.losses.products import chunk_rows
 from hpd.methods import method_terms, name_terms
 from hpd.training.plan import plan
 
