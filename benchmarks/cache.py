@@ -56,7 +56,7 @@ def read(recipe: Recipe, teachers: dict[str, CachedTeacher]) -> Reading:
         train_dataset=planned.rows.train,
         processing_class=planned.tokenizer,
     )
-    trainer.data_collator.fetch = None
+    trainer.data_collator.ask = None
     found: dict[str, list[Tensor]] = {name: [] for name in teachers}
     own = []
     for inputs in trainer.get_train_dataloader():

@@ -94,14 +94,14 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     batch = next(iter(trainer.get_train_dataloader()))
     count = batch["labels"][:, 1:].ne(-100).sum()
 
-    fetch = getattr(trainer.data_collator, "fetch", None)
-    keys = TokenBatch.pop(dict(batch)) if fetch else None
+    ask = getattr(trainer.data_collator, "ask", None)
+    positions = TokenBatch.pop(dict(batch)) if ask else None
 
     def step() -> None:
         inputs = dict(batch)
-        if fetch:
-            # As in the trainer's own loop, what the next step reads is fetched while this one runs.
-            batch["fetched"] = fetch(batch, keys)
+        if ask:
+            # As in the trainer's own loop, the teacher is asked about the next step while this one runs.
+            batch["asked"] = ask(batch, positions)
         trainer.training_step(trainer.model, inputs, num_items_in_batch=count)
         torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
         trainer.optimizer.step()

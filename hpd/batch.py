@@ -163,23 +163,16 @@ class DistillCollator:
     Args:
         inner: what pads or flattens the rows.
         vocab: as in `token_batch`.
-        then: called with each finished batch, such as to ask a teacher elsewhere about it early.
     """
 
-    def __init__(
-        self,
-        inner: Callable[[list[Any]], dict[str, Any]],
-        vocab: int | None = None,
-        then: Callable[[dict[str, Any]], None] | None = None,
-    ):
+    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], vocab: int | None = None):
         self.inner = inner
         self.vocab = vocab
-        self.then = then
-        self.fetch: Callable[[dict[str, Any], TokenBatch], Any] | None = None
-        """Reads ahead for a teacher (`inputs["fetched"]`)."""
+        self.ask: Callable[[dict[str, Any], TokenBatch], Any] | None = None
+        """Begins to ask a teacher about a batch, ahead of its step; what it returns is `inputs["asked"]`."""
 
     def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, Int[Tensor, "n"]]]:
-        """Each row of a prepared dataset with the keys of its label positions, nothing fetched or asked.
+        """Each row of a prepared dataset with the keys of its label positions; no teacher is asked.
 
         Rows are collated many at a time: alone, each would cost most of a millisecond.
         """
@@ -205,14 +198,12 @@ class DistillCollator:
         labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
         labels[batch.index + 1] = batch.labels
         inputs["labels"] = labels.view_as(inputs["labels"])
-        if self.fetch is not None:
-            inputs["fetched"] = self.fetch(inputs, batch)
+        if self.ask is not None:
+            inputs["asked"] = self.ask(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
         inputs.update(
             {f"label_{field}": value for field, value in batch._asdict().items() if value is not None}
         )
-        if self.then is not None:
-            self.then(inputs)
         return inputs
 
 

@@ -1,29 +1,22 @@
-"""What turns prompts into answers: `transformers` here, vLLM in `vllm_engine`.
+"""The engine that turns prompts into answers or rollouts: `transformers` here, vLLM in `vllm_engine`.
 
 Axes: B batch, T time (prompt and answer), V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from hpd.data.templates import taken_by_template
+from hpd.generation.drawing import Draw, Sampling, warpers
 from hpd.generation.settings import GenerationSettings
-from hpd.generation.texts import Answer, Prompt
+from hpd.generation.texts import Answer, Prompt, Rollout
 
 __all__ = [
     "Engine",
@@ -69,18 +62,25 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """`generate` of transformers, in batches, the longest prompts first.
+    """`generate` of transformers: KV cache, padding on the left, one uniform number for each draw.
+
+    A draw is the inverse CDF of its number, so what is written does not depend on the other prompts of a
+    batch, on their order or on the batch size (up to the rounding of the model's forward pass).
 
     Args:
         model: a causal language model with `generate`: of transformers, or its peft wrapper.
         tokenizer: the model's; its padding side does not matter.
+        device: where the model computes; None: where its weights are.
     """
 
     name = "transformers"
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device | None = None
+    ):
         self.model = model
         self.tokenizer = tokenizer
+        self._device = device
 
     @property
     def context(self) -> int | None:
@@ -91,105 +91,93 @@ class TransformersEngine:
         return longest_first(lengths, settings.batch_size)
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings, limit: int) -> list[Answer]:
-        end_ids = end_token_ids(self.model, self.tokenizer)
-        answers = self.generate_tokens(requests, settings, limit)
-        return [_finish(self.tokenizer, answer, end_ids, settings.stop) for answer in answers]
+        written = self._complete(requests, settings, limit)
+        return [_to_answer(self.tokenizer, rollout, settings.stop) for rollout in written]
 
     def generate_tokens(
         self, requests: Sequence[Request], settings: GenerationSettings, limit: int
     ) -> list[list[int]]:
-        """The token ids behind `generate`, end token included; what follows a stop string is not yet cut
-        off."""
+        """The token ids behind `generate`, end token included; what follows a stop string is not cut off."""
+        return [rollout.tokens for rollout in self._complete(requests, settings, limit)]
+
+    def _complete(
+        self, requests: Sequence[Request], settings: GenerationSettings, limit: int
+    ) -> list[Rollout]:
+        sampling = None
+        if settings.temperature > 0:
+            draws = np.stack([np.random.default_rng(request.entropy).random(limit) for request in requests])
+            cuts = warpers(settings.temperature, settings.top_k, settings.top_p)
+            sampling = Sampling(torch.from_numpy(draws), cuts)
+        prompts = [request.token_ids for request in requests]
+        return self.write(prompts, [limit] * len(prompts), sampling, settings.stop)
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Rollout]:
+        """Continue prompts, all in one batch.
+
+        Args:
+            prompts: token ids, at least one each.
+            limits: longest continuation of each, in tokens, >= 1.
+            sampling: how tokens are drawn; None takes the likeliest.
+            stop: strings that end a continuation; what follows one is not cut off.
+        """
         end_ids = end_token_ids(self.model, self.tokenizer)
-        pad_id = (
-            self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (end_ids or [0])[0]
-        )
+        pad_id = cast("int | None", self.tokenizer.pad_token_id)
+        if pad_id is None:
+            pad_id = end_ids[0] if end_ids else 0
+        device = self._device or next(self.model.parameters()).device
+        length = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (length - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
+        draw = None if sampling is None else Draw(sampling, mask)
         config = GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,  # sampling happens in _SeededDraw, which leaves generate one token to choose
+            max_new_tokens=max(limits),
+            do_sample=False,  # Draw leaves generate one token to choose
             use_cache=True,
             eos_token_id=end_ids or None,
             pad_token_id=pad_id,
-            stop_strings=list(settings.stop) or None,
+            stop_strings=list(stop) or None,
         )
-        with _ready_to_generate(self.model), torch.inference_mode():
-            answers = self._generate_batch(requests, config, settings)
-        ends = [
-            next((place + 1 for place, token in enumerate(answer) if token in end_ids), None)
-            for answer in answers
-        ]
-        return [answer[:end] for answer, end in zip(answers, ends, strict=True)]
-
-    def _generate_batch(
-        self, requests: Sequence[Request], config: GenerationConfig, settings: GenerationSettings
-    ) -> list[list[int]]:
-        device = next(self.model.parameters()).device
-        length = max(len(request.token_ids) for request in requests)
-        pad_id = cast("int", config.pad_token_id)
-        padded = [[pad_id] * (length - len(request.token_ids)) + request.token_ids for request in requests]
-        masks = [
-            [0] * (length - len(request.token_ids)) + [1] * len(request.token_ids) for request in requests
-        ]
-        processors = LogitsProcessorList()
-        if settings.temperature > 0:
-            processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-            if settings.top_k > 0:
-                processors.append(TopKLogitsWarper(settings.top_k))
-            if settings.top_p < 1:
-                processors.append(TopPLogitsWarper(settings.top_p))
-            draws = [
-                np.random.default_rng(request.entropy).random(config.max_new_tokens) for request in requests
-            ]
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-            processors.append(_SeededDraw(torch.tensor(np.stack(draws), dtype=dtype, device=device), length))
-        output = cast("Any", self.model).generate(
-            inputs=torch.tensor(padded, device=device),  # [B, T]
-            attention_mask=torch.tensor(masks, device=device),  # [B, T]
-            generation_config=config,
-            logits_processor=processors,
-            **({"tokenizer": self.tokenizer} if settings.stop else {}),
-        )
-        return cast("Tensor", output)[:, length:].tolist()
+        # FSDP2 moves weights about in its forward, which tensors of inference mode do not allow.
+        with _ready_to_generate(self.model), torch.no_grad():
+            output = cast("Any", self.model).generate(
+                inputs=ids,  # [B, T]
+                attention_mask=mask,  # [B, T]
+                generation_config=config,
+                logits_processor=LogitsProcessorList([] if draw is None else [draw]),
+                synced_gpus=_is_sharded(self.model) or None,
+                **({"tokenizer": self.tokenizer} if stop else {}),
+            )
+        written = output[:, length:].tolist()
+        logprobs = [[] for _ in written] if draw is None else draw.logprobs()
+        return [Rollout.cut(*row, end_ids) for row in zip(written, logprobs, limits, strict=True)]
 
 
-def longest_first(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def longest_first(lengths: Sequence[Any], batch_size: int) -> list[list[int]]:
     """Batches of similar lengths; a batch too large for the memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-class _SeededDraw(LogitsProcessor):
-    """Draws each row's next token by inverse CDF and masks all others, so that argmax returns the draw.
-
-    Row b at step t takes the first token whose cumulative probability exceeds `uniforms[b, t]`.
-    """
-
-    def __init__(self, uniforms: Float[Tensor, "B steps"], prompt_length: int) -> None:
-        self.uniforms = uniforms
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Int[Tensor, "B T"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-        cumulative = scores.to(self.uniforms.dtype).softmax(-1).cumsum(-1)  # [B, V]
-        step = input_ids.shape[1] - self.prompt_length
-        # Scaled by the total, which rounding leaves next to 1: a uniform below 1 always falls inside.
-        targets = self.uniforms[:, step, None] * cumulative[:, -1:]  # [B, 1]
-        token = torch.searchsorted(cumulative, targets, right=True)
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+def _is_sharded(model: nn.Module) -> bool:
+    """FSDP2 gathers layer by layer, so all processes must take equally many steps; `generate` itself knows
+    FSDP1 and ZeRO-3."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _finish(
-    tokenizer: PreTrainedTokenizerBase, answer: Sequence[int], end_ids: Sequence[int], stop: Sequence[str]
-) -> Answer:
-    num_tokens = next((position + 1 for position, token in enumerate(answer) if token in end_ids), None)
-    written = list(answer[:num_tokens])
-    stopped = _tokens_to_stop(tokenizer, written, stop)
-    if stopped is not None:
-        written = written[:stopped]
+def _to_answer(tokenizer: PreTrainedTokenizerBase, rollout: Rollout, stop: Sequence[str]) -> Answer:
+    stopped = _tokens_to_stop(tokenizer, rollout.tokens, stop)
+    written = rollout.tokens[:stopped]
     text = cast("str", tokenizer.decode(written, skip_special_tokens=True))
     return Answer(
         text=cut_at(text, stop),
         num_tokens=len(written),
-        finish_reason="length" if num_tokens is None and stopped is None else "stop",
+        finish_reason="stop" if rollout.ended or stopped is not None else "length",
     )
 
 
@@ -209,24 +197,15 @@ def _tokens_to_stop(
 
     if not stop or not holds(len(written)):
         return None
-    return _first(holds, len(written))
-
-
-def _first(holds: Callable[[int], bool], last: int) -> int:
-    """Least count in [1, last] for which a monotone condition holds; it holds for the last."""
-    low, high = 1, last
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+    return 1 + bisect_left(range(1, len(written)), True, key=holds)
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the checkpoint's, and the tokenizer's, which fine-tuned checkpoints often
     lack."""
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    of_model = [of_model] if isinstance(of_model, int) else list(of_model or [])
-    return list(dict.fromkeys(token for token in [*of_model, tokenizer.eos_token_id] if token is not None))
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = [configured] if isinstance(configured, int) else list(configured or [])
+    return list(dict.fromkeys(token for token in [*configured, tokenizer.eos_token_id] if token is not None))
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""How answers are written."""
+"""Settings of the evaluation's answers: decoding, batch size, template."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+__all__ = ["GREEDY", "GenerationSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)

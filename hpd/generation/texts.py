@@ -1,24 +1,19 @@
-"""What a model is asked and what it wrote. Nothing here imports torch: grading reads these in processes of
-its own."""
+"""Prompts, answers and rollouts. Nothing here imports torch: grading reads these in processes of its own."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = ["Answer", "FinishReason", "Message", "Prompt"]
-
+__all__ = ["Answer", "FinishReason", "Message", "Prompt", "Rollout"]
 
 Message: TypeAlias = dict[str, str]
-
-
 Prompt: TypeAlias = str | list[Message]
-
-
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model wrote."""
+    """A model's answer as text."""
 
     text: str
     """Without special tokens, and without the stop string. Of a conversation: the last reply."""
@@ -28,3 +23,22 @@ class Answer:
     """Tokens written, the end token included; of a conversation: of all replies."""
     finish_reason: FinishReason = "stop"
     """"stop": the model ended its answer, or wrote a stop string; "length": it was cut (in any turn)."""
+
+
+class Rollout(NamedTuple):
+    """A model's continuation of a prompt, token by token."""
+
+    tokens: list[int]
+    """The end token included, where it ended by itself."""
+    ended: bool
+    """False: cut at its limit, so the last token is no end and must not be learnt as one."""
+    logprobs: list[float]
+    """Of each token under the model's unmodified distribution (temperature 1, nothing cut off), in nats; none
+    where tokens are not drawn (greedy)."""
+
+    @classmethod
+    def cut(cls, tokens: list[int], logprobs: list[float], limit: int, end_ids: Collection[int]) -> "Rollout":
+        """Cut after the first end token, or at the limit."""
+        end = next((i + 1 for i, token in enumerate(tokens[:limit]) if token in end_ids), None)
+        size = limit if end is None else end
+        return cls(tokens[:size], end is not None, logprobs[:size])

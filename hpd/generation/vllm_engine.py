@@ -1,25 +1,35 @@
-"""Answers by vLLM: the same interface as `TransformersEngine`, for GPUs."""
+"""Answers and rollouts by vLLM, for GPUs."""
 
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hpd.generation.engine import Request, longest_first
 from hpd.generation.settings import GenerationSettings
-from hpd.generation.texts import Answer
+from hpd.generation.texts import Answer, Rollout
 
-__all__ = ["VllmEngine"]
-
+__all__ = ["VllmEngine", "VllmRollouts", "require_vllm"]
 
 # vLLM fills its own batches; this many at once keep it busy, and are what an interruption loses.
 _BATCHES_PER_CALL = 16
 
 
+def require_vllm(option: str) -> None:
+    """Raise ValueError where vLLM is not installed; `option` is what asked for it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            f"{option} vllm needs vLLM: pip install 'hpd[vllm]' (Linux, a GPU), or use {option} transformers."
+        )
+
+
 class VllmEngine:
-    """`vllm.LLM` on all GPUs of this machine.
+    """`vllm.LLM` on all GPUs of this machine: the interface of `TransformersEngine`.
 
     Args:
         model: folder or Hub id.
@@ -43,16 +53,13 @@ class VllmEngine:
         revision: str | None = None,
         tensor_parallel_size: int = 1,
     ):
-        if importlib.util.find_spec("vllm") is None:
-            raise ValueError(
-                "--engine vllm needs vLLM: pip install 'hpd[vllm]' (Linux, a GPU), or use --engine "
-                "transformers."
-            )
+        require_vllm("--engine")
         from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
 
         self.tokenizer = tokenizer
-        self._prompt, self._sampling = TokensPrompt, SamplingParams
+        self._prompt = TokensPrompt
+        self._sampling = SamplingParams
         # generation_config="vllm": what the checkpoint says about decoding is ignored, as everywhere here.
         self._model = LLM(
             model=model,
@@ -92,3 +99,41 @@ def _answer(completion: Any) -> Answer:
         num_tokens=len(completion.token_ids),
         finish_reason="length" if completion.finish_reason == "length" else "stop",
     )
+
+
+class VllmRollouts:
+    """vLLM through TRL's `VLLMGeneration`, colocated on the training GPUs or on a server; weights are sent
+    after each update.
+
+    vLLM draws by itself: its rollouts are not a function of `uniforms`.
+
+    Args:
+        generation: a `trl.generation.vllm_generation.VLLMGeneration`, or anything with its `generate` and
+            `sync_weights`.
+        accelerator: of the training.
+        end_ids: tokens that end a completion.
+    """
+
+    def __init__(self, generation: Any, accelerator: Accelerator, end_ids: Sequence[int]):
+        self._generation = generation
+        self._accelerator = accelerator
+        self._end_ids = set(end_ids)
+        self._synced: int | None = None
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], uniforms: Tensor, step: int
+    ) -> list[Rollout]:
+        # A server hands each process a slice as long as its own list: all must be of one length.
+        count = max(gather_object([len(prompts)])) if self._accelerator.num_processes > 1 else len(prompts)
+        if count == 0:
+            return []
+        if step != self._synced:
+            self._generation.sync_weights()
+            self._synced = step
+        filled = [list(p) for p in prompts] + [[0]] * (count - len(prompts))
+        _, tokens, logprobs, _ = self._generation.generate(prompts=filled, images=None, num_generations=1)
+        rows = zip(tokens[: len(prompts)], logprobs[: len(prompts)], limits, strict=True)
+        return [
+            Rollout.cut(list(ids), [float(lp[0]) for lp in lps], limit, self._end_ids)
+            for ids, lps, limit in rows
+        ]

@@ -34,11 +34,12 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniforms: Float[Tensor, "N n"]) -> 
     sums = probs[:, :whole].unflatten(1, (-1, size)).sum(-1)  # [N, blocks]
     if whole < vocab:
         sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], dim=1)
-    block, rest = _search(sums.double(), uniforms.double())
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
+    block, rest = _search(sums.to(dtype), uniforms.to(dtype))
     tokens = block[..., None] * size + torch.arange(size, device=probs.device)  # [N, n, block]
     inside = probs.gather(1, tokens.clamp_max(vocab - 1).flatten(1)).view(tokens.shape)
     inside = torch.where(tokens < vocab, inside, 0.0)
-    offset, _ = _search(inside.flatten(0, 1).double(), rest.reshape(-1, 1))
+    offset, _ = _search(inside.flatten(0, 1).to(dtype), rest.reshape(-1, 1))
     return block * size + offset.view_as(block)
 
 

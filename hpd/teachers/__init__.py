@@ -2,8 +2,9 @@
 
 from hpd.teachers.cached import CachedTeacher
 from hpd.teachers.errors import TeacherUnavailable
-from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher, vocab_of
-from hpd.teachers.model import ModelTeacher, RemoteTeacher, RoutedScores, SelfTeacher, Teacher
+from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
+from hpd.teachers.model import ModelTeacher, SelfTeacher
+from hpd.teachers.teacher import RemoteTeacher, RoutedScores, Teacher
 
 __all__ = [
     "CachedTeacher",
@@ -15,5 +16,4 @@ __all__ = [
     "SelfTeacher",
     "Teacher",
     "TeacherUnavailable",
-    "vocab_of",
 ]

@@ -1,8 +1,8 @@
-"""A teacher's answers on disk: what the files are, how they are checked, how positions are looked up.
+"""A teacher's answers on disk: the files, their checks, the lookup of positions.
 
     cache.json              what the cache is, and size and digest of every other file; written last
-    index.safetensors       sorted keys of the label positions, the place of each, a digest per block of 64
-    positions shard-00000.safetensors the answers, position after position
+    index.safetensors       sorted keys of the label positions, the place of each, a digest per 64 positions
+    shard-00000.safetensors the answers, position after position
     shard-00000.json        size, digests and blocks of that shard; written after it
     head.safetensors        the teacher's output head (kind hidden)
     teacher/                the teacher's configuration and tokenizer
@@ -18,7 +18,7 @@ import base64
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,26 +33,26 @@ from hpd.losses import Head
 
 __all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "read_about"]
 
-
 FORMAT = 1
 """Version of the files; another one is refused."""
-
 
 BLOCK = 64
 """Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more
 than the row."""
 
 
-ABOUT, PLAN, INDEX, HEAD, TEACHER = (
-    "cache.json",
-    "plan.json",
-    "index.safetensors",
-    "head.safetensors",
-    "teacher",
+ABOUT = "cache.json"
+PLAN = "plan.json"
+INDEX = "index.safetensors"
+HEAD = "head.safetensors"
+TEACHER = "teacher"
+
+_REPAIR = (
+    "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
+    "rest anew."
 )
 
-
-Places = npt.NDArray[np.int64]
+Places: TypeAlias = npt.NDArray[np.int64]
 
 
 class CorruptCacheError(ValueError):
@@ -81,7 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-_REPAIR = "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the rest anew."
+_REPAIR = (
+    "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
+    "rest again."
+)
 
 
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
@@ -160,8 +163,7 @@ def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: 
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """What a cache is, with sizes of all files and the digests of those under teacher/ checked; reads no
-    answers.
+    """Read the description of a cache; sizes of all files, and digests of those under teacher/, are checked.
 
     Raises:
         ValueError: there is no cache, an unfinished one, or one of another format.
@@ -170,7 +172,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not (folder / ABOUT).is_file():
         if (folder / PLAN).is_file():
-            done, total = len(list(folder.glob("shard-*.json"))), read_json(folder / PLAN)["shards"]
+            done = len(list(folder.glob("shard-*.json")))
+            total = read_json(folder / PLAN)["shards"]
             raise ValueError(
                 f"The cache {folder} is unfinished ({done} of {total} shards): run hpd cache with its recipe "
                 "again, it goes on where it stopped."
@@ -241,11 +244,12 @@ class Cache:
     @property
     def head(self) -> Head:
         """The teacher's head, mapped from its file."""
-        tensors, extras = _map_tensors(self.path / HEAD), self.about["head"]
+        tensors = _map_tensors(self.path / HEAD)
+        extras = self.about["head"]
         return Head(tensors["weight"], tensors.get("bias"), extras["scale"], extras["softcap"])
 
     def missing(self, keys: Places) -> npt.NDArray[np.bool_]:
-        """Which of these positions the cache does not hold."""
+        """Mark the positions that the cache does not hold."""
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return self._keys[at] != keys
 
@@ -299,7 +303,8 @@ class Cache:
         expected = self._blocks[self._first_blocks[number] + blocks].view(np.uint64)
         wrong = _block_digests(tensors, blocks) != expected
         if wrong.any():
-            first, file = int(blocks[wrong][0]) * BLOCK, self.about["shards"][number]["file"]
+            first = int(blocks[wrong][0]) * BLOCK
+            file = self.about["shards"][number]["file"]
             raise CorruptCacheError(
                 f"{self.path / file} is damaged at positions {first} to {first + BLOCK - 1}. {_REPAIR}"
             )

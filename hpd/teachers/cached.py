@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch.utils.data import get_worker_info
 from hpd.batch import TokenBatch
 from hpd.losses import Scores, TeacherScores, TopKScores
 from hpd.teachers.cache import Cache
+from hpd.teachers.teacher import Teacher
 
 __all__ = ["CachedTeacher", "stored_hidden"]
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """Looks the label positions of a batch up by their keys, whatever the order, packing, padding or number
     of processes.
 
@@ -35,11 +36,12 @@ class CachedTeacher:
         ValueError: no cache, an unfinished or a damaged one.
     """
 
+    asks_ahead = True
+
     def __init__(self, path: str | Path):
         self.cache = Cache(path)
         about = self.cache.about
-        self.vocab: int = about["vocab"]
-        """Tokens of the teacher's vocabulary."""
+        self.vocab = int(about["vocab"])
         self._kind: str = about["kind"]
         self._head = self.cache.head if self._kind == "hidden" else None
         self._device = torch.device("cpu")
@@ -47,7 +49,7 @@ class CachedTeacher:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader's worker fetches and nothing else.
+        # A loader's worker asks and nothing else.
         return {**self.__dict__, "_head": None, "_pool": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -62,7 +64,7 @@ class CachedTeacher:
             )
             self._head = self._head._replace(weight=weight, bias=bias)
 
-    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
+    def register_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
         """Check that every label position of the dataset is in the cache.
 
         Raises:
@@ -71,7 +73,8 @@ class CachedTeacher:
         missing, total, first = 0, 0, None
         for number, (_, keys) in enumerate(rows):
             absent = int(self.cache.missing(keys.numpy()).sum())
-            missing, total = missing + absent, total + len(keys)
+            missing += absent
+            total += len(keys)
             first = number if first is None and absent else first
         if missing:
             fingerprint = self.cache.about["fingerprint"]
@@ -82,7 +85,7 @@ class CachedTeacher:
                 "other rows. Train on the rows that were cached, or cache these."
             )
 
-    def fetch(
+    def ask(
         self, inputs: Mapping[str, Any], batch: TokenBatch
     ) -> dict[str, Tensor] | Future[dict[str, Tensor]]:
         """Read the answers for a collated batch, beside the step: in a loader's worker here and now, else in
@@ -98,7 +101,7 @@ class CachedTeacher:
         return self._pool.submit(self._read, keys)
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
-        found = inputs.get("fetched")
+        found = inputs.get("asked")
         if found is None:
             found = self.cache.read(batch.keys.cpu().numpy())
         if isinstance(found, Future):
@@ -109,7 +112,8 @@ class CachedTeacher:
             if "tail" in stored:
                 kept = torch.log1p(-stored["tail"]) - torch.logsumexp(logprobs, -1)
                 logprobs = logprobs + kept[:, None]
-            return TopKScores(stored["tokens"].long(), logprobs, stored["label_logprobs"], self.vocab)
+            vocab = cast(int, self.vocab)
+            return TopKScores(stored["tokens"].long(), logprobs, stored["label_logprobs"], vocab)
         assert self._head is not None
         return Scores(stored_hidden(stored), self._head, stored["log_z"])
 

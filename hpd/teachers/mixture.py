@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,30 @@ from torch import Tensor, nn
 from hpd.batch import TokenBatch
 from hpd.losses import Head, Scores, TopKScores
 from hpd.losses.products import chunks, for_products, project_, wide
-from hpd.teachers.model import RoutedScores, Teacher
+from hpd.teachers.teacher import RoutedScores, Teacher
 
-__all__ = ["MixtureTeacher", "RoutedTeacher", "vocab_of"]
+__all__ = ["MixtureTeacher", "RoutedTeacher"]
 
 # Logits of one teacher beside the mixture: a small part of what the mixture itself takes.
 _CHUNK_BYTES = 64 * 2**20
 
 
-class MixtureTeacher:
+class _SeveralTeachers(Teacher):
+    """Teachers by name."""
+
+    def __init__(self, teachers: Mapping[str, Teacher]):
+        self.teachers = dict(teachers)
+        parts = self.teachers.values()
+        self.vocab = min((part.vocab for part in parts if part.vocab is not None), default=None)
+        self.asks_ahead = any(part.asks_ahead for part in parts)
+        self.remote = any(part.remote for part in parts)
+
+    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+        for teacher in self.teachers.values():
+            teacher.prepare(student, accelerator)
+
+
+class MixtureTeacher(_SeveralTeachers):
     r"""A weighted mixture of distributions: :math:`p = \sum_i w_i\, p_i`.
 
     A mixture has no hidden state, so it is computed on the whole vocabulary: every teacher's forward and head
@@ -38,26 +54,28 @@ class MixtureTeacher:
 
     def __init__(self, teachers: Mapping[str, Teacher], weights: Mapping[str, float]):
         _check_names(teachers, weights)
-        self.teachers = dict(teachers)
+        super().__init__(teachers)
         total = sum(weights.values())
         self.weights = {name: weights[name] / total for name in teachers}
-        self.vocab = _smallest_vocab(self.teachers.values())
 
-    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+    def register_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
+        # Read as often as a teacher wants them, at most: live teachers want none.
+        copies = list(itertools.tee(rows, len(self.teachers)))
         for teacher in self.teachers.values():
-            teacher.prepare(student, accelerator)
+            teacher.register_rows(copies.pop())
 
-    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
-        _read_rows(self.teachers.values(), rows)
+    def ask(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Any]:
+        return {name: teacher.ask(inputs, batch) for name, teacher in self.teachers.items()}
 
-    def fetch(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Any]:
-        return {name: _fetch(teacher, inputs, batch) for name, teacher in self.teachers.items()}
+    def wait(self, handle: Mapping[str, Any]) -> None:
+        for name, asked in handle.items():
+            self.teachers[name].wait(asked)
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
-        fetched = inputs.get("fetched") or {}
+        asked = inputs.get("asked") or {}
         mixture: Tensor | None = None
         for name, teacher in self.teachers.items():
-            part = teacher.scores({**inputs, "fetched": fetched.get(name)}, batch)
+            part = teacher.scores({**inputs, "asked": asked.get(name)}, batch)
             if not isinstance(part, Scores):
                 raise ValueError(
                     f"A mixture needs whole distributions, and teacher {name!r} knows its likeliest tokens "
@@ -85,7 +103,7 @@ def _mix(mixture: Tensor | None, scores: Scores, weight: float, vocab: int) -> F
     return mixture
 
 
-class RoutedTeacher:
+class RoutedTeacher(_SeveralTeachers):
     """Every row has one teacher, named by a column of the dataset.
 
     Rows are known by the keys of their label positions, so the order of training does not matter. A live
@@ -97,9 +115,9 @@ class RoutedTeacher:
     """
 
     def __init__(self, teachers: Mapping[str, Teacher], column: str):
-        self.teachers = dict(teachers)
+        super().__init__(teachers)
+        self.asks_ahead = True  # finding out which positions are whose would wait for the device in a step
         self.column = column
-        self.vocab = _smallest_vocab(self.teachers.values())
         self._names = list(self.teachers)
         self._keys = self._choices = np.empty(0, dtype=np.int64)
         self._lockstep = False
@@ -111,18 +129,16 @@ class RoutedTeacher:
             getattr(accelerator.state, plugin, None) is not None
             for plugin in ("deepspeed_plugin", "fsdp_plugin")
         )
-        for teacher in self.teachers.values():
-            teacher.prepare(student, accelerator)
+        super().prepare(student, accelerator)
 
-    def read_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
+    def register_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
         """Learn which teacher each row has.
 
         Raises:
             ValueError: the column is missing, names no teacher, or gives one and the same row to two.
         """
-        keys, choices, numbers = [], [], []
-        own: list[list[tuple[Mapping[str, Any], Tensor]]] = [[] for _ in self._names]
-        for number, (row, own_keys) in enumerate(rows):
+        found: list[tuple[Tensor, int]] = []
+        for number, (row, keys) in enumerate(rows):
             if self.column not in row:
                 raise ValueError(
                     f"Rows are routed by {self.column!r}, which the dataset does not have: {', '.join(row)}."
@@ -132,57 +148,60 @@ class RoutedTeacher:
                     f"Row {number} has {self.column}: {row[self.column]!r}, and there is no such teacher: "
                     f"{', '.join(self._names)}."
                 )
-            choice = self._names.index(row[self.column])
-            keys.append(own_keys.numpy())
-            choices.append(np.full(len(own_keys), choice))
-            numbers.append(np.full(len(own_keys), number))
-            if hasattr(self.teachers[row[self.column]], "read_rows"):
-                own[choice].append(({}, own_keys))
-        self._learn(*(np.concatenate(parts) for parts in (keys, choices, numbers)))
-        for name, its_rows in zip(self._names, own, strict=True):
-            _read_rows([self.teachers[name]], its_rows)
+            found.append((keys, self._names.index(row[self.column])))
+        counts = [len(keys) for keys, _ in found]
+        self._learn(
+            np.concatenate([keys.numpy() for keys, _ in found]),
+            np.repeat([choice for _, choice in found], counts),
+            np.repeat(np.arange(len(found)), counts),
+        )
+        for number, teacher in enumerate(self.teachers.values()):
+            teacher.register_rows(({}, keys) for keys, choice in found if choice == number)
 
     def _learn(self, keys: np.ndarray, choices: np.ndarray, numbers: np.ndarray) -> None:
         order = np.argsort(keys, kind="stable")
         keys, choices, numbers = keys[order], choices[order], numbers[order]
         torn = np.flatnonzero((keys[1:] == keys[:-1]) & (choices[1:] != choices[:-1]))
         if len(torn):
-            one, other = int(torn[0]), int(torn[0]) + 1
+            one = int(torn[0])
+            other = one + 1
             raise ValueError(
                 f"Rows {numbers[one]} and {numbers[other]} are the same, and go to "
                 f"{self._names[choices[one]]!r} and {self._names[choices[other]]!r}: remove one of them."
             )
-        self._keys, self._choices = keys, choices
+        self._keys = keys
+        self._choices = choices
 
-    def fetch(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, Any]:
-        """Which positions are whose, and what each teacher fetches for its own."""
+    def ask(self, inputs: Mapping[str, Any], batch: TokenBatch) -> dict[str, dict[str, Any]]:
+        """The positions of each teacher, and its handle for them."""
         choices = self._choices_of(batch.keys.numpy())
-        fetched = {}
+        parts = {}
         for number, name in enumerate(self._names):
             positions = (choices == number).nonzero().flatten()
             # Someone must answer a batch without labels, too.
             if len(positions) or self._lockstep or (number == 0 and not len(choices)):
-                own = _rows_of(inputs, batch, positions)
-                fetched[name] = {**own._asdict(), "positions": positions}
-                fetched[name]["fetched"] = _fetch(
-                    self.teachers[name], *_inputs_of(inputs, batch, fetched[name])
-                )
-        return fetched
+                # A dict: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
+                part = _part_of(inputs, batch, positions)
+                parts[name] = {**part, "asked": self.teachers[name].ask(*_inputs_of(inputs, batch, part))}
+        return parts
+
+    def wait(self, handle: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, part in handle.items():
+            self.teachers[name].wait(part["asked"])
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> RoutedScores:
-        fetched = inputs.get("fetched")
-        if fetched is None:
-            fetched = self.fetch(
-                {k: v.cpu() for k, v in inputs.items() if isinstance(v, Tensor)}, _on_cpu(batch)
-            )
-        parts = []
-        for name, own in fetched.items():
-            own = {k: v.to(batch.labels.device) if isinstance(v, Tensor) else v for k, v in own.items()}
-            part_inputs, part = _inputs_of(inputs, batch, own)
-            answer = self.teachers[name].scores({**part_inputs, "fetched": own["fetched"]}, part)
+        parts = inputs.get("asked")
+        if parts is None:
+            on_cpu = {k: v.cpu() for k, v in inputs.items() if isinstance(v, Tensor)}
+            parts = self.ask(on_cpu, _on_cpu(batch))
+        answers = []
+        for name, part in parts.items():
+            part = {k: v.to(batch.labels.device) if isinstance(v, Tensor) else v for k, v in part.items()}
+            part_inputs, part_batch = _inputs_of(inputs, batch, part)
+            answer = self.teachers[name].scores({**part_inputs, "asked": part["asked"]}, part_batch)
             assert isinstance(answer, (Scores, TopKScores)), "routes do not nest"
-            parts.append((own["positions"], answer))
-        return RoutedScores(tuple(parts))
+            answers.append((part["positions"], answer))
+        return RoutedScores(tuple(answers))
 
     def _choices_of(self, keys: np.ndarray) -> Int[Tensor, "N"]:
         at = np.searchsorted(self._keys, keys).clip(max=max(len(self._keys) - 1, 0))
@@ -193,66 +212,35 @@ class RoutedTeacher:
         return torch.from_numpy(self._choices[at] if len(keys) else np.empty(0, dtype=np.int64))
 
 
-class _Rows(NamedTuple):
-    rows: Int[Tensor, "R"]
-    """Rows of the padded batch that hold a teacher's positions; all where rows lie one behind the other."""
-    index: Int[Tensor, "n"]
-    """Their positions in the flattened smaller batch."""
-
-
-def _rows_of(inputs: Mapping[str, Any], batch: TokenBatch, positions: Int[Tensor, "n"]) -> _Rows:
+def _part_of(inputs: Mapping[str, Any], batch: TokenBatch, positions: Int[Tensor, "n"]) -> dict[str, Tensor]:
+    """The smaller batch that holds a teacher's `positions`: its `rows` among those of the padded batch (all,
+    where rows lie one behind the other), and the `index` of the positions in it, flattened."""
     num_rows, length = inputs["input_ids"].shape
     index = batch.index[positions]
     if "position_ids" in inputs:
-        return _Rows(torch.arange(num_rows), index)
+        return {"positions": positions, "rows": torch.arange(num_rows), "index": index}
     rows, place = (index // length).unique(return_inverse=True)
-    return _Rows(rows if len(rows) else torch.zeros(1, dtype=torch.long), place * length + index % length)
+    rows = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+    return {"positions": positions, "rows": rows, "index": place * length + index % length}
 
 
 def _inputs_of(
-    inputs: Mapping[str, Any], batch: TokenBatch, own: Mapping[str, Any]
+    inputs: Mapping[str, Any], batch: TokenBatch, part: Mapping[str, Any]
 ) -> tuple[dict[str, Any], TokenBatch]:
-    count, positions = len(inputs["input_ids"]), own["positions"]
+    count = len(inputs["input_ids"])
     smaller = {
-        name: value[own["rows"]]
+        name: value[part["rows"]]
         if isinstance(value, Tensor) and value.shape[:1] == (count,) and value.dim() > 1
         else value
         for name, value in inputs.items()
-        if name != "fetched"
+        if name != "asked"
     }
-    return smaller, batch.at(positions)._replace(index=own["index"])
+    return smaller, batch.at(part["positions"])._replace(index=part["index"])
 
 
 def _on_cpu(batch: TokenBatch) -> TokenBatch:
     moved = (None if tensor is None else tensor.cpu() for tensor in batch)
     return TokenBatch(*moved)  # type: ignore[arg-type] (optional fields stay None)
-
-
-def _fetch(teacher: Any, inputs: Mapping[str, Any], batch: TokenBatch) -> Any:
-    return teacher.fetch(inputs, batch) if hasattr(teacher, "fetch") else None
-
-
-def _read_rows(teachers: Iterable[Any], rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
-    readers = [teacher for teacher in teachers if hasattr(teacher, "read_rows")]
-    if len(readers) > 1:
-        rows = list(rows)
-    for teacher in readers:
-        teacher.read_rows(rows)
-
-
-def _smallest_vocab(teachers: Iterable[Any]) -> int | None:
-    sizes = [size for size in map(vocab_of, teachers) if size is not None]
-    return min(sizes, default=None)
-
-
-def vocab_of(teacher: Any) -> int | None:
-    """Tokens of a teacher's vocabulary; None for a teacher that is the student."""
-    known = getattr(teacher, "model", None) or getattr(teacher, "config", None)
-    return (
-        getattr(known, "config", known).get_text_config().vocab_size
-        if known is not None
-        else getattr(teacher, "vocab", None)
-    )
 
 
 def _check_names(teachers: Mapping[str, Teacher], weights: Mapping[str, float]) -> None:

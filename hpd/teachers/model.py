@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from trl.models import prepare_deepspeed
 
 from hpd.batch import TokenBatch
-from hpd.losses import Scores, TeacherScores
+from hpd.losses import Scores
 from hpd.models.forward import add_head_function, scores_of
+from hpd.teachers.teacher import Teacher
 
-__all__ = ["ModelTeacher", "RemoteTeacher", "RoutedScores", "SelfTeacher", "Teacher"]
-
-
-class RoutedScores(NamedTuple):
-    """The answers of several teachers, each for its own positions of a batch."""
-
-    parts: tuple[tuple[Int[Tensor, "n"], TeacherScores], ...]
-    """(positions among the batch's label positions, what their teacher says of them); at least one."""
+__all__ = ["ModelTeacher", "SelfTeacher"]
 
 
-class Teacher(Protocol):
-    """Anything that can score the label positions of a batch."""
-
-    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
-        """Place the teacher like the student; called once, before the first step."""
-        ...
-
-    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
-        """What the teacher knows of the label positions: hidden states and head, or likeliest tokens; no
-        gradient.
-
-        A live teacher reads `inputs` at `batch.index`; one that remembers looks `batch.keys` up. A teacher
-        may have two more methods. `fetch(inputs, batch)` runs where batches are collated, ahead of the step,
-        and what it returns is `inputs["fetched"]` here. `read_rows(rows)` sees every (row, TokenBatch) of the
-        datasets once, before training.
-        """
-        ...
-
-
-@runtime_checkable
-class RemoteTeacher(Teacher, Protocol):
-    """A teacher that takes its time and can fail: asked early, waited for at the start of a step."""
-
-    def request(self, inputs: dict[str, Any]) -> None:
-        """Start asking about a collated batch; returns at once."""
-        ...
-
-    def wait(self, inputs: dict[str, Any]) -> None:
-        """Return when `scores` has the answer about a collated batch; raises TeacherUnavailable."""
-        ...
-
-
-class ModelTeacher:
+class ModelTeacher(Teacher):
     """A frozen causal language model: no gradient, no optimiser state, dropout off.
 
     Args:
@@ -66,7 +27,9 @@ class ModelTeacher:
     """
 
     def __init__(self, model: nn.Module):
-        self.model: Any = add_head_function(model.requires_grad_(False).eval())
+        self.model = add_head_function(model.requires_grad_(False).eval())
+        # Read now: what engines wrap a model in has a `config` of another kind.
+        self.vocab = cast(Any, model).config.get_text_config().vocab_size
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         plugins = accelerator.state
@@ -89,7 +52,7 @@ class ModelTeacher:
         return scores_of(self.model, inputs, batch.index)
 
 
-class SelfTeacher:
+class SelfTeacher(Teacher):
     """Self-distillation: the student as it was before training.
 
     With a PEFT student the adapter is switched off for the teacher's forward, which costs no memory; without,
@@ -102,7 +65,8 @@ class SelfTeacher:
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         if hasattr(accelerator.unwrap_model(student), "disable_adapter"):
-            self._student, self._accelerator = student, accelerator
+            self._student = student
+            self._accelerator = accelerator
             return
         self._copy = ModelTeacher(copy.deepcopy(accelerator.unwrap_model(student)))
         self._copy.prepare(student, accelerator)

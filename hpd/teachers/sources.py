@@ -1,5 +1,4 @@
-"""From what a recipe says of its teacher to the teacher: descriptions without weights, checks of caches,
-loading."""
+"""Teachers from recipes and from Python: descriptions without weights, checks of caches, loading."""
 
 from __future__ import annotations
 
@@ -7,18 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
+from hpd.batch import TokenBatch
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
+from hpd.losses import TeacherScores
 from hpd.models.load import load_model
 from hpd.teachers.cache import TEACHER, read_about
 from hpd.teachers.cached import CachedTeacher
 from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
-from hpd.teachers.model import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers.model import ModelTeacher, SelfTeacher
+from hpd.teachers.teacher import RoutedScores, Teacher
 
-__all__ = ["check_caches", "described_by", "load_teacher"]
+__all__ = ["as_teacher", "check_caches", "described_by", "load_teacher"]
 
 
 def described_by(recipe: Recipe) -> dict[str, ModelConfig | TeacherConfig]:
@@ -69,7 +72,9 @@ def check_caches(teacher: TeacherConfig, tokenizer: Any, args: Any) -> None:
     changed = differences(cached, tokenizer_fingerprint(tokenizer, args))
     if teacher.model is not None:
         changed += (
-            ["teacher"] if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model")) else []
+            ["teacher"]
+            if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model", path=None))
+            else []
         )
     if changed:
         raise ValueError(
@@ -96,14 +101,50 @@ def load_teacher(teacher: TeacherConfig) -> Teacher:
     return ModelTeacher(load_model(teacher, "teacher"))
 
 
-def as_teacher(teacher: Any, trust_remote_code: bool) -> Teacher:
-    if isinstance(teacher, str):
-        if teacher == "self":
-            return SelfTeacher()
-        from hpd.config.models import ModelConfig
-        from hpd.models.load import load_model
+def as_teacher(teacher: Any, trust_remote_code: bool = False) -> Teacher:
+    """A `Teacher` of what Python code names one with.
 
-        return ModelTeacher(
-            load_model(ModelConfig(model=teacher, trust_remote_code=trust_remote_code), "teacher")
+    Args:
+        teacher: a path or Hub id, "self", a loaded model, a `Teacher`, or another object with `scores` (and
+            perhaps `prepare` and `vocab`).
+        trust_remote_code: for a path or Hub id.
+
+    Raises:
+        ValueError: an object without `scores`, or one with methods that only a `Teacher` has; see also
+            `load_model`.
+    """
+    if isinstance(teacher, Teacher):
+        return teacher
+    if teacher == "self":
+        return SelfTeacher()
+    if isinstance(teacher, str):
+        source = ModelConfig(model=teacher, trust_remote_code=trust_remote_code)
+        return ModelTeacher(load_model(source, "teacher"))
+    return ModelTeacher(teacher) if isinstance(teacher, nn.Module) else _Adapted(teacher)
+
+
+class _Adapted(Teacher):
+    """An object that was written for the protocol of `scores` and `prepare`, before `Teacher` was a class."""
+
+    def __init__(self, teacher: Any):
+        optional = [name for name in ("read_rows", "fetch", "request", "wait") if hasattr(teacher, name)]
+        if optional or not hasattr(teacher, "scores"):
+            problem = f"has {', '.join(optional)}" if optional else "has no method scores"
+            raise ValueError(
+                f"The teacher is a {type(teacher).__name__}, which {problem}: derive it from "
+                "hpd.teachers.Teacher, whose methods are scores, prepare, register_rows (before: read_rows), "
+                "ask (before: fetch or request) and wait."
+            )
+        self._teacher = teacher
+        self.model = getattr(teacher, "model", None)
+        config = getattr(self.model or teacher, "config", None)
+        self.vocab = (
+            getattr(teacher, "vocab", None) if config is None else config.get_text_config().vocab_size
         )
-    return ModelTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+
+    def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
+        if hasattr(self._teacher, "prepare"):
+            self._teacher.prepare(student, accelerator)
+
+    def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
+        return self._teacher.scores(inputs, batch)

@@ -41,8 +41,9 @@ from hpd.teachers.cache import (
     write_json,
 )
 from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
-from hpd.teachers.model import ModelTeacher, RoutedScores, Teacher
+from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
+from hpd.teachers.teacher import RoutedScores, Teacher
 from hpd.training.plan import Plan, plan
 from hpd.training.shards import (
     Layout,
@@ -145,13 +146,11 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
     return recipe.cache
 
 
-class _Nobody:
+class _Nobody(Teacher):
     """Stands for the teacher while rows are prepared: its vocabulary is known, nothing is loaded."""
 
     def __init__(self, vocab: int):
         self.vocab = vocab
-
-    def prepare(self, student: nn.Module, accelerator: Any) -> None: ...
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
         raise AssertionError("only rows are prepared here")

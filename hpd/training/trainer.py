@@ -28,7 +28,7 @@ from hpd.methods.table import choose_terms
 from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms, sources_used
 from hpd.models.forward import model_inputs
 from hpd.models.pairing import common_vocab
-from hpd.teachers import RemoteTeacher, RoutedScores, Teacher, TeacherUnavailable, vocab_of
+from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
 from hpd.training.arguments import DistillConfig
 from hpd.training.guarded import GuardedTrainer
@@ -100,18 +100,11 @@ class DistillTrainer(GuardedTrainer):
             **kwargs,
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
-        teacher_vocab = vocab_of(self.teacher)
-        vocab = None
-        if teacher_vocab is not None:
-            vocab = common_vocab(self._base_model, teacher_vocab, args.vocabulary)
+        vocab = self.teacher.vocab
+        if vocab is not None:
+            vocab = common_vocab(self._base_model, vocab, args.vocabulary)
         self.teacher.prepare(self.model, self.accelerator)
-        # The data loader collates one batch ahead: a remote teacher is asked about it while the student
-        # works. Worker processes have no connection.
-        early = isinstance(self.teacher, RemoteTeacher) and args.dataloader_num_workers == 0
-        early = early and not self.regime.prefixes.on_policy  # rows that are not trained on need no answer
-        self.data_collator = DistillCollator(
-            self.data_collator, vocab, self.teacher.request if early else None
-        )  # type: ignore[union-attr]
+        self.data_collator = DistillCollator(self.data_collator, vocab)
         self._introduce_rows()
         self._set_up_state()
 
@@ -149,17 +142,18 @@ class DistillTrainer(GuardedTrainer):
         )
 
     def _introduce_rows(self) -> None:
-        """Teachers that know rows see those of the datasets once, and read ahead for each batch from then
-        on."""
-        teacher: Any = self.teacher
-        if hasattr(teacher, "read_rows"):
-            held_out = (
-                self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            )
-            # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
-            known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
-            teacher.read_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
-        self.data_collator.fetch = getattr(teacher, "fetch", None)
+        """Show the teacher the rows of the datasets, once; from then on batches ask it as they are collated,
+        one ahead of the step."""
+        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
+        known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
+        self.teacher.register_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
+        # A loader's workers have no connection, a stream's batches travel from one process to the others, and
+        # rows that are not trained on need no answer.
+        dispatched = self.accelerator.num_processes > 1 and not isinstance(self.train_dataset, Dataset)
+        elsewhere = self.args.dataloader_num_workers > 0 or dispatched
+        late = self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy)
+        self.data_collator.ask = self.teacher.ask if self.teacher.asks_ahead and not late else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, within `resuming`.
@@ -299,14 +293,15 @@ class DistillTrainer(GuardedTrainer):
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
         """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it
         has answered."""
-        if not isinstance(self.teacher, RemoteTeacher):
+        if not self.teacher.remote:
             return None
         failure = None
         try:
             for batch in batches:
-                self.teacher.request(batch)
+                if "asked" not in batch:
+                    batch["asked"] = self.teacher.ask(batch, TokenBatch.pop(dict(batch)))
             for batch in batches:
-                self.teacher.wait(batch)
+                self.teacher.wait(batch["asked"])
         except TeacherUnavailable as error:
             failure = str(error)
         if self.accelerator.num_processes > 1:

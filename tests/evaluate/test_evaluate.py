@@ -41,7 +41,8 @@ from hpd.evaluate import (
     same_answer,
 )
 from hpd.evaluate.statistics import wilson_interval
-from hpd.generation.engine import _SeededDraw, encode_prompt
+from hpd.generation.drawing import Draw, Sampling, warpers
+from hpd.generation.engine import encode_prompt
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
 CHAT_TEMPLATE = (
@@ -549,12 +550,13 @@ def test_draws_follow_the_distribution() -> None:
     num_draws = 1000
     probabilities = torch.tensor([0.1, 0.0, 0.25, 0.65])
     uniforms = (torch.arange(num_draws, dtype=torch.float64)[:, None] + 0.5) / num_draws
-    draw = _SeededDraw(uniforms, prompt_length=3)
+    draw = Draw(Sampling(uniforms, warpers(1.0)), torch.ones(num_draws, 3, dtype=torch.long))
     scores = probabilities.log().expand(num_draws, -1)
     tokens = draw(torch.zeros(num_draws, 3, dtype=torch.long), scores).argmax(-1)
     counts = torch.bincount(tokens, minlength=4)
     assert torch.allclose(counts / num_draws, probabilities, atol=1.5 / num_draws)
-    extremes = _SeededDraw(torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64), prompt_length=3)
+    ends = torch.tensor([[0.0], [1 - 2.0**-53]], dtype=torch.float64)
+    extremes = Draw(Sampling(ends, warpers(1.0)), torch.ones(2, 3, dtype=torch.long))
     masked = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]]).expand(2, -1)
     assert extremes(torch.zeros(2, 3, dtype=torch.long), masked).argmax(-1).tolist() == [1, 2]
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
-from hpd.generation.rollouts import Rollout, TransformersEngine, VLLMEngine, end_tokens, make_engine
+from hpd.generation.engine import end_token_ids
+from hpd.generation.rollouts import Rollout, StudentRollouts, make_engine
+from hpd.generation.vllm_engine import VllmRollouts
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.training.mixing import PrefixMixer, ReplayBuffer, repeated_share, rows_of
 
@@ -311,7 +313,7 @@ def test_vllm_engine_sends_weights_once_an_update_and_cuts():
         return prompts, [[7, 8, 2]] * len(prompts), [[[-0.5], [-0.25], [-0.1]]] * len(prompts), None
 
     stand_in = SimpleNamespace(sync_weights=lambda: calls.append("sync"), generate=generate)
-    engine = VLLMEngine(stand_in, Accelerator(cpu=True), [2])
+    engine = VllmRollouts(stand_in, Accelerator(cpu=True), [2])
     whole, cut = engine.generate([[1], [3]], [3, 2], torch.zeros(2, 3), 0)
     engine.generate([[1]], [3], torch.zeros(1, 3), 0)
     engine.generate([[1]], [3], torch.zeros(1, 3), 1)
@@ -460,8 +462,8 @@ def test_prefixes_that_make_no_sense(options, message):
 
 def test_end_tokens_join_model_and_tokenizer(pair, teacher):
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
-    assert tokenizer.eos_token_id in end_tokens(teacher, tokenizer)
-    assert isinstance(make(teacher, pair), TransformersEngine)
+    assert tokenizer.eos_token_id in end_token_ids(teacher, tokenizer)
+    assert isinstance(make(teacher, pair), StudentRollouts)
 
 
 def test_distillm2_skews_follow_the_gaps(pair, tmp_path):

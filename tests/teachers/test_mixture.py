@@ -93,21 +93,21 @@ def test_a_mixture_of_one_and_the_same_teacher_is_that_teacher(recipe, tmp_path,
 def test_each_row_is_scored_by_its_own_teacher_only(recipe, tmp_path, layout):
     trainer = trainer_of(recipe, tmp_path, teachers(recipe, **ROUTED), *layout)
     rows = {tuple(row["input_ids"]): row["field"] for row in [*trainer.train_dataset, *trainer.eval_dataset]}
-    asked = set()
+    answered = set()
     for inputs in batches_of(trainer):
-        fetched = inputs.pop("fetched")
+        asked = inputs.pop("asked")
         batch = TokenBatch.pop(inputs)
         parts = distributions(trainer, inputs, batch)
-        routed = trainer.teacher.scores({**inputs, "fetched": fetched}, batch)
+        routed = trainer.teacher.scores({**inputs, "asked": asked}, batch)
         assert isinstance(routed, RoutedScores)
-        names = [name for name in trainer.teacher.teachers if name in fetched]
+        names = [name for name in trainer.teacher.teachers if name in asked]
         covered = torch.cat([positions for positions, _ in routed.parts]).sort().values
         assert torch.equal(covered, torch.arange(len(batch.labels)))
         for name, (positions, scores) in zip(names, routed.parts, strict=True):
             torch.testing.assert_close(
                 logits(scores).softmax(-1), parts[name][positions], rtol=1e-4, atol=1e-6
             )
-            asked.add(name)
+            answered.add(name)
             if not layout:
                 owners = inputs["input_ids"][
                     (batch.index[positions] // inputs["input_ids"].shape[1]).unique()
@@ -116,7 +116,7 @@ def test_each_row_is_scored_by_its_own_teacher_only(recipe, tmp_path, layout):
                     tuple(row[: int(n)].tolist()) for row, n in zip(owners, (owners != 0).sum(1), strict=True)
                 ]
                 assert {rows[row] for row in real if row in rows} <= {name}
-    assert asked == {"a", "b"}
+    assert answered == {"a", "b"}
 
 
 def test_the_loss_of_routed_rows_is_the_sum_over_their_teachers(recipe, tmp_path):
@@ -129,7 +129,7 @@ def test_the_loss_of_routed_rows_is_the_sum_over_their_teachers(recipe, tmp_path
     with torch.no_grad():
         log_q = trainer.model.eval()(**own).logits.flatten(0, 1)[batch.index].log_softmax(-1)
     p = torch.empty_like(log_q)
-    for name, part in inputs["fetched"].items():
+    for name, part in inputs["asked"].items():
         p[part["positions"]] = parts[name][part["positions"]]
     expected = (p * (p.log() - log_q)).sum(-1).mean()
     trainer.model.train()

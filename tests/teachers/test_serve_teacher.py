@@ -28,10 +28,9 @@ from hpd.config import TeacherConfig
 from hpd.losses.products import logits
 from hpd.teachers import TeacherUnavailable
 from hpd.teachers.model import ModelTeacher
-from hpd.teachers.remote.hpd_client import HpdClient
 from hpd.teachers.remote.serve import ServeSettings, is_loopback
 from hpd.teachers.remote.server import ServedTeacher
-from hpd.teachers.remote.wire import MEDIA_TYPE, Row, dump, load, rows_of
+from hpd.teachers.remote.wire import MEDIA_TYPE, WireRow, dump, load, rows_of
 
 TOKEN = "a-token-of-more-than-16-characters"
 
@@ -58,7 +57,7 @@ def teacher(url, student_dir, **options):
     )
     connected = ServedTeacher(config, 300)
     connected.connect(AutoTokenizer.from_pretrained(student_dir))
-    connected._backend.prepare(torch.device("cpu"))
+    connected._client.prepare(torch.device("cpu"))
     return connected
 
 
@@ -98,16 +97,6 @@ def test_half_precision_on_the_wire_stays_within_its_tolerance(url, pair, dtype,
     error = (a - b).abs().max()
     assert 0 < error < tolerance
     assert rough.scores(inputs, batch).hidden.dtype == getattr(torch, dtype)
-
-
-def test_any_tokens_are_answered_with_the_head_left_at_the_server(url, pair):
-    inputs, batch = padded()
-    client = teacher(url, pair[0])
-    expected = logits(client.scores(inputs, batch)).log_softmax(-1)
-    tokens = torch.randint(0, 300, (len(batch.labels), 7), generator=torch.Generator().manual_seed(0))
-    assert isinstance(client._backend, HpdClient)
-    found = client._backend.logprobs(rows_of(inputs, batch), tokens)
-    torch.testing.assert_close(found, expected.gather(1, tokens), rtol=0, atol=1e-5)
 
 
 def test_top_k_of_the_server(url, pair):
@@ -165,8 +154,7 @@ MALFORMED = {
     "negative position": query(positions=torch.tensor([-1] * 12)),
     "counts that do not add up": query(counts=torch.tensor([12, 12, 12])),
     "negative counts": query(counts=torch.tensor([-1, 12, 1])),
-    "tokens of other positions": query(tokens=torch.zeros(3, 1, dtype=torch.int64)),
-    "tokens beyond the vocabulary": query(tokens=torch.full((12, 1), 300)),
+    "tokens to be scored, as earlier clients could ask": query(tokens=torch.zeros(12, 1, dtype=torch.int64)),
     "row longer than the model's context": query([[1] * 513]),
 }
 
@@ -359,8 +347,8 @@ def test_concurrent_requests_share_forwards_and_get_their_own_answers(backend, u
     backend.answer = lambda queries: (calls.append(len(queries)), time.sleep(0.02), original(queries))[2]
     try:
         client = alone[1]
-        for inputs, _ in batches:
-            client.request(inputs)
+        for inputs, batch in batches:
+            inputs["asked"] = client.ask(inputs, batch)
         for i in range(len(batches)):
             ask(i)
     finally:
@@ -395,8 +383,8 @@ def test_full_queue_sends_away_and_the_client_comes_back(pair):
         assert all(int(w) >= 1 for w, s in zip(waits, statuses, strict=True) if s == 503)
         client = teacher(address, pair[0], wait_seconds=20.0, concurrency=4)
         batches = [padded(rows=[[n, n + 1, n + 2, n + 3]]) for n in range(4)]
-        for inputs, _ in batches:
-            client.request(inputs)
+        for inputs, batch in batches:
+            inputs["asked"] = client.ask(inputs, batch)
         assert all(client.scores(*b).hidden.shape == (2, 48) for b in batches)
 
 
@@ -445,9 +433,9 @@ def test_a_server_restarted_with_another_model_is_noticed(backend, pair, tmp_pat
 def test_fuzzed_answers_are_bad_answers(url, pair):
     """The client's side of the binary protocol: damaged bytes never become scores of the wrong shape, or
     NaN."""
-    rows = [Row(row, list(range(1, len(row) - 1))) for row in ROWS]
+    rows = [WireRow(row, list(range(1, len(row) - 1))) for row in ROWS]
     body = httpx2.post(f"{url}/v1/scores?hidden=float32", content=query(), headers=BINARY).content
-    client = teacher(url, pair[0])._backend
+    client = teacher(url, pair[0])._client
     generator = random.Random(0)
     sent = {}
 
@@ -489,7 +477,8 @@ def test_command_serves_and_sigterm_finishes_what_is_in_flight(pair):
             # A body that is still on its way when the signal comes.
             body = query()
             with socket.create_connection(("127.0.0.1", port), 10) as raw:
-                head = f"POST /v1/scores?hidden=float32 HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {MEDIA_TYPE}\r\n"
+                head = "POST /v1/scores?hidden=float32 HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                head += f"Content-Type: {MEDIA_TYPE}\r\n"
                 raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:20])
                 time.sleep(0.3)
                 process.send_signal(signal.SIGTERM)
@@ -527,11 +516,10 @@ def test_command_refuses_an_open_door(pair, monkeypatch):
 def test_batch_survives_duplicate_and_repeated_requests(url, pair):
     client = teacher(url, pair[0])
     inputs, batch = padded()
-    client.request(inputs)
-    client.request(inputs)
-    first = client.scores(inputs, batch)
+    handles = [client.ask(inputs, batch) for _ in range(2)]
+    first, second = (client.scores({**inputs, "asked": handle}, batch) for handle in handles)
     again = client.scores(inputs, batch)
+    torch.testing.assert_close(first.hidden, second.hidden, rtol=0, atol=1e-6)
     torch.testing.assert_close(first.hidden, again.hidden, rtol=0, atol=1e-6)
-    assert not client._answers
     assert isinstance(batch, TokenBatch)
     assert dump({"a": torch.zeros(1)})

@@ -1,6 +1,6 @@
-"""What `hpd serve-teacher` computes: a live teacher asked about rows, many requests in one forward.
+"""The computation of `hpd serve-teacher`: a live teacher asked about rows, many requests in one forward.
 
-Axes: B rows, T tokens, N label positions, D hidden, V vocabulary, K tokens asked for.
+Axes: B rows, T tokens, N label positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from hpd.losses.products import chunks, project_
 from hpd.models.forward import scores_of
 from hpd.teachers.fingerprints import model_fingerprint, tokenizer_hash
 from hpd.teachers.model import ModelTeacher
-from hpd.teachers.remote.wire import Query, check_finite
+from hpd.teachers.remote.wire import ScoreRequest, check_finite
 
 __all__ = ["Backend", "Batcher", "Busy", "Wanted"]
-
 
 _CHUNK_BYTES = 64 * 2**20
 
 
 class Wanted(NamedTuple):
-    """What a request asks to be told at each position."""
+    """The tensors that a request asks for, at each position."""
 
     hidden: torch.dtype | None
     """Hidden states in this dtype, and log_z."""
@@ -66,21 +65,21 @@ class Backend:
             ].head
         self._head = _for_products(self.head)
 
-    def answer(self, queries: Sequence[tuple[Query, Wanted]]) -> list[dict[str, Tensor] | Exception]:
-        """Answers in the order of the queries; a failure of one query is its own."""
-        rows = [row for query, _ in queries for row in query.rows]
-        positions = [own for query, _ in queries for own in query.positions]
+    def answer(self, requests: Sequence[tuple[ScoreRequest, Wanted]]) -> list[dict[str, Tensor] | Exception]:
+        """Responses in the order of the requests; a failure of one request is its own."""
+        rows = [row for request, _ in requests for row in request.rows]
+        positions = [each for request, _ in requests for each in request.positions]
         with torch.no_grad():
             found = self._score(rows, positions)
-            answers: list[dict[str, Tensor] | Exception] = []
-            for query, wanted in queries:
-                part, found = found[: len(query.rows)], found[len(query.rows) :]
-                hidden = torch.cat([scores.hidden for scores in part])
+            responses: list[dict[str, Tensor] | Exception] = []
+            for request, wanted in requests:
+                part = found[: len(request.rows)]
+                found = found[len(request.rows) :]
                 try:
-                    answers.append(self._tell(hidden, query.tokens, wanted))
+                    responses.append(self._response(torch.cat([scores.hidden for scores in part]), wanted))
                 except ValueError as error:  # this row makes the teacher overflow; the others are answered
-                    answers.append(error)
-        return answers
+                    responses.append(error)
+        return responses
 
     def _score(self, rows: Sequence[Tensor], positions: Sequence[Tensor]) -> list[Scores]:
         """Hidden states at the positions of each row; rows of similar length share a forward."""
@@ -107,8 +106,8 @@ class Backend:
         if group:
             yield group
 
-    def _tell(self, hidden: Float[Tensor, "N D"], tokens: Tensor | None, wanted: Wanted) -> dict[str, Tensor]:
-        """The numbers that are asked for; logits exist one chunk at a time."""
+    def _response(self, hidden: Float[Tensor, "N D"], wanted: Wanted) -> dict[str, Tensor]:
+        """The tensors that are asked for; logits exist one chunk at a time."""
         parts: dict[str, list[Tensor]] = {}
         for chunk in chunks(len(hidden), 4 * self.vocab, _CHUNK_BYTES):
             part = hidden[chunk]
@@ -116,20 +115,17 @@ class Backend:
             project_(Scores(part.to(_weight(self._head).dtype), self._head), logits)
             log_z = torch.logsumexp(logits, -1)
             check_finite("the teacher's distribution", log_z)
-            told = {"log_z": log_z}
+            found = {"log_z": log_z}
             if wanted.top_k:
                 values, ids = logits.topk(min(wanted.top_k, self.vocab), -1)
-                told |= {"top_tokens": ids, "top_logprobs": values - log_z[:, None]}
-            if tokens is not None:
-                asked = tokens[chunk].to(logits.device)
-                told["token_logprobs"] = logits.gather(1, asked) - log_z[:, None]
-            for name, tensor in told.items():
+                found |= {"top_tokens": ids, "top_logprobs": values - log_z[:, None]}
+            for name, tensor in found.items():
                 parts.setdefault(name, []).append(tensor.cpu())
-        told = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        response = {name: torch.cat(tensors) for name, tensors in parts.items()}
         if wanted.hidden is not None:
-            told["hidden"] = hidden.to(wanted.hidden).cpu()
-            check_finite("hidden", told["hidden"])
-        return told
+            response["hidden"] = hidden.to(wanted.hidden).cpu()
+            check_finite("hidden", response["hidden"])
+        return response
 
 
 def _weight(head: Head) -> Tensor:
@@ -149,8 +145,8 @@ class Busy(Exception):
     """The queue is full."""
 
 
-class _Job(NamedTuple):
-    query: Query
+class _Waiting(NamedTuple):
+    request: ScoreRequest
     wanted: Wanted
     abandoned: Callable[[], Awaitable[bool]]
     done: asyncio.Future[dict[str, Tensor]]
@@ -169,29 +165,29 @@ class Batcher:
         self._backend = backend
         self._max_waiting = max_waiting
         self._max_tokens = max_tokens
-        self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self.pending = 0
 
     async def submit(
-        self, query: Query, wanted: Wanted, abandoned: Callable[[], Awaitable[bool]]
+        self, request: ScoreRequest, wanted: Wanted, abandoned: Callable[[], Awaitable[bool]]
     ) -> dict[str, Tensor]:
-        """The answer to a query.
+        """The response to a request.
 
         Args:
-            query, wanted: what is asked.
-            abandoned: whether the client has gone; then the query is not computed.
+            request, wanted: what is asked.
+            abandoned: true if the client has gone; then nothing is computed.
 
         Raises:
             Busy: too many requests wait.
-            ValueError: the model's answer to it is not finite.
+            ValueError: the model's scores are not finite.
         """
         if self.pending >= self._max_waiting:
             raise Busy
         self.pending += 1
         try:
             done: asyncio.Future[dict[str, Tensor]] = asyncio.get_running_loop().create_future()
-            self._jobs.put_nowait(_Job(query, wanted, abandoned, done))
+            self._queue.put_nowait(_Waiting(request, wanted, abandoned, done))
             return await done
         finally:
             self.pending -= 1
@@ -210,33 +206,34 @@ class Batcher:
 
     async def _work(self) -> None:
         while True:
-            jobs = [await self._jobs.get()]
-            size = jobs[0].query.num_tokens
-            while not self._jobs.empty() and size < self._max_tokens:
-                jobs.append(self._jobs.get_nowait())
-                size += jobs[-1].query.num_tokens
-            jobs = [job for job in jobs if not job.done.done() and not await self._is_abandoned(job)]
-            if jobs:
-                await self._answer(jobs)
+            batch = [await self._queue.get()]
+            size = batch[0].request.num_tokens
+            while not self._queue.empty() and size < self._max_tokens:
+                batch.append(self._queue.get_nowait())
+                size += batch[-1].request.num_tokens
+            batch = [each for each in batch if not each.done.done() and not await self._is_abandoned(each)]
+            if batch:
+                await self._answer(batch)
 
-    async def _is_abandoned(self, job: _Job) -> bool:
-        gone = await job.abandoned()
+    async def _is_abandoned(self, waiting: _Waiting) -> bool:
+        gone = await waiting.abandoned()
         if gone:
-            job.done.cancel()
+            waiting.done.cancel()
         return gone
 
-    async def _answer(self, jobs: Sequence[_Job]) -> None:
-        ask = [(job.query, job.wanted) for job in jobs]
+    async def _answer(self, batch: Sequence[_Waiting]) -> None:
+        requests = [(each.request, each.wanted) for each in batch]
+        responses: Sequence[dict[str, Tensor] | Exception]
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._backend.answer, ask
+            responses = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._backend.answer, requests
             )
         except Exception as error:  # out of memory, a driver's error: the requests fail, the server goes on
-            answers = [error] * len(jobs)
-        for job, answer in zip(jobs, answers, strict=True):
-            if job.done.done():
+            responses = [error] * len(batch)
+        for each, response in zip(batch, responses, strict=True):
+            if each.done.done():
                 continue
-            if isinstance(answer, Exception):
-                job.done.set_exception(answer)
+            if isinstance(response, Exception):
+                each.done.set_exception(response)
             else:
-                job.done.set_result(answer)
+                each.done.set_result(response)

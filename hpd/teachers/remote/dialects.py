@@ -1,5 +1,4 @@
-"""What inference servers call the log-probabilities of a prompt: requests and answers of vLLM, SGLang, and
-plain echo.
+"""The log-probabilities of a prompt in the protocols of vLLM, SGLang and plain echo: requests, responses.
 
 All three answer, for each token of a prompt, its own log-probability and those of the k likeliest tokens at
 its place. A row of label positions becomes a prompt of token ids, so no text is tokenised twice.
@@ -19,17 +18,16 @@ from torch import Tensor
 
 from hpd.http import BadResponse
 from hpd.methods.supports import LOGPROB_FLOOR
-from hpd.teachers.remote.wire import Row
+from hpd.teachers.remote.wire import WireRow
 
 __all__ = ["DIALECTS", "Dialect", "Place", "read_json", "read_places", "top_k_tensors"]
-
 
 # A server that works in bfloat16 may say 1e-4 above zero; a mass above one by more than this is nonsense.
 _MASS_TOLERANCE = 1e-2
 
 
 class Place(NamedTuple):
-    """What a server says about one token of a prompt."""
+    """A server's answer about one token of a prompt."""
 
     logprobs: Mapping[int, float]
     """Of the token itself and of the likeliest, nats."""
@@ -41,20 +39,22 @@ class Dialect(NamedTuple):
     """How one family of servers is asked."""
 
     path: str
-    ask: Callable[[str | None, list[list[int]], int, bool], dict[str, Any]]
+    request: Callable[[str | None, list[list[int]], int, bool], dict[str, Any]]
     """(model, prompts, k, with texts) -> the JSON body."""
-    read: Callable[[Any, int], list[Any]]
-    """(answer, number of prompts) -> what it says about each prompt."""
+    split: Callable[[Any, int], list[Any]]
+    """(response, number of prompts) -> its part about each prompt."""
     places: Callable[[Any, list[int]], list[Place | None]]
-    """(what it says about a prompt, the prompt) -> about each of its tokens; None for the first, which
-    nothing precedes."""
+    """(the part about a prompt, the prompt) -> about each of its tokens; None for the first, which nothing
+    precedes."""
 
 
-def _ask_prompt_logprobs(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
+def _prompt_logprobs_request(
+    model: str | None, prompts: list[list[int]], k: int, texts: bool
+) -> dict[str, Any]:
     return {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": k}
 
 
-def _ask_echo(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
+def _echo_request(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
     body = {
         "model": model,
         "prompt": prompts,
@@ -66,7 +66,7 @@ def _ask_echo(model: str | None, prompts: list[list[int]], k: int, texts: bool) 
     return body if texts else {**body, "return_tokens_as_token_ids": True}
 
 
-def _ask_sglang(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
+def _sglang_request(model: str | None, prompts: list[list[int]], k: int, texts: bool) -> dict[str, Any]:
     body = {
         "input_ids": prompts,
         "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
@@ -75,21 +75,21 @@ def _ask_sglang(model: str | None, prompts: list[list[int]], k: int, texts: bool
     return {**body, "logprob_start_len": 0, "top_logprobs_num": k, "return_text_in_logprobs": texts}
 
 
-def _read_choices(answer: Any, count: int) -> list[Any]:
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+def _split_choices(response: Any, count: int) -> list[Any]:
+    choices = sorted(response["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(count)):
         raise BadResponse(f"{len(choices)} choices for {count} prompts")
     return choices
 
 
-def _read_list(answer: Any, count: int) -> list[Any]:
-    answers = answer if isinstance(answer, list) else [answer]
+def _split_list(response: Any, count: int) -> list[Any]:
+    answers = response if isinstance(response, list) else [response]
     if len(answers) != count:
         raise BadResponse(f"{len(answers)} answers for {count} prompts")
     return [one["meta_info"] for one in answers]
 
 
-def _prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
+def _read_prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
     told = choice["prompt_logprobs"]
     if told is None:
         raise BadResponse(
@@ -97,31 +97,32 @@ def _prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
         )
     places: list[Place | None] = [None]
     for token, entry in zip(prompt[1:], told[1:], strict=True):
-        own = entry[str(token)]
-        places.append(
-            Place({int(i): _number(e["logprob"]) for i, e in entry.items()}, own.get("decoded_token"))
-        )
+        logprobs = {int(i): _number(e["logprob"]) for i, e in entry.items()}
+        places.append(Place(logprobs, entry[str(token)].get("decoded_token")))
     return places
 
 
-def _echo(choice: Any, prompt: list[int]) -> list[Place | None]:
+def _read_echo(choice: Any, prompt: list[int]) -> list[Place | None]:
     told = choice["logprobs"]
-    tokens, own, top = (told[name][: len(prompt)] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    tokens, logprobs, top = (
+        told[name][: len(prompt)] for name in ("tokens", "token_logprobs", "top_logprobs")
+    )
     places: list[Place | None] = [None]
     for i in range(1, len(prompt)):
         named = tokens[i].startswith("token_id:")
         if named and _token_id(tokens[i]) != prompt[i]:
             raise BadResponse(f"token {i} of the prompt came back as {tokens[i]}")
         likeliest = {_token_id(t): _number(v) for t, v in (top[i] or {}).items()} if named else {}
-        places.append(Place({**likeliest, prompt[i]: _number(own[i])}, None if named else tokens[i]))
+        places.append(Place({**likeliest, prompt[i]: _number(logprobs[i])}, None if named else tokens[i]))
     return places
 
 
-def _sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
-    own, top = meta["input_token_logprobs"], meta.get("input_top_logprobs") or [None] * len(prompt)
+def _read_sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
+    told = meta["input_token_logprobs"]
+    top = meta.get("input_top_logprobs") or [None] * len(prompt)
     places: list[Place | None] = [None]
     for i in range(1, len(prompt)):
-        logprob, token, text = own[i]
+        logprob, token, text = told[i]
         if token != prompt[i]:
             raise BadResponse(f"token {i} of the prompt came back as {token}")
         likeliest = {int(t): _number(v) for v, t, _ in top[i] or []}
@@ -153,14 +154,14 @@ def _number(value: Any) -> float:
 
 
 DIALECTS: dict[str, Dialect] = {
-    "openai": Dialect("/v1/completions", _ask_prompt_logprobs, _read_choices, _prompt_logprobs),
-    "echo": Dialect("/v1/completions", _ask_echo, _read_choices, _echo),
-    "sglang": Dialect("/generate", _ask_sglang, _read_list, _sglang),
+    "openai": Dialect("/v1/completions", _prompt_logprobs_request, _split_choices, _read_prompt_logprobs),
+    "echo": Dialect("/v1/completions", _echo_request, _split_choices, _read_echo),
+    "sglang": Dialect("/generate", _sglang_request, _split_list, _read_sglang),
 }
 
 
 def read_json(body: bytes) -> Any:
-    """A JSON body; raises BadResponse where it is none."""
+    """A JSON body; raises BadResponse where it is not one."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
@@ -168,14 +169,14 @@ def read_json(body: bytes) -> Any:
 
 
 def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> list[list[Place | None]]:
-    """What a body says about each token of each prompt.
+    """The answer about each token of each prompt in a response's body.
 
     Raises:
         BadResponse: anything about it is not as the server's documentation has it.
     """
-    answer = read_json(body)
+    response = read_json(body)
     try:
-        told = dialect.read(answer, len(prompts))
+        told = dialect.split(response, len(prompts))
         return [dialect.places(part, prompt) for part, prompt in zip(told, prompts, strict=True)]
     except BadResponse:
         raise
@@ -185,7 +186,7 @@ def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> 
 
 
 def top_k_tensors(
-    rows: Sequence[Row], places: Sequence[Sequence[Place | None]], k: int, vocab: int
+    rows: Sequence[WireRow], places: Sequence[Sequence[Place | None]], k: int, vocab: int
 ) -> dict[str, Tensor]:
     """The label positions of rows as tensors: `tokens`, `logprobs` (both `[N, k]`, likeliest first),
     `label_logprobs` `[N]`.
@@ -193,7 +194,9 @@ def top_k_tensors(
     Raises:
         BadResponse: tokens beyond the vocabulary, fewer than k, or more mass than one.
     """
-    tokens, logprobs, labels = [], [], []
+    tokens: list[list[int]] = []
+    logprobs: list[list[float]] = []
+    labels: list[float] = []
     for row, told in zip(rows, places, strict=True):
         for position, label in zip(row.positions, row.labels, strict=True):
             place = told[position + 1]
@@ -206,8 +209,11 @@ def top_k_tensors(
             labels.append(place.logprobs[label])
             if not all(0 <= token < vocab for token, _ in ranked):
                 raise BadResponse(f"a token beyond the student's {vocab}: the server's vocabulary is another")
-    found = {"tokens": torch.tensor(tokens).view(-1, k), "logprobs": torch.tensor(logprobs).view(-1, k)}
-    found["label_logprobs"] = torch.tensor(labels)
+    found = {
+        "tokens": torch.tensor(tokens).view(-1, k),
+        "logprobs": torch.tensor(logprobs).view(-1, k),
+        "label_logprobs": torch.tensor(labels),
+    }
     mass = found["logprobs"].exp().sum(-1)
     if len(mass) and float(mass.max()) > 1.0 + _MASS_TOLERANCE:
         raise BadResponse(f"the likeliest tokens have a mass of {float(mass.max()):.3f}")

@@ -1,15 +1,12 @@
-"""The client of `hpd serve-teacher`: hidden states and log Z over the wire, the head once.
-
-Axes: N label positions, D hidden, V vocabulary, K tokens asked for.
-"""
+"""The client of `hpd serve-teacher`: hidden states and log Z over the wire, the head once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import httpx2
 import torch
-from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,7 +21,7 @@ from hpd.teachers.remote.wire import (
     FINGERPRINT_HEADER,
     MEDIA_TYPE,
     WIRE_DTYPES,
-    Row,
+    WireRow,
     check_finite,
     dump,
     load,
@@ -33,12 +30,13 @@ from hpd.teachers.remote.wire import (
 
 __all__ = ["HpdClient"]
 
+T = TypeVar("T")
 
 _MAX_HEAD_BYTES = 64 * 2**30
 
 
 class HpdClient:
-    """One server of ours. Its head is fetched once; then log p of any token is a row of the head away.
+    """One server that hpd runs. Its head is fetched once; then log p of any token is a row of it away.
 
     Args:
         connection: to it.
@@ -52,7 +50,8 @@ class HpdClient:
         self.fingerprint: str | None = None
         self.config = PreTrainedConfig()
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self.max_row_tokens = self.max_request_tokens = 2**31
+        self.max_row_tokens = 2**31
+        self.max_request_tokens = 2**31
 
     def connect(self, student: PreTrainedTokenizerBase) -> None:
         facts = self._connection.request("GET", "/health", lambda _, body: read_json(body), max_bytes=2**20)
@@ -63,19 +62,19 @@ class HpdClient:
             )
         try:
             self.fingerprint = str(facts["fingerprint"])
-            self.config = PreTrainedConfig(
-                vocab_size=int(facts["vocab"]), hidden_size=int(facts["hidden_size"])
-            )  # type: ignore[call-arg]
+            sizes: dict[str, Any] = {
+                "vocab_size": int(facts["vocab"]),
+                "hidden_size": int(facts["hidden_size"]),
+            }
+            self.config = PreTrainedConfig(**sizes)
             self._dtype = facts["dtype"] if self._source.dtype == "auto" else self._source.dtype
-            self.max_row_tokens, self.max_request_tokens = (
-                int(facts["max_row_tokens"]),
-                int(facts["max_request_tokens"]),
-            )
+            self.max_row_tokens = int(facts["max_row_tokens"])
+            self.max_request_tokens = int(facts["max_request_tokens"])
             same = facts["tokenizer"] == tokenizer_hash(student)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self._where} is no server that hpd serve-teacher started ({type(error).__name__}: {error} "
-                "in /health). For vLLM or SGLang set teacher.protocol to openai, echo or sglang."
+                f"{self._where} is not a server that hpd serve-teacher started ({type(error).__name__}: "
+                f"{error} in /health). For vLLM or SGLang set teacher.protocol to openai, echo or sglang."
             ) from None
         if self._dtype not in WIRE_DTYPES:
             raise ValueError(
@@ -113,9 +112,7 @@ class HpdClient:
     def fetch_head(self) -> Head:
         """The server's head, in the dtype of the wire."""
 
-        def read(response: Any, body: bytes) -> Head:
-            self._check_server(response)
-            tensors = load(body)
+        def read(tensors: Mapping[str, Tensor]) -> Head:
             weight, scale = tensors["weight"], float(tensors["scale"])
             if weight.shape != (self._vocab, self._width):
                 raise BadResponse(f"a head of {tuple(weight.shape)} instead of {(self._vocab, self._width)}")
@@ -125,16 +122,14 @@ class HpdClient:
 
         params = {"dtype": self._dtype}
         return self._connection.request(
-            "GET", "/v1/head", _boundary(read), params=params, max_bytes=_MAX_HEAD_BYTES
+            "GET", "/v1/head", self._reader(read), params=params, max_bytes=_MAX_HEAD_BYTES
         )
 
-    def ask(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
         count = sum(len(row.positions) for row in rows)
 
-        def read(response: Any, body: bytes) -> dict[str, Tensor]:
-            self._check_server(response)
-            answer = load(body)
-            hidden, log_z = answer["hidden"], answer["log_z"]
+        def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            hidden, log_z = tensors["hidden"], tensors["log_z"]
             if hidden.shape != (count, self._width) or log_z.shape != (count,):
                 raise BadResponse(f"hidden states of {tuple(hidden.shape)} instead of {(count, self._width)}")
             if hidden.dtype != WIRE_DTYPES[self._dtype] or log_z.dtype != torch.float32:
@@ -143,30 +138,28 @@ class HpdClient:
             check_finite("log_z", log_z)
             return {"hidden": hidden, "log_z": log_z}
 
-        return self._post(pack_rows(rows, label=False), {"hidden": self._dtype}, read)
-
-    def logprobs(self, rows: Sequence[Row], tokens: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-        """Log-probabilities of any tokens at the label positions of `rows`, computed by the server, its head
-        left there."""
-
-        def read(response: Any, body: bytes) -> Tensor:
-            self._check_server(response)
-            found = load(body)["token_logprobs"]
-            if found.shape != tokens.shape:
-                raise BadResponse(
-                    f"log-probabilities of {tuple(found.shape)} instead of {tuple(tokens.shape)}"
-                )
-            return found
-
-        return self._post({**pack_rows(rows, label=False), "tokens": tokens}, {}, read)
-
-    def _post(self, tensors: dict[str, Tensor], params: dict[str, Any], read: Any) -> Any:
-        headers = {"content-type": MEDIA_TYPE}
         return self._connection.request(
-            "POST", "/v1/scores", _boundary(read), content=dump(tensors), params=params, headers=headers
+            "POST",
+            "/v1/scores",
+            self._reader(read),
+            content=dump(pack_rows(rows)),
+            params={"hidden": self._dtype},
+            headers={"content-type": MEDIA_TYPE},
         )
 
-    def _check_server(self, response: Any) -> None:
+    def _reader(self, read: Callable[[Mapping[str, Tensor]], T]) -> Callable[[httpx2.Response, bytes], T]:
+        """`read` behind the checks of every response; missing tensors are as bad as wrong ones."""
+
+        def checked(response: httpx2.Response, body: bytes) -> T:
+            self._check_server(response)
+            try:
+                return read(load(body))
+            except KeyError as error:
+                raise BadResponse(f"no tensor {error}") from None
+
+        return checked
+
+    def _check_server(self, response: httpx2.Response) -> None:
         """A server that was restarted with other weights must not go on teaching this student."""
         given = response.headers.get(FINGERPRINT_HEADER)
         if given != self.fingerprint:
@@ -185,18 +178,7 @@ class HpdClient:
         assert self._head is not None, "prepare() comes first"
         assert self._head.weight is not None
         device = self._head.weight.device
-        hidden = answer["hidden"] if answer else torch.empty(0, self._width, dtype=WIRE_DTYPES[self._dtype])
-        log_z = answer["log_z"] if answer else torch.empty(0)
-        return Scores(hidden.to(device), self._head, log_z.to(device))
-
-
-def _boundary(read: Any) -> Any:
-    """Missing tensors are a bad response like wrong ones."""
-
-    def checked(response: Any, body: bytes) -> Any:
-        try:
-            return read(response, body)
-        except KeyError as error:
-            raise BadResponse(f"no tensor {error}") from None
-
-    return checked
+        if not answer:
+            hidden = torch.empty(0, self._width, dtype=WIRE_DTYPES[self._dtype])
+            answer = {"hidden": hidden, "log_z": torch.empty(0)}
+        return Scores(answer["hidden"].to(device), self._head, answer["log_z"].to(device))

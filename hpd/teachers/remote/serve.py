@@ -16,20 +16,25 @@ import torch
 from torch import Tensor
 
 from hpd import __version__
+from hpd.config.models import TeacherConfig
+from hpd.models.load import load_model, load_tokenizer
+from hpd.progress import quiet_libraries
 from hpd.teachers.remote.backend import Backend, Batcher, Busy, Wanted
-from hpd.teachers.remote.wire import FINGERPRINT_HEADER, MEDIA_TYPE, WIRE_DTYPES, dump, read_query
+from hpd.teachers.remote.wire import (
+    FINGERPRINT_HEADER,
+    MEDIA_TYPE,
+    WIRE_DTYPES,
+    ScoreRequest,
+    dump,
+    read_request,
+)
 
 __all__ = ["ServeSettings", "build_app", "is_loopback", "serve", "serve_model"]
 
-
 _LOGGER = logging.getLogger(__name__)
 
-
 _BODY_SECONDS = 30.0
-
-
 _MAX_TOP_K = 1024
-
 
 WireName = Literal["float32", "bfloat16", "float16"]
 
@@ -69,7 +74,7 @@ class ServeSettings(NamedTuple):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
+    """True if only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -97,8 +102,7 @@ def build_app(backend: Backend, settings: ServeSettings) -> Any:
     # No pages of documentation: they would describe the server to whoever finds it.
     app = FastAPI(title="hpd teacher", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     if settings.token is None:
-        # Without a token, a web page that points its own name at this machine (DNS rebinding) must not get
-        # in.
+        # Without a token, a web page that points its own name here (DNS rebinding) must not get in.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
     app.add_middleware(_BoundedBodies, limit=settings.max_body_bytes)  # type: ignore[arg-type]
     app.include_router(_routes(backend, batcher, settings))
@@ -141,27 +145,25 @@ def _routes(backend: Backend, batcher: Batcher, settings: ServeSettings) -> Any:
         hidden: WireName | None = None,
         top_k: Annotated[int, Query(ge=0, le=_MAX_TOP_K)] = 0,
     ) -> Response:
-        query = await _read(request, backend, settings)
+        asked = await _read(request, backend, settings)
         wanted = Wanted(WIRE_DTYPES[hidden] if hidden else None, top_k)
         try:
-            answer = await batcher.submit(query, wanted, request.is_disconnected)
+            tensors = await batcher.submit(asked, wanted, request.is_disconnected)
         except Busy:
             raise HTTPException(
                 503, "too many requests wait", {"Retry-After": str(_retry_after(batcher))}
             ) from None
-        except (
-            Exception
-        ) as error:  # whatever the model's library raises: this request fails, the server goes on
+        except Exception as error:  # whatever a library raises: this request fails, the server goes on
             _LOGGER.error("a request failed: %s: %s", type(error).__name__, error)
             reason = str(error) if isinstance(error, ValueError) else type(error).__name__
             raise HTTPException(500, f"the teacher failed: {reason}") from None
-        return binary(await asyncio.to_thread(dump, answer))
+        return binary(await asyncio.to_thread(dump, tensors))
 
     return routes
 
 
-async def _read(request: Any, backend: Backend, settings: ServeSettings) -> Any:
-    """The checked query of a request."""
+async def _read(request: Any, backend: Backend, settings: ServeSettings) -> ScoreRequest:
+    """The checked body of a request."""
     from fastapi import HTTPException
 
     if request.headers.get("content-type", "").split(";")[0] != MEDIA_TYPE:
@@ -169,7 +171,7 @@ async def _read(request: Any, backend: Backend, settings: ServeSettings) -> Any:
     content = await _body(request)
     limits = {"max_tokens": settings.max_request_tokens, "max_row_tokens": backend.max_row_tokens}
     try:
-        return read_query(content, vocab=backend.vocab, **limits)
+        return read_request(content, vocab=backend.vocab, **limits)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
 
@@ -217,6 +219,7 @@ def _retry_after(batcher: Batcher) -> int:
 
 
 def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict[str, Any]:
+    weight = backend.head.weight
     return {
         "status": "ok",
         "hpd": __version__,
@@ -224,9 +227,7 @@ def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict
         "tokenizer": backend.tokenizer_hash,
         "vocab": backend.vocab,
         "hidden_size": backend.hidden_size,
-        "dtype": str(backend.head.weight.dtype).removeprefix("torch.")
-        if backend.head.weight is not None
-        else None,
+        "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
         "max_request_tokens": min(settings.max_request_tokens, settings.max_body_bytes // 64),
         "max_row_tokens": min(backend.max_row_tokens, settings.max_request_tokens),
         "max_top_k": _MAX_TOP_K,
@@ -249,10 +250,10 @@ def _head_tensors(backend: Backend, dtype: torch.dtype | None) -> dict[str, Tens
 
 
 def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
-    """What a student needs to rebuild the tokenizer and compare; null for one that is no fast tokenizer."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    """All that a student needs to rebuild the tokenizer and compare; null for one that is not fast."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
     return {
-        "json": backend.to_str() if backend is not None else None,
+        "json": None if fast is None else fast.to_str(),
         "eos_token": tokenizer.eos_token,
         "bos_token": tokenizer.bos_token,
         "pad_token": tokenizer.pad_token,
@@ -300,10 +301,6 @@ def serve_model(
     """
     _require_fastapi()
     settings.check()
-    from hpd.config.models import TeacherConfig
-    from hpd.models.load import load_model, load_tokenizer
-    from hpd.progress import quiet_libraries
-
     if dtype not in ("auto", *WIRE_DTYPES):
         raise ValueError(f"dtype must be auto or one of {', '.join(WIRE_DTYPES)}, got {dtype!r}.")
     if quantization not in (None, "4bit", "8bit"):

@@ -1,17 +1,14 @@
-"""`teacher: {type: server}`: a teacher behind HTTP, ours (exact for every method) or an OpenAI-compatible one
-(top-k).
+"""`teacher: {type: server}`: a teacher behind HTTP, of hpd (every method) or OpenAI-compatible (top-k).
 
 Axes: N label positions, D hidden, V vocabulary, k likeliest tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,41 +18,41 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hpd.batch import TokenBatch
 from hpd.config.models import TeacherConfig
 from hpd.http import Connection, read_key
-from hpd.losses import TeacherScores
-from hpd.losses.heads import TopKScores
+from hpd.losses import TeacherScores, TopKScores
 from hpd.methods.terms import Term, TermConfig
-from hpd.models.pairing import Verdict
+from hpd.models.pairing import CheckResult
 from hpd.teachers.errors import TeacherUnavailable
-from hpd.teachers.remote.dialects import DIALECTS, read_places, top_k_tensors
+from hpd.teachers.remote.dialects import DIALECTS, Place, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
-from hpd.teachers.remote.wire import Row, grouped, rows_of
+from hpd.teachers.remote.wire import WireRow, grouped, rows_of
+from hpd.teachers.teacher import RemoteTeacher
 
 __all__ = ["ServedTeacher", "why_not_served"]
 
+T = TypeVar("T")
 
 _LOGGER = logging.getLogger("hpd")
 
-
 _ROWS_PER_REQUEST = 8
 
+# As many as vLLM allows unless it is started with a larger --max-logprobs.
+_DEFAULT_TOP_K = 20
 
-_DEFAULT_TOP_K = 20  # what vLLM allows unless it is started with a larger --max-logprobs
-
-
-# Answers that were asked for and never used (the end of an epoch, a stop) are forgotten beyond this number.
-_KEPT_ANSWERS = 256
-
-
-_PROBE = "The 27 quick brown foxes don't jump over 1,234 lazy dogs: f(x) = x**2 + 3; déjà vu, naïve Ünïcode! Return None."
+_PROBE = (
+    "The 27 quick brown foxes don't jump over 1,234 lazy dogs: f(x) = x**2 + 3; déjà vu, naïve Ünïcode! "
+    "Return None."
+)
 
 
-class Backend(Protocol):
-    """One kind of server."""
+class Client(Protocol):
+    """One kind of server, asked."""
 
     config: PreTrainedConfig
     """Its vocabulary size, as far as pairs are checked by it."""
     max_row_tokens: int
     max_request_tokens: int
+    fingerprint: str | None
+    """Which weights answer, where the server says so."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -70,7 +67,7 @@ class Backend(Protocol):
         """Fetch what is needed once."""
         ...
 
-    def ask(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
         """The answer about the label positions of some rows, concatenated."""
         ...
 
@@ -80,7 +77,7 @@ class Backend(Protocol):
         ...
 
 
-class ServedTeacher:
+class ServedTeacher(RemoteTeacher):
     """A teacher that answers over HTTP; no weights here but the head, and that only with protocol hpd.
 
     Args:
@@ -101,8 +98,7 @@ class ServedTeacher:
             failure=TeacherUnavailable,
         )
         self._pool = ThreadPoolExecutor(source.concurrency, thread_name_prefix="teacher")
-        self._answers: OrderedDict[bytes, list[Future[dict[str, Tensor]]]] = OrderedDict()
-        self._backend: Backend = (
+        self._client: Client = (
             HpdClient(self._connection, source)
             if source.protocol == "hpd"
             else _TopKClient(self._connection, source, vocab)
@@ -119,7 +115,7 @@ class ServedTeacher:
             TeacherUnavailable: it does not answer within `wait_seconds`.
         """
         try:
-            self._backend.connect(student)
+            self._client.connect(student)
         except TeacherUnavailable as error:
             if error.final:
                 raise ValueError(str(error)) from None
@@ -127,20 +123,24 @@ class ServedTeacher:
 
     @property
     def config(self) -> PreTrainedConfig:
-        return self._backend.config
+        return self._client.config
+
+    @property
+    def vocab(self) -> int:
+        return self.config.get_text_config().vocab_size  # type: ignore[attr-defined]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self._backend.tokenizer
+        return self._client.tokenizer
 
     @property
     def fingerprint(self) -> str | None:
         """Which weights answer, where the server says so."""
-        return getattr(self._backend, "fingerprint", None)
+        return self._client.fingerprint
 
     def check_rows(self, max_length: int | None) -> None:
         """Raise ValueError where rows may be longer than the server takes."""
-        limit = self._backend.max_row_tokens
+        limit = self._client.max_row_tokens
         if max_length is not None and max_length > limit:
             raise ValueError(
                 f"train.max_length is {max_length} and the teacher at {self.source.url} takes {limit} tokens "
@@ -149,16 +149,16 @@ class ServedTeacher:
 
     def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
         """Raise ValueError where the loss needs what the server cannot tell."""
-        if not isinstance(self._backend, _TopKClient):
+        if not isinstance(self._client, _TopKClient):
             return
-        reasons = why_not_served(terms, self._backend.top_k)
+        reasons = why_not_served(terms, self._client.top_k)
         if reasons and self.source.tail == "exact":
             raise ValueError(
-                f"The teacher at {self.source.url} tells its {self._backend.top_k} likeliest tokens and the "
+                f"The teacher at {self.source.url} tells its {self._client.top_k} likeliest tokens and the "
                 f"label, and that is not enough: {'; '.join(reasons)}. Teachers that can: type model, type "
                 "cached, or a server that hpd serve-teacher runs (protocol: hpd). Methods that this one can "
                 "serve exactly: support: label, or top_k and label+top_k with top_k <= "
-                f"{self._backend.top_k}. Or accept an approximation with teacher.tail: uniform: tokens "
+                f"{self._client.top_k}. Or accept an approximation with teacher.tail: uniform: tokens "
                 "beyond the likeliest share the rest of the mass evenly."
             )
         if reasons:
@@ -167,58 +167,46 @@ class ServedTeacher:
             )
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
-        self._backend.prepare(accelerator.device)
+        self._client.prepare(accelerator.device)
 
-    def request(self, inputs: dict[str, Any]) -> None:
-        """Start asking about a collated batch; what was asked already is not asked again."""
-        key = _key(inputs["label_keys"])
-        if key in self._answers:
-            return
-        batch = TokenBatch.pop(dict(inputs))
-        groups = grouped(rows_of(inputs, batch), _ROWS_PER_REQUEST, self._backend.max_request_tokens)
-        self._answers[key] = [self._pool.submit(self._backend.ask, group) for group in groups]
-        while len(self._answers) > _KEPT_ANSWERS:
-            for future in self._answers.popitem(last=False)[1]:
-                future.cancel()
+    def ask(self, inputs: Mapping[str, Any], batch: TokenBatch) -> list[Future[dict[str, Tensor]]]:
+        groups = grouped(rows_of(inputs, batch), _ROWS_PER_REQUEST, self._client.max_request_tokens)
+        return [self._pool.submit(self._client.ask, group) for group in groups]
 
-    def wait(self, inputs: dict[str, Any]) -> None:
-        """Return when the answer about a collated batch is here."""
-        self.request(inputs)
-        key = _key(inputs["label_keys"])
+    def wait(self, handle: Sequence[Future[dict[str, Tensor]]]) -> None:
         try:
-            for future in self._answers[key]:
+            for future in handle:
                 future.result()
         except BaseException:
-            # Failed answers are not kept: who asks again later deserves a new attempt.
-            for future in self._answers.pop(key):
+            for future in handle:
                 future.cancel()
             raise
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
-        self.wait({**inputs, **{f"label_{name}": value for name, value in batch._asdict().items()}})
-        answers = [future.result() for future in self._answers.pop(_key(batch.keys))]
-        joined = (
-            {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]} if answers else {}
-        )
-        return self._backend.scores(joined)
+        handle = inputs.get("asked")
+        if handle is None:
+            handle = self.ask(inputs, batch)
+        self.wait(handle)
+        answers = [future.result() for future in handle]
+        names = answers[0] if answers else ()
+        return self._client.scores({name: torch.cat([answer[name] for answer in answers]) for name in names})
 
     def close(self) -> None:
         """Stop waiting; called once, when the run ends in whatever way."""
         self._connection.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def verdicts(self) -> list[Verdict]:
-        """What could be checked about a server that does not tell its tokenizer."""
+    def verdicts(self) -> list[CheckResult]:
+        """The checks that are possible with a server that does not tell its tokenizer."""
         text = f"{self.source.url} reads a probe of token ids as the student's tokenizer does"
-        unknown = "unknown: the server does not tell its tokenizer; name it in teacher.tokenizer to have it compared"
+        unknown = (
+            "unknown: the server does not tell its tokenizer; name it in teacher.tokenizer to have it "
+            "compared"
+        )
         return [
-            Verdict("ok", "vocabulary", text),
-            Verdict("warning", "end of sequence, chat template", unknown),
+            CheckResult("ok", "vocabulary", text),
+            CheckResult("warning", "end of sequence, chat template", unknown),
         ]
-
-
-def _key(keys: Tensor) -> bytes:
-    return hashlib.sha256(keys.cpu().numpy().tobytes()).digest()
 
 
 class _TopKClient:
@@ -232,6 +220,7 @@ class _TopKClient:
         self.config = PreTrainedConfig(vocab_size=vocab)  # type: ignore[call-arg]
         self.vocab = vocab
         self.tokenizer = None
+        self.fingerprint: str | None = None
         self.max_row_tokens = 2**31
         self.max_request_tokens = 32768
 
@@ -239,60 +228,52 @@ class _TopKClient:
         """One probe: does the server know the fields, give enough tokens, and call them by the student's
         names?"""
         prompt: list[int] = student(_PROBE, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-        row = Row(prompt, list(range(len(prompt) - 1)))
-        self._ask([row], texts=False)
-        told = [
-            (t, p.text)
-            for t, p in zip(prompt, self._places([row], texts=True)[0], strict=True)
-            if p and p.text is not None
+        row = WireRow(prompt, list(range(len(prompt) - 1)))
+        self.ask([row])
+        (places,) = self._request([row], lambda places: places, texts=True)
+        pairs = [
+            (str(student.decode([token])), place.text)
+            for token, place in zip(prompt, places, strict=True)
+            if place is not None and place.text is not None
         ]
         # A token that is part of a character has no text of its own.
-        pairs = [(str(student.decode([token])), text) for token, text in told]
-        known = [(ours.strip(), text.strip(" ▁Ġ")) for ours, text in pairs if "�" not in ours + text]
+        known = [(name.strip(), text.strip(" ▁Ġ")) for name, text in pairs if "�" not in name + text]
         differing = [pair for pair in known if pair[0] != pair[1]]
         if len(differing) > len(known) // 4:
-            ours, theirs = differing[0]
+            expected, found = differing[0]
             raise ValueError(
                 f"The teacher at {self._connection.url} reads the student's token ids as other text "
-                f"({theirs!r} where the student has {ours!r}, {len(differing)} of {len(known)} tokens): its "
-                "tokenizer is another. Choose a teacher of the student's family."
+                f"({found!r} where the student has {expected!r}, {len(differing)} of {len(known)} tokens): "
+                "its tokenizer is another. Choose a teacher of the student's family."
             )
 
-    def ask(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        return self._ask(rows, texts=False)
+    def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
+        return self._request(rows, lambda places: top_k_tensors(rows, places, self.top_k, self.vocab))
 
-    def _ask(self, rows: Sequence[Row], texts: bool) -> dict[str, Tensor]:
-        def read(response: Any, body: bytes) -> dict[str, Tensor]:
-            places = read_places(self._dialect, body, [row.tokens for row in rows])
-            return top_k_tensors(rows, places, self.top_k, self.vocab)
-
-        return self._connection.request("POST", self._dialect.path, read, json=self._body(rows, texts))
-
-    def _places(self, rows: Sequence[Row], texts: bool) -> list[list[Any]]:
+    def _request(
+        self, rows: Sequence[WireRow], read: Callable[[list[list[Place | None]]], T], texts: bool = False
+    ) -> T:
+        """The response about rows, as `read` understands it; what `read` refuses is asked for again."""
+        prompts = [row.tokens for row in rows]
         return self._connection.request(
             "POST",
             self._dialect.path,
-            lambda _, body: read_places(self._dialect, body, [row.tokens for row in rows]),
-            json=self._body(rows, texts),
+            lambda _, body: read(read_places(self._dialect, body, prompts)),
+            json=self._dialect.request(self._source.model, prompts, self.top_k, texts),
         )
-
-    def _body(self, rows: Sequence[Row], texts: bool) -> dict[str, Any]:
-        return self._dialect.ask(self._source.model, [row.tokens for row in rows], self.top_k, texts)
 
     def prepare(self, device: torch.device) -> None:
         self._device = device
 
     def scores(self, answer: dict[str, Tensor]) -> TopKScores:
-        on_device = {
-            n: t.to(self._device)
-            for n, t in (answer or top_k_tensors([], [], self.top_k, self.vocab)).items()
-        }
+        answer = answer or top_k_tensors([], [], self.top_k, self.vocab)
+        on_device = {name: tensor.to(self._device) for name, tensor in answer.items()}
         return TopKScores(**on_device, vocab=self.vocab)
 
 
 def why_not_served(terms: Sequence[Term | TermConfig], top_k: int) -> list[str]:
-    """What a teacher that is known at its `top_k` likeliest tokens and the label cannot tell these terms
-    exactly."""
+    """Reasons why a teacher that is known at its `top_k` likeliest tokens and the label cannot serve these
+    terms exactly."""
     reasons = []
     for config in terms:
         ends = [config] if isinstance(config, Term) else [config.at(0.0).build(), config.at(1.0).build()]

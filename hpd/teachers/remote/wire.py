@@ -1,7 +1,4 @@
-"""Tensors over HTTP: safetensors bytes both ways, and the checks of what comes in.
-
-Axes: S tokens of all rows of a request, B rows, N label positions, K tokens asked for.
-"""
+"""Tensors over HTTP: safetensors bytes both ways, and the checks of what comes in."""
 
 from __future__ import annotations
 
@@ -20,42 +17,44 @@ __all__ = [
     "FINGERPRINT_HEADER",
     "MEDIA_TYPE",
     "WIRE_DTYPES",
-    "Query",
-    "Row",
+    "ScoreRequest",
+    "WireRow",
     "check_finite",
     "dump",
     "grouped",
     "load",
     "pack_rows",
-    "read_query",
+    "read_request",
     "rows_of",
 ]
 
-
 MEDIA_TYPE = "application/octet-stream"
-
-
 FINGERPRINT_HEADER = "x-hpd-fingerprint"
-
-
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Query(NamedTuple):
-    """Rows, the positions asked about, and perhaps tokens whose log-probabilities are wanted there."""
+class WireRow(NamedTuple):
+    """A row of a batch, cut after the label of its last label position."""
+
+    tokens: list[int]
+    positions: list[int]
+    """Ascending; the label of position t is the token at t + 1."""
+
+    @property
+    def labels(self) -> list[int]:
+        return [self.tokens[position + 1] for position in self.positions]
+
+
+class ScoreRequest(NamedTuple):
+    """Rows, and the positions in them that are asked about."""
 
     rows: list[Int[Tensor, "t"]]
     positions: list[Int[Tensor, "n"]]
     """Of each row."""
-    tokens: Int[Tensor, "N K"] | None
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.rows))
-
-    @property
-    def num_positions(self) -> int:
-        return sum(map(len, self.positions))
 
 
 def dump(tensors: Mapping[str, Tensor]) -> bytes:
@@ -69,7 +68,7 @@ def load(content: bytes) -> dict[str, Tensor]:
     """Bytes to tensors.
 
     Raises:
-        ValueError: they are no safetensors.
+        ValueError: they are not safetensors.
     """
     try:
         return safetensors.torch.load(content)
@@ -77,38 +76,32 @@ def load(content: bytes) -> dict[str, Tensor]:
         raise ValueError(f"the body is not valid safetensors: {' '.join(str(error).split())[:200]}") from None
 
 
-def pack_rows(rows: Sequence[Row], *, label: bool) -> dict[str, Tensor]:
-    """The tensors of a request; with `label`, each position asks for its label's log-probability."""
-    tokens = [token for row in rows for token in row.tokens[: row.positions[-1] + 1]]
+def pack_rows(rows: Sequence[WireRow]) -> dict[str, Tensor]:
+    """The tensors of a request; `read_request` is its counterpart."""
     lengths = [row.positions[-1] + 1 for row in rows]
-    packed = {
+    tokens = [token for row, length in zip(rows, lengths, strict=True) for token in row.tokens[:length]]
+    return {
         "input_ids": torch.tensor(tokens),
         "lengths": torch.tensor(lengths),
         "positions": torch.tensor([position for row in rows for position in row.positions]),
         "counts": torch.tensor([len(row.positions) for row in rows]),
     }
-    if label:
-        packed["tokens"] = torch.tensor([token for row in rows for token in row.labels])[:, None]
-    return packed
 
 
-def read_query(content: bytes, *, vocab: int, max_tokens: int, max_row_tokens: int) -> Query:
+def read_request(content: bytes, *, vocab: int, max_tokens: int, max_row_tokens: int) -> ScoreRequest:
     """A request's body, every number of it checked: the model behind must never see a bad one.
 
     Raises:
         ValueError: malformed bytes, missing or unknown tensors, wrong types or shapes, numbers out of range.
     """
     tensors = load(content)
-    needed, allowed = {"input_ids", "lengths", "positions", "counts"}, {"tokens"}
-    if not needed <= set(tensors) <= needed | allowed:
-        raise ValueError(f"the body must hold the tensors {', '.join(sorted(needed))} (and perhaps tokens)")
+    names = ("input_ids", "lengths", "positions", "counts")
+    if set(tensors) != set(names):
+        raise ValueError(f"the body must hold the tensors {', '.join(names)} and no others")
     for name, tensor in tensors.items():
-        rank = 2 if name == "tokens" else 1
-        if tensor.dtype not in (torch.int64, torch.int32) or tensor.ndim != rank or not tensor.numel():
-            raise ValueError(f"{name} must be a non-empty int64 tensor of rank {rank}")
-    ids, lengths, positions, counts = (
-        tensors[n].long() for n in ("input_ids", "lengths", "positions", "counts")
-    )
+        if tensor.dtype not in (torch.int64, torch.int32) or tensor.ndim != 1 or not tensor.numel():
+            raise ValueError(f"{name} must be a non-empty int64 tensor of rank 1")
+    ids, lengths, positions, counts = (tensors[name].long() for name in names)
     if max(len(ids), len(positions)) > max_tokens:
         raise ValueError(
             f"{len(ids)} tokens and {len(positions)} positions in one request, at most {max_tokens} are "
@@ -122,14 +115,8 @@ def read_query(content: bytes, *, vocab: int, max_tokens: int, max_row_tokens: i
             "lengths must sum to the tokens, counts to the positions, and both name the same rows"
         )
     _check_range("positions", positions, 0, lengths.repeat_interleave(counts))
-    tokens = tensors.get("tokens")
-    if tokens is not None:
-        if len(tokens) != len(positions) or tokens.numel() > max_tokens * 16:
-            raise ValueError(f"tokens must have one row per position, and at most {max_tokens * 16} elements")
-        _check_range("tokens", tokens, 0, vocab)
-        tokens = tokens.long()
     rows = [row.clone() for row in ids.split(lengths.tolist())]
-    return Query(rows, list(positions.split(counts.tolist())), tokens)
+    return ScoreRequest(rows, list(positions.split(counts.tolist())))
 
 
 def _check_range(name: str, tensor: Tensor, low: int, high: int | Tensor) -> None:
@@ -144,19 +131,7 @@ def check_finite(name: str, tensor: Float[Tensor, "..."]) -> None:
         raise ValueError(f"{name} holds NaN or infinity")
 
 
-class Row(NamedTuple):
-    """One row of a batch, cut after the label of its last label position."""
-
-    tokens: list[int]
-    positions: list[int]
-    """Ascending; the label of position t is the token at t + 1."""
-
-    @property
-    def labels(self) -> list[int]:
-        return [self.tokens[position + 1] for position in self.positions]
-
-
-def rows_of(inputs: dict[str, Any], batch: TokenBatch) -> list[Row]:
+def rows_of(inputs: Mapping[str, Any], batch: TokenBatch) -> list[WireRow]:
     """The rows that hold a label, in the order of the batch, whatever its layout (padded on either side, or
     padding-free).
 
@@ -176,19 +151,20 @@ def rows_of(inputs: dict[str, Any], batch: TokenBatch) -> list[Row]:
     rows = []
     for name in owner.unique_consecutive().tolist():
         first = int(torch.searchsorted(segment, name))
-        own = (place[owner == name] - first).tolist()
-        rows.append(Row(tokens[first : first + own[-1] + 2].tolist(), own))
+        within = (place[owner == name] - first).tolist()
+        rows.append(WireRow(tokens[first : first + within[-1] + 2].tolist(), within))
     return rows
 
 
-def grouped(rows: Sequence[Row], max_rows: int, max_tokens: int) -> Iterator[list[Row]]:
+def grouped(rows: Sequence[WireRow], max_rows: int, max_tokens: int) -> Iterator[list[WireRow]]:
     """Consecutive rows, at most `max_rows` and `max_tokens` (but at least one row) at a time."""
-    group: list[Row] = []
+    group: list[WireRow] = []
     size = 0
     for row in rows:
         if group and (len(group) >= max_rows or size + len(row.tokens) > max_tokens):
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
         group.append(row)
         size += len(row.tokens)
     if group:
