@@ -1,4 +1,4 @@
-"""The command line: the options of every command, each of which is one call into the package."""
+"""The command line: the options of every command, each of which is one call into `hpd.terminal`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hpd import __version__
-from hpd.terminal.errors import user_errors as _user_errors
+from hpd.terminal.errors import user_errors
 from hpd.terminal.eval_options import EvalOptions, with_options
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last
     checkpoint."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.training import run_train
 
         run_train(recipe, overrides or (), dry_run, overwrite)
@@ -84,7 +84,7 @@ def doctor(
 ) -> None:
     """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and
     the run costs."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.doctor import run_doctor
 
         if not run_doctor(recipe, overrides or (), memory, devices, tflops):
@@ -101,7 +101,7 @@ def cache(
 ) -> None:
     """Ask the teacher about every label position of a recipe's rows once and write its answers to
     cache.path."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.training import run_cache
 
         run_cache(recipe, overrides or (), overwrite)
@@ -140,7 +140,7 @@ def serve_teacher(
 ) -> None:
     """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra
     `serve`."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.serve import run_serve
 
         run_serve(
@@ -164,7 +164,7 @@ def generate(
 ) -> None:
     """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was
     interrupted."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.training import run_generate
 
         run_generate(recipe, overrides or (), overwrite)
@@ -185,7 +185,7 @@ def compare(
 ) -> None:
     """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is
     run."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.compare import run_compare
 
         if not run_compare(experiment, overrides or (), jobs, _names(allow), dry_run, probe):
@@ -211,7 +211,7 @@ def report(
     port: Annotated[int, typer.Option(help="Port of --watch; 0 takes a free one.", min=0, max=65535)] = 8642,
 ) -> None:
     """Write what runs found: one HTML page, and the same as Markdown, PNG and CSV."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.report import run_report
 
         run_report(folders, output, baseline, _names(allow), port if watch else None)
@@ -220,7 +220,7 @@ def report(
 @app.command()
 def methods() -> None:
     """Print the table of methods."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.methods import show_methods
 
         show_methods()
@@ -235,7 +235,7 @@ def demo(
     ] = False,
 ) -> None:
     """Distil a tiny model on this machine, without any download, and show what changed."""
-    with _user_errors():
+    with user_errors():
         from hpd.terminal.demo import run_demo
 
         run_demo(output_dir, overrides or (), overwrite)

@@ -202,7 +202,8 @@ def teacher_rows(
 
 def write_rows(path: Path, rows: Sequence[SolvedProblem], columns: Sequence[str]) -> None:
     """Write JSON Lines; gzipped (.gz) without a time stamp, so that equal rows give equal files."""
-    text = "".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)  # type: ignore[literal-required]
+    chosen = [{key: value for key, value in row.items() if key in columns} for row in rows]
+    text = "".join(json.dumps(row) + "\n" for row in chosen)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -70,8 +70,8 @@ def diagnose(
     planned = plan(recipe)
     show_verdicts(planned.verdicts)
     rows = planned.rows
-    count = f"{len(rows.train):,}" if hasattr(rows.train, "__len__") else "a stream of"  # type: ignore[arg-type]
-    held_out = f", {len(rows.validation):,} held out" if hasattr(rows.validation, "__len__") else ""  # type: ignore[arg-type]
+    count = f"{len(rows.train):,}" if isinstance(rows.train, Sized) else "a stream of"
+    held_out = f", {len(rows.validation):,} held out" if isinstance(rows.validation, Sized) else ""
     steps = steps_of(planned)
     args = planned.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
