@@ -60,7 +60,7 @@ trainer.train()
 def prepare(folder: Path) -> None:
     """A tiny pair, rows, a recipe and the script."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers.tiny_models import tiny_pair
+    from tiny_models import tiny_pair
 
     tiny_pair("llama", folder)
     rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(64)]

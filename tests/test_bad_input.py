@@ -13,7 +13,7 @@ from bad_input.case import Case
 from bad_input.datasets import DATASETS, GENERATE, PROBLEMS
 from bad_input.models import CHECKPOINTS, TOKENIZERS
 from bad_input.recipes import RECIPES
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 from helpers.forked import hpd
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 ROWS = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(24)]

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 
 from hpd import generate as module
 from hpd.config import load_recipe

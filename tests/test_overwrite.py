@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.tiny_grid import tiny_experiment
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app

@@ -11,10 +11,10 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers.problems import assert_equal, compute, problem
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_pair
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import yaml
-from helpers.tiny_models import NUM_TOKENS, tiny_pair
+from tiny_models import NUM_TOKENS, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import (

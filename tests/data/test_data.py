@@ -5,7 +5,7 @@ import json
 
 import pytest
 from datasets import Dataset
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from transformers import AutoTokenizer
 
 from hpd.config import DataConfig, load_recipe

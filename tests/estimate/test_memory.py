@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.tiny_models import tiny_tokenizer
+from tiny_models import tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig

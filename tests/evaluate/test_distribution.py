@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import NUM_TOKENS, tiny_model, tiny_pair
+from tiny_models import NUM_TOKENS, tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import forked
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 
 
 @pytest.fixture(scope="module")

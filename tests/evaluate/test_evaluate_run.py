@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.forked import start
-from helpers.tiny_models import tiny_model
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.evaluate import (

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.tiny_models import tiny_pair
 from safetensors.torch import load_file
+from tiny_models import tiny_pair
 
 from hpd.config import load_recipe
 from hpd.training.plan import plan

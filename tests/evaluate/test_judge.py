@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.judge_server import JudgeServer, likes_longer, likes_word, position_biased, rates_by_length
-from helpers.tiny_models import tiny_model
+from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from hpd.cli import app

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import first_batch, make_trainer, rows, weights
 from peft import LoraConfig, get_peft_model
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

@@ -6,7 +6,7 @@ The literals were written by the two engines that one replaced (rollouts; evalua
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.tiny_models import tiny_model
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import uniforms

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 
 __all__ = ["THREADS", "files_of", "make_recipe", "write_here", "write_in_world"]
 

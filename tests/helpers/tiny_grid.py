@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import yaml
-
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 
 __all__ = ["SCRIPT", "command", "tiny_experiment", "tiny_grid"]
 

@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import first_batch, make_trainer, rows, weights
+from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch

@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-from helpers.tiny_models import tiny_pair
 from pydantic import TypeAdapter, ValidationError
+from tiny_models import tiny_pair
 
 from hpd import Objective
 from hpd.config import load_recipe

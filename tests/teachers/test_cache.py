@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.cached_pairs import files_of, make_recipe
 from helpers.cached_trainers import batches_of, losses, trainer_of
-from helpers.tiny_models import tiny_model
+from tiny_models import tiny_model
 
 from hpd import METHODS
 from hpd.batch import TokenBatch

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cached_pairs import NUMBERS, make_recipe
 from helpers.cached_trainers import batches_of, losses, trainer_of
-from helpers.tiny_models import tiny_model
+from tiny_models import tiny_model
 
 from hpd.batch import TokenBatch
 from hpd.config import load_recipe

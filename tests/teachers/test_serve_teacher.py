@@ -17,10 +17,10 @@ import pytest
 import torch
 from helpers.servers import load_backend, served
 from helpers.sockets import ROWS, free_port, padded
-from helpers.tiny_models import ARCHITECTURES, tiny_model, tiny_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
+from tiny_models import ARCHITECTURES, tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import IGNORE_INDEX, TokenBatch, token_batch

@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers.servers import PromptServer, load_backend, served
 from helpers.sockets import free_port, padded
-from helpers.tiny_models import tiny_model, tiny_pair
+from tiny_models import tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import TeacherConfig, load_recipe

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import first_batch, make_trainer
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from hpd.http import TeacherUnavailable

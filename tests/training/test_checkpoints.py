@@ -7,8 +7,8 @@ import signal
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import make_trainer, rows, weights
+from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
 from hpd.training.checkpoints import (

@@ -5,9 +5,9 @@ import importlib.util
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import gradient, make_trainer, weights
 from peft import LoraConfig
+from tiny_models import tiny_pair
 
 
 @pytest.fixture(scope="module")

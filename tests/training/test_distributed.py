@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from helpers.distributed_checks import rows as counting_rows
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers.earlier_checkpoints import rewrite_as_earlier
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import _stop_at, make_trainer, rows, weights
+from tiny_models import tiny_pair
 
 from hpd.config.schema import GuardsConfig
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import make_trainer, rows
+from tiny_models import tiny_pair
 from torch.utils._python_dispatch import TorchDispatchMode
 
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from helpers.faults import left_behind, same
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from transformers import TrainerCallback
 
 from hpd.config import load_recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.faults import KINDS, disk, harass, left_behind, same, start
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 
 # What each group of features keeps beside weights and optimiser.
 FEATURES = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 from helpers.frames import way_to
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import first_batch, make_trainer, rows
+from tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app

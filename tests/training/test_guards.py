@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import make_trainer, rows
+from tiny_models import tiny_pair
 
 from hpd.config.schema import GuardsConfig, Thresholds
 from hpd.losses import Head, Scores

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import make_trainer, rows, weights
 from safetensors.torch import load_file
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hpd.config.schema import GuardsConfig

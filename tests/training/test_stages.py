@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.tiny_models import tiny_pair
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hpd.config import load_recipe

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers.tiny_models import tiny_pair
 from helpers.trainers import _stop_at, first_batch, gradient, make_trainer, rows, weights
 from peft import LoraConfig
+from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from hpd import TermConfig
