@@ -13,10 +13,29 @@ import hpd
 
 PACKAGE = Path(hpd.__file__).parent
 # A module imports from its own package and from those before it.
-RANKS = (
-    "files http progress batch objectives methods config losses models data generation teachers evaluate estimate "
-    "training generate demo experiments terminal cli __main__"
-).split()
+RANKS = [
+    "files",
+    "http",
+    "progress",
+    "batch",
+    "objectives",
+    "methods",
+    "config",
+    "losses",
+    "models",
+    "data",
+    "generation",
+    "teachers",
+    "evaluate",
+    "estimate",
+    "training",
+    "generate",
+    "demo",
+    "experiments",
+    "terminal",
+    "cli",
+    "__main__",
+]
 MODULES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")
 }

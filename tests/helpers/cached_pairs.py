@@ -11,7 +11,7 @@ from tiny_models import tiny_pair
 
 __all__ = ["THREADS", "files_of", "make_recipe", "write_here", "write_in_world"]
 
-# Of every process that writes a cache here: only at equal numbers of threads are the bytes promised to be equal.
+# Of every process that writes a cache here: the bytes are equal only where the numbers of threads are.
 THREADS = 1
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 

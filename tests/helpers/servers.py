@@ -110,7 +110,8 @@ class PromptServer:
             return self._json(
                 400,
                 {
-                    "error": f"Requested prompt logprobs of {wanted}, greater than max allowed {self.max_logprobs}"
+                    "error": f"Requested prompt logprobs of {wanted}, greater than max allowed "
+                    f"{self.max_logprobs}"
                 },
             )
         prompts = request.get("prompt", request.get("input_ids"))
