@@ -121,7 +121,7 @@ def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dic
         if head is not None and not overwrite:
             raise ValueError(
                 f"{part.path} holds completions of other settings, another model or other rows. Go on with "
-                "those, delete it, or start anew with --overwrite."
+                "those, delete it, or start again with --overwrite."
             )
         part.path.parent.mkdir(parents=True, exist_ok=True)
         part.write([identity])

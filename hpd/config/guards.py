@@ -44,16 +44,16 @@ class GuardsConfig:
     """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only
     if set: it multiplies both heads on every train.metric_stride-th position once more."""
     overlap_top_k: int = 16
-    """How many likeliest tokens support_overlap compares."""
+    """Number of likeliest tokens that support_overlap compares."""
     negative_divergence: Thresholds = Thresholds(warn=-1e-3)
     """Lowest KL of the logging step, in nats per token; below. A KL cannot be negative: its arithmetic went
     wrong."""
     non_finite: Literal["off", "warn", "stop", "skip"] = "stop"
-    """What a loss or gradient that is NaN or infinite does. stop and skip look at every step, before the
+    """Response to a loss or gradient that is NaN or infinite. stop and skip look at every step, before the
     optimiser: stop keeps the weights, saves a checkpoint and ends the run; skip leaves the step out. Both
     write the batch to nonfinite/. warn looks at the logged figures only, and so costs no synchronisation."""
     max_skipped_steps: int | None = None
-    """How many steps of the run skip may leave out before it stops; null: 10."""
+    """Steps of the run that skip may leave out before it stops; null: 10."""
 
     def __post_init__(self) -> None:
         most = self.max_skipped_steps

@@ -96,8 +96,8 @@ class DataConfig:
     applied).
     plain: text as it is. auto: as the rows are."""
     labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
-    """Which tokens are learnt. completion: the completion column (all text where there is none); assistant:
-    every assistant turn of `messages`; last_turn: only the last; all: prompt too."""
+    """The tokens that are learnt. completion: the completion column (all text where there is none);
+    assistant: every assistant turn of `messages`; last_turn: only the last; all: prompt too."""
     system_prompt: str | None = None
     """System message put before each conversation that has none."""
     limit: int | None = None
@@ -217,7 +217,7 @@ class GenerateConfig:
     max_new_tokens: int = 512
     """Longest completion, in tokens."""
     seed: int = 0
-    """Which draws."""
+    """Seed of the draws."""
     batch_size: int = 16
     """Prompts per forward; requests at once for a server have teacher.concurrency."""
     truncated: Literal["drop", "keep"] = "drop"
@@ -321,7 +321,7 @@ class Recipe:
     teacher: Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]
     """The model that is learnt from; a string is its path, or "self"."""
     data: DataConfig
-    """What both read."""
+    """The rows that both read."""
     method: str | None = None
     """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""
     method_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -331,7 +331,7 @@ class Recipe:
     prefixes: Prefixes | None = None
     """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
     rollouts: RolloutConfig | None = None
-    """How the student writes, where it does."""
+    """Settings of the student's own writing."""
     strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
     """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
@@ -345,13 +345,13 @@ class Recipe:
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as
     learning_rate."""
     eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
-    """What to run before and after training, and on the way: one task, or a list of them."""
+    """Tasks to run before and after training, and on the way: one task, or a list of them."""
     generate: GenerateConfig | None = None
-    """What `hpd generate` writes; null: its defaults."""
+    """Settings of `hpd generate`; null: its defaults."""
     output_dir: str = "runs/hpd"
     """The run folder: recipe, metrics, checkpoints, the trained student."""
     cache: CacheConfig | None = None
-    """What `hpd cache` writes of this recipe."""
+    """Settings of `hpd cache`."""
 
     def __post_init__(self) -> None:
         if not self.student.model.strip():

@@ -1,5 +1,5 @@
-"""How far a student's distribution is from its teacher's: on the texts of a data set, and on what the student
-writes itself.
+"""The distance of a student's distribution is from its teacher's: on the texts of a data set, and on what the
+student writes itself.
 
 In formulas p is the teacher, q the student; nats, means over label tokens. Axes: S resamples, R rows.
 """
@@ -53,14 +53,14 @@ METRICS: dict[str, Metric] = {
     "repetition": Metric("repeated and distinct n-grams, longest loop"),
     "length": Metric("tokens per answer, share of answers cut at the limit"),
 }
-"""What `--metrics` takes."""
+"""Values of `--metrics`."""
 
 TEXTS = ("dataset", "student")
 """The data set's completions (the teacher's, where it wrote them), and the student's own from the same
 prompts."""
 
 WRITING = GenerationSettings(temperature=1.0, max_new_tokens=256)
-"""How the student writes where nothing else is said."""
+"""Default settings of the student's own text."""
 
 _GAPS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "overlap", "top1_agreement")
 

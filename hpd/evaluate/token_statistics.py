@@ -1,4 +1,4 @@
-"""What two models say at every label position of some texts, without keeping `[N, V]`; summed per row.
+"""Statistics of two models at every label position of some texts, without keeping `[N, V]`; summed per row.
 
 Axes: B rows of a batch, T tokens, N label positions, C positions of a chunk, V common vocabulary, R rows.
 """

@@ -98,7 +98,7 @@ def open_manifest(
             if known["fingerprints"].get(name) != digest
         )
         raise ValueError(
-            f"Files have changed since the experiment began: {', '.join(changed)}. Start anew in another "
+            f"Files have changed since the experiment began: {', '.join(changed)}. Start again in another "
             "output_dir."
         )
     return known

@@ -26,7 +26,7 @@ __all__ = ["Draw", "Sampling", "warpers"]
 
 
 class Sampling(NamedTuple):
-    """How the tokens of a batch are drawn."""
+    """Settings of the draws of a batch."""
 
     uniforms: Float[Tensor, "B steps"]
     """Numbers in [0, 1), float64: the randomness of each prompt's draws."""

@@ -8,7 +8,7 @@ __all__ = ["GREEDY", "GenerationSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How answers are written. What the checkpoint's own generation config says about decoding is ignored."""
+    """Settings of decoding. Those of the checkpoint's own generation config are ignored."""
 
     max_new_tokens: int = 512
     """Longest answer, in tokens; longer ones are cut. The model's context can be a lower limit

@@ -26,7 +26,7 @@ class SourcePart(NamedTuple):
     """Positions of one writer and the terms that learn from them in one call."""
 
     positions: Int[Tensor, "n"] | None
-    """Which of the N; None: all."""
+    """Indices among the N; None: all."""
     terms: tuple[Term, ...]
     given: bool
     """True if their draws are the labels."""

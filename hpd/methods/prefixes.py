@@ -35,7 +35,7 @@ class Prefixes:
     """The student continues a dataset completion for n tokens from a random cut; null: it writes whole
     completions."""
     adaptive_step: float = 0.1
-    """How much an adaptive share rises at once."""
+    """Step by which an adaptive share rises."""
     adaptive_margin: float = 0.1
     """By how much the validation loss must exceed its last reference, in the loss's unit, for an adaptive
     share to rise."""

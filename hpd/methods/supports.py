@@ -45,7 +45,7 @@ class Columns(NamedTuple):
     teacher_logprobs: Float[Tensor, "N K"]
     student_logprobs: Float[Tensor, "N K"]
     tokens: Int[Tensor, "N Kt"] | None
-    """Which tokens they are; None when they are the whole vocabulary in order. A bucket is the column after
+    """Their token ids; None when they are the whole vocabulary in order. A bucket is the column after
     the last."""
     coefficients: Float[Tensor, "N K"] | None
     """None when they are all one."""

@@ -32,9 +32,9 @@ class Method:
     prefixes: Prefixes = Prefixes(dataset=1.0)
     """Where its contexts come from."""
     rollouts: RolloutConfig | None = None
-    """How the student writes, where it does; null: the defaults."""
+    """Settings of the student's own writing; null: the defaults."""
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    """How its weights meet the gradient."""
+    """The way its weights meet the gradient."""
 
 
 def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:

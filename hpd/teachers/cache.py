@@ -49,7 +49,7 @@ TEACHER = "teacher"
 
 _REPAIR = (
     "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
-    "rest anew."
+    "rest again."
 )
 
 Places: TypeAlias = npt.NDArray[np.int64]
@@ -185,7 +185,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
     if about["format"] != FORMAT:
         raise ValueError(
             f"The cache {folder} has format {about['format']}, this version of hpd reads {FORMAT}: write it "
-            "anew."
+            "again."
         )
     for name, expected in {**about["files"], **{shard["file"]: shard for shard in about["shards"]}}.items():
         file = folder / name

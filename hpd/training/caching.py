@@ -59,7 +59,7 @@ __all__ = ["CacheSummary", "write_cache"]
 
 
 class CacheSummary(NamedTuple):
-    """What was written."""
+    """Counts of what was written."""
 
     path: Path
     positions: int
@@ -177,7 +177,7 @@ def _rows_trainer(planned: Plan) -> DistillTrainer:
 
 
 def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any]:
-    """What this cache is: kept in plan.json while it is written, and in cache.json."""
+    """The identity of this cache: kept in plan.json while it is written, and in cache.json."""
     recipe = planned.recipe
     teacher = recipe.student if recipe.teacher.type == "self" else recipe.teacher
     fingerprint = {
@@ -328,7 +328,7 @@ def _batches(mine: range, group: list[range], size: int, lockstep: bool) -> Iter
 def _answers(
     teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: Any, chosen: range
 ) -> TeacherAnswer:
-    """What the teacher says of the stored positions of some rows."""
+    """The teacher's answers at the stored positions of some rows."""
     collated = trainer.data_collator([rows[int(layout.rows[i])] for i in chosen])
     mask = torch.from_numpy(np.concatenate([layout.masks[i] for i in chosen]))
     inputs: Any = trainer._prepare_inputs(collated)

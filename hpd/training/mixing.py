@@ -262,7 +262,7 @@ class PrefixMixer:
         return sums
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold on every process."""
+        """State that a checkpoint must hold on every process."""
         return {
             "replay": None if self.replay is None else self.replay.state_dict(),
             "current": self._current if self._num_updates > 1 else None,
@@ -363,7 +363,7 @@ class ReplayBuffer:
         return self._stored[int(uniform * len(self._stored))]
 
     def state_dict(self) -> list[tuple[dict[str, list[Any]], int]]:
-        """What a checkpoint must hold."""
+        """State that a checkpoint must hold."""
         return [(stored.row, stored.step) for stored in self._stored]
 
     def load_state_dict(self, state: Iterable[tuple[dict[str, list[Any]], int]]) -> None:

@@ -138,7 +138,7 @@ class NonFiniteWatch:
         return NonFiniteFinding(*flags, skip=skip, skipped_steps=self.skipped_steps + skip)
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint must hold; the same on all processes."""
+        """State that a checkpoint must hold; the same on all processes."""
         return {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

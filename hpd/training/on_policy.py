@@ -40,7 +40,7 @@ _SUMS = (
 
 
 class StepState:
-    """What an optimiser step keeps beside the model: rollouts, and the frozen part of repeated updates.
+    """The state of an optimiser step beside the model: rollouts, and the frozen part of repeated updates.
 
     Args:
         regime: prefixes, rollouts and strategy.
@@ -186,7 +186,7 @@ class StepState:
         return rollout_metrics(totals, self._regime.prefixes.continue_tokens is None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later step reads and a checkpoint must hold on every process."""
+        """State that a later step reads and a checkpoint must hold on every process."""
         return {
             "frozen": list(self._frozen) if self._regime.strategy.updates > 1 else [],
             "rows": None if self.mixer is None else self.mixer.state_dict(),

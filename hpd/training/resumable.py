@@ -62,11 +62,11 @@ class Resumable(Trainer):
     stop_reason: str | None = None
     """Why training was told to stop."""
     stateful: Mapping[str, Stateful] = {}
-    """What a checkpoint holds beside what transformers keeps, by name."""
+    """State that a checkpoint holds beside transformers' own, by name."""
     needs_own_state: bool = False
     """True if a process cannot go on without the state that it had itself."""
     _window: Mapping[str, Any] | None = None
-    """What the resumed checkpoint says of the log that comes next, until training begins."""
+    """Entries of the resumed checkpoint for the next log, until training begins."""
     _unfinished: dict[str, Any] | None = None
     """The evaluation that runs: what it consists of, and the state before it."""
     _to_repeat: dict[str, Any] | None = None
@@ -77,7 +77,7 @@ class Resumable(Trainer):
     """The step after which an epoch was last ended: evaluated, logged and saved, as far as its strategies
     say."""
     _to_end: bool = False
-    """Whether the resumed checkpoint was saved behind the last step of an epoch that had not ended yet."""
+    """True if the resumed checkpoint was saved behind the last step of an epoch that had not ended yet."""
     _random: dict[str, Any] | None = None
     """Random numbers after what was caught up with before the first step."""
     _follow: TrainerCallback | None = None
@@ -250,7 +250,8 @@ class Resumable(Trainer):
         self._random = get_random()
 
     def _end_epoch(self) -> None:
-        """What the Trainer does behind the last step of an epoch, and skips where it goes on from there."""
+        """Do what the Trainer does behind the last step of an epoch, and skips where it goes on from
+        there."""
         self._to_end = False
         step = self.last_step or {}
         model: Any = self.model

@@ -131,7 +131,7 @@ def _likeliest(answer: TeacherAnswer, k: int, dtype: torch.dtype) -> dict[str, T
 
 
 class Layout(NamedTuple):
-    """Which rows and positions go where."""
+    """The place of every row and position."""
 
     rows: npt.NDArray[np.int64]
     """Numbers of the rows with something new, shard after shard."""

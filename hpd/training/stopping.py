@@ -1,4 +1,5 @@
-"""How a run ends before its end: whatever stopped it, its user learns what is kept and how to go on."""
+"""The end of a run before its last step: whatever stopped it, its user learns what is kept and how to go
+on."""
 
 from __future__ import annotations
 

@@ -11,21 +11,24 @@ __all__ = ["ALLOWED_SKIPS", "UnlistedSkips", "fail_on_unlisted_skips"]
 
 _DATA = "no shared/ folder"
 _EVALUATE = "tests/evaluate"
+_MATH = f"{_EVALUATE}/test_eval_math.py"
 ALLOWED_SKIPS = {
     # Public benchmarks, which are not in the repository.
     f"{_EVALUATE}/test_eval_code.py::test_reference_solutions_pass": _DATA,
     f"{_EVALUATE}/test_eval_code.py::test_all_reference_solutions_pass": _DATA,
     f"{_EVALUATE}/test_eval_code.py::test_stubs_fail": _DATA,
     f"{_EVALUATE}/test_eval_dialogue.py::test_public_files": _DATA,
-    f"{_EVALUATE}/test_eval_math.py::test_files_of_the_reference_evaluation_repeat_problems_as_samples": _DATA,
-    f"{_EVALUATE}/test_eval_math.py::test_gsm8k_verdicts_of_stored_model_samples": _DATA,
-    f"{_EVALUATE}/test_eval_math.py::test_boxed_references_are_right_and_those_of_the_next_problem_are_not": _DATA,
+    f"{_MATH}::test_files_of_the_reference_evaluation_repeat_problems_as_samples": _DATA,
+    f"{_MATH}::test_gsm8k_verdicts_of_stored_model_samples": _DATA,
+    f"{_MATH}::test_boxed_references_are_right_and_those_of_the_next_problem_are_not": _DATA,
     f"{_EVALUATE}/test_evaluate.py::test_gsm8k_grades_its_own_solutions": _DATA,
     f"{_EVALUATE}/test_evaluate.py::test_math500_references_are_taken_as_a_whole": _DATA,
     f"{_EVALUATE}/test_judge.py::test_the_public_files_load": _DATA,
     # Optional packages: of gigabytes, or made for accelerators.
     "tests/training/test_combinations.py::test_optimisers_of_the_trainer_train": "which is not installed",
-    f"{_EVALUATE}/test_evaluate_command.py::test_lm_eval_runs_a_local_task_on_our_checkpoint": "could not import 'lm_eval'",
+    f"{_EVALUATE}/test_evaluate_command.py::test_lm_eval_runs_a_local_task_on_our_checkpoint": (
+        "could not import 'lm_eval'"
+    ),
     "tests/experiments/test_report.py::test_trackers_come_from_the_trainer": "pip install tensorboard",
     # What an unprivileged container or user may not do.
     f"{_EVALUATE}/test_sandbox.py::test_scratch_folder": "files need namespaces",

@@ -262,8 +262,9 @@ def test_unequal_vocabularies_are_refused_or_cut(pair, tmp_path, tmp_path_factor
     assert 0.0 < trainer.state.log_history[0]["teacher_mass_outside"] < 1.0
 
 
-# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here. One or two threads
-# and instruction sets from SSE to AVX-512 move a loss by up to 3e-6 of itself, and the figures are rounded to
+# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here. One or two
+# threads and instruction sets from SSE to AVX-512 move a loss by up to 3e-6 of itself, and the figures are
+# rounded to
 # 1.3e-5.
 GOLDEN = [
     4.7605,

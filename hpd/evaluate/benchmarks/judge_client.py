@@ -28,7 +28,7 @@ _PATH = "/chat/completions"
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """Which judge, and how it is asked."""
+    """A judge, and the way it is asked."""
 
     url: str
     """Base of an OpenAI-compatible API, such as http://localhost:8000/v1; or the whole address of its chat
@@ -52,7 +52,7 @@ class JudgeSettings:
     backoff_seconds: float = 1.0
     """First wait before a retry, doubled each time; a Retry-After of the server goes before it."""
     max_asks: int = 3
-    """How often the judge is asked for one verdict; each time it is told that its last reply held none."""
+    """Most requests for one verdict; each time it is told that its last reply held none."""
     cache: Path | None = None
     """File of replies; None: a file per judge in the user's cache folder."""
     price_in: float | None = None

@@ -1,4 +1,4 @@
-"""What judges are asked, and how their verdicts are read."""
+"""Prompts for judges, and the reading of their verdicts."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ LABELS: dict[str, float] = {
     "C": 0.5,
     "TIE": 0.5,
 }
-"""What a judge writes between double brackets -> score of the answer that it saw first."""
+"""Text that a judge writes between double brackets -> score of the answer that it saw first."""
 
 STYLE_FEATURES = ("length", "headers", "lists", "bold")
 

@@ -1,4 +1,5 @@
-"""What a sandboxed process gives up, in order: namespaces, limits, privileges, system calls.
+"""The steps by which a sandboxed process gives up its rights, in order: namespaces, limits, privileges,
+system calls.
 
 Runs inside the sandbox before any untrusted line, so it imports the standard library only. Each step raises
 OSError where the system refuses it. Linux only; the manual pages are namespaces(7), pivot_root(2),

@@ -1,4 +1,4 @@
-"""What the sandbox takes and gives: limits, levels of isolation, programs with their tests, outcomes."""
+"""Inputs and outputs of the sandbox: limits, levels of isolation, programs with their tests, outcomes."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias

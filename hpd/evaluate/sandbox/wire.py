@@ -1,4 +1,4 @@
-"""What two sandboxed processes say to each other: plain data as JSON, everything else by reference.
+"""Messages between two sandboxed processes: plain data as JSON, everything else by reference.
 
 Runs inside the sandbox, so it imports the standard library only. Nothing received is ever executed or
 unpickled: `decode` builds exact built-in types, so a value of the program cannot bring an `__eq__` of its own

@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """How one family of servers is asked."""
+    """Requests and responses of one family of servers."""
 
     path: str
     request: Callable[[str | None, list[list[int]], int, bool], dict[str, Any]]

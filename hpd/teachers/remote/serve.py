@@ -45,7 +45,7 @@ class ServeSettings(NamedTuple):
     host: str = "127.0.0.1"
     port: int = 8765
     token: str | None = None
-    """What clients must show as a bearer token; None only on loopback."""
+    """The bearer token that clients must send; None only on loopback."""
     max_waiting: int = 64
     """Requests that wait or run; one more gets 503 with Retry-After."""
     max_request_tokens: int = 65536

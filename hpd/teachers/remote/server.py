@@ -52,7 +52,7 @@ class Client(Protocol):
     max_row_tokens: int
     max_request_tokens: int
     fingerprint: str | None
-    """Which weights answer, where the server says so."""
+    """Fingerprint of the weights that answer, where the server tells it."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -135,7 +135,7 @@ class ServedTeacher(RemoteTeacher):
 
     @property
     def fingerprint(self) -> str | None:
-        """Which weights answer, where the server says so."""
+        """Fingerprint of the weights that answer, where the server tells it."""
         return self._client.fingerprint
 
     def check_rows(self, max_length: int | None) -> None:
