@@ -1,8 +1,6 @@
-"""What each kind of cache costs and loses: bytes per label position, error of log p, share of HPD's branches
-that change.
+"""Cost and loss of each kind of cache: bytes per position, error of log p, branches of HPD that change.
 
-    python benchmarks/cache.py recipes/gsm8k_smollm2.yaml data.path=train.jsonl.gz data.limit=60 [--folder
-    FOLDER]
+    python benchmarks/cache.py RECIPE data.path=train.jsonl.gz data.limit=60 [--folder FOLDER]
 
 The teacher is asked once, into a float32 cache; every other kind is written from that one. Errors are those
 of log p, in nats, at the labels and at one token drawn from the student at each position. HPD looks at the

@@ -1,5 +1,4 @@
-"""Seconds from the start of the process to the first logged step, with a cached teacher and with the live
-one.
+"""Seconds from the start of the process to the first logged step, with a cached and with a live teacher.
 
     python benchmarks/cache_start.py [--gigabytes 1] [--repeats 3]
 

@@ -1,9 +1,7 @@
-"""How the operator's time grows with label positions, vocabulary, hidden size and chunk size: a table and a
-plot of each.
+"""Growth of the operator's time with label positions, vocabulary, hidden size and chunk size.
 
     python benchmarks/growth.py [--axes tokens,vocabulary,hidden,chunk] [--repeats 3] [--json | --check]
-    python benchmarks/growth.py --docs    # plots and tables of docs/performance.md from the stored result;
-    measures nothing
+    python benchmarks/growth.py --docs    # docs/performance.md from the stored result, nothing measured
 
 HPD and forward KL beside TRL's operator, our reference and the bare products; forward and backward; medians.
 One axis moves at a time from the middle shape.
@@ -44,10 +42,10 @@ def candidates(point: dict[str, int]) -> dict[str, Callable[[], None]]:
     )
     return {
         "bare products": problem.floor,
-        "hpd": problem.ours("hpd"),
-        "forward_kl": problem.ours("forward_kl"),
+        "hpd": problem.operator("hpd"),
+        "forward_kl": problem.operator("forward_kl"),
         "TRL forward KL": problem.trl(0.0),
-        "reference forward_kl": problem.ours("forward_kl", "reference"),
+        "reference forward_kl": problem.operator("forward_kl", "reference"),
     }
 
 

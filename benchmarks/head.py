@@ -1,8 +1,7 @@
 """Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
 
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
-    python benchmarks/head.py --docs      # docs/performance.md's table from the stored result; measures
-    nothing
+    python benchmarks/head.py --docs    # docs/performance.md from the stored result, nothing measured
 
 The floor is the products that no method can do without, in the same chunks: three with the student's head
 (logits, gradient of the hidden states, gradient of the head), one with the teacher's. Run it on an idle
@@ -22,9 +21,9 @@ from torch import Tensor
 from hpd import DistillConfig
 from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.losses.chunked import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
-from hpd.methods import METHODS, build_terms
+from hpd.losses.products import chunk_rows
+from hpd.methods import METHODS, method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
 SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
@@ -67,8 +66,8 @@ class Problem:
             else:
                 grad_weight.addmm_(student.T, hidden[chunk])
 
-    def ours(self, method: str, impl: str = "chunked") -> Callable[[], None]:
-        terms = build_terms(method, {})
+    def operator(self, method: str, impl: str = "chunked") -> Callable[[], None]:
+        terms = name_terms(method_terms(method, {}))
 
         def run() -> None:
             self.hidden.grad = self.weight.grad = None
@@ -106,11 +105,11 @@ def measure(
     problem = Problem(SHAPES[shape])
     candidates: dict[str, Callable[[], None]] = {
         "floor": problem.floor,
-        **{m: problem.ours(m) for m in methods},
+        **{m: problem.operator(m) for m in methods},
     }
     if peers:
         candidates |= {name: problem.trl(beta) for name, beta in TRL.items()}
-        candidates["reference forward_kl"] = problem.ours("forward_kl", "reference")
+        candidates["reference forward_kl"] = problem.operator("forward_kl", "reference")
     seconds = interleaved(candidates, repeats)
     return ratios(seconds, "floor"), seconds
 

@@ -1,9 +1,7 @@
-"""Memory that the loss operator takes beside its inputs, forward and backward, for each method; peers in the
-same table.
+"""Memory of the loss operator beside its inputs, forward and backward, for each method and its peers.
 
     python benchmarks/memory.py [--shape a] [--methods hpd,akl] [--json | --check]
-    python benchmarks/memory.py --docs    # docs/performance.md's table from the stored result; measures
-    nothing
+    python benchmarks/memory.py --docs    # docs/performance.md from the stored result, nothing measured
 
 The bound is what the operator must hold: gradients of head and hidden states, and two chunks of logits.
 `allocated` adds up the tensors that are alive, as an accelerator's allocator would; `resident` is the growth
@@ -23,7 +21,7 @@ import torch
 from head import SHAPES, TRL, Problem
 from timing import machine, replace_block, resident_mib, store_or_check, stored, table
 
-from hpd.estimate.memory import LiveBytes
+from hpd.estimate.live_bytes import LiveBytes
 from hpd.losses.chunked import _cpu_scratch
 from hpd.methods import METHODS
 
@@ -46,7 +44,7 @@ def measure(name: str, shape: str) -> tuple[float, float]:
         if name == PRODUCTS
         else problem.trl(TRL[name])
         if name in TRL
-        else problem.ours(*name.split(" "))
+        else problem.operator(*name.split(" "))
     )
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak

@@ -1,8 +1,7 @@
-"""From offline to on-policy on the demo's task: recipes/regimes/*.yaml, one after the other, as a table and a
-picture.
+"""From offline to on-policy on the demo's task: recipes/regimes/*.yaml one by one, as a table and a picture.
 
-    python benchmarks/regimes.py --steps 300          # runs, writes benchmarks/results/regimes.json, prints,
-    draws python benchmarks/regimes.py --draw               # only table and picture, from the json
+    python benchmarks/regimes.py --steps 300    # runs, writes benchmarks/results/regimes.json, prints, draws
+    python benchmarks/regimes.py --draw         # only table and picture, from the json
 
 Cost is the processor time of the training loop (all threads, generation and teacher included; evaluation and
 imports are not), which other work on the machine moves less than wall time.

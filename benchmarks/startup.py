@@ -1,9 +1,7 @@
-"""Seconds from the start of the process to the first logged step: `hpd train` beside a script with TRL's
-SFTTrainer.
+"""Seconds from the start of the process to the first logged step: `hpd train` beside TRL's SFTTrainer.
 
     python benchmarks/startup.py [--repeats 5] [--json | --check]
-    python benchmarks/startup.py --docs   # docs/performance.md's table from the stored result; measures
-    nothing
+    python benchmarks/startup.py --docs    # docs/performance.md from the stored result, nothing measured
 
 The same tiny student, rows, tokenizer and step for both; `hpd train` also reads a recipe, compares the pair,
 loads a teacher. Both find the rows tokenised, as from the second start on: one pair of runs before is not
@@ -62,7 +60,7 @@ trainer.train()
 def prepare(folder: Path) -> None:
     """A tiny pair, rows, a recipe and the script."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_models import tiny_pair
+    from helpers.tiny_models import tiny_pair
 
     tiny_pair("llama", folder)
     rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(64)]

@@ -1,9 +1,9 @@
 """Time and peak memory of a whole training step: HPD with a live teacher beside TRL's SFTTrainer on the
 student alone.
 
-    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--json | --check]
-    [--memory] python benchmarks/step.py --docs      # docs/performance.md's table from the stored result;
-    measures nothing
+    python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--memory]
+        [--json | --check]
+    python benchmarks/step.py --docs    # docs/performance.md from the stored result, nothing measured
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three
 quarters of them labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
@@ -113,7 +113,7 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
 def cached_teacher(folder: Path) -> CachedTeacher:
     """A float32 hidden cache of the rows: the teacher's shape, random numbers."""
     collator = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
-    keys = torch.cat([batch.keys for _, batch in collator.rows(rows())])
+    keys = torch.cat([keys for _, keys in collator.rows(rows())])
     generator = torch.Generator().manual_seed(1)
     shard = {
         "hidden": torch.randn(len(keys), SHAPE["hidden_size"], generator=generator),

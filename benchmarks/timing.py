@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's description, tables, and stored ratios."""
+"""Shared by the benchmarks: interleaved timing, the machine's description, tables, and stored ratios."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def spread(values: list[float], factor: float = 1.0, digits: int = 2) -> list[st
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to place the numbers."""
+    """The machine, as far as a reader needs it to place the numbers."""
     model = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -93,7 +93,7 @@ def replace_block(name: str, text: str) -> None:
 
 
 def stored(name: str) -> dict[str, Any]:
-    """What a benchmark stored with --json."""
+    """The result that a benchmark stored with --json."""
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         sys.exit(f"{path} does not exist: measure first, with --json.")

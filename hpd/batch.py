@@ -35,8 +35,7 @@ class TokenBatch(NamedTuple):
     labels: Int[Tensor, "N"]
     """That next token."""
     keys: Int[Tensor, "N"]
-    """A number that names the position by the content of its row and its place in it, whatever the packing or
-    padding."""
+    """A hash of the content of the position's row and its place in it, whatever the packing or padding."""
     dropped: Int[Tensor, ""]
     """Labels taken out because the common vocabulary does not hold them."""
     rows: Int[Tensor, "N"] | None = None
@@ -44,12 +43,11 @@ class TokenBatch(NamedTuple):
     row_lengths: Int[Tensor, "R"] | None = None
     """Label positions of each such row."""
     by_dataset: Int[Tensor, "D"] | None = None
-    """Those of the N positions whose label the dataset holds; found beside the data, so that nothing waits
-    for the device."""
+    """Positions whose label the dataset holds; found beside the data: nothing waits for the device."""
     by_student: Int[Tensor, "S"] | None = None
     """Those whose label the student wrote."""
-    behaviour: Float[Tensor, "N"] | None = None
-    """Log-probability of the label, in nats, for whoever wrote it; NaN where that is not known."""
+    behavior_logprobs: Float[Tensor, "N"] | None = None
+    """Log-probability of the label, in nats, under the behavior policy that wrote it; NaN: not known."""
 
     def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
         """Some positions of a batch whose rows are all the dataset's."""
@@ -65,8 +63,7 @@ class TokenBatch(NamedTuple):
 
     @classmethod
     def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
-        """Take the fields that `DistillCollator` put into a batch out of it again; the model's own inputs
-        remain."""
+        """Take the fields of `DistillCollator` out of a batch again; the model's own inputs remain."""
         optional = {field: inputs.pop(f"label_{field}", None) for field in cls._field_defaults}
         return cls(
             *(inputs.pop(f"label_{field}") for field in cls._fields if field not in optional), **optional
@@ -77,7 +74,7 @@ def token_batch(
     inputs: Mapping[str, Tensor],
     vocab: int | None = None,
     sources: Int[Tensor, "B T"] | None = None,
-    behaviour: Float[Tensor, "B T"] | None = None,
+    behavior_logprobs: Float[Tensor, "B T"] | None = None,
 ) -> TokenBatch:
     """Find the label positions of a collated batch.
 
@@ -86,7 +83,7 @@ def token_batch(
             and `attention_mask` (padded) or `position_ids` (padding-free: a zero starts a new row).
         vocab: tokens that both models have; labels beyond are dropped and counted.
         sources: who wrote each token, DATASET or STUDENT; None: the dataset all of them.
-        behaviour: log-probability of each token for whoever wrote it.
+        behavior_logprobs: log-probability of each token under the policy that wrote it.
     """
     input_ids, labels = inputs["input_ids"], inputs["labels"]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -114,7 +111,7 @@ def token_batch(
         lengths,
         (source == DATASET).nonzero().flatten(),
         (source == STUDENT).nonzero().flatten(),
-        None if behaviour is None else behaviour.flatten()[index + 1],
+        None if behavior_logprobs is None else behavior_logprobs.flatten()[index + 1],
     )
 
 
@@ -128,7 +125,7 @@ def _segments(input_ids: Tensor, positions: Tensor) -> Int[Tensor, "BT"]:
 def _row_keys(
     input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None, segment: Int[Tensor, "BT"]
 ) -> Int[Tensor, "B T"]:
-    """A 64-bit key per position: hash of the whole row's tokens, then of the place in it."""
+    """64-bit keys: a hash of the whole row's tokens, then of the place in it."""
     tokens = _mix(input_ids.long() * _GOLDEN + positions.long() * _MIX_1)
     if attention_mask is not None:
         tokens = tokens * attention_mask
@@ -137,7 +134,7 @@ def _row_keys(
 
 
 def uniforms(keys: Int[Tensor, "N"], *, seed: int, step: int, count: int) -> Float[Tensor, "N count"]:
-    """Numbers in [0, 1) that depend on (seed, optimiser step, row, position, draw) and on nothing else.
+    """Uniforms in [0, 1) that depend on (seed, optimiser step, row, position, draw) and on nothing else.
 
     So draws are the same whatever the chunk size, packing, padding, number of processes, or point of
     resumption. Counter based (splitmix64), float64: 53 random bits.
@@ -157,12 +154,11 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class DistillCollator:
-    """Wraps a collator: adds the `TokenBatch`, computed beside the data (no device synchronisation in the
-    step).
+    """A collator that adds the `TokenBatch`, computed beside the data: no device synchronisation in the step.
 
     The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss
-    sums. Examples may say token by token who wrote them (`sources`) and how likely the writer found them
-    (`behaviour`).
+    sums. Examples may say token by token who wrote them (`sources`) and how likely that policy found them
+    (`behavior_logprobs`).
 
     Args:
         inner: what pads or flattens the rows.
@@ -193,13 +189,12 @@ class DistillCollator:
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
         inputs = self.inner(examples)
-        sources, behaviour = (
-            _laid_out(inputs["input_ids"], [example[name] for example in examples])
+        by_token = {
+            name: _laid_out(inputs["input_ids"], [example[name] for example in examples])
+            for name in ("sources", "behavior_logprobs")
             if name in examples[0]
-            else None
-            for name in ("sources", "behaviour")
-        )
-        batch = token_batch(inputs, self.vocab, sources, behaviour)
+        }
+        batch = token_batch(inputs, self.vocab, **by_token)
         labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
         labels[batch.index + 1] = batch.labels
         inputs["labels"] = labels.view_as(inputs["labels"])
@@ -213,9 +208,8 @@ class DistillCollator:
 
 
 def _laid_out(input_ids: Int[Tensor, "B T"], values: list[list[Any]]) -> Tensor:
-    """Numbers of each token in the layout of the collated rows: one row each, or all in one
-    (padding-free)."""
-    lines = values if len(values) == len(input_ids) else [[number for row in values for number in row]]
+    """Values of each token in the layout of the collated rows: one row each, or all in one (padding-free)."""
+    lines = values if len(values) == len(input_ids) else [[value for row in values for value in row]]
     flat = [torch.tensor(line) for line in lines]
     out = torch.zeros(input_ids.shape, dtype=flat[0].dtype)
     for line, row in zip(out, flat, strict=True):

@@ -1,18 +1,16 @@
-"""The command line: every command is one call into the package."""
+"""The command line: the options of every command, each of which is one call into the package."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hpd import __version__
+from hpd.terminal.errors import user_errors as _user_errors
+from hpd.terminal.eval_options import EvalOptions, with_options
 
 app = typer.Typer(
     help="Distil language models: HPD and every other method as one row of one table.",
@@ -30,12 +28,9 @@ Overrides = Annotated[
         metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Prompts generated at once.", min=1)]
-
-
-_TRY_AGAIN = (
-    75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later
-)
+Allow = Annotated[
+    str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
+]
 
 
 def _version(shown: bool) -> None:
@@ -52,45 +47,6 @@ def _root(
 ) -> None: ...
 
 
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """A mistake in the input is one paragraph and exit code 2; HPD_DEBUG=1 shows where it was raised."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("HPD_DEBUG"):
-            raise
-        _complain("error", str(error) if str(error) else type(error).__name__)
-        raise typer.Exit(2) from None
-    except RuntimeError as error:
-        # By name: importing the classes would load transformers for every command.
-        if type(error).__name__ not in ("RunStopped", "TeacherUnavailable") or os.environ.get("HPD_DEBUG"):
-            raise
-        words = [word for word in sys.argv[1:] if word != "--overwrite"]
-        again = shlex.join(["hpd", *words, *getattr(error, "overrides", ())])
-        _complain("stopped", f"{error} Go on with: {again}")
-        raise typer.Exit(_TRY_AGAIN) from None
-
-
-def _complain(kind: str, text: str) -> None:
-    from rich.console import Console
-
-    from hpd.config.secrets import redact
-
-    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a
-    # stranger's.
-    text = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
-    )
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {_escape(text)}", highlight=False)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 @app.command()
 def train(
     recipe: RecipeFile,
@@ -105,28 +61,9 @@ def train(
     """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last
     checkpoint."""
     with _user_errors():
-        from hpd.config.load import load_recipe
+        from hpd.terminal.training import run_train
 
-        loaded = load_recipe(recipe, overrides or ())
-        if dry_run:
-            _dry_run(loaded)
-            return
-        from hpd.terminal.training import show_summary, train_with_display
-
-        show_summary(loaded, train_with_display(loaded, overwrite=overwrite))
-
-
-def _dry_run(recipe: Any) -> None:
-    import yaml
-
-    from hpd.config.check import resolve
-    from hpd.terminal.console import show_verdicts
-    from hpd.training.plan import plan
-
-    planned = plan(recipe)
-    typer.echo(yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True), nl=False)
-    show_verdicts(planned.verdicts)
-    planned.require_sound()
+        run_train(recipe, overrides or (), dry_run, overwrite)
 
 
 @app.command()
@@ -148,10 +85,9 @@ def doctor(
     """Show what a recipe will load, whether the pair fits, how long the rows are, and what a step needs and
     the run costs."""
     with _user_errors():
-        from hpd.config.load import load_recipe
-        from hpd.terminal.doctor import diagnose
+        from hpd.terminal.doctor import run_doctor
 
-        if not diagnose(load_recipe(recipe, overrides or ()), memory, devices, tflops):
+        if not run_doctor(recipe, overrides or (), memory, devices, tflops):
             raise typer.Exit(1)
 
 
@@ -166,118 +102,19 @@ def cache(
     """Ask the teacher about every label position of a recipe's rows once and write its answers to
     cache.path."""
     with _user_errors():
-        from hpd.config.load import load_recipe
-        from hpd.terminal.training import cache_with_display
+        from hpd.terminal.training import run_cache
 
-        cache_with_display(load_recipe(recipe, overrides or ()), overwrite)
+        run_cache(recipe, overrides or (), overwrite)
 
 
 @app.command(name="eval")
-def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Folders or Hub ids; compared with the first.", show_default=False
-        ),
-    ],
-    tasks: Annotated[
-        str,
-        typer.Option(
-            "--tasks", "--task", "-t", help="Names with commas between them; name=FILE gives a task its file."
-        ),
-    ] = "exact-match",
-    data: Annotated[
-        Path | None,
-        typer.Option(help="A file, or a folder with one subfolder per task; without it, the Hub."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="First n problems of each task only.", min=1)] = None,
-    limit_seed: Annotated[
-        int | None, typer.Option(help="Draw the n problems with this seed instead.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 8 or 32 samples.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Answers per problem.", min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens; 0 is all.", min=0)] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0,
-    chat_template: Annotated[str | None, typer.Option(help="auto, never or always.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help='Instead of the task\'s; "" is none.')] = None,
-    few_shot: Annotated[
-        int, typer.Option(help="Worked examples in a plain-text prompt; 0 is none.", min=0)
-    ] = 0,
-    few_shot_data: Annotated[
-        Path | None, typer.Option(help="Their file; without it, the task's training file.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", help="A task's option: name=value, or task.name=value."),
-    ] = None,
-    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint of the judge.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
-    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
-    tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share a model.", min=1)] = 1,
-    batch_size: BatchSize = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of evals.json and every answer; resumes there.")
-    ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(help="Instead of tasks: kl,entropy,... on the texts of --data.")
-    ] = None,
-    metrics_on: Annotated[
-        str | None, typer.Option(help="Texts of --metrics: dataset, student or both (default).")
-    ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Model that --metrics compares with.")] = None,
-    vocabulary: Annotated[
-        str | None, typer.Option(help="Unequal heads: error (default) or shared_prefix.")
-    ] = None,
-    harness: Annotated[
-        str | None, typer.Option(help="lm-eval: run its --tasks with its own grading.")
-    ] = None,
-) -> None:
+@with_options(EvalOptions)
+def evaluate(options: EvalOptions) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
     with _user_errors():
-        generation = {
-            "num_samples": samples,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "chat_template": chat_template,
-            "system_prompt": system_prompt,
-            "batch_size": batch_size,
-        }
         from hpd.terminal.evaluation import run_eval
 
-        run_eval(
-            models=tuple(models),
-            tasks=tasks,
-            data=data,
-            limit=limit,
-            limit_seed=limit_seed,
-            preset=preset,
-            generation=generation,
-            few_shot=few_shot,
-            few_shot_data=few_shot_data,
-            options=tuple(option or ()),
-            judge_url=judge_url,
-            judge_model=judge_model,
-            engine=engine,
-            tensor_parallel=tensor_parallel,
-            dtype=dtype,
-            output=output,
-            metrics=metrics,
-            metrics_on=metrics_on,
-            teacher=teacher,
-            vocabulary=vocabulary,
-            harness=harness,
-        )
+        run_eval(options.mode())
 
 
 @app.command(name="serve-teacher")
@@ -303,16 +140,19 @@ def serve_teacher(
     """Serve a teacher to students on this or other machines (teacher: {type: server, protocol: hpd}); extra
     `serve`."""
     with _user_errors():
-        from hpd.teachers.remote.serve import ServeSettings, serve_model
+        from hpd.terminal.serve import run_serve
 
-        settings = ServeSettings(
+        run_serve(
+            model,
+            dtype,
+            quantization,
+            token_env,
+            max_batch_tokens,
             host=host,
             port=port,
-            token=os.environ.get(token_env) or None,
             max_waiting=max_waiting,
             max_request_tokens=max_request_tokens,
         )
-        serve_model(model, dtype, quantization, settings, max_batch_tokens)
 
 
 @app.command()
@@ -324,10 +164,9 @@ def generate(
     """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was
     interrupted."""
     with _user_errors():
-        from hpd.config.load import load_recipe
-        from hpd.terminal.training import generate_with_display
+        from hpd.terminal.training import run_generate
 
-        generate_with_display(load_recipe(recipe, overrides or ()), overwrite)
+        run_generate(recipe, overrides or (), overwrite)
 
 
 @app.command()
@@ -341,20 +180,14 @@ def compare(
     probe: Annotated[
         bool, typer.Option(help="With --dry-run: time a few steps of each variant that has no finished run.")
     ] = True,
-    allow: Annotated[
-        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
-    ] = "",
+    allow: Allow = "",
 ) -> None:
     """Run a grid of recipes under one budget and test who wins. Finished runs are kept; what is missing is
     run."""
     with _user_errors():
-        from hpd.terminal import experiments as terminal
+        from hpd.terminal.compare import run_compare
 
-        if dry_run:
-            terminal.dry_run(experiment, overrides or (), jobs, probe)
-        elif not terminal.compare_with_display(
-            experiment, overrides or (), jobs, [a for a in allow.split(",") if a]
-        ):
+        if not run_compare(experiment, overrides or (), jobs, _names(allow), dry_run, probe):
             raise typer.Exit(1)
 
 
@@ -370,9 +203,7 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="Variant to test against, as the report names it.")
     ] = None,
-    allow: Annotated[
-        str, typer.Option(help="What may differ between runs: git_commit, platform, packages, ... (commas).")
-    ] = "",
+    allow: Allow = "",
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve the page on this machine and renew it while runs go on.")
     ] = False,
@@ -380,18 +211,16 @@ def report(
 ) -> None:
     """Write what runs found: one HTML page, and the same as Markdown, PNG and CSV."""
     with _user_errors():
-        from hpd.terminal.experiments import report_with_display
+        from hpd.terminal.report import run_report
 
-        report_with_display(
-            folders, output, baseline, [a for a in allow.split(",") if a], port if watch else None
-        )
+        run_report(folders, output, baseline, _names(allow), port if watch else None)
 
 
 @app.command()
 def methods() -> None:
     """Print the table of methods."""
     with _user_errors():
-        from hpd.terminal.training import show_methods
+        from hpd.terminal.methods import show_methods
 
         show_methods()
 
@@ -409,6 +238,10 @@ def demo(
         from hpd.terminal.demo import run_demo
 
         run_demo(output_dir, overrides or (), overwrite)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def main() -> None:

@@ -1,30 +1,63 @@
-"""Files that are whole or not there: atomic writes, digests, and JSON lines that a later process goes on
-with."""
+"""Files that are whole or not there, JSON Lines that a later process goes on with, and digests."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
-__all__ = ["digest_file", "replace_text", "write_atomically"]
+__all__ = [
+    "JsonLines",
+    "checksum_file",
+    "checksum_json",
+    "digest_json",
+    "digest_text",
+    "digest_tree",
+    "flush",
+    "write_atomically",
+    "write_json",
+]
 
 
-def replace_text(target: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = target.with_name(f".{target.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, target)
+def write_atomically(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
+    """Make a file appear under its name whole and on the disk, or not at all.
+
+    Content and folder are flushed to the disk, so neither a kill nor a power failure leaves a part. A kill
+    may leave a draft, `.NAME.PID.part`; an error does not.
+
+    Args:
+        path: the file; its folder must exist.
+        content: text (written as UTF-8), bytes, or a function that writes the file at the path that it gets.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        draft.touch()
+        mode = draft.stat().st_mode
+        if callable(content):
+            content(draft)
+        else:
+            draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        # safetensors leaves its files to their owner alone; the umask says who may read.
+        os.chmod(draft, mode)
+        flush(draft)
+        os.replace(draft, path)
+    except Exception:
+        draft.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file with `write_atomically`."""
+    write_atomically(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
     """Have the system write a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -33,73 +66,87 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-class _Part:
-    """Chunks done so far, one JSON line each behind a line that says of what; a line that a kill cut short is
-    dropped."""
+class JsonLines:
+    """A file of JSON values, one a line, that a later process goes on with.
 
-    def __init__(self, path: Path, identity: str, overwrite: bool):
+    A line counts when all of it is there. One that a kill cut short is left out by `read` and closed by the
+    next `append`, so that it swallows nothing. Several processes may append to one file.
+
+    Args:
+        path: the file; its folder must exist before anything is written.
+    """
+
+    def __init__(self, path: Path):
         self.path = path
-        self._lines: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._resume(identity, overwrite)
-        if not self._lines:
-            self._lines = [identity]
-            path.write_text(identity + "\n", encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
 
-    def _resume(self, identity: str, overwrite: bool) -> None:
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8").split("\n")[:-1]
-        if lines and lines[0] != identity:
-            if overwrite:
-                return
-            raise ValueError(
-                f"{self.path} holds completions of other settings, another model or other rows. Go on with "
-                "those, delete it, or start anew with --overwrite."
-            )
-        self._lines = lines
-        with self.path.open("r+b") as file:
-            file.truncate(len(whole))
+    def read(self) -> list[Any]:
+        """Values of the whole lines; none where there is no file."""
+        values = []
+        # Split at line feeds only: JSON leaves other line separators inside texts as they are.
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
+            try:
+                values += [json.loads(line)] if line else []
+            except ValueError:
+                continue
+        return values
 
-    @property
-    def done(self) -> int:
-        return len(self._lines) - 1
+    def append(self, value: Any, *, durable: bool = False) -> None:
+        """Add a line. It survives a kill of the process; a power failure too, where it is `durable`."""
+        with self.path.open("a+b") as file:
+            file.write((b"" if _ends_line(file) else b"\n") + _line(value))
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
 
-    def append(self, completions: list[list[Any]]) -> None:
-        line = json.dumps(completions, ensure_ascii=False)
-        self._file.write(line + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._lines.append(line)
-
-    def completions(self) -> Iterator[list[Any]]:
-        for line in self._lines[1:]:
-            yield from json.loads(line)
-
-    def close(self) -> None:
-        self._file.close()
+    def write(self, values: Iterable[Any]) -> None:
+        """Replace the file with these lines, atomically."""
+        write_atomically(self.path, b"".join(map(_line, values)))
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file that appears under its name whole, on the disk, or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    write(draft)
-    # safetensors leaves its files to their owner alone; a cache serves a group.
-    os.chmod(draft, 0o644)
-    for place in (draft, path.parent):
-        if place == path.parent:
-            os.replace(draft, path)
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def digest_file(path: Path, size: int = -1) -> str:
-    """Digest of a file, or of its first `size` bytes; several GB/s."""
+def _ends_line(file: IO[bytes]) -> bool:
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def digest_text(text: str) -> str:
+    """SHA-256 of a text, as hex digits: the identity of what it describes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_json(content: Any, *, ensure_ascii: bool = True) -> str:
+    """SHA-256 of a JSON value, the same for any order of keys.
+
+    Args:
+        ensure_ascii: as for `json.dumps`; both forms are in files of earlier versions.
+    """
+    return digest_text(json.dumps(content, sort_keys=True, ensure_ascii=ensure_ascii))
+
+
+def digest_tree(path: Path) -> str:
+    """SHA-256 of names and bytes of a file, or of all files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    state = hashlib.sha256()
+    for file in files:
+        state.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                state.update(block)
+    return state.hexdigest()
+
+
+def checksum_json(content: Any) -> str:
+    """XXH3 of a JSON value, the same for any order of keys; what JSON lacks counts as its `str`."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def checksum_file(path: Path, size: int = -1) -> str:
+    """XXH3 of a file, or of its first `size` bytes; several GB/s."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         if size >= 0:

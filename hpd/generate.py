@@ -4,10 +4,7 @@ every time."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,14 +19,15 @@ from hpd.data.rows import PromptRow, load_prompts
 from hpd.data.templates import check_prompts
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.evaluate.benchmarks.answers import final_answer, same_answer, stated_answer
-from hpd.files import _Part
+from hpd.files import JsonLines, digest_json, digest_text, write_json
 from hpd.generation.engine import encode_prompt
-from hpd.http import BadAnswer, Connection, read_key
+from hpd.http import BadResponse, Connection, read_key
 from hpd.models.load import load_model, load_tokenizer
+from hpd.progress import Progress
+from hpd.teachers import TeacherUnavailable
 from hpd.teachers.remote.dialects import read_json
 
 __all__ = ["Completion", "generate"]
-
 
 # Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats
 # whole chunks.
@@ -37,7 +35,7 @@ CHUNK = 32
 
 
 class Completion(NamedTuple):
-    """What a model wrote."""
+    """One text that a model wrote."""
 
     text: str
     num_tokens: int | None
@@ -46,8 +44,8 @@ class Completion(NamedTuple):
     """stop, or length where it was cut."""
 
 
-class Job(NamedTuple):
-    """One completion to write."""
+class Slot(NamedTuple):
+    """The row and the number of a completion to write."""
 
     row: int
     sample: int
@@ -58,16 +56,14 @@ class Writer(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
 
-    def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         """Completions of one chunk; the same whenever it is called again."""
         ...
 
     def close(self) -> None: ...
 
 
-def generate(
-    recipe: Recipe, *, overwrite: bool = False, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Write completions for the prompts of a recipe's dataset to `generate.output`.
 
     What is done is kept in a file beside it (`.part`) that a later call goes on from; the output appears
@@ -76,7 +72,7 @@ def generate(
     Args:
         recipe: `data`, `teacher` and `generate` are read.
         overwrite: replace existing output, and a part that other settings began.
-        progress: called with (completions written, completions in total).
+        progress: gets a bar of the completions.
 
     Returns:
         The summary, also written beside the output (`.summary.json`): rows, dropped completions by reason,
@@ -98,57 +94,67 @@ def generate(
         )
     name, writer = _writer(recipe, config)
     check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
-    jobs = [Job(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
-    part = _Part(output.with_name(output.name + ".part"), _identity(recipe, config, rows), overwrite)
+    slots = [Slot(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
+    part = JsonLines(output.with_name(output.name + ".part"))
+    bar = (progress or Progress()).bar("completions")
     try:
-        for chunk in range(part.done, -(-len(jobs) // CHUNK)):
-            mine = jobs[chunk * CHUNK : (chunk + 1) * CHUNK]
-            part.append(
-                [
-                    list(completion)
-                    for completion in writer.write(mine, [rows[job.row].prompt for job in mine], chunk)
-                ]
-            )
-            if progress is not None:
-                progress(min((chunk + 1) * CHUNK, len(jobs)), len(jobs))
+        done = _begin(part, _identity(recipe, config, rows), overwrite)
+        for chunk in range(-(-len(slots) // CHUNK)):
+            if chunk not in done:
+                chosen = slots[chunk * CHUNK : (chunk + 1) * CHUNK]
+                done[chunk] = writer.write(chosen, [rows[slot.row].prompt for slot in chosen], chunk)
+                part.append({"chunk": chunk, "completions": done[chunk]}, durable=True)
+                bar(min((chunk + 1) * CHUNK, len(slots)), len(slots))
     finally:
         writer.close()
-        part.close()
-    return _finish(output, part, rows, jobs, config, name)
+    completions = [completion for chunk in sorted(done) for completion in done[chunk]]
+    made = [(slot, rows[slot.row], text) for slot, text in zip(slots, completions, strict=True)]
+    summary = _finish(output, made, config, name)
+    part.path.unlink()
+    return summary
+
+
+def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dict[int, list[Completion]]:
+    """The chunks that an earlier call wrote, behind a line that says of what; begins a file without any."""
+    head, *chunks = part.read() or [None]
+    if head != identity:
+        if head is not None and not overwrite:
+            raise ValueError(
+                f"{part.path} holds completions of other settings, another model or other rows. Go on with "
+                "those, delete it, or start anew with --overwrite."
+            )
+        part.path.parent.mkdir(parents=True, exist_ok=True)
+        part.write([identity])
+        return {}
+    # Earlier versions wrote chunks without their numbers, in order.
+    numbered = [
+        (chunk["chunk"], chunk["completions"]) if isinstance(chunk, dict) else (number, chunk)
+        for number, chunk in enumerate(chunks)
+    ]
+    return {number: [Completion(*values) for values in completions] for number, completions in numbered}
 
 
 def _finish(
     output: Path,
-    part: _Part,
-    rows: Sequence[PromptRow],
-    jobs: Sequence[Job],
+    made: Sequence[tuple[Slot, PromptRow, Completion]],
     config: GenerateConfig,
     name: str,
 ) -> dict[str, Any]:
-    """The output, its summary, and the part removed, in this order."""
-    counts = {"completions": len(jobs), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
-    draft = output.with_name(f".{output.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        for job, values in zip(jobs, part.completions(), strict=True):
-            completion = Completion(*values)
-            counts["tokens"] += completion.num_tokens or 0
-            why = _why_dropped(completion, rows[job.row], config)
-            counts["truncated"] += completion.finish_reason == "length"
-            if why in ("empty", "wrong"):
-                counts[why] += 1
-            if why is None:
-                counts["rows"] += 1
-                file.write(
-                    json.dumps(_row(job, rows[job.row], completion, config, name), ensure_ascii=False) + "\n"
-                )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, output)
+    """Write the output, then its summary."""
+    counts = {"completions": len(made), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
+    kept = []
+    for slot, row, completion in made:
+        why = _why_dropped(completion, row, config)
+        counts["tokens"] += completion.num_tokens or 0
+        counts["truncated"] += completion.finish_reason == "length"
+        if why in ("empty", "wrong"):
+            counts[why] += 1
+        if why is None:
+            kept.append(_row(slot, row, completion, config, name))
+    counts["rows"] = len(kept)
+    JsonLines(output).write(kept)
     summary = {**counts, "model": name, "settings": dataclasses.asdict(config)}
-    output.with_name(output.name + ".summary.json").write_text(
-        json.dumps(summary, indent=2) + "\n", encoding="utf-8"
-    )
-    part.path.unlink()
+    write_json(output.with_name(output.name + ".summary.json"), summary)
     return summary
 
 
@@ -165,7 +171,7 @@ def _why_dropped(completion: Completion, row: PromptRow, config: GenerateConfig)
 
 
 def _row(
-    job: Job, row: PromptRow, completion: Completion, config: GenerateConfig, name: str
+    slot: Slot, row: PromptRow, completion: Completion, config: GenerateConfig, name: str
 ) -> dict[str, Any]:
     """One line of the output: what training reads, and columns that say where it comes from."""
     text: Any = completion.text
@@ -174,8 +180,8 @@ def _row(
     return {
         "prompt": row.prompt,
         "completion": text,
-        "source_row": job.row,
-        "sample": job.sample,
+        "source_row": slot.row,
+        "sample": slot.sample,
         "model": name,
         "temperature": config.temperature,
         "top_p": config.top_p,
@@ -186,7 +192,7 @@ def _row(
     }
 
 
-def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> str:
+def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> dict[str, str]:
     """Everything that completions depend on. Filters act at the end, so they may change between two calls."""
     tree = resolve(recipe)
     settings = {
@@ -202,12 +208,11 @@ def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow])
         "student": tree["student"],
         "prompts": [row.prompt for row in rows],
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return json.dumps({"hpd generate": digest})
+    return {"hpd generate": digest_json(facts, ensure_ascii=False)}
 
 
 def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
-    """Whoever writes, by name."""
+    """The model or server that writes, and its name."""
     teacher = recipe.teacher
     if config.model is None and teacher.type == "server":
         if teacher.protocol not in (None, "openai", "echo"):
@@ -245,7 +250,7 @@ def _settings(config: GenerateConfig, prompt: Any, seed: int) -> GenerationSetti
 
 def _seed(*parts: int) -> int:
     """A seed of its own for every chunk or completion."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+    return int(digest_text(repr(parts))[:8], 16) >> 1
 
 
 class _ModelWriter:
@@ -257,7 +262,7 @@ class _ModelWriter:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
 
-    def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         settings = _settings(self._config, prompts[0], _seed(self._config.seed, chunk))
         answers = generate_answers(self._model, self.tokenizer, prompts, settings)
         return [Completion(answer.text, answer.num_tokens, answer.finish_reason) for answer in answers]
@@ -268,22 +273,26 @@ class _ModelWriter:
 class _ServerWriter:
     def __init__(self, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig):
         assert teacher.url is not None
-        self._config, self.tokenizer, self._model = config, tokenizer, teacher.model
+        self._config = config
+        self.tokenizer = tokenizer
+        self._model = teacher.model
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"),
+            name="The teacher",
             api_key=read_key(teacher.api_key_env),
             timeout_seconds=teacher.timeout_seconds,
             wait_seconds=teacher.wait_seconds,
             connections=teacher.concurrency,
+            failure=TeacherUnavailable,
         )
         self._pool = ThreadPoolExecutor(teacher.concurrency)
 
-    def write(self, jobs: Sequence[Job], prompts: Sequence[Any], chunk: int) -> list[Completion]:
-        return list(self._pool.map(self._complete, jobs, prompts))
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+        return list(self._pool.map(self._complete, slots, prompts))
 
-    def _complete(self, job: Job, prompt: Any) -> Completion:
+    def _complete(self, slot: Slot, prompt: Any) -> Completion:
         config = self._config
-        seed = _seed(config.seed, job.row, job.sample)
+        seed = _seed(config.seed, slot.row, slot.sample)
         body = {
             "model": self._model,
             "prompt": encode_prompt(self.tokenizer, prompt, _settings(config, prompt, seed)),
@@ -296,15 +305,16 @@ class _ServerWriter:
             body["top_k"] = config.top_k
 
         def read(response: Any, content: bytes) -> Completion:
-            answer = read_json(content)
+            found = read_json(content)
             try:
-                choice = answer["choices"][0]
-                text, reason = choice["text"], choice["finish_reason"]
-                tokens = (answer.get("usage") or {}).get("completion_tokens")
+                choice = found["choices"][0]
+                text = choice["text"]
+                reason = choice["finish_reason"]
+                tokens = (found.get("usage") or {}).get("completion_tokens")
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise BadAnswer(f"not the expected fields ({type(error).__name__})") from None
+                raise BadResponse(f"not the expected fields ({type(error).__name__})") from None
             if not isinstance(text, str) or reason not in ("stop", "length"):
-                raise BadAnswer(f"text of type {type(text).__name__}, finish_reason {reason!r}")
+                raise BadResponse(f"text of type {type(text).__name__}, finish_reason {reason!r}")
             return Completion(text, tokens if isinstance(tokens, int) else None, reason)
 
         return self._connection.request("POST", "/v1/completions", read, json=body, max_bytes=2**26)

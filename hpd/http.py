@@ -1,4 +1,4 @@
-"""Asking a server until it answers: retries with backoff, every wait bounded, the key never shown."""
+"""One request until the server answers: retries with backoff, every wait bounded, the key never shown."""
 
 from __future__ import annotations
 
@@ -14,31 +14,34 @@ from typing import Any, TypeVar
 
 import httpx2
 
-__all__ = ["BadAnswer", "Connection", "TeacherUnavailable", "read_key"]
-
+__all__ = ["BadResponse", "Connection", "ServerUnavailable", "read_key"]
 
 _LOGGER = logging.getLogger("hpd")
-
-
-_RETRIED = {408, 425, 429, 500, 502, 503, 504, 529}
-
-
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 30.0
-
-
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
-
-
-# A server that answers nonsense is asked again: a proxy or a restart may have cut the answer short. Not for
-# ever.
-_BAD_ANSWERS = 4
-
+# A server that responds with nonsense is asked again: a proxy or a restart may have cut it short.
+_BAD_RESPONSES = 4
 
 T = TypeVar("T")
 
 
-class BadAnswer(ValueError):
-    """The server answered, and the answer cannot be right."""
+class BadResponse(ValueError):
+    """The server responded, and the response cannot be right."""
+
+
+class ServerUnavailable(RuntimeError):
+    """A server gave no usable response within the bounded wait.
+
+    Args:
+        message: which server, and why.
+        final: asking again would not help (a wrong key, a request that the server refuses).
+    """
+
+    def __init__(self, message: str, final: bool = False):
+        super().__init__(message)
+        self.final = final
 
 
 def read_key(name: str | None) -> str | None:
@@ -63,30 +66,45 @@ class Connection:
 
     Args:
         url: its base address.
+        name: of the server, at the start of every message.
         api_key: sent as a bearer token; taken out of every message.
         timeout_seconds: of one attempt, from the first byte sent to the last received.
-        wait_seconds: how long a request is tried again after its first failure, before the teacher counts as
+        wait_seconds: how long a request is tried again after its first failure, before the server counts as
             unavailable.
+        max_attempts: of one request; None: as many as fit into `wait_seconds`.
+        first_pause_seconds: before the first retry, doubled each time; None: 0.25.
         connections: kept open at once.
+        failure: the class of the error for a server that is unavailable.
     """
 
     def __init__(
         self,
         url: str,
         *,
+        name: str = "The server",
         api_key: str | None = None,
         timeout_seconds: float = 120.0,
         wait_seconds: float = 600.0,
+        max_attempts: int | None = None,
+        first_pause_seconds: float | None = None,
         connections: int = 4,
+        failure: type[ServerUnavailable] = ServerUnavailable,
     ):
         self.url = url.rstrip("/")
+        self.num_retries = 0
+        """Attempts beyond the first, of all requests."""
+        self._name = name
         self._key = api_key
         self._timeout_seconds = timeout_seconds
         self._wait_seconds = wait_seconds
+        self._max_attempts = max_attempts
+        self._first_pause_seconds = first_pause_seconds
+        self._failure = failure
+        self._lock = threading.Lock()
         self._closing = threading.Event()
         local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
         self._client = httpx2.Client(
-            # No compression: an answer's size is bounded as it arrives, and must not grow afterwards.
+            # No compression: a response's size is bounded as it arrives, and must not grow afterwards.
             headers={
                 "accept-encoding": "identity",
                 **({"authorization": f"Bearer {api_key}"} if api_key else {}),
@@ -97,9 +115,13 @@ class Connection:
             follow_redirects=False,  # the key goes to the server that the recipe names
         )
 
-    def close(self) -> None:
-        """Let waiting requests give up."""
+    def stop(self) -> None:
+        """Let waiting requests give up; attempts under way end as they do."""
         self._closing.set()
+
+    def close(self) -> None:
+        """Let waiting requests give up, and end those under way."""
+        self.stop()
         self._client.close()
 
     def request(
@@ -111,73 +133,90 @@ class Connection:
         max_bytes: int = 2**30,
         **options: Any,
     ) -> T:
-        """The answer to a request, as `read` understands it.
+        """The response to a request, as `read` understands it.
 
         Args:
             method, path: what is asked.
-            read: gets response and body; raises BadAnswer (or ValueError) where they cannot be right.
+            read: gets response and body; raises BadResponse (or ValueError) where they cannot be right.
             max_bytes: the longest body that is read.
             **options: content, json, params or headers.
 
         Raises:
-            TeacherUnavailable: no good answer within the bounded wait, or one that asking again would not
+            ServerUnavailable: no good response within the bounded wait, or one that asking again would not
                 change.
         """
         started = time.monotonic()
-        first_failure, attempts, bad = None, 0, 0
+        first_failure: float | None = None
+        attempts = 0
+        bad = 0
         while True:
             attempts += 1
             retry_after = 0.0
             try:
-                response, body = self._attempt(method, path, max_bytes, options)
+                response, body = self.attempt(method, path, max_bytes=max_bytes, **options)
                 if response.status_code == 200:
                     return read(response, body)
                 reason = f"HTTP {response.status_code}: {self._quoted(body)}"
                 if response.status_code not in _RETRIED:
-                    raise TeacherUnavailable(f"{self._where(path)} refuses the request: {reason}", final=True)
+                    raise self._failure(f"{self._where(path)} refuses the request: {reason}", final=True)
                 retry_after = _retry_after(response)
             except (httpx2.RequestError, httpx2.StreamError, OSError) as error:
                 reason = f"{type(error).__name__} {self._hidden(str(error))}".strip()
-            except (BadAnswer, ValueError) as error:
+            except ValueError as error:
                 bad += 1
-                reason = f"bad answer: {self._hidden(str(error))}"
-                if bad >= _BAD_ANSWERS:
-                    raise TeacherUnavailable(
-                        f"{self._where(path)} keeps giving bad answers: {reason}"
-                    ) from None
+                reason = f"bad response: {self._hidden(str(error))}"
+                if bad >= _BAD_RESPONSES:
+                    raise self._failure(f"{self._where(path)} keeps giving bad responses: {reason}") from None
             first_failure = first_failure or time.monotonic()
             left = first_failure + self._wait_seconds - time.monotonic()
-            # Up to twice as long, so that many students do not come back at the same moment.
-            backoff = min(_FIRST_PAUSE_SECONDS * 2 ** min(attempts - 1, 20), _LONGEST_PAUSE_SECONDS) * (
-                1.0 + random.random()
-            )
-            pause = max(retry_after, min(backoff, left))
-            if left <= 0 or retry_after > left or self._closing.is_set():
-                raise TeacherUnavailable(
+            spent = attempts == self._max_attempts or left <= 0 or retry_after > left
+            if spent or self._closing.is_set():
+                most = f"wait_seconds {self._wait_seconds:g}"
+                if self._max_attempts is not None:
+                    most = f"at most {self._max_attempts}"
+                raise self._failure(
                     f"{self._where(path)} has not answered in {time.monotonic() - started:.0f} s and "
-                    f"{attempts} attempts (wait_seconds {self._wait_seconds:g}); the last: {reason}"
+                    f"{attempts} attempts ({most}); the last: {reason}"
                 )
-            _LOGGER.warning("%s: %s; asking again in %.1f s", self._where(path), reason, pause)
-            self._closing.wait(pause)
+            self._pause(path, reason, max(retry_after, min(self._backoff(attempts), left)))
 
-    def _attempt(
-        self, method: str, path: str, max_bytes: int, options: dict[str, Any]
+    def attempt(
+        self, method: str, path: str, *, max_bytes: int = 2**30, **options: Any
     ) -> tuple[httpx2.Response, bytes]:
+        """Response of any status and its body, asked for once.
+
+        Raises:
+            httpx2.RequestError, httpx2.StreamError, OSError: the server is not reached, or too slow.
+            BadResponse: the body is longer than `max_bytes`.
+        """
         # The client's own timeouts bound each read; a server that drips bytes would stretch them for ever.
         deadline = time.monotonic() + self._timeout_seconds
-        parts, size = [], 0
+        parts = []
+        size = 0
         with self._client.stream(method, self.url + path, **options) as response:
             for part in response.iter_raw():
                 size += len(part)
                 if size > max_bytes:
-                    raise BadAnswer(f"more than {max_bytes} bytes")
+                    raise BadResponse(f"more than {max_bytes} bytes")
                 if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(f"no whole answer in {self._timeout_seconds:g} s")
+                    raise httpx2.ReadTimeout(f"no whole response in {self._timeout_seconds:g} s")
                 parts.append(part)
         return response, b"".join(parts)
 
+    def _backoff(self, attempts: int) -> float:
+        """Seconds before the next attempt: up to twice as long as the rule says, so that many clients do not
+        come back at the same moment."""
+        first = _FIRST_PAUSE_SECONDS if self._first_pause_seconds is None else self._first_pause_seconds
+        return min(first * 2 ** min(attempts - 1, 20), _LONGEST_PAUSE_SECONDS) * (1.0 + random.random())
+
+    def _pause(self, path: str, reason: str, seconds: float) -> None:
+        _LOGGER.warning("%s: %s; asking again in %.1f s", self._where(path), reason, seconds)
+        with self._lock:
+            self.num_retries += 1
+        self._closing.wait(seconds)
+
     def _where(self, path: str) -> str:
-        return f"The teacher at {self.url}{path}"
+        return f"{self._name} at {self.url}{path}"
 
     def _quoted(self, body: bytes) -> str:
         return self._hidden(" ".join(body[:2000].decode(errors="replace").split()))[:300]
@@ -197,17 +236,3 @@ def _retry_after(response: httpx2.Response) -> float:
         except (TypeError, ValueError):
             return 0.0
     return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
-
-
-class TeacherUnavailable(RuntimeError):
-    """A teacher elsewhere gave no usable answer within its bounded wait. Training saves a checkpoint and
-    stops.
-
-    Args:
-        message: who did not answer, and why.
-        final: asking again would not help (a wrong key, a request that the server refuses).
-    """
-
-    def __init__(self, message: str, final: bool = False):
-        super().__init__(message)
-        self.final = final

@@ -1,5 +1,4 @@
-"""Known vulnerabilities of the installed packages, by pip-audit; a line and success where its service cannot
-be reached."""
+"""Known vulnerabilities of the installed packages, by pip-audit; success where they are out of reach."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A part of the tests with the lowest direct dependencies that pyproject.toml allows, in an environment of
-their own.
+"""A part of the tests with the lowest direct dependencies of pyproject.toml, in an environment of their own.
 
 torch is taken from the environment that runs this: its lowest version is a download of gigabytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -58,4 +58,6 @@ def main(folder: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", help="Of the environment, below the repository; made where it is missing.")
+    sys.exit(main(parser.parse_args().folder))

@@ -1,5 +1,4 @@
-"""Writes docs/methods.md and the README's table from the package's tables; `--check` only says whether they
-are current."""
+"""Write docs/methods.md and the README's table from the package's tables, or --check them."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import sys
 from pathlib import Path
 
 from hpd.methods import METHODS, Method, name_terms
-from hpd.methods.terms import SUPPORTS, TermConfig
+from hpd.methods.terms import SUPPORTS, TermConfig, parameters_of
 from hpd.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,14 +35,14 @@ _TAIL = """
 |---|---|---|
 | `full` | every token | |
 | `label` | the dataset's token | |
-| `sampled` | drawn tokens, weight divided by their probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
+| `sampled` | drawn tokens, weight / probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
 | `label+sampled` | the label, and draws that differ from it | the same, `draw_share`, `exclude_label` |
 | `rollout` | the token that the student wrote, weight divided by its probability; needs `on: student` | |
-| `top_k` | the k likeliest and a rule for the rest | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
+| `top_k` | the k likeliest, and the tail | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
 | `label+top_k` | the same, the label always among them | the same |
 | `label+full` | the label, and every token (hpd_exact) | |
 
-An objective that is no divergence on a support is refused when the recipe is read.
+An objective that is not a divergence on a support is refused when the recipe is read.
 
 ## Sums of terms
 
@@ -136,7 +135,7 @@ def _section(name: str, method: Method) -> str:
 def _parameters(method: Method) -> str:
     shown = []
     for term in method.terms:
-        for key, parameter in inspect.signature(OBJECTIVES[term.objective]).parameters.items():
+        for key, parameter in parameters_of(term.objective).items():
             default = term.kwargs.get(key, parameter.default)
             shown.append(f"`{key}` ({default})")
     return ", ".join(shown) or "none"
@@ -145,22 +144,18 @@ def _parameters(method: Method) -> str:
 def _objectives() -> str:
     lines = ["## Objectives", "", "| objective | parameters | domain | source |", "|---|---|---|---|"]
     for name, factory in OBJECTIVES.items():
-        parameters = ", ".join(inspect.signature(factory).parameters) or ""
+        parameters = ", ".join(parameters_of(name))
         doc = inspect.getdoc(factory) or ""
-        domain = (
-            ""
-            if name == "f_divergence"
-            else TermConfig(objective=name, kwargs=_example(name)).build().objective.domain
-        )
+        domain = ""
+        if name != "f_divergence":
+            domain = TermConfig(objective=name, kwargs=_example(name)).build().objective.domain
         lines.append(f"| `{name}` | {parameters} | {domain} | {doc.splitlines()[0]} |")
     return "\n".join([*lines, "", f"Supports by name: {', '.join(f'`{name}`' for name in SUPPORTS)}."])
 
 
 def _example(name: str) -> dict[str, float]:
     """Parameters without a default, from the presets."""
-    needed = [
-        key for key, p in inspect.signature(OBJECTIVES[name]).parameters.items() if p.default is p.empty
-    ]
+    needed = [key for key, p in parameters_of(name).items() if p.default is p.empty]
     return {key: {"lam": 0.1, "alpha": 0.2, "beta": 0.7, "t": 0.5}[key] for key in needed}
 
 

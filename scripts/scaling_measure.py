@@ -1,5 +1,4 @@
-"""What scripts/scaling.py --measure runs: cost per token on this machine against model size, processes and
-cache bandwidth.
+"""Run by scripts/scaling.py --measure: cost per token here, by model size and processes; cache bandwidth.
 
 torchrun --standalone --nproc_per_node 2 scripts/scaling_measure.py WIDTH OUTPUT.json
 """

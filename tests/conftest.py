@@ -1,4 +1,4 @@
-"""Before anything else is imported: run offline, on two threads, with the shapes of public signatures
+"""Before anything else is imported: run offline, on few threads, with the shapes of public signatures
 checked."""
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from pathlib import Path
 # HF_HUB_OFFLINE=0.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Torch reads it when it is imported, and so do the processes that tests start: all compute on as many
+# threads, on which the last bit of a product may depend.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
+from helpers.skips import fail_on_unlisted_skips
 from jaxtyping import install_import_hook
 
 # The modules whose signatures carry shapes. The trainer's are left out, their types are foreign classes and
@@ -28,7 +32,18 @@ SHAPED = [
 ]
 install_import_hook([f"hpd.{module}" for module in SHAPED], "beartype.beartype")
 
-torch.set_num_threads(2)
+
+def pytest_configure(config: pytest.Config) -> None:
+    fail_on_unlisted_skips(config)
+
+
+@pytest.fixture(autouse=True)
+def threads_stay_as_they_are():
+    """A run of `hpd compare` sets the number of threads of its process; the next test computes on as many as
+    the one before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -118,8 +118,8 @@ def test_without_mask_or_positions_every_token_is_real() -> None:
     masked = token_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
     assert bare.labels.tolist() == [6, 7, 6, 8]
     assert all(torch.equal(a, b) for a, b in zip(bare[:-1], masked[:-1], strict=True))
-    assert bare.behaviour is None
-    assert masked.behaviour is None
+    assert bare.behavior_logprobs is None
+    assert masked.behavior_logprobs is None
 
 
 def test_the_pad_token_inside_a_row_is_a_token() -> None:
@@ -254,13 +254,18 @@ def test_sources_and_rows_follow_the_tokens_through_every_layout() -> None:
         "input_ids": [5, 6, 7, 8],
         "labels": [-100, 6, 7, 8],
         "sources": [0, 0, 1, 1],
-        "behaviour": [0.0, 0.0, -1.0, -2.0],
+        "behavior_logprobs": [0.0, 0.0, -1.0, -2.0],
     }
-    dataset = {"input_ids": [5, 9], "labels": [-100, 9], "sources": [0, 0], "behaviour": [math.nan] * 2}
+    dataset = {
+        "input_ids": [5, 9],
+        "labels": [-100, 9],
+        "sources": [0, 0],
+        "behavior_logprobs": [math.nan] * 2,
+    }
     for padding_free in (False, True):
         inner = DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=padding_free)
         batch = TokenBatch.pop(DistillCollator(inner)([dataset, student]))
         assert batch.labels.tolist() == [9, 6, 7, 8]
         assert (batch.by_dataset.tolist(), batch.by_student.tolist()) == ([0, 1], [2, 3])
         assert (batch.rows.tolist(), batch.row_lengths.tolist()) == ([0, 1, 1, 1], [1, 3])
-        assert batch.behaviour[2:].tolist() == [-1.0, -2.0]
+        assert batch.behavior_logprobs[2:].tolist() == [-1.0, -2.0]

@@ -18,6 +18,7 @@ from hpd import generate as module
 from hpd.config import load_recipe
 from hpd.data import load_prompts, load_rows
 from hpd.generate import generate
+from hpd.progress import Progress
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -49,6 +50,18 @@ def recipe(pair, rows, output, teacher=None, data=None, **settings):
             "generate": {"output": str(output), "max_new_tokens": 12, "truncated": "keep", **settings},
         }
     )
+
+
+class Interrupt(Progress):
+    def __init__(self, after):
+        self.after = after
+
+    def bar(self, name):
+        def advance(done, total, note=""):
+            if done >= self.after:
+                raise KeyboardInterrupt
+
+        return advance
 
 
 def lines(file):
@@ -94,12 +107,8 @@ def test_interrupted_and_resumed_equals_undisturbed(pair, rows, tmp_path):
     generate(recipe(pair, rows, undisturbed, samples=2))
     part = tmp_path / "b.jsonl.part"
 
-    def interrupt(done, total):
-        if done >= 8:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        generate(recipe(pair, rows, output, samples=2), progress=interrupt)
+        generate(recipe(pair, rows, output, samples=2), progress=Interrupt(8))
     assert not output.exists()
     whole = part.read_bytes()
     for cut in (len(whole) - 1, len(whole) - 30, whole.index(b"\n") + 1, 10, 0):
@@ -107,6 +116,11 @@ def test_interrupted_and_resumed_equals_undisturbed(pair, rows, tmp_path):
         generate(recipe(pair, rows, output, samples=2))
         assert output.read_bytes() == undisturbed.read_bytes()
         output.unlink()
+    head, *chunks = whole.decode().splitlines()
+    earlier = [json.dumps(json.loads(chunk)["completions"]) for chunk in chunks]  # without their numbers
+    part.write_text("\n".join([head, *earlier]) + "\n")
+    generate(recipe(pair, rows, output, samples=2))
+    assert output.read_bytes() == undisturbed.read_bytes()
 
 
 @pytest.mark.slow
@@ -160,11 +174,8 @@ def test_nothing_is_overwritten_or_mixed(pair, rows, tmp_path):
         generate(recipe(pair, rows, output, temperature=0))
     assert output.read_bytes() == before
 
-    def interrupt(done, total):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        generate(recipe(pair, rows, output, seed=1), overwrite=True, progress=interrupt)
+        generate(recipe(pair, rows, output, seed=1), overwrite=True, progress=Interrupt(0))
     assert output.read_bytes() == before  # replaced at the end, or not at all
     output.unlink()
     with pytest.raises(ValueError, match="other settings"):
@@ -256,7 +267,7 @@ def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted
     )
     teacher = {"type": "server", "url": scripted.url, "model": "tiny", "wait_seconds": 2.0, "concurrency": 1}
     output = tmp_path / "made.jsonl"
-    with pytest.raises(TeacherUnavailable, match="bad answers"):
+    with pytest.raises(TeacherUnavailable, match="bad responses"):
         generate(recipe(pair, rows, output, teacher))
     assert len((tmp_path / "made.jsonl.part").read_text().splitlines()) == 3
     scripted.answer = good

@@ -13,9 +13,9 @@ from helpers.tiny_models import tiny_pair
 from typer.testing import CliRunner
 
 from hpd.cli import app
-from hpd.experiments.pages import check_target, write_report
+from hpd.experiments.output import check_target, write_report
 from hpd.experiments.report import Report, Section
-from hpd.experiments.tables import Table
+from hpd.experiments.table import Table
 
 
 @pytest.fixture(scope="module")

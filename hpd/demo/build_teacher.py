@@ -23,7 +23,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hpd.demo.task import ANSWER_MARK, Row, draw_problem, generate_rows, is_correct, prompt_of, write_solution
+from hpd.demo.task import (
+    ANSWER_MARK,
+    SolvedProblem,
+    draw_problem,
+    generate_rows,
+    is_correct,
+    prompt_of,
+    write_solution,
+)
 
 SEED = 0
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -90,8 +98,10 @@ def model_config(tokenizer: Any, shape: Mapping[str, Any]) -> LlamaConfig:
     )
 
 
-def encode_rows(tokenizer: Any, rows: Sequence[Row]) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Token ids and labels of prompt, completion and end; prompt and padding are no labels."""
+def encode_rows(
+    tokenizer: Any, rows: Sequence[SolvedProblem]
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Token ids and labels of prompt, completion and end; prompt and padding are not labels."""
     prompts = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     completions = [tokenizer(row["completion"] + EOS)["input_ids"] for row in rows]
     length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
@@ -104,18 +114,18 @@ def encode_rows(tokenizer: Any, rows: Sequence[Row]) -> tuple[Int[Tensor, "B T"]
     return ids, labels
 
 
-def problem_stream(seed: int) -> Iterator[Row]:
+def problem_stream(seed: int) -> Iterator[SolvedProblem]:
     """Endless training problems with right solutions, repeats included."""
     rng = random.Random(f"teacher-{seed}")
     while True:
         problem = draw_problem(rng, "train")
-        yield Row(
+        yield SolvedProblem(
             prompt=prompt_of(problem), completion=write_solution(problem, rng), answer=str(problem.value)
         )
 
 
 def train_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int) -> LlamaForCausalLM:
-    """Trains a teacher with the next-token loss on completions: AdamW, linear warm-up, cosine to 0."""
+    """Train a teacher with the next-token loss on completions: AdamW, linear warm-up, cosine to 0."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config(tokenizer, TEACHER_SHAPE)).train()
     optimizer = torch.optim.AdamW(
@@ -148,8 +158,7 @@ def train_teacher(tokenizer: PreTrainedTokenizerFast, seed: int, num_steps: int)
 def write_completions(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, sample: bool
 ) -> list[str | None]:
-    """Lets a model complete prompts, greedily or sampled at temperature 1; None where it did not come to an
-    end."""
+    """Let a model complete prompts, greedily or sampled at temperature 1; None for one that does not end."""
     completions: list[str | None] = []
     for start in range(0, len(prompts), WRITING_BATCH_SIZE):
         batch = list(prompts[start : start + WRITING_BATCH_SIZE])
@@ -168,15 +177,18 @@ def write_completions(
 
 
 def teacher_rows(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Row], num_rows: int
-) -> list[Row]:
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[SolvedProblem],
+    num_rows: int,
+) -> list[SolvedProblem]:
     """The first ``num_rows`` problems that the teacher finishes, with its own sampled completions.
 
     Wrong answers stay in: the data are what a teacher writes, unfiltered, as where no grader exists.
     """
     completions = write_completions(model, tokenizer, [row["prompt"] for row in problems], sample=True)
     rows = [
-        Row(prompt=row["prompt"], completion=completion, answer=row["answer"])
+        SolvedProblem(prompt=row["prompt"], completion=completion, answer=row["answer"])
         for row, completion in zip(problems, completions, strict=True)
         if completion is not None
     ]
@@ -188,16 +200,15 @@ def teacher_rows(
     return rows[:num_rows]
 
 
-def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
-    """JSON Lines; gzipped without a time stamp where the name says so, so that equal rows give equal
-    files."""
+def write_rows(path: Path, rows: Sequence[SolvedProblem], columns: Sequence[str]) -> None:
+    """Write JSON Lines; gzipped (.gz) without a time stamp, so that equal rows give equal files."""
     text = "".join(json.dumps({column: row[column] for column in columns}) + "\n" for row in rows)  # type: ignore[literal-required]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
 
 
 def save_student(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """The student's shape and tokenizer; its weights start at random."""
+    """Write the student's shape and tokenizer; its weights start at random."""
     model_config(tokenizer, STUDENT_SHAPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

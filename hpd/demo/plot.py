@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from hpd.files import JsonLines
 
 __all__ = ["plot_training"]
 
@@ -25,12 +26,10 @@ _PANELS = (
 
 
 def plot_training(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder to `training.png`; panels without data are left out. Returns the
-    picture's path."""
+    """Draw `metrics.jsonl` of a run folder to `training.png`, whose path is returned; no empty panels."""
     from matplotlib.figure import Figure
 
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    logs = [log for log in map(json.loads, lines) if "loss" in log]
+    logs = [log for log in JsonLines(folder / "metrics.jsonl").read() if "loss" in log]
     panels = [
         (title, names) for title, names in _PANELS if any(name in log for log in logs for name in names)
     ]

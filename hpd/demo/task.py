@@ -8,6 +8,7 @@ so the text has entropy, while the answer has none: what a distilled student nee
 import random
 from collections.abc import Iterator
 from hashlib import blake2b
+from operator import add, mul, sub
 from typing import Literal, NamedTuple, TypeAlias, TypedDict, Union, get_args
 
 Expression: TypeAlias = Union[int, "Operation"]
@@ -21,6 +22,7 @@ NUM_OPERATIONS = 3
 LARGEST_VALUE = 20
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2}
+OPERATIONS = {"+": add, "-": sub, "*": mul}
 OPERATORS = ("+", "-", "*")
 HASH_BUCKETS = 20
 BUCKET_SPLITS: dict[int, Split] = {0: "test", 1: "validation"}
@@ -35,9 +37,8 @@ class Operation(NamedTuple):
     value: int
 
 
-class Row(TypedDict):
-    """One example: the text before and after the point where a model takes over, and the number it should
-    reach."""
+class SolvedProblem(TypedDict):
+    """The text before and after the point where a model takes over, and the number that it should reach."""
 
     prompt: str
     completion: str
@@ -50,9 +51,8 @@ def evaluate(expression: Expression) -> int:
 
 
 def operation(operator: str, left: Expression, right: Expression) -> Operation:
-    """Joins two expressions; ``operator`` is a key of ``PRECEDENCE``."""
-    x, y = evaluate(left), evaluate(right)
-    return Operation(operator, left, right, x + y if operator == "+" else x - y if operator == "-" else x * y)
+    """Join two expressions; ``operator`` is a key of ``PRECEDENCE``."""
+    return Operation(operator, left, right, OPERATIONS[operator](evaluate(left), evaluate(right)))
 
 
 def render(expression: Expression) -> str:
@@ -64,7 +64,8 @@ def render(expression: Expression) -> str:
     if isinstance(expression, int):
         return str(expression)
     level = PRECEDENCE[expression.operator]
-    left, right = render(expression.left), render(expression.right)
+    left = render(expression.left)
+    right = render(expression.right)
     if isinstance(expression.left, Operation) and PRECEDENCE[expression.left.operator] < level:
         left = f"({left})"
     if isinstance(expression.right, Operation) and PRECEDENCE[expression.right.operator] <= level:
@@ -73,15 +74,13 @@ def render(expression: Expression) -> str:
 
 
 def split_of(prompt: str) -> Split:
-    """The only split a problem may appear in: a function of its text, so splits are disjoint however they are
-    drawn."""
+    """The only split that a problem may appear in: it follows from the text, so splits are disjoint."""
     digest = int.from_bytes(blake2b(prompt.encode(), digest_size=8).digest(), "big")
     return BUCKET_SPLITS.get(digest % HASH_BUCKETS, "train")
 
 
 def draw_problem(rng: random.Random, split: Split) -> Operation:
-    """Draws an expression of ``NUM_OPERATIONS`` operations whose every value lies between 0 and
-    ``LARGEST_VALUE``."""
+    """Draw an expression of ``NUM_OPERATIONS`` operations, all values from 0 to ``LARGEST_VALUE``."""
     while True:
         expression = _draw_expression(rng, NUM_OPERATIONS)
         if isinstance(expression, Operation) and split_of(prompt_of(expression)) == split:
@@ -94,7 +93,7 @@ def prompt_of(problem: Expression) -> str:
 
 
 def write_solution(problem: Operation, rng: random.Random, style: Style | None = None) -> str:
-    """Writes one of the right solutions.
+    """Write one of the right solutions.
 
     * ``equations``: one equation per operation, operands of sums and products in either order:
       ``3+4=7,2+6=8,8+7=15``;
@@ -119,22 +118,22 @@ def write_solution(problem: Operation, rng: random.Random, style: Style | None =
     return f"{separator.join(parts)}{ANSWER_MARK} {problem.value}"
 
 
-def generate_rows(split: Split, num_rows: int, seed: int) -> list[Row]:
+def generate_rows(split: Split, num_rows: int, seed: int) -> list[SolvedProblem]:
     """Distinct problems of a split, each with one solution; equal arguments give equal rows."""
     rng = random.Random(f"{split}-{seed}")
-    rows: dict[str, Row] = {}
+    rows: dict[str, SolvedProblem] = {}
     while len(rows) < num_rows:
         problem = draw_problem(rng, split)
         prompt = prompt_of(problem)
         if prompt not in rows:
-            rows[prompt] = Row(
+            rows[prompt] = SolvedProblem(
                 prompt=prompt, completion=write_solution(problem, rng), answer=str(problem.value)
             )
     return list(rows.values())
 
 
 def final_answer(completion: str) -> str | None:
-    """What stands after the last answer mark, or None where there is no mark.
+    """The text after the last answer mark, or None where there is no mark.
 
     >>> final_answer("7+8=15#### 15")
     '15'
@@ -144,7 +143,7 @@ def final_answer(completion: str) -> str | None:
 
 
 def is_correct(completion: str, answer: str) -> bool:
-    """Grades the final answer only: the steps before it are the writer's own business."""
+    """Grade the final answer only: the steps before it are the writer's own business."""
     return final_answer(completion) == answer
 
 
@@ -172,8 +171,7 @@ def _ready(expression: Expression) -> Iterator[Operation]:
 
 
 def _carry_out(expression: Expression, chosen: Operation) -> Expression:
-    """Puts the value in the place of the chosen operation, told apart from equal ones elsewhere by
-    identity."""
+    """Put the value in the place of the chosen operation, told apart from equal ones by identity."""
     if isinstance(expression, int):
         return expression
     if expression is chosen:
@@ -184,7 +182,8 @@ def _carry_out(expression: Expression, chosen: Operation) -> Expression:
 
 
 def _equation(node: Operation, rng: random.Random) -> str:
-    left, right = evaluate(node.left), evaluate(node.right)
+    left = evaluate(node.left)
+    right = evaluate(node.right)
     if node.operator != "-" and rng.random() < 0.5:
         left, right = right, left
     return f"{left}{node.operator}{right}={node.value}"

@@ -1,4 +1,4 @@
-"""What a token costs, in FLOPs.
+"""The price of a token, in FLOPs.
 
 FLOPs are counted, not timed. A product of a weight with a token is 2 FLOPs, so a forward pass of a token
 costs 2 B for the B weights of the backbone (embedding rows are looked up, not multiplied), the backward pass
@@ -43,7 +43,7 @@ def flops_per_token(recipe: Recipe) -> FlopsPerToken:
     """The three prices of the module's formula, from the models' configurations."""
     student = _weights(load_config(recipe.student, "student"))
     student_backbone, student_head = student
-    teacher_backbone, teacher_head = 0.0, 0.0
+    teacher_backbone, teacher_head = 0.0, 0.0  # sft needs none
     if any(term.name.partition("#")[0] != "nll" for term in name_terms(recipe.choose_terms())):
         teacher_backbone, teacher_head = _teacher_weights(recipe.teacher, student)
     return FlopsPerToken(

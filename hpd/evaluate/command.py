@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.config.models import ModelConfig
-from hpd.evaluate.generate import Progress
+from hpd.config.schema import EvalConfig
 from hpd.evaluate.run import EvalResult, evaluate_engine
 from hpd.evaluate.task import Notice, Task
-from hpd.evaluate.tasks import settings_for
+from hpd.evaluate.tasks import share_options
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
 from hpd.methods.terms import nearest
 from hpd.models.load import load_config, load_model, load_tokenizer
+from hpd.progress import Progress
+from hpd.teachers.fingerprints import quick_fingerprint
 
-__all__ = ["ENGINES", "EvalCommand", "EvalProgress", "evaluate_models", "load_engine", "names_of"]
+__all__ = [
+    "ENGINES",
+    "EvalCommand",
+    "check_dtype",
+    "eval_sections",
+    "evaluate_models",
+    "load_engine",
+    "load_on_device",
+    "names_of",
+]
 
 ENGINES = ("transformers", "vllm")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What makes two folders of one name different models.
-_FINGERPRINTED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
-    """What `hpd eval` is asked for."""
+    """Models that answer tasks (`hpd eval`)."""
 
     models: tuple[str, ...]
     """Folders or Hub ids; the first is the one that the others are compared with."""
-    tasks: Sequence[Task]
-    preset: str | None = None
-    """A name of `PRESETS`."""
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `GenerationSettings` that go before preset and task."""
+    tasks: Sequence[tuple[Task, GenerationSettings]]
+    """As `task_and_settings` gives them."""
     engine: str = "transformers"
     """A name of `ENGINES`."""
     tensor_parallel: int = 1
@@ -54,35 +59,22 @@ class EvalCommand:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"Unknown engine {self.engine!r}. {nearest(self.engine, list(ENGINES))}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be {', '.join(_DTYPES)}, got {self.dtype!r}.")
+        check_dtype(self.dtype)
         if self.tensor_parallel != 1 and self.engine != "vllm":
             raise ValueError("tensor_parallel is vLLM's: it needs --engine vllm.")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice.")
 
-    def settings(self, task: Task) -> GenerationSettings:
-        return settings_for(task, self.preset, **self.generation)
-
     def folder(self, model: str) -> Path | None:
-        """Where a model's results go."""
+        """Folder of a model's results; None: they are not written."""
         if self.output is not None:
             return self.output
         return Path(model) if (Path(model) / "recipe.yaml").is_file() else None
 
 
-class EvalProgress:
-    """What is shown on the way; silent unless overridden."""
-
-    def say(self, text: str) -> None: ...
-
-    def answers(self, model: str, task: str) -> Progress | None:
-        return None
-
-
 def evaluate_models(
     command: EvalCommand,
-    progress: EvalProgress | None = None,
+    progress: Progress | None = None,
     done: Callable[[str, EvalResult], None] | None = None,
 ) -> dict[str, dict[str, EvalResult]]:
     """Results by task and model, in the order in which they are named.
@@ -94,30 +86,29 @@ def evaluate_models(
     Raises:
         FileNotFoundError, ValueError: before any weight is loaded, where it can be known.
     """
-    progress = progress or EvalProgress()
-    settings = {task.name: command.settings(task) for task in command.tasks}
+    progress = progress or Progress()
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
+    names = names_of(command.models)
     said = set()
-    for task in command.tasks:
+    for task, settings in command.tasks:
         if isinstance(task, Notice):
-            head, _, details = task.notice(settings[task.name].num_samples * len(command.models)).partition(
-                "\n"
-            )
+            notice = task.notice(settings.num_samples * len(command.models))
+            head, _, details = notice.partition("\n")
             progress.say(head if not details or details in said else f"{head}\n{details}")
             said.add(details)
-    results: dict[str, dict[str, EvalResult]] = {task.name: {} for task in command.tasks}
+    results: dict[str, dict[str, EvalResult]] = {task.name: {} for task, _ in command.tasks}
     for model in command.models:
         engine = load_engine(command, model)
-        for task in command.tasks:
+        for task, settings in command.tasks:
             result = evaluate_engine(
                 engine,
                 task,
-                settings[task.name],
+                settings,
                 command.folder(model),
                 name=model,
-                progress=progress.answers(model, task.name),
-                fingerprint=_fingerprint(model, command.dtype),
+                progress=progress.bar(f"{task.name} answers of {names[model]}"),
+                fingerprint=quick_fingerprint(model, command.dtype),
             )
             results[task.name][model] = result
             if done is not None:
@@ -131,14 +122,55 @@ def evaluate_models(
 
 def load_engine(command: EvalCommand, model: str) -> Engine:
     """The model, ready to answer."""
-    source = ModelConfig(model=model, dtype=command.dtype)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(source, "model")
     if command.engine == "vllm":
         from hpd.generation.vllm_engine import VllmEngine
 
+        tokenizer = load_tokenizer(ModelConfig(model=model), "model")
         return VllmEngine(model, tokenizer, dtype=command.dtype, tensor_parallel_size=command.tensor_parallel)
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return TransformersEngine(load_model(source, "model").to(device), tokenizer)  # type: ignore[arg-type]
+    return TransformersEngine(*load_on_device(model, command.dtype))
+
+
+def load_on_device(
+    model: str, dtype: str, role: str = "model"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on the accelerator, where there is one, and its tokenizer; `role` names it in messages."""
+    source = ModelConfig(model=model, dtype=dtype)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(source, role)
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(source, role).to(device), tokenizer
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError for a type that weights cannot be loaded in."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be {', '.join(_DTYPES)}, got {dtype!r}.")
+
+
+def eval_sections(
+    spec: str, data: Path | None, options: Sequence[str] = (), **shared: Any
+) -> list[EvalConfig]:
+    """The `eval` sections of a comma-separated list of ``name`` and ``name=file``.
+
+    Args:
+        spec: such as "gsm8k,math500=mine.jsonl".
+        data: folder or file of those without one of their own; None: the Hub.
+        options: as for `share_options`.
+        shared: further fields of every section.
+
+    Raises:
+        ValueError: no task, one that is named twice, or an option that none has.
+    """
+    entries = [part.strip().partition("=") for part in spec.split(",") if part.strip()]
+    if not entries:
+        raise ValueError("no tasks: give names with commas between them, such as gsm8k,math500.")
+    names = [name for name, _, _ in entries]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a task is named twice in {spec!r}.")
+    shares = share_options(names, options)
+    return [
+        EvalConfig(task=name, data=path or str(data or ""), options=shares[name], **shared)
+        for name, _, path in entries
+    ]
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
@@ -147,19 +179,3 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
     return {
         model: name if short.count(name) == 1 else model for model, name in zip(models, short, strict=True)
     }
-
-
-def _fingerprint(model: str, dtype: str) -> str:
-    """Changes with the weights: sizes and times of a folder's files, the commit of a Hub model."""
-    folder = Path(model)
-    if folder.is_dir():
-        files = sorted(path for pattern in _FINGERPRINTED for path in folder.glob(pattern))
-        # evals.json is written by the evaluation itself.
-        facts: Any = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in files
-            if path.name != "evals.json"
-        ]
-    else:
-        facts = getattr(load_config(ModelConfig(model=model), "model"), "_commit_hash", None)
-    return hashlib.sha256(json.dumps([facts, dtype]).encode()).hexdigest()[:16]

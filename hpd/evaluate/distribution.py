@@ -6,8 +6,8 @@ In formulas p is the teacher, q the student; nats, means over label tokens. Axes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.data.rows import _tokenise
-from hpd.evaluate.benchmarks.rows import read_rows
-from hpd.evaluate.statistics import Estimate, Floats, Statistic, estimate, ratio, row_weights
+from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
+from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
     RowSums,
     TextTokens,
@@ -27,17 +27,11 @@ from hpd.evaluate.token_statistics import (
 )
 from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids
 from hpd.generation.settings import GenerationSettings
-from hpd.generation.texts import Prompt
 from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
+from hpd.progress import Progress
 
-__all__ = ["METRICS", "TEXTS", "TextRow", "check_metrics", "distribution_metrics", "read_text_rows"]
-
-PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction")
-COMPLETION_COLUMNS = ("completion", "answer", "response", "solution", "output", "chosen")
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, rows so far, rows)."""
+__all__ = ["METRICS", "TEXTS", "check_metrics", "distribution_metrics"]
 
 
 class Metric(NamedTuple):
@@ -65,55 +59,14 @@ TEXTS = ("dataset", "student")
 """The data set's completions (the teacher's, where it wrote them), and the student's own from the same
 prompts."""
 
+WRITING = GenerationSettings(temperature=1.0, max_new_tokens=256)
+"""How the student writes where nothing else is said."""
+
 _GAPS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "overlap", "top1_agreement")
 
 
-class TextRow(NamedTuple):
-    """A prompt and its completion in the data."""
-
-    prompt: Prompt
-    completion: str
-
-
-def read_text_rows(
-    data: str | Path,
-    *,
-    limit: int | None = None,
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-) -> list[TextRow]:
-    """Prompts and completions of a file: columns of these names, or `messages` that end with the assistant's
-    turn.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read, or lacks a column or a text.
-    """
-    rows = read_rows(data)[:limit]
-    if "messages" in rows[0] and prompt_column is None and completion_column is None:
-        return [_from_messages(row.get("messages"), data, number) for number, row in enumerate(rows, start=1)]
-    names = [
-        _column(data, role, list(rows[0]), given, known)
-        for role, given, known in (
-            ("prompt", prompt_column, PROMPT_COLUMNS),
-            ("completion", completion_column, COMPLETION_COLUMNS),
-        )
-    ]
-    texts = []
-    for number, row in enumerate(rows, start=1):
-        prompt, completion = (row.get(name) for name in names)
-        if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-            completion = completion[-1].get("content")
-        if not prompt or not isinstance(completion, str) or not completion.strip():
-            raise ValueError(
-                f"{data}: row {number} has no text in {names[0]!r} or {names[1]!r}; fill or remove it."
-            )
-        texts.append(TextRow(prompt, completion))
-    return texts
-
-
 def check_metrics(metrics: Sequence[str], texts: Sequence[str], has_teacher: bool) -> None:
-    """Refuse unknown names, and metrics that need a teacher where there is none; before any model is loaded.
+    """Refuse unknown names, and metrics that need a teacher where there is none.
 
     Raises:
         ValueError: one of these.
@@ -138,7 +91,7 @@ def distribution_metrics(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[TextRow],
     metrics: Sequence[str] = tuple(METRICS),
-    settings: GenerationSettings | None = None,
+    settings: GenerationSettings = WRITING,
     *,
     texts: Sequence[str] = TEXTS,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
@@ -148,8 +101,7 @@ def distribution_metrics(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    r"""Distances, entropies, likelihoods and text statistics of a student, with 95 % bootstrap intervals over
-    the rows.
+    r"""Measure a student's distances, entropies, likelihoods and texts, with 95 % intervals over the rows.
 
     .. math:: \frac{1}{N} \sum_n \mathrm{KL}(p_n \| q_n), \qquad
               \mathrm{ECE} = \sum_b \frac{N_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|
@@ -163,15 +115,14 @@ def distribution_metrics(
         tokenizer: the student's; it writes the token ids that both models read.
         rows: prompts and completions (`read_text_rows`).
         metrics: names of `METRICS`.
-        settings: how the student writes; default: temperature 1, 256 tokens. Chat template as for
-            `generate_answers`.
+        settings: how the student writes; chat template as for `generate_answers`.
         texts: `dataset`, `student` or both; both also give the gap between them, from paired resamples.
         teacher_tokenizer: compared with the student's token by token where given.
         vocabulary: policy for heads of unequal size (`hpd.losses.heads.POLICIES`).
         max_length: tokens of prompt and completion that are read; None is the smaller context of the models.
         top_k: size of the sets whose overlap is taken.
         seed: of the resamples; draws of the student's texts follow `settings.seed`.
-        progress: called after each batch.
+        progress: gets a bar for each stage.
 
     Returns:
         JSON values: `dataset` and `student` (each figure with `value` and `interval`), `gap` (student minus
@@ -185,32 +136,18 @@ def distribution_metrics(
         Guo et al., On Calibration of Modern Neural Networks, 2017 (ECE, 15 equal bins).
     """
     check_metrics(metrics, texts, teacher is not None)
-    settings = settings or GenerationSettings(temperature=1.0, max_new_tokens=256)
     vocab = _common_vocab(student, teacher, tokenizer, teacher_tokenizer, vocabulary)
     for model in filter(None, (student, teacher)):
         add_head_function(model)
     limit = _length_limit(student, teacher, max_length)
-    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress)
-    weights = row_weights(len(rows), seed)
-    report: dict[str, Any] = {
-        "num_rows": len(rows),
-        "top_k": top_k,
-        "max_length": limit,
-        "common_vocabulary": vocab,
-    }
-    statistics: dict[str, dict[str, Statistic]] = {}
-    for text in texts:
-        statistics[text], plain = _read(reader, text, rows, metrics)
-        report[text] = plain | {
-            name: estimate(found, weights).to_json() for name, found in statistics[text].items()
-        }
-    if len(statistics) == 2:
-        report["gap"] = _gap(statistics, weights)
-    return report
+    reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress or Progress())
+    counts = {"num_rows": len(rows), "top_k": top_k, "max_length": limit, "common_vocabulary": vocab}
+    return counts | _report(reader, rows, metrics, texts, seed)
 
 
-class _Reader(NamedTuple):
-    """Who reads, how far, and how the student writes."""
+@dataclass(frozen=True)
+class _Reader:
+    """Models that read texts, how far, and how the student writes."""
 
     student: nn.Module
     teacher: nn.Module | None
@@ -219,55 +156,88 @@ class _Reader(NamedTuple):
     vocab: int | None
     limit: int | None
     top_k: int
-    progress: Progress | None
+    progress: Progress
+
+    def read(
+        self, text: str, rows: Sequence[TextRow], metrics: Sequence[str]
+    ) -> tuple[dict[str, Figure], dict[str, Any]]:
+        """Figures of one set of texts: those with an interval, and counts."""
+        by_student = text == "student"
+        if by_student:
+            written = _student_tokens(
+                self.student, self.tokenizer, rows, self.settings, self.limit, self.progress
+            )
+        else:
+            written = _dataset_tokens(self.tokenizer, rows, self.settings)
+        cut, lost = _cut(written, self.limit, self.vocab)
+        sums = sum_rows(
+            self.student,
+            self.teacher,
+            cut,
+            vocab=self.vocab,
+            top_k=self.top_k,
+            batch_size=self.settings.batch_size,
+            pad_id=_pad_id(self.tokenizer),
+            progress=self.progress.bar(f"reading {text} text"),
+        )
+        labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
+        ends = end_token_ids(self.student, self.tokenizer) if by_student else None
+        figures = _likelihood_figures(sums, metrics, with_bins=not by_student)
+        figures |= _text_figures(labels, metrics, ends)
+        distinct = _distinct(labels) if "repetition" in metrics else {}
+        return figures, {"tokens": int(sums.tokens.sum()), **lost, **distinct}
 
 
-def _read(
-    reader: _Reader, text: str, rows: Sequence[TextRow], metrics: Sequence[str]
-) -> tuple[dict[str, Statistic], dict[str, Any]]:
-    """Figures of one set of texts: those with an interval, and counts."""
-    student, teacher, tokenizer, settings, vocab, limit, top_k, progress = reader
-    own = text == "student"
-    if own:
-        written = _student_tokens(student, tokenizer, rows, settings, limit, progress)
-    else:
-        written = _dataset_tokens(tokenizer, rows, settings)
-    cut, lost = _cut(written, limit, vocab)
-    sums = sum_rows(
-        student,
-        teacher,
-        cut,
-        vocab=vocab,
-        top_k=top_k,
-        batch_size=settings.batch_size,
-        pad_id=_pad_id(tokenizer),
-        progress=None if progress is None else _named(progress, f"reading {text} text"),
-    )
-    labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
-    statistics = _likelihood_statistics(sums, metrics, with_bins=not own)
-    statistics |= _text_statistics(labels, metrics, end_token_ids(student, tokenizer) if own else None)
-    distinct = _distinct(labels) if "repetition" in metrics else {}
-    return statistics, {"tokens": int(sums.tokens.sum()), **lost, **distinct}
+def _report(
+    reader: _Reader, rows: Sequence[TextRow], metrics: Sequence[str], texts: Sequence[str], seed: int
+) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    figures: dict[str, dict[str, Figure]] = {}
+    for text in texts:
+        figures[text], plain = reader.read(text, rows, metrics)
+        report[text] = plain | _estimates(figures[text], len(rows), seed)
+    if len(figures) == 2:
+        report["gap"] = _estimates(_gaps(figures["student"], figures["dataset"]), len(rows), seed)
+    return report
+
+
+def _estimates(figures: dict[str, Figure], num_rows: int, seed: int) -> dict[str, Any]:
+    return {name: estimate(figure, num_rows, seed).to_json() for name, figure in figures.items()}
+
+
+def _gaps(student: dict[str, Figure], dataset: dict[str, Figure]) -> dict[str, Figure]:
+    """The student's own texts minus the data set's, each resample of rows taken from both."""
+
+    def gap(name: str) -> Figure:
+        return lambda weights: student[name](weights) - dataset[name](weights)
+
+    return {name: gap(name) for name in _GAPS if name in student and name in dataset}
 
 
 def _common_vocab(
-    student: nn.Module, teacher: nn.Module | None, ours: PreTrainedTokenizerBase, theirs: Any, policy: str
+    student: nn.Module,
+    teacher: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    policy: str,
 ) -> int | None:
     if teacher is None:
         return None
-    difference = None if theirs is None else first_difference(ours, theirs)
-    if theirs is not None and difference is not None:
-        a, b = (tokenizer.convert_ids_to_tokens(difference) for tokenizer in (ours, theirs))
-        raise ValueError(
-            f"token {difference} is {a!r} for the student and {b!r} for the teacher: the tokenizers are "
-            "different, and a divergence between the two models has no meaning. Choose a teacher of the "
-            "student's tokenizer family."
-        )
+    if teacher_tokenizer is not None:
+        difference = first_difference(tokenizer, teacher_tokenizer)
+        if difference is not None:
+            read = [t.convert_ids_to_tokens(difference) for t in (tokenizer, teacher_tokenizer)]
+            raise ValueError(
+                f"token {difference} is {read[0]!r} for the student and {read[1]!r} for the teacher: the "
+                "tokenizers are different, and a divergence between the two models has no meaning. Choose a "
+                "teacher of the student's tokenizer family."
+            )
     return common_vocab(student, teacher, policy)
 
 
 def _length_limit(student: nn.Module, teacher: nn.Module | None, max_length: int | None) -> int | None:
-    configs = [model.config.get_text_config() for model in (student, teacher) if model is not None]  # type: ignore[union-attr,operator]
+    models: list[Any] = [model for model in (student, teacher) if model is not None]
+    configs = [model.config.get_text_config() for model in models]
     contexts = [getattr(config, "max_position_embeddings", None) for config in configs]
     known = [length for length in (*contexts, max_length) if length is not None]
     return min(known, default=None)
@@ -297,9 +267,9 @@ def _student_tokens(
     rows: Sequence[TextRow],
     settings: GenerationSettings,
     limit: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[TextTokens]:
-    """What the student writes, as the token ids that it drew: decoding and encoding again may give others."""
+    """Texts that the student writes, as the token ids that it drew: encoding them again may give others."""
     engine = TransformersEngine(student, tokenizer)
     prompts = [encode_prompt(tokenizer, row.prompt, settings) for row in rows]
     room = min((limit or 2**31) - max(map(len, prompts)), settings.max_new_tokens)
@@ -309,11 +279,11 @@ def _student_tokens(
             f"{limit}."
         )
     written: dict[int, list[int]] = {}
+    bar = progress.bar("the student writes")
     for batch in engine.batches([len(prompt) for prompt in prompts], settings):
         requests = [Request(prompts[row], (settings.seed, row, 0, 0)) for row in batch]
         written.update(zip(batch, engine.generate_tokens(requests, settings, room), strict=True))
-        if progress is not None:
-            progress("the student writes", len(written), len(rows))
+        bar(len(written), len(rows))
     return [
         TextTokens([*prompt, *written[row]], [False] * len(prompt) + [True] * len(written[row]))
         for row, prompt in enumerate(prompts)
@@ -346,7 +316,7 @@ def _cut(
     }
 
 
-def _likelihood_statistics(sums: RowSums, metrics: Sequence[str], with_bins: bool) -> dict[str, Statistic]:
+def _likelihood_figures(sums: RowSums, metrics: Sequence[str], with_bins: bool) -> dict[str, Figure]:
     wanted = {
         "kl": ("forward_kl", "reverse_kl"),
         "entropy": ("student_entropy", "teacher_entropy"),
@@ -354,7 +324,7 @@ def _likelihood_statistics(sums: RowSums, metrics: Sequence[str], with_bins: boo
     }
     names = [name for metric in metrics for name in wanted.get(metric, ())]
     names += [name for name in ("student_mass_outside", "teacher_mass_outside") if name in sums.values]
-    found: dict[str, Statistic] = {
+    found: dict[str, Figure] = {
         name: ratio(sums.values[name], sums.tokens) for name in names if name in sums.values
     }
     for model in ("student", "teacher"):
@@ -365,11 +335,11 @@ def _likelihood_statistics(sums: RowSums, metrics: Sequence[str], with_bins: boo
     return found
 
 
-def _exp(statistic: Statistic) -> Statistic:
-    return lambda weights: np.exp(statistic(weights))
+def _exp(figure: Figure) -> Figure:
+    return lambda weights: np.exp(figure(weights))
 
 
-def _calibration_error(bins: Floats) -> Statistic:
+def _calibration_error(bins: Floats) -> Figure:
     """Mean over positions of |accuracy - confidence| of the position's bin; `bins` is [R, bins, 3]."""
 
     def error(weights: Floats) -> Floats:
@@ -379,11 +349,10 @@ def _calibration_error(bins: Floats) -> Statistic:
     return error
 
 
-def _text_statistics(
+def _text_figures(
     labels: Sequence[list[int]], metrics: Sequence[str], ends: Sequence[int] | None
-) -> dict[str, Statistic]:
+) -> dict[str, Figure]:
     """Means over rows, every row with the same weight."""
-    ones = np.ones(len(labels))
     values: dict[str, list[float]] = {}
     if "length" in metrics:
         values["tokens_per_text"] = [float(len(row)) for row in labels]
@@ -394,7 +363,7 @@ def _text_statistics(
         loops = [longest_loop(row) for row in labels]
         values["longest_loop_tokens"] = [float(loop) for loop in loops]
         values["looping"] = [float(loop > 0) for loop in loops]
-    return {name: ratio(np.array(column), ones) for name, column in values.items()}
+    return {name: ratio(np.array(column)) for name, column in values.items()}
 
 
 def _distinct(labels: Sequence[list[int]]) -> dict[str, Any]:
@@ -402,43 +371,5 @@ def _distinct(labels: Sequence[list[int]]) -> dict[str, Any]:
     return {f"distinct_{n}": {"value": distinct_ngrams(labels, n), "interval": None} for n in (1, 2, 3, 4)}
 
 
-def _gap(statistics: dict[str, dict[str, Statistic]], weights: Floats) -> dict[str, Any]:
-    own, data = statistics["student"], statistics["dataset"]
-
-    def difference(name: str) -> Estimate:
-        return estimate(lambda w: own[name](w) - data[name](w), weights)
-
-    return {name: difference(name).to_json() for name in _GAPS if name in own and name in data}
-
-
-def _named(progress: Progress, stage: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(stage, done, total)
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # type: ignore[return-value]
-
-
-def _column(data: str | Path, role: str, columns: list[str], given: str | None, known: Sequence[str]) -> str:
-    found = next((name for name in ((given,) if given else known) if name in columns), None)
-    if found is None:
-        wanted = given or " | ".join(known)
-        raise ValueError(
-            f"{data} has no {role} column {wanted}; it has {', '.join(columns)}. Name it with "
-            f"--{role}-column."
-        )
-    return found
-
-
-def _from_messages(messages: Any, data: str | Path, number: int) -> TextRow:
-    turns = messages if isinstance(messages, list) else []
-    if (
-        len(turns) < 2
-        or not isinstance(turns[-1], dict)
-        or turns[-1].get("role") != "assistant"
-        or not turns[-1]["content"]
-    ):
-        raise ValueError(
-            f"{data}: the messages of row {number} do not end with an assistant turn; fill or remove the row."
-        )
-    return TextRow(turns[:-1], turns[-1]["content"])
+def _pad_id(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

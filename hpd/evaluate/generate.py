@@ -7,24 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.evaluate.task import Example
+from hpd.files import JsonLines
 from hpd.generation.engine import Engine, Request, TransformersEngine, encode_prompt
 from hpd.generation.settings import GREEDY, GenerationSettings
 from hpd.generation.texts import Answer, Message, Prompt
+from hpd.progress import Advance
 
-__all__ = ["Generated", "Group", "PartialAnswers", "Progress", "answer_examples", "generate_answers"]
+__all__ = ["Generated", "Group", "PartialAnswers", "answer_examples", "generate_answers"]
 
 
 _LOGGER = logging.getLogger(__name__)
-
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (answers so far, answers in total) after each batch."""
 
 
 class PartialAnswers:
@@ -39,10 +37,14 @@ class PartialAnswers:
     """
 
     def __init__(self, path: Path, identity: Any):
-        self.path = path
+        self._lines = JsonLines(path)
         self._identity = json.loads(json.dumps(identity))
         self._batches: dict[int, tuple[list[Answer], float]] = {}
-        self._kept: list[Any] | None = self._read()
+        head, *batches = self._lines.read() or [None]
+        self._begun = head == self._identity
+        for batch in batches if self._begun else ():
+            answers = [Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in batch["answers"]]
+            self._batches[batch["batch"]] = answers, batch["seconds"]
 
     def __len__(self) -> int:
         """Answers that need not be generated again."""
@@ -53,34 +55,14 @@ class PartialAnswers:
         return self._batches.get(number)
 
     def append(self, number: int, answers: Sequence[Answer], seconds: float) -> None:
-        if self._kept is not None:
-            # Written anew in any case: a line that was cut short would swallow the next one.
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self._kept)
-            self.path.write_text(text, encoding="utf-8")
-            self._kept = None
-        line = {"batch": number, "seconds": seconds, "answers": [asdict(answer) for answer in answers]}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if not self._begun:
+            self._lines.write([self._identity])
+            self._begun = True
+        written = [asdict(answer) for answer in answers]
+        self._lines.append({"batch": number, "seconds": seconds, "answers": written})
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def _read(self) -> list[Any]:
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.is_file() else []
-        kept: list[Any] = [self._identity]
-        for position, text in enumerate(lines):
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break
-            if position == 0:
-                if line != self._identity:
-                    break
-                continue
-            answers = [Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in line["answers"]]
-            self._batches[line["batch"]] = answers, line["seconds"]
-            kept.append(line)
-        return kept
+        self._lines.path.unlink(missing_ok=True)
 
 
 class Group(NamedTuple):
@@ -107,7 +89,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: GenerationSettings = GREEDY,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[Answer]:
     """The model's answers, in the order of the prompts (`num_samples` of each in a row).
 
@@ -125,7 +107,7 @@ def generate_answers(
         tokenizer: the model's; its padding side does not matter.
         prompts: plain texts or chats; plain texts become a user turn where a chat template is used.
         settings: decoding, batch size and template.
-        progress: called after each batch.
+        progress: called with (answers so far, answers) after each batch.
 
     Raises:
         ValueError: the tokenizer lacks the chat template that is asked for, a prompt has no tokens, or a
@@ -139,7 +121,7 @@ def answer_examples(
     engine: Engine,
     examples: Sequence[Example],
     settings: GenerationSettings,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     partial: PartialAnswers | None = None,
     group: Group | None = None,
 ) -> Generated:

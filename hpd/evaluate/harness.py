@@ -3,69 +3,111 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["HARNESSES", "run_harness"]
+import torch
+
+from hpd.evaluate.run import write_entry
+
+__all__ = ["HARNESSES", "HarnessCommand", "run_harness"]
 
 HARNESSES = ("lm-eval",)
 
+Results = dict[str, dict[str, float]]
+"""Task -> "metric,filter" -> value, standard errors included."""
 
-def run_harness(
-    model: str,
-    tasks: Sequence[str],
-    *,
-    include: Path | None = None,
-    limit: int | None = None,
-    num_few_shot: int | None = None,
-    batch_size: int = 32,
-    dtype: str = "auto",
-    chat_template: bool = False,
-    system_prompt: str | None = None,
-    generation: Mapping[str, Any] | None = None,
-) -> dict[str, dict[str, float]]:
-    """What `lm_eval` finds: task -> "metric,filter" -> value, standard errors included.
 
-    Args:
-        model: folder or Hub id, loaded by the harness itself.
-        tasks: names that the harness knows, or that `include` defines.
-        include: folder of YAML tasks of your own.
-        limit: first n problems of each task.
-        num_few_shot: worked examples; None: as each task says.
-        chat_template: wrap prompts in the tokenizer's chat template.
-        system_prompt: system turn, or text before the prompt.
-        generation: the harness's gen_kwargs, such as {"max_gen_toks": 256}.
+@dataclass(frozen=True, kw_only=True)
+class HarnessCommand:
+    """Models that a harness evaluates (`hpd eval --harness`)."""
+
+    models: tuple[str, ...]
+    """Folders or Hub ids, loaded by the harness itself."""
+    harness: str = "lm-eval"
+    """A name of `HARNESSES`."""
+    tasks: tuple[str, ...]
+    """Names that the harness knows, or that `include` defines."""
+    include: Path | None = None
+    """Folder of YAML tasks of your own."""
+    limit: int | None = None
+    """First n problems of each task."""
+    few_shot: int = 0
+    """Worked examples; 0: as each task says."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `GenerationSettings`; None: not given."""
+    dtype: str = "auto"
+    """Of the weights."""
+    output: Path | None = None
+    """Folder of evals.json; None writes nothing."""
+
+    def __post_init__(self) -> None:
+        if self.harness not in HARNESSES:
+            raise ValueError(f"Unknown harness {self.harness!r}; known: {', '.join(HARNESSES)}.")
+        unused = [key for key in ("num_samples", "top_k") if self.generation.get(key) is not None]
+        unused += ["seed"] if self.generation.get("seed") else []
+        if unused:
+            raise ValueError(f"{unused[0]} is not passed on to lm-eval; leave it out.")
+
+    def sampling(self) -> dict[str, Any]:
+        """The harness's gen_kwargs."""
+        names = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "max_gen_toks"}
+        given = {names[key]: value for key, value in self.generation.items() if key in names}
+        chosen = {key: value for key, value in given.items() if value is not None}
+        return {**chosen, "do_sample": True} if chosen.get("temperature") else chosen
+
+    def identity(self, model: str) -> dict[str, Any]:
+        """An evaluation in evals.json is replaced by a later one of equal values."""
+        return {
+            "model": model,
+            "harness": self.harness,
+            "tasks": list(self.tasks),
+            "limit": self.limit,
+            "few_shot": self.few_shot,
+            "settings": dict(self.generation),
+        }
+
+
+def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
+    """Each model and what lm-eval finds.
 
     Raises:
         ValueError: lm_eval is not installed, or does not know a task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--harness lm-eval needs lm-evaluation-harness: pip install 'hpd[lm-eval]'.")
-    import torch
-    from lm_eval.evaluator import simple_evaluate  # type: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # type: ignore[reportMissingImports]
 
-    manager = TaskManager(include_path=str(include) if include is not None else None)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
+    manager = TaskManager(include_path=str(command.include) if command.include is not None else None)
+    unknown = [task for task in command.tasks if task not in manager.all_tasks]
     if unknown:
-        where = (
-            f" or in {include}"
-            if include is not None
-            else "; --data names a folder of YAML tasks of your own"
-        )
+        where = "; --data names a folder of YAML tasks of your own"
+        if command.include is not None:
+            where = f" or in {command.include}"
         raise ValueError(f"lm-eval has no task {unknown[0]!r}{where}.")
+    for model in command.models:
+        results = _evaluate(command, model, manager)
+        if command.output is not None:
+            write_entry(command.output, command.identity(model), {"results": results})
+        yield model, results
+
+
+def _evaluate(command: HarnessCommand, model: str, manager: Any) -> Results:
+    from lm_eval.evaluator import simple_evaluate  # type: ignore[reportMissingImports]
+
     found: Any = cast("Any", simple_evaluate)(
         model="hf",
-        model_args={"pretrained": model, "dtype": dtype},
-        tasks=list(tasks),
-        num_fewshot=num_few_shot,
-        batch_size=batch_size,
+        model_args={"pretrained": model, "dtype": command.dtype},
+        tasks=list(command.tasks),
+        num_fewshot=command.few_shot or None,
+        batch_size=command.generation.get("batch_size", 32),
         device="cuda" if torch.cuda.is_available() else "cpu",
-        limit=limit,
-        apply_chat_template=chat_template,
-        system_instruction=system_prompt,
-        gen_kwargs=dict(generation) if generation else None,
+        limit=command.limit,
+        apply_chat_template=command.generation.get("chat_template") == "always",
+        system_instruction=command.generation.get("system_prompt"),
+        gen_kwargs=command.sampling() or None,
         task_manager=manager,
         log_samples=False,
         bootstrap_iters=1000,

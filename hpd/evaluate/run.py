@@ -1,8 +1,6 @@
 """Evaluation of a model on a task, and its trace in a run folder: evals.json and records-<task>.jsonl."""
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.evaluate.generate import Generated, PartialAnswers, Progress, answer_examples
+from hpd.evaluate.generate import Generated, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import (
     Floats,
     majority,
@@ -22,13 +20,16 @@ from hpd.evaluate.statistics import (
     sampling_interval,
 )
 from hpd.evaluate.task import Comparable, Example, Summary, Task, Verdict
+from hpd.files import JsonLines, digest_json, write_json
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GREEDY, GenerationSettings
 from hpd.generation.texts import Answer, FinishReason, Prompt
+from hpd.progress import Advance
 
 __all__ = [
     "EvalResult",
     "Record",
+    "eval_id",
     "evaluate",
     "evaluate_engine",
     "grade_answers",
@@ -45,12 +46,12 @@ class Record:
     id: str
     """The example's."""
     sample: int
-    """Which answer to it, from 0."""
+    """Number of the answer to it, from 0."""
     prompt: Prompt
     answer: str
     """The reference."""
     text: str
-    """What the model wrote; of a conversation: last."""
+    """The model's answer; of a conversation: the last reply."""
     turns: tuple[str, ...]
     """Every reply of a conversation, else empty."""
     extracted: str | None
@@ -68,7 +69,7 @@ class EvalResult:
 
     task: str
     metric: str
-    """What `value` is: accuracy, rouge_l, ..."""
+    """Name of `value`: accuracy, rouge_l, ..."""
     value: float
     """Mean over problems of the mean over their graded samples."""
     interval: tuple[float, float]
@@ -102,7 +103,7 @@ def evaluate(
     settings: GenerationSettings = GREEDY,
     output_dir: str | Path | None = None,
     name: str | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> EvalResult:
     """Let a model answer a task's examples, grade the answers and, with `output_dir`, write both down.
 
@@ -136,7 +137,7 @@ def evaluate_engine(
     output_dir: str | Path | None = None,
     *,
     name: str,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     fingerprint: str | None = None,
 ) -> EvalResult:
     """`evaluate` with an engine of your choice.
@@ -156,9 +157,9 @@ def evaluate_engine(
         _read_evals(folder)  # an unreadable file should stop the run before its hours of generation
         if fingerprint is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            prompts = _digest([(example.prompt, example.follow_ups) for example in examples])
+            prompts = digest_json([(example.prompt, example.follow_ups) for example in examples])[:12]
             partial = PartialAnswers(
-                folder / f"partial-{_digest(identity)}.jsonl",
+                folder / f"partial-{eval_id(identity)}.jsonl",
                 {**identity, "fingerprint": fingerprint, "prompts": prompts},
             )
     generated = answer_examples(engine, examples, settings, progress, partial)
@@ -171,7 +172,7 @@ def evaluate_engine(
 
 
 def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -> dict[str, Any]:
-    """What makes an evaluation the same as another one, as JSON values."""
+    """Describe an evaluation by JSON values; it is the same as another of equal values."""
     return {
         "model": name,
         "task": task.name,
@@ -222,7 +223,7 @@ def grade_answers(
 
 
 def _figures(task: Task, verdicts: Sequence[Verdict], values: Floats) -> dict[str, Any]:
-    """What several samples per problem tell beyond their mean."""
+    """Figures of several samples per problem beyond their mean."""
     num_problems, num_samples = values.shape
     if num_samples == 1:
         return {}
@@ -265,32 +266,31 @@ def _record(sample: int, example: Example, answer: Answer, verdict: Verdict) -> 
     )
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def eval_id(identity: Mapping[str, Any]) -> str:
+    """The id of an evaluation in evals.json, from what `identify` says of it."""
+    return digest_json(identity)[:12]
 
 
 def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> None:
     """Put a result into evals.json, and its records beside it, in place of an earlier one of the same
     identity."""
-    eval_id = _digest(identity)
+    own_id = eval_id(identity)
     figures = {key: value for key, value in vars(result).items() if key not in ("task", "value", "records")}
     folder.mkdir(parents=True, exist_ok=True)
 
-    records_path = folder / f"records-{result.task}.jsonl"
-    lines = [json.dumps({"eval": eval_id, **asdict(record)}, ensure_ascii=False) for record in result.records]
-    _replace(records_path, "".join(line + "\n" for line in [*_other_records(records_path, eval_id), *lines]))
+    records = JsonLines(folder / f"records-{result.task}.jsonl")
+    others = [record for record in records.read() if record.get("eval") != own_id]
+    records.write([*others, *({"eval": own_id, **asdict(record)} for record in result.records)])
 
-    write_entry(
-        folder,
-        {"id": eval_id, **identity, result.metric: result.value, **figures, "records": records_path.name},
-    )
+    write_entry(folder, identity, {result.metric: result.value, **figures, "records": records.path.name})
 
 
-def write_entry(folder: Path, entry: dict[str, Any]) -> None:
-    """Put an evaluation into evals.json, in place of one with the same id."""
+def write_entry(folder: Path, identity: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Put an evaluation into evals.json, in place of an earlier one of the same identity."""
     folder.mkdir(parents=True, exist_ok=True)
+    entry = {"id": eval_id(identity), **identity, **figures}
     others = [other for other in _read_evals(folder) if other.get("id") != entry["id"]]
-    _replace(folder / "evals.json", json.dumps([*others, entry], indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "evals.json", [*others, entry])
 
 
 def _read_evals(folder: Path) -> list[dict[str, Any]]:
@@ -306,15 +306,3 @@ def _read_evals(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path} is not a list of evaluations; move it away to start a new one.")
     return entries
-
-
-def _other_records(path: Path, eval_id: str) -> Sequence[str]:
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [line for line in lines if line and json.loads(line).get("eval") != eval_id]
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that readers see the old content or the new one, never a part."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "Comparison",
     "Estimate",
-    "Statistic",
+    "Figure",
+    "PairedDifference",
     "compare_paired",
     "estimate",
     "majority",
@@ -23,28 +23,77 @@ __all__ = [
     "mean_over_problems",
     "pass_at_k",
     "ratio",
-    "row_weights",
+    "resample",
     "sampling_interval",
     "wilson_interval",
 ]
 
-
 Floats = NDArray[np.float64]
-
-
-Interval = tuple[float, float]
-
+Bounds = tuple[float, float]
+"""Of a 95 % interval."""
+Figure = Callable[[Floats], Floats]
+"""From row weights [S, R] to the figure of each resample [S]."""
 
 _Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
-
-
 _RESAMPLES = 2000
+_BLOCK = 200
+"""Resamples held at once: with R rows they take 1.6 R kilobytes."""
 
 
-_SEED = 0  # of the resampling: the same values give the same interval
+def resample(figure: Callable[..., Floats], *sizes: int, count: int = _RESAMPLES, seed: int = 0) -> Floats:
+    """Draw rows with replacement and take a figure of each draw, [count]; equal seeds draw equal rows.
+
+    Not `scipy.stats.bootstrap`, which refuses a single row and gives no weights to figures that need them.
+
+    Args:
+        figure: takes how often each resample drew each row, `[S, R]` floats for each of `sizes`; returns
+            `[S]`.
+        sizes: numbers of rows; what several of them count is drawn independently, such as seeds and examples.
+        count: number of resamples.
+        seed: of the draws.
+
+    Reference:
+        Efron, Bootstrap Methods: Another Look at the Jackknife, 1979.
+    """
+    generator = np.random.default_rng(seed)
+    blocks = [min(_BLOCK, count - start) for start in range(0, count, _BLOCK)]
+    return np.concatenate([figure(*(_weights(generator, size, block) for size in sizes)) for block in blocks])
 
 
-def wilson_interval(num_correct: int, num_examples: int) -> Interval:
+def _weights(generator: np.random.Generator, size: int, block: int) -> Floats:
+    return generator.multinomial(size, np.full(size, 1 / size), size=block).astype(np.float64)
+
+
+def ratio(numerator: Floats, denominator: Floats | float = 1.0) -> Figure:
+    """Sum over rows / sum over rows: a mean over tokens where the rows hold sums over theirs; over rows by
+    default."""
+    whole = np.broadcast_to(denominator, numerator.shape)
+    return lambda weights: (weights @ numerator) / (weights @ whole)
+
+
+def _middle(values: Floats) -> Bounds:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95 % interval: the error from having these rows and no others."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        return {"value": self.value, "interval": [self.low, self.high]}
+
+
+def estimate(figure: Figure, num_rows: int, seed: int = 0) -> Estimate:
+    """The figure of the rows as they are, and its percentile interval over resampled rows."""
+    value = figure(np.ones((1, num_rows)))[0]
+    return Estimate(float(value), *_middle(resample(figure, num_rows, seed=seed)))
+
+
+def wilson_interval(num_correct: int, num_examples: int) -> Bounds:
     r"""95 % interval of a proportion k/n; unlike the normal one it stays inside [0, 1] and is not empty at 0
     or 1.
 
@@ -70,7 +119,7 @@ def mean_over_problems(values: Floats) -> Floats:
     return np.where(graded, values, 0.0)[kept].sum(axis=1) / graded[kept].sum(axis=1)
 
 
-def mean_interval(values: Floats) -> Interval:
+def mean_interval(values: Floats) -> Bounds:
     """95 % interval of the mean: the error from having these problems and these samples of them, and no
     others.
 
@@ -80,34 +129,19 @@ def mean_interval(values: Floats) -> Interval:
     means = mean_over_problems(values)
     if values.shape[1] == 1 and np.isin(means, (0.0, 1.0)).all():
         return wilson_interval(int(means.sum()), len(means))
-    return _bootstrap(means)
+    return _middle(resample(ratio(means), len(means)))
 
 
-def sampling_interval(values: Floats) -> Interval:
+def sampling_interval(values: Floats) -> Bounds:
     """95 % interval of the mean over what another run on the same problems would draw: samples resampled
     within problems."""
-    generator = np.random.default_rng(_SEED)
     values = values[~np.isnan(values).any(axis=1)]
     num_problems, num_samples = values.shape
-    rows = np.arange(num_problems)[:, None]
-    means = [
-        values[rows, generator.integers(num_samples, size=values.shape)].mean() for _ in range(_RESAMPLES)
-    ]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
+    def mean(*weights: Floats) -> Floats:
+        return np.sum([w @ row for w, row in zip(weights, values, strict=True)], axis=0) / values.size
 
-def _bootstrap(means: Floats) -> Interval:
-    low, high = np.quantile(_resampled_means(means), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _resampled_means(values: Floats) -> Floats:
-    """Means of resamples with replacement, [_RESAMPLES]."""
-    generator = np.random.default_rng(_SEED)
-    size = len(values)
-    parts = [values[generator.integers(size, size=(_RESAMPLES // 20, size))].mean(axis=1) for _ in range(20)]
-    return np.concatenate(parts)
+    return _middle(resample(mean, *[num_samples] * num_problems))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -129,8 +163,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def majority(
     answers: Sequence[str | None], correct: Sequence[bool | None], same: Callable[[str, str], bool]
 ) -> float:
-    """Whether the answer that most samples give is right; in a tie, the share of right ones among the most
-    frequent.
+    """1 if the answer that most samples give is right, else 0; in a tie, the share of right ones among them.
 
     Samples without an answer do not vote; without any vote the result is 0.
     """
@@ -149,12 +182,12 @@ def majority(
     return sum(winners) / len(winners) if winners else 0.0
 
 
-class Comparison(NamedTuple):
+class PairedDifference(NamedTuple):
     """Two models on the same problems."""
 
     difference: float
     """Second minus first."""
-    interval: Interval
+    interval: Bounds
     """95 % bootstrap interval of the difference, over problems."""
     p_value: float
     """Two-sided, of no difference."""
@@ -164,7 +197,7 @@ class Comparison(NamedTuple):
     """Problems that are graded for both."""
 
 
-def compare_paired(first: Floats, second: Floats) -> Comparison:
+def compare_paired(first: Floats, second: Floats) -> PairedDifference:
     """Test whether two models differ, problem by problem.
 
     Exact McNemar where every problem has one 0/1 value: the two-sided binomial test on the problems that only
@@ -177,66 +210,22 @@ def compare_paired(first: Floats, second: Floats) -> Comparison:
     References:
         McNemar, Note on the sampling error of the difference between correlated proportions, Psychometrika
         1947. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 15 (achieved significance
-           level).
+        level).
     """
     both = ~(np.isnan(first).all(axis=1) | np.isnan(second).all(axis=1))
-    one, two = mean_over_problems(first[both]), mean_over_problems(second[both])
+    one = mean_over_problems(first[both])
+    two = mean_over_problems(second[both])
     differences = two - one
-    resampled = _resampled_means(differences)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    single = (
-        first.shape[1] == 1
-        and second.shape[1] == 1
-        and bool(np.isin(np.concatenate([one, two]), (0.0, 1.0)).all())
-    )
+    resampled = resample(ratio(differences), len(differences))
+    single = first.shape[1] == second.shape[1] == 1 and np.isin([one, two], (0.0, 1.0)).all()
     if single:
         from scipy.stats import binomtest  # half a second that only comparisons spend
 
-        better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+        better = int((differences > 0).sum())
+        worse = int((differences < 0).sum())
         p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
     else:
         tail = min((resampled <= 0).mean(), (resampled >= 0).mean())
         p_value = float(min(1.0, 2 * (tail * _RESAMPLES + 1) / (_RESAMPLES + 1)))
     test = "McNemar" if single else "bootstrap"
-    return Comparison(float(differences.mean()), (float(low), float(high)), p_value, test, len(differences))
-
-
-Statistic = Callable[[Floats], Floats]
-"""From row weights [S, R] to the figure of each resample [S]."""
-
-
-_ROW_RESAMPLES = 1000
-
-
-class Estimate(NamedTuple):
-    """A figure and its 95 % interval: the error from having these rows and no others."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float | list[float]]:
-        return {"value": self.value, "interval": [self.low, self.high]}
-
-
-def row_weights(num_rows: int, seed: int = 0, resamples: int = _ROW_RESAMPLES) -> Floats:
-    """How often each resample drew each row, [S, R]. One matrix for two figures makes their difference a
-    paired one."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=resamples).astype(np.float64)
-
-
-def ratio(numerator: Floats, denominator: Floats) -> Statistic:
-    """Sum over rows / sum over rows: a mean over tokens where the rows hold sums over theirs."""
-    return lambda weights: (weights @ numerator) / (weights @ denominator)
-
-
-def estimate(statistic: Statistic, weights: Floats) -> Estimate:
-    """The figure of the rows as they are, and the 2.5 % and 97.5 % quantiles over the resamples.
-
-    Reference:
-        Efron, Bootstrap Methods: Another Look at the Jackknife, 1979 (percentile method).
-    """
-    value = statistic(np.ones((1, weights.shape[1])))[0]
-    low, high = np.quantile(statistic(weights), [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high))
+    return PairedDifference(float(differences.mean()), _middle(resampled), p_value, test, len(differences))

@@ -1,4 +1,4 @@
-"""What an evaluation is made of: examples, a model's answers, verdicts, and the task that ties them
+"""Parts of an evaluation: examples, a model's answers, verdicts, and the task that ties them
 together."""
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class Verdict:
     extracted: str | None = None
     """The part of the answer that was graded; None where none was found."""
     score: float | None = None
-    """What is averaged; None is 1 for correct, 0 for wrong, and ungraded where `correct` is None too."""
+    """The value that is averaged; None: 1 for correct, 0 for wrong, ungraded where `correct` is None too."""
     detail: str = ""
     """Why: an error message, a judge's text, ..."""
 

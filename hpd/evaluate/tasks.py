@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -15,12 +15,28 @@ from hpd.evaluate.benchmarks.few_shot import FewShot, Subset
 from hpd.evaluate.benchmarks.rows import Data, HubData
 from hpd.evaluate.task import Task
 from hpd.generation.settings import GenerationSettings
+from hpd.progress import Progress
 
-__all__ = ["JudgeProgress", "build_task", "build_tasks", "share_options"]
+if TYPE_CHECKING:
+    from hpd.config.schema import EvalConfig  # the schema imports torch, which building a task does not need
+
+__all__ = [
+    "PRESETS",
+    "TASKS",
+    "TaskEntry",
+    "build_task",
+    "make_task",
+    "settings_for",
+    "share_options",
+    "task_and_settings",
+]
+
+
+_JUDGE = "judge."
 
 
 class TaskEntry(NamedTuple):
-    """How a task is made."""
+    """Recipe of a task."""
 
     factory: str
     """"module:function"; the function takes (data, *, limit=None, ...) and returns a `Task`."""
@@ -153,7 +169,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def task_options(name: str) -> list[str]:
-    """What a task's factory takes beside data and limit."""
+    """Names that a task's factory takes beside data and limit."""
     parameters = inspect.signature(load_factory(name)).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "limit"]
 
@@ -181,11 +197,47 @@ def find_data(name: str, data: str | Path | None, *, shots: bool = False) -> Dat
     )
 
 
-JudgeProgress = Callable[[str], Callable[[int, int], None]]
-"""Gives, for the name of a task, what is called with (verdicts so far, verdicts)."""
+def task_and_settings(
+    config: EvalConfig,
+    progress: Progress | None = None,
+    *,
+    top_k: int | None = None,
+    chat_template: str | None = None,
+) -> tuple[Task, GenerationSettings]:
+    """The task of an `eval` section of a recipe, with its examples read, and how it is answered.
 
+    Args:
+        config: the section.
+        progress: shows a judge's progress.
+        top_k, chat_template: fields of `GenerationSettings` that only the command line has; None: not given.
 
-_JUDGE = "judge."
+    Raises:
+        FileNotFoundError, ValueError: as `build_task` and `settings_for`.
+    """
+    task = build_task(
+        config.task,
+        config.data or None,
+        limit=config.limit,
+        limit_seed=config.limit_seed,
+        few_shot=config.few_shot,
+        few_shot_data=config.few_shot_data,
+        options=config.options,
+        progress=progress,
+    )
+    settings = settings_for(
+        task,
+        config.preset,
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=top_k,
+        seed=config.seed,
+        chat_template=chat_template,
+        system_prompt=config.system_prompt,
+    )
+    return task, settings
 
 
 def build_task(
@@ -197,7 +249,7 @@ def build_task(
     few_shot: int = 0,
     few_shot_data: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
-    judge_progress: JudgeProgress | None = None,
+    progress: Progress | None = None,
 ) -> Task:
     """A task with everything that can be put around it.
 
@@ -208,7 +260,7 @@ def build_task(
         few_shot_data: their file or folder; None: the training file of the benchmark, in the folder `data` or
             on the Hub.
         options: of the task; `judge.NAME` is a field of `JudgeSettings`.
-        judge_progress: shows a judge's progress.
+        progress: shows a judge's progress.
 
     Raises:
         FileNotFoundError, ValueError: as `make_task`; options without effect.
@@ -221,7 +273,7 @@ def build_task(
     judge = {key.removeprefix(_JUDGE): given.pop(key) for key in list(given) if key.startswith(_JUDGE)}
     check_options(name, given)
     if "judge" in task_options(name):
-        given["judge"] = _judge(name, judge, judge_progress)
+        given["judge"] = _judge(name, judge, progress)
     elif judge:
         raise ValueError(
             f"the task {name!r} has no judge: leave out {', '.join(_JUDGE + key for key in judge)}."
@@ -238,7 +290,7 @@ def build_task(
     return task
 
 
-def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None) -> Any:
+def _judge(name: str, fields: Mapping[str, Any], progress: Progress | None) -> Any:
     from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
 
     known = inspect.signature(JudgeSettings).parameters
@@ -253,27 +305,16 @@ def _judge(name: str, fields: Mapping[str, Any], progress: JudgeProgress | None)
     return Judge(JudgeSettings(**{**fields, "cache": Path(cache) if cache is not None else None}), progress)
 
 
-def build_tasks(spec: str, data: Path | None, options: Sequence[str] = (), **shared: Any) -> list[Task]:
-    """The tasks of a comma-separated list of ``name`` and ``name=file``.
+def share_options(names: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each task's options.
 
     Args:
-        spec: such as "gsm8k,math500=mine.jsonl".
-        data: folder or file of those without one of their own.
+        names: tasks.
         options: ``name=value`` for every task that has this option, or ``task.name=value`` for one.
-        shared: as for `build_task`.
+
+    Raises:
+        ValueError: an option that no task has.
     """
-    entries = [part.strip().partition("=") for part in spec.split(",") if part.strip()]
-    if not entries:
-        raise ValueError("no tasks: give names with commas between them, such as gsm8k,math500.")
-    names = [name for name, _, _ in entries]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a task is named twice in {spec!r}.")
-    shares = share_options(names, options)
-    return [build_task(name, path or data, options=shares[name], **shared) for name, _, path in entries]
-
-
-def share_options(names: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each task's options; one that no task has is an error."""
     shares: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in options:
         key, sign, value = text.partition("=")
@@ -296,7 +337,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 32768, "num_samples": 8},
 }
 """Name -> fields of `GenerationSettings`. paper: Hybrid Policy Distillation, arXiv 2604.20244."""
-
 
 _PAPER_SAMPLES = {"aime24": 32, "aime25": 32, "amc": 32}
 """Tasks that the paper gives more than eight samples per problem."""

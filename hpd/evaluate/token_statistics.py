@@ -5,7 +5,7 @@ Axes: B rows of a batch, T tokens, N label positions, C positions of a chunk, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from hpd.batch import IGNORE_INDEX, token_batch
 from hpd.losses.heads import Scores
-from hpd.losses.products import project_
+from hpd.losses.products import chunks, project_
 from hpd.losses.tile import sum_dtype
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.models.forward import scores_of
+from hpd.progress import Advance
 
 __all__ = [
     "NUM_BINS",
@@ -31,10 +32,8 @@ __all__ = [
     "sum_rows",
 ]
 
-
 NUM_BINS = 15
 """Equal bins of confidence, as in Guo et al. 2017."""
-
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -66,7 +65,7 @@ def sum_rows(
     top_k: int,
     batch_size: int,
     pad_id: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> RowSums:
     """Run both models over the texts, longest first, and sum what they say over the label positions of each.
 
@@ -92,7 +91,8 @@ def sum_rows(
             for model in (student, teacher)
         ]
         assert both[0] is not None
-        for chunk in _chunks(len(batch.index), max(scores.vocab for scores in both if scores)):
+        widest = max(scores.vocab for scores in both if scores)
+        for chunk in chunks(len(batch.index), 4 * widest, _CHUNK_BYTES):
             sides = [None if scores is None else Scores(scores.hidden[chunk], scores.head) for scores in both]
             _add_chunk(sums, sides, batch.labels[chunk], row_of[chunk], len(texts), vocab, top_k)
         if progress is not None:
@@ -122,11 +122,6 @@ def _wide(scores: Scores) -> Scores:
         None if t is None else t.detach().to(dtype) for t in (scores.head.weight, scores.head.bias)
     )
     return Scores(scores.hidden.to(dtype), scores.head._replace(weight=weight, bias=bias))
-
-
-def _chunks(count: int, vocab: int) -> list[slice]:
-    size = max(1, _CHUNK_BYTES // (4 * vocab))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _add_chunk(
@@ -187,7 +182,8 @@ def _two_models(
 def _add_bins(
     sums: dict[str, Tensor], name: str, confidence: Tensor, hit: Tensor, row_of: Tensor, num_rows: int
 ) -> None:
-    key, dtype = f"bins/{name}", sum_dtype(confidence.device)
+    key = f"bins/{name}"
+    dtype = sum_dtype(confidence.device)
     if key not in sums:
         sums[key] = torch.zeros(num_rows, NUM_BINS, 3, dtype=dtype, device=confidence.device)
     place = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
@@ -197,7 +193,6 @@ def _add_bins(
 
 _MAX_PERIOD_TOKENS = 256
 """Loops of a longer period are copies of whole paragraphs; repeated n-grams show those."""
-
 
 _MIN_COPIES = 3
 """Two equal words in a row are language, three are a loop."""

@@ -1,2 +1,1 @@
-"""Experiments: grids of runs under one budget, statistics over seeds, reports. Every run is a plain run
-folder."""
+"""Experiments: grids of runs under one budget, statistics over seeds, reports. Every run is a run folder."""

@@ -1,5 +1,4 @@
-"""What a run costs, counted while it trains; and a stop where an equal budget is spent (prices:
-`hpd.estimate.cost`)."""
+"""The cost of a run, counted while it trains, and a stop where an equal budget is spent."""
 
 from __future__ import annotations
 
@@ -13,7 +12,6 @@ from hpd.estimate.cost import FlopsPerToken
 from hpd.experiments.experiment import Budget
 
 __all__ = ["BudgetCallback"]
-
 
 _STATE_KEY = "hpd_budget"
 
@@ -31,7 +29,8 @@ class BudgetCallback(TrainerCallback):
     """
 
     def __init__(self, price: FlopsPerToken, budget: Budget | None = None):
-        self._price, self._budget = price, budget if budget is not None and budget.type != "steps" else None
+        self._price = price
+        self._budget = budget if budget is not None and budget.type != "steps" else None
         self.spent = {
             "label_tokens": 0.0,
             "trained_tokens": 0.0,
@@ -45,18 +44,16 @@ class BudgetCallback(TrainerCallback):
 
     @property
     def complete(self) -> bool:
-        """Whether the budget was spent (True where only steps count)."""
+        """True if the budget was spent, or if only steps count."""
         return self._budget is None or self.spent[self._budget.type] >= self._budget.value
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:
         self.spent |= state.stateful_callbacks.get(_STATE_KEY, {})
-        self._before, self._started, self._ceiling = (
-            self.spent["seconds"],
-            time.perf_counter(),
-            state.max_steps,
-        )
+        self._before = self.spent["seconds"]
+        self._started = time.perf_counter()
+        self._ceiling = state.max_steps
         # peft calls its base model's forward past the hooks in training, and the base model itself in
         # generation.
         modules = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
@@ -91,7 +88,8 @@ class BudgetCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Before the scheduler's step, which reads the share.
-        price, spent = self._price, self.spent
+        price = self._price
+        spent = self.spent
         spent["flops"] = (
             price.backbone * spent["trained_tokens"]
             + price.head * spent["label_tokens"]

@@ -1,4 +1,4 @@
-"""The experiment file: what is compared, under which budget, tuned how, tested against whom."""
+"""The experiment file: a question, the grid of runs, their budget, what is tuned, and the tests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from hpd.config.schema import EvalConfig
 from hpd.config.yaml_file import parse_yaml, read_text
 from hpd.methods.terms import nearest
 
@@ -23,20 +24,22 @@ __all__ = [
     "Tune",
     "axis_label",
     "axis_values",
+    "check_evaluation",
     "load_experiment",
     "put",
     "read_experiment",
 ]
 
-_STRICT = {"extra": "forbid"}
-MIN_TUNED_VALUES, MIN_TUNED_FACTOR = 4, 8.0
 SEED_PATH = "train.seed"
 VALIDATION_METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
+MIN_TUNED_VALUES = 4
+MIN_TUNED_FACTOR = 8.0
+_STRICT = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every run of the grid may spend on training; evaluation is not counted."""
+    """The amount that every run of the grid may spend on training; evaluation is not counted."""
 
     __pydantic_config__ = _STRICT
 
@@ -44,8 +47,8 @@ class Budget:
     """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`).
     seconds: wall-clock."""
     value: float
-    """How much, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of the
-    budget spent."""
+    """The amount, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of
+    the budget spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +61,14 @@ class Tune:
     path: str
     """The recipe path that is tuned; a learning rate needs at least four values over a factor of 8."""
     values: list[float]
-    """What is tried."""
+    """Values that are tried."""
     seeds: list[int]
     """Seeds of the tuning runs; none of them may be a seed of the grid."""
     metric: str = "loss"
     """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another
     name of evals, measured on the file data.validation."""
     mode: Literal["min", "max"] = "min"
-    """Whether less or more of it is better."""
+    """min: less of it is better; max: more."""
     per: list[str] | None = None
     """Axes that get a choice of their own; null: every axis but the seed. The other axes stand at their first
     value."""
@@ -74,21 +77,13 @@ class Tune:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One more evaluation of the trained student; what is null is as in the base's eval."""
+class Evaluation(EvalConfig):
+    """One more evaluation of the trained student: a recipe's `eval` under a name of its own."""
 
     __pydantic_config__ = _STRICT
 
     name: str
     """The name of the figure in the report, such as sampled_accuracy."""
-    task: str | None = None
-    """A name of TASKS, or "package.module:name" of a `Task` that takes data and limit."""
-    data: str | None = None
-    limit: int | None = None
-    max_new_tokens: int | None = None
-    batch_size: int | None = None
-    temperature: float = 0.0
-    seed: int = 0
 
 
 def _tune_shorthand(value: Any) -> Any:
@@ -110,7 +105,7 @@ class Experiment:
     name: str
     """Title, and the default folder: runs/NAME."""
     question: str = ""
-    """What the experiment is to settle; it stands at the top of the report."""
+    """The question that it settles; it stands at the top of the report."""
     base: str | Mapping[str, Any]
     """A recipe, the path of one, `demo`, or "package.module:name" of a function that takes a folder for its
     files and returns one."""
@@ -125,9 +120,10 @@ class Experiment:
     budget: Budget | None = None
     """Equal budget of all runs; null: what the recipes say."""
     tune: Annotated[Tune | None, BeforeValidator(_tune_shorthand)] = None
-    """What is chosen per variant before the grid runs."""
-    evals: list[Evaluation] = field(default_factory=list)
-    """Evaluations of the trained student beside the recipe's own."""
+    """A setting that is chosen per variant before the grid runs."""
+    evals: list[Mapping[str, Any]] = field(default_factory=list)
+    """Evaluations of the trained student beside the recipe's own: a name, and fields of a recipe's `eval`.
+    What is left out or null is as in the base's eval of that task (`hpd.experiments.bases.evaluations`)."""
     own_samples: int = 0
     """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at
     temperature 1; entropy and KLs are measured there."""
@@ -180,11 +176,33 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     return read_experiment(read_text(path, "experiment"), overrides)
 
 
+def check_evaluation(entry: Mapping[str, Any]) -> Evaluation:
+    """An entry of `evals` with every field that it needs; null leaves a field at its default.
+
+    Raises:
+        ValueError: an unknown key (with the nearest valid one), a wrong type, or no name.
+    """
+    given = {key: value for key, value in entry.items() if value is not None}
+    if "every" in given:
+        raise ValueError(
+            "evals: every has no effect here, they ask the trained student; set eval.every instead."
+        )
+    try:
+        return TypeAdapter(Evaluation).validate_python(given)
+    except ValidationError as error:
+        raise ValueError(_explain(error, Evaluation, "evals.")) from None
+
+
 def put(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set `a.b.c` in nested dicts, in place; dicts on the way are made or replaced where they are null or
-    text."""
+    """Set `a.b.c` in nested dicts, in place; dicts on the way are made, also in place of null or text.
+
+    Raises:
+        ValueError: a list is on the way.
+    """
     *parents, last = path.split(".")
     for parent in parents:
+        if isinstance(tree.get(parent), (list, tuple)):
+            raise ValueError(f"{path!r}: {parent} is a list in the recipe; set it as a whole.")
         if isinstance(tree.get(parent), str) and parent in ("student", "teacher"):
             tree[parent] = {"model": tree[parent]}
         elif not isinstance(tree.get(parent), dict):
@@ -198,12 +216,20 @@ def axis_values(values: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     return dict(values) if isinstance(values, Mapping) else {axis_label(value): value for value in values}
 
 
+def axis_label(value: Any) -> str:
+    """The name of a value in run names and tables."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _seed_axis(axes: Mapping[str, Any]) -> str | None:
     return next((axis for axis in ("seed", SEED_PATH) if axis in axes), None)
 
 
 def _cross_check(experiment: Experiment) -> None:
-    axes, tune = experiment.axes, experiment.tune
+    axes = experiment.axes
+    tune = experiment.tune
     for axis, values in {**axes, **({"variant": experiment.variants} if experiment.variants else {})}.items():
         if len(axis_values(values)) != len(values) or not values:
             raise ValueError(f"The axis {axis!r} needs one or more different values, got {values!r}.")
@@ -212,7 +238,12 @@ def _cross_check(experiment: Experiment) -> None:
     known = [*axes, *(["variant"] if experiment.variants else [])]
     for axis in [a for rule in experiment.exclude for a in rule] + list(tune.per or [] if tune else []):
         if axis not in known:
-            raise ValueError(f"exclude or tune.per names {axis!r}, which is no axis. {nearest(axis, known)}")
+            raise ValueError(
+                f"exclude or tune.per names {axis!r}, which is not an axis. {nearest(axis, known)}"
+            )
+    names = [check_evaluation(entry).name for entry in experiment.evals]
+    if len(set(names)) < len(names):
+        raise ValueError(f"evals: two are called the same: {', '.join(names)}. Give each a name of its own.")
     if experiment.own_samples < 0 or (
         experiment.own_samples_every is not None and experiment.own_samples_every < 1
     ):
@@ -245,7 +276,10 @@ def _check_tuning(experiment: Experiment, tune: Tune) -> None:
             f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of {MIN_TUNED_FACTOR:g} "
             f"(the rate moves the ranking more than the method does), got {tune.values}."
         )
-    allowed = [*VALIDATION_METRICS, *dict.fromkeys(["accuracy", *(e.name for e in experiment.evals)])]
+    allowed = [
+        *VALIDATION_METRICS,
+        *dict.fromkeys(["accuracy", *(entry["name"] for entry in experiment.evals)]),
+    ]
     if tune.metric not in allowed:
         raise ValueError(
             f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}"
@@ -263,7 +297,10 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not sign or not key:
         raise ValueError(f"An override is written key=value, got {text!r}.")
     top, _, rest = key.partition(".")
-    parsed = yaml.safe_load(value)
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
     # Recipe paths hold dots, so below `set`, `axes` and `tune` the rest of the key is one name.
     if rest and (top in ("set", "axes") or rest.startswith("train.")):
         tree[top] = {**(tree.get(top) or {}), rest: parsed}
@@ -271,25 +308,17 @@ def _override(tree: dict[str, Any], text: str) -> None:
         put(tree, key, parsed)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, known_to: type = Experiment, prefix: str = "") -> str:
     lines = []
-    known = [f.name for f in dataclasses.fields(Experiment)]
+    known = [f.name for f in dataclasses.fields(known_to)]
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        path = prefix + ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            hint = (
-                nearest(str(item["loc"][-1]), known) if len(item["loc"]) == 1 else "See docs/experiments.md."
-            )
+            alone = len(item["loc"]) == 1
+            hint = nearest(str(item["loc"][-1]), known) if alone else "See docs/experiments.md."
             lines.append(f"unknown key {path!r}; {hint}")
         elif "missing" in item["type"]:
             lines.append(f"{path!r} is missing")
         else:
             lines.append(f"{path!r}: {item['msg'][0].lower()}{item['msg'][1:]}, got {item['input']!r}")
     return "The experiment is not valid: " + "; ".join(dict.fromkeys(lines))
-
-
-def axis_label(value: Any) -> str:
-    """How a value is called in names and tables."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)

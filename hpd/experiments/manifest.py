@@ -1,10 +1,8 @@
-"""What is fixed before the first result: the experiment file, versions, and the content of everything that is
-read."""
+"""The record from before the first result: experiment file, versions, fingerprints of all that is read."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +13,11 @@ import yaml
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.experiments.grid import Cell
+from hpd.files import digest_text, digest_tree, write_atomically, write_json
 
 __all__ = [
     "COMPARED",
-    "FILE",
+    "EXPERIMENT",
     "MANIFEST",
     "OWN_LOGS",
     "RECORD",
@@ -32,14 +31,14 @@ __all__ = [
     "require_equal_environments",
 ]
 
-MANIFEST, FILE = "manifest.json", "experiment.yaml"
+MANIFEST = "manifest.json"
+EXPERIMENT = "experiment.yaml"
 RECORD = "experiment.json"
-"""What the grid adds to a run folder: axes, cost, extra figures, fingerprints. A run that has it is
-finished."""
+"""The grid's file in a run folder: axes, cost, extra figures, fingerprints. A run that has it is finished."""
 _RESULTS = ("runs", "tune", "report", "logs", "tuned.json")
 TEACHER_FIGURES = "figures.json"
 OWN_LOGS = "own_samples.jsonl"
-"""What a run measured on its student's own text, by step."""
+"""Figures of the text that a run's student writes itself, by step."""
 COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 """Fields of environment.json that must be equal; `--allow` names those that may differ."""
 
@@ -59,10 +58,11 @@ def open_manifest(
     """
     if unknown := [name for name in allow if name not in (*COMPARED, "data")]:
         raise ValueError(f"--allow {', '.join(unknown)}: it takes {', '.join(COMPARED)}, data.")
+    # A report reads manifests and does without transformers, which takes seconds to import.
     from hpd.training.folder import environment
 
     found = {
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256": digest_text(text),
         "overrides": list(overrides),
         "environment": environment(),
         "fingerprints": _all_fingerprints([*tuning, *grid]),
@@ -74,19 +74,21 @@ def open_manifest(
             raise ValueError(
                 f"{folder} holds {', '.join(foreign)} but no {MANIFEST}: choose another output_dir."
             )
-        if (folder / FILE).is_file() and (folder / FILE).read_text(encoding="utf-8") != text:
-            raise ValueError(f"{folder} holds another {FILE} and no {MANIFEST}: choose another output_dir.")
+        if (folder / EXPERIMENT).is_file() and (folder / EXPERIMENT).read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{folder} holds another {EXPERIMENT} and no {MANIFEST}: choose another output_dir."
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE).write_text(text, encoding="utf-8")
+        write_atomically(folder / EXPERIMENT, text)
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        path.write_text(json.dumps({**found, "started": started}, indent=2) + "\n", encoding="utf-8")
+        write_json(path, {**found, "started": started})
         return found
     known = json.loads(path.read_text(encoding="utf-8"))
     if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
         raise ValueError(
-            f"{folder} began with another experiment file or other overrides ({folder / FILE} is the copy). "
-            "Changing the question after results are known is what this prevents: restore the file, or set "
-            "another output_dir."
+            f"{folder} began with another experiment file or other overrides (the copy is "
+            f"{folder / EXPERIMENT}). Changing the question after results are known is what this prevents: "
+            "restore the file, or set another output_dir."
         )
     require_equal_environments([known["environment"], found["environment"]], allow)
     if "data" not in allow and known["fingerprints"] != found["fingerprints"]:
@@ -104,58 +106,13 @@ def open_manifest(
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the local files and folders that a recipe reads, by recipe path; ids of the Hub stand for
-    themselves.
-
-    Students are left out where their weights are random: then the configuration in the recipe's folder is
-    enough.
-    """
-    named = {
-        "teacher": recipe.teacher.model,
-        "student": recipe.student.model,
-        "data.path": recipe.data.path,
-        "data.validation": recipe.data.validation if isinstance(recipe.data.validation, str) else None,
-        **{f"eval.{number}.data": entry.data for number, entry in enumerate(recipe.eval)},
-    }
-    return {name: _digest(Path(source)) or source for name, source in named.items() if source}
-
-
-def _digest(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                whole.update(block)
-    return whole.hexdigest()[:16]
+    themselves."""
+    return {name: _digest(source) for name, source in _sources(recipe).items()}
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the run folder holds everything that a grid writes."""
+    """True if the run folder holds everything that a grid writes."""
     return (Path(recipe.output_dir) / RECORD).is_file()
-
-
-def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    seen: set[str] = set()
-    for cell in cells:
-        recipe = cell.recipe
-        key = json.dumps([recipe.teacher.model, recipe.student.model, str(recipe.data), str(recipe.eval)])
-        if key not in seen:
-            seen.add(key)
-            sources = (recipe.teacher.model, recipe.student.model, recipe.data.path, recipe.data.validation)
-            for name, digest in fingerprints(recipe).items():
-                found.setdefault(f"{name}: {_source(name, recipe, sources)}", digest)
-    return dict(sorted(found.items()))
-
-
-def _source(name: str, recipe: Any, sources: tuple[Any, ...]) -> str:
-    by_name: dict[str, Any] = dict(
-        zip(("teacher", "student", "data.path", "data.validation"), sources, strict=True)
-    )
-    return str(by_name.get(name) or (recipe.eval.data if recipe.eval else ""))
 
 
 def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow: Sequence[str]) -> None:
@@ -168,10 +125,8 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
         folder = Path(cell.recipe.output_dir)
         if not is_finished(cell.recipe):
             continue
-        ran, wanted = (
-            flatten(tree)
-            for tree in (yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")), resolve(cell.recipe))
-        )
+        ran = flatten(yaml.safe_load((folder / "recipe.yaml").read_text("utf-8")))
+        wanted = flatten(resolve(cell.recipe))
         if changed := sorted(
             p for p in ran.keys() | wanted.keys() if ran.get(p) != wanted.get(p) and p != "output_dir"
         ):
@@ -181,8 +136,8 @@ def require_comparable(cells: Sequence[Cell], manifest: Mapping[str, Any], allow
                 "delete it to redo it."
             )
         try:
-            own = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            require_equal_environments([manifest["environment"], own], allow)
+            environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+            require_equal_environments([manifest["environment"], environment], allow)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -229,3 +184,26 @@ def differing_paths(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         p for p in paths if p != "output_dir" and any(recipe.get(p) != flat[0].get(p) for recipe in flat[1:])
     ]
+
+
+def _sources(recipe: Recipe) -> dict[str, str]:
+    """Everything that a recipe reads, by recipe path. A student of random weights is its configuration."""
+    validation = recipe.data.validation
+    named = {
+        "teacher": recipe.teacher.model,
+        "student": recipe.student.model,
+        "data.path": recipe.data.path,
+        "data.validation": validation if isinstance(validation, str) else None,
+        **{f"eval.{number}.data": entry.data for number, entry in enumerate(recipe.eval)},
+    }
+    return {name: source for name, source in named.items() if source}
+
+
+def _all_fingerprints(cells: Sequence[Cell]) -> dict[str, str]:
+    """Digest of each source of the cells, by recipe path and source; each is read once."""
+    read = {(name, source) for cell in cells for name, source in _sources(cell.recipe).items()}
+    return {f"{name}: {source}": _digest(source) for name, source in sorted(read)}
+
+
+def _digest(source: str) -> str:
+    return digest_tree(Path(source))[:16] if Path(source).exists() else source

@@ -1,65 +1,20 @@
-"""Figures of a report: small panels, each with the table of numbers that it draws."""
+"""Figures of a report: curves, tuning, differences, heat maps, scaling."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from hpd.experiments.grid import Choice
+from hpd.experiments.figures import COLORS, INK, MAX_LINES, Line, Panel, label, line_panel, slug
 from hpd.experiments.results import Results, higher_is_better
-from hpd.experiments.statistics import Comparison, mean_interval
+from hpd.experiments.statistics import VariantComparison, mean_interval
+from hpd.experiments.tuning import Choice
 
-__all__ = [
-    "Panel",
-    "curve_panels",
-    "difference_panels",
-    "heat_maps",
-    "rate_panels",
-    "scaling_panels",
-    "to_png",
-    "to_svg",
-]
+__all__ = ["curve_panels", "difference_panels", "heat_maps", "rate_panels", "scaling_panels"]
 
-INK, GRID = "#1f2328", "#d0d7de"
-"""Colours that the page replaces by its own, so that a figure follows dark mode."""
-COLORS = (
-    "#3f7fc1",
-    "#d9772b",
-    "#3a9d6e",
-    "#a85bb0",
-    "#c94f5c",
-    "#8a8f3c",
-    "#3fa3b8",
-    "#a9745b",
-    "#7276cf",
-    "#7d8590",
-)
-_MARKERS = "osD^vPX<>h"
-MAX_LINES = 2 * len(COLORS)
-"""Dashed from the eleventh on."""
-_OUTSIDE = 5
-"""Lines from which the legend stands below the figure."""
-_WIDTH, _TITLE_CHARACTERS = 4.6, 58
-_LABELS = {
-    "loss": "loss",
-    "forward_kl": "KL(teacher || student), nats",
-    "reverse_kl": "KL(student || teacher), nats",
-    "student_entropy": "student's entropy on teacher text, nats",
-    "teacher_entropy": "teacher's entropy, nats",
-    "grad_norm": "gradient norm",
-    "accuracy": "accuracy",
-    "sampled_accuracy": "accuracy, sampled at temperature 1",
-    "own_entropy": "student's entropy on its own text, nats",
-    "own_reverse_kl": "KL(student || teacher) on own text, nats",
-    "own_forward_kl": "KL(teacher || student) on own text, nats",
-    "top1_agreement": "agreement on the likeliest token",
-}
 OWN_METRICS = ("own_entropy", "own_forward_kl", "own_reverse_kl")
 BRANCHES = {
     "k1_positive": "student underestimates the label",
@@ -67,78 +22,6 @@ BRANCHES = {
     "suppressed": "suppressed",
     "punished": "draw punished",
 }
-
-
-class Panel(NamedTuple):
-    """One figure."""
-
-    key: str
-    """File name."""
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-    """The numbers that are drawn."""
-    draw: Callable[[Any], None]
-    """Draws them on a matplotlib axis."""
-    height: float = 3.1
-    """In inches; the width is 4.6."""
-
-
-def label(metric: str) -> str:
-    """The metric in words, with its unit."""
-    return _LABELS.get(metric, metric.replace("_", " "))
-
-
-def to_svg(panel: Panel) -> str:
-    """Without fixed colours for ink and grid, and with text as text."""
-    import matplotlib
-
-    # A dollar in a name is no formula.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False}):
-        text = _save(panel, "svg", facecolor="none", metadata={"Date": None}).decode("utf-8")
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--line)")
-    # Every figure names its parts alike; on one page ids must differ.
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{panel.key}-\1"', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{panel.key}-", text)
-    words = panel.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
-
-
-def to_png(panel: Panel) -> bytes:
-    """On white, at 144 dots per inch, under its title: a file stands alone, where the page has a caption."""
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False}):
-        return _save(panel, "png", panel.title, facecolor="white", dpi=144)
-
-
-def _save(panel: Panel, kind: str, title: str = "", **options: Any) -> bytes:
-    from matplotlib.figure import Figure
-
-    lines = textwrap.wrap(title, _TITLE_CHARACTERS)
-    figure = Figure(figsize=(_WIDTH, panel.height + 0.2 * len(lines)), layout="constrained")
-    axis = figure.subplots()
-    if lines:
-        figure.suptitle("\n".join(lines), x=0.015, ha="left", fontsize=10, color=INK)
-    axis.patch.set_visible(False)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(GRID)
-    axis.tick_params(which="both", labelsize=10, colors=INK, color=GRID)
-    axis.xaxis.label.set_color(INK)
-    axis.yaxis.label.set_color(INK)
-    axis.grid(color=GRID, linewidth=0.6)
-    axis.set_axisbelow(True)
-    panel.draw(axis)
-    stream = io.BytesIO()
-    figure.savefig(stream, format=kind, **options)
-    return stream.getvalue()
-
-
-def _legend(axis: Any, count: int) -> None:
-    if count < _OUTSIDE:
-        axis.legend(fontsize=9, frameon=False, labelcolor=INK)
-    else:
-        axis.figure.legend(loc="outside lower left", fontsize=9, frameon=False, labelcolor=INK, ncols=2)
 
 
 def curve_panels(results: Results) -> list[Panel]:
@@ -154,20 +37,18 @@ def curve_panels(results: Results) -> list[Panel]:
         lines = {group: line for group, logs in shown.items() if (line := _mean_line(logs, metric))}
         if lines:
             panels.append(
-                _line_panel(
+                line_panel(
                     f"curve-{metric}", f"{label(metric)} over training", lines, log=metric.endswith("kl")
                 )
             )
     for group, logs in shown.items():
         lines = {words: line for name, words in BRANCHES.items() if (line := _mean_line(logs, name))}
         if lines:
-            panels.append(_line_panel(f"branches-{_slug(group)}", f"{group}: share of label tokens", lines))
+            panels.append(line_panel(f"branches-{slug(group)}", f"{group}: share of label tokens", lines))
     return panels
 
 
-def _mean_line(
-    logs: Sequence[Sequence[Mapping[str, Any]]], metric: str
-) -> list[tuple[float, float, float, float]]:
+def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Line:
     """(step, mean, low, high) at the steps that every seed logged."""
     series = [
         {
@@ -183,55 +64,11 @@ def _mean_line(
     return [(step, float(np.mean(v)), min(v), max(v)) for step, v in found if all(map(math.isfinite, v))]
 
 
-def _line_panel(
-    key: str,
-    title: str,
-    lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
-    *,
-    log: bool = False,
-    x_label: str = "step",
-    y_label: str = "",
-    log_x: bool = False,
-    marks: Mapping[str, float] | None = None,
-) -> Panel:
-    rows = [(name, *point) for name, points in lines.items() for point in points]
-    height = 3.1 + (0.2 * math.ceil(len(lines) / 2) if len(lines) >= _OUTSIDE else 0.0)
-
-    def draw(axis: Any) -> None:
-        for i, (name, points) in enumerate(lines.items()):
-            x, mean, low, high = zip(*points, strict=True)
-            color, style = COLORS[i % len(COLORS)], "-" if i < len(COLORS) else "--"
-            marker = _MARKERS[i % len(_MARKERS)] if log_x or len(x) < 8 else ""
-            axis.plot(
-                x, mean, color=color, label=name, linewidth=1.7, marker=marker, markersize=4, linestyle=style
-            )
-            axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-            if marks and name in marks:
-                height = mean[x.index(marks[name])]
-                axis.plot([marks[name]], [height], "o", color=color, markersize=9, fillstyle="none")
-        axis.set_xlabel(x_label, fontsize=10)
-        axis.set_ylabel(y_label, fontsize=10)
-        values = [point[1] for points in lines.values() for point in points]
-        if log and min(values) > 0 and max(values) > 10 * min(values):
-            axis.set_yscale("log")
-            # matplotlib writes powers as formulas, which are switched off for the sake of names.
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        if log_x:
-            axis.set_xscale("log")
-            ticks = sorted({point[0] for points in lines.values() for point in points})
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-            axis.minorticks_off()
-        if len(lines) > 1:
-            _legend(axis, len(lines))
-
-    return Panel(key, title, ("series", x_label, "mean", "low", "high"), rows, draw, height)
-
-
 def rate_panels(choices: Sequence[Choice]) -> list[Panel]:
-    """What tuning measured: the metric over the tried values; a ring marks the one that was taken."""
+    """The metric that was tuned on over the tried values; a ring marks the one that was taken."""
     if not choices:
         return []
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+    lines: dict[str, Line] = {}
     for choice in choices[:MAX_LINES]:
         found = sorted((float(value), seeds) for value, seeds in choice.tried.items())
         lines[choice.group] = [
@@ -241,13 +78,13 @@ def rate_panels(choices: Sequence[Choice]) -> list[Panel]:
     marks = {choice.group: choice.chosen for choice in choices[:MAX_LINES]}
     title = f"{label(first.metric)} on validation rows, by {first.path.rsplit('.', 1)[-1].replace('_', ' ')}"
     x_label = first.path.rsplit(".", 1)[-1].replace("_", " ")
-    panel = _line_panel(
+    panel = line_panel(
         "robustness", title, lines, x_label=x_label, log_x=True, log=first.metric.endswith("kl"), marks=marks
     )
     return [panel]
 
 
-def difference_panels(comparisons: Sequence[Comparison]) -> list[Panel]:
+def difference_panels(comparisons: Sequence[VariantComparison]) -> list[Panel]:
     """Per metric: every variant minus the baseline with its 95 % interval."""
     panels = []
     for metric in dict.fromkeys(c.metric for c in comparisons):
@@ -257,7 +94,7 @@ def difference_panels(comparisons: Sequence[Comparison]) -> list[Panel]:
     return panels
 
 
-def _difference_panel(metric: str, rows: Sequence[Comparison]) -> Panel:
+def _difference_panel(metric: str, rows: Sequence[VariantComparison]) -> Panel:
     height = max(1.6, 0.9 + 0.24 * len(rows))
     colors = {"win": COLORS[2], "loss": COLORS[4], "no consistent win": COLORS[9]}
 
@@ -360,7 +197,7 @@ def _heat_map(
         axis.spines[:].set_visible(False)
 
     rest = ", ".join(f"{axis.rsplit('.', 1)[-1]} {value}" for axis, value in fixed.items())
-    key = f"heat-{_slug(metric)}-{_slug(y_name)}-{_slug(x_name)}" + (f"-{_slug(rest)}" if rest else "")
+    key = f"heat-{slug(metric)}-{slug(y_name)}-{slug(x_name)}" + (f"-{slug(rest)}" if rest else "")
     rows = [(y, x, float(np.mean(v)), len(v)) for (y, x), v in cells.items()]
     title = f"{label(metric)} over {y_name} and {x_name}" + (f" ({rest})" if rest else "")
     return Panel(key, title, (y_name, x_name, "mean", "runs"), rows, draw)
@@ -389,14 +226,14 @@ def scaling_panels(results: Results, metrics: Sequence[str]) -> list[Panel]:
             }
             if lines:
                 words = axis.rsplit(".", 1)[-1].replace("_", " ")
-                key = f"scaling-{_slug(metric)}-{_slug(words)}"
+                key = f"scaling-{slug(metric)}-{slug(words)}"
                 panels.append(
-                    _line_panel(key, f"{label(metric)} over {words}", lines, x_label=words, log_x=True)
+                    line_panel(key, f"{label(metric)} over {words}", lines, x_label=words, log_x=True)
                 )
     return panels
 
 
-def _interval_line(points: Mapping[float, Sequence[float]]) -> list[tuple[float, float, float, float]]:
+def _interval_line(points: Mapping[float, Sequence[float]]) -> Line:
     line = []
     for x, values in sorted(points.items()):
         interval = mean_interval(values)
@@ -410,7 +247,3 @@ def _interval_line(points: Mapping[float, Sequence[float]]) -> list[tuple[float,
             )
         )
     return line
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w]+", "-", text).strip("-").lower()

@@ -1,4 +1,4 @@
-"""`hpd report`: what runs found, as one HTML page and as Markdown, PNG and CSV."""
+"""The report on an experiment: verdicts, tables, figures and sample answers, before they are laid out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpd.experiments import tables
+from hpd.experiments.figures import Panel
 from hpd.experiments.grid import group_key
 from hpd.experiments.plots import (
-    Panel,
     curve_panels,
     difference_panels,
     heat_maps,
@@ -19,11 +19,10 @@ from hpd.experiments.plots import (
     scaling_panels,
 )
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
-from hpd.experiments.statistics import Comparison, compare_paired, correct
-from hpd.experiments.tables import Table
+from hpd.experiments.statistics import VariantComparison, compare_variants, correct
+from hpd.experiments.table import Table
 
 __all__ = ["Report", "Sample", "Section", "build_report", "file_name", "report_on"]
-
 
 NUM_SAMPLES = 8
 
@@ -38,7 +37,7 @@ class Section(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One test problem and what everybody wrote."""
+    """One test problem and everybody's answer."""
 
     prompt: str
     reference: str
@@ -47,19 +46,19 @@ class Sample(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Everything that the page and the Markdown show."""
+    """The content of the page and of the Markdown."""
 
     title: str
     question: str
     status: str
     verdicts: list[str]
-    comparisons: list[Comparison]
+    comparisons: list[VariantComparison]
     sections: list[Section]
     samples: list[Sample]
 
 
 def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequence[str] = ()) -> Report:
-    """Read and evaluate.
+    """Read runs and evaluate them.
 
     Args:
         paths: an experiment's folder, or run folders.
@@ -67,7 +66,7 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
         allow: environment fields that may differ.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_results`; or the baseline is no variant.
+        FileNotFoundError, ValueError: see `read_results`; or the baseline is not a variant.
     """
     return report_on(read_results(paths, allow), baseline)
 
@@ -93,21 +92,23 @@ def report_on(results: Results, baseline: str | None = None) -> Report:
     )
 
 
-def _compare(results: Results, baseline: str) -> list[Comparison]:
+def _compare(results: Results, baseline: str) -> list[VariantComparison]:
     if baseline not in results.groups:
         if baseline in _planned_groups(results):
             return []  # its runs are still to come
-        raise ValueError(f"The baseline {baseline!r} is no variant. Variants: {'; '.join(results.groups)}.")
+        raise ValueError(
+            f"The baseline {baseline!r} is not a variant. Variants: {'; '.join(results.groups)}."
+        )
     metrics = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
     measured = {metric for run in results.runs for metric in run.figures}
     tested = [metric for metric in metrics if metric in measured]
     if neutral := [metric for metric in tested if higher_is_better(metric) is None]:
         raise ValueError(
-            f"{', '.join(neutral)} is neither better high nor low, so nobody wins by it: take it out of "
+            f"{', '.join(neutral)} is neither better high nor low, so no variant wins by it: take it out of "
             "metrics."
         )
     comparisons = [
-        compare_paired(
+        compare_variants(
             results.values(group, metric),
             results.values(baseline, metric),
             names=(group, baseline, metric),
@@ -124,7 +125,7 @@ def _planned_groups(results: Results) -> set[str]:
     return {group_key(axes, results.axes) for axes in results.manifest.get("cells", {}).values()}
 
 
-def _sentence(c: Comparison, num_tests: int) -> str:
+def _sentence(c: VariantComparison, num_tests: int) -> str:
     metric = c.metric.replace("_", " ")
     figures = f"{c.difference:+.3g}" + ("" if c.low != c.low else f", 95 % {c.low:.3g} to {c.high:.3g}")
     p = (
@@ -144,15 +145,16 @@ def _status(results: Results) -> str:
     total = len(results.manifest.get("cells", results.runs))
     seeds = sorted({run.seed for run in results.runs if run.finished})
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return f"{finished} of {total} runs finished, {len(results.groups)} variants, {len(seeds)} seeds; written {now}"
+    found = f"{len(results.groups)} variants, {len(seeds)} seeds"
+    return f"{finished} of {total} runs finished, {found}; written {now}"
 
 
-def _sections(results: Results, comparisons: list[Comparison], metrics: Sequence[str]) -> list[Section]:
-    switches, tuning, cost = (
-        tables.ablation_table(results, metrics),
-        tables.tuning_table(results),
-        tables.cost_table(results),
-    )
+def _sections(
+    results: Results, comparisons: list[VariantComparison], metrics: Sequence[str]
+) -> list[Section]:
+    switches = tables.ablation_table(results, metrics)
+    tuning = tables.tuning_table(results)
+    cost = tables.cost_table(results)
     numeric = heat_maps(results, metrics)
     sections = [
         Section("results", "Results", [tables.result_table(results)] if results.groups else [], []),
@@ -219,5 +221,5 @@ def _prompt_text(prompt: Any) -> str:
 
 
 def file_name(key: str) -> str:
-    """What a table or figure is called in files and on the page, where its key may hold anybody's words."""
+    """The name of a table or figure in files and on the page; its key may hold anybody's words."""
     return re.sub(r"[^\w.-]+", "-", key).strip(".-") or "unnamed"

@@ -11,16 +11,20 @@ from typing import Any
 
 import yaml
 
-from hpd.experiments.experiment import Experiment, axis_values, read_experiment
-from hpd.experiments.grid import Choice, group_key, read_choices
+from hpd.experiments.experiment import SEED_PATH, Experiment, axis_values, read_experiment
+from hpd.experiments.grid import group_key
 from hpd.experiments.manifest import (
-    FILE,
+    EXPERIMENT,
     MANIFEST,
     OWN_LOGS,
+    RECORD,
+    TEACHER_FIGURES,
     differing_paths,
     flatten,
     require_equal_environments,
 )
+from hpd.experiments.tuning import Choice, read_choices
+from hpd.files import JsonLines
 
 __all__ = ["Results", "Run", "higher_is_better", "read_results"]
 
@@ -31,7 +35,7 @@ _LOWER = ("loss", "kl", "perplexity", "tokens", "seconds", "flops")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one run folder holds."""
+    """The content of one run folder."""
 
     folder: Path
     axes: dict[str, str]
@@ -90,7 +94,7 @@ class Results:
 
 
 def higher_is_better(metric: str) -> bool | None:
-    """True or False; None for what is neither better high nor low (entropies)."""
+    """True or False; None for a metric that is neither better high nor low (entropies)."""
     if "entropy" in metric:
         return None
     return not any(metric == part or metric.endswith(f"_{part}") for part in _LOWER)
@@ -120,11 +124,11 @@ def read_results(paths: Sequence[Path], allow: Sequence[str] = ()) -> Results:
 
 def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    experiment = read_experiment((folder / FILE).read_text(encoding="utf-8"), manifest["overrides"])
+    experiment = read_experiment((folder / EXPERIMENT).read_text(encoding="utf-8"), manifest["overrides"])
     axes = tuple(
         a
         for a in (["variant"] * bool(experiment.variants) + list(experiment.axes))
-        if a not in ("seed", "train.seed")
+        if a not in ("seed", SEED_PATH)
     )
     order = _label_order(experiment)
     cells = manifest["cells"]
@@ -135,7 +139,7 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     ]
     runs = [_read_run(path, {axis: cells[path.name][axis] for axis in axes}, axes) for path in folders]
     runs.sort(key=lambda run: ([order[axis].get(label, 0) for axis, label in run.axes.items()], run.seed))
-    teacher_file = folder / "teacher" / "figures.json"
+    teacher_file = folder / "teacher" / TEACHER_FIGURES
     teacher = json.loads(teacher_file.read_text(encoding="utf-8")) if teacher_file.is_file() else {}
     return Results(
         title=experiment.name,
@@ -161,7 +165,7 @@ def _label_order(experiment: Experiment) -> dict[str, dict[str, int]]:
 
 def _read_runs(paths: Sequence[Path], allow: Sequence[str]) -> Results:
     recipes = [yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8")) for path in paths]
-    axes = [path for path in differing_paths(recipes) if path != "train.seed"]
+    axes = [path for path in differing_paths(recipes) if path != SEED_PATH]
     flat = [flatten(recipe) for recipe in recipes]
     runs = [
         _read_run(path, {axis: str(tree.get(axis, "default")) for axis in axes}, tuple(axes))
@@ -181,7 +185,7 @@ def _shared_teacher(runs: Iterable[Run]) -> dict[str, float]:
 
 def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    record = _json(folder / "experiment.json", {})
+    record = _json(folder / RECORD, {})
     summary = _json(folder / "summary.json", {})
     figures = {
         key.removesuffix(_AFTER): value
@@ -205,7 +209,7 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run
         seed=int(recipe.get("train", {}).get("seed", 42)),
         recipe=recipe,
         figures=figures,
-        logs=_read_logs(folder / "metrics.jsonl") + _read_logs(folder / OWN_LOGS),
+        logs=JsonLines(folder / "metrics.jsonl").read() + JsonLines(folder / OWN_LOGS).read(),
         records={name: found for name, found in grades.items() if found and name in figures},
         answers=answers,
         environment=_json(folder / "environment.json", {}),
@@ -224,11 +228,7 @@ def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
             metrics[entry["id"]] = (name, entry.get("records", ""))
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for file in {file for _, file in metrics.values() if file}:
-        if not (folder / file).is_file():
-            continue
-        # Split at line feeds only: answers may hold other line separators, which JSON leaves as they are.
-        for line in (folder / file).read_text(encoding="utf-8").split("\n"):
-            record = json.loads(line) if line else {}
+        for record in JsonLines(folder / file).read():
             if record.get("eval") in metrics:
                 sample = record.get("sample", 0)
                 identity = f"{record.get('id')}#{sample}" if sample else str(record.get("id"))
@@ -239,18 +239,6 @@ def _answers(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def _grade(record: Mapping[str, Any]) -> float | None:
     value = record.get("score", record.get("correct"))
     return float(value) if isinstance(value, (bool, int, float)) else None
-
-
-def _read_logs(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    logs = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            logs += [json.loads(line)] if line else []
-        except ValueError:
-            continue  # the last line of a run that is writing, or was killed
-    return logs
 
 
 def _json(path: Path, default: Any) -> Any:

@@ -1,11 +1,9 @@
-"""Statistics of a comparison: intervals over seeds, paired tests against a baseline, effect sizes, stability
-of training.
+"""Intervals over seeds, paired tests against a baseline, effect sizes, stability of training.
 
 Two sources of chance are kept apart. *Seeds*: another training run of the same recipe would end elsewhere;
-what a method is worth
-is its mean over them, and a claim about methods rests on them alone. *Examples*: other test problems would
-have been answered otherwise. Runs of one seed share their start and their data order and all runs answer the
-same problems, so every test is paired.
+a method is worth its mean over them, and a claim about methods rests on them alone. *Examples*: other test
+problems would have been answered otherwise. Runs of one seed share their start and their data order, and all
+runs answer the same problems, so every test is paired.
 
 Axes: S seeds, E examples.
 """
@@ -22,13 +20,15 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
 
+from hpd.evaluate.statistics import ratio, resample
+
 __all__ = [
-    "Comparison",
     "Interval",
     "Stability",
+    "VariantComparison",
     "cliffs_delta",
     "cohen_dz",
-    "compare_paired",
+    "compare_variants",
     "correct",
     "holm",
     "mean_interval",
@@ -40,8 +40,6 @@ __all__ = [
 
 Floats = Float[ndarray, "..."]
 NUM_RESAMPLES = 10_000
-_BLOCK = 1000
-"""Resamples held at once: with E examples they take 8 E kilobytes."""
 _MAX_EXACT = 16
 """Pairs up to which every one of the 2^n sign patterns is tried."""
 
@@ -55,7 +53,7 @@ class Interval(NamedTuple):
     num_values: int
 
 
-class Comparison(NamedTuple):
+class VariantComparison(NamedTuple):
     """A variant against the baseline on one metric; differences are variant minus baseline."""
 
     variant: str
@@ -63,7 +61,7 @@ class Comparison(NamedTuple):
     metric: str
     num_seeds: int
     num_examples: int
-    """Examples graded in every run of both; 0 where the metric is no per-example grade."""
+    """Examples graded in every run of both; 0 where the metric is not a grade per example."""
     difference: float
     low: float
     high: float
@@ -104,15 +102,12 @@ def paired_bootstrap(
 
     The percentile interval of few seeds is too narrow, since a resample's spread is short by
     :math:`\sqrt{(n-1)/n}` and normal instead of t. So wider percentiles are read off ("expanded percentile",
-        Hesterberg 2015): level :math:`1 - 2\Phi(-t_{n-1}
-    \sqrt{n/(n-1)})`. By simulation it covers 87, 92, 94 and 95 % at 4, 5, 6
-    and 10 seeds: with few seeds the paired t-test decides.
+    Hesterberg 2015): level :math:`1 - 2\Phi(-t_{n-1} \sqrt{n/(n-1)})`. By simulation it covers 87, 92, 94
+    and 95 % at 4, 5, 6 and 10 seeds: with few seeds the paired t-test decides.
 
     Args:
         differences: `[S]`, or `[S, E]` with one value per seed and example. Examples are resampled together
-            for all seeds,
-        since
-            every run answers the same ones.
+            for all seeds, since every run answers the same ones.
 
     Reference:
         Hesterberg, What teachers should know about the bootstrap, The American Statistician 2015, section
@@ -122,25 +117,19 @@ def paired_bootstrap(
     num_seeds = d.shape[0]
     if num_seeds < 2:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
     if d.ndim == 1:
-        means = d[rng.integers(num_seeds, size=(num_resamples, num_seeds))].mean(1)
+        means = resample(ratio(d), num_seeds, count=num_resamples, seed=seed)
     else:
-        blocks = [min(_BLOCK, num_resamples - start) for start in range(0, num_resamples, _BLOCK)]
-        means = np.concatenate([_resample_both(d, size, rng) for size in blocks])
+        means = resample(
+            lambda seeds, examples: ((examples @ d.T) * seeds).sum(1) / d.size,
+            *d.shape,
+            count=num_resamples,
+            seed=seed,
+        )
     t = stats.t.ppf(0.5 + level / 2, num_seeds - 1) * math.sqrt(num_seeds / (num_seeds - 1))
     tail = stats.norm.cdf(-t)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _resample_both(d: Float[ndarray, "S E"], size: int, rng: np.random.Generator) -> Float[ndarray, "R"]:
-    num_seeds, num_examples = d.shape
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size) / num_seeds  # [R, S]
-    examples = (
-        rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=size) / num_examples
-    )  # [R, E]
-    return ((examples @ d.T) * seeds).sum(1)
 
 
 def sign_flip_test(
@@ -203,13 +192,13 @@ def cliffs_delta(variant: Sequence[float] | Floats, baseline: Sequence[float] | 
     return float(np.sign(x[:, None] - y[None, :]).mean()) if len(x) and len(y) else math.nan
 
 
-def compare_paired(
+def compare_variants(
     variant: Mapping[int, float],
     baseline: Mapping[int, float],
     *,
     names: tuple[str, str, str] = ("variant", "baseline", "metric"),
     records: tuple[Mapping[int, Mapping[str, float]], Mapping[int, Mapping[str, float]]] | None = None,
-) -> Comparison:
+) -> VariantComparison:
     """One comparison, uncorrected (`p_holm` is `p_seeds`, see `correct`), on the seeds that both have.
 
     Args:
@@ -222,7 +211,7 @@ def compare_paired(
     per_example = _example_differences(seeds, *records) if records is not None else None
     low, high = paired_bootstrap(d if per_example is None else per_example)
     p_seeds = _paired_t(d)
-    return Comparison(
+    return VariantComparison(
         *names,
         num_seeds=len(seeds),
         num_examples=0 if per_example is None else per_example.shape[1],
@@ -240,8 +229,8 @@ def compare_paired(
 
 
 def correct(
-    comparisons: Sequence[Comparison], higher_is_better: Mapping[str, bool], level: float = 0.05
-) -> list[Comparison]:
+    comparisons: Sequence[VariantComparison], higher_is_better: Mapping[str, bool], level: float = 0.05
+) -> list[VariantComparison]:
     """Holm over all of them, and the verdicts.
 
     A win (or loss) needs both: a corrected paired t-test below `level`, and a bootstrap interval that
@@ -251,7 +240,9 @@ def correct(
     for comparison, p in zip(comparisons, holm([c.p_seeds for c in comparisons]), strict=True):
         sure = p < level and (comparison.low > 0 or comparison.high < 0)
         better = (comparison.difference > 0) == higher_is_better[comparison.metric]
-        verdict = ("win" if better else "loss") if sure else "no consistent win"
+        verdict = "no consistent win"
+        if sure:
+            verdict = "win" if better else "loss"
         corrected.append(comparison._replace(p_holm=p, verdict=verdict))
     return corrected
 
@@ -278,8 +269,7 @@ def _example_differences(
 
 
 class Stability(NamedTuple):
-    """How smoothly a run trained. Levels are of the second half of training, where the fast descent is
-    over."""
+    """The smoothness of a run; levels are of its second half, where the fast descent is over."""
 
     loss_std: float
     """Standard deviation of the loss around its own straight line."""

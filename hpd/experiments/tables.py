@@ -1,29 +1,27 @@
-"""Tables of a report: what is shown, and what it sorts by."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from hpd.experiments.experiment import SEED_PATH
+from hpd.experiments.figures import label
 from hpd.experiments.grid import short
 from hpd.experiments.manifest import COMPARED, flatten
-from hpd.experiments.plots import Panel, label
-from hpd.experiments.results import Results, higher_is_better
-from hpd.experiments.statistics import Comparison, mean_interval, stability, steps_to
+from hpd.experiments.results import Results, Run, higher_is_better
+from hpd.experiments.statistics import VariantComparison, mean_interval, stability, steps_to
+from hpd.experiments.table import Table, TableCell, number
 
 __all__ = [
-    "Cell",
-    "Table",
     "ablation_table",
     "compared_metrics",
     "comparison_table",
+    "cost_table",
     "environment_table",
-    "panel_table",
     "recipe_table",
     "result_table",
     "stability_table",
@@ -31,55 +29,8 @@ __all__ = [
 ]
 
 
-class Cell(NamedTuple):
-    """A cell that sorts by something else than its text, or has a tone (win, loss, best)."""
-
-    text: str
-    sort: float | str
-    tone: str = ""
-
-
-class Table(NamedTuple):
-    """Rows under columns; a cell is text, a number, or a `Cell`."""
-
-    key: str
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-
-    def as_csv(self) -> str:
-        """Numbers at full precision."""
-        stream = io.StringIO(newline="")
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([[_plain(cell) for cell in row] for row in self.rows])
-        return stream.getvalue()
-
-
-def _plain(cell: Any) -> Any:
-    value = (
-        cell.sort
-        if isinstance(cell, Cell) and cell.text not in ("", str(cell.sort)) and isinstance(cell.sort, str)
-        else cell
-    )
-    if isinstance(value, Cell):
-        value = value.sort
-    return "" if isinstance(value, float) and math.isnan(value) else value
-
-
-def number(value: float | None, digits: int = 3) -> Cell:
-    """A number to `digits` significant digits; empty where there is none."""
-    if value is None or math.isnan(value):
-        return Cell("", math.nan)
-    return Cell(
-        f"{value:.{digits}g}" if abs(value) < 1e4 or math.isinf(value) else f"{value:,.0f}", float(value)
-    )
-
-
 def compared_metrics(results: Results) -> list[str]:
-    """What the tables show, in order: the experiment's metrics, then everything else that the runs
-    measured."""
+    """Metrics in the order of the tables: the experiment's, then all others that the runs measured."""
     found = dict.fromkeys(metric for run in results.runs for metric in run.figures)
     first = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
     return [m for m in first if m in found] + [m for m in found if m not in first]
@@ -128,26 +79,26 @@ def _best(results: Results, metric: str) -> str | None:
     return max(means, key=lambda group: means[group] if better else -means[group])
 
 
-def _mean_cell(values: Sequence[float], best: bool) -> Cell:
+def _mean_cell(values: Sequence[float], best: bool) -> TableCell:
     interval = mean_interval(values)
     if not interval.num_values:
-        return Cell("", math.nan)
+        return TableCell("", math.nan)
     text = number(interval.mean, 4).text
     if not math.isnan(interval.low):
         text += f" ± {(interval.high - interval.mean):.2g}"
-    return Cell(text, interval.mean, "best" if best else "")
+    return TableCell(text, interval.mean, "best" if best else "")
 
 
-def comparison_table(comparisons: Sequence[Comparison]) -> Table:
+def comparison_table(comparisons: Sequence[VariantComparison]) -> Table:
     """Every test, wins and the lack of them alike."""
     tones = {"win": "win", "loss": "loss", "no consistent win": "none"}
     rows = [
         (
             c.variant,
             c.metric.replace("_", " "),
-            Cell(c.verdict, c.verdict, tones[c.verdict]),
+            TableCell(c.verdict, c.verdict, tones[c.verdict]),
             number(c.difference),
-            Cell("" if math.isnan(c.low) else f"{c.low:.3g} to {c.high:.3g}", c.low),
+            TableCell("" if math.isnan(c.low) else f"{c.low:.3g} to {c.high:.3g}", c.low),
             number(c.p_holm),
             number(c.p_seeds),
             number(c.p_permutation),
@@ -189,7 +140,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def tuning_table(results: Results) -> Table | None:
-    """What was tried for each variant, what was taken, and how much the choice matters."""
+    """Values that were tried for each variant, the one that was taken, and how much the choice matters."""
     if not results.choices:
         return None
     first = results.choices[0]
@@ -198,12 +149,12 @@ def tuning_table(results: Results) -> Table | None:
     for choice in results.choices:
         means = choice.means
         tried = [
-            Cell(cell.text, cell.sort, "best" if value == choice.chosen else "")
+            TableCell(cell.text, cell.sort, "best" if value == choice.chosen else "")
             for value in values
             for cell in [number(means.get(value), 4)]
         ]
         tried = [
-            Cell("diverged", math.inf) if value in means and math.isnan(means[value]) else c
+            TableCell("diverged", math.inf) if value in means and math.isnan(means[value]) else c
             for value, c in zip(values, tried, strict=True)
         ]
         rows.append(
@@ -226,7 +177,7 @@ def tuning_table(results: Results) -> Table | None:
 
 
 def stability_table(results: Results) -> Table:
-    """How smoothly the variants trained, as means over their seeds."""
+    """The smoothness of the variants' training, as means over their seeds."""
     reach = dict(results.experiment.reach) if results.experiment else {}
     rows = []
     for group, runs in results.groups.items():
@@ -243,7 +194,7 @@ def stability_table(results: Results) -> Table:
                 else f"{np.mean(known):.0f}"
                 + (f" ({len(known)} of {len(steps)} seeds)" if None in steps else "")
             )
-            reached.append(Cell(text, float(np.mean(known)) if known else math.inf))
+            reached.append(TableCell(text, float(np.mean(known)) if known else math.inf))
         rows.append((group, *means, *reached))
     note = (
         "Means over seeds. Loss deviation (around its own trend) and gradient norm are of the second half of "
@@ -284,7 +235,7 @@ def ablation_table(results: Results, metrics: Sequence[str]) -> Table | None:
                         f"{off} → {on}",
                         metric.replace("_", " "),
                         number(interval.mean),
-                        Cell(bounds, interval.low),
+                        TableCell(bounds, interval.low),
                         pairs,
                     )
                 )
@@ -325,7 +276,7 @@ def recipe_table(results: Results) -> Table:
     varying = [
         p
         for p in paths
-        if p not in ("output_dir", "train.seed") and len({str(flat.get(p)) for flat in groups.values()}) > 1
+        if p not in ("output_dir", SEED_PATH) and len({str(flat.get(p)) for flat in groups.values()}) > 1
     ]
     rows = [
         (group, *("" if flat.get(p) is None else str(flat.get(p)) for p in varying))
@@ -335,8 +286,8 @@ def recipe_table(results: Results) -> Table:
     return Table("recipes", "How the recipes differ", note, ("variant", *varying), rows)
 
 
-def _all_groups(results: Results) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+def _all_groups(results: Results) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
     for run in results.runs:
         found.setdefault(run.group, []).append(run)
     return found
@@ -398,12 +349,6 @@ def cost_table(results: Results) -> Table | None:
         ("variant", "label tokens", "trained tokens", "rollout tokens", "FLOPs", "seconds"),
         rows,
     )
-
-
-def panel_table(panel: Panel) -> Table:
-    """The numbers behind a figure."""
-    rows = [tuple(number(cell, 4) if isinstance(cell, float) else cell for cell in row) for row in panel.rows]
-    return Table(panel.key, panel.title, "", panel.columns, rows)
 
 
 def _one_line(value: Any) -> str:

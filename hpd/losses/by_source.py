@@ -1,5 +1,4 @@
-"""Terms that learn from one writer's text only: the operator runs on the label positions of each writer with
-the terms for it.
+"""Terms that learn from one writer's text only: the label positions of each writer, and what they show.
 
 Axes: N label positions, D hidden.
 """
@@ -7,96 +6,53 @@ Axes: N label positions, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hpd.batch import TokenBatch
 from hpd.losses.heads import Scores, TeacherScores
-from hpd.losses.operator import LossOutput, reweighted_nll
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
+from hpd.losses.tile import Sums
 from hpd.methods.terms import Term
 
-__all__ = ["Part", "label_gaps", "loss_by_source", "parts_of"]
+__all__ = ["SourcePart", "label_gaps", "parts_of"]
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """Positions of one writer and the terms that learn from them in one call."""
 
-    positions: Tensor | None
+    positions: Int[Tensor, "n"] | None
     """Which of the N; None: all."""
     terms: tuple[Term, ...]
     given: bool
-    """Whether their draws are the labels."""
+    """True if their draws are the labels."""
     first: bool
-    """Whether these positions are met for the first time, and so are counted."""
+    """True if these positions are met for the first time, and so are counted."""
 
 
-def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[Part]:
+def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[SourcePart]:
     """Split positions by writer where any term asks for it, and terms by where their draws come from."""
     if all(term.on == "both" for term in terms):
-        yield Part(None, tuple(terms), False, True)
+        yield SourcePart(None, tuple(terms), False, True)
         return
     for source, positions in (("dataset", batch.by_dataset), ("student", batch.by_student)):
-        mine = [term for term in terms if term.on in (source, "both")]
+        of_source = [term for term in terms if term.on in (source, "both")]
         first = True
         for given in (False, True):
-            chosen = tuple(term for term in mine if term.support.given == given)
+            chosen = tuple(term for term in of_source if term.support.given == given)
             if chosen:
-                yield Part(positions, chosen, given, first)
+                yield SourcePart(positions, chosen, given, first)
                 first = False
 
 
-def loss_by_source(
-    student: Scores,
-    teacher: TeacherScores,
-    batch: TokenBatch,
-    terms: Sequence[Term],
-    *,
-    uniforms: Tensor | None = None,
-    metric_stride: int = 1,
-    **options: Any,
-) -> LossOutput:
-    """`reweighted_nll`, each term on the positions that it learns from.
-
-    Args:
-        student, teacher: at all N positions.
-        batch: says who wrote what.
-        terms: what is learnt.
-        uniforms: `num_uniforms(terms)` numbers per position.
-        metric_stride, options: as for `reweighted_nll`.
-    """
-    total, stats = student.hidden.new_zeros(()), {}
-    for part in parts_of(batch, terms):
-        labels, numbers = (
-            x if x is None or part.positions is None else x[part.positions] for x in (batch.labels, uniforms)
-        )
-        assert labels is not None
-        loss, sums = reweighted_nll(
-            student.at(part.positions),
-            teacher.at(part.positions),
-            labels,
-            part.terms,
-            uniforms=numbers,
-            draws=labels[:, None] if part.given else None,
-            metric_stride=metric_stride if part.first else 0,
-            **options,
-        )
-        if not part.first:
-            sums = {name: value for name, value in sums.items() if name.startswith("value/")}
-        total = total + loss
-        for name, value in sums.items():
-            stats[name] = stats[name] + value if name in stats else value
-    return LossOutput(total, stats)
-
-
 @torch.no_grad()
-def label_gaps(student: Scores, teacher: TeacherScores, batch: TokenBatch, stride: int) -> dict[str, Tensor]:
-    """Sums of the labels' log-probabilities by writer, on every `stride`-th of its positions, and their
-    number."""
-    found = {}
+def label_gaps(student: Scores, teacher: TeacherScores, batch: TokenBatch, stride: int) -> Sums:
+    """Sums and number of the labels' log-probabilities by writer, on every `stride`-th of its positions."""
+    found: Sums = {}
     for source, positions in (("dataset", batch.by_dataset), ("student", batch.by_student)):
         assert positions is not None
         rows = positions[:: max(stride, 1)]

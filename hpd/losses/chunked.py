@@ -3,9 +3,8 @@
 Axes: N label positions, C positions of a chunk, D hidden, V vocabulary.
 
 Cost: the student's head is multiplied three times (logits, gradient of the hidden states, gradient of the
-    head; two times if
-the head is frozen) and the teacher's once: the floor for any method that reads both distributions. Memory:
-two chunks of logits, one tile of scratch and the head's gradient; never `[N, V]`.
+head; two times if the head is frozen) and the teacher's once: the floor for any method that reads both
+distributions. Memory: two chunks of logits, one tile of scratch and the head's gradient; never `[N, V]`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
-from hpd.losses.products import Gradients, accumulate, for_products, project_, wide
+from hpd.losses.products import Gradients, accumulate, chunk_rows, chunks, for_products, project_, wide
 from hpd.losses.teacher_side import (
     is_known_by_token,
     log_normaliser,
@@ -30,6 +29,7 @@ from hpd.losses.teacher_side import (
 )
 from hpd.losses.tile import (
     Sums,
+    TeacherAt,
     TileInputs,
     add,
     distribution_metrics,
@@ -39,18 +39,19 @@ from hpd.losses.tile import (
 )
 from hpd.methods.terms import Term
 
-__all__ = ["Plan", "chunk_rows", "chunked_reweighted_nll", "compiled_reweighted_nll"]
-
+__all__ = ["OperatorCall", "ReweightedNLL", "compiled_reweighted_nll"]
 
 # Scratch per tile on a CPU: small beside a chunk, and large enough to amortise the start of a parallel region
 # (measured: a pass over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
 _TILE_BYTES = 8 * 2**20
 
 
-class Plan(NamedTuple):
+class OperatorCall(NamedTuple):
     """Everything about a call that is not a differentiable tensor."""
 
     teacher: TeacherScores
+    ready: TeacherScores
+    """The teacher cut to the common vocabulary, in the dtype of products."""
     inputs: TileInputs
     terms: Sequence[Term]
     scale: Tensor | float
@@ -58,46 +59,65 @@ class Plan(NamedTuple):
     metric_stride: int
     vocab: int
     tile_gradient: Callable[..., Tensor] = tile_gradient_
-    """What lies between the products, where both distributions are at hand."""
+    """The arithmetic between the products, where both distributions are at hand."""
+
+    def at(self, chunk: slice) -> OperatorCall:
+        """The call at some of the positions."""
+        return self._replace(
+            teacher=self.teacher.at(chunk), ready=self.ready.at(chunk), inputs=self.inputs.rows(chunk)
+        )
 
 
-def chunked_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
-    """Loss and statistics; see `hpd.losses.reweighted_nll`, whose checks have run."""
-    sums: Sums = {}
-    tensors = student.hidden, student.head.weight, student.head.bias
-    if not torch.is_grad_enabled():
-        # Inside a Function the grad mode is off and inputs still ask for gradients: an evaluation would
-        # compute them.
-        tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
-    loss = _ReweightedNLL.apply(*tensors, student.head, plan, sums)
-    return loss, sums  # type: ignore[return-value]
-
-
-class _ReweightedNLL(torch.autograd.Function):
+class ReweightedNLL(torch.autograd.Function):
     """Gradients are computed in forward, where the logits are at hand; backward only scales them."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        hidden: Float[Tensor, "N D"],
+        weight: Float[Tensor, "V D"] | None,
+        bias: Float[Tensor, "V"] | None,
         head: Head,
-        plan: Plan,
+        call: OperatorCall,
         sums: Sums,
-    ):
-        gradients = _empty_gradients((hidden, weight, bias), ctx.needs_input_grad, plan.vocab)
-        _walk(Scores(hidden, head._replace(weight=weight, bias=bias)), plan, gradients, sums)
+    ) -> Float[Tensor, ""]:
+        """Loss; `sums` gains the statistics. See `hpd.losses.reweighted_nll`, whose checks have run."""
+        dtype, terms = wide(hidden), call.terms
+        gradients = _empty_gradients((hidden, weight, bias), ctx.needs_input_grad, call.vocab)
+        student = for_products(Scores(hidden, head._replace(weight=weight, bias=bias)), call.vocab)
+        row_bytes = call.vocab * dtype.itemsize
+        rows = chunk_rows(len(hidden), row_bytes, call.chunk_bytes)
+        buffers = _chunk_buffers(hidden, rows, call.vocab, dtype)
+        # A product of Python numbers is filled in on the device: no copy from the host, no synchronisation.
+        scale = torch.ones((), dtype=dtype, device=hidden.device) * call.scale * head.scale
+        few = _reads_few_tokens(call, head)
+        by_token = few and is_known_by_token(call.teacher)
+        finite = _has_finite_logits(call, student.head)
+        tile_gradient = call.tile_gradient
+        if head.softcap is not None:
+            tile_gradient = functools.partial(_gradient_through_softcap_, tile_gradient, head.softcap)
+        for chunk in chunks(len(hidden), row_bytes, rows * row_bytes):
+            part, scores = call.at(chunk), student.at(chunk)
+            logits = project_(scores, buffers[0, : len(scores.hidden)])
+            teacher_logits = _observe(part, logits, buffers[1, : len(logits)], chunk.start, by_token, sums)
+            if few:
+                token_gradient_(logits, _look_up(part, teacher_logits), part.inputs, terms, sums, scale)
+            else:
+                assert teacher_logits is not None
+                for tile in _tiles(logits):
+                    inputs = part.inputs.rows(tile)
+                    tile_gradient(logits[tile], teacher_logits[tile], inputs, terms, sums, scale, finite)
+            add(sums, tokens=torch.ones_like(logits[:, 0]))
+            if any(buffer is not None for buffer in gradients):
+                accumulate(logits, scores.hidden, student.head.weight, gradients, chunk)
         ctx.gradients = [
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
         ]
-        total = (
-            sum(term.weight * sums[f"value/{term.name}"] for term in plan.terms)
-            if len(hidden)
-            else hidden.new_zeros(())
-        )
-        return (total * plan.scale).to(torch.promote_types(hidden.dtype, torch.float32))  # type: ignore[union-attr]
+        total = hidden.new_zeros(())
+        for term in terms if len(hidden) else ():
+            total = total + term.weight * sums[f"value/{term.name}"]
+        return (total * call.scale).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -116,8 +136,7 @@ class _ReweightedNLL(torch.autograd.Function):
 
 
 def _empty_gradients(tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> Gradients:
-    """Buffers that the walk overwrites; zeros where it only adds, or does not reach (no rows, tokens beyond
-    `vocab`)."""
+    """Buffers that the walk overwrites; zeros where it only adds, or does not reach."""
     # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
     hidden, weight, bias = (
         torch.empty(t.shape, dtype=wide(t), device=t.device) if t is not None and need else None
@@ -151,122 +170,74 @@ def _chunk_buffers(like: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> F
     return _cpu_scratch[dtype][:size].view(2, rows, vocab)
 
 
-def chunk_rows(num_tokens: int, row_bytes: int, chunk_bytes: int) -> int:
-    """Positions of a chunk: as many as the bytes allow, evened out, for a last chunk of a few rows reads the
-    heads in vain."""
-    most = max(1, min(num_tokens, chunk_bytes // row_bytes))
-    chunks = -(-num_tokens // most)
-    return -(-num_tokens // max(chunks, 1)) or 1
-
-
-def _walk(student: Scores, plan: Plan, gradients: Gradients, sums: Sums) -> None:
-    """Chunks of positions: logits of both models, gradient of the student's, products back to hidden and
-    head."""
-    num_tokens, vocab = len(student.hidden), plan.vocab
-    dtype = wide(student.hidden)
-    student, ready = for_products(student, vocab), plan.teacher
-    if isinstance(ready, Scores):
-        ready = for_products(ready, vocab)
-    rows = chunk_rows(num_tokens, vocab * dtype.itemsize, plan.chunk_bytes)
-    buffers = _chunk_buffers(student.hidden, rows, vocab, dtype)
-    # A product of Python numbers is filled in on the device: no copy from the host, no synchronisation.
-    scale = torch.ones((), dtype=dtype, device=student.hidden.device) * plan.scale * student.head.scale
+def _reads_few_tokens(call: OperatorCall, head: Head) -> bool:
+    """True if the terms are served by single log-probabilities of both models."""
     # The slope of a softcap needs the logits beside their gradient: a second chunk, so such heads go tile by
     # tile.
-    few = read_few_tokens(plan.terms, plan.inputs.kl_estimator) and student.head.softcap is None
-    few = few and (plan.tile_gradient is tile_gradient_ or is_known_by_token(plan.teacher))
-    for start in range(0, num_tokens, rows):
-        chunk = slice(start, min(start + rows, num_tokens))
-        hidden = student.hidden[chunk]
-        logits = project_(Scores(hidden, student.head), buffers[0, : len(hidden)])
-        part = _Part(
-            plan.teacher.at(chunk), ready.at(chunk), plan.inputs.rows(chunk), buffers[1, : len(hidden)]
-        )
-        if few and is_known_by_token(plan.teacher):
-            _gradient_by_token_(logits, part, start, plan, scale, sums)
-        else:
-            _gradient_of_whole_(logits, part, start, plan, student.head, scale, sums, few)
-        add(sums, tokens=torch.ones_like(logits[:, 0]))
-        if any(buffer is not None for buffer in gradients):
-            accumulate(logits, hidden, student.head.weight, gradients, chunk)
+    if head.softcap is not None or not read_few_tokens(call.terms, call.inputs.kl_estimator):
+        return False
+    return call.tile_gradient is tile_gradient_ or is_known_by_token(call.teacher)
 
 
-class _Part(NamedTuple):
-    """One chunk of what is not the student's."""
-
-    teacher: TeacherScores
-    ready: TeacherScores
-    """The teacher cut to the common vocabulary, in the dtype of products."""
-    inputs: TileInputs
-    buffer: Float[Tensor, "C V"]
-    """For the teacher's logits."""
-
-
-def _gradient_by_token_(
-    logits: Tensor, part: _Part, first: int, plan: Plan, scale: Tensor, sums: Sums
-) -> None:
-    """No product with the teacher's head but for the positions that metrics are taken at."""
-    teacher, labels = part.teacher, part.inputs.labels
-    if plan.metric_stride:
-        rows = slice(-first % plan.metric_stride, None, plan.metric_stride)
-        chosen = logits[rows]
-        _metrics(teacher_logits_(part.ready.at(rows), labels[rows], part.buffer[: len(chosen)]), chosen, sums)
-    if teacher.vocab > plan.vocab:
-        add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, None))
-    log_z = log_normaliser(teacher, labels, plan.vocab)
-    token_gradient_(
-        logits,
-        lambda tokens: token_logprobs(teacher, log_z, labels, tokens),
-        part.inputs,
-        plan.terms,
-        sums,
-        scale,
-    )
-    if isinstance(teacher, TopKScores):
-        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
-
-
-def _gradient_of_whole_(
-    logits: Tensor, part: _Part, first: int, plan: Plan, head: Head, scale: Tensor, sums: Sums, few: bool
-) -> None:
-    """With the teacher's logits of the whole vocabulary."""
-    teacher, labels = part.teacher, part.inputs.labels
-    teacher_logits = teacher_logits_(part.ready, labels, part.buffer)
-    if teacher.vocab > plan.vocab:
-        add(sums, teacher_mass_outside=mass_outside(teacher, labels, plan.vocab, teacher_logits))
-    if isinstance(teacher, TopKScores):
-        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
-    if plan.metric_stride:
-        rows = slice(-first % plan.metric_stride, None, plan.metric_stride)
-        _metrics(teacher_logits[rows], logits[rows], sums)
-    if few:
-        log_p = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
-        token_gradient_(logits, lambda tokens: log_p.gather(1, tokens), part.inputs, plan.terms, sums, scale)
-        return
+def _has_finite_logits(call: OperatorCall, head: Head) -> bool:
+    """True if no logit of either model is -inf."""
     # A product of finite numbers is finite; a bias, or logits from elsewhere, may mask tokens with -inf.
-    heads = [head, *([teacher.head] if isinstance(teacher, Scores) else [])]
-    finite = all(h.weight is not None and h.bias is None for h in heads)
-    for rows in _tiles(logits):
-        slope = None
-        if head.softcap is not None:
-            slope = 1.0 - (logits[rows] / head.softcap).square_()
-        gradient = plan.tile_gradient(
-            logits[rows], teacher_logits[rows], part.inputs.rows(rows), plan.terms, sums, scale, finite
-        )
-        if slope is not None:
-            gradient.mul_(slope)
+    heads = [head, *([call.teacher.head] if isinstance(call.teacher, Scores) else [])]
+    return all(h.weight is not None and h.bias is None for h in heads)
+
+
+def _observe(
+    part: OperatorCall, logits: Tensor, buffer: Tensor, first: int, by_token: bool, sums: Sums
+) -> Float[Tensor, "C V"] | None:
+    """Add the metrics of a chunk, and return the teacher's logits.
+
+    Args:
+        part: the call at the chunk.
+        logits: the student's.
+        buffer: for the teacher's.
+        first: place of the chunk's first position among all.
+        by_token: single tokens of the teacher will do: no product with its head but for the metrics; the
+            result is None.
+    """
+    teacher, labels = part.teacher, part.inputs.labels
+    teacher_logits = None if by_token else teacher_logits_(part.ready, labels, buffer)
+    if teacher.vocab > part.vocab:
+        add(sums, teacher_mass_outside=mass_outside(teacher, labels, part.vocab, teacher_logits))
+    if isinstance(teacher, TopKScores):
+        add(sums, teacher_tail_mass=tail_mass(teacher, labels))
+    if part.metric_stride:
+        rows = slice(-first % part.metric_stride, None, part.metric_stride)
+        if teacher_logits is not None:
+            _metrics(teacher_logits[rows], logits[rows], sums)
+        else:
+            labels = labels[rows]
+            _metrics(teacher_logits_(part.ready.at(rows), labels, buffer[: len(labels)]), logits[rows], sums)
+    return teacher_logits
+
+
+def _look_up(part: OperatorCall, teacher_logits: Float[Tensor, "C V"] | None) -> TeacherAt:
+    """The teacher's log-probabilities of given tokens; its logits are overwritten."""
+    if teacher_logits is not None:
+        log_p = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
+        return lambda tokens: log_p.gather(1, tokens)
+    labels = part.inputs.labels
+    log_z = log_normaliser(part.teacher, labels, part.vocab)
+    return lambda tokens: token_logprobs(part.teacher, log_z, labels, tokens)
+
+
+def _gradient_through_softcap_(
+    tile_gradient: Callable[..., Tensor], softcap: float, logits: Tensor, *rest: Any
+) -> Tensor:
+    """`tile_gradient`, times the slope of the cap at the logits."""
+    slope = 1.0 - (logits / softcap).square_()
+    return tile_gradient(logits, *rest).mul_(slope)
 
 
 def _tiles(logits: Float[Tensor, "C V"]) -> Iterator[slice]:
     """Tile by tile; on devices without a CPU's caches the chunk is one tile."""
     size, vocab = logits.shape
-    rows = (
-        max(1, _TILE_BYTES // (vocab * logits.element_size()))
-        if logits.device.type == "cpu"
-        else max(size, 1)
-    )
-    for start in range(0, size, rows):
-        yield slice(start, min(start + rows, size))
+    row_bytes = vocab * logits.element_size()
+    return chunks(size, row_bytes, _TILE_BYTES if logits.device.type == "cpu" else size * row_bytes)
 
 
 def _metrics(teacher_logits: Tensor, logits: Tensor, sums: Sums) -> None:
@@ -280,13 +251,21 @@ def _metrics(teacher_logits: Tensor, logits: Tensor, sums: Sums) -> None:
         distribution_metrics(log_p, log_q, sums)
 
 
-def compiled_reweighted_nll(student: Scores, plan: Plan) -> tuple[Float[Tensor, ""], Sums]:
-    """Loss and statistics; see `hpd.losses.reweighted_nll`, whose checks have run.
+def compiled_reweighted_nll(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    head: Head,
+    call: OperatorCall,
+    sums: Sums,
+) -> Float[Tensor, ""]:
+    """`ReweightedNLL` with the passes between the products through torch.compile.
 
     The first call with new terms compiles (seconds to a minute); a schedule that changes an objective's
     parameter makes new terms at every step, and is better served by `chunked`.
     """
-    return chunked_reweighted_nll(student, plan._replace(tile_gradient=_compiled_tile_gradient_))
+    call = call._replace(tile_gradient=_compiled_tile_gradient_)
+    return ReweightedNLL.apply(hidden, weight, bias, head, call, sums)  # type: ignore[return-value]
 
 
 def _compiled_tile_gradient_(
@@ -307,8 +286,7 @@ def _compiled_tile_gradient_(
 
 @functools.cache
 def _kernel() -> Callable[..., Any]:
-    """One compiled function for all terms: the compiler keeps a version for each, guarded by what they
-    hold."""
+    """One compiled function; the compiler keeps a version for each list of terms."""
 
     def kernel(
         student_logits: Tensor,

@@ -5,6 +5,7 @@ Axes: B rows, T tokens, V vocabulary, D hidden, N label positions.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,9 @@ from torch import Tensor
 from hpd.batch import IGNORE_INDEX
 from hpd.losses.heads import POLICIES, Head, Scores
 from hpd.losses.operator import LossOutput, reweighted_nll
-from hpd.methods.supports import Support, full, label, sampled
-from hpd.methods.terms import Term, TermConfig, nearest
-from hpd.methods.terms import with_parameters as _with_parameters
-from hpd.objectives import OBJECTIVES, Objective
+from hpd.methods.terms import ObjectiveLike, Term, TermConfig, parameters_of, with_parameters
 
 __all__ = ["distillation_loss", "fused_distillation_loss"]
-
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -29,7 +26,7 @@ def distillation_loss(
     student_logits: Float[Tensor, "B T V"],
     teacher_logits: Float[Tensor, "B T Vt"],
     labels: Int[Tensor, "B T"],
-    objective: str | Objective = "hpd",
+    objective: ObjectiveLike = "hpd",
     draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | Literal["exact"] | None = None,
     vocab: str = "shared_prefix",
     ignore_index: int = IGNORE_INDEX,
@@ -47,7 +44,7 @@ def distillation_loss(
             gradient flows here.
         teacher_logits: never differentiated.
         labels: token ids; `ignore_index` marks positions without a label.
-        objective: a name of OBJECTIVES, or an `Objective`.
+        objective: a name of OBJECTIVES, "package.module:name", an `Objective`, or a factory of one.
         draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`; "exact":
             HPD's expectation over the draw.
         vocab: `shared_prefix` cuts both to the shorter vocabulary and drops labels beyond; `error` refuses
@@ -65,7 +62,7 @@ def distillation_loss(
     >>> import torch
     >>> student, teacher = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([[[1.0, 0.0]] * 3])
     >>> distillation_loss(student, teacher, torch.tensor([[0, 1, 0]]), "forward_kl").loss
-    tensor(0.1110, grad_fn=<_ReweightedNLLBackward>)
+    tensor(0.1110, grad_fn=<ReweightedNLLBackward>)
     """
     student = Scores(student_logits.flatten(0, 1), Head(None))
     teacher = Scores(teacher_logits.flatten(0, 1), Head(None))
@@ -80,7 +77,7 @@ def fused_distillation_loss(
     teacher_hidden: Float[Tensor, "B T Dt"],
     teacher_head: Float[Tensor, "Vt Dt"] | Head,
     labels: Int[Tensor, "B T"],
-    objective: str | Objective = "hpd",
+    objective: ObjectiveLike = "hpd",
     draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | Literal["exact"] | None = None,
     vocab: str = "shared_prefix",
     ignore_index: int = IGNORE_INDEX,
@@ -110,7 +107,7 @@ def _loss(
     student: Scores,
     teacher: Scores,
     labels: Tensor,
-    objective: str | Objective,
+    objective: ObjectiveLike,
     draws: Tensor | str | None,
     vocab: str,
     ignore_index: int,
@@ -135,11 +132,11 @@ def _loss(
     )
     index = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
     chosen = targets.flatten()[index]
-    numbers = None
+    uniforms = None
     if draws is not None:
         draws = _aligned(draws, labels)[index]
     elif term.support.num_uniforms:
-        numbers = torch.rand(
+        uniforms = torch.rand(
             len(index),
             term.support.num_uniforms,
             dtype=torch.float64,
@@ -152,23 +149,18 @@ def _loss(
         Scores(teacher.hidden[index], teacher.head),
         chosen,
         [term],
-        uniforms=numbers,
+        uniforms=uniforms,
         draws=draws,
         scale=scale,
     )
 
 
-def _term(objective: str | Objective, params: dict[str, Any]) -> Term:
-    if isinstance(objective, Objective):
-        supports: dict[str, Support] = {"label": label() + sampled(1, importance=False)}
-        return Term("objective", objective, supports.get(objective.domain, full()), **params).check()
-    if objective not in OBJECTIVES:
-        raise ValueError(f"Unknown objective {objective!r}. {nearest(objective, list(OBJECTIVES))}")
-    config = _with_parameters(TermConfig(objective=objective), params)
-    unknown = [key for key in params if key not in config.kwargs and not hasattr(config, key)]
-    if unknown:
-        raise ValueError(f"Objective {objective!r} has no parameter {unknown[0]!r}.")
-    return config.build()
+def _term(objective: ObjectiveLike, params: dict[str, Any]) -> Term:
+    term = with_parameters(TermConfig(objective=objective), params)
+    known = {*parameters_of(objective), *(f.name for f in fields(term))}
+    if unknown := [key for key in params if key not in known]:
+        raise ValueError(f"Objective {term.name!r} has no parameter {unknown[0]!r}.")
+    return term.build()
 
 
 def _shared(student: int, teacher: int, policy: str) -> int:

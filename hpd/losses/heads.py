@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 __all__ = ["POLICIES", "Head", "Scores", "TeacherScores", "TopKScores", "head_of"]
 
+POLICIES = ("error", "shared_prefix")
+"""Choices where the vocabularies of student and teacher differ."""
+
 
 class Head(NamedTuple):
     r"""An output projection with the extras that real models have.
@@ -83,7 +86,7 @@ class TopKScores(NamedTuple):
 
 
 TeacherScores: TypeAlias = Scores | TopKScores
-"""What a teacher answers for N label positions."""
+"""A teacher's answer for N label positions."""
 
 
 def head_of(model: nn.Module) -> Head:
@@ -108,8 +111,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 def logit_scale(config: object) -> float:
-    """What a model family multiplies its logits with; the families disagree on the name and on the
-    direction."""
+    """The factor of a family's logits; the families disagree on its name and its direction."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -124,7 +126,8 @@ def _effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as seen by the hidden states, differentiable in an adapter's parameters."""
     # Duck typing on PEFT's layers keeps peft out of the import path of people who do not use it.
     if hasattr(module, "modules_to_save") and not getattr(module, "disable_adapters", False):
-        active = module.active_adapter if isinstance(module.active_adapter, str) else module.active_adapter[0]  # type: ignore[union-attr]
+        active = module.active_adapter
+        active = active if isinstance(active, str) else active[0]  # type: ignore[index]
         return _effective_weight(module.modules_to_save[active])  # type: ignore[index]
     if hasattr(module, "token_adapter"):  # trainable_token_indices
         return _effective_weight(module.token_adapter)  # type: ignore[arg-type]
@@ -146,11 +149,12 @@ def _effective_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _check_lora(module: nn.Module) -> None:
     """Raise ValueError where an adapter does more to the head than to add a product to its weight."""
     kind = None if hasattr(module, "lora_A") else "An adapter other than LoRA"
+    active: list[str] = module.active_adapters  # type: ignore[assignment]
     for switch in ("use_dora", "lora_bias"):
-        if any(getattr(module, switch, {}).get(name) for name in module.active_adapters):  # type: ignore[union-attr]
+        if any(getattr(module, switch, {}).get(name) for name in active):
             kind = f"LoRA with {switch}"
     dropout = getattr(module, "lora_dropout", {})
-    if any(getattr(dropout[name], "p", 0.0) for name in module.active_adapters if name in dropout):  # type: ignore[union-attr]
+    if any(getattr(dropout[name], "p", 0.0) for name in active if name in dropout):
         kind = "LoRA with lora_dropout"
     if kind:
         raise ValueError(
@@ -161,6 +165,3 @@ def _check_lora(module: nn.Module) -> None:
 def _gathered(tensor: Tensor) -> Tensor:
     """FSDP2 shows sharded parameters as DTensors: gather once per step, before the chunks."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
-
-
-POLICIES = ("error", "shared_prefix")

@@ -1,31 +1,35 @@
-"""`reweighted_nll`, the front door of the operator."""
+"""`reweighted_nll`, the front door of the operator, and `loss_by_source`, for terms of one writer's text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpd.losses.chunked import Plan, chunked_reweighted_nll, compiled_reweighted_nll
-from hpd.losses.heads import Scores, TeacherScores, TopKScores
+from hpd.batch import TokenBatch
+from hpd.losses.by_source import parts_of
+from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
+from hpd.losses.heads import Scores, TeacherScores
+from hpd.losses.products import for_products
 from hpd.losses.reference import reference_reweighted_nll
-from hpd.losses.tile import TileInputs
-from hpd.methods.terms import Term
+from hpd.losses.tile import Sums, TileInputs
+from hpd.methods.terms import Term, num_uniforms
 
-__all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "reweighted_nll"]
+__all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "loss_by_source", "reweighted_nll"]
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_reweighted_nll,
-    "chunked": chunked_reweighted_nll,
+    "chunked": ReweightedNLL.apply,
     "compiled": compiled_reweighted_nll,
 }
 
 # Bytes of logits in one chunk, by device. A CPU's products run at full speed from here on; an accelerator
 # also adds to the head's gradient once a chunk, so that fewer chunks save traffic of the size of the head.
-_CPU_CHUNK_BYTES, _ACCELERATOR_CHUNK_BYTES = 128 * 2**20, 512 * 2**20
+_CPU_CHUNK_BYTES = 128 * 2**20
+_ACCELERATOR_CHUNK_BYTES = 512 * 2**20
 
 
 def default_chunk_bytes(device: torch.device | str) -> int:
@@ -57,36 +61,115 @@ def reweighted_nll(
 ) -> LossOutput:
     r"""The loss of every method: token-level reweighted log-likelihood, and its gradient, without `[N, V]`.
 
-    .. math:: L = s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v d_v, \qquad
-              \nabla L = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla
-              \log q_v
+    .. math:: L = s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v d_v, \quad \nabla L
+              = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla \log q_v
 
     with s `scale`, λ the term's weight, S its support, c the support's coefficients, d the objective's value
-    and w its weights. Equal to computing `log_softmax(hidden @ weight.T)` for both models and summing `-w *
-    log q` (that is `impl="reference"`).
+    and w its weights: `-w * log q` summed over `log_softmax(hidden @ weight.T)` (`impl="reference"`).
 
     Args:
         student: hidden states and head; gradients flow to both.
-        teacher: the same of the teacher, or what it knows of its k likeliest tokens; never differentiated.
-            With `log_z`, terms on the label and the student's draws cost no product with the teacher's head.
+        teacher: the same, or its k likeliest tokens; never differentiated. With `log_z`, terms on the label
+            and the student's draws cost no product with the teacher's head.
         labels: the token that the dataset holds at each position, each below both vocabularies.
         terms: what is learnt, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
-        impl: `chunked`; `compiled`, the same with the passes between the products through torch.compile; or
-            `reference`.
-        chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`. The
-            number of positions in a chunk follows from it and the vocabulary.
+        impl: `chunked`; `compiled`, the same through torch.compile; or `reference`.
+        chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
-        kl_estimator: one of ESTIMATORS; but for exact, its estimate at the drawn tokens is added to the
-            statistics.
+        kl_estimator: one of ESTIMATORS, added to the statistics where it needs draws (not exact).
 
     Raises:
-        ValueError: vocabularies of unequal size are cut to the shorter one, and a label lies beyond it
-            (checked on CPU tensors only, a check on a GPU would synchronise); unknown impl; no terms, or two
-            of one name; sampled support without uniforms or draws.
+        ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);
+            unknown impl; no terms, or two of one name; a sampled support without uniforms or draws.
     """
+    vocab = min(student.vocab, teacher.vocab)
+    _check(labels, terms, uniforms, draws, impl, vocab)
+    known, ready = None, teacher
+    if isinstance(teacher, Scores):
+        teacher = teacher._replace(hidden=teacher.hidden.detach())
+        ready = for_products(teacher, vocab)
+    else:
+        known = teacher.tokens
+    inputs = TileInputs(labels, uniforms, draws, kl_estimator, known)
+    chunk_bytes = chunk_bytes or default_chunk_bytes(labels.device)
+    call = OperatorCall(teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
+    sums: Sums = {}
+    return LossOutput(IMPLEMENTATIONS[impl](*_leaves(student), student.head, call, sums), sums)
+
+
+def loss_by_source(
+    student: Scores,
+    teacher: TeacherScores,
+    batch: TokenBatch,
+    terms: Sequence[Term],
+    *,
+    uniforms: Float[Tensor, "N u"] | None = None,
+    scale: Tensor | float = 1.0,
+    impl: str = "chunked",
+    chunk_bytes: int | None = None,
+    metric_stride: int = 1,
+    kl_estimator: str = "exact",
+) -> LossOutput:
+    """`reweighted_nll`, each term on the positions that it learns from.
+
+    Args:
+        student, teacher: at all N positions.
+        batch: says who wrote what.
+        terms: what is learnt.
+        uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator: as for `reweighted_nll`.
+    """
+    total = student.hidden.new_zeros(())
+    stats: Sums = {}
+    for part in parts_of(batch, terms):
+        at = slice(None) if part.positions is None else part.positions
+        labels = batch.labels[at]
+        loss, sums = reweighted_nll(
+            student.at(part.positions),
+            teacher.at(part.positions),
+            labels,
+            part.terms,
+            uniforms=None if uniforms is None else uniforms[at],
+            draws=labels[:, None] if part.given else None,
+            scale=scale,
+            impl=impl,
+            chunk_bytes=chunk_bytes,
+            metric_stride=metric_stride if part.first else 0,
+            kl_estimator=kl_estimator,
+        )
+        if not part.first:
+            sums = {name: value for name, value in sums.items() if name.startswith("value/")}
+        total = total + loss
+        for name, value in sums.items():
+            stats[name] = stats[name] + value if name in stats else value
+    return LossOutput(total, stats)
+
+
+def _leaves(student: Scores) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The tensors that gradients flow to: hidden states, weight and bias."""
+    leaves = student.hidden, student.head.weight, student.head.bias
+    if torch.is_grad_enabled():
+        return leaves
+    # Inside a Function the grad mode is off and inputs still ask for gradients: an evaluation would compute
+    # them.
+    hidden, weight, bias = leaves
+    return (
+        hidden.detach(),
+        weight if weight is None else weight.detach(),
+        bias if bias is None else bias.detach(),
+    )
+
+
+def _check(
+    labels: Tensor,
+    terms: Sequence[Term],
+    uniforms: Tensor | None,
+    draws: Tensor | None,
+    impl: str,
+    vocab: int,
+) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}.")
     if not terms:
@@ -94,24 +177,13 @@ def reweighted_nll(
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ValueError(f"Terms are told apart by name, got {', '.join(names)}: give each its own.")
-    needs_draws = max((term.support.num_uniforms for term in terms), default=0)
-    if needs_draws and draws is None and (uniforms is None or uniforms.shape[1] < needs_draws):
+    needed = num_uniforms(terms)
+    if needed and draws is None and (uniforms is None or uniforms.shape[1] < needed):
         raise ValueError(
-            f"The support needs {needs_draws} uniform numbers per position (or the draws themselves)."
+            f"The support needs {needed} uniform numbers per position (or the draws themselves)."
         )
-    vocab = min(student.vocab, teacher.vocab)
     if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= vocab:
         raise ValueError(
             f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels "
             "to -100 (vocabulary: shared_prefix does)."
         )
-    inputs = TileInputs(
-        labels, uniforms, draws, kl_estimator, teacher.tokens if isinstance(teacher, TopKScores) else None
-    )
-    if isinstance(teacher, Scores):
-        teacher = teacher._replace(hidden=teacher.hidden.detach())
-    plan = Plan(
-        teacher, inputs, terms, scale, chunk_bytes or default_chunk_bytes(labels.device), metric_stride, vocab
-    )
-    loss, stats = IMPLEMENTATIONS[impl](student, plan)
-    return LossOutput(loss, stats)

@@ -1,11 +1,9 @@
-r"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient, from one
-table of objectives.
+r"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient.
 
 Axes: N label positions, C positions of a chunk, K columns of a support, V vocabulary, R rows.
 
 With A the objective's weight at a token (for drawn tokens divided by their probability), frozen when the
-rollouts are new, and
-:math:`r = q / q_{old}` the token's likelihood ratio, the loss of a token is
+rollouts are new, and :math:`r = q / q_{old}` the token's likelihood ratio, the loss of a token is
 
 .. math:: -\min\big(r A,\; \mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\, A\big), \qquad
           \text{but never above } -c A \text{ where } A < 0 \text{ (dual clip)}
@@ -26,30 +24,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hpd.batch import TokenBatch
-from hpd.losses.by_source import Part, parts_of
+from hpd.losses.by_source import SourcePart, parts_of
 from hpd.losses.heads import Scores, TeacherScores
 from hpd.losses.operator import LossOutput, default_chunk_bytes
-from hpd.losses.products import logits
+from hpd.losses.products import chunks, logits
 from hpd.losses.teacher_side import teacher_logits
 from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, weigh
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.supports import LOGPROB_FLOOR, has_ratio
 from hpd.methods.terms import Term
 
-__all__ = ["clipped_surrogate", "discounted_returns", "policy_gradient_nll"]
+__all__ = ["Frozen", "clipped_surrogate", "discounted_returns", "policy_gradient_nll"]
+
+Frozen: TypeAlias = list[list[dict[str, Tensor]]]
+"""State of a batch's first update for its further ones, by part and term: tokens, advantages and
+old_logprobs (of a term without ratios the labels' old_logprobs only)."""
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, strategy: StrategyConfig) -> tuple[Tensor, Tensor]:
-    """What is maximised at each token, and where its gradient is cut off.
+def clipped_surrogate(
+    ratio: Float[Tensor, "..."], advantages: Float[Tensor, "..."], strategy: StrategyConfig
+) -> tuple[Float[Tensor, "..."], Bool[Tensor, "..."]]:
+    """The gain to be maximised at each token, and True where its gradient is cut off.
 
-    >>> clipped_surrogate(torch.tensor([1.5, 0.5]), torch.tensor([1.0, 1.0]), StrategyConfig(type="policy_gradient"))
+    >>> ratio, advantages = torch.tensor([1.5, 0.5]), torch.tensor([1.0, 1.0])
+    >>> clipped_surrogate(ratio, advantages, StrategyConfig(type="policy_gradient"))
     (tensor([1.2000, 0.5000]), tensor([ True, False]))
     """
     held = ratio.clamp(1.0 - strategy.clip_low, 1.0 + strategy.clip_high)
@@ -59,17 +65,21 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, strategy: StrategyConfi
     if strategy.dual_clip is not None:
         floor = strategy.dual_clip * advantages
         beyond = (advantages < 0) & (result < floor)
-        result, clipped = torch.where(beyond, floor, result), clipped | beyond
+        result = torch.where(beyond, floor, result)
+        clipped = clipped | beyond
     return result, clipped
 
 
-def discounted_returns(values: Tensor, rows: Tensor, discount: float) -> Tensor:
+def discounted_returns(
+    values: Float[Tensor, "N"], rows: Int[Tensor, "N"], discount: float
+) -> Float[Tensor, "N"]:
     r""":math:`\sum_{k \ge 0} \gamma^k x_{n + k}` over the rest of each position's row, in log2(N) passes.
 
     >>> discounted_returns(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 0.5)
     tensor([2., 2., 4.])
     """
-    out, distance = values.clone(), 1
+    out = values.clone()
+    distance = 1
     while distance < len(out):
         same = (rows[:-distance] == rows[distance:]).to(out.dtype)
         out[:-distance] = out[:-distance] + discount**distance * same * out[distance:]
@@ -84,25 +94,23 @@ def policy_gradient_nll(
     terms: Sequence[Term],
     strategy: StrategyConfig,
     *,
-    frozen: list[Any] | None,
-    uniforms: Tensor | None,
+    frozen: Frozen | None,
+    uniforms: Float[Tensor, "N u"] | None,
     scale: Tensor | float,
     row_scale: Tensor | float,
     chunk_bytes: int | None = None,
     metric_stride: int = 1,
     teacher_share: float = 0.0,
-) -> tuple[LossOutput, list[Any]]:
-    """The loss of the `policy_gradient` strategy; its value is the objective's, its gradient the clipped
-    surrogate's.
+) -> tuple[LossOutput, Frozen]:
+    """The objective's value, with the gradient of the clipped surrogate.
 
     One chunk of logits is alive at a time; it is computed again in the backward pass.
 
     Args:
         student, teacher, batch, terms: as for `loss_by_source`.
         strategy: clipping, mean and returns.
-        frozen: tokens, advantages and old log-probabilities of this batch's first update; None: this is the
-            first.
-        uniforms: numbers of the draws, used at the first update.
+        frozen: of this batch's first update; None: this is the first.
+        uniforms: for the draws of the first update.
         scale: 1 / (label tokens of the global batch); multiplies the value, and the gradient of a token mean.
         row_scale: 1 / (rows of the global batch), for a sequence mean.
         chunk_bytes: memory of one chunk of logits; None: `default_chunk_bytes`.
@@ -110,26 +118,31 @@ def policy_gradient_nll(
         teacher_share: the teacher's share of the mixture that wrote the student's text.
 
     Returns:
-        The loss, and what the further updates of the batch need (plain lists, dicts and tensors).
+        The loss, and what the further updates of the batch need.
     """
-    parts, sums, total = list(parts_of(batch, terms)), {}, student.hidden.new_zeros((), dtype=torch.float32)
-    kept: list[Any] = []
-    for number, part in enumerate(parts):
-        data = _PartData(
-            part, student, teacher, batch, uniforms, chunk_bytes or default_chunk_bytes(batch.labels.device)
-        )
-        seen = _look(data, strategy, sums, metric_stride if part.first else 0)
-        state = _freeze(data, seen, strategy, teacher_share) if frozen is None else frozen[number]
-        kept.append(state)
+    sums: Sums = {}
+    kept: Frozen = []
+    total = student.hidden.new_zeros((), dtype=torch.float32)
+    chunk_bytes = chunk_bytes or default_chunk_bytes(batch.labels.device)
+    for number, part in enumerate(parts_of(batch, terms)):
+        data = _PartData(part, student, teacher, batch, uniforms, chunk_bytes)
+        now = _measure(data, sums, metric_stride if part.first else 0)
+        if frozen is None:
+            kept.append(_freeze(data, now, strategy, teacher_share))
+        else:
+            kept.append([_renamed(state) for state in frozen[number]])
         total = total + _surrogate(
-            data, state, _coefficients(data, strategy, scale, row_scale), strategy, sums
+            data, kept[-1], _coefficients(data, strategy, scale, row_scale), strategy, sums
         )
     value = sum(term.weight * sums.get(f"value/{term.name}", 0.0) for term in terms)
-    # The value is the objective, so that logs of both strategies are comparable; the gradient is the
-    # surrogate's.
-    return LossOutput(
-        total - total.detach() + torch.as_tensor(value, device=total.device) * scale, sums
-    ), kept
+    # The value is the objective, so that logs of both strategies are comparable.
+    loss = total - total.detach() + torch.as_tensor(value, device=total.device) * scale
+    return LossOutput(loss, sums), kept
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the names of today: older checkpoints say old."""
+    return {"old_logprobs" if name == "old" else name: values for name, values in state.items()}
 
 
 class _PartData:
@@ -137,89 +150,87 @@ class _PartData:
 
     def __init__(
         self,
-        part: Part,
+        part: SourcePart,
         student: Scores,
         teacher: TeacherScores,
         batch: TokenBatch,
         uniforms: Tensor | None,
         chunk_bytes: int,
     ):
-        at = part.positions
-        self.part, self.student, self.teacher = part, student.at(at), teacher.at(at)
-        self.labels, self.rows, self.behaviour, self.uniforms = (
-            x if x is None or at is None else x[at]
-            for x in (batch.labels, batch.rows, batch.behaviour, uniforms)
+        at = slice(None) if part.positions is None else part.positions
+        self.part = part
+        self.student = student.at(part.positions)
+        self.teacher = teacher.at(part.positions)
+        self.labels = batch.labels[at]
+        self.rows, self.behavior_logprobs, self.uniforms = (
+            None if x is None else x[at] for x in (batch.rows, batch.behavior_logprobs, uniforms)
         )
         self.row_lengths = batch.row_lengths
         self.vocab = min(student.vocab, teacher.vocab)
-        rows = max(1, chunk_bytes // (4 * self.vocab))
-        assert self.labels is not None
-        self.chunks = [slice(i, min(i + rows, len(self.labels))) for i in range(0, len(self.labels), rows)]
+        self.chunks = list(chunks(len(self.labels), 4 * self.vocab, chunk_bytes))
 
-    def student_logprobs(self, chunk: slice) -> Tensor:
-        """`[C, V]`, normalised over the common vocabulary."""
+    def student_logprobs(self, chunk: slice) -> Float[Tensor, "C V"]:
+        """Normalised over the common vocabulary."""
         return torch.log_softmax(logits(self.student.at(chunk), self.vocab), -1).clamp_min(LOGPROB_FLOOR)
 
-    def teacher_logprobs(self, chunk: slice) -> Tensor:
+    def teacher_logprobs(self, chunk: slice) -> Float[Tensor, "C V"]:
         """The same of the teacher."""
-        assert self.labels is not None
         found = teacher_logits(self.teacher.at(chunk), self.labels[chunk], self.vocab, self.student.hidden)
         return torch.log_softmax(found, -1).clamp_min(LOGPROB_FLOOR)
 
     def inputs(self, chunk: slice) -> TileInputs:
-        assert self.labels is not None
         draws = self.labels[chunk, None] if self.part.given else None
         return TileInputs(self.labels[chunk], None if self.uniforms is None else self.uniforms[chunk], draws)
 
 
 @torch.no_grad()
-def _look(
-    data: _PartData, strategy: StrategyConfig, sums: Sums, metric_stride: int
-) -> list[dict[str, Tensor]]:
-    """Values and metrics as they are now; tokens, weights and log-probabilities of each term that has
-    ratios."""
+def _measure(data: _PartData, sums: Sums, metric_stride: int) -> list[dict[str, Tensor]]:
+    """Values and metrics as they are now; tokens, weights and log-probabilities of terms that have ratios."""
     found: list[list[dict[str, Tensor]]] = [[] for _ in data.part.terms]
     for chunk in data.chunks:
         log_q, log_p = data.student_logprobs(chunk), data.teacher_logprobs(chunk)
         q = log_q.exp()
-        for place, term in zip(found, data.part.terms, strict=True):
-            columns, weights = weigh(term, log_p, log_q, q, data.inputs(chunk), sums)
+        inputs = data.inputs(chunk)
+        for pieces, term in zip(found, data.part.terms, strict=True):
+            columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
             if has_ratio(term.support):
                 assert columns.tokens is not None
-                place.append(
-                    {
-                        "tokens": columns.tokens,
-                        "advantages": weights,
-                        "old": columns.student_logprobs,
-                        "teacher": columns.teacher_logprobs[:, 0],
-                    }
-                )
+                piece = {
+                    "tokens": columns.tokens,
+                    "advantages": weights,
+                    "old_logprobs": columns.student_logprobs,
+                    "teacher": columns.teacher_logprobs[:, 0],
+                }
             else:
-                label = data.inputs(chunk).labels[:, None]
-                place.append({"old": log_q.gather(1, label), "teacher": log_p.gather(1, label)[:, 0]})
+                label = inputs.labels[:, None]
+                piece = {"old_logprobs": log_q.gather(1, label), "teacher": log_p.gather(1, label)[:, 0]}
+            pieces.append(piece)
         if data.part.first:
             add(sums, tokens=torch.ones_like(log_q[:, 0]))
             if metric_stride:
                 rows = slice(-chunk.start % metric_stride, None, metric_stride)
                 distribution_metrics(log_p[rows].clone(), log_q[rows].clone(), sums)
     return [
-        {name: torch.cat([piece[name] for piece in place]) for name in place[0]} for place in found if place
+        {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        for pieces in found
+        if pieces
     ]
 
 
 @torch.no_grad()
 def _freeze(
-    data: _PartData, seen: list[dict[str, Tensor]], strategy: StrategyConfig, teacher_share: float
+    data: _PartData, now: list[dict[str, Tensor]], strategy: StrategyConfig, teacher_share: float
 ) -> list[dict[str, Tensor]]:
-    """Advantages and the likelihood under whoever wrote the tokens, for all updates of a batch."""
+    """Advantages and the likelihood under the behavior policy, for all updates of a batch."""
     out = []
-    for term, state in zip(data.part.terms, seen, strict=False):
+    for term, state in zip(data.part.terms, now, strict=False):
         state = dict(state)
-        teacher = state.pop("teacher")
+        teacher_logprobs = state.pop("teacher")
         if term.support.given or term.support.label or not has_ratio(term.support):
-            state["old"] = torch.cat(
-                [_writer(data, term, state["old"][:, :1], teacher, teacher_share), state["old"][:, 1:]], 1
-            )
+            # The first column is the label, which the behavior policy wrote; the others are fresh draws.
+            label, draws = state["old_logprobs"].split([1, state["old_logprobs"].shape[1] - 1], 1)
+            written = _behavior_logprobs(data, term, label[:, 0], teacher_logprobs, teacher_share)
+            state["old_logprobs"] = torch.cat([written[:, None], draws], 1)
         if term.support.given and strategy.discount:
             assert data.rows is not None
             state["advantages"] = _returns(state["advantages"][:, 0], data.rows, strategy)[:, None]
@@ -227,31 +238,39 @@ def _freeze(
     return out
 
 
-def _writer(data: _PartData, term: Term, own: Tensor, teacher: Tensor, teacher_share: float) -> Tensor:
-    """Log-probability of the labels for whoever wrote them, `[N, 1]`."""
+def _behavior_logprobs(
+    data: _PartData,
+    term: Term,
+    student_logprobs: Float[Tensor, "N"],
+    teacher_logprobs: Float[Tensor, "N"],
+    teacher_share: float,
+) -> Float[Tensor, "N"]:
+    """Log-probability of the labels under the policy that wrote them."""
     if teacher_share and term.on == "student":
-        return torch.logaddexp(own[:, 0] + math.log(1.0 - teacher_share), teacher + math.log(teacher_share))[
-            :, None
-        ]
-    if data.behaviour is None:
-        return own
-    known = torch.isfinite(data.behaviour)
-    return torch.where(known, data.behaviour, own[:, 0])[:, None].to(own.dtype)
+        return torch.logaddexp(
+            student_logprobs + math.log(1.0 - teacher_share), teacher_logprobs + math.log(teacher_share)
+        )
+    if data.behavior_logprobs is None:
+        return student_logprobs
+    known = torch.isfinite(data.behavior_logprobs)
+    return torch.where(known, data.behavior_logprobs, student_logprobs).to(student_logprobs.dtype)
 
 
-def _returns(advantages: Tensor, rows: Tensor, strategy: StrategyConfig) -> Tensor:
+def _returns(
+    advantages: Float[Tensor, "N"], rows: Int[Tensor, "N"], strategy: StrategyConfig
+) -> Float[Tensor, "N"]:
     sums = discounted_returns(advantages, rows, strategy.discount)
     counts = discounted_returns(torch.ones_like(advantages), rows, 1.0)
     if strategy.later_only:
-        sums, counts = sums - advantages, counts - 1
+        sums = sums - advantages
+        counts = counts - 1
     return sums / counts.clamp_min(1.0) if strategy.normalize_returns else sums
 
 
 def _coefficients(
     data: _PartData, strategy: StrategyConfig, scale: Tensor | float, row_scale: Tensor | float
-) -> Tensor:
-    """What each position counts, `[N]`."""
-    assert data.labels is not None
+) -> Float[Tensor, "N"]:
+    """The factor of each position."""
     ones = torch.ones(len(data.labels), device=data.labels.device, dtype=torch.float32)
     if strategy.mean == "token":
         return ones * scale
@@ -263,70 +282,66 @@ def _coefficients(
 def _surrogate(
     data: _PartData,
     state: list[dict[str, Tensor]],
-    coefficients: Tensor,
+    coefficients: Float[Tensor, "N"],
     strategy: StrategyConfig,
     sums: Sums,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """The differentiable loss of a part."""
     head = data.student.head
     total = data.student.hidden.new_zeros((), dtype=torch.float32)
     if not data.chunks and data.student.hidden.requires_grad:
         return total + 0.0 * data.student.hidden.sum()  # keeps the parameters in DDP's graph
-    for chunk in data.chunks:
+
+    def run(
+        hidden: Tensor, weight: Tensor | None, bias: Tensor | None, chunk: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = Scores(hidden, head._replace(weight=weight, bias=bias))
         pieces = [{name: values[chunk] for name, values in piece.items()} for piece in state]
+        return _chunk_loss(data, scores, chunk, pieces, coefficients[chunk], strategy)
 
-        def run(
-            hidden: Tensor,
-            weight: Tensor | None,
-            bias: Tensor | None,
-            chunk: slice = chunk,
-            pieces: Any = pieces,
-        ) -> tuple[Tensor, ...]:
-            side = Scores(hidden, head._replace(weight=weight, bias=bias))
-            return _chunk_loss(data, side, chunk, pieces, coefficients[chunk], strategy)
-
-        loss, clipped, drift = checkpoint(
+    for chunk in data.chunks:
+        loss, clipped_ratio, approx_kl = checkpoint(
             run,
             data.student.hidden[chunk],
             head.weight,
             head.bias,
+            chunk,
             use_reentrant=False,
             preserve_rng_state=False,
         )  # type: ignore[misc]
         total = total + loss
-        add(sums, **{"policy/clipped": clipped.detach(), "policy/kl_old": drift.detach()})
+        add(sums, **{"policy/clipped": clipped_ratio.detach(), "policy/kl_old": approx_kl.detach()})
     return total
 
 
 def _chunk_loss(
     data: _PartData,
-    side: Scores,
+    student: Scores,
     chunk: slice,
     pieces: Sequence[dict[str, Tensor]],
-    coefficients: Tensor,
+    coefficients: Float[Tensor, "C"],
     strategy: StrategyConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    log_q = torch.log_softmax(logits(side, data.vocab), -1).clamp_min(LOGPROB_FLOOR)
+) -> tuple[Float[Tensor, ""], Float[Tensor, "C"], Float[Tensor, "C"]]:
+    """Loss; share of clipped ratios, and Schulman's k3 estimate of KL(old || new), at each position."""
+    log_q = torch.log_softmax(logits(student, data.vocab), -1).clamp_min(LOGPROB_FLOOR)
     inputs = data.inputs(chunk)
-    loss, clipped, drift = log_q.new_zeros(()), log_q.new_zeros(len(log_q)), log_q.new_zeros(len(log_q))
+    loss = log_q.new_zeros(())
+    clipped_ratio, approx_kl = log_q.new_zeros(2, len(log_q))
     for term, piece in zip(data.part.terms, pieces, strict=False):
         if has_ratio(term.support):
-            log_ratio = log_q.gather(1, piece["tokens"]) - piece["old"]
-            gained, cut = clipped_surrogate(log_ratio.exp(), piece["advantages"], strategy)
+            log_ratio = log_q.gather(1, piece["tokens"]) - piece["old_logprobs"]
+            gained, clipped = clipped_surrogate(log_ratio.exp(), piece["advantages"], strategy)
             loss = loss - term.weight * (gained.sum(-1) * coefficients).sum()
-            clipped = clipped + cut.to(clipped.dtype).mean(-1)
-            drift = drift + (torch.expm1(log_ratio) - log_ratio).mean(-1)
+            clipped_ratio = clipped_ratio + clipped.to(clipped_ratio.dtype).mean(-1)
+            approx_kl = approx_kl + (torch.expm1(log_ratio) - log_ratio).mean(-1)
             continue
         with torch.no_grad():
             log_p = data.teacher_logprobs(chunk)
             _, weights = weigh(term, log_p, log_q, log_q.exp(), inputs, {})
-            ratio = (
-                (log_q.gather(1, inputs.labels[:, None]) - piece["old"])[:, 0]
-                .exp()
-                .clamp_max(1.0 + strategy.clip_high)
-            )
+            log_ratio = (log_q.gather(1, inputs.labels[:, None]) - piece["old_logprobs"])[:, 0]
+            ratio = log_ratio.exp().clamp_max(1.0 + strategy.clip_high)
             # 1 where the student itself wrote the text just now, and for the dataset's text.
             share = ratio if term.on == "student" else torch.ones_like(ratio)
         likelihood = weights * term.support.columns(log_p, log_q, inputs.labels).student_logprobs
         loss = loss - term.weight * (likelihood.sum(-1) * coefficients * share).sum()
-    return loss, clipped, drift
+    return loss, clipped_ratio, approx_kl

@@ -1,10 +1,11 @@
-"""The matrix products with the heads: logits out of hidden states, and gradients back.
+"""The matrix products with the heads, chunk by chunk: logits out of hidden states, and gradients back.
 
 Axes: N label positions, C positions of a chunk, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,34 @@ from torch import Tensor
 
 from hpd.losses.heads import Scores
 
-__all__ = ["Gradients", "accumulate", "for_products", "logits", "project_", "wide"]
+__all__ = [
+    "Gradients",
+    "accumulate",
+    "chunk_rows",
+    "chunks",
+    "for_products",
+    "logits",
+    "project_",
+    "wide",
+]
+
+
+def chunks(num_tokens: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+    """Walk over label positions, as many at a time as the bytes allow, at least one.
+
+    >>> list(chunks(5, row_bytes=4, chunk_bytes=8))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    rows = max(1, chunk_bytes // row_bytes)
+    for start in range(0, num_tokens, rows):
+        yield slice(start, min(start + rows, num_tokens))
+
+
+def chunk_rows(num_tokens: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Positions of a chunk, evened out: a last chunk of a few rows reads the heads in vain."""
+    most = max(1, min(num_tokens, chunk_bytes // row_bytes))
+    count = -(-num_tokens // most)
+    return -(-num_tokens // max(count, 1)) or 1
 
 
 class Gradients(NamedTuple):

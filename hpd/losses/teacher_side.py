@@ -1,4 +1,4 @@
-"""What the operator asks of a teacher: the logits of a chunk, or the log-probabilities of a few tokens.
+"""The teacher's side of the operator: the logits of a chunk, or the log-probabilities of a few tokens.
 
 Axes: C positions of a chunk, n tokens per position, D hidden, V vocabulary.
 """
@@ -24,15 +24,14 @@ __all__ = [
 
 
 def is_known_by_token(teacher: TeacherScores) -> bool:
-    """Whether single log-probabilities can be had without the logits of the whole vocabulary."""
+    """True if single log-probabilities are available without the logits of the whole vocabulary."""
     return isinstance(teacher, TopKScores) or (teacher.log_z is not None and teacher.head.weight is not None)
 
 
 def teacher_logits_(
     teacher: TeacherScores, labels: Int[Tensor, "C"], out: Float[Tensor, "C V"]
 ) -> Float[Tensor, "C V"]:
-    """Logits of the common vocabulary, written into `out` (log-probabilities where that is what the teacher
-    knows).
+    """Logits of the common vocabulary, or log-probabilities where the teacher knows those, put into `out`.
 
     Args:
         teacher: as `for_products` made it ready.

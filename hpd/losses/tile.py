@@ -1,9 +1,7 @@
-"""The arithmetic between the products: logits of a few positions in, gradient of the logits and sums of
-statistics out.
+"""The arithmetic between the products: logits in, their gradient and sums of statistics out.
 
 Axes: R positions of a tile, K columns of a support, V vocabulary. Everything here runs on tiles small enough
-    for the
-processor's cache, so a pass costs a fraction of what it costs over the whole chunk.
+for the processor's cache, so a pass costs a fraction of what it costs over the whole chunk.
 """
 
 from __future__ import annotations
@@ -19,26 +17,27 @@ from torch import Tensor
 from hpd.methods.supports import LOGPROB_FLOOR, Columns, Draws
 from hpd.methods.terms import Term
 from hpd.objectives.estimators import kl_estimate
-from hpd.objectives.objective import Whole
+from hpd.objectives.fused import FUSED, Whole
 
 __all__ = [
     "Sums",
     "TileInputs",
+    "add",
     "distribution_metrics",
     "read_few_tokens",
     "sum_dtype",
     "term_draws",
     "tile_gradient_",
     "token_gradient_",
+    "weigh",
     "weigh_columns",
 ]
-
 
 Sums = dict[str, Tensor]
 
 
 class TileInputs(NamedTuple):
-    """What a tile needs beside the logits, row for row."""
+    """A tile's inputs beside the logits, row for row."""
 
     labels: Int[Tensor, "R"]
     uniforms: Float[Tensor, "R u"] | None
@@ -128,9 +127,8 @@ def tile_gradient_(
 
 
 def _on_whole_vocabulary(term: Term) -> bool:
-    """Whether the objective can do all the work between the logits and their gradient in passes of its
-    own."""
-    if term.objective.fused is None or term.temperature != 1.0:
+    """True if a second form of the objective does all the work between the logits and their gradient."""
+    if term.objective.rule not in FUSED or term.temperature != 1.0:
         return False
     return term.support.whole and (
         term.support.is_distribution or term.objective.domain == "label_and_vocabulary"
@@ -139,21 +137,20 @@ def _on_whole_vocabulary(term: Term) -> bool:
 
 def _whole_gradient_(term: Term, whole: Whole, sums: Sums, scale: Tensor) -> Tensor:
     """The gradient in the place of the student's log-probabilities."""
-    assert term.objective.fused is not None
-    weights, value, own_factor, mass, stats = term.objective.fused(whole)
+    objective = term.objective
+    weights, value, weights_factor, mass, stats = FUSED[objective.rule](whole, *objective.arguments)
     add(sums, **{f"value/{term.name}": value}, **(stats or {}))
     if mass is None:
-        mass = weights.sum(-1) * own_factor
+        mass = weights.sum(-1) * weights_factor
     factor = term.weight * scale
     scaled = whole.student_probs.mul_((mass * factor)[:, None])
-    return torch.addcmul(scaled, weights, -factor * own_factor, out=whole.student_logprobs)
+    return torch.addcmul(scaled, weights, -factor * weights_factor, out=whole.student_logprobs)
 
 
 def weigh(
     term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs, sums: Sums
 ) -> tuple[Columns, Float[Tensor, "R K"]]:
-    """Columns of the term's support and its weights there (coefficients included); adds its value and
-    statistics."""
+    """Columns of the term's support and the weights there, coefficients included; adds value and metrics."""
     draws = term_draws(term, log_p, log_q, q, inputs)
     columns = term.support.columns(log_p, log_q, inputs.labels, draws)
     weights = weigh_columns(term, columns, sums)
@@ -176,27 +173,25 @@ def watch_draws(term: Term, tokens: Int[Tensor, "R n"], inputs: TileInputs, sums
 
 
 def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R K"]:
-    """The term's weights at its columns, coefficients included; adds its value and the objective's
-    statistics."""
+    """The term's weights at its columns, coefficients included; adds its value and metrics."""
+    objective = term.objective
     pair = columns.teacher_logprobs, columns.student_logprobs
-    if columns.coefficients is None:
-        weights, value = term.objective.evaluate(*pair)
-    else:
+    weights = objective.weights(*pair)
+    value = objective.value(*pair)
+    if columns.coefficients is not None:
         coefficients = columns.coefficients
-        if term.objective.domain == "label" and term.support.importance and term.support.draws > 1:
+        if objective.domain == "label" and term.support.importance and term.support.draws > 1:
             # Such an objective averages over its draws itself, and importance weights do so too.
             coefficients = torch.cat([coefficients[:, :1], coefficients[:, 1:] * term.support.draws], dim=1)
-        weights, value = (
-            term.objective.weights(*pair) * coefficients,
-            term.objective.value(*pair) * coefficients,
-        )
-    stats = {} if term.objective.stats is None else term.objective.stats(*pair)
+        weights = weights * coefficients
+        value = value * coefficients
+    stats = {} if objective.stats is None else objective.stats(*pair)
     add(sums, **{f"value/{term.name}": value}, **stats)
     return weights
 
 
 def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: TileInputs) -> Draws | None:
-    """The term's draws: those given, or fresh ones from the position's uniform numbers."""
+    """The term's draws: those given, or fresh ones from the position's uniforms."""
     if not term.support.draws:
         return None
     from_student = term.support.draws_of == "student"
@@ -210,8 +205,7 @@ def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: Tile
 
 
 def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInputs, sums: Sums) -> Tensor:
-    """The gradient of a term whose distributions are softened: d/dz of softmax(z / T) brings the factor 1 /
-    T."""
+    """The gradient of a term whose distributions are softened: d/dz of softmax(z / T) brings 1 / T."""
     log_p = torch.log_softmax(log_p / term.temperature, -1)
     log_q = torch.log_softmax(log_q / term.temperature, -1)
     q = torch.exp(log_q)
@@ -263,7 +257,7 @@ TeacherAt = Callable[[Int[Tensor, "C n"]], Float[Tensor, "C n"]]
 
 
 def read_few_tokens(terms: Sequence[Term], kl_estimator: str = "exact") -> bool:
-    """Whether `token_gradient_` can serve the terms; the others need both distributions side by side."""
+    """True if `token_gradient_` can serve the terms; the others need both distributions side by side."""
     return kl_estimator == "exact" and all(
         term.temperature == 1.0 and term.support.is_few_tokens for term in terms
     )
@@ -277,8 +271,7 @@ def token_gradient_(
     sums: Sums,
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, "C V"]:
-    r"""Overwrite the student's logits with the gradient of the loss with respect to them; see
-    `tile_gradient_`.
+    r"""`tile_gradient_` for terms that read a few tokens only.
 
     Args:
         student_logits: scratch, and the result.

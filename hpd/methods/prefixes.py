@@ -1,5 +1,4 @@
-"""Where contexts come from: shares of the dataset's text and of the student's own, and how the student writes
-its part."""
+"""Where contexts come from: shares of the dataset's text and of the student's own, and how it writes."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ class Prefixes:
     0.25
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
     dataset: Scalar | None = None
     """Share of rows whose text is the dataset's, in [0, 1]; null: what student leaves."""
@@ -78,7 +77,7 @@ class Prefixes:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the student ever writes."""
+        """True if the student ever writes."""
         if self.student is not None:
             return any(_ends(self.student))
         return self.dataset is not None and any(share < 1.0 for share in _ends(self.dataset))
@@ -106,14 +105,13 @@ def _ends(value: Any) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """Old rollouts that are used again: generation is paid once, at the price of prefixes that an older
-    student wrote.
+    """Old rollouts used again: generation is paid once, at the price of prefixes of an older student.
 
     Reference:
         Ko et al., DistiLLM, 2024, arXiv 2402.03898, section 3.2 (off-policy use of student-generated text).
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
     capacity: int = 1000
     """Rollouts kept on each process; the oldest leave first."""
@@ -144,7 +142,7 @@ class ReplayConfig:
 class RolloutConfig:
     """How the student writes."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: the student's own generate, on any device. vllm: vLLM through TRL (extra `vllm`, needs a
@@ -211,7 +209,7 @@ class RolloutConfig:
 
     @property
     def draws_student_exactly(self) -> bool:
-        """Whether tokens come from the student's own distribution, unchanged."""
+        """True if tokens come from the student's own distribution, unchanged."""
         return (
             self.temperature == self.top_p == self.repetition_penalty == 1.0
             and self.top_k == 0

@@ -24,7 +24,7 @@ class Regime(NamedTuple):
 
     @property
     def repeats(self) -> bool:
-        """Whether rows come several times in a row from the dataset."""
+        """True if rows come several times in a row from the dataset."""
         return self.rollouts.num_rollouts > 1 or self.strategy.updates > 1
 
 
@@ -35,7 +35,7 @@ def choose_regime(
     rollouts: RolloutConfig | None = None,
     strategy: StrategyConfig | str | None = None,
 ) -> Regime:
-    """What is given, and the method's own where nothing is; checked against the terms.
+    """The given choices, and the method's own where nothing is given; checked against the terms.
 
     Raises:
         ValueError: choices that do not fit together, or have no effect.

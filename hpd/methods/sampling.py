@@ -11,7 +11,6 @@ from torch import Tensor
 
 __all__ = ["inverse_cdf"]
 
-
 # Tokens per block of the two-level search: about sqrt(V), so that searching the block sums and searching
 # inside one block cost the same.
 _BLOCK_TOKENS = 256

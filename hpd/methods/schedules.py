@@ -1,5 +1,4 @@
-"""Numbers that change during training: a term's weight, temperature, share of draws, or any parameter of its
-objective."""
+"""Numbers that change during training: a term's weight, temperature, or any parameter of its objective."""
 
 from __future__ import annotations
 
@@ -16,16 +15,15 @@ class Schedule:
     r"""A number as a function of training progress x in [0, 1].
 
     constant: start. linear: :math:`s + (e - s)\,x'`. cosine: :math:`s + (e - s)(1 - \cos \pi x') / 2`. step:
-        start before
-    `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`; DistiLLM's for a
-    share of prefixes, see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here :math:`x' = \min(x /
-    over, 1)`.
+    start before `over`, end from there on. adaptive: TAID's rule for a parameter, see `TaidPosition`;
+    DistiLLM's for a share of prefixes, see `ValidationRamp`. skew: DistiLLM-2's, see `SkewPosition`. Here
+    :math:`x' = \min(x / over, 1)`.
 
     >>> Schedule(schedule="linear", start=0.0, end=1.0, over=0.5).at(0.25)
     0.5
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
     schedule: Literal["constant", "linear", "cosine", "step", "adaptive", "skew"]
     """Shape of the curve."""
@@ -64,18 +62,8 @@ def _checked(tree: Mapping[str, Any]) -> Schedule:
     """A schedule from plain data; where it stands (kwargs), pydantic has not seen it."""
     shapes = get_args(get_type_hints(Schedule)["schedule"])
     known = [f.name for f in fields(Schedule)]
-    numbers = {key: value for key, value in tree.items() if key != "schedule"}
-    wrong = [
-        k
-        for k, v in numbers.items()
-        if isinstance(v, bool) or not (isinstance(v, (int, float)) and math.isfinite(v))
-    ]
-    if (
-        tree["schedule"] not in shapes
-        or set(tree) - set(known)
-        or "start" not in tree
-        or [k for k in wrong if tree[k] is not None]
-    ):
+    wrong = [key for key, value in tree.items() if key != "schedule" and not _is_number(value)]
+    if tree["schedule"] not in shapes or set(tree) - set(known) or "start" not in tree or wrong:
         raise ValueError(
             f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got "
             f"{dict(tree)}."
@@ -83,15 +71,21 @@ def _checked(tree: Mapping[str, Any]) -> Schedule:
     return Schedule(**tree)
 
 
+def _is_number(value: object) -> bool:
+    """True for a finite number, or None."""
+    return value is None or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    )
+
+
 def value_at(value: Any, progress: float) -> Any:
-    """`value` itself, or what its schedule says."""
+    """`value` itself, or the value of its schedule."""
     schedule = as_schedule(value)
     return value if schedule is None else schedule.at(progress)
 
 
 class TaidPosition:
-    r"""TAID's adaptive position t of the intermediate teacher: faster while the loss falls, never behind the
-    linear ramp.
+    r"""TAID's position t of the intermediate teacher: faster while the loss falls, never behind the ramp.
 
     .. math:: m \leftarrow \beta m + (1 - \beta) \frac{J_{n-1} - J_n}{J_{n-1}}, \qquad
               t \leftarrow \min\big(t_{end}, \max(t_{start} + x (t_{end} - t_{start}),\; t + \alpha\,
@@ -125,7 +119,7 @@ class TaidPosition:
         return self.t
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint must hold."""
+        """State that a checkpoint must hold."""
         return {"t": self.t, "change": self._change, "previous": self._previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -134,8 +128,7 @@ class TaidPosition:
 
 
 class SkewPosition:
-    r"""DistiLLM-2's adaptive skew: a small one where teacher and student are nearer on a step's labels than
-    before.
+    r"""DistiLLM-2's skew: small where teacher and student are nearer on a step's labels than before.
 
     .. math:: \alpha \leftarrow \mathrm{clip}\Big(1 - (1 - \alpha_0) \frac{\bar g}{g},\; \alpha_{min},
               \alpha_0\Big), \qquad g = e^{\overline{\log p(y)}} - e^{\overline{\log q(y)}}
@@ -165,7 +158,7 @@ class SkewPosition:
         return self.t
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must hold."""
+        """State that a checkpoint must hold."""
         return {"t": self.t, "mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,7 +202,7 @@ class ValidationRamp:
         return self.share
 
     def state_dict(self) -> dict[str, float | None]:
-        """What a checkpoint must hold."""
+        """State that a checkpoint must hold."""
         return {"share": self.share, "reference": self._reference}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ __all__ = ["StrategyConfig", "as_strategy"]
 class StrategyConfig:
     """Optimisation strategy; the fields below type are those of policy_gradient."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
     type: Literal["direct", "policy_gradient"] = "direct"
     """direct: weights times log-likelihood. policy_gradient: weights as advantages of PPO's clipped ratio."""
@@ -59,4 +59,6 @@ def as_strategy(value: StrategyConfig | str | None) -> StrategyConfig:
     """A strategy, or the one of a name with its defaults."""
     if value is None:
         return StrategyConfig()
-    return replace(StrategyConfig(), type=value) if isinstance(value, str) else value  # type: ignore[arg-type]
+    if isinstance(value, str):
+        return replace(StrategyConfig(), type=value)  # type: ignore[arg-type]
+    return value

@@ -1,5 +1,4 @@
-"""Supports: which tokens of the vocabulary a term sums over, with what coefficients, and what becomes of the
-tail.
+"""Supports: which tokens of the vocabulary a term sums over, with what coefficients, and the tail's rule.
 
 Axes: N label positions, K columns of the support, V vocabulary.
 
@@ -28,16 +27,12 @@ __all__ = ["LOGPROB_FLOOR", "Columns", "Draws", "Support", "full", "has_ratio", 
 # exactly 0 in every dtype, and products with it stay finite.
 LOGPROB_FLOOR = -1e5
 
-
 Side = Literal["teacher", "student"]
-
-
 Tail = Literal["drop", "bucket", "renormalize"]
 
 
 class LogitGradient(NamedTuple):
-    """With respect to the logits: `mass * q`, plus `at_tokens` at the columns' tokens, plus `beside`
-    elsewhere."""
+    """`mass * q`, plus `at_tokens` at the columns' tokens, plus `beside` elsewhere."""
 
     mass: Float[Tensor, "N 1"]
     at_tokens: Float[Tensor, "N Kt"]
@@ -104,8 +99,7 @@ def top_k(k: int, *, of: Side = "teacher", tail: Tail = "bucket") -> Support:
 
 @dataclass(frozen=True, kw_only=True)
 class Support:
-    """Which tokens are summed over. Build one with `full`, `label`, `sampled`, `top_k`, and join them with
-    `+`."""
+    """Tokens that are summed over: one of `full`, `label`, `sampled`, `top_k`, or some joined with `+`."""
 
     whole: bool = False
     """Every token of the vocabulary."""
@@ -197,12 +191,12 @@ class Support:
 
     @property
     def is_distribution(self) -> bool:
-        """Whether the columns are a normalised distribution."""
+        """True if the columns are a normalised distribution."""
         return (self.whole and not self.label) or (self.top_k > 0 and self.tail != "drop")
 
     @property
     def draws_student_exactly(self) -> bool:
-        """Whether every position gets draws from the student's own distribution, unchanged."""
+        """True if every position gets draws from the student's own distribution, unchanged."""
         return (
             bool(self.draws)
             and self.draws_of == "student"
@@ -212,8 +206,7 @@ class Support:
 
     @property
     def is_few_tokens(self) -> bool:
-        """Whether the columns are the label and unmodified draws of the student: what single
-        log-probabilities serve."""
+        """True if single log-probabilities serve: the label and unmodified draws of the student."""
         if self.whole or self.top_k:
             return False
         return not self.draws or (
@@ -222,8 +215,7 @@ class Support:
 
     @property
     def num_uniforms(self) -> int:
-        """Uniform numbers used per position: one a draw, and one for the coin when only a share of positions
-        is drawn."""
+        """Uniforms used per position: one a draw, and one for the coin that decides if it gets draws."""
         return self.draws + (self.share < 1.0) if self.draws and not self.given else 0
 
     def draw(
@@ -342,14 +334,13 @@ class Support:
 
 
 def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return teacher.gather(1, tokens).clamp_min(LOGPROB_FLOOR), student.gather(1, tokens).clamp_min(
-        LOGPROB_FLOOR
-    )
+    at_tokens = teacher.gather(1, tokens), student.gather(1, tokens)
+    return at_tokens[0].clamp_min(LOGPROB_FLOOR), at_tokens[1].clamp_min(LOGPROB_FLOOR)
 
 
 def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:
-    """Log-probability of all tokens but these, summed: `1 - sum` would lose a tail below the rounding of
-    one."""
+    """Log-probability of all tokens but these."""
+    # Summed: `1 - sum` would lose a tail below the rounding of one.
     rest = torch.logsumexp(logprobs.scatter(1, tokens, -math.inf), -1, keepdim=True)
     return rest.clamp_min(LOGPROB_FLOOR)
 
@@ -371,5 +362,5 @@ def sampled(n: int = 1, *, of: Side = "student", **switches: Any) -> Support:
 
 
 def has_ratio(support: Support) -> bool:
-    """Whether the support is a few tokens, each with a likelihood ratio of its own."""
+    """True if the support is a few tokens, each with a likelihood ratio of its own."""
     return not (support.whole or support.top_k)

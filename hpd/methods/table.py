@@ -1,9 +1,7 @@
-"""The table of methods: a name, its terms, where its prefixes come from. Never a subclass, never a branch in
-the trainer."""
+"""The table of methods: a name, its terms, where its prefixes come from; never a branch in the trainer."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,9 +9,9 @@ from typing import Any
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import Schedule
 from hpd.methods.strategy import StrategyConfig
-from hpd.methods.terms import Term, TermConfig, nearest, objective_factory, with_parameters
+from hpd.methods.terms import Term, TermConfig, nearest, parameters_of, with_parameters
 
-__all__ = ["METHODS", "Method", "build_terms", "choose_terms", "method_terms", "name_terms"]
+__all__ = ["METHODS", "Method", "choose_terms", "method_terms", "name_terms"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class Method:
     """A row of the table."""
 
     summary: str
-    """What it learns, in one line."""
+    """The thing that it learns, in one line."""
     weight: str
     """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
     use: str
@@ -50,9 +48,17 @@ _SKEW = {"schedule": "skew", "start": 0.1, "end": 0.01}
 METHODS: dict[str, Method] = {
     "hpd": Method(
         summary="Hybrid Policy Distillation: both KL directions per token, on the label and one student draw",
-        weight="w(y) = (1 + 1[k_a < 0]) p(y) + k_y if k_y > 0, else k_y; w(a) = min(k_a, 0); k = q (log p - log q)",
-        use="teacher-written data, when the student should keep its entropy; the teacher is read at two tokens only",
-        defaults="forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position",
+        weight=(
+            "w(y) = (1 + 1[k_a < 0]) p(y) + k_y if k_y > 0, else k_y; w(a) = min(k_a, 0); k = q (log p - "
+            "log q)"
+        ),
+        use=(
+            "teacher-written data, when the student should keep its entropy; the teacher is read at two "
+            "tokens only"
+        ),
+        defaults=(
+            "forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position"
+        ),
         reference="Zhu et al. 2026, arXiv 2604.20244, eq. 11-15",
         terms=_one("hpd"),
     ),
@@ -179,13 +185,18 @@ METHODS: dict[str, Method] = {
     "seqkd": Method(
         summary="sequence-level distillation: supervised fine-tuning on text that the teacher wrote",
         weight="1[v = y]",
-        use="data with the teacher's answers, written by any engine; one-hot and cheap, and the student inherits its style",
+        use=(
+            "data with the teacher's answers, written by any engine; one-hot and cheap, and the student "
+            "inherits its style"
+        ),
         defaults="none",
         reference="Kim and Rush 2016, arXiv 1606.07947",
         terms=_one("nll"),
     ),
     "imitkd": Method(
-        summary="imitation learning: the student's own text, labelled by the teacher's likeliest or drawn token",
+        summary=(
+            "imitation learning: the student's own text, labelled by the teacher's likeliest or drawn token"
+        ),
         weight="1[v = a] / n, a drawn from the teacher",
         use="on-policy distillation from a teacher that gives tokens only",
         defaults="share of student text falling from the dataset's to all of it; one teacher draw",
@@ -194,7 +205,10 @@ METHODS: dict[str, Method] = {
         prefixes=Prefixes(student=Schedule(schedule="linear", start=0.0, end=1.0)),
     ),
     "gkd": Method(
-        summary="generalised distillation: a mix of the dataset's and the student's own text under a generalised JSD",
+        summary=(
+            "generalised distillation: a mix of the dataset's and the student's own text under a "
+            "generalised JSD"
+        ),
         weight="that of generalized_jsd",
         use="the plain on-policy baseline; prefixes.student is its lambda",
         defaults="lambda 0.5, one coin per batch; beta 0.5",
@@ -215,8 +229,13 @@ METHODS: dict[str, Method] = {
     "distillm2": Method(
         summary="skew forward KL on the teacher's text, skew reverse KL on the student's",
         weight="skew_forward_kl on dataset rows, skew_reverse_kl on student rows",
-        use="teacher-written data and rollouts side by side: raise what the teacher wrote, lower what the student should not",
-        defaults="skew 0.1 at most on each side, smaller where teacher and student are near each other (adaptive)",
+        use=(
+            "teacher-written data and rollouts side by side: raise what the teacher wrote, lower what the "
+            "student should not"
+        ),
+        defaults=(
+            "skew 0.1 at most on each side, smaller where teacher and student are near each other (adaptive)"
+        ),
         reference="Ko et al. 2025, arXiv 2503.07067",
         terms=(
             TermConfig(objective="skew_forward_kl", on="dataset", kwargs={"lam": _SKEW}),
@@ -225,7 +244,10 @@ METHODS: dict[str, Method] = {
         prefixes=Prefixes(student=0.5),
     ),
     "minillm": Method(
-        summary="reverse KL of whole sequences as a policy gradient, split into an exact first step and normalised returns",
+        summary=(
+            "reverse KL of whole sequences as a policy gradient, split into an exact first step and "
+            "normalised returns"
+        ),
         weight="q (log p - log q) on the vocabulary, and the mean of later log-ratios at the written token",
         use="credit for where a token leads; the dearest of the on-policy methods",
         defaults="teacher's share of the sampling 0.2, clip 0.2, discount 1, length normalisation",
@@ -241,7 +263,9 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "opd": Method(
-        summary="on-policy distillation: the token that the student wrote, rewarded by the teacher's log-ratio",
+        summary=(
+            "on-policy distillation: the token that the student wrote, rewarded by the teacher's log-ratio"
+        ),
         weight="log p - log q at the written token",
         use="the second stage after any offline method; the teacher reads one token per position",
         defaults="policy gradient with clip 0.2, discount 0",
@@ -262,11 +286,16 @@ METHODS: dict[str, Method] = {
         strategy=StrategyConfig(type="policy_gradient", clip_high=0.28, updates=4),
     ),
     "hpd_clipped": Method(
-        summary="HPD with its weights as advantages of a clipped ratio, as in the reference's reinforcement-learning recipe",
+        summary=(
+            "HPD with its weights as advantages of a clipped ratio, as in the reference's reinforcement-"
+            "learning recipe"
+        ),
         weight="that of hpd, frozen, times min(r, clip(r))",
         use="several updates on the same draws",
         defaults="clip 0.2",
-        reference="Zhu et al. 2026, arXiv 2604.20244 (code: verl recipe, here with the draw of the right position)",
+        reference=(
+            "Zhu et al. 2026, arXiv 2604.20244 (code: verl recipe, here with the draw of the right position)"
+        ),
         terms=_one("hpd"),
         strategy=StrategyConfig(type="policy_gradient"),
     ),
@@ -281,13 +310,14 @@ def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]
     """
     if name not in METHODS:
         raise ValueError(f"Unknown method {name!r}. {nearest(name, list(METHODS))}")
-    own = {f.name for f in fields(TermConfig)} - {"objective", "kwargs"}
-    terms, used = [], set()
+    of_a_term = {f.name for f in fields(TermConfig)} - {"objective", "kwargs"}
+    terms: list[TermConfig] = []
+    used: set[str] = set()
     for term in METHODS[name].terms:
-        parameters = set(inspect.signature(objective_factory(term.objective)).parameters)
-        used |= (parameters | own) & set(kwargs)
+        parameters = set(parameters_of(term.objective))
+        used |= (parameters | of_a_term) & set(kwargs)
         terms.append(with_parameters(term, kwargs))
-        allowed = sorted(parameters | own)
+        allowed = sorted(parameters | of_a_term)
     for key in kwargs:
         if key not in used:
             raise ValueError(f"Method {name!r} has no parameter {key!r}. {nearest(key, allowed)}")
@@ -323,10 +353,3 @@ def name_terms(terms: Sequence[TermConfig | Term]) -> tuple[Term, ...]:
         taken = sum(other.name.split("#")[0] == term.name for other in built)
         built.append(term._replace(name=f"{term.name}#{taken + 1}") if taken else term)
     return tuple(built)
-
-
-def build_terms(
-    method: str | None, method_kwargs: Mapping[str, Any], terms: Sequence[TermConfig | Term] = ()
-) -> tuple[Term, ...]:
-    """`choose_terms`, built as they are at the start of training."""
-    return name_terms(choose_terms(method, method_kwargs, terms))

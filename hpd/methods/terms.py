@@ -1,5 +1,4 @@
-"""A term: one objective on one support, with its weight in the loss; as it is computed, and as a recipe
-writes it."""
+"""Terms: an objective on a support with its weight in the loss; as computed, and as a recipe writes it."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, Union, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, cast
 
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
@@ -16,22 +15,60 @@ from hpd.objectives import OBJECTIVES, Objective
 
 __all__ = [
     "SUPPORTS",
+    "ObjectiveLike",
     "Scalar",
     "Term",
     "TermConfig",
     "as_evaluated",
     "nearest",
     "num_uniforms",
-    "objective_factory",
+    "parameters_of",
     "sources_used",
     "with_parameters",
 ]
 
-
 Scalar = Union[float, Schedule]  # noqa: UP007 (pydantic reads it on Python 3.10)
-
-
 Source = Literal["both", "dataset", "student"]
+
+
+class _NameInRecipes:
+    """A field's annotation: plain data holds a name there, Python code may give the thing itself."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: object, handler: Callable[[type], Any]) -> Any:
+        return handler(str)
+
+
+ObjectiveLike: TypeAlias = str | Objective | Callable[..., Objective]
+"""A name of OBJECTIVES; an `Objective`, or a factory of one; or "package.module:name" of either."""
+
+SUPPORTS: dict[str, dict[str, Any]] = {
+    "full": {"whole": True},
+    "label": {"label": True},
+    "label+full": {"label": True, "whole": True},
+    "sampled": {"draws": 1},
+    "label+sampled": {"label": True, "draws": 1},
+    "rollout": {"draws": 1, "given": True, "importance": True},
+    "top_k": {"top_k": 1},
+    "label+top_k": {"label": True, "top_k": 1},
+}
+"""Supports by the names that recipes give them: arguments of `Support`."""
+
+# Supports of objectives that read the label as their first column; the others read every token.
+_SUPPORT_OF_DOMAIN = {"label": "label+sampled", "label_and_vocabulary": "label+full"}
+
+_SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
+
+# Fields of TermConfig and the field of Support that each becomes.
+_DRAW_FIELDS = {
+    "num_draws": "draws",
+    "draw_share": "share",
+    "draw_temperature": "temperature",
+    "draws_of": "draws_of",
+    "exclude_label": "exclude_label",
+    "importance": "importance",
+}
+_TOP_K_FIELDS = {"top_k": "top_k", "top_k_of": "top_k_of", "tail": "tail"}
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
@@ -90,30 +127,15 @@ class Term(NamedTuple):
         return self
 
 
-SUPPORTS: dict[str, dict[str, Any]] = {
-    "full": {"whole": True},
-    "label": {"label": True},
-    "label+full": {"label": True, "whole": True},
-    "sampled": {"draws": 1},
-    "label+sampled": {"label": True, "draws": 1},
-    "rollout": {"draws": 1, "given": True, "importance": True},
-    "top_k": {"top_k": 1},
-    "label+top_k": {"label": True, "top_k": 1},
-}
-
-
-_SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
-
-
 @dataclass(frozen=True, kw_only=True)
 class TermConfig:
     """One term of the loss, as a recipe writes it."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
 
-    objective: str
+    objective: Annotated[ObjectiveLike, _NameInRecipes]
     """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name"
-    of your own `Objective` or factory of one."""
+    of your own `Objective` or factory of one. In Python the `Objective` or factory itself will do."""
     weight: Scalar = 1.0
     """Factor of this term in the loss."""
     temperature: Scalar = 1.0
@@ -151,20 +173,9 @@ class TermConfig:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
 
-    def exact(self) -> TermConfig:
-        """This term with `draws: exact` carried out: another objective, on another support."""
-        if self.draws == "sampled":
-            return self
-        if self.objective != "hpd" or self.support not in (None, "label+full"):
-            raise ValueError(
-                f"draws: exact is HPD's expectation on its own support, not {self.objective!r} on "
-                f"{self.support!r}."
-            )
-        return replace(self, objective="hpd_exact", draws="sampled")
-
     @property
     def scheduled(self) -> bool:
-        """Whether any number changes during training."""
+        """True if any number changes during training."""
         return self.at(0.0) != self
 
     def at(self, progress: float, adaptive: Mapping[str, float] | None = None) -> TermConfig:
@@ -182,95 +193,87 @@ class TermConfig:
     def adaptive(self) -> dict[str, Schedule]:
         """Parameters of the objective whose schedule follows what is seen in training."""
         schedules = {key: as_schedule(value) for key, value in self.kwargs.items()}
-        return {
-            key: s for key, s in schedules.items() if s is not None and s.schedule in ("adaptive", "skew")
-        }
+        return {key: s for key, s in schedules.items() if s and s.schedule in ("adaptive", "skew")}
+
+    @property
+    def name(self) -> str:
+        """The objective's name, for logs and errors."""
+        if isinstance(self.objective, str):
+            return self.objective
+        maker = "rule" if isinstance(self.objective, Objective) else "__name__"
+        return getattr(self.objective, maker, "") or "objective"
 
     def build(self, name: str | None = None) -> Term:
         """The term, checked. Raises ValueError with the reason where the choices do not fit together."""
-        fixed = self.at(0.0).exact()
-        objective = _build_objective(fixed.objective, fixed.kwargs)
-        support = fixed.build_support()
-        return Term(
-            name or self.objective, objective, support, fixed.weight, fixed.temperature, fixed.on
-        ).check()  # type: ignore[arg-type]
+        fixed = self.at(0.0)
+        objective = _build_objective(self.objective, self.name, fixed.kwargs)
+        if self.draws == "exact":
+            if objective.rule != "hpd" or self.support not in (None, "label+full"):
+                raise ValueError(
+                    f"draws: exact is HPD's expectation on its own support, not {self.name!r} on "
+                    f"{self.support!r}."
+                )
+            objective = OBJECTIVES["hpd_exact"](*objective.arguments)
+        support = fixed._build_support(objective)
+        name = name or self.name
+        return Term(name, objective, support, fixed.weight, fixed.temperature, fixed.on).check()  # type: ignore
 
-    def build_support(self) -> Support:
+    def _build_support(self, objective: Objective) -> Support:
         """The support, with the draw's switches where it has draws."""
-        key = (self.support or _OWN_SUPPORTS.get(self.objective, "full")).replace(" ", "")
+        key = self.support or objective.support or _SUPPORT_OF_DOMAIN.get(objective.domain, "full")
+        key = key.replace(" ", "")
         if key not in SUPPORTS:
             raise ValueError(f"Unknown support {self.support!r}. {nearest(key, list(SUPPORTS))}")
         spec = dict(SUPPORTS[key])
-        used = (
-            {}
-            if "given" in spec
-            else _DRAW_FIELDS
-            if "draws" in spec
-            else _TOP_K_FIELDS
-            if "top_k" in spec
-            else {}
-        )
-        idle = [
-            f.name
-            for f in fields(self)
-            if f.name in (_DRAW_FIELDS | _TOP_K_FIELDS)
-            and f.name not in used
-            and getattr(self, f.name) != f.default
-        ]
+        used = {}
+        if "draws" in spec and "given" not in spec:
+            used = _DRAW_FIELDS
+        elif "top_k" in spec:
+            used = _TOP_K_FIELDS
+        switches = [f for f in fields(self) if f.name in _DRAW_FIELDS | _TOP_K_FIELDS]
+        idle = [f.name for f in switches if f.name not in used and getattr(self, f.name) != f.default]
         if idle:
             raise ValueError(
                 f"Support {key!r} makes no use of {', '.join(idle)}. Remove it, or choose a support that "
                 "does: label+sampled for draws, top_k for the k likeliest tokens."
             )
         spec.update({option: getattr(self, name) for name, option in used.items()})
-        if "draws" in spec and "given" not in spec and self.importance is None:
-            spec["importance"] = self.objective not in _OWN_SUPPORTS
-        if "top_k" in spec and self.top_k is None:
+        if used is _DRAW_FIELDS and self.importance is None:
+            spec["importance"] = objective.domain not in _SUPPORT_OF_DOMAIN
+        if used is _TOP_K_FIELDS and self.top_k is None:
             raise ValueError("A top_k support needs top_k, the number of tokens.")
         return Support(**spec)
 
 
-# Fields of TermConfig and the field of Support that each becomes.
-_DRAW_FIELDS = {
-    "num_draws": "draws",
-    "draw_share": "share",
-    "draw_temperature": "temperature",
-    "draws_of": "draws_of",
-    "exclude_label": "exclude_label",
-    "importance": "importance",
-}
-
-
-_TOP_K_FIELDS = {"top_k": "top_k", "top_k_of": "top_k_of", "tail": "tail"}
-
-
-# Objectives that read the label as their first column, and the support that they were defined on.
-_OWN_SUPPORTS = {"nll": "label", "hpd": "label+sampled", "hpd_exact": "label+full"}
-
-
-def objective_factory(name: str) -> Callable[..., Objective]:
-    """A factory of the table, or the reader's own from "package.module:name".
+def _factory(objective: ObjectiveLike) -> Callable[..., Objective]:
+    """A factory of the objective.
 
     Raises:
-        ValueError: unknown name, a module that cannot be imported, or something that is no objective.
+        ValueError: unknown name, a module that cannot be imported, or something that is not an objective.
     """
-    if ":" not in name:
-        if name not in OBJECTIVES:
-            raise ValueError(f"Unknown objective {name!r}. {nearest(name, list(OBJECTIVES))}")
-        return OBJECTIVES[name]
-    found = _imported(name)
+    found = objective
+    if isinstance(objective, str):
+        if ":" in objective:
+            found = _imported(objective)
+        elif objective in OBJECTIVES:
+            found = OBJECTIVES[objective]
+        else:
+            raise ValueError(f"Unknown objective {objective!r}. {nearest(objective, list(OBJECTIVES))}")
     if isinstance(found, Objective):
         return lambda: found
     if not callable(found):
-        raise ValueError(
-            f"{name} is a {type(found).__name__}: give an Objective, or a function that returns one."
-        )
+        kind = type(found).__name__
+        raise ValueError(f"{objective} is a {kind}: give an Objective, or a function that returns one.")
     return cast(Callable[..., Objective], found)
 
 
-def _build_objective(name: str, kwargs: Mapping[str, Any]) -> Objective:
-    factory = objective_factory(name)
-    parameters = inspect.signature(factory).parameters
+def parameters_of(objective: ObjectiveLike) -> Mapping[str, inspect.Parameter]:
+    """Parameters that the objective's factory takes; an `Objective` has none left. Raises as it is built."""
+    return inspect.signature(_factory(objective)).parameters
+
+
+def _build_objective(given: ObjectiveLike, name: str, kwargs: Mapping[str, Any]) -> Objective:
+    parameters = parameters_of(given)
     for key in kwargs:
         if key not in parameters:
             raise ValueError(f"Objective {name!r} has no parameter {key!r}. {nearest(key, list(parameters))}")
@@ -278,8 +281,8 @@ def _build_objective(name: str, kwargs: Mapping[str, Any]) -> Objective:
     if missing := [key for key in required if key not in kwargs]:
         raise ValueError(f"Objective {name!r} needs {', '.join(missing)}: give them in kwargs.")
     # f_divergence takes functions, which a recipe names.
-    given = {key: _imported(v) if isinstance(v, str) and ":" in v else v for key, v in kwargs.items()}
-    objective = factory(**given)
+    values = {key: _imported(v) if isinstance(v, str) and ":" in v else v for key, v in kwargs.items()}
+    objective = _factory(given)(**values)
     if not isinstance(objective, Objective):
         raise ValueError(f"{name} returned a {type(objective).__name__}, not an hpd.Objective.")
     return objective
@@ -298,11 +301,10 @@ def _imported(name: str) -> Any:
 
 
 def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
-    """`term` with those of the `parameters` that its objective takes, or that are fields of `TermConfig`, put
-    in."""
-    own = inspect.signature(objective_factory(term.objective)).parameters
-    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in own}}
-    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in own}
+    """`term` with those `parameters` put in that its objective takes, or that are fields of `TermConfig`."""
+    taken = parameters_of(term.objective)
+    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in taken}}
+    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in taken}
     return replace(term, kwargs=inner, **outer)
 
 
@@ -312,7 +314,7 @@ def sources_used(terms: Sequence[Term]) -> set[str]:
 
 
 def num_uniforms(terms: Sequence[Term]) -> int:
-    """Uniform numbers that a position needs."""
+    """Uniforms that a position needs."""
     return max((term.support.num_uniforms for term in terms), default=0)
 
 

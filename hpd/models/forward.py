@@ -21,8 +21,7 @@ from transformers import set_seed
 
 from hpd.losses.heads import Scores, head_of
 
-__all__ = ["add_head_function", "model_inputs", "scores_of"]
-
+__all__ = ["adapt_head", "add_head_function", "model_inputs", "scores_of"]
 
 _MODEL_INPUTS = (
     "input_ids",
@@ -37,8 +36,7 @@ _MODEL_INPUTS = (
 
 
 def model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The part of a collated batch that a model's backbone takes (no labels: they would make it compute its
-    own loss)."""
+    """A collated batch without labels, which would make the model compute a loss itself."""
     return {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
 
 
@@ -97,37 +95,6 @@ def scores_of(model: nn.Module, inputs: dict[str, Any], index: Int[Tensor, "N"])
     return kept[0]
 
 
-def _free_gathered(model: nn.Module) -> None:
-    """FSDP2 keeps the last units gathered for the backward pass, which does not come here."""
-    if isinstance(model, FSDPModule):
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-
-def _outliving(model: nn.Module, scores: Scores) -> Scores:
-    """`scores` with a head that is still there after the forward, when an engine frees what it gathered."""
-    head = scores.head
-    gathered = isinstance(model, FSDPModule) or hasattr(head.weight, "ds_id")
-    if not gathered or head.weight is None:
-        return scores
-    bias = None if head.bias is None else head.bias.clone()
-    return scores._replace(head=head._replace(weight=head.weight.clone(), bias=bias))
-
-
-def _gathered_by_zero(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """DeepSpeed ZeRO-3 empties parameters outside their own module's forward, and the head's is never
-    called."""
-    parameters = (
-        list(model.get_output_embeddings().parameters()) if hasattr(model, "get_output_embeddings") else []
-    )
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-    return maybe_gather_lm_head_ctx(*parameters)
-
-
 def adapt_head(
     model: Any, peft_config: PeftConfig | None, seed: int
 ) -> tuple[Any, PeftConfig | None, contextlib.AbstractContextManager[None]]:
@@ -142,6 +109,36 @@ def adapt_head(
     set_seed(seed)  # the adapter's random start, as SFTTrainer does
     adapted = get_peft_model(model, peft_config)
     return adapted, None, _hidden_head(adapted.get_base_model())
+
+
+def _free_gathered(model: nn.Module) -> None:
+    """Free the units that FSDP2 keeps gathered for a backward pass, which does not come here."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _outliving(model: nn.Module, scores: Scores) -> Scores:
+    """Copy the head where an engine frees after the forward what it gathered."""
+    head = scores.head
+    gathered = isinstance(model, FSDPModule) or hasattr(head.weight, "ds_id")
+    if not gathered or head.weight is None:
+        return scores
+    bias = None if head.bias is None else head.bias.clone()
+    return scores._replace(head=head._replace(weight=head.weight.clone(), bias=bias))
+
+
+def _gathered_by_zero(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """The head's parameters: ZeRO-3 empties them outside the head's forward, which is not called here."""
+    parameters = (
+        list(model.get_output_embeddings().parameters()) if hasattr(model, "get_output_embeddings") else []
+    )
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+    return maybe_gather_lm_head_ctx(*parameters)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpd.objectives.kl import blended_kl
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
 
 __all__ = ["akl", "taid", "todi"]
-
 
 _NUMPY_DTYPES = (torch.float32, torch.float64)
 
@@ -51,7 +50,7 @@ def akl(mu: float = 0.5) -> Objective:
         head_gap = gap.mul_(in_head).sum(-1, keepdim=True)
         return torch.where(total_gap > 0, head_gap / total_gap.clamp_min(torch.finfo(gap.dtype).tiny), 0.5)
 
-    return blended_kl(head_share, domain="distribution")
+    return blended_kl("akl", head_share, domain="distribution")
 
 
 def _descending(probs: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
@@ -64,8 +63,7 @@ def _descending(probs: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
 
 
 def todi(beta: float = 1.0) -> Objective:
-    r"""Token-wise distillation: forward KL where the student underestimates a token, reverse KL where it
-    overestimates.
+    r"""Token-wise distillation: forward KL where the student underestimates, reverse KL elsewhere.
 
     .. math:: D = \sum_v \big(\alpha_v p_v - (1 - \alpha_v) q_v\big) \delta_v, \quad
               \alpha_v = \operatorname{sigmoid}(\beta \delta_v) \text{ (constant)}, \qquad
@@ -88,7 +86,7 @@ def todi(beta: float = 1.0) -> Objective:
     def token_share(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Float[Tensor, "N K"]:
         return torch.sigmoid(beta * (teacher_logprobs - student_logprobs))
 
-    return blended_kl(token_share)
+    return blended_kl("todi", token_share)
 
 
 def taid(t: float) -> Objective:
@@ -121,12 +119,4 @@ def taid(t: float) -> Objective:
         target = log_target(teacher_logprobs, student_logprobs.detach())
         return target.exp() * (target - student_logprobs)
 
-    def fused(whole: Whole) -> Weighed:
-        path = torch.lerp(whole.student_logprobs, whole.teacher_logprobs, t, out=whole.teacher_logprobs)
-        target = torch.log_softmax(path, -1, out=path)
-        probs = target.exp()
-        return Weighed(
-            probs, target.sub_(whole.student_logprobs).mul_(probs).sum(-1), mass=torch.ones_like(probs[:, 0])
-        )
-
-    return Objective(weights, value, domain="distribution", fused=fused)
+    return Objective(weights, value, domain="distribution", rule="taid", arguments=(t,))

@@ -6,11 +6,12 @@ Axes and notation: see `hpd.objectives.objective`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
 
 __all__ = ["abkd"]
 
@@ -23,19 +24,8 @@ _LARGEST_EXPONENT = 10.0
 _LIMIT_FLOOR = math.log(1e-12)
 
 
-def _saturated_exp(exponent: Tensor) -> Tensor:
-    return exponent.clamp(max=_MAX_EXPONENT).exp()
-
-
-def _exp_difference(x: Tensor, y: Tensor, difference: Tensor) -> Tensor:
-    """exp(x) - exp(y), the larger term saturated; exact near zero when `difference` is x - y before it was
-    rounded."""
-    return _saturated_exp(torch.maximum(x, y)) * torch.copysign(torch.expm1(-difference.abs()), difference)
-
-
 def abkd(alpha: float, beta: float) -> Objective:
-    r"""Alpha-beta divergence: alpha sets how far the gradient follows the ratio p/q, beta how far it follows
-    q.
+    r"""Alpha-beta divergence: alpha sets how far the gradient follows the ratio p/q, beta how far q.
 
     .. math:: D = \frac{c}{\alpha \beta} \sum_v \Big( \frac{\alpha\, p_v^{\alpha + \beta}
                   + \beta\, q_v^{\alpha + \beta}}{\alpha + \beta} - p_v^\alpha q_v^\beta \Big), \qquad
@@ -67,14 +57,10 @@ def abkd(alpha: float, beta: float) -> Objective:
     Reference:
         Wang et al., ABKD, 2025, arXiv 2505.04560; limits: Cichocki, Cruces and Amari, 2011, Entropy 13(1).
     """
-    for name, given in (("alpha", alpha), ("beta", beta)):
-        check_number(f"abkd: {name}", given, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-        if 0 < abs(given) < _SMALLEST_EXPONENT:
-            raise ValueError(
-                f"abkd: {name} = {given!r} is too near zero: give 0 or at least {_SMALLEST_EXPONENT}."
-            )
+    _check_exponents(alpha, beta)
     total = alpha + beta
-    scale = max(abs(alpha), abs(beta)) or 1.0 if 0 in (alpha, beta, total) else 1.0
+    on_a_limit = 0 in (alpha, beta, total)
+    scale = (max(abs(alpha), abs(beta)) or 1.0) if on_a_limit else 1.0
 
     def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         log_ratio = teacher_logprobs - student_logprobs
@@ -87,34 +73,52 @@ def abkd(alpha: float, beta: float) -> Objective:
         mixed = alpha * teacher_logprobs + beta * student_logprobs
         return scale / alpha * _exp_difference(mixed, total * student_logprobs, alpha * log_ratio)
 
-    # With E(c) = (r**c - 1) / c, w = q**total * E(alpha) and D = (q**total * E(total) - w) / beta, a divided
-    # difference of E; its limit at beta = 0 is the derivative of E.
+    # The second form takes powers of numbers up to one, which do not saturate.
+    rule = "abkd" if alpha > 0 and beta > 0 else ""
+    return Objective(weights, _values(alpha, beta, scale, weights), rule=rule, arguments=(alpha, beta))
+
+
+def _values(
+    alpha: float, beta: float, scale: float, weights: Callable[[LogProbs, LogProbs], Weights]
+) -> Callable[[LogProbs, LogProbs], Weights]:
+    """The divergence's terms.
+
+    With E(c) = (r**c - 1) / c, w = q**total * E(alpha) and D = (q**total * E(total) - w) / beta, a divided
+    difference of E; its limit at beta = 0 is the derivative of E.
+    """
+    total = alpha + beta
+
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         log_ratio = teacher_logprobs - student_logprobs
         if alpha == 0 and beta == 0:
             return 0.5 * log_ratio.square()
         if beta == 0:
-            teacher_part, student_part = (
-                _saturated_exp(alpha * x) for x in (teacher_logprobs, student_logprobs)
-            )
+            teacher_part = _saturated_exp(alpha * teacher_logprobs)
+            student_part = _saturated_exp(alpha * student_logprobs)
             floored_ratio = teacher_logprobs - student_logprobs.clamp_min(_LIMIT_FLOOR)
             return scale * (teacher_part * floored_ratio - (teacher_part - student_part) / alpha) / alpha
-        own = weights(teacher_logprobs, student_logprobs)
+        weight = weights(teacher_logprobs, student_logprobs)
         if total == 0:
-            return (scale * log_ratio - own) / beta
+            return (scale * log_ratio - weight) / beta
         gain = _exp_difference(total * teacher_logprobs, total * student_logprobs, total * log_ratio) / total
-        return (scale * gain - own) / beta
+        return (scale * gain - weight) / beta
 
-    def fused(whole: Whole) -> Weighed:
-        # Powers of numbers up to one, so nothing saturates; p**total is a product of two.
-        teacher_alpha = torch.mul(whole.teacher_logprobs, alpha).exp_()
-        teacher_total = whole.teacher_logprobs.mul_(total).exp_()
-        student_beta = torch.mul(whole.student_logprobs, beta).exp_()
-        student_alpha = whole.student_logprobs.mul_(alpha).exp_()
-        teacher_alpha.sub_(student_alpha).mul_(student_beta)  # alpha w
-        student_total = student_alpha.mul_(student_beta)
-        own = teacher_alpha.sum(-1) / alpha
-        gain = teacher_total.sub_(student_total).sum(-1) / total
-        return Weighed(teacher_alpha, (gain - own) / beta, 1.0 / alpha, own)
+    return value
 
-    return Objective(weights, value, fused=fused if alpha > 0 and beta > 0 else None)
+
+def _check_exponents(alpha: float, beta: float) -> None:
+    for name, given in (("alpha", alpha), ("beta", beta)):
+        check_number(f"abkd: {name}", given, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+        if 0 < abs(given) < _SMALLEST_EXPONENT:
+            raise ValueError(
+                f"abkd: {name} = {given!r} is too near zero: give 0 or at least {_SMALLEST_EXPONENT}."
+            )
+
+
+def _saturated_exp(exponent: Tensor) -> Tensor:
+    return exponent.clamp(max=_MAX_EXPONENT).exp()
+
+
+def _exp_difference(x: Tensor, y: Tensor, difference: Tensor) -> Tensor:
+    """exp(x) - exp(y), the larger saturated; exact near zero if `difference` is x - y before rounding."""
+    return _saturated_exp(torch.maximum(x, y)) * torch.copysign(torch.expm1(-difference.abs()), difference)

@@ -28,9 +28,7 @@ from torch import Tensor
 
 __all__ = ["ESTIMATORS", "kl_estimate"]
 
-
 ESTIMATORS = ("exact", "k1", "k2", "k3", "rao_blackwell")
-
 
 # Tokens summed exactly by rao_blackwell: they hold nearly all mass of a trained model, at a negligible cost.
 _EXACT_TOKENS = 32

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole
+from hpd.objectives.objective import LogProbs, Objective, Weights
 
 __all__ = ["f_divergence", "total_variation"]
 
@@ -35,12 +35,7 @@ def total_variation() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return 0.5 * (teacher_logprobs.exp() - student_logprobs.exp()).abs()
 
-    def fused(whole: Whole) -> Weighed:
-        gap = whole.teacher_logprobs.exp_().sub_(whole.student_probs)
-        divergence = torch.abs(gap, out=whole.student_logprobs).sum(-1)
-        return Weighed(gap.sign_().mul_(whole.student_probs), 0.5 * divergence, 0.5)
-
-    return Objective(weights, value, fused=fused)
+    return Objective(weights, value, rule="total_variation")
 
 
 def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) -> Objective:
@@ -86,4 +81,4 @@ def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) 
         ratio, student_probs = ratio_and_student(teacher_logprobs, student_logprobs)
         return student_probs * f(ratio)
 
-    return Objective(weights, value)
+    return Objective(weights, value, rule="f_divergence")

@@ -1,9 +1,8 @@
-r"""Hybrid Policy Distillation: the paper's rule on the label and draws, its expectation over the draw, and
-every token.
+r"""Hybrid Policy Distillation: the paper's rule on label and draws, its expectation, and every token.
 
 Axes and notation: see `hpd.objectives.objective`; in addition y is the label, a a token drawn from the
-student, and
-:math:`k_v = q_v (\log p_v - \log q_v)` the gap at a token: positive where the student underestimates it.
+student, and :math:`k_v = q_v (\log p_v - \log q_v)` the gap at a token: positive where the student
+underestimates it.
 
 Signs of k are read off :math:`\log p - \log q`, which keeps them where q underflows to zero.
 """
@@ -12,21 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number, check_switch
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number, check_switch
 
 __all__ = ["hpd", "hpd_exact", "hpd_full"]
 
 
 def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
-    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (columns 1 to n; n may
-    be 0).
+    r"""Hybrid Policy Distillation on the label (column 0) and n draws from the student (the other columns).
 
-    With c_f, c_r the two coefficients and P the share of the draws that the student overestimates, :math:`k_a
-    < 0`:
+    With c_f, c_r the two coefficients and P the share of the n >= 0 draws that the student overestimates,
+    :math:`k_a < 0`:
 
     .. math:: w_y &= (1 + P)\, c_f\, p_y + c_r k_y \;\text{ if } k_y > 0 \text{ (reinforce)}, \quad
                      c_r k_y \;\text{ otherwise (suppress)} \\
@@ -60,7 +57,8 @@ def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce
     def draw_share(draw_logprobs: Float[Tensor, "N n"]) -> float:
         return 1.0 / max(draw_logprobs.shape[1], 1)
 
-    return _label_and_draws(draw_share, forward, reverse, mask, reinforce)
+    objective = _label_and_draws(draw_share, forward, reverse, mask, reinforce)
+    return objective._replace(rule="hpd", arguments=(forward, reverse, mask, reinforce))
 
 
 def hpd_exact(
@@ -74,42 +72,12 @@ def hpd_exact(
     of `hpd`, with the draws' share of n replaced by their probability.
     """
     _check("hpd_exact", forward, reverse, mask, reinforce)
-    rule = _label_and_draws(
+    objective = _label_and_draws(
         lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce, label_is_apart=True
     )
-
-    def fused(whole: Whole) -> Weighed:
-        """The label's two columns merged into its place in the vocabulary."""
-        labels, q = whole.labels[:, None], whole.student_probs
-        label_p, label_q = whole.teacher_logprobs.gather(1, labels).exp(), q.gather(1, labels)
-        log_ratio = whole.teacher_logprobs.sub_(whole.student_logprobs)
-        gap = log_ratio.gather(1, labels)
-        overestimated = torch.mul(q, log_ratio < 0)
-        share = overestimated.sum(-1, keepdim=True)
-        positive = (gap > 0).to(gap.dtype)
-        coefficient = (positive if mask else 1.0) + positive * share * reinforce
-        label_weight = reverse * label_q * gap + forward * coefficient * label_p
-        result = (
-            overestimated.mul_(log_ratio).mul_(q if reverse == 1.0 else q * reverse).scatter_(1, labels, 0.0)
-        )
-        others = result.sum(-1, keepdim=True)  # none of them positive
-        result.scatter_(1, labels, label_weight)
-        stats = {
-            "k1_positive": positive,
-            "reinforced": positive * share * reinforce,
-            "suppressed": (1 - positive) * mask,
-            "punished": share - label_q * (gap < 0),
-            "mass_moved": label_weight.abs() - others,
-        }
-        stats = {name: values[:, 0] for name, values in stats.items()}
-        return Weighed(
-            result,
-            -whole.student_logprobs.mul_(result).sum(-1),
-            mass=(others + label_weight)[:, 0],
-            stats=stats,
-        )
-
-    return rule._replace(domain="label_and_vocabulary", fused=fused)
+    return objective._replace(
+        domain="label_and_vocabulary", rule="hpd_exact", arguments=(forward, reverse, mask, reinforce)
+    )
 
 
 def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> Objective:
@@ -137,16 +105,7 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
             forward_part = forward_part * (log_ratio > 0)
         return forward_part + reverse * student_logprobs.exp() * log_ratio
 
-    def fused(whole: Whole) -> Weighed:
-        result, log_ratio = whole.teacher_logprobs.exp(), whole.teacher_logprobs.sub_(whole.student_logprobs)
-        if mask:
-            result.mul_(log_ratio > 0)
-        if forward != 1.0:
-            result.mul_(forward)
-        result.addcmul_(whole.student_probs, log_ratio, value=reverse)
-        return Weighed(result, -whole.student_logprobs.mul_(result).sum(-1))
-
-    return Objective(weights, _likelihood(weights), fused=fused)
+    return Objective(weights, _likelihood(weights), rule="hpd_full", arguments=(forward, reverse, mask))
 
 
 def _label_and_draws(
@@ -159,13 +118,13 @@ def _label_and_draws(
 ) -> Objective:
     """The rule shared by `hpd` and `hpd_exact`.
 
-    `draw_share` is what each draw column counts for, one in sum; `label_is_apart` says that no draw is the
-    label.
+    Args:
+        draw_share: what each draw column counts, one in sum.
+        label_is_apart: no draw is the label.
     """
 
     def split(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor, Tensor]:
-        """Label's log-ratio [N, 1], draws' log-ratio [N, n] and the share [N, n] of each overestimated draw,
-        else 0."""
+        """Log-ratio of the label [N, 1] and of the draws [N, n]; share [N, n] of each overestimated draw."""
         log_ratio = teacher_logprobs - student_logprobs
         label, draws = log_ratio[:, :1], log_ratio[:, 1:]
         return label, draws, (draws < 0).to(draws.dtype) * draw_share(student_logprobs[:, 1:])

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
 
 __all__ = ["blended_kl", "forward_kl", "nll", "reverse_kl", "symmetric_kl"]
 
@@ -33,7 +33,7 @@ def nll() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return -weights(teacher_logprobs, student_logprobs) * student_logprobs
 
-    return Objective(weights, value, domain="label", drop_safe=True)
+    return Objective(weights, value, domain="label", drop_safe=True, support="label", rule="nll")
 
 
 def forward_kl() -> Objective:
@@ -54,11 +54,7 @@ def forward_kl() -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)
 
-    def fused(whole: Whole) -> Weighed:
-        p = whole.teacher_logprobs.exp()
-        return Weighed(p, whole.teacher_logprobs.sub_(whole.student_logprobs).mul_(p).sum(-1))
-
-    return Objective(weights, value, drop_safe=True, fused=fused)
+    return Objective(weights, value, drop_safe=True, rule="forward_kl")
 
 
 def reverse_kl(baseline: float = 0.0) -> Objective:
@@ -86,16 +82,11 @@ def reverse_kl(baseline: float = 0.0) -> Objective:
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         return student_logprobs.exp() * (student_logprobs - teacher_logprobs)
 
-    def fused(whole: Whole) -> Weighed:
-        q = whole.student_probs
-        gap = whole.teacher_logprobs.sub_(whole.student_logprobs).mul_(q)
-        divergence = -gap.sum(-1)
-        return Weighed(gap.sub_(q, alpha=offset), divergence)
-
-    return Objective(weights, value, fused=fused)
+    return Objective(weights, value, rule="reverse_kl", arguments=(baseline,))
 
 
 def blended_kl(
+    rule: str,
     forward_share: Callable[[LogProbs, LogProbs], Tensor | float],
     domain: Literal["token", "distribution"] = "token",
 ) -> Objective:
@@ -107,6 +98,7 @@ def blended_kl(
     The -1 cancels on the whole vocabulary only where :math:`\alpha` is the same for every token.
 
     Args:
+        rule: name of the factory that asks.
         forward_share: alpha in [0, 1] from (teacher_logprobs, student_logprobs): a number, or broadcasts to
             `[N, K]`.
         domain: "distribution" where the share depends on other columns.
@@ -122,18 +114,7 @@ def blended_kl(
         mass = share * teacher_logprobs.exp() - (1 - share) * student_logprobs.exp()
         return mass * (teacher_logprobs - student_logprobs)
 
-    def fused(whole: Whole) -> Weighed:
-        share = forward_share(whole.teacher_logprobs, whole.student_logprobs)
-        forward, log_ratio = (
-            whole.teacher_logprobs.exp().mul_(share),
-            whole.teacher_logprobs.sub_(whole.student_logprobs),
-        )
-        reverse = torch.mul(whole.student_probs, 1 - share, out=whole.student_logprobs)
-        # w = F + R (d - 1) and D = sum (F - R) d, with F and R the two sides' shares: d is used up, then F.
-        result = torch.addcmul(forward, reverse, log_ratio).sub_(reverse)
-        return Weighed(result, forward.sub_(reverse).mul_(log_ratio).sum(-1))
-
-    return Objective(weights, value, domain=domain, fused=fused)
+    return Objective(weights, value, domain=domain, rule=rule, arguments=(forward_share,))
 
 
 def symmetric_kl(lam: float = 0.5) -> Objective:
@@ -157,4 +138,4 @@ def symmetric_kl(lam: float = 0.5) -> Objective:
         return forward_kl()
     if lam == 1.0:
         return reverse_kl()
-    return blended_kl(lambda teacher_logprobs, student_logprobs: 1.0 - lam)
+    return blended_kl("symmetric_kl", lambda teacher_logprobs, student_logprobs: 1.0 - lam)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from hpd.objectives.kl import forward_kl, reverse_kl
-from hpd.objectives.objective import LogProbs, Objective, Weighed, Weights, Whole, check_number
+from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
 
 __all__ = ["generalized_jsd", "js", "skew_forward_kl", "skew_reverse_kl"]
 
@@ -22,11 +21,6 @@ def _log_mixture(teacher_logprobs: LogProbs, student_logprobs: LogProbs, teacher
     return torch.logaddexp(
         teacher_logprobs + math.log(teacher_share), student_logprobs + math.log1p(-teacher_share)
     )
-
-
-def _mixture(p: Tensor, q: Tensor, teacher_share: float) -> Tensor:
-    """The mixture, above zero: where neither side has mass, its logarithm is finite and multiplies zeros."""
-    return torch.lerp(q, p, teacher_share).clamp_(min=torch.finfo(q.dtype).tiny)
 
 
 def generalized_jsd(beta: float = 0.5) -> Objective:
@@ -69,16 +63,7 @@ def generalized_jsd(beta: float = 0.5) -> Objective:
         student_part = student_logprobs.exp() * (student_logprobs - log_mixture)
         return beta * teacher_part + (1 - beta) * student_part
 
-    def fused(whole: Whole) -> Weighed:
-        p, q = whole.teacher_logprobs.exp(), whole.student_probs
-        log_mixture = _mixture(p, q, beta).log_()
-        student_gap = whole.student_logprobs.sub_(log_mixture).mul_(q)  # q log(q / m)
-        student_part = student_gap.sum(-1)
-        teacher_part = whole.teacher_logprobs.sub_(log_mixture).mul_(p).sum(-1)
-        divergence = beta * teacher_part + (1 - beta) * student_part
-        return Weighed(student_gap, divergence, beta - 1.0, (beta - 1.0) * student_part)
-
-    return Objective(weights, value, fused=fused)
+    return Objective(weights, value, rule="generalized_jsd", arguments=(beta,))
 
 
 def js(lam: float) -> Objective:
@@ -126,18 +111,10 @@ def skew_forward_kl(lam: float = 0.1) -> Objective:
         return (1 - lam) * (teacher_logprobs + student_logprobs - log_mixture).exp()
 
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
-        return teacher_logprobs.exp() * (
-            teacher_logprobs - _log_mixture(teacher_logprobs, student_logprobs, lam)
-        )
+        log_mixture = _log_mixture(teacher_logprobs, student_logprobs, lam)
+        return teacher_logprobs.exp() * (teacher_logprobs - log_mixture)
 
-    def fused(whole: Whole) -> Weighed:
-        p, q = whole.teacher_logprobs.exp(), whole.student_probs
-        mixture = _mixture(p, q, lam)
-        log_mixture = torch.log(mixture, out=whole.student_logprobs)
-        divergence = whole.teacher_logprobs.sub_(log_mixture).mul_(p).sum(-1)
-        return Weighed(p.mul_(q).div_(mixture), divergence, 1.0 - lam)
-
-    return Objective(weights, value, fused=fused)
+    return Objective(weights, value, rule="skew_forward_kl", arguments=(lam,))
 
 
 def skew_reverse_kl(lam: float = 0.1) -> Objective:
@@ -164,16 +141,7 @@ def skew_reverse_kl(lam: float = 0.1) -> Objective:
         return student_logprobs.exp() * (lam * log_ratio.exp() - log_ratio - 1)
 
     def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
-        return student_logprobs.exp() * (
-            student_logprobs - _log_mixture(teacher_logprobs, student_logprobs, 1.0 - lam)
-        )
+        log_mixture = _log_mixture(teacher_logprobs, student_logprobs, 1.0 - lam)
+        return student_logprobs.exp() * (student_logprobs - log_mixture)
 
-    def fused(whole: Whole) -> Weighed:
-        q = whole.student_probs
-        mixture = _mixture(whole.teacher_logprobs.exp(), q, 1.0 - lam)
-        gap = torch.log(mixture, out=whole.teacher_logprobs).sub_(whole.student_logprobs).mul_(q)
-        divergence = -gap.sum(-1)
-        ratio = torch.div(q, mixture, out=whole.student_logprobs)
-        return Weighed(gap.sub_(q).addcmul_(q, ratio, value=lam), divergence)
-
-    return Objective(weights, value, fused=fused)
+    return Objective(weights, value, rule="skew_reverse_kl", arguments=(lam,))

@@ -4,27 +4,25 @@ Axes: N label positions, K columns of the support (the vocabulary, or label and 
 In formulas p is the teacher, q the student, both at one column; :math:`\delta = \log p - \log q`, in nats.
 
 Inputs are finite log-probabilities: the operator floors :math:`-\infty` at -1e5, whose exponential is exactly
-0. Outputs are finite for every input in [-1e5, 0]; a factory whose true value can overflow says where it
-   saturates. No
-function looks at another row or branches on data, so all run on tiles of any size and under torch.compile.
+zero. Outputs are finite for every input in [-1e5, 0]; a factory whose true value can overflow says where it
+saturates. No function looks at another row or branches on data, so all run on tiles of any size and under
+torch.compile.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 __all__ = [
     "LogProbs",
     "Objective",
     "PerPosition",
-    "Weighed",
     "Weights",
-    "Whole",
     "check_number",
     "check_switch",
 ]
@@ -32,32 +30,6 @@ __all__ = [
 LogProbs: TypeAlias = Float[Tensor, "N K"]
 Weights: TypeAlias = Float[Tensor, "N K"]
 PerPosition: TypeAlias = Float[Tensor, "N"]
-
-
-class Whole(NamedTuple):
-    """Both distributions over the whole vocabulary, as the operator has them at hand (K = V, every token in
-    order)."""
-
-    teacher_logprobs: LogProbs
-    """Scratch: may be overwritten."""
-    student_logprobs: LogProbs
-    """Scratch: may be overwritten."""
-    student_probs: Weights
-    """Their exponentials, q; to be left as they are."""
-    labels: Int[Tensor, "N"]
-
-
-class Weighed(NamedTuple):
-    """What an objective makes of the whole vocabulary."""
-
-    weights: Weights
-    """To be multiplied by `factor`: a pass saved."""
-    value: PerPosition
-    """Sum of the columns' values."""
-    factor: float = 1.0
-    mass: PerPosition | None = None
-    """Sum of the weights, factor included, where it is known without a pass."""
-    stats: dict[str, PerPosition] | None = None
 
 
 class Objective(NamedTuple):
@@ -82,25 +54,23 @@ class Objective(NamedTuple):
     weights: Callable[[LogProbs, LogProbs], Weights]
     """Weights w, constants for the gradient."""
     value: Callable[[LogProbs, LogProbs], Weights]
-    """Contributions of the columns to the loss, in nats; what the objective holds constant is detached in
-    it."""
+    """The columns' parts of the loss, in nats; what the objective holds constant is detached in it."""
     stats: Callable[[LogProbs, LogProbs], dict[str, PerPosition]] | None = None
     """Further metrics, one number per position."""
-    domain: Literal["token", "distribution", "label"] = "token"
+    domain: Literal["token", "distribution", "label", "label_and_vocabulary"] = "token"
     """token: a column depends on its own (p, q) only, so every support is legal. distribution: the columns
     must be a whole distribution. label: column 0 is the dataset's label, the others are candidate draws of
-    the student."""
+    the student. label_and_vocabulary: column 0 is the label, the others are every token in order."""
     drop_safe: bool = False
-    """Whether the tail of the vocabulary may be dropped without a tail rule: the weights do not depend on
+    """True if the tail of the vocabulary may be dropped without a tail rule: the weights do not depend on
     q."""
-    fused: Callable[[Whole], Weighed] | None = None
-    """`weights` and the sum of `value` on the whole vocabulary at once, without gradient, in as few passes as
-    possible."""
-
-    def evaluate(self, teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Weights, PerPosition]:
-        """Weights, and the value summed over the columns."""
-        pair = teacher_logprobs, student_logprobs
-        return self.weights(*pair), self.value(*pair).sum(-1)
+    support: str | None = None
+    """Support of a term that names none, as a recipe writes it; None: the one that `domain` asks for."""
+    rule: str = ""
+    """Name of the factory of this package that made it, whose second form in `hpd.objectives.fused.FUSED` the
+    operator takes on the whole vocabulary. Leave it empty for an objective of your own."""
+    arguments: tuple[Any, ...] = ()
+    """Arguments of the second form."""
 
 
 def check_number(

@@ -1,7 +1,7 @@
 """Where the teacher's distribution comes from."""
 
-from hpd.http import TeacherUnavailable
 from hpd.teachers.cached import CachedTeacher
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
 from hpd.teachers.teacher import RemoteTeacher, RoutedScores, Teacher

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpd.files import digest_file, write_atomically
+from hpd.files import checksum_file, checksum_json, write_atomically
 from hpd.losses import Head
 
 __all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "read_about"]
@@ -61,8 +61,8 @@ class CorruptCacheError(ValueError):
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """A JSON object that carries the digest of itself."""
-    text = json.dumps({**content, "checksum": _digest_json(content)}, indent=1)
-    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+    text = json.dumps({**content, "checksum": checksum_json(content)}, indent=1)
+    write_atomically(path, text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,13 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
         digest = content.pop("checksum")
     except (ValueError, KeyError, AttributeError):
         raise CorruptCacheError(f"{path} is damaged. {_REPAIR}") from None
-    if digest != _digest_json(content):
+    if digest != checksum_json(content):
         raise CorruptCacheError(f"{path} is damaged: its content does not have its digest. {_REPAIR}")
     return content
-
-
-def _digest_json(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
@@ -115,9 +111,9 @@ def save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
         "file": path.name,
         "positions": num_positions,
         "bytes": path.stat().st_size,
-        "digest": digest_file(path),
+        "digest": checksum_file(path),
         "header_bytes": header_bytes,
-        "header_digest": digest_file(path, header_bytes),
+        "header_digest": checksum_file(path, header_bytes),
         "blocks": base64.b64encode(blocks.tobytes()).decode(),
     }
     write_json(path.with_suffix(".json"), about)
@@ -128,7 +124,7 @@ def describe_shard(folder: Path, number: int) -> dict[str, Any] | None:
     path = folder / f"shard-{number:05d}.safetensors"
     try:
         about = read_json(path.with_suffix(".json"))
-        whole = path.stat().st_size == about["bytes"] and digest_file(path) == about["digest"]
+        whole = path.stat().st_size == about["bytes"] and checksum_file(path) == about["digest"]
     except (OSError, CorruptCacheError):
         return None
     return about if whole else None
@@ -153,7 +149,7 @@ def save_index(folder: Path, keys: Places, shards: list[dict[str, Any]], about: 
     names = [INDEX, *([HEAD] if (folder / HEAD).is_file() else [])]
     names += sorted(str(path.relative_to(folder)) for path in (folder / TEACHER).rglob("*") if path.is_file())
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "digest": digest_file(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "digest": checksum_file(folder / name)}
         for name in names
     }
     listed = [{key: value for key, value in shard.items() if key != "blocks"} for shard in shards]
@@ -200,7 +196,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
 
 
 def _check_digest(file: Path, digest: str) -> None:
-    if digest_file(file) != digest:
+    if checksum_file(file) != digest:
         raise CorruptCacheError(f"{file} is damaged: it is not what was written. {_REPAIR}")
 
 
@@ -291,7 +287,7 @@ class Cache:
             shard = self.about["shards"][number]
             file = self.path / shard["file"]
             # The header says where tensors begin and what they are: blocks cannot tell a changed one.
-            if not file.is_file() or digest_file(file, shard["header_bytes"]) != shard["header_digest"]:
+            if not file.is_file() or checksum_file(file, shard["header_bytes"]) != shard["header_digest"]:
                 raise CorruptCacheError(f"{file} is missing or its header is damaged. {_REPAIR}")
             self._shards[number] = _map_tensors(file)
         return self._shards[number]

@@ -1,4 +1,4 @@
-"""What a cache depends on, as digests: the teacher's weights, and how rows become tokens."""
+"""Identities of models, tokenizers and files: everything that says whether two of them are the same."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.models import ModelConfig, TeacherConfig
-from hpd.files import digest_file
+from hpd.files import checksum_file, checksum_json, digest_json
+from hpd.models.load import load_config
+from hpd.teachers.cache import read_about
 
 __all__ = [
     "differences",
     "model_fingerprint",
+    "quick_fingerprint",
     "teacher_fingerprint",
     "tokenizer_fingerprint",
     "tokenizer_hash",
 ]
 
-
 _WEIGHTS = ("*.safetensors", "*.bin")
+_READ_BY_MODELS = (*_WEIGHTS, "*.json", "*.jinja", "*.model")
+_VALUES_PER_TENSOR = 4096
 
 
 def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
@@ -38,13 +42,7 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
         parts = {name: teacher_fingerprint(part) for name, part in source.teachers.items()}
         return {"type": source.type, "weights": dict(source.weights), "teachers": parts}
     if isinstance(source, TeacherConfig) and source.type == "cached":
-        from hpd.teachers.cache import read_about
-
-        return {
-            "cache": xxhash.xxh3_128_hexdigest(
-                json.dumps(read_about(str(source.path)), sort_keys=True).encode()
-            )
-        }
+        return {"cache": checksum_json(read_about(str(source.path)))}
     model = str(source.model)
     folder = Path(model)
     if not folder.is_dir():
@@ -56,7 +54,7 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
     files = [folder / "config.json", *sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
     state = xxhash.xxh3_128()
     for file in files:
-        state.update(f"{file.name}:{digest_file(file)};".encode())
+        state.update(f"{file.name}:{checksum_file(file)};".encode())
     return {
         "weights": state.hexdigest(),
         "dtype": source.dtype,
@@ -65,7 +63,7 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict[str, Any]:
-    """What turns text into tokens: the tokenizer, the chat template and the cut.
+    """Digests of all that turns text into tokens: the tokenizer, the chat template and the cut.
 
     Args:
         tokenizer: the one that tokenises the rows (the student's).
@@ -81,10 +79,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict
     specials = [tokenizer.bos_token, args.eos_token or tokenizer.eos_token]
     template = [tokenizer.chat_template, args.chat_template_path and _content(args.chat_template_path)]
     return {
-        "tokenizer": _digest(
+        "tokenizer": checksum_json(
             [tokens or sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), specials]
         ),
-        "chat template": _digest(template),
+        "chat template": checksum_json(template),
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
     }
@@ -96,10 +94,6 @@ def _content(path: str) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else path
 
 
-def _digest(content: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
-
-
 def differences(cached: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One phrase for each entry of `here` that the cache was not written with."""
     found = []
@@ -108,9 +102,6 @@ def differences(cached: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
             short = isinstance(value, (int, type(None))) or name == "truncation_mode"
             found.append(f"{name} ({cached.get(name)} in the cache, {value} here)" if short else name)
     return found
-
-
-_VALUES_PER_TENSOR = 4096
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -141,4 +132,21 @@ def model_fingerprint(model: nn.Module) -> str:
 def tokenizer_hash(tokenizer: Any) -> str:
     """32 hex digits from the token map, the end token and the chat template."""
     facts = {"vocab": tokenizer.get_vocab(), "eos": tokenizer.eos_token, "template": tokenizer.chat_template}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+    return digest_json(facts, ensure_ascii=False)[:32]
+
+
+def quick_fingerprint(model: str, dtype: str) -> str:
+    """16 hex digits that change with a model's weights, without reading them: sizes and times of a folder's
+    files, the commit of a Hub model."""
+    folder = Path(model)
+    if folder.is_dir():
+        files = sorted(path for pattern in _READ_BY_MODELS for path in folder.glob(pattern))
+        # evals.json is written by the evaluation itself.
+        facts: Any = [
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in files
+            if path.name != "evals.json"
+        ]
+    else:
+        facts = getattr(load_config(ModelConfig(model=model), "model"), "_commit_hash", None)
+    return digest_json([facts, dtype])[:16]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
 from hpd.losses import Head, Scores, TopKScores
-from hpd.losses.products import for_products, project_, wide
+from hpd.losses.products import chunks, for_products, project_, wide
 from hpd.teachers.teacher import RoutedScores, Teacher
 
 __all__ = ["MixtureTeacher", "RoutedTeacher"]
@@ -94,10 +94,9 @@ def _mix(mixture: Tensor | None, scores: Scores, weight: float, vocab: int) -> F
     if mixture is None:
         mixture = scores.hidden.new_empty(num_tokens, vocab, dtype=wide(scores.hidden))
     ready = for_products(scores, vocab)
-    rows = max(1, _CHUNK_BYTES // (vocab * mixture.element_size()))
-    for start in range(0, num_tokens, rows):
-        part = mixture[start : start + rows]
-        logits = project_(ready._replace(hidden=ready.hidden[start : start + rows]), torch.empty_like(part))
+    for chunk in chunks(num_tokens, vocab * mixture.element_size(), _CHUNK_BYTES):
+        part = mixture[chunk]
+        logits = project_(ready._replace(hidden=ready.hidden[chunk]), torch.empty_like(part))
         logprobs = torch.log_softmax(logits, -1, out=logits).add_(math.log(weight))
         # Sums of probabilities would lose what is below the least float32, and reverse KLs look there.
         part.copy_(logprobs) if first else torch.logaddexp(part, logprobs, out=part)

@@ -1,65 +1,85 @@
-"""The one console: progress bars and verdicts that every command shows alike."""
+"""The one console and its progress bars, which every command shows alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import atexit
+import os
+import time
+from collections.abc import Iterator
 
-from rich.console import Console
+import rich.progress
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-from hpd.models.pairing import Verdict
+from hpd.progress import Bar, Progress
 
-__all__ = ["console", "progress_bar", "show_verdicts"]
-
+__all__ = ["TerminalProgress", "console"]
 
 console = Console()
 
 
-_MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+class TerminalProgress(Progress):
+    """Bars with the time left, of the main process."""
+
+    def __init__(self) -> None:
+        self._shown = int(os.environ.get("RANK", "0")) == 0
+
+    def say(self, text: str) -> None:
+        if self._shown:
+            console.print(escape(text), highlight=False)
+
+    def bar(self, name: str) -> Bar:
+        return _RichBar(name) if self._shown else super().bar(name)
 
 
-def show_verdicts(verdicts: Iterable[Verdict]) -> None:
-    """One line per finding."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for verdict in verdicts:
-        table.add_row(_MARKS[verdict.level], verdict.topic, escape(verdict.text))
-    console.print(table)
+class _Display(rich.progress.Progress):
+    """Bars, and lines of text below them."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.below:
+            yield Text(self.below)
 
 
-def _bar(*extra: TextColumn) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        *extra,
-        console=console,
-    )
+class _RichBar:
+    """A bar that appears with its first figure and stays when it is full."""
 
+    def __init__(self, name: str):
+        self._display = _Display(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._task = self._display.add_task(escape(name), note="", start=False)
+        self._start: tuple[float, int] | None = None
 
-def progress_bar(description: str) -> Callable[[int, int], None]:
-    """A callback `(done, total)` that draws a bar and closes it at the end."""
-    bar = _bar()
-    task = bar.add_task(description)
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        if self._start is None:
+            self._start = (time.perf_counter(), done)
+            self._display.start_task(self._task)
+            self._display.start()
+            # Whatever ends the program, the terminal gets its cursor back.
+            atexit.register(self._display.live.stop)
+        beside, _, self._display.below = note.partition("\n")
+        shown = escape(beside) if note else self._rate(done)
+        self._display.update(self._task, completed=done, total=total, note=shown)
+        if done >= total and self._display.live.is_started:
+            self._display.stop()
 
-    def update(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return update
+    def _rate(self, done: int) -> str:
+        assert self._start is not None
+        began, first = self._start
+        seconds = time.perf_counter() - began
+        if done <= first or seconds <= 0:
+            return ""
+        rate = (done - first) / seconds
+        return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"

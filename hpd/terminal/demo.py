@@ -12,7 +12,8 @@ from rich.table import Table
 
 from hpd.config.load import load_recipe
 from hpd.demo.plot import plot_training
-from hpd.demo.run import demo_recipe
+from hpd.demo.recipe import demo_recipe
+from hpd.files import JsonLines
 from hpd.terminal.console import console
 from hpd.terminal.training import show_summary, train_with_display
 
@@ -55,11 +56,9 @@ def _show_samples(folder: Path) -> None:
     }
     answers: dict[str, dict[str, tuple[str, bool]]] = {}
     prompts: dict[str, str] = {}
-    for line in (folder / "records-exact-match.jsonl").read_text(encoding="utf-8").split("\n"):
-        if line:
-            record = json.loads(line)
-            prompts[record["id"]] = record["prompt"]
-            answers.setdefault(record["id"], {})[evals[record["eval"]]] = (record["text"], record["correct"])
+    for record in JsonLines(folder / "records-exact-match.jsonl").read():
+        prompts[record["id"]] = record["prompt"]
+        answers.setdefault(record["id"], {})[evals[record["eval"]]] = (record["text"], record["correct"])
     models = ("teacher", "student before", "student after")
     table = Table(title="the first problems of the test file", title_justify="left")
     table.add_column("problem", overflow="fold")

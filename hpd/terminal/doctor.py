@@ -1,71 +1,48 @@
-"""`hpd doctor`: what a recipe will do, before it does it."""
+"""`hpd doctor`: a look at what a recipe will do, before it does it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from hpd.config.load import stage_recipes
+from hpd.config.load import load_recipe, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.estimate.cost import flops_per_token
-from hpd.estimate.memory import Memory, StepMemory, parse_bytes
+from hpd.estimate.memory import Memory, StepMemory
+from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
-from hpd.terminal.console import console, show_verdicts
+from hpd.terminal.console import console
+from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "run_doctor"]
 
 
-# Sizes up to this are shown in MiB.
-_GIB, _MIB = 2**30, 2**20
+_GIB = 2**30
+"""Sizes below this are shown in MiB."""
+_MIB = 2**20
+_OWNERS = {
+    "student": "weights of the student",
+    "optimizer": "states of the optimiser",
+    "teacher": "weights of the teacher",
+    "buffers": "chunks of logits, kept between steps",
+    "teacher_forward": "the teacher's forward pass",
+    "activations": "activations of the student",
+    "head": "loss operator: gradient of the head, scratch",
+    "backward": "backward pass, gradients, optimiser's step",
+}
 
 
-def _show_regime(recipe: Recipe) -> None:
-    """Who writes the rows, where it is not the dataset alone, and the stages."""
-    regime = recipe.choose_regime()
-    if regime.prefixes.on_policy:
-        first, last = regime.prefixes.student_share(0.0), regime.prefixes.student_share(1.0)
-        span = f"{first:.0%}" if first == last else f"{first:.0%} to {last:.0%}"
-        what = f"up to {regime.prefixes.continue_tokens or regime.rollouts.max_new_tokens} tokens by {regime.rollouts.engine}"
-        adaptive = ", then as the validation loss says" if regime.prefixes.adaptive else ""
-        console.print(f"student writes {span} of the rows{adaptive}: {what}", highlight=False)
-    if regime.strategy.type != "direct":
-        console.print(
-            f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False
-        )
-    for stage in stage_recipes(recipe):
-        kind = "dpo" if stage.dpo else stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
-        console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
-
-
-def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | None) -> None:
-    """Floating-point operations of the run, and hours at a given speed; what the student writes itself comes
-    on top."""
-    price, lengths, args = flops_per_token(planned.recipe), planned.lengths, planned.args
-    tokens = lengths.label_tokens / max(lengths.label_share, 1e-9)
-    rows = devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step = rows * (price.backbone * tokens + price.head * lengths.label_tokens)
-    text = f"arithmetic: {_flop(step)} in a step of {rows} rows of {tokens:,.0f} tokens ({lengths.label_tokens:,.0f} labels)"
-    if steps is not None:
-        if args.max_steps <= 0:
-            steps = math.ceil(steps / devices)
-        text += f"; {_flop(step * steps)} in {steps:,} steps"
-        if tflops is not None:
-            hours = step * steps / (tflops * 1e12 * devices) / 3600
-            text += f": {hours:,.3g} hours on {devices} device{'s' * (devices != 1)} that reach {tflops:g} TFLOP/s each"
-    if planned.recipe.choose_regime().prefixes.on_policy:
-        text += "; generation not counted"
-    console.print(text, highlight=False)
-
-
-def _flop(count: float) -> str:
-    for power, unit in ((21, "ZFLOP"), (18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP")):
-        if count >= 10**power:
-            return f"{count / 10**power:.3g} {unit}"
-    return f"{count / 1e9:.3g} GFLOP"
+def run_doctor(
+    path: Path, overrides: Sequence[str], memory: str | None, devices: int, tflops: float | None
+) -> bool:
+    """`diagnose` of a recipe file."""
+    return diagnose(load_recipe(path, overrides), memory, devices, tflops)
 
 
 def diagnose(
@@ -80,7 +57,7 @@ def diagnose(
         tflops: what a device reaches in training, in TFLOP/s, > 0: gives hours.
 
     Raises:
-        ValueError: the budget is no size; see also `hpd.training.plan.plan` and
+        ValueError: the budget is not a size; see also `hpd.training.plan.plan` and
             `hpd.estimate.memory.StepMemory`.
     """
     budget = parse_bytes(memory) if memory is not None else None
@@ -115,20 +92,56 @@ def diagnose(
     return fits and not any(verdict.level == "error" for verdict in planned.verdicts)
 
 
-_OWNERS = {
-    "student": "weights of the student",
-    "optimizer": "states of the optimiser",
-    "teacher": "weights of the teacher",
-    "buffers": "chunks of logits, kept between steps",
-    "teacher_forward": "the teacher's forward pass",
-    "activations": "activations of the student",
-    "head": "loss operator: gradient of the head, scratch",
-    "backward": "backward pass, gradients, optimiser's step",
-}
+def _show_regime(recipe: Recipe) -> None:
+    """Show who writes the rows, where it is not the dataset alone, and the stages."""
+    regime = recipe.choose_regime()
+    if regime.prefixes.on_policy:
+        first, last = regime.prefixes.student_share(0.0), regime.prefixes.student_share(1.0)
+        span = f"{first:.0%}" if first == last else f"{first:.0%} to {last:.0%}"
+        tokens = regime.prefixes.continue_tokens or regime.rollouts.max_new_tokens
+        what = f"up to {tokens} tokens by {regime.rollouts.engine}"
+        adaptive = ", then as the validation loss says" if regime.prefixes.adaptive else ""
+        console.print(f"student writes {span} of the rows{adaptive}: {what}", highlight=False)
+    if regime.strategy.type != "direct":
+        console.print(
+            f"strategy {regime.strategy.type}, {regime.strategy.updates} updates a batch", highlight=False
+        )
+    for stage in stage_recipes(recipe):
+        method = stage.recipe.method or ("terms" if stage.recipe.terms else "hpd")
+        kind = "dpo" if stage.dpo else method
+        console.print(f"stage {stage.name}: {kind}, in {stage.recipe.output_dir}", highlight=False)
+
+
+def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | None) -> None:
+    """Show the run's floating-point operations, and hours at a given speed; generation comes on top."""
+    price, lengths, args = flops_per_token(planned.recipe), planned.lengths, planned.args
+    tokens = lengths.label_tokens / max(lengths.label_share, 1e-9)
+    rows = devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    step = rows * (price.backbone * tokens + price.head * lengths.label_tokens)
+    labels = f"{lengths.label_tokens:,.0f} labels"
+    text = f"arithmetic: {_flop(step)} in a step of {rows} rows of {tokens:,.0f} tokens ({labels})"
+    if steps is not None:
+        if args.max_steps <= 0:
+            steps = math.ceil(steps / devices)
+        text += f"; {_flop(step * steps)} in {steps:,} steps"
+        if tflops is not None:
+            hours = step * steps / (tflops * 1e12 * devices) / 3600
+            machines = f"{devices} device{'s' * (devices != 1)}"
+            text += f": {hours:,.3g} hours on {machines} that reach {tflops:g} TFLOP/s each"
+    if planned.recipe.choose_regime().prefixes.on_policy:
+        text += "; generation not counted"
+    console.print(text, highlight=False)
+
+
+def _flop(count: float) -> str:
+    for power, unit in ((21, "ZFLOP"), (18, "EFLOP"), (15, "PFLOP"), (12, "TFLOP")):
+        if count >= 10**power:
+            return f"{count / 10**power:.3g} {unit}"
+    return f"{count / 1e9:.3g} GFLOP"
 
 
 def _table(memory: Memory, step: StepMemory) -> Table:
-    """What is there all the time, what comes and goes, and the peak."""
+    """Memory that is held all the time, memory that comes and goes, and the peak."""
     table = Table(
         title=f"memory of a step on {step.batch} rows of {step.tokens} tokens, per process",
         title_justify="left",
@@ -154,19 +167,15 @@ def _table(memory: Memory, step: StepMemory) -> Table:
 def _show_fit(step: StepMemory, needed: Memory, budget: int) -> None:
     fit = step.fit(budget)
     room = budget - needed.total
+    left = f"leaves {_size(room)}" if room >= 0 else f"needs {_size(-room)} more"
+    chunk = "none"
+    if fit.chunk_bytes:
+        whole = fit.chunk_bytes >= step.label_positions(step.batch) * step.row_bytes
+        chunk = f"{fit.chunk_bytes} ({_size(fit.chunk_bytes)}{', all label positions at once' * whole})"
     console.print(
-        f"{_size(budget)}: this recipe's step "
-        f"{'leaves ' + _size(room) if room >= 0 else 'needs ' + _size(-room) + ' more'}. Largest "
+        f"{_size(budget)}: this recipe's step {left}. Largest "
         f"train.per_device_train_batch_size {fit.rows or 'none, not even 1'} (rows of {step.tokens} tokens, "
-        f"chunks of {_size(step.chunk_bytes)}); largest train.chunk_bytes on {step.batch} rows "
-        f"{f'{fit.chunk_bytes} ({_size(fit.chunk_bytes)}' if fit.chunk_bytes else 'none'}"
-        + (
-            ", all label positions at once)"
-            if fit.chunk_bytes >= step.label_positions(step.batch) * step.row_bytes
-            else ")"
-            if fit.chunk_bytes
-            else ""
-        ),
+        f"chunks of {_size(step.chunk_bytes)}); largest train.chunk_bytes on {step.batch} rows {chunk}",
         highlight=False,
     )
 

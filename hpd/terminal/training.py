@@ -1,170 +1,81 @@
-"""What a terminal shows: progress, verdicts, tables."""
+"""`hpd train`, `hpd cache` and `hpd generate` in a terminal."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.progress import (
-    Progress,
-    TaskID,
-    TextColumn,
-)
+import yaml
 from rich.table import Table
 from transformers import TrainerCallback
 
-from hpd.config.schema import Recipe
-from hpd.methods.table import METHODS, name_terms
-from hpd.progress import Progress as TrainProgress
-from hpd.terminal.console import _bar, console, progress_bar
-from hpd.training.caching import CacheProgress, write_cache
+from hpd.config.check import resolve
+from hpd.config.load import load_recipe
+from hpd.config.schema import GenerateConfig, Recipe
+from hpd.generate import generate
+from hpd.progress import Bar, Progress, quiet_libraries
+from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.verdicts import show_verdicts
+from hpd.training.caching import write_cache
+from hpd.training.plan import plan
 from hpd.training.run import train
 
-__all__ = [
-    "cache_with_display",
-    "generate_with_display",
-    "show_methods",
-    "show_summary",
-    "train_with_display",
-]
+__all__ = ["run_cache", "run_generate", "run_train", "show_summary", "train_with_display"]
+
+_FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-def show_methods() -> None:
-    """The table of METHODS."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("method", no_wrap=True, style="bold")
-    table.add_column("support", no_wrap=True)
-    table.add_column("what it learns", overflow="fold")
-    for name, method in METHODS.items():
-        table.add_row(name, ", ".join(str(term.support) for term in name_terms(method.terms)), method.summary)
-    console.print(table)
-    console.print(
-        "\nmethod: NAME in a recipe, or method=NAME on the command line; weights and sources: "
-        "docs/methods.md",
-        highlight=False,
-    )
-
-
-class _TrainingBar(TrainerCallback):
-    """Loss, KL, tokens per second and time left."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._last = (0.0, 0.0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._bar = _bar(TextColumn("{task.fields[figures]}"))
-            self._task = self._bar.add_task(
-                "training", total=state.max_steps, completed=state.global_step, figures=""
-            )
-            self._bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._bar is None or self._task is None or not logs or "loss" not in logs:
-            return
-        elapsed = self._bar.tasks[0].elapsed or 0.0
-        tokens, seconds = logs.get("num_tokens", 0.0) - self._last[0], elapsed - self._last[1]
-        self._last = (logs.get("num_tokens", 0.0), elapsed)
-        figures = f"loss {logs['loss']:.4f}"
-        if "forward_kl" in logs:
-            figures += f"  KL {logs['forward_kl']:.4f}"
-        if seconds > 0:
-            figures += f"  {tokens / seconds:,.0f} tok/s"
-        self._bar.update(self._task, figures=figures)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-class _TerminalProgress(TrainProgress):
-    def say(self, text: str) -> None:
-        console.print(escape(text), highlight=False)
-
-    def evaluating(self, name: str) -> Callable[[int, int], None]:
-        return progress_bar(f"answers of {name}")
-
-    def callbacks(self) -> Sequence[TrainerCallback]:
-        return (_TrainingBar(),)
+def run_train(path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bool) -> None:
+    """Train by a recipe file and show the summary; or check everything and print the resolved recipe."""
+    recipe = load_recipe(path, overrides)
+    if not dry_run:
+        show_summary(recipe, train_with_display(recipe, overwrite))
+        return
+    planned = plan(recipe)
+    text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
+    console.file.write(text)  # as it is: no wrapping, no markup
+    show_verdicts(planned.verdicts)
+    planned.require_sound()
 
 
 def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
-    """`hpd.training.run.train` with bars."""
-    return train(recipe, overwrite=overwrite, progress=_TerminalProgress())
-
-
-class _CacheBar(CacheProgress):
-    """Label positions done, their rate and the time left, on the main process."""
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._shown = int(os.environ.get("RANK", "0")) == 0
-        self._start = (0.0, 0)
-
-    def say(self, text: str) -> None:
-        console.print(escape(text), highlight=False)
-
-    def update(self, done: int, total: int) -> None:
-        if not self._shown:
-            return
-        if self._bar is None:
-            self._bar = _bar(TextColumn("{task.fields[rate]}"))
-            self._bar.add_task("label positions", total=total, completed=done, rate="")
-            self._bar.start()
-            self._start = (time.perf_counter(), done)
-        rate = (done - self._start[1]) / max(time.perf_counter() - self._start[0], 1e-9)
-        self._bar.update(self._bar.tasks[0].id, completed=done, rate=f"{rate:,.0f}/s")
-        if done >= total:
-            self._bar.stop()
-
-
-def cache_with_display(recipe: Recipe, overwrite: bool = False) -> None:
-    """`hpd cache`: the bar, and what was written."""
-    started, bar = time.perf_counter(), _CacheBar()
-    summary = write_cache(recipe, overwrite=overwrite, progress=bar)
-    seconds = time.perf_counter() - started
-    if int(os.environ.get("RANK", "0")) == 0:
-        what = (
-            f"{summary.written:,} positions written"
-            if summary.written
-            else "complete and verified, nothing to write"
-        )
-        console.print(f"{summary.path}: {what} in {seconds:.0f} s", highlight=False)
-        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
+    """Train with bars; returns the summary of `hpd.training.run.train`."""
+    return train(recipe, overwrite=overwrite, progress=_TrainingProgress())
 
 
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Before and after, side by side, and where the student is."""
+    """Show before and after, side by side, and where the student is."""
     console.print(summary_table(summary))
     console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
 
 
-def generate_with_display(recipe: Recipe, overwrite: bool = False) -> None:
-    """`hpd generate`, with a bar and the summary."""
-    from hpd.config.schema import GenerateConfig
-    from hpd.generate import generate
-    from hpd.progress import quiet_libraries
+def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
+    """Write the cache of a recipe file, with a bar, and show what was written."""
+    started = time.perf_counter()
+    summary = write_cache(load_recipe(path, overrides), overwrite=overwrite, progress=TerminalProgress())
+    seconds = time.perf_counter() - started
+    if int(os.environ.get("RANK", "0")) == 0:
+        done = "complete and verified, nothing to write"
+        if summary.written:
+            done = f"{summary.written:,} positions written"
+        console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False)
+        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
 
+
+def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
+    """Write the completions of a recipe file, with a bar, and show the summary."""
     quiet_libraries()
-    summary = generate(recipe, overwrite=overwrite, progress=progress_bar("completions"))
+    recipe = load_recipe(path, overrides)
+    summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
     console.print(
         f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
         f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
         f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
         highlight=False,
     )
-
-
-_FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -188,6 +99,53 @@ def summary_table(summary: dict[str, Any]) -> Table:
             show = _share if figure == "top1_agreement" else _nats
             table.add_row(figure, show(before), show(after), "")
     return table
+
+
+class _TrainingBar(TrainerCallback):
+    """Loss, KL, tokens per second and time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bar: Bar | None = None
+        self._figures = ""
+        self._last = (0.0, 0.0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._bar = self._progress.bar("training")
+            self._last = (0.0, time.perf_counter())
+            self._show(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._show(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        tokens = logs.get("num_tokens", 0.0) - self._last[0]
+        seconds = now - self._last[1]
+        self._last = (logs.get("num_tokens", 0.0), now)
+        self._figures = f"loss {logs['loss']:.4f}"
+        if "forward_kl" in logs:
+            self._figures += f"  KL {logs['forward_kl']:.4f}"
+        if seconds > 0:
+            self._figures += f"  {tokens / seconds:,.0f} tok/s"
+        self._show(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar(state.global_step, state.global_step, self._figures)
+
+    def _show(self, state: Any) -> None:
+        # The last step's log comes after it, and the bar ends where it is full.
+        if self._bar is not None and state.global_step < state.max_steps:
+            self._bar(state.global_step, state.max_steps, self._figures)
+
+
+class _TrainingProgress(TerminalProgress):
+    def callbacks(self) -> Sequence[TrainerCallback]:
+        return (_TrainingBar(self),)
 
 
 def _task_labels(summary: dict[str, Any]) -> list[str]:

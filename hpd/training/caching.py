@@ -25,6 +25,7 @@ from hpd.config.schema import CacheConfig, Recipe
 from hpd.files import write_atomically
 from hpd.losses import Head, Scores, TeacherScores
 from hpd.models.load import load_model, load_tokenizer
+from hpd.progress import Progress
 from hpd.teachers.cache import (
     ABOUT,
     FORMAT,
@@ -44,10 +45,17 @@ from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
 from hpd.training.plan import Plan, plan
-from hpd.training.shards import Answer, Layout, lay_out, position_bytes_of, stored_dtype, stored_tensors
+from hpd.training.shards import (
+    Layout,
+    TeacherAnswer,
+    lay_out,
+    position_bytes_of,
+    stored_dtype,
+    stored_tensors,
+)
 from hpd.training.trainer import DistillTrainer
 
-__all__ = ["CacheProgress", "CacheSummary", "write_cache"]
+__all__ = ["CacheSummary", "write_cache"]
 
 
 class CacheSummary(NamedTuple):
@@ -62,17 +70,7 @@ class CacheSummary(NamedTuple):
     """Positions that this call asked the teacher for; the others were there."""
 
 
-class CacheProgress:
-    """What the command line shows; silent unless overridden."""
-
-    def say(self, text: str) -> None: ...
-
-    def update(self, done: int, total: int) -> None: ...
-
-
-def write_cache(
-    recipe: Recipe, *, overwrite: bool = False, progress: CacheProgress | None = None
-) -> CacheSummary:
+def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None) -> CacheSummary:
     """Write the cache of a recipe, or what is missing of it; a finished one is verified.
 
     Args:
@@ -83,7 +81,7 @@ def write_cache(
         FileNotFoundError, ValueError: as `hpd.training.plan.plan`; the folder holds something else; the disk
             cannot hold the cache.
     """
-    progress = progress or CacheProgress()
+    progress = progress or Progress()
     config = _cache_config(recipe)
     planned = plan(recipe)
     planned.require_sound()
@@ -279,7 +277,7 @@ def _ask(
     rows: Any,
     todo: list[int],
     done: int,
-    progress: CacheProgress,
+    progress: Progress,
 ) -> None:
     """Load the teacher and write this process's part of the missing shards."""
     teacher = _load(planned)
@@ -296,6 +294,7 @@ def _ask(
     if rank == 0:
         _save_teacher(folder, planned, first, config)
     counted = done
+    bar = progress.bar("label positions")
     for group in (todo[i : i + world] for i in range(0, len(todo), world)):
         mine = layout.shard(group[rank]) if rank < len(group) else range(0)
         parts: list[dict[str, Tensor]] = []
@@ -306,12 +305,12 @@ def _ask(
             if batch:
                 parts.append(stored_tensors(answer, config, dtype))
                 counted += world * len(next(iter(parts[-1].values())))
-                progress.update(min(counted, len(layout.keys)), len(layout.keys))
+                bar(min(counted, len(layout.keys)), len(layout.keys))
         if parts:
             save_shard(
                 folder, group[rank], {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             )
-    progress.update(len(layout.keys), len(layout.keys))
+    bar(len(layout.keys), len(layout.keys))
 
 
 def _load(planned: Plan) -> Teacher:
@@ -326,7 +325,9 @@ def _batches(mine: range, group: list[range], size: int, lockstep: bool) -> Iter
         yield mine[i * size : (i + 1) * size]
 
 
-def _answers(teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: Any, chosen: range) -> Answer:
+def _answers(
+    teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: Any, chosen: range
+) -> TeacherAnswer:
     """What the teacher says of the stored positions of some rows."""
     collated = trainer.data_collator([rows[int(layout.rows[i])] for i in chosen])
     mask = torch.from_numpy(np.concatenate([layout.masks[i] for i in chosen]))
@@ -338,10 +339,10 @@ def _answers(teacher: Teacher, trainer: DistillTrainer, layout: Layout, rows: An
     with torch.no_grad():
         scores = teacher.scores(inputs, batch)
     assert not isinstance(scores, RoutedScores), "a cache has one teacher"
-    return Answer(scores, batch.labels)
+    return TeacherAnswer(scores, batch.labels)
 
 
-def _save_teacher(folder: Path, planned: Plan, answer: Answer, config: CacheConfig) -> None:
+def _save_teacher(folder: Path, planned: Plan, answer: TeacherAnswer, config: CacheConfig) -> None:
     """Head, configuration and tokenizer: what training needs of the teacher beside its answers."""
     (source,) = list(described_by(planned.recipe).items())[:1]
     load_tokenizer(source[1], source[0]).save_pretrained(folder / TEACHER)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from hpd.files import _flush, replace_text
+from hpd.files import flush, write_json
 
 __all__ = [
     "CheckpointFailed",
@@ -38,19 +38,23 @@ __all__ = [
     "writing",
 ]
 
-
 _LOGGER = logging.getLogger(__name__)
 
-
 _MARK = "complete.json"
-
-
 _NAME = re.compile(r"checkpoint-(\d+)")
+_STATE = "trainer_state.json"
+# What resuming reads. Tokenizer and arguments are written for who uses the checkpoint as a model.
+_JSON = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+_TORCH = ("*.pt", "*.pth")
 
 
 class CheckpointFailed(RuntimeError):
     """A file of the run could not be written: disk full, read-only, over a limit. Earlier checkpoints are as
     they were."""
+
+
+class CheckpointUnreadable(ValueError):
+    """A file of a checkpoint holds something else than what was written there."""
 
 
 def mark_complete(folder: Path, notes: Mapping[str, Any]) -> None:
@@ -63,14 +67,13 @@ def mark_complete(folder: Path, notes: Mapping[str, Any]) -> None:
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MARK)
     for path in [*files, folder]:
-        _flush(path)
+        flush(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    replace_text(folder / _MARK, json.dumps({**notes, "bytes": sizes}, indent=1) + "\n")
+    write_json(folder / _MARK, {**notes, "bytes": sizes}, indent=1)
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What `mark_complete` wrote; None where it did not get so far, its list is damaged, or a file is gone or
-    cut short."""
+    """The list that `mark_complete` wrote; None: there is none, it is damaged, or a file is not whole."""
     mark = folder / _MARK
     if not mark.is_file():
         return None
@@ -86,7 +89,7 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether training can go on from a checkpoint."""
+    """True if training can go on from a checkpoint."""
     return read_mark(folder) is not None
 
 
@@ -132,11 +135,7 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     if not limit or limit < 1:
         return
     whole = [folder for _, folder in _steps(run) if is_complete(folder)]
-    kept = (
-        {whole[-1], *(folder for folder in whole if best is not None and folder == Path(best))}
-        if whole
-        else set()
-    )
+    kept = {*whole[-1:], *(folder for folder in whole if best is not None and folder == Path(best))}
     excess = len(whole) - max(limit, len(kept))
     for folder in [folder for folder in whole if folder not in kept][: max(excess, 0)]:
         # What is half deleted must not count.
@@ -170,20 +169,6 @@ def _steps(run: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders by step."""
     found = [(step_of(path), path) for path in run.glob("checkpoint-*") if path.is_dir()]
     return sorted((step, path) for step, path in found if step is not None)
-
-
-_STATE = "trainer_state.json"
-
-
-# What resuming reads. Tokenizer and arguments are written for who uses the checkpoint as a model.
-_JSON = ("config.json", "adapter_config.json", "model.safetensors.index.json")
-
-
-_TORCH = ("*.pt", "*.pth")
-
-
-class CheckpointUnreadable(ValueError):
-    """A file of a checkpoint holds something else than what was written there."""
 
 
 def check_readable(folder: Path) -> None:
@@ -242,7 +227,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def check_whole(model: torch.nn.Module, result: Any) -> None:
-    """Did every parameter get a value, and every value a parameter?
+    """Check that every parameter got a value, and every value a parameter.
 
     Args:
         result: what `load_state_dict(strict=False)` returned. A missing name of a tied parameter is no loss.
@@ -278,7 +263,7 @@ def _reason(error: Exception) -> str:
 def _object(file: Path) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"it holds no JSON object but {type(found).__name__}")
+        raise ValueError(f"it holds {type(found).__name__}, not a JSON object")
     return found
 
 
@@ -290,11 +275,11 @@ def _check_state(file: Path) -> None:
     if not isinstance(history, list) or not all(
         isinstance(log, dict) and type(log.get("step")) is int for log in history
     ):
-        raise ValueError("log_history is no list of logs with their steps")
+        raise ValueError("log_history is not a list of logs with their steps")
     if not isinstance(callbacks, dict) or not all(
         isinstance(value, (dict, list)) for value in callbacks.values()
     ):
-        raise ValueError("stateful_callbacks is no object of objects")
+        raise ValueError("stateful_callbacks is not an object of objects")
 
 
 def _check_torch(file: Path) -> None:
@@ -304,4 +289,4 @@ def _check_torch(file: Path) -> None:
     with safe_globals():
         found = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
     if not isinstance(found, dict):
-        raise ValueError(f"it holds no dictionary but {type(found).__name__}")
+        raise ValueError(f"it holds {type(found).__name__}, not a dictionary")

@@ -1,5 +1,4 @@
-"""Tasks of a recipe: built before anything is loaded, run on models, and run on the student while it
-trains."""
+"""Tasks of a recipe, done by the student while it trains."""
 
 from __future__ import annotations
 
@@ -14,19 +13,18 @@ from hpd.evaluate.generate import Group, answer_examples
 from hpd.evaluate.run import EvalResult, grade_answers, identify, write_result
 from hpd.generation.engine import TransformersEngine
 from hpd.training.plan import PlannedEval
-from hpd.training.trainer import DistillTrainer
+from hpd.training.resumable import Resumable
 
-__all__ = ["EvaluatingTrainer"]
+__all__ = ["TaskEvaluation"]
 
 
-class EvaluatingTrainer(DistillTrainer):
-    """A `DistillTrainer` whose evaluation includes tasks, each at its own steps.
+class TaskEvaluation(Resumable):
+    """Mixed into a trainer, adds tasks to its evaluation, each at its own steps.
 
     Their metrics are logged like any other, so every tracker has them, and `metric_for_best_model` can name
-    them: with
-    `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a task is kept.
-        Generation uses no
-    global random numbers, so training goes on as if there had been no evaluation.
+    them: with `save_strategy: best`, or with `load_best_model_at_end`, the checkpoint that does best on a
+    task is kept. Generation uses no global random numbers, so training goes on as if there had been no
+    evaluation.
 
     With several processes, each answers a share of the problems (all of them together where the weights are
     sharded, since a sharded model can only run everywhere at once), and the first grades. The answers are
@@ -43,7 +41,7 @@ class EvaluatingTrainer(DistillTrainer):
         self._due: list[PlannedEval] = []
         self._validation_due = True
         super().__init__(*args, **kwargs)
-        self.add_callback(_Schedule(self))
+        self.add_callback(_TaskSchedule(self._evals, self.schedule))
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss on the validation rows where it is due, then the tasks that are due."""
@@ -51,7 +49,8 @@ class EvaluatingTrainer(DistillTrainer):
         metrics: dict[str, float] = {}
         if has_rows and self._validation_due:
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        due, self._due, self._validation_due = self._due, [], True
+        due = self._due
+        self.drop_evaluation()
         for planned in due:
             metrics |= self._run_task(planned)
         return metrics
@@ -71,7 +70,8 @@ class EvaluatingTrainer(DistillTrainer):
         )
 
     def drop_evaluation(self) -> None:
-        self._due, self._validation_due = [], True
+        self._due = []
+        self._validation_due = True
 
     def _run_task(self, planned: PlannedEval) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
@@ -93,10 +93,11 @@ class EvaluatingTrainer(DistillTrainer):
         if self.accelerator.num_processes > 1:
             broadcast_object_list(shared)
         metrics: dict[str, float] = shared[0]
-        training = self.model.training
-        self.model.eval()  # `log` then leaves the running sums of training alone
+        student: Any = self.model
+        training = student.training
+        student.eval()  # `log` then leaves the running sums of training alone
         self.log(dict(metrics))
-        self.model.train(training)
+        student.train(training)
         return metrics
 
     def _group(self) -> Group | None:
@@ -108,19 +109,19 @@ class EvaluatingTrainer(DistillTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        ours = {f"eval_{planned.label}" for planned in self._evals}
+        of_tasks = {f"eval_{planned.label}" for planned in self._evals}
         # Tasks and validation rows have steps of their own: a figure that is not there now is not the best
         # now.
-        if name not in metrics and (name in ours or metrics.keys() <= _all_names(self._evals)):
+        if name not in metrics and (name in of_tasks or metrics.keys() <= _all_names(self._evals)):
             return False
         return super()._determine_best_metric(metrics, trial)
 
 
-class _Schedule(TrainerCallback):
+class _TaskSchedule(TrainerCallback):
     """Asks for an evaluation at the steps of the tasks."""
 
-    def __init__(self, trainer: EvaluatingTrainer):
-        self._trainer = trainer
+    def __init__(self, evals: Sequence[PlannedEval], schedule: Callable[[Sequence[PlannedEval], bool], None]):
+        self._evals, self._schedule = evals, schedule
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._ask(control, lambda every: isinstance(every, int) and state.global_step % every == 0)
@@ -129,10 +130,10 @@ class _Schedule(TrainerCallback):
         self._ask(control, lambda every: every == "epoch")
 
     def _ask(self, control: Any, is_due: Callable[[Any], bool]) -> None:
-        due = [planned for planned in self._trainer._evals if is_due(planned.config.every)]
+        due = [planned for planned in self._evals if is_due(planned.config.every)]
         if due:
             # The Trainer's own flow comes first: its flag says whether the validation rows are due.
-            self._trainer.schedule(due, control.should_evaluate)
+            self._schedule(due, control.should_evaluate)
             control.should_evaluate = True
 
 

@@ -21,7 +21,7 @@ from hpd import __version__
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.config.yaml_file import read_yaml
-from hpd.files import replace_text
+from hpd.files import JsonLines, write_atomically, write_json
 from hpd.training.checkpoints import check_readable, newest_complete
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
@@ -97,7 +97,9 @@ class RunFolder:
         text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            replace_text(self.path / "recipe.yaml", text)
+            for draft in self.path.glob(".*.part"):  # of a process that was killed
+                draft.unlink()
+            write_atomically(self.path / "recipe.yaml", text)
             self.write_json("environment.json", environment())
         except OSError as error:
             raise OSError(
@@ -137,7 +139,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file whole or not at all."""
-        replace_text(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.path / name, content)
 
     def write_card(self, summary: dict[str, Any]) -> None:
         """The model card of the trained student, with the recipe that made it."""
@@ -153,7 +155,7 @@ class RunFolder:
             f"([hpd](https://arxiv.org/abs/2604.20244) {__version__}).\n\n"
             f"| measure | value |\n|---|---|\n{rows}\n\n```yaml\n{recipe}```\n"
         )
-        (self.path / "README.md").write_text(text, encoding="utf-8")
+        write_atomically(self.path / "README.md", text)
 
 
 def _read_object(file: Path, otherwise: str) -> dict[str, Any]:
@@ -213,17 +215,16 @@ class MetricsWriter(TrainerCallback):
     and no others."""
 
     def __init__(self, folder: RunFolder):
-        self._path = folder.path / "metrics.jsonl"
+        self._lines = JsonLines(folder.path / "metrics.jsonl")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            replace_text(self._path, "".join(_line(log["step"], log) for log in state.log_history))
+            self._lines.write(_line(log["step"], log) for log in state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(state.global_step, logs))
+            self._lines.append(_line(state.global_step, logs))
 
 
-def _line(step: int, logs: Mapping[str, Any]) -> str:
-    return json.dumps({"step": step, **{key: value for key, value in logs.items() if key != "step"}}) + "\n"
+def _line(step: int, logs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": step, **{key: value for key, value in logs.items() if key != "step"}}

@@ -1,116 +1,86 @@
-"""The logging window: sums since the last log, which a checkpoint between two logs must hold, or the next log
-is wrong."""
+"""Sums of what the steps since the last log saw: added on the device, read once, held by checkpoints."""
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import TrainerCallback
 
+from hpd.losses.tile import sum_dtype
 from hpd.methods.terms import Term
-from hpd.training.checkpoints import reading
 
-if TYPE_CHECKING:
-    from hpd.training.trainer import DistillTrainer
-
-__all__ = ["Window"]
-
-
-_LOGGER = logging.getLogger(__name__)
-
-
-_PARTS = ("sums", "rollouts", "loss", "last_logged", "skipped_steps")
-
-
-class Window:
-    """Takes and restores what a trainer has summed since its last log: statistics, losses, rollouts, steps
-    left out."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self._trainer = trainer
-        self._loaded: dict[str, Any] | None = None
-        trainer.add_callback(_RestoreWindow(self))
-
-    def take(self) -> dict[str, Any]:
-        """A copy that later steps do not change."""
-        trainer, mixer = self._trainer, self._trainer._step.mixer
-        return {
-            "sums": dict(trainer._sums["train"]),
-            "rollouts": {} if mixer is None else dict(mixer._sums),
-            "loss": trainer._tr_loss.clone(),
-            "last_logged": trainer._globalstep_last_logged,
-            "skipped_steps": trainer.skipped_steps,
-            "last_step": {name: float(value) for name, value in (trainer.last_step or {}).items()},
-        }
-
-    def put(self, state: dict[str, Any]) -> None:
-        """Go on where `take` was called."""
-        trainer, mixer = self._trainer, self._trainer._step.mixer
-        trainer._sums["train"] = dict(state["sums"])
-        if mixer is not None:
-            mixer._sums = defaultdict(float, state["rollouts"])
-        trainer._tr_loss.copy_(state["loss"])
-        trainer._globalstep_last_logged = state["last_logged"]
-        trainer.skipped_steps = state["skipped_steps"]
-        trainer.last_step = state.get("last_step")
-
-    def save(self, checkpoint: str) -> None:
-        """Write this process's part of a checkpoint."""
-        torch.save(self.take(), self._file(checkpoint))
-
-    def load(self, checkpoint: str) -> None:
-        """Read it again; it is put back when training begins, since the Trainer starts its own sums in
-        between."""
-        file = self._file(checkpoint)
-        if file.is_file():
-            # Several processes on a CPU call it cpu:0, which torch.load does not know.
-            device = self._trainer.accelerator.device.type
-            with reading(file):
-                found = torch.load(file, weights_only=True, map_location=device)
-                if lacking := [name for name in _PARTS if name not in found]:
-                    raise ValueError(f"it lacks {', '.join(lacking)}")
-            self._loaded = found
-        else:
-            _LOGGER.warning(
-                "%s holds no %s (it was written by fewer processes): the next log covers the steps from here "
-                "on only.",
-                checkpoint,
-                file.name,
-            )
-
-    def restore(self) -> None:
-        """Put back what `load` read."""
-        if self._loaded is not None:
-            self.put(self._loaded)
-            self._loaded = None
-
-    def _file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"window-rank{self._trainer.accelerator.process_index}.pt"
-
-
-class _RestoreWindow(TrainerCallback):
-    def __init__(self, window: Window):
-        self._window = window
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._window.restore()
-
+__all__ = ["MetricSums", "add_sums", "input_tokens", "means", "reduce_sums"]
 
 # Sums with a denominator of their own, or that are no metrics.
 _SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
 
 
-def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
+class MetricSums:
+    """Running sums by name, such as those between two logs.
+
+    Args:
+        accelerator: knows the processes and their device.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add each value to the sum of its name, on its device."""
+        add_sums(self._sums, {name: value.detach() for name, value in values.items()})
+
+    def totals(self, names: Sequence[str]) -> dict[str, float]:
+        """The named sums over all processes; they go on."""
+        return reduce_sums(self._accelerator, self._sums, names)
+
+    def read(self) -> dict[str, float]:
+        """All sums over all processes; they begin anew."""
+        names = sorted(self._sums)
+        if self._accelerator.num_processes > 1:
+            # Every process must bring the same names: a rank may have seen no label, and then lacks some.
+            names = sorted(set().union(*gather_object([names])))
+        totals = self.totals(names)
+        self._sums = {}
+        return totals
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums of this process, in a copy that later steps do not change."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._sums = dict(state)
+
+
+def add_sums(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Add each value to the sum of its name."""
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def reduce_sums(
+    accelerator: Accelerator, sums: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, float]:
+    """The named sums over all processes, as numbers: the one place where statistics leave the device."""
+    if not names:
+        return {}
+    device = accelerator.device
+    zero = torch.zeros((), device=device)
+    stacked = torch.stack([sums.get(name, zero).to(device, sum_dtype(device)) for name in names])
+    return dict(zip(names, cast(Tensor, accelerator.reduce(stacked, "sum")).tolist(), strict=True))
+
+
+def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
     """Sums over tokens to means per token, under the names that are logged."""
-    tokens, metric_tokens = sums["tokens"], sums.get("metric_tokens", 0.0)
+    tokens = sums["tokens"]
+    metric_tokens = sums.get("metric_tokens", 0.0)
     on_metric_rows = {"forward_kl", "reverse_kl", "teacher_entropy", "student_entropy", "top1_agreement"}
-    means = {
+    found = {
         name: value / (metric_tokens if name in on_metric_rows else tokens)
         for name, value in sums.items()
         if not name.startswith(("value/", "gap/")) and name not in _SPECIAL
@@ -118,16 +88,17 @@ def _means(sums: dict[str, float], terms: Sequence[Term]) -> dict[str, float]:
     # A term on the student's text alone has no value where a window held none.
     values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
     if sums.get("overlap_rows"):
-        means["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
+        found["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
     if len(terms) > 1:
-        means.update({f"loss/{name}": value for name, value in values.items()})
-    means["value"] = sum(term.weight * values[term.name] for term in terms)
+        found.update({f"loss/{name}": value for name, value in values.items()})
+    found["value"] = sum(term.weight * values[term.name] for term in terms)
     if sums["labels_dropped"]:
-        means["labels_dropped"] = sums["labels_dropped"]
-    return means
+        found["labels_dropped"] = sums["labels_dropped"]
+    return found
 
 
-def _input_tokens(inputs: dict[str, Any]) -> Tensor:
+def input_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens of a collated batch, padding left out."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)

@@ -22,36 +22,40 @@ from hpd.generation.rollouts import Rollout, RolloutEngine
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import ValidationRamp, value_at
 
-__all__ = ["PrefixMixer", "ReplayBuffer", "Row", "Stored", "repeated_share", "rollout_metrics", "rows_of"]
+__all__ = [
+    "PrefixMixer",
+    "ReplayBuffer",
+    "Stored",
+    "TrainingRow",
+    "repeated_share",
+    "rollout_metrics",
+    "rows_of",
+]
 
-
-# Uniform numbers of a row before those of its tokens: who writes it, where it is cut, new or old, which old
-# one.
+# Uniforms of a row before those of its tokens: who writes it, where it is cut, new or old, which old one.
 _COINS = 4
-
-
 _NGRAM_TOKENS = 4
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """A row of the dataset as training sees it: tokenised, cut, labelled."""
 
     input_ids: list[int]
     labels: list[int]
 
 
-class _Request(NamedTuple):
+class RolloutRequest(NamedTuple):
     """A completion to be written."""
 
     place: int
     """Index of the row in the step."""
-    prefix: Row
+    prefix: TrainingRow
     limit: int
-    numbers: Tensor
-    """Uniform numbers of its tokens."""
+    uniforms: Tensor
+    """Of its tokens' draws."""
 
 
-def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
+def rows_of(inputs: Mapping[str, Tensor]) -> list[TrainingRow]:
     """Take a collated batch apart again: padded, padding-free or packed (where filling tokens are left
     out)."""
     ids, labels = inputs["input_ids"].tolist(), inputs["labels"].tolist()
@@ -59,11 +63,11 @@ def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
     if "attention_mask" in inputs:
         for line, targets, mask in zip(ids, labels, inputs["attention_mask"].tolist(), strict=True):
             kept = [i for i, bit in enumerate(mask) if bit]
-            rows.append(Row([line[i] for i in kept], [targets[i] for i in kept]))
+            rows.append(TrainingRow([line[i] for i in kept], [targets[i] for i in kept]))
     else:
         for line, targets, positions in zip(ids, labels, inputs["position_ids"].tolist(), strict=True):
             starts = [i for i, position in enumerate(positions) if position == 0] + [len(line)]
-            rows += [Row(line[a:b], targets[a:b]) for a, b in itertools.pairwise(starts) if b - a > 1]
+            rows += [TrainingRow(line[a:b], targets[a:b]) for a, b in itertools.pairwise(starts) if b - a > 1]
     return rows
 
 
@@ -87,10 +91,10 @@ class PrefixMixer:
         engine: called once, at the first rollout, when the model is in its final wrapping.
         seed: of the run.
         max_length: longest row, in tokens; None: only the rollout's own limits.
-        on_dataset: whether any term learns from the dataset's tokens; otherwise they are no labels.
+        on_dataset: True if any term learns from the dataset's tokens; otherwise they are no labels.
         num_updates: optimiser steps per batch of rollouts.
-        collective: whether other processes wait for this one to generate.
-        with_behaviour: whether rows carry the log-probabilities of those who wrote them.
+        collective: True if other processes wait for this one to generate.
+        with_behavior_logprobs: True if rows carry the log-probabilities of those who wrote them.
     """
 
     def __init__(
@@ -105,12 +109,14 @@ class PrefixMixer:
         on_dataset: bool = True,
         num_updates: int = 1,
         collective: bool = False,
-        with_behaviour: bool = False,
+        with_behavior_logprobs: bool = False,
     ):
         self.prefixes, self.rollouts = prefixes, rollouts
-        self._collate, self._make_engine, self._engine = collate, engine, None
+        self._collate, self._make_engine = collate, engine
+        self._engine: RolloutEngine | None = None
         self._seed, self._max_length, self._on_dataset = seed, max_length, on_dataset
-        self._num_updates, self._collective, self._with_behaviour = num_updates, collective, with_behaviour
+        self._num_updates, self._collective = num_updates, collective
+        self._with_behavior_logprobs = with_behavior_logprobs
         schedule = prefixes.adaptive
         self.ramp = None
         if schedule is not None and schedule.end is not None:
@@ -142,7 +148,7 @@ class PrefixMixer:
         return [self._collate(group) for group in self._current]
 
     def _write(
-        self, groups: Sequence[Sequence[Row]], step: int, progress: float, share: float
+        self, groups: Sequence[Sequence[TrainingRow]], step: int, progress: float, share: float
     ) -> list[list[dict[str, list[Any]]]]:
         rows = [row for group in groups for row in group]
         out = [self._dataset_row(row) for row in rows]
@@ -163,10 +169,15 @@ class PrefixMixer:
         return [out[a:b] for a, b in itertools.pairwise(bounds)]
 
     def _choose(
-        self, rows: Sequence[Row], out: list[dict[str, list[Any]]], step: int, progress: float, share: float
-    ) -> list[_Request]:
+        self,
+        rows: Sequence[TrainingRow],
+        out: list[dict[str, list[Any]]],
+        step: int,
+        progress: float,
+        share: float,
+    ) -> list[RolloutRequest]:
         """Toss the coins: rows to be written are returned, rows from the buffer are put into `out`."""
-        numbers = uniforms(_row_keys(rows), seed=self._seed, step=step, count=_COINS + self._longest())
+        of_rows = uniforms(_row_keys(rows), seed=self._seed, step=step, count=_COINS + self._longest())
         whole_batch = bool(
             uniforms(torch.zeros(1, dtype=torch.int64), seed=self._seed, step=step, count=1)[0, 0] < share
         )
@@ -175,14 +186,14 @@ class PrefixMixer:
             self._sums["expired"] += self.replay.expire(step)
             fresh = float(value_at(self.rollouts.replay.fresh, progress)) if self.replay.full else 1.0
         requests = []
-        for place, (row, number) in enumerate(zip(rows, numbers, strict=True)):
-            coin, cut, age, which = number[:_COINS].tolist()
+        for place, (row, of_row) in enumerate(zip(rows, of_rows, strict=True)):
+            coin, cut, age, which = of_row[:_COINS].tolist()
             chosen = whole_batch if self.prefixes.mix == "batch" else coin < share
             if not chosen or all(label == IGNORE_INDEX for label in row.labels):
                 continue
             self._sums["student_rows"] += 1
             if self.replay is None or len(self.replay) == 0 or age < fresh:
-                requests.append(self._request(place, row, cut, number[_COINS:]))
+                requests.append(self._request(place, row, cut, of_row[_COINS:]))
             else:
                 stored = self.replay.draw(which)
                 out[place] = stored.row
@@ -193,38 +204,39 @@ class PrefixMixer:
     def _longest(self) -> int:
         return self.prefixes.continue_tokens or self.rollouts.max_new_tokens
 
-    def _request(self, place: int, row: Row, cut: float, numbers: Tensor) -> _Request:
+    def _request(self, place: int, row: TrainingRow, cut: float, of_tokens: Tensor) -> RolloutRequest:
         # A token is a label only where something stands before it, so a row of text alone is continued from
         # its first token.
         labelled = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
         start = labelled[0] if self.prefixes.continue_tokens is None else labelled[int(cut * len(labelled))]
-        prefix = Row(row.input_ids[:start], row.labels[:start])
+        prefix = TrainingRow(row.input_ids[:start], row.labels[:start])
         limit = self.rollouts.max_prompt_tokens
         if limit is not None and self.prefixes.continue_tokens is None:
-            prefix = Row(prefix.input_ids[-limit:], prefix.labels[-limit:])
+            prefix = TrainingRow(prefix.input_ids[-limit:], prefix.labels[-limit:])
         room = self._longest() if self._max_length is None else self._max_length - len(prefix.input_ids)
-        return _Request(place, prefix, min(self._longest(), room), numbers)
+        return RolloutRequest(place, prefix, min(self._longest(), room), of_tokens)
 
-    def _generate(self, requests: Sequence[_Request], step: int) -> list[Rollout]:
+    def _generate(self, requests: Sequence[RolloutRequest], step: int) -> list[Rollout]:
         if self._engine is None:
             self._engine = self._make_engine()
-        numbers = (
-            torch.stack([r.numbers for r in requests]) if requests else torch.zeros(0, 1, dtype=torch.float64)
-        )
+        draws = [request.uniforms for request in requests]
         return self._engine.generate(
-            [r.prefix.input_ids for r in requests], [r.limit for r in requests], numbers, step
+            [request.prefix.input_ids for request in requests],
+            [request.limit for request in requests],
+            torch.stack(draws) if draws else torch.zeros(0, 1, dtype=torch.float64),
+            step,
         )
 
-    def _dataset_row(self, row: Row) -> dict[str, list[Any]]:
+    def _dataset_row(self, row: TrainingRow) -> dict[str, list[Any]]:
         return self._row(row, [], [])
 
-    def _student_row(self, request: _Request, rollout: Rollout) -> dict[str, list[Any]]:
+    def _student_row(self, request: RolloutRequest, rollout: Rollout) -> dict[str, list[Any]]:
         masked = self.rollouts.truncated == "mask" and not rollout.ended
         labels = [IGNORE_INDEX] * len(rollout.tokens) if masked else rollout.tokens
-        row = Row(request.prefix.input_ids + rollout.tokens, request.prefix.labels)
+        row = TrainingRow(request.prefix.input_ids + rollout.tokens, request.prefix.labels)
         return self._row(row, labels, rollout.logprobs)
 
-    def _row(self, row: Row, new_labels: list[int], logprobs: list[float]) -> dict[str, list[Any]]:
+    def _row(self, row: TrainingRow, new_labels: list[int], logprobs: list[float]) -> dict[str, list[Any]]:
         """`row`, whose last tokens are the student's where there are new labels for them."""
         old = row.labels if self._on_dataset else [IGNORE_INDEX] * len(row.labels)
         out: dict[str, list[Any]] = {
@@ -232,11 +244,11 @@ class PrefixMixer:
             "labels": old + new_labels,
             "sources": [DATASET] * len(old) + [STUDENT] * len(new_labels),
         }
-        if self._with_behaviour:
-            out["behaviour"] = [math.nan] * len(old) + logprobs
+        if self._with_behavior_logprobs:
+            out["behavior_logprobs"] = [math.nan] * len(old) + logprobs
         return out
 
-    def _observe(self, row: Row, rollout: Rollout) -> None:
+    def _observe(self, row: TrainingRow, rollout: Rollout) -> None:
         self._sums["rollouts"] += 1
         self._sums["tokens"] += len(rollout.tokens)
         self._sums["truncated"] += not rollout.ended
@@ -245,27 +257,32 @@ class PrefixMixer:
 
     def read(self) -> dict[str, float]:
         """Sums since the last call, as `rollout_metrics` takes them."""
-        sums, self._sums = dict(self._sums), defaultdict(float)
+        sums = dict(self._sums)
+        self._sums.clear()
         return sums
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold on every process."""
-        replay = None if self.replay is None else self.replay.state_dict()
-        return {"replay": replay, "current": self._current if self._num_updates > 1 else None}
+        return {
+            "replay": None if self.replay is None else self.replay.state_dict(),
+            "current": self._current if self._num_updates > 1 else None,
+            "sums": dict(self._sums),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         if self.replay is not None and state["replay"] is not None:
             self.replay.load_state_dict(state["replay"])
         self._current = state["current"]
+        self._sums = defaultdict(float, state["sums"])
 
 
 def rollout_metrics(sums: Mapping[str, float], whole: bool) -> dict[str, float]:
-    """What is logged of the student's writing, from sums over processes.
+    """Figures about the student's writing, as they are logged, from sums over processes.
 
     Args:
         sums: as `PrefixMixer.read` gives them, added up.
-        whole: whether completions are written to their end (truncation and length mean nothing otherwise).
+        whole: True if completions are written to their end (truncation and length mean nothing otherwise).
     """
     if not sums.get("rows"):
         return {}
@@ -286,7 +303,7 @@ def rollout_metrics(sums: Mapping[str, float], whole: bool) -> dict[str, float]:
     return metrics
 
 
-def _row_keys(rows: Sequence[Row]) -> Tensor:
+def _row_keys(rows: Sequence[TrainingRow]) -> Tensor:
     """A 64-bit key a row: its tokens, and its number among equal ones."""
     seen: Counter[bytes] = Counter()
     keys = []
@@ -323,7 +340,7 @@ class ReplayBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether the next row pushes the oldest one out."""
+        """True if the next row pushes the oldest one out."""
         return len(self._stored) == self._config.capacity
 
     def add(self, rows: Iterable[Mapping[str, list[Any]]], step: int) -> None:

@@ -1,34 +1,28 @@
-"""What an optimiser step keeps beside the model: who writes its rows, what its updates share, how both are
-resumed."""
+"""The data regime at work: who writes the rows of a step, what its updates share, how both are resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch
 from hpd.data.samplers import RepeatedRows
-from hpd.generation.rollouts import RolloutEngine, make_engine
+from hpd.generation.rollouts import RolloutEngine
 from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.losses.policy_gradient import policy_gradient_nll
-from hpd.methods.terms import sources_used
-from hpd.training.checkpoints import reading
+from hpd.methods.regime import Regime
+from hpd.methods.schedules import ValidationRamp
+from hpd.methods.terms import Term
+from hpd.training.arguments import DistillConfig
+from hpd.training.metrics import reduce_sums
 from hpd.training.mixing import PrefixMixer, rollout_metrics
 
-if TYPE_CHECKING:
-    from hpd.training.trainer import DistillTrainer
-
 __all__ = ["StepState"]
-
-
-_STATE_KEY = "hpd_student_share"
-
 
 _SUMS = (
     "rows",
@@ -46,95 +40,96 @@ _SUMS = (
 
 
 class StepState:
-    """The data regime and the strategy at work in a trainer.
+    """What an optimiser step keeps beside the model: rollouts, and the frozen part of repeated updates.
+
+    Args:
+        regime: prefixes, rollouts and strategy.
+        args: of the trainer.
+        accelerator: knows the processes and their device.
+        collate: makes a batch of rows.
+        make_engine: called once, at the first rollout, when the model is in its final wrapping.
+        on_dataset: True if any term learns from the dataset's tokens.
+        validates: True if there is a validation loss during training.
 
     Raises:
         ValueError: an adaptive share without evaluation, or repeated rows that the data or the batch size do
             not allow.
     """
 
-    def __init__(self, trainer: DistillTrainer):
-        self._trainer, self._regime = trainer, trainer.regime
+    def __init__(
+        self,
+        regime: Regime,
+        args: DistillConfig,
+        accelerator: Accelerator,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        make_engine: Callable[[], RolloutEngine],
+        *,
+        on_dataset: bool,
+        validates: bool,
+    ):
+        _check(regime, args, validates)
+        self._regime, self._args, self._accelerator = regime, args, accelerator
         self._frozen: list[Any] = []
         self._micro_batch = 0
         self._num_rows: Tensor | float = 1.0
-        self.mixer = self._make_mixer() if self._regime.prefixes.on_policy else None
-        args = trainer.args
-        if self._regime.prefixes.adaptive and (trainer.eval_dataset is None or args.eval_strategy == "no"):
-            raise ValueError(
-                "prefixes: an adaptive share follows the validation loss, and there is none during training: "
-                "give data.validation and train.eval_strategy: steps."
-            )
-        if self._regime.repeats and args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train.train_sampling_strategy: {args.train_sampling_strategy} does not go with repeated "
-                "rows (rollouts.num_rollouts or strategy.updates above 1): use random or sequential."
-            )
-        if args.per_device_train_batch_size % self._regime.rollouts.num_rollouts:
-            raise ValueError(
-                f"train.per_device_train_batch_size ({args.per_device_train_batch_size}) counts completions: "
-                f"it must be a multiple of rollouts.num_rollouts ({self._regime.rollouts.num_rollouts})."
+        self.mixer: PrefixMixer | None = None
+        if regime.prefixes.on_policy:
+            replay = regime.rollouts.replay
+            self.mixer = PrefixMixer(
+                regime.prefixes,
+                regime.rollouts,
+                collate,
+                make_engine,
+                seed=args.seed,
+                max_length=args.max_length,
+                on_dataset=on_dataset,
+                num_updates=regime.strategy.updates,
+                collective=accelerator.num_processes > 1,
+                with_behavior_logprobs=bool(replay and replay.importance),
             )
 
-    def _make_mixer(self) -> PrefixMixer:
-        trainer, regime = self._trainer, self._regime
-        replay = regime.rollouts.replay
-        return PrefixMixer(
-            regime.prefixes,
-            regime.rollouts,
-            trainer.data_collator,
-            self._make_engine,
-            seed=trainer.args.seed,
-            max_length=trainer.args.max_length,
-            on_dataset="dataset" in sources_used(trainer.terms),
-            num_updates=regime.strategy.updates,
-            collective=trainer.accelerator.num_processes > 1,
-            with_behaviour=bool(replay and replay.importance),
-        )
+    @property
+    def must_be_saved(self) -> bool:
+        """True if a process cannot go on without the state that it had itself."""
+        return self._regime.rollouts.replay is not None or self._regime.strategy.updates > 1
 
-    def _make_engine(self) -> RolloutEngine:
-        trainer = self._trainer
-        return make_engine(
-            self._regime.rollouts,
-            lambda: cast(nn.Module, trainer.model_wrapped),
-            trainer.accelerator.unwrap_model(trainer.model),
-            trainer.accelerator,
-            trainer._tokenizer,
-            getattr(trainer.teacher, "model", None),
-        )
+    def sampler(self, default: Sampler | None, rows: Any, batch_size: int) -> Sampler | None:
+        """The sampler of training rows: the Trainer's, unless rows come several times.
 
-    def sampler(self, own: Sampler | None, rows: Any) -> Sampler | None:
-        """The sampler of training rows: the Trainer's own, unless rows come several times."""
-        regime, args = self._regime, self._trainer.args
+        Args:
+            default: the Trainer's.
+            batch_size: completions of a process and micro-batch.
+        """
+        regime, args = self._regime, self._args
         if not regime.repeats:
-            return own
-        if own is None:
+            return default
+        if default is None:
             raise ValueError(
                 "rollouts.num_rollouts and strategy.updates above 1 repeat rows, which a stream cannot."
             )
-        batch = self._trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        completions = batch_size * args.gradient_accumulation_steps * args.world_size
+        num_rollouts = regime.rollouts.num_rollouts
         seed = None if args.train_sampling_strategy == "sequential" else args.seed
-        return RepeatedRows(
-            rows,
-            batch // regime.rollouts.num_rollouts,
-            regime.rollouts.num_rollouts,
-            regime.strategy.updates,
-            seed,
-        )
+        return RepeatedRows(rows, completions // num_rollouts, num_rollouts, regime.strategy.updates, seed)
 
-    def begin(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of an optimiser step, before their labels are counted."""
-        state, strategy = self._trainer.state, self._regime.strategy
-        out = list(batches)
+    def begin(self, batches: Sequence[dict[str, Any]], step: int, progress: float) -> list[dict[str, Any]]:
+        """The micro-batches of an optimiser step, before their labels are counted.
+
+        Args:
+            batches: of the dataset, collated.
+            step: counted from 0.
+            progress: share of the training steps that lie behind.
+        """
+        strategy, out = self._regime.strategy, list(batches)
         if self.mixer is not None:
-            out = self.mixer(out, state.global_step, state.global_step / max(state.max_steps, 1))
+            out = self.mixer(out, step, progress)
         self._micro_batch = 0
-        if state.global_step % strategy.updates == 0:
+        if step % strategy.updates == 0:
             self._frozen = []
         if strategy.type == "policy_gradient" and strategy.mean == "sequence":
             count = torch.tensor(float(sum(len(batch["label_row_lengths"]) for batch in out)))
-            accelerator = self._trainer.accelerator
-            self._num_rows = accelerator.reduce(count.to(accelerator.device), "sum").clamp_min(1.0)  # type: ignore[union-attr]
+            total = self._accelerator.reduce(count.to(self._accelerator.device), "sum")
+            self._num_rows = cast(Tensor, total).clamp_min(1.0)
         return out
 
     def policy_gradient(
@@ -142,112 +137,81 @@ class StepState:
         student: Scores,
         teacher: TeacherScores,
         batch: TokenBatch,
+        terms: Sequence[Term],
+        *,
+        uniforms: Tensor | None,
         scale: Tensor,
-        numbers: Tensor | None,
         replicas: int,
     ) -> LossOutput:
         """The clipped loss of the next micro-batch.
 
         Args:
+            uniforms: of its draws.
             scale: 1 / (label tokens of the global batch), times `replicas`.
-            numbers: uniform numbers of its draws.
             replicas: processes whose gradients are averaged.
         """
         place = self._micro_batch
         self._micro_batch += 1
-        args, rollouts = self._trainer.args, self._regime.rollouts
         output, kept = policy_gradient_nll(
             student,
             teacher,
             batch,
-            self._trainer.terms,
+            terms,
             self._regime.strategy,
             frozen=self._frozen[place] if place < len(self._frozen) else None,
-            uniforms=numbers,
+            uniforms=uniforms,
             scale=scale,
             row_scale=replicas / self._num_rows,
-            chunk_bytes=args.chunk_bytes,
-            metric_stride=args.metric_stride,
-            teacher_share=rollouts.teacher_share,
+            chunk_bytes=self._args.chunk_bytes,
+            metric_stride=self._args.metric_stride,
+            teacher_share=self._regime.rollouts.teacher_share,
         )
         if place == len(self._frozen):
             self._frozen.append(kept)
         return output
 
+    @property
+    def ramp(self) -> ValidationRamp | None:
+        """The adaptive share of the student's rows, which follows the validation loss."""
+        return None if self.mixer is None else self.mixer.ramp
+
     def metrics(self) -> dict[str, float]:
-        """What the student wrote since the last log, over all processes."""
+        """Figures about what the student wrote since the last log, over all processes."""
         if self.mixer is None:
             return {}
         sums = {name: torch.tensor(float(value)) for name, value in self.mixer.read().items()}
-        if self.mixer.replay is not None:
-            sums.setdefault("expired", torch.tensor(0.0))
-        totals = self._trainer.reduce_sums(sums, _SUMS)
+        totals = reduce_sums(self._accelerator, sums, _SUMS)
         if self.mixer.replay is None:
             totals.pop("expired")
         return rollout_metrics(totals, self._regime.prefixes.continue_tokens is None)
 
-    @property
-    def _has_state(self) -> bool:
-        return self._regime.rollouts.replay is not None or self._regime.strategy.updates > 1
+    def state_dict(self) -> dict[str, Any]:
+        """What a later step reads and a checkpoint must hold on every process."""
+        return {
+            "frozen": list(self._frozen) if self._regime.strategy.updates > 1 else [],
+            "rows": None if self.mixer is None else self.mixer.state_dict(),
+        }
 
-    def state(self) -> dict[str, Any] | None:
-        """What a step changes and a later one reads; None: nothing."""
-        if not self._has_state:
-            return None
-        rows = None if self.mixer is None else self.mixer.state_dict()
-        return {"rows": rows, "frozen": list(self._frozen)}
-
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on where `state` was called."""
-        if state is not None:
-            self._frozen = state["frozen"]
-            if self.mixer is not None:
-                self.mixer.load_state_dict(state["rows"])
-
-    def save(self, checkpoint: str) -> None:
-        """Write this process's part of a checkpoint."""
-        if self._has_state:
-            torch.save(self.state(), self._file(checkpoint))
-
-    def load(self, checkpoint: str) -> None:
-        """Go on where `save` was called.
-
-        Raises:
-            ValueError: the checkpoint has no such part, for example since it was written by fewer processes.
-        """
-        if not self._has_state:
-            return
-        file = self._file(checkpoint)
-        if not file.is_file():
-            raise ValueError(
-                f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume "
-                "with as many processes as the checkpoint was written with, or start again with --overwrite."
-            )
-        # Several processes on a CPU call it cpu:0, which torch.load does not know.
-        device = self._trainer.accelerator.device.type
-        with reading(file):
-            self.restore(torch.load(file, weights_only=True, map_location=device))
-
-    def _file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"rollouts-rank{self._trainer.accelerator.process_index}.pt"
-
-    @property
-    def callback(self) -> TrainerCallback:
-        """Follows the validation loss, where the student's share does."""
-        return _ShareFollowsLoss(self)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._frozen = list(state["frozen"])
+        if self.mixer is not None:
+            self.mixer.load_state_dict(state["rows"])
 
 
-class _ShareFollowsLoss(TrainerCallback):
-    def __init__(self, step: StepState):
-        self._step = step
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(_STATE_KEY)
-        if saved and self._step.mixer is not None and self._step.mixer.ramp is not None:
-            self._step.mixer.ramp.load_state_dict(saved)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        ramp = None if self._step.mixer is None else self._step.mixer.ramp
-        if ramp is not None and metrics and "eval_loss" in metrics:
-            ramp.update(metrics["eval_loss"])
-            state.stateful_callbacks[_STATE_KEY] = ramp.state_dict()
+def _check(regime: Regime, args: DistillConfig, validates: bool) -> None:
+    if regime.prefixes.adaptive and not validates:
+        raise ValueError(
+            "prefixes: an adaptive share follows the validation loss, and there is none during training: "
+            "give data.validation and train.eval_strategy: steps."
+        )
+    if regime.repeats and args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train.train_sampling_strategy: {args.train_sampling_strategy} does not go with repeated "
+            "rows (rollouts.num_rollouts or strategy.updates above 1): use random or sequential."
+        )
+    if args.per_device_train_batch_size % regime.rollouts.num_rollouts:
+        raise ValueError(
+            f"train.per_device_train_batch_size ({args.per_device_train_batch_size}) counts completions: "
+            f"it must be a multiple of rollouts.num_rollouts ({regime.rollouts.num_rollouts})."
+        )

@@ -15,7 +15,7 @@ from hpd.config.schema import EvalConfig, Recipe
 from hpd.data.rows import Lengths, Rows, check_ids, load_rows, measure
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
-from hpd.evaluate.tasks import build_task, settings_for
+from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import Verdict, check_pair
@@ -45,33 +45,9 @@ def plan_evals(evals: Sequence[EvalConfig]) -> tuple[PlannedEval, ...]:
     """Read the tasks of a recipe.
 
     Raises:
-        FileNotFoundError, ValueError: as `build_task` and `settings_for`.
+        FileNotFoundError, ValueError: as `task_and_settings`.
     """
-    return tuple(_plan(config) for config in evals)
-
-
-def _plan(config: EvalConfig) -> PlannedEval:
-    task = build_task(
-        config.task,
-        config.data or None,
-        limit=config.limit,
-        limit_seed=config.limit_seed,
-        few_shot=config.few_shot,
-        few_shot_data=config.few_shot_data,
-        options=config.options,
-    )
-    settings = settings_for(
-        task,
-        config.preset,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-        system_prompt=config.system_prompt,
-    )
-    return PlannedEval(config, task, settings)
+    return tuple(PlannedEval(config, *task_and_settings(config)) for config in evals)
 
 
 class Plan(NamedTuple):

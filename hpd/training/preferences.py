@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PrinterCallback
+from transformers.trainer_utils import TrainOutput
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 
@@ -34,6 +35,12 @@ __all__ = ["dpo_arguments", "preference_rows", "train_preferences"]
 
 class _PreferenceTrainer(Resumable, DPOTrainer):
     """TRL's DPOTrainer with checkpoints that are complete or do not count."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, within `resuming`."""
+        with self.resuming(resume_from_checkpoint) as checkpoint:
+            return super().train(checkpoint, *args, **kwargs)
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
 
 def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress) -> dict[str, Any]:

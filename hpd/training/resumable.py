@@ -1,20 +1,19 @@
-"""What a trainer needs to stop at any moment and to go on as if nothing had happened, beside what
-transformers does."""
+"""A trainer that may stop at any moment and goes on as if nothing had happened, beyond what transformers
+does."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
-import random
 import shutil
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy
 
 from hpd.training.checkpoints import (
     CheckpointFailed,
@@ -30,11 +29,12 @@ from hpd.training.checkpoints import (
     weights_file,
     writing,
 )
+from hpd.training.state import EARLIER_NAMES, get_random, read_state, set_random, write_state
 
-__all__ = ["Resumable", "StopTraining"]
+__all__ = ["Resumable", "Stateful", "StopTraining"]
 
 
-_LOGGER = logging.getLogger(__name__)
+_OF_A_WINDOW = {"loss", "last_logged", "last_step"}
 
 
 class StopTraining(Exception):
@@ -42,6 +42,14 @@ class StopTraining(Exception):
 
     That is: load the best model, delete checkpoints, and log the averages of a whole run.
     """
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint holds; the state does not change with what it was taken from."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
 
 
 class Resumable(Trainer):
@@ -53,6 +61,12 @@ class Resumable(Trainer):
 
     stop_reason: str | None = None
     """Why training was told to stop."""
+    stateful: Mapping[str, Stateful] = {}
+    """What a checkpoint holds beside what transformers keeps, by name."""
+    needs_own_state: bool = False
+    """True if a process cannot go on without the state that it had itself."""
+    _window: Mapping[str, Any] | None = None
+    """What the resumed checkpoint says of the log that comes next, until training begins."""
     _unfinished: dict[str, Any] | None = None
     """The evaluation that runs: what it consists of, and the state before it."""
     _to_repeat: dict[str, Any] | None = None
@@ -77,32 +91,40 @@ class Resumable(Trainer):
         """
         self.stop_reason = reason
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; `resume_from_checkpoint=True` takes the newest complete checkpoint.
+    @contextlib.contextmanager
+    def resuming(
+        self, checkpoint: str | bool | None, saved_by: tuple[type[Exception], ...] = ()
+    ) -> Iterator[str | None]:
+        """Train inside this context: it gives the checkpoint to go on from, and saves what a stop ends.
+
+        Args:
+            checkpoint: as in transformers; True takes the newest complete checkpoint.
+            saved_by: errors before which the steps done are saved.
 
         Raises:
             ValueError: it is True, and there is none.
             CheckpointUnreadable: a file of it is damaged.
             CheckpointFailed: a checkpoint could not be written; the one before it is as it was.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_complete(self._run) or "")
-            if not resume_from_checkpoint:
+        if checkpoint is True:
+            checkpoint = str(newest_complete(self._run) or "")
+            if not checkpoint:
                 raise ValueError(f"There is no complete checkpoint in {self._run}.")
-        if resume_from_checkpoint:
-            check_readable(Path(resume_from_checkpoint))
-            self._resume_notes(Path(resume_from_checkpoint))
+        if checkpoint:
+            check_readable(Path(checkpoint))
+            self._resume_notes(Path(checkpoint))
         if self._follow is not None:
             self.remove_callback(self._follow)
-        # Last of the callbacks: those before restore what an evaluation may change, and ask for what an epoch
-        # ends with.
-        self._follow = _Follow(self, str(resume_from_checkpoint or ""))
+        # Last of the callbacks: those before ask for what an epoch ends with.
+        self._follow = _Follow(self, str(checkpoint or ""))
         self.add_callback(self._follow)
         try:
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            yield str(checkpoint) if checkpoint else None
         except StopTraining:
             self.end_early()
-            return TrainOutput(self.state.global_step, float("nan"), {})
+        except saved_by:
+            self.end_early()
+            raise
 
     def _resume_notes(self, checkpoint: Path) -> None:
         notes = read_mark(checkpoint) or {}
@@ -119,11 +141,31 @@ class Resumable(Trainer):
                 before = self._unfinished
                 del self.state.log_history[before["logs"] :]
                 self.state.stateful_callbacks = before["callbacks"]
-                _set_random(before["random"])
+                self.put_state(before["state"])
+                set_random(before["random"])
             self.save_checkpoint()
         finally:
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
+
+    def take_state(self) -> dict[str, Any]:
+        """The state of everything that has one, and of the log that comes next, by name."""
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
+        if hasattr(self, "_tr_loss"):  # since training began
+            last_logged, last_step = self._globalstep_last_logged, self.last_step
+            window = {"loss": self._tr_loss.clone(), "last_logged": last_logged, "last_step": last_step}
+            state["window"] = window
+        return state
+
+    def put_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `take_state` was called, as far as `state` holds it."""
+        if window := state.get("window"):
+            self._tr_loss.copy_(window["loss"])
+            self._globalstep_last_logged = window["last_logged"]
+            self.last_step = window["last_step"]
+        for name, part in self.stateful.items():
+            if name in state:
+                part.load_state_dict(state[name])
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint of the steps done so far, unless it is there; without a step there is nothing
@@ -132,11 +174,11 @@ class Resumable(Trainer):
             self._save_checkpoint(self.model, trial=None)
 
     def agree(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: the same answer on all of them."""
+        """True if the flag is set on any process: the same answer on all of them."""
         if self.accelerator.num_processes == 1:
             return flag
-        mine = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(mine, "sum") > 0)  # type: ignore[operator]
+        count = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, "sum") > 0)  # type: ignore[operator]
 
     def stop_if_asked(self) -> None:
         """Raise StopTraining, on all processes or on none, where any was told to stop."""
@@ -158,7 +200,7 @@ class Resumable(Trainer):
         return super().prediction_step(*args, **kwargs)
 
     def evaluation_plan(self) -> dict[str, Any]:
-        """What the next evaluation will consist of, as JSON; nothing, where all are alike."""
+        """The next evaluation's parts, as JSON; nothing, where all are alike."""
         return {}
 
     def plan_evaluation(self, plan: dict[str, Any]) -> None:
@@ -171,7 +213,8 @@ class Resumable(Trainer):
             "plan": self.evaluation_plan(),
             "logs": len(self.state.log_history),
             "callbacks": copy.deepcopy(self.state.stateful_callbacks),
-            "random": _get_random(),
+            "state": self.take_state(),
+            "random": get_random(),
         }
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
         self._unfinished = None
@@ -182,6 +225,10 @@ class Resumable(Trainer):
         epoch."""
         if not checkpoint:
             return
+        if self._window is not None:
+            # Not earlier: the Trainer starts its own sums when training begins.
+            self.put_state({"window": self._window})
+            self._window = None
         # An evaluation leaves the model in evaluation mode until the next step, and logs go by that.
         last = self.state.log_history[-1] if self.state.log_history else {}
         evaluated = last.get("step") == self.state.global_step and any(
@@ -200,11 +247,12 @@ class Resumable(Trainer):
                 self._save_checkpoint(self.model, None)
         if self._to_end:
             self._end_epoch()
-        self._random = _get_random()
+        self._random = get_random()
 
     def _end_epoch(self) -> None:
         """What the Trainer does behind the last step of an epoch, and skips where it goes on from there."""
-        self._to_end, step = False, self.last_step or {}
+        self._to_end = False
+        step = self.last_step or {}
         model: Any = self.model
         self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
         self._maybe_log_save_evaluate(
@@ -243,7 +291,8 @@ class Resumable(Trainer):
             remove_incomplete(folder)
         self.accelerator.wait_for_everyone()
         # transformers would delete older checkpoints before this one counts.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
@@ -284,11 +333,35 @@ class Resumable(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading(Path(checkpoint or "") / "optimizer.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_state(Path(checkpoint))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """Go on with the state of a checkpoint."""
+        rank, device = self.accelerator.process_index, self.accelerator.device.type
+        names = ("window", *self.stateful)
+        saved = read_state(checkpoint, rank, device, names, required=self.needs_own_state)
+        with reading(saved.file):
+            self._window = saved.parts.pop("window", None)
+            if self._window is not None and (lacking := _OF_A_WINDOW - self._window.keys()):
+                raise ValueError(f"its window lacks {', '.join(sorted(lacking))}")
+            self.put_state(saved.parts)
+        callbacks: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for name in EARLIER_NAMES:
+            callbacks.pop(name, None)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # By every process, before the checkpoint counts as complete.
+        super()._save_rng_state(output_dir)
+        state = self.take_state()
+        last_step = state["window"]["last_step"] or {}
+        state["window"]["last_step"] = {name: float(value) for name, value in last_step.items()}
+        write_state(Path(output_dir), self.accelerator.process_index, state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._random is not None:
-            state, self._random = self._random, None
-            _set_random(state)
+            set_random(self._random)
+            self._random = None
             return
         rank = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
         with reading(Path(checkpoint or "") / f"rng_state{rank}.pth"):
@@ -312,23 +385,3 @@ class _Follow(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.end_of_epoch(control)
-
-
-def _get_random() -> dict[str, Any]:
-    """The state of all random numbers of this process."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def _set_random(state: dict[str, Any]) -> None:
-    """Go on where `_get_random` was called."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

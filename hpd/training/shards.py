@@ -15,21 +15,18 @@ from torch import Tensor
 
 from hpd.config.schema import CacheConfig
 from hpd.losses import Scores, TeacherScores, TopKScores
-from hpd.losses.products import for_products, project_
+from hpd.losses.products import chunks, for_products, project_
 from hpd.teachers.cached import stored_hidden
 from hpd.training.plan import Plan
 
-__all__ = ["Answer", "Layout", "lay_out", "position_bytes_of", "stored_dtype", "stored_tensors"]
-
+__all__ = ["Layout", "TeacherAnswer", "lay_out", "position_bytes_of", "stored_dtype", "stored_tensors"]
 
 _CHUNK_BYTES = 64 * 2**20
-
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
-class Answer(NamedTuple):
-    """What a teacher said of some label positions."""
+class TeacherAnswer(NamedTuple):
+    """A teacher's scores at some label positions, and their labels."""
 
     scores: TeacherScores
     labels: Tensor
@@ -60,7 +57,7 @@ def stored_dtype(config: CacheConfig, planned: Plan) -> torch.dtype:
     return getattr(next(iter(planned.teacher_configs.values())), "dtype", None) or torch.float32
 
 
-def stored_tensors(answer: Answer, config: CacheConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def stored_tensors(answer: TeacherAnswer, config: CacheConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a shard, on the CPU.
 
     Raises:
@@ -94,15 +91,14 @@ def stored_tensors(answer: Answer, config: CacheConfig, dtype: torch.dtype) -> d
 
 def _logits(scores: Scores) -> Iterator[Tensor]:
     ready = for_products(scores, scores.vocab)
-    rows = max(1, _CHUNK_BYTES // (4 * scores.vocab))
-    for start in range(0, len(scores.hidden), rows):
-        hidden = ready.hidden[start : start + rows]
+    for chunk in chunks(len(scores.hidden), 4 * scores.vocab, _CHUNK_BYTES):
+        hidden = ready.hidden[chunk]
         yield project_(
             ready._replace(hidden=hidden), hidden.new_empty(len(hidden), scores.vocab, dtype=torch.float32)
         )
 
 
-def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _likeliest(answer: TeacherAnswer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
     scores, labels = answer
     if isinstance(scores, TopKScores):
         if scores.tokens.shape[1] != k:
@@ -117,8 +113,8 @@ def _likeliest(answer: Answer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
         for logits in _logits(scores):
             logprobs = torch.log_softmax(logits, -1)
             top = logprobs.topk(k, -1)
-            own = labels[first : first + len(logits), None]
-            parts.append((top.indices, top.values, logprobs.gather(1, own)[:, 0]))
+            label = labels[first : first + len(logits), None]
+            parts.append((top.indices, top.values, logprobs.gather(1, label)[:, 0]))
             first += len(logits)
         tokens, logprobs, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
     stored = {
@@ -160,8 +156,8 @@ def lay_out(rows: Iterable[tuple[Any, Tensor]], shard_positions: int) -> Layout:
         ValueError: no row has a label.
     """
     keys, lengths = [], []
-    for row, own in rows:
-        keys.append(own.numpy())
+    for row, row_keys in rows:
+        keys.append(row_keys.numpy())
         lengths.append(len(row["input_ids"]))
     ends = np.cumsum([len(k) for k in keys])
     if not len(ends) or not ends[-1]:

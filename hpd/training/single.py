@@ -22,12 +22,17 @@ from hpd.progress import Progress
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
 from hpd.training.checkpoints import writing
+from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.plan import Plan, lora_of
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
 __all__ = ["evaluate_task", "open_together"]
+
+
+class _EvaluatingTrainer(TaskEvaluation, DistillTrainer):
+    """A `DistillTrainer` that does tasks while it trains."""
 
 
 def open_together(folder: RunFolder, args: Any) -> None:
@@ -150,9 +155,7 @@ def _trainer(
     recipe, args = planned.recipe, planned.args
     make: Callable[..., DistillTrainer] = DistillTrainer
     if any(entry.config.every is not None for entry in planned.evals):
-        from hpd.training.evaluations import EvaluatingTrainer
-
-        make = functools.partial(EvaluatingTrainer, evals=planned.evals, folder=folder.path)
+        make = functools.partial(_EvaluatingTrainer, evals=planned.evals, folder=folder.path)
     trainer = make(
         model=student,
         teacher=teacher,
@@ -238,7 +241,7 @@ def evaluate_task(
             entry.settings,
             output_dir=folder.path if is_main else None,
             name=name,
-            progress=progress.evaluating(name),
+            progress=progress.bar(f"answers of {name}"),
         )
         label = entry.label if len(planned.evals) > 1 else result.metric
         found[f"{name} {label}"] = round(result.value, 4)

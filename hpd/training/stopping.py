@@ -13,10 +13,9 @@ from typing import Any, Protocol
 
 from hpd.teachers import TeacherUnavailable
 from hpd.training.checkpoints import CheckpointFailed, newest_complete
-from hpd.training.guards import NonFinite
+from hpd.training.nonfinite import NonFinite
 
 __all__ = ["Interrupted", "RunStopped", "Signals", "catch_signals", "ends_resumable", "stopped"]
-
 
 # A disk that takes no more, or nothing at all.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -127,5 +126,5 @@ def catch_signals() -> Iterator[Signals]:
         yield signals
     finally:
         for number, handler in before.items():
-            # None: not installed from Python, and so not to be had back.
+            # None: not installed from Python, and so not available.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,10 +1,9 @@
-"""`DistillTrainer`: TRL's SFTTrainer with the loss of the table and a teacher. Everything else is
-inherited."""
+"""`DistillTrainer`: TRL's SFTTrainer with the loss of the table and a teacher; the rest is inherited."""
 
 from __future__ import annotations
 
+import functools
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,35 +13,35 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import SFTTrainer
+from transformers.trainer_utils import TrainOutput
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.config.schema import GuardsConfig
-from hpd.data.samplers import FilledOrder, fill, fills_last_batch
-from hpd.losses import LossOutput, Scores, TeacherScores
-from hpd.losses.by_source import label_gaps, loss_by_source
-from hpd.losses.tile import sum_dtype
+from hpd.generation.rollouts import RolloutEngine, make_engine
+from hpd.losses import Scores, TeacherScores
+from hpd.losses.by_source import label_gaps
+from hpd.losses.operator import loss_by_source
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
-from hpd.methods.schedules import SkewPosition
 from hpd.methods.strategy import StrategyConfig
-from hpd.methods.table import choose_terms, name_terms
-from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms
-from hpd.models.forward import adapt_head, add_head_function, model_inputs
+from hpd.methods.table import choose_terms
+from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms, sources_used
+from hpd.models.forward import model_inputs
 from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
-from hpd.training.arguments import DistillConfig, check_engine
-from hpd.training.guards import NonFinite, NonFiniteWatch, check_metrics, support_overlap
-from hpd.training.metrics import Window, _input_tokens, _means
+from hpd.training.arguments import DistillConfig
+from hpd.training.guarded import GuardedTrainer
+from hpd.training.guards import support_overlap
+from hpd.training.metrics import MetricSums, add_sums, input_tokens, means
+from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
-from hpd.training.resumable import Resumable
-from hpd.training.scheduled import ScheduledTerms, adaptive_positions
+from hpd.training.scheduled import ScheduledTerms
 
 __all__ = ["DistillTrainer"]
 
 
-class DistillTrainer(Resumable, SFTTrainer):
+class DistillTrainer(GuardedTrainer):
     """Distil `teacher` into `model`.
 
     The loss is the sum over label tokens divided by the label tokens of the whole global batch (all
@@ -53,8 +52,7 @@ class DistillTrainer(Resumable, SFTTrainer):
         teacher: a loaded model, a path or Hub id, "self", or any `Teacher`.
         method: a name of METHODS (default hpd); `method_kwargs` are its parameters.
         terms: an explicit list of terms instead of a method.
-        prefixes: shares of dataset and student rows; None: the method's own, which is the dataset alone for
-            most.
+        prefixes: shares of dataset and student rows; None: the method's, which is the dataset alone for most.
         rollouts: how the student writes its rows.
         strategy: how weights meet the gradient: a `StrategyConfig`, or its type.
         guards: thresholds that warn, or stop and save.
@@ -68,12 +66,8 @@ class DistillTrainer(Resumable, SFTTrainer):
             `vocabulary="error"`.
     """
 
-    args: DistillConfig
-    model: Any  # the student, perhaps as a PeftModel
     _tag_names = ["hpd", "distillation"]  # noqa: RUF012 (TRL's type)
     _name = "HPD"
-    # The loss is already divided by the label tokens of the accumulated batch.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -92,45 +86,60 @@ class DistillTrainer(Resumable, SFTTrainer):
     ):
         args = args or DistillConfig(output_dir="hpd-student")
         method = method if method or terms else "hpd"
-        self._term_configs = choose_terms(method, method_kwargs or {}, terms)
-        self.terms = name_terms(self._term_configs)
+        self._schedule = ScheduledTerms(choose_terms(method, method_kwargs or {}, terms))
+        self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
-        self._guards, self.stopped_by = guards or GuardsConfig(), None
-        self._adaptive = adaptive_positions(self._term_configs)
-        model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
-        with hide_head:
-            super().__init__(model=model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
-        check_engine(args, self.accelerator, recomputes=self.regime.strategy.type == "policy_gradient")
-        student = self.accelerator.unwrap_model(self.model)
-        self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
-        add_head_function(self._base_model)
-        # Whatever the model's own loss is, ours shifts labels and needs the label count of the accumulated
-        # batch.
-        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        self._clips = self.regime.strategy.type == "policy_gradient"
+        super().__init__(
+            guards or GuardsConfig(),
+            model,
+            args,
+            peft_config,
+            recomputes=self._clips,
+            repeats_rows=self.regime.repeats,
+            **kwargs,
+        )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
         vocab = self.teacher.vocab
         if vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
         self.teacher.prepare(self.model, self.accelerator)
-        self.skipped_steps = 0
-        self._watch = self._make_watch()
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._introduce_rows()
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        if any(isinstance(config, TermConfig) and config.scheduled for config in self._term_configs):
-            self.add_callback(ScheduledTerms(self))
-        self._step = StepState(self)
-        self.add_callback(self._step.callback)
-        self.window = Window(self)
+        self._set_up_state()
 
-    def _make_watch(self) -> NonFiniteWatch:
-        policy = self._guards.non_finite
-        if policy == "skip" and self.is_deepspeed_enabled:
-            raise ValueError(
-                "guards.non_finite: skip: DeepSpeed applies a step before it can be left out: use stop or "
-                "warn."
-            )
-        return NonFiniteWatch(self, policy, self._guards.max_skipped_steps or _MAX_SKIPPED_STEPS)
+    def _set_up_state(self) -> None:
+        """Make what is kept from step to step; checkpoints hold it, but for the sums of evaluation."""
+        self.sums = {"train": MetricSums(self.accelerator), "eval": MetricSums(self.accelerator)}
+        self._step = StepState(
+            self.regime,
+            self.args,
+            self.accelerator,
+            self.data_collator,
+            self._make_engine,
+            on_dataset="dataset" in sources_used(self.terms),
+            validates=self.eval_dataset is not None and self.args.eval_strategy != "no",
+        )
+        self._sums_before: dict[str, float] = {}
+        ramp = self._step.ramp
+        self.stateful = {
+            "sums": self.sums["train"],
+            "on_policy": self._step,
+            "watch": self._watch,
+            "terms": self._schedule,
+            **({"share": ramp} if ramp is not None else {}),
+        }
+        self.needs_own_state = self._step.must_be_saved
+
+    def _make_engine(self) -> RolloutEngine:
+        return make_engine(
+            self.regime.rollouts,
+            lambda: cast(nn.Module, self.model_wrapped),
+            self.accelerator.unwrap_model(self.model),
+            self.accelerator,
+            self._tokenizer,
+            self.teacher.model,
+        )
 
     def _introduce_rows(self) -> None:
         """Show the teacher the rows of the datasets, once; from then on batches ask it as they are collated,
@@ -146,6 +155,17 @@ class DistillTrainer(Resumable, SFTTrainer):
         late = self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy)
         self.data_collator.ask = self.teacher.ask if self.teacher.asks_ahead and not late else None
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, within `resuming`.
+
+        Raises:
+            TeacherUnavailable: a remote teacher stayed away; the steps done are saved.
+            NonFinite: a loss or gradient was NaN or infinite, and the guard's policy is to stop; likewise.
+        """
+        with self.resuming(resume_from_checkpoint, saved_by=(TeacherUnavailable, NonFinite)) as checkpoint:
+            return super().train(checkpoint, *args, **kwargs)
+        return TrainOutput(self.state.global_step, float("nan"), {})
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -158,155 +178,87 @@ class DistillTrainer(Resumable, SFTTrainer):
             raise ValueError(
                 "The fused loss builds no logits: set prediction_loss_only=True and drop compute_metrics."
             )
-        mode = "train" if self.model.training else "eval"
+        training = self.model.training
         batch = TokenBatch.pop(inputs)
         teacher = self.teacher.scores(inputs, batch)
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)
         replicas = 1
-        if mode == "train" and self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        if training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count covers every process and DDP averages the gradients: undo that average.
             replicas = self.accelerator.num_processes // self.get_tp_size()
             scale = scale * replicas
+        # As a result of the forward they would be cast to FSDP2's bfloat16, counts and all.
         stats: dict[str, Tensor] = {}
-
-        def head_function(student: Scores) -> Tensor:
-            output = self._loss(student, teacher, batch, scale, mode, replicas)
-            stats.update(
-                output.stats
-            )  # as a result of the forward they would be cast to FSDP2's bfloat16, counts and all
-            return output.loss
-
+        head_function = functools.partial(
+            self._loss, teacher=teacher, batch=batch, scale=scale, replicas=replicas, stats=stats
+        )
         loss = model(**model_inputs(inputs), label_index=batch.index, head_function=head_function)
-        if mode == "train":
-            self._watch.see(teacher, loss)
-        self._count(mode, stats, batch, inputs)
+        if training:
+            self.record_loss(loss, teacher)
+        counts = {"labels_dropped": batch.dropped, "num_tokens": input_tokens(inputs)}
+        self.sums["train" if training else "eval"].add({**counts, **stats})
         return loss
 
     def _loss(
         self,
         student: Scores,
+        *,
         teacher: TeacherScores | RoutedScores,
         batch: TokenBatch,
         scale: Tensor,
-        mode: str,
         replicas: int,
-    ) -> LossOutput:
-        if isinstance(teacher, RoutedScores):
-            return self._loss_of_parts(student, teacher, batch, scale, mode, replicas)
-        # Evaluation keeps its draws fixed (step -1 is no training step) and reads the dataset's rows only.
-        training = mode == "train"
+        stats: dict[str, Tensor],
+    ) -> Tensor:
+        """The loss at a micro-batch's label positions, inside the model's forward; `stats` gains its sums."""
+        training = self.model.training
         terms = self.terms if training else as_evaluated(self.terms)
-        count, numbers = num_uniforms(terms), None
-        if count:
-            step = self.state.global_step if training else -1
-            numbers = uniforms(batch.keys, seed=self.args.seed, step=step, count=count)
-        if training and self.regime.strategy.type == "policy_gradient":
-            output = self._step.policy_gradient(student, teacher, batch, scale, numbers, replicas)
-        else:
-            output = loss_by_source(
-                student,
-                teacher,
-                batch,
-                terms,
-                uniforms=numbers,
-                scale=scale,
-                impl=self.args.impl,
-                chunk_bytes=self.args.chunk_bytes,
-                metric_stride=self.args.metric_stride if training else 1,
-                kl_estimator=self.args.kl_estimator,
+        # It is a sum over positions, so each teacher's positions may be summed on their own.
+        parts = teacher.parts if isinstance(teacher, RoutedScores) else ((None, teacher),)
+        total = torch.zeros((), device=scale.device)
+        for positions, scores in parts:
+            some, of_student = (
+                (batch, student) if positions is None else (batch.at(positions), student.at(positions))
             )
-        if training and any(isinstance(position, SkewPosition) for position in self._adaptive.values()):
-            output.stats.update(label_gaps(student, teacher, batch, self.args.metric_stride))
-        if training and self._guards.overlap:
-            shared, rows = support_overlap(
-                student, teacher, batch.labels, self._guards.overlap_top_k, self.args.metric_stride
-            )
-            output.stats.update({"support_overlap": shared, "overlap_rows": rows})
-        return output
+            draws = self._uniforms(some, num_uniforms(terms))
+            if training and self._clips:
+                output = self._step.policy_gradient(
+                    of_student, scores, some, terms, uniforms=draws, scale=scale, replicas=replicas
+                )
+            else:
+                output = loss_by_source(
+                    of_student,
+                    scores,
+                    some,
+                    terms,
+                    uniforms=draws,
+                    scale=scale,
+                    impl=self.args.impl,
+                    chunk_bytes=self.args.chunk_bytes,
+                    metric_stride=self.args.metric_stride if training else 1,
+                    kl_estimator=self.args.kl_estimator,
+                )
+            total = total + output.loss
+            add_sums(stats, output.stats)
+            if training:
+                add_sums(stats, self._further_sums(of_student, scores, some))
+        return total
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        return self._step.sampler(super()._get_train_sampler(rows), rows)
+    def _uniforms(self, batch: TokenBatch, count: int) -> Tensor | None:
+        """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""
+        step = self.state.global_step if self.model.training else -1
+        return uniforms(batch.keys, seed=self.args.seed, step=step, count=count) if count else None
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Any:
-        if fills_last_batch(self.args, dataset) and not (is_training and self.regime.repeats):
-            count, dataset = len(dataset), fill(dataset, batch_size * self.args.world_size)
-            shuffled = is_training and self.args.train_sampling_strategy == "random"
-            sampler_fn = lambda rows: FilledOrder(count, len(rows), shuffled, self.args.data_seed)  # noqa: E731
-        return super()._get_dataloader(
-            dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole student, loadable by `from_pretrained` in one process, whatever engine shards
-        it."""
-        if self.is_fsdp_enabled and not _internal_call:
-            # The Trainer writes nothing here, without a word, where checkpoints are sharded.
-            self._save(
-                output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model)
-            )
-            return
-        super().save_model(output_dir, _internal_call)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        # Rollouts in use are random state too: written by every process, before the checkpoint counts as
-        # complete.
-        super()._save_rng_state(output_dir)
-        self._step.save(output_dir)
-        self.window.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._step.load(checkpoint)
-            self.window.load(checkpoint)
-
-    def _loss_of_parts(
-        self,
-        student: Scores,
-        routed: RoutedScores,
-        batch: TokenBatch,
-        scale: Tensor,
-        mode: str,
-        replicas: int,
-    ) -> LossOutput:
-        """The loss is a sum over positions, so each teacher's positions may be summed on their own."""
-        loss, stats = torch.zeros((), device=scale.device), {}
-        for positions, teacher in routed.parts:
-            part = self._loss(
-                student._replace(hidden=student.hidden[positions]),
-                teacher,
-                batch.at(positions),
-                scale,
-                mode,
-                replicas,
-            )
-            loss = loss + part.loss
-            for name, value in part.stats.items():
-                stats[name] = stats[name] + value if name in stats else value
-        return LossOutput(loss, stats)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Resumable`. What training cannot go on with ends it with a checkpoint of the steps done.
-
-        Raises:
-            TeacherUnavailable: a remote teacher stayed away.
-            NonFinite: a loss or gradient was NaN or infinite, and the guard's policy is to stop.
-        """
-        try:
-            return super().train(*args, **kwargs)
-        except (TeacherUnavailable, NonFinite):
-            self.end_early()
-            raise
+    def _further_sums(self, student: Scores, teacher: TeacherScores, batch: TokenBatch) -> dict[str, Tensor]:
+        """Sums that adaptive terms and guards ask for."""
+        stride, found = self.args.metric_stride, {}
+        if self._schedule.reads_gaps:
+            found.update(label_gaps(student, teacher, batch, stride))
+        if self._guards.overlap:
+            top_k = self._guards.overlap_top_k
+            shared, count = support_overlap(student, teacher, batch.labels, top_k, stride)
+            found.update({"support_overlap": shared, "overlap_rows": count})
+        return found
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -316,20 +268,27 @@ class DistillTrainer(Resumable, SFTTrainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return [], None
-        before = self._step.state()
+        before = self.take_state()
+        if self._schedule.moves:
+            self.terms = self._schedule.at(self.progress)
+            self._sums_before = self.sums["train"].totals(self._schedule.observed)
         # Rollouts come in before the label tokens are counted.
-        samples = self._step.begin(list(itertools.islice(epoch_iterator, num_batches)))
+        batches = self._step.begin(
+            list(itertools.islice(epoch_iterator, num_batches)), self.state.global_step, self.progress
+        )
         # Here, before the step: no process has entered a collective operation that the others would wait in.
-        if failure := self._teacher_failure(samples):
-            self._step.restore(before)
+        if failure := self._teacher_failure(batches):
+            self.put_state(before)
             raise TeacherUnavailable(failure)
-        self._watch.begin(samples, before)
-        return samples, self._get_num_items_in_batch(samples, device)
+        self.begin_record(batches, before)
+        return batches, self._get_num_items_in_batch(batches, device)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.last_step = {"grad_norm": grad_norm, "learning_rate": self._get_learning_rate()}
-        return self._watch.check(grad_norm)
+    def end_step(self) -> None:
+        """Move what adapts by what the step showed."""
+        if self._schedule.moves:
+            now = self.sums["train"].totals(self._schedule.observed)
+            of_step = {name: value - self._sums_before[name] for name, value in now.items()}
+            self._schedule.observe(of_step, (self.state.global_step + 1) / max(self.state.max_steps, 1))
 
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
         """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it
@@ -359,18 +318,19 @@ class DistillTrainer(Resumable, SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
 
-    def _count(self, mode: str, stats: dict[str, Tensor], batch: TokenBatch, inputs: dict[str, Any]) -> None:
-        sums = self._sums[mode]
-        seen = {"labels_dropped": batch.dropped, "num_tokens": _input_tokens(inputs), **stats}
-        for name, value in seen.items():
-            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; an adaptive share of rollouts follows the loss."""
+        metrics = super().evaluate(*args, **kwargs)
+        if self._step.ramp is not None and "eval_loss" in metrics:
+            self._step.ramp.update(metrics["eval_loss"])
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log: one reduction over processes, one read from the device."""
         mode = "train" if self.model.training else "eval"
-        sums = self._read(mode)
+        sums = self.sums[mode].read()
         if sums.get("tokens"):
-            metrics = _means(sums, self.terms)
+            metrics = means(sums, self.terms)
             if mode == "train":
                 # The history is what a checkpoint restores, so a resumed run goes on counting.
                 before = next(
@@ -382,59 +342,12 @@ class DistillTrainer(Resumable, SFTTrainer):
                 # The Trainer's own average weighs batches, not tokens.
                 logs["eval_loss"] = metrics.pop("value")
             metrics.pop("value", None)
-            logs.update(
-                {f"{'eval_' if mode == 'eval' else ''}{name}": value for name, value in metrics.items()}
-            )
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
         if mode == "train" and "loss" in logs:
-            if self.skipped_steps:
-                logs["skipped_steps"] = self.skipped_steps
-            self._guard(logs)
+            self.guard(logs)
         super().log(logs, start_time)
 
-    def _guard(self, logs: dict[str, float]) -> None:
-        for guard, level, text in check_metrics(self._guards, logs, self.state.log_history):
-            seen = any(f"guard/{guard}" in log for log in self.state.log_history[-1:])
-            logs[f"guard/{guard}"] = 1.0
-            if level == "stop":
-                self.stopped_by = f"{guard}: {text}"
-                self.control.should_training_stop = self.control.should_save = True
-            if not seen or level == "stop":
-                _LOGGER.warning("guard %s at step %d: %s", guard, self.state.global_step, text)
-
-    def build_scheduled_terms(self, progress: float) -> None:
-        """Set `terms` to what the schedules say at `progress`, the share of training steps that lie
-        behind."""
-        names = [term.name for term in self.terms]
-        fixed = []
-        for name, config in zip(names, self._term_configs, strict=True):
-            if isinstance(config, TermConfig):
-                adaptive = {key: self._adaptive[f"{name}.{key}"].t for key in config.adaptive}
-                config = config.at(progress, adaptive)
-            fixed.append(config)
-        self.terms = name_terms(fixed)
-
-    def _read(self, mode: str) -> dict[str, float]:
-        sums, self._sums[mode] = self._sums[mode], {}
-        # Every process must bring the same names: a rank may have seen no label, and then lacks some.
-        names = (
-            sorted(set().union(*gather_object([sorted(sums)])))
-            if self.accelerator.num_processes > 1
-            else sorted(sums)
-        )
-        return self.reduce_sums(sums, names)
-
-    def reduce_sums(self, sums: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
-        """The named sums over all processes, as numbers: the one place where statistics leave the device."""
-        if not names:
-            return {}
-        device = self.accelerator.device
-        zero = torch.zeros((), device=device)
-        stacked = torch.stack([sums.get(name, zero).to(device, sum_dtype(device)) for name in names])
-        return dict(zip(names, cast(Tensor, self.accelerator.reduce(stacked, "sum")).tolist(), strict=True))
-
-
-_LOGGER = logging.getLogger(__name__)
-
-
-# Of a run, where guards.max_skipped_steps does not say: some bad rows, not a run that has diverged.
-_MAX_SKIPPED_STEPS = 10
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return self._step.sampler(super()._get_train_sampler(rows), rows, self._train_batch_size)

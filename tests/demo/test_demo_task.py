@@ -14,7 +14,7 @@ from hpd.demo.build_teacher import build_tokenizer, encode_rows, write_completio
 from hpd.demo.task import (
     SPLITS,
     STYLES,
-    Row,
+    SolvedProblem,
     Split,
     final_answer,
     generate_rows,
@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(DEMO / "teacher")
 
 
-def shipped_rows(name: str) -> list[Row]:
+def shipped_rows(name: str) -> list[SolvedProblem]:
     raw = (DEMO / "data" / name).read_bytes()
     text = gzip.decompress(raw) if name.endswith(".gz") else raw
     return [json.loads(line) for line in text.decode().splitlines()]

@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig
 from hpd.config import load_recipe
-from hpd.estimate.memory import LiveBytes, StepMemory, parse_bytes
+from hpd.estimate.live_bytes import LiveBytes
+from hpd.estimate.memory import StepMemory
+from hpd.estimate.sizes import parse_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
-from hpd.losses.chunked import chunk_rows
+from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
-from hpd.methods import build_terms
+from hpd.methods import method_terms, name_terms
 from hpd.training.plan import plan
 
 MIB = 2**20
@@ -175,7 +177,7 @@ def test_the_operator_holds_gradients_and_two_chunks(method):
     )
     teacher = Scores(torch.randn(tokens, width), Head(torch.zeros(vocab, width)))
     rows = chunk_rows(tokens, 4 * vocab, default_chunk_bytes("cpu"))
-    terms = build_terms(method, {})
+    terms = name_terms(method_terms(method, {}))
     chunked._cpu_scratch.clear()
     with LiveBytes() as live:
         loss, _ = reweighted_nll(

@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 from hpd.cli import app
 from hpd.evaluate.distribution import (
     METRICS,
-    TextRow,
     _cut,
     check_metrics,
     distribution_metrics,
-    read_text_rows,
 )
-from hpd.evaluate.statistics import estimate, ratio, row_weights
+from hpd.evaluate.statistics import estimate, ratio
+from hpd.evaluate.text_rows import TextRow, read_text_rows
 from hpd.evaluate.token_statistics import TextTokens, distinct_ngrams, longest_loop, repeated_ngrams, sum_rows
 from hpd.generation.settings import GenerationSettings
 from hpd.models.forward import add_head_function
@@ -404,7 +403,7 @@ def test_bootstrap_covers_the_mean() -> None:
     covered = 0
     for seed in range(200):
         values = generator.normal(3.0, 1.0, size=60)
-        found = estimate(ratio(values, np.ones(60)), row_weights(60, seed, 400))
+        found = estimate(ratio(values, np.ones(60)), 60, seed)
         assert found.value == pytest.approx(values.mean())
         covered += found.low <= 3.0 <= found.high
     assert 0.88 < covered / 200 < 0.99

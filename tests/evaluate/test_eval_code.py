@@ -17,7 +17,10 @@ from hpd.generation.texts import Answer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is made of mechanisms of Linux")
 
-HEAD = 'from typing import List\n\n\ndef double(x: int) -> int:\n    """Twice x.\n    >>> double(2)\n    4\n    """\n'
+HEAD = (
+    "from typing import List\n\n\ndef double(x: int) -> int:\n"
+    '    """Twice x.\n    >>> double(2)\n    4\n    """\n'
+)
 ROWS: dict[str, dict[str, Any]] = {
     "humaneval": {
         "task_id": "HumanEval/900",
@@ -105,8 +108,10 @@ def test_task_protocol(name: str, tmp_path: Path) -> None:
     assert json.dumps(dict(task.options))
     assert {"stop", "chat_template", "max_new_tokens"} <= task.defaults.keys()
     prompt = task.examples()[0].prompt
-    words = '"""\nWrite a function to double a number.\nassert double(2) == 4\nassert math.isclose(double(0.1), 0.2)\n"""'
-    assert prompt == ROWS[name].get("prompt", words).rstrip()
+    words = (
+        "Write a function to double a number.\nassert double(2) == 4\nassert math.isclose(double(0.1), 0.2)"
+    )
+    assert prompt == ROWS[name].get("prompt", f'"""\n{words}\n"""').rstrip()
     instruct = made_up(tmp_path, name)
     assert "Markdown code block" in str(instruct.examples()[0].prompt)
     assert "stop" not in instruct.defaults

@@ -11,7 +11,7 @@ import pytest
 from hpd.evaluate import Answer, make_task
 from hpd.evaluate.benchmarks.answers import last_math, split_answers
 from hpd.evaluate.benchmarks.gpqa import Gpqa, chosen_letter
-from hpd.evaluate.benchmarks.verifier import Comparison, compare_all
+from hpd.evaluate.benchmarks.verifier import AnswerPair, compare_all
 
 
 def _write(path: Path, *rows: dict) -> Path:
@@ -55,10 +55,10 @@ def test_expressions_that_are_equal_and_expressions_that_are_not(tmp_path):
 
 
 def test_a_comparison_that_would_never_end_is_killed_and_the_next_one_works():
-    endless = Comparison("1", r"9^{9^{9^{9}}}")
+    endless = AnswerPair("1", r"9^{9^{9^{9}}}")
     start = time.perf_counter()
     outcomes = compare_all(
-        [endless, Comparison("2x", "x + x"), Comparison("x", r"\frac{"), Comparison("1/3", r"\frac{2}{6}")],
+        [endless, AnswerPair("2x", "x + x"), AnswerPair("x", r"\frac{"), AnswerPair("1/3", r"\frac{2}{6}")],
         3.0,
     )
     assert time.perf_counter() - start < 60

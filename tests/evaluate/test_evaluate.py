@@ -45,7 +45,10 @@ from hpd.generation.drawing import Draw, Sampling, warpers
 from hpd.generation.engine import encode_prompt
 
 PROMPTS = ["3", "3 + 4 = ", "how many?", "a", "the sum of 12 and 30 is", "1 2 3 4 5 6 7 8 9"]
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -398,17 +401,8 @@ def test_grading_imports_no_torch() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def _shared(*parts: str) -> Path:
-    candidates = [Path(os.environ["HPD_SHARED"])] if "HPD_SHARED" in os.environ else []
-    candidates += [parent / "shared" for parent in Path(__file__).resolve().parents]
-    found = [path.joinpath(*parts) for path in candidates if path.joinpath(*parts).exists()]
-    if not found:
-        pytest.skip("no shared data")
-    return found[0]
-
-
-def test_gsm8k_grades_its_own_solutions() -> None:
-    task = ExactMatch(_shared("data", "gsm8k", "test_even.jsonl"))
+def test_gsm8k_grades_its_own_solutions(shared: Path) -> None:
+    task = ExactMatch(shared / "data" / "gsm8k" / "test_even.jsonl")
     examples = task.examples()
     assert len(examples) > 600
     assert all(_grade(task, example, str(example.metadata["answer"])).correct for example in examples)
@@ -418,8 +412,8 @@ def test_gsm8k_grades_its_own_solutions() -> None:
     assert wrong < len(examples) / 20  # neighbours with the same answer by chance
 
 
-def test_math500_references_are_taken_as_a_whole() -> None:
-    task = ExactMatch(_shared("data", "math500", "test.jsonl"))
+def test_math500_references_are_taken_as_a_whole(shared: Path) -> None:
+    task = ExactMatch(shared / "data" / "math500" / "test.jsonl")
     examples = task.examples()
     assert all(example.answer == example.metadata["answer"].strip() for example in examples)
     agreeing = [_grade(task, example, example.metadata["solution"]).correct for example in examples]

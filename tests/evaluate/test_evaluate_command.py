@@ -2,13 +2,11 @@
 task."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import forked
 from helpers.tiny_models import tiny_pair
 
 
@@ -25,10 +23,8 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-def hpd(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "COLUMNS": "220", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "hpd", "eval", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+def hpd(folder: Path, *arguments: object):
+    return forked.hpd("eval", *arguments, cwd=folder)
 
 
 def test_models_side_by_side_with_a_paired_test(workspace):

@@ -5,8 +5,6 @@ import itertools
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.forked import start
 from helpers.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,11 +26,13 @@ from hpd.evaluate import (
     make_task,
     settings_for,
 )
-from hpd.evaluate.command import EvalCommand, EvalProgress, evaluate_models
+from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models
 from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
-from hpd.evaluate.tasks import build_task, build_tasks
+from hpd.evaluate.tasks import build_task, task_and_settings
 from hpd.generation.engine import TransformersEngine, cut_at
+from hpd.progress import Progress
+from hpd.teachers.fingerprints import quick_fingerprint
 
 PROMPTS = [f"say {word}:" for word in ("one", "two", "three", "four", "five")]
 SAMPLED = GenerationSettings(
@@ -176,7 +177,8 @@ def test_tasks_of_a_folder_a_file_and_a_list(tmp_path):
         rows = [{"question": f"{split} {i}", "answer": f"so\n#### {i}"} for i in range(count)]
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _problems(tmp_path / "mine.jsonl")
-    first, second = build_tasks(f"gsm8k, exact-match={tmp_path / 'mine.jsonl'}", tmp_path, few_shot=0)
+    sections = eval_sections(f"gsm8k, exact-match={tmp_path / 'mine.jsonl'}", tmp_path, few_shot=0)
+    first, second = (task_and_settings(section)[0] for section in sections)
     assert (len(first.examples()), len(second.examples())) == (3, 12)
     task = build_task("gsm8k", tmp_path, few_shot=2)
     prompts = [example.prompt for example in task.examples()]
@@ -198,10 +200,11 @@ def test_tasks_of_a_folder_a_file_and_a_list(tmp_path):
     ]
     assert len(set(ids)) == 5
     assert ids != ["0", "1", "2", "3", "4"]
-    options = build_tasks("exact-match", tmp_path / "mine.jsonl", ["exact-match.prompt_template=Q {prompt}"])[
-        0
-    ]
-    assert options.examples()[0].prompt == "Q say 0:"
+    given = ["exact-match.prompt_template=Q {prompt}"]
+    (section,) = eval_sections("exact-match", tmp_path / "mine.jsonl", given, temperature=0.5)
+    task, settings = task_and_settings(section, top_k=3)
+    assert task.examples()[0].prompt == "Q say 0:"
+    assert (settings.temperature, settings.top_k, settings.batch_size) == (0.5, 3, 32)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +221,16 @@ def test_tasks_of_a_folder_a_file_and_a_list(tmp_path):
     ],
 )
 def test_task_choices_that_make_no_sense(tmp_path, spec, arguments, message):
+    data = _problems(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=message):
-        build_tasks(spec, _problems(tmp_path / "a.jsonl"), **arguments)
+        [task_and_settings(section) for section in eval_sections(spec, data, **arguments)]
 
 
 def test_a_folder_without_the_task_and_the_hub_offline(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data for 'gsm8k': expected gsm8k/test\*"):
         make_task("gsm8k", tmp_path)
     with pytest.raises(
-        ValueError, match=r"openai/gsm8k:main:test cannot be had from the Hub; name a local file"
+        ValueError, match=r"openai/gsm8k:main:test is not available from the Hub; name a local file"
     ):
         make_task("gsm8k")
     with pytest.raises(ValueError, match="no data of its own on the Hub"):
@@ -340,59 +344,54 @@ def test_finished_batches_are_kept_and_a_cut_line_is_dropped(tmp_path):
 def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
     data = _problems(tmp_path / "p.jsonl", 24)
     generation = {
-        "num_samples": 4,
+        "num_samples": 2,
         "temperature": 1.0,
         "max_new_tokens": 60,
-        "chat_template": "never",
         "batch_size": 2,
         "seed": 0,
     }
 
     def command(output: str) -> EvalCommand:
-        tasks = build_tasks("exact-match", data)
-        return EvalCommand(
-            models=(str(folder),), tasks=tasks, generation=generation, output=tmp_path / output
-        )
+        (section,) = eval_sections("exact-match", data, **generation)
+        tasks = [task_and_settings(section, chat_template="never")]
+        return EvalCommand(models=(str(folder),), tasks=tasks, output=tmp_path / output)
 
     evaluate_models(command("whole"))
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "hpd",
-            "eval",
-            str(folder),
-            "--data",
-            str(data),
-            "--output",
-            str(tmp_path / "cut"),
-            "--batch-size",
-            "2",
-            "--samples",
-            "4",
-            "--temperature",
-            "1",
-            "--max-new-tokens",
-            "60",
-            "--chat-template",
-            "never",
-        ],
-        stdout=subprocess.DEVNULL,
+    process = start(
+        "eval",
+        folder,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "cut",
+        "--batch-size",
+        2,
+        "--samples",
+        2,
+        "--temperature",
+        1,
+        "--max-new-tokens",
+        60,
+        "--chat-template",
+        "never",
     )
     deadline, lines = time.monotonic() + 200, 0
-    while lines < 4 and time.monotonic() < deadline and process.poll() is None:
+    while lines < 4 and time.monotonic() < deadline and process.is_alive():
         lines = sum(path.read_text().count("\n") for path in (tmp_path / "cut").glob("partial-*"))
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     (partial,) = (tmp_path / "cut").glob("partial-*.jsonl")
     kept = json.loads(partial.read_text(encoding="utf-8").split("\n")[1])
     assert not (tmp_path / "cut" / "evals.json").exists()
     done: list[int] = []
-    silent = EvalProgress()
-    silent.answers = lambda model, task: lambda count, total: done.append(count)  # type: ignore[method-assign]
-    evaluate_models(command("cut"), silent)
-    assert (kept["batch"], len(done)) == (0, 48)
+
+    class Counted(Progress):
+        def bar(self, name):
+            return lambda count, total, note="": done.append(count)
+
+    evaluate_models(command("cut"), Counted())
+    assert (kept["batch"], len(done)) == (0, 24)
     whole, cut = ((tmp_path / name / "records-exact-match.jsonl").read_text() for name in ("whole", "cut"))
     assert whole == cut
     evals = [json.loads((tmp_path / name / "evals.json").read_text())[0] for name in ("whole", "cut")]
@@ -403,13 +402,11 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):
 
 
 def test_other_weights_under_the_same_name_start_anew(folder):
-    from hpd.evaluate.command import _fingerprint
-
-    before = _fingerprint(str(folder), "auto")
-    assert before == _fingerprint(str(folder), "auto") != _fingerprint(str(folder), "float32")
+    before = quick_fingerprint(str(folder), "auto")
+    assert before == quick_fingerprint(str(folder), "auto") != quick_fingerprint(str(folder), "float32")
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns + 1))
-    assert _fingerprint(str(folder), "auto") != before
+    assert quick_fingerprint(str(folder), "auto") != before
 
 
 # --- engines ---

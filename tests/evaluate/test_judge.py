@@ -107,7 +107,7 @@ def test_retry_after_as_a_date(tmp_path: Path) -> None:
 def test_a_slow_judge_is_given_up_and_asked_again(tmp_path: Path) -> None:
     with JudgeServer(likes_longer, delay_seconds=0.5) as server:
         judge = _judge(server, tmp_path, timeout_seconds=0.1, max_retries=1)
-        with pytest.raises(ConnectionError, match="no answer after 2 attempts .*ReadTimeout"):
+        with pytest.raises(ConnectionError, match="2 attempts .*ReadTimeout"):
             _rule(judge, QUESTION[:1])
         assert len(server.requests) == 2
 
@@ -134,7 +134,7 @@ def test_a_refusal_is_not_retried_and_the_key_is_not_shown(tmp_path: Path, monke
     monkeypatch.setenv("MY_KEY", "sk-secret-1")
     with JudgeServer(likes_longer, key="right") as server:
         judge = _judge(server, tmp_path, key_env="MY_KEY")
-        with pytest.raises(ValueError, match="refuses .status 401") as caught:
+        with pytest.raises(ValueError, match="refuses the request: HTTP 401") as caught:
             _rule(judge, QUESTION[:1])
         assert len(server.requests) == 1
         assert server.authorizations == {"Bearer sk-secret-1": 1}

@@ -287,8 +287,8 @@ def test_report_names_every_mechanism() -> None:
 @pytest.mark.parametrize("level", ISOLATIONS)
 def test_standard_library_works(level: str) -> None:
     source = """
-import asyncio, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools,
-json, math import random, re, statistics, string, threading, time, typing, unicodedata, uuid, zlib
+import asyncio, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools
+import json, math, random, re, statistics, string, threading, time, typing, unicodedata, uuid, zlib
 
 @dataclasses.dataclass
 class Point:

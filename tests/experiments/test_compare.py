@@ -1,18 +1,22 @@
 """Grids: what an experiment file means, what it refuses, and a small one run for real."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.forked import context
 from helpers.tiny_grid import command, tiny_experiment, tiny_grid
 
 from hpd.config import load_recipe
+from hpd.experiments.bases import evaluations
 from hpd.experiments.compare import compare
 from hpd.experiments.experiment import Budget, load_experiment, read_experiment
-from hpd.experiments.grid import Choice, expand, expand_tuning
+from hpd.experiments.grid import expand
 from hpd.experiments.manifest import differing_paths, require_equal_environments
+from hpd.experiments.tuning import Choice, expand_tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,7 +112,7 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
         ({"axes": {"method": ["hpd", "hpd"]}}, "different values"),
         (
             {"axes": {"method": ["hdp"]}},
-            "The cell hdp is no valid recipe. Unknown method 'hdp'. Did you mean 'hpd'",
+            "The cell hdp is not a valid recipe. Unknown method 'hdp'. Did you mean 'hpd'",
         ),
         ({"exclude": [{"metod": "hpd"}]}, "Did you mean 'method'"),
         ({"exclude": [{"seed": [0, 1]}]}, "exclude leaves no cell"),
@@ -117,7 +121,7 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
         ({"variants": {"a": {"method": "hpd"}}}, "variants or a method axis"),
         ({"own_samples_every": 5}, "own_samples is 0: say how many"),
         ({"own_samples": 5, "own_samples_every": 0}, "own_samples_every >= 1"),
-        ({"base": "no.module:here"}, "cannot be had"),
+        ({"base": "no.module:here"}, "is not available"),
     ],
 )
 def test_mistakes_in_the_file(tmp_path, changes, message):
@@ -167,7 +171,7 @@ def test_experiment_files_expand(tmp_path, monkeypatch, path):
     """Every cell of every committed experiment is a valid recipe (bases that train or need an extra are
     replaced)."""
     monkeypatch.chdir(ROOT)
-    from hpd.demo.run import demo_recipe
+    from hpd.demo.recipe import demo_recipe
     from hpd.experiments import tasks
 
     for name in ("chains", "gym_chains", "short_answers"):
@@ -374,7 +378,6 @@ def test_a_budget_in_seconds_stops_the_run(tmp_path):
 def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
     """Killed after its first checkpoint: the budget covers both lives, and the student is the undisturbed
     one."""
-    import multiprocessing
     import os
     import signal
     import time
@@ -401,7 +404,7 @@ def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
         for name in ("undisturbed", "killed")
     ]
     run_job(jobs[0])
-    process = multiprocessing.get_context("spawn").Process(target=run_job, args=(jobs[1],))
+    process = context().Process(target=run_job, args=(jobs[1],))
     process.start()
     deadline = time.monotonic() + 120
     while (
@@ -418,3 +421,117 @@ def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
         assert costs[0][kind] == costs[1][kind] > 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "killed"))
     assert all((one[key] == other[key]).all() for key in one)
+
+
+EVAL = {
+    "task": "exact-match",
+    "data": "problems.jsonl",
+    "limit": 7,
+    "limit_seed": 3,
+    "num_samples": 4,
+    "max_new_tokens": 9,
+    "batch_size": 5,
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "seed": 11,
+    "system_prompt": "Be brief.",
+    "few_shot": 2,
+    "few_shot_data": "shots.jsonl",
+}
+
+
+def test_an_evaluation_is_the_bases_eval_but_for_what_it_changes(tmp_path):
+    base = {"student": "s", "teacher": "t", "data": {"path": "d"}, "eval": {**EVAL, "every": 5}}
+    entries = [{"name": "same"}, {"name": "greedy", "temperature": 0.0, "num_samples": 1, "seed": None}]
+    same, greedy = evaluations(read_experiment(write(base=base, evals=entries)), tmp_path)
+    assert {key: getattr(same, key) for key in EVAL} == EVAL
+    assert same.every is None
+    assert greedy == dataclasses.replace(same, name="greedy", temperature=0.0, num_samples=1)
+    # Where `set` takes eval from the runs, and where it changes it.
+    gone = read_experiment(write(base=base, evals=entries, set={"eval": None}))
+    assert evaluations(gone, tmp_path) == (same, greedy)
+    shorter = read_experiment(write(base=base, evals=entries, set={"eval.limit": 2}))
+    assert [evaluation.limit for evaluation in evaluations(shorter, tmp_path)] == [2, 2]
+
+
+def test_an_evaluation_takes_the_bases_eval_of_its_task(tmp_path):
+    base = {"student": "s", "teacher": "t", "data": {"path": "d"}}
+    base["eval"] = [EVAL, {"task": "gsm8k", "data": "g.jsonl", "few_shot": 4}]
+    entries = [{"name": "sums", "task": "gsm8k", "limit": 3}, {"name": "other", "task": "my_module:Task"}]
+    sums, other = evaluations(read_experiment(write(base=base, evals=entries)), tmp_path)
+    assert (sums.data, sums.few_shot, sums.limit, sums.temperature) == ("g.jsonl", 4, 3, None)
+    assert (other.data, other.limit, other.max_new_tokens, other.few_shot) == ("problems.jsonl", 7, 9, 0)
+    # A recipe by its path is the same base.
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    from_path = read_experiment(write(base=str(tmp_path / "base.yaml"), evals=entries))
+    assert evaluations(from_path, tmp_path) == (sums, other)
+    with pytest.raises(ValueError, match=r"'eval\.limit': eval is a list in the recipe"):
+        expand(read_experiment(write(base=base, set={"eval.limit": 2})), tmp_path)
+
+
+def test_set_reaches_the_eval_of_a_recipe_by_its_path(tmp_path):
+    tree = {"student": "s", "teacher": "t", "data": {"path": "d"}, "eval": EVAL}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(tree))
+    cells = expand(read_experiment(write(base=str(tmp_path / "base.yaml"), set={"eval.limit": 2})), tmp_path)
+    assert [(entry.data, entry.limit) for entry in cells[0].recipe.eval] == [("problems.jsonl", 2)]
+
+
+@pytest.mark.parametrize(
+    ("evals", "message"),
+    [
+        ([{"name": "a", "limt": 3}], "unknown key 'evals.limt'; Did you mean 'limit'"),
+        ([{"limit": 3}], "'evals.name' is missing"),
+        ([{"name": "a", "limit": "many"}], "'evals.limit'"),
+        ([{"name": "a", "every": 3}], "every has no effect here"),
+        ([{"name": "a"}, {"name": "a"}], "two are called the same"),
+    ],
+)
+def test_mistakes_in_evals(evals, message):
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        read_experiment(write(evals=evals))
+
+
+def test_the_grid_of_a_base_with_eval_runs(tmp_path):
+    path = tiny_experiment(
+        tmp_path, tune=None, evals=[], own_samples=0, axes={"method": ["hpd"], "seed": [0]}, baseline=None
+    )
+    tree = yaml.safe_load(path.read_text())
+    problems = str(tmp_path / "problems.jsonl")
+    tree["base"]["eval"] = {
+        "data": problems,
+        "limit": 4,
+        "max_new_tokens": 5,
+        "num_samples": 2,
+        "temperature": 1.0,
+    }
+    tree |= {"evals": [{"name": "again"}, {"name": "greedy", "temperature": 0.0, "num_samples": 1}]}
+    tree |= {"own_samples": 3, "metrics": ["again"], "budget": {"type": "steps", "value": 2}}
+    path.write_text(yaml.safe_dump(tree))
+    done = command("compare", path)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "grid" / "manifest.json").read_text())
+    assert f"eval.0.data: {problems}" in manifest["fingerprints"]
+    run = tmp_path / "grid" / "runs" / "hpd__seed-0"
+    figures = json.loads((run / "experiment.json").read_text())["figures"]
+    assert {"again", "greedy", "own_entropy"} <= set(figures)
+    asked = {entry["model"]: entry for entry in json.loads((run / "evals.json").read_text())}
+    again, greedy = asked["student after: again"], asked["student after: greedy"]
+    assert again["settings"] == asked["student after"]["settings"]
+    assert (again["settings"]["num_samples"], again["settings"]["temperature"]) == (2, 1.0)
+    assert (greedy["settings"]["num_samples"], greedy["settings"]["temperature"]) == (1, 0.0)
+    assert again["num_examples"] == greedy["num_examples"] == 4
+
+
+def test_the_experiment_of_the_documentation_runs_as_it_is_typed(tmp_path):
+    """docs/experiments.md's own file (`base: demo`), cut to one run of two steps by overrides."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    path = tmp_path / "experiment.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    assert len(expand_tuning(load_experiment(path), tmp_path)) == 3 * 4 * 2
+    fewer = ["tune=null", "axes.method=[hpd]", "axes.seed=[0]", "baseline=null", "own_samples=3"]
+    fewer += ["budget.value=2", "set.eval.limit=3", "set.data.limit=128", f"output_dir={tmp_path / 'grid'}"]
+    done = command("compare", path, *fewer)
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "grid" / "runs" / "hpd__seed-0" / "experiment.json").read_text())
+    assert {"accuracy", "sampled_accuracy", "own_entropy"} <= set(record["figures"])
+    assert json.loads((tmp_path / "grid" / "teacher" / "figures.json").read_text())["accuracy"] > 0

@@ -162,7 +162,7 @@ def test_own_samples_leave_training_alone_and_go_on_where_a_run_was_resumed(tmp_
     import torch
     from transformers import TrainerState
 
-    from hpd.experiments.worker import OwnSampleCurve
+    from hpd.experiments.own_samples import OwnSampleCurve
 
     seen = []
     student = torch.nn.Linear(1, 1)

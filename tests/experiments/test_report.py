@@ -12,11 +12,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from helpers.tiny_grid import SCRIPT, command, hpd, tiny_grid
+from helpers.forked import hpd
+from helpers.tiny_grid import SCRIPT, command, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
-from hpd.experiments.pages import Watcher, make_server, render_markdown, render_page, write_report
-from hpd.experiments.plots import Panel, heat_maps, scaling_panels, to_png, to_svg
+from hpd.experiments.figures import Panel, line_panel, to_png, to_svg
+from hpd.experiments.live import Watcher, make_server
+from hpd.experiments.output import render_markdown, write_report
+from hpd.experiments.pages import render_page
+from hpd.experiments.plots import heat_maps, scaling_panels
 from hpd.experiments.report import build_report
 from hpd.experiments.results import Results, Run, higher_is_better, read_results
 from hpd.experiments.tables import ablation_table
@@ -328,7 +332,8 @@ def test_page_in_a_browser_has_plots_and_no_errors(grid, browser):
         ".filter(s => s.getBBox().width < 50 || !s.querySelector('path')).length"
     )
     assert browser.execute_script(empty) == 0
-    twice = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id); return ids.filter((x, i) => ids.indexOf(x) !== i)"
+    ids = "const ids = [...document.querySelectorAll('[id]')].map(e => e.id);"
+    twice = f"{ids} return ids.filter((x, i) => ids.indexOf(x) !== i)"
     assert browser.execute_script(twice) == []
 
 
@@ -438,9 +443,7 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
 
 
 def test_powers_of_a_logarithmic_axis_are_plain_numbers():
-    from hpd.experiments.plots import _line_panel
-
-    panel = _line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
+    panel = line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
     assert ">0.01<" in to_svg(panel)
     assert "mathdefault" not in to_svg(panel)
 

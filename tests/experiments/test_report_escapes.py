@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpd.experiments.pages import render_markdown, render_page, write_report
+from hpd.experiments.output import render_markdown, write_report
+from hpd.experiments.pages import render_page
 from hpd.experiments.report import file_name, report_on
 from hpd.experiments.results import Results, Run
 

@@ -9,7 +9,7 @@ from scipy import stats
 from hpd.experiments.statistics import (
     cliffs_delta,
     cohen_dz,
-    compare_paired,
+    compare_variants,
     correct,
     holm,
     mean_interval,
@@ -38,7 +38,7 @@ def test_interval_is_students():
 
 
 def test_paired_t_of_the_sleep_data():
-    comparison = compare_paired(dict(enumerate(SLEEP)), dict.fromkeys(range(10), 0.0))
+    comparison = compare_variants(dict(enumerate(SLEEP)), dict.fromkeys(range(10), 0.0))
     assert comparison.p_seeds == pytest.approx(0.002833, abs=1e-6)
     assert comparison.d_z == pytest.approx(4.0621 / math.sqrt(10), abs=1e-4)
 
@@ -117,7 +117,7 @@ def test_no_win_is_found_where_there_is_none():
     for _ in range(100):
         runs = rng.normal(0.8, 0.02, (21, 5))
         comparisons = [
-            compare_paired(
+            compare_variants(
                 dict(enumerate(row)), dict(enumerate(runs[0])), names=(str(i), "base", "accuracy")
             )._replace(low=1e-9)
             for i, row in enumerate(runs[1:])
@@ -129,22 +129,22 @@ def test_no_win_is_found_where_there_is_none():
 def test_verdicts_follow_the_direction_of_the_metric():
     better, base = {s: 0.9 + s / 1000 for s in range(5)}, {s: 0.8 - s / 1000 for s in range(5)}
     higher, lower = (
-        compare_paired(better, base, names=("a", "b", metric)) for metric in ("accuracy", "forward_kl")
+        compare_variants(better, base, names=("a", "b", metric)) for metric in ("accuracy", "forward_kl")
     )
     found = correct([higher, lower], {"accuracy": True, "forward_kl": False})
     assert [c.verdict for c in found] == ["win", "loss"]
     assert found[0].p_holm == pytest.approx(2 * found[0].p_seeds)
-    few = compare_paired({0: 0.9, 1: 0.9}, {0: 0.8, 1: 0.8}, names=("a", "b", "accuracy"))
+    few = compare_variants({0: 0.9, 1: 0.9}, {0: 0.8, 1: 0.8}, names=("a", "b", "accuracy"))
     assert correct([few], {"accuracy": True})[0].verdict == "no consistent win"
 
 
 def test_pairs_are_the_common_seeds_and_records_must_match():
     a, b = {0: 1.0, 1: 2.0, 2: 9.0}, {0: 0.5, 1: 1.0}
-    assert compare_paired(a, b).num_seeds == 2
+    assert compare_variants(a, b).num_seeds == 2
     records = {s: {"x": 1.0, "y": 0.0} for s in (0, 1)}, {s: {"x": 0.0, "y": 0.0} for s in (0, 1)}
-    assert compare_paired(a, b, records=records).num_examples == 2
+    assert compare_variants(a, b, records=records).num_examples == 2
     records[1][1]["z"] = 1.0
-    assert compare_paired(a, b, records=records).num_examples == 0
+    assert compare_variants(a, b, records=records).num_examples == 0
 
 
 def test_stability_sees_noise_spikes_and_collapse():

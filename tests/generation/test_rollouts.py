@@ -476,10 +476,10 @@ def test_distillm2_skews_follow_the_gaps(pair, tmp_path):
         train=rows(32),
     )
     trainer.train()
-    skews = {name: position.t for name, position in trainer._adaptive.items()}
+    skews = {name: position.t for name, position in trainer._schedule.positions.items()}
     assert set(skews) == {"skew_forward_kl.lam", "skew_reverse_kl.lam"}
     assert all(0.01 <= skew <= 0.1 for skew in skews.values())
-    assert all(position._count == 4 for position in trainer._adaptive.values())
+    assert all(position._count == 4 for position in trainer._schedule.positions.values())
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert all(
         log["loss"] == pytest.approx(log["loss/skew_forward_kl"] + log["loss/skew_reverse_kl"], rel=1e-4)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -23,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from helpers.forked import context
 
 __all__ = ["Account", "disk", "harass", "left_behind", "live", "same", "start"]
 
@@ -44,12 +45,6 @@ class Account:
     @property
     def survived(self) -> int:
         return sum(self.kills.values())
-
-
-def _context() -> Any:
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hpd.training.single", "helpers.faults"])
-    return context
 
 
 def live(tree: dict[str, Any], log: str, plan: dict[str, Any]) -> None:
@@ -104,7 +99,7 @@ def _fail_writes_of_shards(after: int) -> None:
 
 def start(tree: dict[str, Any], log: Path, plan: dict[str, Any] | None = None) -> Any:
     """A child that lives the run."""
-    process = _context().Process(target=live, args=(tree, str(log), plan or {"kind": "none"}))
+    process = context().Process(target=live, args=(tree, str(log), plan or {"kind": "none"}))
     process.start()
     return process
 
@@ -238,14 +233,17 @@ def left_behind(run: Path) -> dict[str, Any]:
         "adapter_model.safetensors" if (run / "adapter_model.safetensors").is_file() else "model.safetensors"
     )
     files = {"weights": load_file(run / weights), "last weights": load_file(last / weights)}
-    for name in ("optimizer.pt", "scheduler.pt", *(path.name for path in last.glob("rollouts-*"))):
+    for name in ("optimizer.pt", "scheduler.pt"):
         files[name] = torch.load(last / name, weights_only=True)
+    for path in last.glob("state-*"):
+        saved = torch.load(path, weights_only=True)
+        rows = saved["on_policy"]["rows"]
+        if rows is not None:
+            del rows["sums"]  # with seconds
+        files[path.name] = {name: saved.get(name) for name in ("on_policy", "terms", "share")}
     logs = [_without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = json.loads((last / "trainer_state.json").read_text())
     kept = {key: state[key] for key in ("global_step", "epoch", "best_metric", "best_global_step")}
-    kept["adaptive"] = {
-        key: value for key, value in state["stateful_callbacks"].items() if key.startswith("hpd")
-    }
     return {
         **files,
         "metrics": logs,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.methods import METHODS, build_terms
+from hpd.methods import METHODS, method_terms, name_terms
 from hpd.methods.supports import Support, full, label, sampled, top_k
 from hpd.methods.terms import Term
 from hpd.objectives import forward_kl, generalized_jsd, hpd, nll, reverse_kl
@@ -18,7 +18,7 @@ NUM_TOKENS, HIDDEN = 13, 6
 
 
 TERMS: dict[str, tuple[Term, ...]] = {
-    **{name: build_terms(name, {}, ()) for name in METHODS},
+    **{name: name_terms(method_terms(name, {})) for name in METHODS},
     "softened": (Term("forward_kl", forward_kl(), full(), temperature=2.5),),
     "softened draws": (Term("reverse_kl", reverse_kl(), label() + sampled(2), temperature=0.6),),
     "softened top_k": (Term("reverse_kl", reverse_kl(), top_k(3), temperature=1.5),),

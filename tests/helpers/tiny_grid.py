@@ -1,34 +1,19 @@
-"""One small grid, really run by `hpd compare` in a process of its own, that the tests of comparison and
-report share."""
+"""One small grid, really run by `hpd compare`, that the tests of comparison and report share."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from helpers.tiny_models import tiny_pair
 
-__all__ = ["SCRIPT", "command", "hpd", "tiny_experiment", "tiny_grid"]
+__all__ = ["SCRIPT", "command", "tiny_experiment", "tiny_grid"]
 
 SCRIPT = "<script>document.title = 'owned'</script>"
 """Stands in a prompt of the test file, so the report must escape it."""
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
-def hpd(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "hpd", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-    )
 
 
 def command(*arguments):
@@ -96,7 +81,7 @@ def tiny_grid(tmp_path_factory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "tiny-grid"
     if not (folder / "grid" / "report" / "index.html").is_file():
         folder.mkdir(exist_ok=True)
-        done = hpd("compare", tiny_experiment(folder))
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = command("compare", tiny_experiment(folder))
+        assert done.exit_code == 0, done.output
         assert "report:" in done.stdout
     return folder / "grid"

@@ -1,19 +1,12 @@
 """A trainer on a tiny pair, and what tests read from it."""
 
-import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from helpers.tiny_models import tiny_pair
 from hpd import DistillConfig, DistillTrainer
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return tiny_pair("llama", tmp_path_factory.mktemp("pair"))
 
 
 def rows(count=8, offset=0):

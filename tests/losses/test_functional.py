@@ -1,7 +1,6 @@
 """The losses as functions: parity with public reference code, and the fused form equal to the plain one."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -9,28 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 import hpd
-from hpd import Head, Objective
+from hpd import Head
 from hpd.objectives import OBJECTIVES, forward_kl
+from hpd.objectives.fused import FUSED
 
-HERE = Path(__file__).resolve()
-SHARED = next(
-    (
-        p
-        for p in [Path(os.environ.get("HPD_SHARED", "/nonexistent")), *(q / "shared" for q in HERE.parents)]
-        if p.is_dir()
-    ),
-    None,
-)
-INDEX = SHARED / "parity" / "index.json" if SHARED else None
-ENTRIES = json.loads(INDEX.read_text()) if INDEX and INDEX.is_file() else []
+PARITY = Path(__file__).parent / "parity"
+ENTRIES = json.loads((PARITY / "index.json").read_text())
 # Fixtures whose value is a cross-entropy: larger than the divergence by the entropy of the target.
 CROSS_ENTROPIES = ("forward_kl", "symmetric_kl", "skew_forward_kl", "taid")
 
 
-@pytest.mark.skipif(not ENTRIES, reason="the parity fixtures are not here")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["file"].removesuffix(".safetensors"))
 def test_parity_with_reference_code(entry):
-    fixture = load_file(INDEX.parent / entry["file"])
+    fixture = load_file(PARITY / entry["file"])
     student = fixture["student_logits"].requires_grad_()
     output = hpd.distillation_loss(
         student,
@@ -99,12 +89,46 @@ def test_parameters_reach_objective_and_term():
     assert 0 < top < hpd.distillation_loss(*logits, labels, "reverse_kl").loss
 
 
-def test_an_objective_instance_is_taken_as_it_is():
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "reverse_kl", "hpd", "hpd_exact", "hpd_full", "nll", "todi", "akl"]
+)
+@pytest.mark.parametrize("form", ["instance", "factory", "path"])
+def test_an_objective_is_its_name(name, form):
+    factory = OBJECTIVES[name]
+    given = {"instance": factory(), "factory": factory, "path": f"hpd.objectives:{name}"}[form]
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    hidden.requires_grad_(), head.requires_grad_()
+    draws = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
+
+    def by(objective):
+        logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+        plain = hpd.distillation_loss(*logits, labels, objective, draws=draws)
+        fused = hpd.fused_distillation_loss(
+            hidden, head, teacher_hidden, teacher_head, labels, objective, draws=draws
+        )
+        gradients = [torch.autograd.grad(output.loss, (hidden, head)) for output in (plain, fused)]
+        return [plain.loss, fused.loss, *gradients[0], *gradients[1], *plain.stats.values()]
+
+    for got, want in zip(by(given), by(name), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("given", [forward_kl(), forward_kl, "hpd.objectives:forward_kl", "forward_kl"])
+def test_every_form_of_an_objective_takes_the_fast_way(given, monkeypatch):
+    calls = []
+    fused = FUSED["forward_kl"]
+    monkeypatch.setitem(FUSED, "forward_kl", lambda whole: (calls.append(len(whole.labels)), fused(whole))[1])
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, given)
+    assert calls == [8]
+
+
+def test_exact_draws_of_an_instance():
     hidden, head, teacher_hidden, teacher_head, labels = batch()
     logits = hidden @ head.T, teacher_hidden @ teacher_head.T
-    assert isinstance(forward_kl(), Objective)
-    by_name = hpd.distillation_loss(*logits, labels, "forward_kl").loss
-    torch.testing.assert_close(hpd.distillation_loss(*logits, labels, forward_kl()).loss, by_name)
+    by_name = hpd.distillation_loss(*logits, labels, "hpd", draws="exact", reinforce=False).loss
+    instance = OBJECTIVES["hpd"](reinforce=False)
+    assert torch.equal(hpd.distillation_loss(*logits, labels, instance, draws="exact").loss, by_name)
 
 
 def test_fresh_draws_come_from_the_generator():
@@ -168,6 +192,8 @@ def test_head_extras_are_honoured():
     [
         ({"objective": "hdp"}, "Did you mean 'hpd'"),
         ({"objective": "akl", "nu": 1}, "no parameter 'nu'"),
+        ({"objective": forward_kl(), "build": 1}, "'forward_kl' has no parameter 'build'"),
+        ({"objective": "nowhere:akl"}, "cannot be imported"),
         ({"reduction": "none"}, "reduction must be one of mean, sum"),
         ({"vocab": "error"}, "37 tokens and the teacher 30"),
         ({"vocab": "cut"}, "vocab must be one of"),

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpd.losses import Head, Scores, chunked, reweighted_nll
-from hpd.methods import build_terms
+from hpd.methods import method_terms, name_terms
 from hpd.methods.supports import full, label, sampled, top_k
 from hpd.methods.terms import Term
 from hpd.objectives import forward_kl, hpd, hpd_exact, nll, reverse_kl, taid
@@ -638,7 +638,7 @@ def call(given: Problem, terms: Sequence[Term], **options: Any) -> None:
     [
         (lambda g: call(g, TERMS["sft"], impl="fast"), "impl must be one of reference, chunked"),
         (lambda g: call(g, ()), "At least one term"),
-        (lambda g: call(g, TERMS["sft"] + build_terms("sft", {}, ())), "give each its own"),
+        (lambda g: call(g, TERMS["sft"] + name_terms(method_terms("sft", {}))), "give each its own"),
         (lambda g: call(g, TERMS["hpd"]), "needs 1 uniform numbers"),
         (
             lambda g: call(g, TERMS["every switch of the draw"], uniforms=g.uniforms[:, :2]),

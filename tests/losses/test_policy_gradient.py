@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hpd.batch import TokenBatch
 from hpd.losses import Head, Scores
-from hpd.losses.by_source import loss_by_source
+from hpd.losses.operator import loss_by_source
 from hpd.losses.policy_gradient import clipped_surrogate, discounted_returns, policy_gradient_nll
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.strategy import StrategyConfig
@@ -268,3 +268,23 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.look()
+
+
+def test_state_of_an_older_checkpoint_is_read():
+    student, teacher = tabular(0).requires_grad_(), tabular(1)
+    terms = [OPD.build(), TermConfig(objective="forward_kl", on="student").build()]
+    text = (0, 1, END)
+    where = torch.tensor([PREFIXES.index(p) for p in prefixes_of(text)])
+
+    def update(frozen, sharpness):
+        sides = Scores(student[where] * sharpness, Head(None)), Scores(teacher[where], Head(None))
+        output, kept = policy_gradient_nll(
+            *sides, batch_for(text), terms, PG, frozen=frozen, uniforms=None, scale=1.0, row_scale=1.0
+        )
+        return *torch.autograd.grad(output.loss, student), kept
+
+    _, kept = update(None, 1.0)
+    older = [[{n.removesuffix("_logprobs"): v for n, v in state.items()} for state in part] for part in kept]
+    assert "old" in older[0][0]
+    assert torch.equal(update(older, 1.1)[0], update(kept, 1.1)[0])
+    assert not torch.equal(update(older, 1.1)[0], update(None, 1.1)[0])

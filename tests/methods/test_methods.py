@@ -5,9 +5,13 @@ import math
 
 import pytest
 from helpers.tiny_models import tiny_pair
+from pydantic import TypeAdapter, ValidationError
 
+from hpd import Objective
 from hpd.config import load_recipe
-from hpd.methods import METHODS, build_terms, method_terms
+from hpd.methods import METHODS, method_terms, name_terms
+from hpd.methods.terms import TermConfig
+from hpd.objectives import forward_kl, hpd, nll, reverse_kl
 from hpd.training.run import train
 
 
@@ -49,7 +53,7 @@ def test_rows_are_complete(method):
     row = METHODS[method]
     assert all((row.summary, row.weight, row.use, row.defaults, row.reference))
     assert 0.0 <= row.prefixes.student_share(0.0) <= row.prefixes.student_share(1.0) <= 1.0
-    assert build_terms(method, {})
+    assert name_terms(method_terms(method, {}))
 
 
 def test_parameters_go_to_objective_or_term():
@@ -58,38 +62,31 @@ def test_parameters_go_to_objective_or_term():
     )
     assert term.kwargs == {"reinforce": False}
     assert (term.num_draws, term.draw_share, term.exclude_label) == (3, 0.5, True)
-    support = term.build_support()
+    support = term.build().support
     assert (support.draws, support.share, support.importance) == (3, 0.5, False)
 
 
 def test_draws_exact_is_a_parameter_of_hpd():
-    (term,) = build_terms("hpd", {"draws": "exact", "reinforce": False})
+    (term,) = name_terms(method_terms("hpd", {"draws": "exact", "reinforce": False}))
     assert str(term.support) == "label + full"
     assert term.objective.domain == "label_and_vocabulary"
     with pytest.raises(ValueError, match="draws: exact is HPD's expectation"):
-        build_terms("akl", {"draws": "exact"})
+        name_terms(method_terms("akl", {"draws": "exact"}))
 
 
 def test_importance_is_unbiased_by_default_and_off_for_hpd():
-    from hpd.methods.terms import TermConfig
-
-    assert TermConfig(objective="reverse_kl", support="label+sampled").build_support().importance
-    assert not TermConfig(objective="hpd").build_support().importance
+    assert TermConfig(objective="reverse_kl", support="label+sampled").build().support.importance
+    assert not TermConfig(objective="hpd").build().support.importance
 
 
 def test_terms_of_one_objective_get_names_of_their_own():
-    from hpd.methods.terms import TermConfig
-
     names = [
-        t.name
-        for t in build_terms(None, {}, [TermConfig(objective="nll"), TermConfig(objective="nll", weight=0.5)])
+        t.name for t in name_terms([TermConfig(objective="nll"), TermConfig(objective="nll", weight=0.5)])
     ]
     assert names == ["nll", "nll#2"]
 
 
 def test_objectives_of_ones_own(tmp_path, monkeypatch):
-    from hpd.methods.terms import TermConfig
-
     (tmp_path / "mine.py").write_text(
         "def f(r): return r * r.log()\ndef df(r): return r.log() + 1\nnothing = 3\n"
     )
@@ -102,3 +99,46 @@ def test_objectives_of_ones_own(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             TermConfig(objective=name).build()
+
+
+@pytest.mark.parametrize(
+    ("name", "factory"),
+    [("forward_kl", forward_kl), ("reverse_kl", reverse_kl), ("nll", nll), ("hpd", hpd)],
+)
+def test_an_objective_a_factory_and_a_path_build_the_term_of_the_name(name, factory):
+    by_name = TermConfig(objective=name).build()
+    for given in (factory(), factory, f"hpd.objectives:{name}"):
+        term = TermConfig(objective=given).build(name)
+        assert (term.support, term.name) == (by_name.support, name)
+        assert term.objective._replace(weights=None, value=None, stats=None) == by_name.objective._replace(
+            weights=None, value=None, stats=None
+        )
+    assert TermConfig(objective=factory()).name == TermConfig(objective=factory).name == name
+
+
+def test_parameters_of_a_factory_may_be_schedules_and_an_objective_has_none():
+    config = TermConfig(
+        objective=reverse_kl, kwargs={"baseline": {"schedule": "linear", "start": 0.0, "end": 1.0}}
+    )
+    assert config.scheduled
+    assert config.at(0.5).build().objective.arguments == (0.5,)
+    with pytest.raises(ValueError, match="'reverse_kl' has no parameter 'baseline'"):
+        TermConfig(objective=reverse_kl(), kwargs={"baseline": 1.0}).build()
+
+
+def test_a_rule_of_ones_own_on_label_and_draws_gets_its_support():
+    mine = Objective(hpd().weights, hpd().value, domain="label")
+    term = TermConfig(objective=mine).build()
+    assert (term.name, str(term.support), term.support.importance) == (
+        "objective",
+        "label + sampled(1)",
+        False,
+    )
+
+
+def test_a_recipe_gives_objectives_by_name():
+    adapter = TypeAdapter(TermConfig)
+    assert adapter.validate_python({"objective": "hpd.objectives:nll"}).build().objective.rule == "nll"
+    assert adapter.dump_python(TermConfig(objective="nll"), mode="json")["objective"] == "nll"
+    with pytest.raises(ValidationError, match="valid string"):
+        adapter.validate_python({"objective": forward_kl()})

@@ -27,7 +27,7 @@ from transformers import (
 
 from hpd.losses import Head, Scores, head_of, reweighted_nll
 from hpd.losses.products import logits, project_
-from hpd.methods import build_terms
+from hpd.methods import method_terms, name_terms
 from hpd.models.forward import add_head_function, model_inputs, scores_of
 
 # PEFT warns about tied embeddings and transposed layers, both of which are meant here.
@@ -136,7 +136,7 @@ def test_parameters_get_the_gradient_of_the_model_s_own_logits(name: str, inputs
     loss = nn.functional.cross_entropy(own(**inputs).logits.flatten(0, 1)[INDEX], labels, reduction="sum")
     loss.backward()
     ours = add_head_function(tiny(name))
-    terms = build_terms("sft", {}, ())
+    terms = name_terms(method_terms("sft", {}))
     function = lambda given: reweighted_nll(given, given, labels, terms, chunk_bytes=2 * VOCAB * 4).loss  # noqa: E731
     fused = ours(**inputs, label_index=INDEX, head_function=function)
     fused.backward()
@@ -194,7 +194,7 @@ def test_the_adapter_on_the_head_learns_and_its_base_does_not(inputs: dict[str, 
         plain(**inputs).logits.flatten(0, 1)[INDEX], labels, reduction="sum"
     ).backward()
     add_head_function(fused.get_base_model())
-    terms = build_terms("sft", {}, ())
+    terms = name_terms(method_terms("sft", {}))
     function = lambda given: reweighted_nll(given, given, labels, terms).loss  # noqa: E731
     fused(**inputs, label_index=INDEX, head_function=function).backward()
     learnt = set()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hpd.methods.supports import full, label
 from hpd.objectives import OBJECTIVES, Objective
+from hpd.objectives.fused import FUSED, Whole
 
 FLOOR = -1e5  # nats, what the operator puts in the place of -inf
 Row = Sequence[float]
@@ -294,16 +295,29 @@ def test_masked_rows_are_removed_rows(case: Case) -> None:
         torch.testing.assert_close(f(*changed)[keep], f(teacher[keep], student[keep]), rtol=1e-13, atol=1e-15)
 
 
-@every_case
+WITH_SECOND_FORM = [c for c in CASES if c.make().rule in FUSED and not c.domain.startswith("label")]
+
+
+@pytest.mark.parametrize("case", WITH_SECOND_FORM, ids=str)
 def test_fused_is_weights_and_summed_value(case: Case) -> None:
-    objective = case.make()
-    for teacher, student in (
-        logprobs(),
-        tuple(x.clamp(max=-1e5 + 1) if i else x for i, x in enumerate(logprobs())),
-    ):
-        weights, value = objective.evaluate(teacher.clone(), student.clone())
-        torch.testing.assert_close(weights, objective.weights(teacher, student), rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(value, objective.value(teacher, student).sum(-1), rtol=1e-9, atol=1e-10)
+    objective, (teacher, student) = case.make(), logprobs()
+    labels = torch.zeros(len(student), dtype=torch.long)
+    whole = Whole(teacher.clone(), student.clone(), student.exp(), labels)
+    weights, value, factor, mass, _ = FUSED[objective.rule](whole, *objective.arguments)
+    expected = objective.weights(teacher, student)
+    torch.testing.assert_close(weights * factor, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(value, objective.value(teacher, student).sum(-1), rtol=1e-9, atol=1e-10)
+    if mass is not None:
+        torch.testing.assert_close(mass, expected.sum(-1), rtol=1e-9, atol=1e-10)
+
+
+def test_an_objective_says_which_factory_made_it() -> None:
+    assert set(FUSED) < set(OBJECTIVES)
+    assert {case.make().rule for case in CASES} >= set(FUSED)
+    for case in CASES:
+        aliases = {"js": "generalized_jsd"}
+        limits = ("forward_kl", "reverse_kl", "")
+        assert case.make().rule in (aliases.get(case.name, case.name), *limits)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.domain.startswith("label")], ids=str)

@@ -1,4 +1,4 @@
-"""Objectives against the losses and gradients that public reference code computed (`shared/parity`).
+"""Objectives against the losses and gradients that public reference code computed (tests/parity/README.md).
 
 The tests compare at the level of an Objective: log-probabilities over the shared vocabulary prefix at label
 positions, the value summed and averaged over label tokens, the gradient assembled from the weights.
@@ -7,7 +7,6 @@ positions, the value summed and averaged over label tokens, the gradient assembl
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,23 +18,8 @@ from torch import Tensor
 from hpd.objectives import OBJECTIVES, Objective
 
 RELATIVE_TOLERANCE = 2e-5
-
-
-def find_shared() -> Path | None:
-    """The folder of shared fixtures: HPD_SHARED, or `shared/` in a folder above this file."""
-    if "HPD_SHARED" in os.environ:
-        return Path(os.environ["HPD_SHARED"])
-    candidates = (folder / "shared" for folder in Path(__file__).resolve().parents)
-    return next((folder for folder in candidates if folder.is_dir()), None)
-
-
-SHARED = find_shared()
-INDEX = SHARED / "parity" / "index.json" if SHARED else None
-ENTRIES: list[dict[str, Any]] = json.loads(INDEX.read_text()) if INDEX and INDEX.exists() else []
-
-pytestmark = pytest.mark.skipif(
-    not ENTRIES, reason="no shared/parity: set HPD_SHARED to the folder that holds parity/"
-)
+PARITY = Path(__file__).parent / "parity"
+ENTRIES: list[dict[str, Any]] = json.loads((PARITY / "index.json").read_text())
 
 
 class Fixture(NamedTuple):
@@ -55,7 +39,7 @@ class LossAndGrad(NamedTuple):
 
 
 def load(entry: dict[str, Any], dtype: torch.dtype) -> Fixture:
-    tensors = load_file(SHARED / "parity" / entry["file"])
+    tensors = load_file(PARITY / entry["file"])
     vocabulary = min(tensors["student_logits"].shape[-1], tensors["teacher_logits"].shape[-1])
     labels = tensors["labels"][:, 1:]
     return Fixture(
@@ -135,6 +119,6 @@ def test_loss_and_gradient_match_the_reference(entry: dict[str, Any], dtype: tor
 
 
 def test_every_reference_method_is_compared() -> None:
-    files = {path.name for path in INDEX.parent.glob("*.safetensors")}
+    files = {path.name for path in PARITY.glob("*.safetensors")}
     assert files == {entry["file"] for entry in ENTRIES}
     assert {entry["objective"] for entry in ENTRIES} <= set(OBJECTIVES)

@@ -18,11 +18,16 @@ from hpd.batch import TokenBatch
 from hpd.config import load_recipe
 from hpd.losses import Scores, TopKScores
 from hpd.losses.products import logits
-from hpd.methods import build_terms
+from hpd.methods import method_terms, name_terms
 from hpd.teachers import CachedTeacher
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_recipe(tmp_path_factory.mktemp("cached"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def twins(recipe, cache, tmp_path_factory):
 def test_every_method_learns_the_same_from_a_hidden_cache(twins, method):
     found = []
     for trainer in twins:
-        trainer.terms = build_terms(method, {})
+        trainer.terms = name_terms(method_terms(method, {}))
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0])
         loss.backward()
@@ -206,7 +211,7 @@ def test_the_students_own_start_can_be_cached(recipe, tmp_path):
     changes = ["teacher=self", f"cache.path={tmp_path / 'cache'}"]
     write_cache(load_recipe(recipe, changes))
     trainer = trainer_of(recipe, tmp_path / "run", f"teacher={{type: cached, path: {tmp_path / 'cache'}}}")
-    trainer.terms = build_terms("forward_kl", {})
+    trainer.terms = name_terms(method_terms("forward_kl", {}))
     assert float(
         trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0]).detach()
     ) == pytest.approx(0.0, abs=1e-5)

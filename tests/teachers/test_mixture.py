@@ -13,7 +13,7 @@ from helpers.tiny_models import tiny_model
 from hpd.batch import TokenBatch
 from hpd.config import load_recipe
 from hpd.losses.products import logits
-from hpd.methods import build_terms
+from hpd.methods import method_terms, name_terms
 from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedScores
 from hpd.teachers.mixture import _mix
 from hpd.training.caching import write_cache
@@ -121,7 +121,7 @@ def test_each_row_is_scored_by_its_own_teacher_only(recipe, tmp_path, layout):
 
 def test_the_loss_of_routed_rows_is_the_sum_over_their_teachers(recipe, tmp_path):
     trainer = trainer_of(recipe, tmp_path, teachers(recipe, **ROUTED))
-    trainer.terms = build_terms("forward_kl", {})
+    trainer.terms = name_terms(method_terms("forward_kl", {}))
     inputs = batches_of(trainer)[0]
     batch = TokenBatch.pop(dict(inputs))
     own = {k: inputs[k] for k in ("input_ids", "attention_mask")}

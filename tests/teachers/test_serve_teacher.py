@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import IGNORE_INDEX, TokenBatch, token_batch
 from hpd.config import TeacherConfig
-from hpd.http import TeacherUnavailable
 from hpd.losses.products import logits
+from hpd.teachers import TeacherUnavailable
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.remote.serve import ServeSettings, is_loopback
 from hpd.teachers.remote.server import ServedTeacher

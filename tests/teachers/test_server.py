@@ -16,10 +16,11 @@ from helpers.tiny_models import tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import TeacherConfig, load_recipe
-from hpd.http import Connection, TeacherUnavailable
+from hpd.http import Connection, ServerUnavailable
 from hpd.losses.heads import TopKScores
 from hpd.losses.products import logits
 from hpd.methods.terms import TermConfig
+from hpd.teachers import TeacherUnavailable
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.remote.server import ServedTeacher, why_not_served
 from hpd.training.run import train
@@ -370,7 +371,7 @@ def test_garbage_ends_in_a_bounded_refusal(pair, prompts, name):
         teacher = top_k_teacher(url, pair)
         prompts.requests.clear()
         prompts.fault = GARBAGE[name]
-        with pytest.raises(TeacherUnavailable, match="keeps giving bad answers"):
+        with pytest.raises(TeacherUnavailable, match="keeps giving bad responses"):
             teacher.scores(inputs, batch)
         assert len(prompts.requests) == 4
         prompts.fault = None
@@ -416,12 +417,12 @@ def test_slow_server_is_bounded_in_time_and_size():
         try:
             address = f"http://127.0.0.1:{listener.getsockname()[1]}"
             begin = time.monotonic()
-            with pytest.raises(TeacherUnavailable, match="no whole answer in 0.5 s"):
+            with pytest.raises(ServerUnavailable, match="no whole response in 0.5 s"):
                 Connection(address, timeout_seconds=0.5, wait_seconds=0.3).request(
                     "GET", "/", lambda _, body: body
                 )
             assert time.monotonic() - begin < 5
-            with pytest.raises(TeacherUnavailable, match="more than 3 bytes"):
+            with pytest.raises(ServerUnavailable, match="more than 3 bytes"):
                 Connection(address, timeout_seconds=5, wait_seconds=0.0).request(
                     "GET", "/", lambda _, body: body, max_bytes=3
                 )

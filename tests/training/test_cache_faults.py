@@ -3,7 +3,6 @@ processes."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,21 +11,27 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.cached_pairs import files_of, make_recipe, write_here, write_in_world
+import torch
+from helpers.cached_pairs import THREADS, files_of, make_recipe, write_here, write_in_world
+from helpers.forked import context
 
 from hpd.config import load_recipe
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache, CorruptCacheError
+from hpd.training import caching as cache_writer
 from hpd.training.caching import write_cache
+
+
+@pytest.fixture(autouse=True)
+def threads_of_the_processes():
+    """Bytes are compared across processes, and the last bit of a product may depend on the number of
+    threads."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that start in milliseconds: forked from one that has imported everything and computed
-    nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.cached_pairs", "hpd.training.caching"])
-    return context
+    return context()
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +103,12 @@ def test_killed_many_times_then_resumed(recipe, processes, undisturbed, tmp_path
     assert partial >= 3, "no kill fell between two shards: make the cache larger"
 
 
+class Killed(BaseException):
+    pass
+
+
 def test_killed_between_any_two_files_then_resumed(recipe, undisturbed, tmp_path, monkeypatch):
     """The same without chance: stop before every single rename."""
-
-    class Killed(BaseException):
-        pass
-
     reference, _ = undisturbed
     folder, replace, left = tmp_path / "cache", os.replace, [0]
 
@@ -127,6 +132,60 @@ def test_killed_between_any_two_files_then_resumed(recipe, undisturbed, tmp_path
         write_cache(load_recipe(recipe, [f"cache.path={folder}"]))
         assert files_of(folder) == files_of(reference)
         shutil.rmtree(folder)
+
+
+def test_a_resumed_writer_asks_in_the_batches_of_an_undisturbed_one(recipe, tmp_path, monkeypatch):
+    """What makes the bytes equal where the machine and its number of threads are."""
+    answers, save_shard, asked, saved = cache_writer._answers, cache_writer.save_shard, [], []
+
+    def recording(teacher, trainer, layout, rows, chosen):
+        asked.append(tuple(layout.rows[chosen].tolist()))
+        return answers(teacher, trainer, layout, rows, chosen)
+
+    def saving(*arguments):
+        if len(saved) == stop_at:
+            raise Killed
+        saved.append(arguments)
+        save_shard(*arguments)
+
+    monkeypatch.setattr(cache_writer, "_answers", recording)
+    monkeypatch.setattr(cache_writer, "save_shard", saving)
+    loaded, stop_at = (
+        load_recipe(recipe, [f"cache.path={tmp_path}", "train.per_device_eval_batch_size=3"]),
+        -1,
+    )
+    write_cache(loaded)
+    # The first is asked for the head.
+    first, *undisturbed = asked
+    assert len(undisturbed) > len(saved) > 4
+    assert max(map(len, undisturbed)) == 3
+    for stop_at in (1, 3):
+        asked.clear()
+        saved.clear()
+        with pytest.raises(Killed):
+            write_cache(loaded, overwrite=True)
+        before, stopped_at, stop_at = asked[1:], len(saved), -1
+        asked.clear()
+        saved.clear()
+        write_cache(loaded)
+        assert asked[0] == first
+        # The shard that was not saved is asked for again, from its start.
+        again = len(before) + len(asked[1:]) - len(undisturbed)
+        assert stopped_at == len(list(tmp_path.glob("shard-*.safetensors"))) - len(saved)
+        assert again > 0
+        assert before[:-again] + asked[1:] == undisturbed
+
+
+def test_another_number_of_threads_changes_no_more_than_rounding(undisturbed, recipe, tmp_path):
+    reference, _ = undisturbed
+    torch.set_num_threads(THREADS + 1)
+    shutil.copytree(reference, tmp_path / "cache")
+    for name in ("shard-00001.safetensors", "cache.json"):
+        (tmp_path / "cache" / name).unlink()
+    write_cache(load_recipe(recipe, [f"cache.path={tmp_path / 'cache'}"]))
+    here, there = _read_everything(tmp_path / "cache"), _read_everything(reference)
+    for name in there:
+        torch.testing.assert_close(here[name], there[name], rtol=1e-5, atol=1e-5)
 
 
 def test_two_processes_write_the_same_cache_and_finish_one_anothers(recipe, processes, undisturbed, tmp_path):

@@ -57,11 +57,14 @@ def test_lora_with_checkpointing_and_accumulation_changes_nothing(pair, tmp_path
     assert plain[0] != plain[1]
 
 
+def test_activation_offloading_without_an_accelerator_is_refused(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"activation_offloading.*none here.*gradient_checkpointing"):
+        two_steps(pair, tmp_path, activation_offloading=True)
+
+
+@pytest.mark.gpu
 def test_activation_offloading_changes_nothing(pair, tmp_path):
-    if not torch.accelerator.is_available():
-        with pytest.raises(ValueError, match=r"activation_offloading.*none here.*gradient_checkpointing"):
-            two_steps(pair, tmp_path, activation_offloading=True)
-        pytest.skip("activation_offloading needs an accelerator")
     assert two_steps(pair, tmp_path / "a") == pytest.approx(
         two_steps(pair, tmp_path / "b", activation_offloading=True)
     )

@@ -159,10 +159,13 @@ DAMAGES = {
     "optimiser, a list": ("optimizer.pt", retorched(lambda state: [state])),
     "schedule": ("scheduler.pt", garbage(300)),
     "random numbers": ("rng_state.pth", garbage(5000)),
-    "sums": ("window-rank0.pt", garbage(200)),
-    "sums, none": ("window-rank0.pt", retorched(lambda state: {})),
-    "replay": ("rollouts-rank0.pt", garbage(700)),
-    "replay, none": ("rollouts-rank0.pt", retorched(lambda state: {})),
+    "own state": ("state-rank0.pt", garbage(700)),
+    "own state, none": ("state-rank0.pt", retorched(lambda state: {})),
+    "own state, no replay": ("state-rank0.pt", retorched(lambda state: {**state, "on_policy": {}})),
+    "own state, no loss": (
+        "state-rank0.pt",
+        retorched(lambda state: {**state, "window": {"last_logged": 4}}),
+    ),
 }
 
 

@@ -42,7 +42,7 @@ def test_a_micro_batch_reads_nothing_from_the_device(pair, tmp_path, monkeypatch
     loss = trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=count)
     loss.backward()
     assert all(p.grad is not None for p in trainer.model.parameters())
-    assert all(value.device.type == "meta" for value in trainer._sums["train"].values())
+    assert all(value.device.type == "meta" for value in trainer.sums["train"].state_dict().values())
 
 
 class _Reads(TorchDispatchMode):
@@ -88,7 +88,7 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     options = {"train": rows(64), "per_device_train_batch_size": 1, "max_steps": 4, "logging_steps": 2}
     few = reads_of(make_trainer(pair, tmp_path / "a", gradient_accumulation_steps=2, **options), monkeypatch)
     many = reads_of(make_trainer(pair, tmp_path / "b", gradient_accumulation_steps=8, **options), monkeypatch)
-    assert few["hpd/training/trainer.py:reduce_sums"] == many["hpd/training/trainer.py:reduce_sums"] == 2
+    assert few["training/metrics.py:reduce_sums"] == many["training/metrics.py:reduce_sums"] == 2
     growing = {name for name in many if many[name] > few[name]}
     # Where the tensors are on the CPU already: whether labels are in range, and whether there is a factor to
     # scale by; the test above shows that no other device is asked. The collator runs on the CPU, in the

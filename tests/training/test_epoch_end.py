@@ -115,7 +115,14 @@ def test_killed_around_the_end_of_an_epoch_and_resumed_equals_undisturbed(base, 
     straight = tmp_path / "straight"
     train(recipe(base, straight, **OPTIONS[name]))
     expected, killed = left_behind(straight), 0
-    for number, (event, step) in enumerate(EVENTS.values()):
+    last = json.loads((straight / "summary.json").read_text())["steps"]
+    # An end that this run does not have kills nothing, and undisturbed it is already.
+    events = [
+        (event, step)
+        for event, step in EVENTS.values()
+        if step <= last and (event != "on_train_end" or step == last)
+    ]
+    for number, (event, step) in enumerate(events):
         options, run = OPTIONS[name], tmp_path / str(number)
         try:
             train(recipe(base, run, **options), progress=_Kill(event, step))

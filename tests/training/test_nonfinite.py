@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hpd.config.schema import GuardsConfig
 from hpd.losses import Head, Scores, TopKScores
-from hpd.training.guards import NonFinite, all_finite, teacher_is_finite
+from hpd.training.nonfinite import NonFinite, all_finite, teacher_is_finite
 
 NAN, INF = float("nan"), float("inf")
 ADAM = {"optim": "adamw_torch", "max_steps": 6, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}

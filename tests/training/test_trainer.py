@@ -15,6 +15,11 @@ from hpd.losses.products import logits
 from hpd.teachers import SelfTeacher
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tiny_pair("llama", tmp_path_factory.mktemp("pair"))
+
+
 @pytest.mark.parametrize("method", ["hpd", "forward_kl"])
 def test_gradient_does_not_depend_on_how_the_batch_is_split(pair, tmp_path, method):
     whole = gradient(make_trainer(pair, tmp_path / "a", method=method))
@@ -118,7 +123,7 @@ def test_training_draws_change_with_the_step_and_the_seed(pair, tmp_path):
 def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
     trainer = make_trainer(pair, tmp_path, max_steps=2)
     expected = gradient(trainer, [first_batch(trainer)])[0]
-    trainer._sums["train"].clear()
+    trainer.sums["train"].load_state_dict({})
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(expected, rel=1e-4)
@@ -257,7 +262,8 @@ def test_unequal_vocabularies_are_refused_or_cut(pair, tmp_path, tmp_path_factor
     assert 0.0 < trainer.state.log_history[0]["teacher_mass_outside"] < 1.0
 
 
-# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here.
+# Twenty steps of HPD: any change of the mathematics, the draws or the data order shows here. One or two threads and instruction
+# sets from SSE to AVX-512 move a loss by up to 3e-6 of itself, and the figures are rounded to 1.3e-5.
 GOLDEN = [
     4.7605,
     3.58428,
@@ -295,7 +301,7 @@ def test_golden_loss_curve(pair, tmp_path):
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     kls = [log["forward_kl"] for log in trainer.state.log_history if "forward_kl" in log]
-    assert losses == pytest.approx(GOLDEN, rel=1e-3), losses
+    assert losses == pytest.approx(GOLDEN, rel=5e-5), losses
     assert sum(kls[-5:]) < 0.9 * sum(kls[:5])
 
 
@@ -307,8 +313,8 @@ def test_schedules_move_the_terms(pair, tmp_path):
     ]
     trainer = make_trainer(pair, tmp_path, method=None, terms=terms, train=rows(40), max_steps=5)
     seen = []
-    original = trainer.build_scheduled_terms
-    trainer.build_scheduled_terms = lambda progress: (seen.append(progress), original(progress))
+    original = trainer._schedule.at
+    trainer._schedule.at = lambda progress: (seen.append(progress), original(progress))[1]
     trainer.train()
     assert seen == [0.0, 0.2, 0.4, 0.6, 0.8]
     log_p, log_q = torch.randn(2, 3, 7).log_softmax(-1)
@@ -334,9 +340,9 @@ def test_taid_position_adapts_and_is_resumed(pair, tmp_path):
     first.train()
     second = make_trainer(pair, tmp_path / "b", method="taid", **options)
     second.train(resume_from_checkpoint=True)
-    position = straight._adaptive["taid.t"]
+    position = straight._schedule.positions["taid.t"]
     assert 0.4 < position.t <= 1.0
-    assert second._adaptive["taid.t"].state_dict() == position.state_dict()
+    assert second._schedule.positions["taid.t"].state_dict() == position.state_dict()
     assert torch.equal(weights(straight), weights(second))
 
 

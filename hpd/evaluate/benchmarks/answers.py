@@ -10,40 +10,30 @@ from typing import NamedTuple
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 
-
 _NUMBER = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
-
 
 _MARKER = re.compile(r"\banswer\**\s*(?:is\b\s*:?|:)", re.IGNORECASE)
 
-
 _SENTENCE_END = re.compile(r"""[.!?][*_"`)]*(?:\s|$)""")
-
 
 # The look-behind keeps digits of identifiers (x2, v1.5) out, and reads the minus of 7-3 as an operator.
 _NUMBER_IN_PROSE = re.compile(rf"(?<![0-9A-Za-z_./)\]])[-\u2212]?[$€£¥]?{_NUMBER}(?:/[0-9]+)?")
 
-
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-
 
 _FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
-
 _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
-
 
 # Words that change the number before them: what they follow is not "a number and its unit".
 _VALUE_WORDS = (
     "and|or|to|over|plus|minus|times|half|pi|squared|cubed|dozen|hundred|thousand|million|billion|trillion"
 )
 
-
 _QUANTITY = re.compile(
     rf"(?P<number>[+-]?{_NUMBER})(?:/(?P<denominator>0*[1-9][0-9]*))?"
     rf"(?P<unit>\s?[%°]|(?!.*\b(?:{_VALUE_WORDS})\b),?\s+[a-z][a-z\s]*)?"
 )
-
 
 # Longer than any answer; Python refuses to read integers beyond 4,300 digits, and a looping model writes
 # them.
@@ -95,7 +85,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def same_answer(first: str, second: str) -> bool:
-    r"""Whether two answers are the same after normalisation; symmetric.
+    r"""True if two answers are the same after normalisation; symmetric.
 
     Numbers are compared as exact rationals: ``1,234`` = ``$1234.00``, ``\frac{3}{4}`` = ``3/4`` = ``0.75``. A
     unit counts only where both have one: ``42 apples`` = ``42``, ``5 m`` != ``5 km``. Anything else is
@@ -105,7 +95,8 @@ def same_answer(first: str, second: str) -> bool:
     >>> same_answer("The Moon.", "the moon"), same_answer("2", "20"), same_answer("(1, 2)", "(1,2)")
     (True, False, True)
     """
-    left, right = _normalise(first), _normalise(second)
+    left = _normalise(first)
+    right = _normalise(second)
     numbers = _quantity(left), _quantity(right)
     if numbers[0] and numbers[1]:
         units = {number.unit for number in numbers if number and number.unit}

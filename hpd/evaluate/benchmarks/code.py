@@ -2,14 +2,15 @@
 the sandbox."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 from hpd.evaluate.benchmarks import code_oracle
 from hpd.evaluate.benchmarks.code_problems import (
-    Problem,
+    CodeProblem,
     complete,
     evalplus_problem,
     extract_program,
@@ -22,15 +23,13 @@ from hpd.evaluate.sandbox import Limits, Outcome, Program, Tests, run_many, sand
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer
 
-Style: TypeAlias = Literal["instruct", "completion"]
-
+__all__ = ["INSTRUCTION", "CodeTask", "EvalPlusTask", "human_eval", "human_eval_plus", "mbpp", "mbpp_plus"]
 
 INSTRUCTION = (
     "Write a self-contained Python script that solves the problem below, using the standard library only. "
     "Answer with the script in one Markdown code block.\n\n```python\n{prompt}\n```"
 )
 """The prompt of the instruct style; ``{prompt}`` is the benchmark's own."""
-
 
 # A completion is over where something at the margin starts that is no part of the solution.
 _STOP_IN_FUNCTION = (
@@ -45,62 +44,56 @@ _STOP_IN_FUNCTION = (
     '\n"""',
     "\n</",
 )
-
-
 _STOP_IN_SCRIPT = ("\nassert ", "\nprint(", "\nif __name__", "\n# Test", "\n```", '\n"""', "\n</")
-
 
 # A program may take this many times as long as the reference (EvalPlus), where that is more than the limits.
 _TIMES_REFERENCE = 4
-
-
-# What a reference may take: some of MBPP+ count to 10^8 on dozens of inputs.
+# Limits of a reference: some of MBPP+ count to 10^8 on dozens of inputs.
 _REFERENCE_LIMITS = Limits(cpu_seconds=120, wall_seconds=480)
-
 
 _ORACLE = Path(code_oracle.__file__)
 
 
+@dataclass(eq=False)
 class CodeTask:
     """Problems whose answers are programs.
 
-    Args:
-        name: the task's.
-        problems: what to solve.
-        options: what decides examples and grades; the factories fill it.
-        style: "instruct" asks for a script in a code block; "completion" gives the benchmark's prompt to
-            continue.
-        instruction: the prompt of the instruct style.
-        limits: what a program may use.
-        num_workers: programs at a time; None is one per processor.
-        stop: strings that end an answer in the completion style.
-
     Raises:
-        ValueError: an unknown style, an instruction without ``{prompt}``, or a system that cannot isolate
-            programs.
+        ValueError: an unknown style, an instruction without ``{prompt}`` or without effect, unreadable data,
+            or a system that cannot isolate programs.
     """
 
-    metric = "accuracy"
+    metric: ClassVar[str] = "accuracy"
 
-    def __init__(
-        self,
-        name: str,
-        problems: Sequence[Problem],
-        options: Mapping[str, Any],
-        *,
-        style: Style,
-        instruction: str,
-        limits: Limits,
-        num_workers: int | None,
-        stop: tuple[str, ...],
-    ) -> None:
-        if style not in ("instruct", "completion"):
-            raise ValueError(f"style is {style!r}; it must be instruct or completion.")
-        if "{prompt}" not in instruction:
+    name: str
+    """The task's."""
+    read: Callable[..., CodeProblem]
+    """From a row to its problem."""
+    stop: tuple[str, ...]
+    """Strings that end an answer in the completion style."""
+    data: Data
+    """The benchmark's file."""
+    _: KW_ONLY
+    limit: int | None = None
+    """First n problems; None is all."""
+    style: Literal["instruct", "completion"] = "instruct"
+    """instruct asks for a script in a code block; completion gives the benchmark's prompt to continue."""
+    instruction: str = INSTRUCTION
+    """The prompt of the instruct style."""
+    num_workers: int | None = None
+    """Programs at a time; None is one per processor."""
+    cpu_seconds: int = Limits.cpu_seconds
+    wall_seconds: float = Limits.wall_seconds
+    memory_mib: int = Limits.memory_mib
+
+    def __post_init__(self) -> None:
+        if self.style not in ("instruct", "completion"):
+            raise ValueError(f"style is {self.style!r}; it must be instruct or completion.")
+        if "{prompt}" not in self.instruction:
             raise ValueError(
-                f"the instruction {instruction!r} lacks {{prompt}}, the place of the problem; put it in."
+                f"the instruction {self.instruction!r} lacks {{prompt}}, the place of the problem; put it in."
             )
-        if style == "completion" and instruction != INSTRUCTION:
+        if self.style == "completion" and self.instruction != INSTRUCTION:
             raise ValueError(
                 "instruction has no effect in the completion style; leave it out, or choose style instruct."
             )
@@ -108,18 +101,23 @@ class CodeTask:
             self._report = sandbox_report()
         except RuntimeError as error:
             raise ValueError(str(error)) from error
-        self.name = name
-        self.options = {**options, "style": style, "instruction": instruction, "limits": repr(limits)}
-        completion = {"max_new_tokens": 512, "chat_template": "never", "stop": stop}
-        self.defaults: Mapping[str, Any] = completion if style == "completion" else {"max_new_tokens": 1024}
-        self._problems = {problem.id: problem for problem in problems}
-        self._style = style
-        self._instruction = instruction
-        self._limits = limits
-        self._num_workers = num_workers
-        self._references: dict[
-            str, tuple[list[Any], float]
-        ] = {}  # outputs and seconds, by problem, as they are needed
+        self._limits = Limits(
+            cpu_seconds=self.cpu_seconds, wall_seconds=self.wall_seconds, memory_mib=self.memory_mib
+        )
+        self.options: Mapping[str, Any] = {
+            "data": str(self.data),
+            "limit": self.limit,
+            "style": self.style,
+            "instruction": self.instruction,
+            "limits": repr(self._limits),
+        }
+        completion = {"max_new_tokens": 512, "chat_template": "never", "stop": self.stop}
+        self.defaults: Mapping[str, Any] = (
+            completion if self.style == "completion" else {"max_new_tokens": 1024}
+        )
+        self._problems = {problem.id: problem for problem in self._read_problems()}
+        # Outputs and seconds by problem, as they are needed.
+        self._references: dict[str, tuple[list[Any], float]] = {}
 
     def examples(self) -> list[Example]:
         return [
@@ -150,23 +148,25 @@ class CodeTask:
         return [_verdict(source, outcomes.get(index)) for index, source in enumerate(sources)]
 
     def notice(self, num_samples: int) -> str:
-        """Which isolation is in effect."""
+        """Isolation in effect."""
         lines = "\n".join(f"  {line}" for line in self._report.lines)
         return f"{self.name}: model-written code runs in a sandbox, level {self._report.level}\n{lines}"
 
-    def _prompt(self, problem: Problem) -> str:
-        if self._style == "completion":
-            return (
-                problem.prompt.rstrip()
-            )  # the line break is the model's: most tokenizers join it with what follows
-        return self._instruction.replace("{prompt}", problem.prompt.strip())
+    def _read_problems(self) -> list[CodeProblem]:
+        return read_problems(self.data, self.limit, self.read)
 
-    def _source(self, problem: Problem, text: str) -> str | None:
-        if self._style == "completion" and "```" not in text:
+    def _prompt(self, problem: CodeProblem) -> str:
+        if self.style == "completion":
+            # The line break is the model's: most tokenizers join it with what follows.
+            return problem.prompt.rstrip()
+        return self.instruction.replace("{prompt}", problem.prompt.strip())
+
+    def _source(self, problem: CodeProblem, text: str) -> str | None:
+        if self.style == "completion" and "```" not in text:
             return complete(problem.python_prompt, text.replace("\r\n", "\n")) if text.strip() else None
         return extract_program(text, problem.entry_point, problem.python_prompt)
 
-    def _judged(self, problem: Problem, source: str) -> Program:
+    def _judged(self, problem: CodeProblem, source: str) -> Program:
         if problem.tests is not None:
             return Program(source=source, tests=problem.tests)
         outputs, cpu_seconds = self._references[problem.id]
@@ -183,7 +183,7 @@ class CodeTask:
         )
         return Program(source=source, tests=tests, limits=limits)
 
-    def _run_references(self, problems: Sequence[Problem]) -> None:
+    def _run_references(self, problems: Sequence[CodeProblem]) -> None:
         missing = {p.id: p for p in problems if p.tests is None and p.id not in self._references}
         source = (
             f"{_ORACLE.read_text('utf-8')}\nresult = reference_outputs(getattr(program, data[0]), *data)\n"
@@ -206,153 +206,50 @@ class CodeTask:
             self._references[id_] = (outcome.result, outcome.cpu_seconds)
 
     def _run(self, programs: Sequence[Program]) -> list[Outcome]:
-        return run_many(programs, num_workers=self._num_workers, limits=self._limits)
+        return run_many(programs, num_workers=self.num_workers, limits=self._limits)
 
 
-def human_eval(
-    data: Data,
-    *,
-    limit: int | None = None,
-    style: Style = "instruct",
-    instruction: str = INSTRUCTION,
-    num_workers: int | None = None,
-    cpu_seconds: int = Limits.cpu_seconds,
-    wall_seconds: float = Limits.wall_seconds,
-    memory_mib: int = Limits.memory_mib,
-) -> CodeTask:
-    """HumanEval: the row's `check` on the function whose head and docstring are the prompt.
-
-    Args:
-        data: columns task_id, prompt, entry_point, canonical_solution, test.
-        limit: the first n problems; None is all.
-        style, instruction, num_workers: see `CodeTask`.
-        cpu_seconds, wall_seconds, memory_mib: see `Limits`.
-
-    Reference:
-        Chen et al., Evaluating Large Language Models Trained on Code, 2021, arXiv 2107.03374.
-    """
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mib=memory_mib)
-    return CodeTask(
-        "humaneval",
-        read_problems(data, limit, human_eval_problem),
-        {"data": str(data), "limit": limit},
-        style=style,
-        instruction=instruction,
-        limits=limits,
-        num_workers=num_workers,
-        stop=_STOP_IN_FUNCTION,
-    )
-
-
-def human_eval_plus(
-    data: Data,
-    *,
-    limit: int | None = None,
-    plus: bool = True,
-    style: Style = "instruct",
-    instruction: str = INSTRUCTION,
-    num_workers: int | None = None,
-    cpu_seconds: int = Limits.cpu_seconds,
-    wall_seconds: float = Limits.wall_seconds,
-    memory_mib: int = Limits.memory_mib,
-) -> CodeTask:
-    """HumanEval+: outputs on many more inputs, compared with the reference's as EvalPlus does.
-
-    Args:
-        data: EvalPlus's release file: columns task_id, prompt, entry_point, canonical_solution, base_input,
-            plus_input, atol.
-        limit: the first n problems; None is all.
-        plus: False compares on the inputs of HumanEval itself only.
-        style, instruction, num_workers: see `CodeTask`.
-        cpu_seconds, wall_seconds, memory_mib: see `Limits`.
+@dataclass(eq=False, kw_only=True)
+class EvalPlusTask(CodeTask):
+    """Problems whose programs are compared with the reference on many more inputs, as EvalPlus does.
 
     Reference:
         Liu et al., Is Your Code Generated by ChatGPT Really Correct?, 2023, arXiv 2305.01210.
     """
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mib=memory_mib)
-    return CodeTask(
-        "humaneval+",
-        read_problems(data, limit, lambda row: evalplus_problem(row, plus, continued=True)),
-        {"data": str(data), "limit": limit, "plus": plus},
-        style=style,
-        instruction=instruction,
-        limits=limits,
-        num_workers=num_workers,
-        stop=_STOP_IN_FUNCTION,
-    )
+
+    plus: bool = True
+    """False compares on the inputs of the original benchmark only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.options = {**self.options, "plus": self.plus}
+
+    def _read_problems(self) -> list[CodeProblem]:
+        return read_problems(self.data, self.limit, partial(self.read, plus=self.plus))
 
 
-def mbpp(
-    data: Data,
-    *,
-    limit: int | None = None,
-    style: Style = "instruct",
-    instruction: str = INSTRUCTION,
-    num_workers: int | None = None,
-    cpu_seconds: int = Limits.cpu_seconds,
-    wall_seconds: float = Limits.wall_seconds,
-    memory_mib: int = Limits.memory_mib,
-) -> CodeTask:
-    """MBPP, full or sanitized: the row's assertions, which are part of the prompt.
+human_eval = partial(CodeTask, "humaneval", human_eval_problem, _STOP_IN_FUNCTION)
+"""HumanEval: the row's `check` on the function whose head and docstring are the prompt.
 
-    Args:
-        data: columns task_id, text (sanitized: prompt), code, test_list; test_setup_code and test_imports
-            where needed.
-        limit: the first n problems; None is all.
-        style, instruction, num_workers: see `CodeTask`.
-        cpu_seconds, wall_seconds, memory_mib: see `Limits`.
+Columns task_id, prompt, entry_point, canonical_solution, test. Chen et al., Evaluating Large Language Models
+Trained on Code, 2021, arXiv 2107.03374.
+"""
 
-    Reference:
-        Austin et al., Program Synthesis with Large Language Models, 2021, arXiv 2108.07732.
-    """
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mib=memory_mib)
-    return CodeTask(
-        "mbpp",
-        read_problems(data, limit, mbpp_problem),
-        {"data": str(data), "limit": limit},
-        style=style,
-        instruction=instruction,
-        limits=limits,
-        num_workers=num_workers,
-        stop=_STOP_IN_SCRIPT,
-    )
+human_eval_plus = partial(
+    EvalPlusTask, "humaneval+", partial(evalplus_problem, continued=True), _STOP_IN_FUNCTION
+)
+"""HumanEval+: EvalPlus's release file, columns task_id, prompt, entry_point, canonical_solution, base_input,
+plus_input, atol."""
 
+mbpp = partial(CodeTask, "mbpp", mbpp_problem, _STOP_IN_SCRIPT)
+"""MBPP, full or sanitized: the row's assertions, which are part of the prompt.
 
-def mbpp_plus(
-    data: Data,
-    *,
-    limit: int | None = None,
-    plus: bool = True,
-    style: Style = "instruct",
-    instruction: str = INSTRUCTION,
-    num_workers: int | None = None,
-    cpu_seconds: int = Limits.cpu_seconds,
-    wall_seconds: float = Limits.wall_seconds,
-    memory_mib: int = Limits.memory_mib,
-) -> CodeTask:
-    """MBPP+: outputs on many more inputs, compared with the reference's as EvalPlus does.
+Columns task_id, text (sanitized: prompt), code, test_list; test_setup_code and test_imports where needed.
+Austin et al., Program Synthesis with Large Language Models, 2021, arXiv 2108.07732.
+"""
 
-    Args:
-        data: EvalPlus's release file, columns as for `human_eval_plus`.
-        limit: the first n problems; None is all.
-        plus: False compares on the inputs of MBPP itself only.
-        style, instruction, num_workers: see `CodeTask`.
-        cpu_seconds, wall_seconds, memory_mib: see `Limits`.
-
-    Reference:
-        Liu et al., Is Your Code Generated by ChatGPT Really Correct?, 2023, arXiv 2305.01210.
-    """
-    limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mib=memory_mib)
-    return CodeTask(
-        "mbpp+",
-        read_problems(data, limit, lambda row: evalplus_problem(row, plus, continued=False)),
-        {"data": str(data), "limit": limit, "plus": plus},
-        style=style,
-        instruction=instruction,
-        limits=limits,
-        num_workers=num_workers,
-        stop=_STOP_IN_SCRIPT,
-    )
+mbpp_plus = partial(EvalPlusTask, "mbpp+", partial(evalplus_problem, continued=False), _STOP_IN_SCRIPT)
+"""MBPP+: EvalPlus's release file, columns as for `human_eval_plus`."""
 
 
 def _verdict(source: str | None, outcome: Outcome | None) -> Verdict:

@@ -12,10 +12,8 @@ from typing import Any
 
 RELATIVE_TOLERANCE = 1e-7
 
-
 DEFAULT_FLOAT_TOLERANCE = 1e-6
 """Absolute, where the reference's output is of floats and the problem states none."""
-
 
 SET_EQUALITY = {
     "similar_elements",
@@ -29,13 +27,12 @@ SET_EQUALITY = {
 }
 """MBPP functions whose outputs are compared as sets."""
 
-
 NONE_OR_NOT = {"check_str", "text_match_three", "text_starta_endb"}
 """MBPP functions that may return anything for yes: a match, True, a string; None or False for no."""
 
 
 def reference_outputs(function: Callable[..., Any], entry_point: str, inputs: list[Any]) -> list[Any]:
-    """What the reference returns, in the form that `compare` takes."""
+    """Outputs of the reference, in the form that `compare` takes."""
     outputs = [function(*arguments) for arguments in inputs]
     return [output is not None for output in outputs] if entry_point in NONE_OR_NOT else outputs
 
@@ -53,7 +50,7 @@ def compare(
 
 
 def matches(output: Any, reference: Any, entry_point: str, arguments: list[Any], atol: float) -> bool:
-    """Whether an output is right."""
+    """True if an output is right."""
     if entry_point in _OWN_RULES:
         own = _OWN_RULES[entry_point](output, reference, arguments, atol)
         if own is not None:
@@ -86,7 +83,8 @@ def _close_items(output: Any, reference: Any, atol: float) -> bool:
         return False
     if output == reference:
         return True
-    difference, scale = abs(output - reference), abs(reference)
+    difference = abs(output - reference)
+    scale = abs(reference)
     return math.isfinite(scale) and difference <= atol + RELATIVE_TOLERANCE * scale
 
 

@@ -13,7 +13,7 @@ from hpd.evaluate.sandbox import Tests
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class CodeProblem:
     """One row, whatever its format."""
 
     id: str
@@ -32,7 +32,7 @@ class Problem:
     row: Row
 
 
-def read_problems(data: Data, limit: int | None, make: Callable[[Row], Problem]) -> list[Problem]:
+def read_problems(data: Data, limit: int | None, make: Callable[[Row], CodeProblem]) -> list[CodeProblem]:
     """Problems of a file.
 
     Raises:
@@ -62,12 +62,12 @@ def read_problems(data: Data, limit: int | None, make: Callable[[Row], Problem])
     return problems
 
 
-def human_eval_problem(row: Row) -> Problem:
+def human_eval_problem(row: Row) -> CodeProblem:
     """A row of HumanEval."""
     solution = row["prompt"] + row["canonical_solution"]
     # The reference is part of the tests for the prompt's helpers, which some of them call.
     tests = Tests(source=f"{solution}\n{row['test']}\ncheck(program.{row['entry_point']})\n")
-    return Problem(
+    return CodeProblem(
         id=row["task_id"],
         prompt=row["prompt"],
         python_prompt=row["prompt"],
@@ -78,10 +78,10 @@ def human_eval_problem(row: Row) -> Problem:
     )
 
 
-def evalplus_problem(row: Row, plus: bool, continued: bool) -> Problem:
+def evalplus_problem(row: Row, plus: bool, continued: bool) -> CodeProblem:
     """A row of an EvalPlus release; `continued` where solutions continue the prompt."""
     inputs = [*row["base_input"], *(row["plus_input"] if plus else [])]
-    return Problem(
+    return CodeProblem(
         id=row["task_id"],
         prompt=row["prompt"],
         python_prompt=row["prompt"] if continued else "",
@@ -93,7 +93,7 @@ def evalplus_problem(row: Row, plus: bool, continued: bool) -> Problem:
     )
 
 
-def mbpp_problem(row: Row) -> Problem:
+def mbpp_problem(row: Row) -> CodeProblem:
     """A row of MBPP, full or sanitized."""
     code = row["code"].replace("\r\n", "\n")
     text = (row["text"] if "text" in row else row["prompt"]).strip()
@@ -107,7 +107,7 @@ def mbpp_problem(row: Row) -> Problem:
         raise ValueError(
             f"the tests of task {row['task_id']} use nothing that its code defines: {assertions}"
         )
-    return Problem(
+    return CodeProblem(
         id=str(row["task_id"]),
         prompt="\n".join(['"""', text, *assertions, '"""', ""]),
         entry_point=entry_points[-1],
@@ -119,7 +119,8 @@ def mbpp_problem(row: Row) -> Problem:
 
 def _top_level(code: str) -> tuple[list[str], list[str]]:
     """Names that a program defines, and its imports, which the tests may use."""
-    names, imports = [], []
+    names = []
+    imports = []
     for node in ast.parse(code).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.append(node.name)
@@ -131,20 +132,10 @@ def _top_level(code: str) -> tuple[list[str], list[str]]:
 
 
 _FENCE = re.compile(r"^[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<language>[\w+#.-]*)[^\n`]*$", re.MULTILINE)
-
-
 _PYTHON = {"", "python", "python3", "py", "python2", "py3"}
-
-
 _CODE_START = re.compile(r"^(?:import |from \w[\w.]* import |def |async def |class |@\w)")
-
-
 _THINKING_END = "</think>"
-
-
 _MAX_TRIMS = 100  # ends tried of a text that is not Python as a whole
-
-
 _MAX_CODE_CHARS = 200_000  # longer than any solution; Python's parser is slow on what loops
 
 
@@ -223,7 +214,7 @@ def _code_in_prose(text: str) -> str | None:
 
 
 def _continues(text: str, prompt: str) -> bool:
-    """Whether the answer is the rest of the prompt's function: it starts indented and parses behind it."""
+    """True if the answer is the rest of the prompt's function: it starts indented and parses behind it."""
     first = next((line for line in text.split("\n") if line.strip()), "")
     return (
         bool(prompt)
@@ -276,9 +267,8 @@ def _error_line(code: str) -> int | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes
-            compile(
-                code, "<answer>", "exec", dont_inherit=True
-            )  # more than parsing: a return needs its function
+            # More than parsing: a return needs its function.
+            compile(code, "<answer>", "exec", dont_inherit=True)
     except SyntaxError as error:
         return error.lineno or last
     except (ValueError, RecursionError, MemoryError):
@@ -295,8 +285,8 @@ def restore_types(task_id: str, inputs: list[Arguments]) -> list[Arguments]:
     >>> restore_types("Mbpp/2", [[[3, 4], [4, 5]]])
     [[(3, 4), (4, 5)]]
     """
-    number = int(task_id.rpartition("/")[2])
-    restore = next((function for function, numbers in _RESTORED.items() if number in numbers), list)
+    number = task_id.rpartition("/")[2]
+    restore = next((function for function, numbers in _RESTORED.items() if number in numbers.split()), list)
     return [list(restore(arguments)) for arguments in inputs]
 
 
@@ -351,18 +341,18 @@ def _all_tuples(arguments: Any) -> Any:
     return tuple(_all_tuples(item) for item in arguments) if isinstance(arguments, list) else arguments
 
 
-# fmt: off
-_RESTORED: dict[Callable[[Arguments], Any], set[int]] = {
-    _tuples: {2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726, 740, 744, 809},
-    _lists_of_tuples: {63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780},
-    _tuples_of_tuples: {259, 401, 445},
-    _tuples_of_some_tuples: {278},
-    _first_a_list_of_tuples: {75, 413, 444, 753},
-    _first_a_tuple: {250, 307, 405, 446, 617, 720, 763, 808},
-    _second_a_tuple: {106, 750},
-    _list_of_sets: {115},
-    _real_and_complex: {124},
-    _complex: {252},
-    _dict_of_tuples: {722},
-    _all_tuples: {580, 615, 791},
+# Numbers of MBPP+ problems whose inputs JSON changed.
+_RESTORED: dict[Callable[[Arguments], Any], str] = {
+    _tuples: "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
+    _lists_of_tuples: "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780",
+    _tuples_of_tuples: "259 401 445",
+    _tuples_of_some_tuples: "278",
+    _first_a_list_of_tuples: "75 413 444 753",
+    _first_a_tuple: "250 307 405 446 617 720 763 808",
+    _second_a_tuple: "106 750",
+    _list_of_sets: "115",
+    _real_and_complex: "124",
+    _complex: "252",
+    _dict_of_tuples: "722",
+    _all_tuples: "580 615 791",
 }

@@ -12,16 +12,12 @@ from hpd.generation.texts import Answer
 
 __all__ = ["RougeTask", "alpaca_prompt", "dolly", "rouge_l", "self_instruct", "sni", "vicuna"]
 
-
 Template = Literal["alpaca", "chat"]
-
 
 # The two forms of the Alpaca prompt (Taori et al. 2023), on which the students of this protocol are trained.
 _TASK = "Below is an instruction that describes a task"
 
-
 _WITH_INPUT = ", paired with an input that provides further context"
-
 
 _REQUEST = ". Write a response that appropriately completes the request."
 
@@ -126,7 +122,8 @@ def sni(data: Data, *, limit: int | None = None, template: Template = "alpaca") 
 
 def _example(data: Data, number: int, row: Row, template: Template) -> Example:
     instances = row.get("instances") or [row]
-    instruction, context = row.get("instruction"), instances[0].get("input") or ""
+    instruction = row.get("instruction")
+    context = instances[0].get("input") or ""
     output = instances[0].get("output")
     given = output if isinstance(output, list) else [output]
     references = [text for text in given if isinstance(text, str) and text.strip()]

@@ -12,7 +12,6 @@ from hpd.generation.texts import Answer, Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "messages")
 
-
 ANSWER_COLUMNS = ("answer", "solution", "target", "completion")
 
 

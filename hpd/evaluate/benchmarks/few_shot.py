@@ -44,7 +44,8 @@ class FewShot:
             )
         if chats or any(example.follow_ups for example in task.examples()):
             raise ValueError(f"few-shot prompts are plain text; {task.name!r} asks in chats.")
-        self.name, self.metric = task.name, task.metric
+        self.name = task.name
+        self.metric = task.metric
         self.options: Mapping[str, Any] = {
             **task.options,
             "few_shot": count,
@@ -100,7 +101,9 @@ class Subset:
         self._examples = [
             examples[index] for index in sorted(random.Random(seed).sample(range(len(examples)), count))
         ]
-        self.name, self.metric, self.defaults = task.name, task.metric, task.defaults
+        self.name = task.name
+        self.metric = task.metric
+        self.defaults = task.defaults
         self.options: Mapping[str, Any] = {**task.options, "limit": count, "limit_seed": seed}
 
     def examples(self) -> Sequence[Example]:

@@ -13,20 +13,15 @@ from hpd.generation.texts import Answer
 
 __all__ = ["Gpqa", "chosen_letter"]
 
-
 _LETTERS = "ABCD"
-
 
 _CORRECT, _WRONG = "Correct Answer", ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
-
 _INSTRUCTION = r"Please reason step by step, and put the letter of the right option within \boxed{}."
-
 
 _LETTER = re.compile(
     r"^\W*(?:\\text(?:bf)?\s*\{)?\W*(?:option\s*)?([A-D](?![A-Za-z'])|[a-d](?=\s*(?:[).}]|$)))"
 )
-
 
 _LETTER_IN_PROSE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-D])\)?(?![A-Za-z0-9'])")
 

@@ -1,14 +1,10 @@
-"""A judge behind any OpenAI-compatible chat endpoint: cached, retried, bounded in concurrency and cost."""
+"""A judge behind any OpenAI-compatible chat endpoint: cached, bounded in concurrency and cost."""
 
 from __future__ import annotations
 
-import email.utils
-import hashlib
 import json
 import os
-import random
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -17,19 +13,17 @@ from typing import Any, NamedTuple
 
 import httpx2
 
+from hpd.files import JsonLines, digest_json
 from hpd.generation.texts import Message
+from hpd.http import BadResponse, Connection, ServerUnavailable
+from hpd.progress import Progress
 
 __all__ = ["Judge", "JudgeSettings", "Ruling", "Usage", "tokens_of"]
 
-
 _CHARACTERS_PER_TOKEN = 4
 """For estimates only; English text in current vocabularies."""
-
-
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-
-
 _LONGEST_WAIT_SECONDS = 120.0
+_PATH = "/chat/completions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +80,7 @@ class JudgeSettings:
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides a verdict, for the record of an evaluation."""
+        """Everything that decides a verdict, for the record of an evaluation."""
         return {
             "judge_url": self.url,
             "judge_model": self.model,
@@ -104,7 +98,7 @@ class JudgeSettings:
 
 
 class Ruling(NamedTuple):
-    """What a judge said about one question."""
+    """A judge's verdict on one question."""
 
     verdict: Any
     """As the parser reads it; None where no reply held one."""
@@ -115,7 +109,7 @@ class Ruling(NamedTuple):
 
 @dataclass
 class Usage:
-    """What a judge has been asked in this process."""
+    """Count of a judge's requests in this process."""
 
     calls: int = 0
     cached: int = 0
@@ -129,27 +123,24 @@ class Judge:
 
     Args:
         settings: endpoint and limits.
-        progress: gives, for the name of a task, what is called with (verdicts so far, verdicts).
+        progress: gets a bar for each task.
 
     Raises:
-        ValueError: the cache is no file of replies.
+        ValueError: the cache is not a file of replies.
     """
 
-    def __init__(
-        self, settings: JudgeSettings, progress: Callable[[str], Callable[[int, int], None]] | None = None
-    ) -> None:
+    def __init__(self, settings: JudgeSettings, progress: Progress | None = None) -> None:
         self.settings = settings
         self.usage = Usage()
-        self._progress = progress
+        self._progress = progress or Progress()
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._cache_file = settings.cache or _default_cache(settings.model)
-        self._cache = _read_cache(self._cache_file)
+        self._lines = JsonLines(settings.cache or _default_cache(settings.model))
+        self._cache = _read_cache(self._lines)
         self._key = os.environ.get(settings.key_env or "OPENAI_API_KEY", "")
 
     @property
     def cache_file(self) -> Path:
-        return self._cache_file
+        return self._lines.path
 
     @property
     def num_cached(self) -> int:
@@ -162,14 +153,15 @@ class Judge:
             ConnectionError: nobody answers.
             ValueError: the key is refused.
         """
-        base = self.settings.url.rstrip("/").removesuffix("/chat/completions")
+        connection = self._connect()
         try:
-            with self._client() as client:
-                status = client.get(f"{base}/models").status_code
-        except httpx2.TransportError as error:
+            status = connection.attempt("GET", "/models")[0].status_code
+        except (httpx2.TransportError, OSError) as error:
             raise ConnectionError(
                 f"the judge at {self.settings.url} does not answer ({error}); is it running?"
             ) from None
+        finally:
+            connection.close()
         if status in (401, 403):
             name = self.settings.key_env or "OPENAI_API_KEY"
             raise ValueError(
@@ -182,7 +174,7 @@ class Judge:
         questions: Sequence[list[Message]],
         parse: Callable[[str], Any],
         reminder: str,
-        name: str = "verdicts",
+        name: str = "judge",
     ) -> list[Ruling]:
         """The judge's verdicts, in the order of the questions.
 
@@ -195,33 +187,39 @@ class Judge:
             ValueError: it refuses the request, or the cost passes `max_cost`.
         """
         rulings: dict[int, Ruling] = {}
-        progress = None if self._progress is None else self._progress(name)
-        self._stop.clear()
-        with self._client() as client, ThreadPoolExecutor(self.settings.concurrency) as pool:
+        bar = self._progress.bar(f"{name} verdicts")
+        connection = self._connect()
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
             futures = {
-                pool.submit(self._rule, client, q, parse, reminder): n for n, q in enumerate(questions)
+                pool.submit(self._rule, connection, question, parse, reminder): number
+                for number, question in enumerate(questions)
             }
             try:
                 for future in as_completed(futures):
                     rulings[futures[future]] = future.result()
-                    if progress is not None:
-                        progress(len(rulings), len(questions))
+                    bar(len(rulings), len(questions))
             except BaseException as error:
-                self._stop.set()
+                connection.stop()
                 pool.shutdown(wait=True, cancel_futures=True)
-                if isinstance(error, ConnectionError):
-                    # Every reply so far is on disk, also of verdicts that were still under way.
-                    kept = f"{len(rulings)} of {len(questions)} verdicts are in {self._cache_file}; run it again to go on"
-                    raise ConnectionError(f"{error}; {kept}.") from None
-                raise
+                if not isinstance(error, ServerUnavailable):
+                    raise
+                if error.final:
+                    raise ValueError(str(error)) from None
+                # Every reply so far is on disk, also of verdicts that were still under way.
+                kept = f"{len(rulings)} of {len(questions)} verdicts are in {self.cache_file}"
+                raise ConnectionError(f"{error}; {kept}; run it again to go on.") from None
+            finally:
+                connection.close()
+                self.usage.retries += connection.num_retries
         return [rulings[number] for number in range(len(questions))]
 
     def _rule(
-        self, client: httpx2.Client, question: list[Message], parse: Callable[[str], Any], reminder: str
+        self, connection: Connection, question: list[Message], parse: Callable[[str], Any], reminder: str
     ) -> Ruling:
-        messages, text = list(question), ""
+        messages = list(question)
+        text = ""
         for ask in range(1, self.settings.max_asks + 1):
-            text = self._reply(client, messages)
+            text = self._reply(connection, messages)
             verdict = parse(text)
             if verdict is not None:
                 return Ruling(verdict, text, ask)
@@ -232,7 +230,7 @@ class Judge:
             ]
         return Ruling(None, text, self.settings.max_asks)
 
-    def _reply(self, client: httpx2.Client, messages: list[Message]) -> str:
+    def _reply(self, connection: Connection, messages: list[Message]) -> str:
         request: dict[str, Any] = {
             "model": self.settings.model,
             "messages": messages,
@@ -241,16 +239,18 @@ class Judge:
         } | dict(self.settings.extra)
         request = {name: value for name, value in request.items() if value is not None}
         # The address belongs to the key: local servers like to call every model "default".
-        content = json.dumps([self.settings.url, request], sort_keys=True, ensure_ascii=False)
-        key = hashlib.sha256(content.encode()).hexdigest()
+        key = digest_json([self.settings.url, request], ensure_ascii=False)
         with self._lock:
             if key in self._cache:
                 self.usage.cached += 1
                 return self._cache[key]
-        text, tokens_in, tokens_out = self._send(client, request)
+        text, tokens_in, tokens_out = connection.request(
+            "POST", _PATH, _read_reply, json=request, max_bytes=2**26
+        )
         with self._lock:
             self._cache[key] = text
-            _append(self._cache_file, {"key": key, "model": self.settings.model, "reply": text})
+            self.cache_file.parent.mkdir(parents=True, exist_ok=True)
+            self._lines.append({"key": key, "model": self.settings.model, "reply": text})
             self.usage.calls += 1
             self.usage.tokens_in += tokens_in
             self.usage.tokens_out += tokens_out
@@ -262,52 +262,18 @@ class Judge:
             )
         return text
 
-    def _send(self, client: httpx2.Client, request: dict[str, Any]) -> tuple[str, int, int]:
-        """Reply and tokens of one request, retried."""
-        url = self.settings.url.rstrip("/")
-        url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-        problem = ""
-        for attempt in range(self.settings.max_retries + 1):
-            wait = self.settings.backoff_seconds * 2**attempt * (1 + random.random() / 4)
-            try:
-                response = client.post(url, json=request)
-            except httpx2.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                if response.status_code == 200:
-                    found = _read_reply(response)
-                    if found is not None:
-                        return found
-                    problem = f"status 200 without a chat completion: {response.text[:200]!r}"
-                elif response.status_code in _RETRIED:
-                    problem = f"status {response.status_code}"
-                    wait = _retry_after(response) or wait
-                else:
-                    said = self._without_key(response.text[:500])
-                    raise ValueError(
-                        f"the judge at {self.settings.url} refuses (status {response.status_code}): {said}"
-                    )
-            if attempt < self.settings.max_retries:
-                with self._lock:
-                    self.usage.retries += 1
-                if self._stop.wait(min(wait, _LONGEST_WAIT_SECONDS)):
-                    break
-        asked = (
-            f"after {self.settings.max_retries + 1} attempts"
-            if not self._stop.is_set()
-            else "when the run stopped"
+    def _connect(self) -> Connection:
+        base = self.settings.url.rstrip("/").removesuffix(_PATH)
+        return Connection(
+            base,
+            name="The judge",
+            api_key=self._key or None,
+            timeout_seconds=self.settings.timeout_seconds,
+            wait_seconds=self.settings.max_retries * (self.settings.timeout_seconds + _LONGEST_WAIT_SECONDS),
+            max_attempts=self.settings.max_retries + 1,
+            first_pause_seconds=self.settings.backoff_seconds,
+            connections=self.settings.concurrency,
         )
-        raise ConnectionError(
-            f"the judge at {self.settings.url} gives no answer {asked} ({self._without_key(problem)})"
-        )
-
-    def _client(self) -> httpx2.Client:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx2.Limits(max_connections=self.settings.concurrency)
-        return httpx2.Client(headers=headers, timeout=self.settings.timeout_seconds, limits=limits)
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
 
 
 def tokens_of(text: str) -> int:
@@ -315,27 +281,15 @@ def tokens_of(text: str) -> int:
     return -(-len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def _read_reply(response: httpx2.Response) -> tuple[str, int, int] | None:
+def _read_reply(response: Any, content: bytes) -> tuple[str, int, int]:
+    """Reply and tokens of a chat completion."""
     try:
-        body = response.json()
+        body = json.loads(content)
         text = body["choices"][0]["message"].get("content") or ""
         usage = body.get("usage") or {}
         return str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return None
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Seconds that the server asks to wait; the header holds seconds or a date."""
-    value = response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
+        raise BadResponse(f"not a chat completion: {content[:200]!r}") from None
 
 
 def _default_cache(model: str) -> Path:
@@ -344,32 +298,12 @@ def _default_cache(model: str) -> Path:
     return root / "hpd" / "judge" / f"{name}.jsonl"
 
 
-def _read_cache(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
+def _read_cache(lines: JsonLines) -> dict[str, str]:
     replies = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line) if line else None
-        except ValueError:
-            continue  # a line that a kill cut short: its request is sent again
-        if entry is None:
-            continue
+    for entry in lines.read():
         if not isinstance(entry, dict) or not {"key", "reply"} <= entry.keys():
-            raise ValueError(f"{path}: line {number} is no reply of a judge; name another cache file.")
+            raise ValueError(
+                f"{lines.path} holds {str(entry)[:80]!r}, not a judge's reply; name another file."
+            )
         replies[entry["key"]] = entry["reply"]
     return replies
-
-
-def _append(path: Path, entry: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() and not _ends_line(file):
-            file.write(b"\n")
-        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-
-
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"

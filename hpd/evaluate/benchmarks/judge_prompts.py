@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import yaml
 
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.benchmarks.win_rates import LABELS
+from hpd.files import digest_text
 from hpd.generation.texts import Message
 
 __all__ = [
@@ -25,15 +25,11 @@ __all__ = [
     "read_rating",
 ]
 
-
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-
 
 _BRACKETED = re.compile(r"\[\[([^\[\]\n]{1,12})\]\]")
 
-
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
-
 
 _LOOSE_RATING = re.compile(r"\[(\d+(?:\.\d+)?)\]")
 
@@ -60,11 +56,14 @@ class JudgePrompt:
 
     def fingerprint(self) -> str:
         """Short hash of all texts: verdicts of other prompts are other verdicts."""
-        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
+        return digest_text(repr(sorted(asdict(self).items())))[:12]
 
 
-_PAIR = "<question>\n{question}\n</question>\n\n<answer_a>\n{answer_a}\n</answer_a>\n\n<answer_b>\n{answer_b}\n</answer_b>"
-
+_PAIR = (
+    "<question>\n{question}\n</question>\n\n"
+    "<answer_a>\n{answer_a}\n</answer_a>\n\n"
+    "<answer_b>\n{answer_b}\n</answer_b>"
+)
 
 PREFERENCE = JudgePrompt(
     system=(
@@ -75,10 +74,11 @@ PREFERENCE = JudgePrompt(
         "[[B]] if answer B is better, [[C]] if neither is."
     ),
     prompt=_PAIR,
-    reminder="Your reply holds no single verdict. Write exactly one of [[A]], [[B]] or [[C]], and nothing else.",
+    reminder=(
+        "Your reply holds no single verdict. Write exactly one of [[A]], [[B]] or [[C]], and nothing else."
+    ),
 )
 """For AlpacaEval, in our words (upstream's prompt is its own)."""
-
 
 FIVE_POINTS = JudgePrompt(
     system=(
@@ -90,7 +90,10 @@ FIVE_POINTS = JudgePrompt(
         "answer B is much better."
     ),
     prompt=_PAIR,
-    reminder="Your reply holds no single verdict. Write exactly one of [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or [[B>>A]].",
+    reminder=(
+        "Your reply holds no single verdict. Write exactly one of [[A>>B]], [[A>B]], [[A=B]], [[B>A]] or "
+        "[[B>>A]]."
+    ),
 )
 """For Arena-Hard, in our words; the five points are the benchmark's."""
 
@@ -152,6 +155,11 @@ def load_prompt(path: str | Path | None, default: JudgePrompt) -> JudgePrompt:
     return prompt
 
 
+_RATING_REMINDER = (
+    "Your reply holds no single rating. Write [[rating]] with a number from 1 to 10, and nothing else."
+)
+
+
 def load_fastchat_prompts(path: Path) -> Mapping[str, JudgePrompt]:
     """Single-answer prompts of a FastChat judge_prompts.jsonl, by name.
 
@@ -165,10 +173,10 @@ def load_fastchat_prompts(path: Path) -> Mapping[str, JudgePrompt]:
             row["name"]: JudgePrompt(
                 system=row["system_prompt"],
                 prompt=row["prompt_template"],
-                reminder="Your reply holds no single rating. Write [[rating]] with a number from 1 to 10, and nothing else.",
+                reminder=_RATING_REMINDER,
             )
             for row in rows
             if row["type"] == "single"
         }
     except KeyError as error:
-        raise ValueError(f"{path} is no judge_prompts.jsonl of FastChat: a row has no {error}.") from None
+        raise ValueError(f"{path} is not a judge_prompts.jsonl of FastChat: a row has no {error}.") from None

@@ -20,9 +20,7 @@ from hpd.generation.texts import Answer
 
 __all__ = ["alpaca_eval", "arena_hard", "mt_bench"]
 
-
 _STRONG_WEIGHT = 3.0  # arena-hard-auto: a "much better" counts as three games
-
 
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 
@@ -188,9 +186,11 @@ def mt_bench(
 def _mt_example(data: Data, row: Row, references: Mapping[str, list[str]]) -> Example:
     if not {"question_id", "category", "turns"} <= row.keys() or len(row["turns"]) != 2:
         raise ValueError(
-            f"{data} is no question.jsonl of MT-Bench: every row needs question_id, category and two turns."
+            f"{data} is not a question.jsonl of MT-Bench: every row needs question_id, category and two "
+            "turns."
         )
-    question_id, (first, second) = str(row["question_id"]), row["turns"]
+    question_id = str(row["question_id"])
+    first, second = row["turns"]
     reference = references.get(question_id) if row["category"] in _WITH_REFERENCE else None
     if row["category"] in _WITH_REFERENCE and not reference:
         raise ValueError(

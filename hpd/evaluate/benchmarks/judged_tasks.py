@@ -14,14 +14,11 @@ from hpd.generation.texts import Answer, Message
 
 __all__ = ["Games", "MTBench", "PairwiseTask"]
 
-
 # For the estimate before anything is written: what judges wrote in trials with the prompts of this package,
 # rounded up.
 _REPLY_TOKENS = 200
 
-
 _ANSWER_TOKENS = 400
-
 
 SummaryFigures = Callable[[Sequence[Example], Sequence[Answer], Sequence["Games"]], dict[str, float]]
 
@@ -73,7 +70,10 @@ class PairwiseTask:
             **judge.settings.identity(),
             "judge_prompt": prompt.fingerprint(),
         }
-        self._examples, self._judge, self._prompt, self._figures = tuple(examples), judge, prompt, figures
+        self._examples = tuple(examples)
+        self._judge = judge
+        self._prompt = prompt
+        self._figures = figures
         self._spent: dict[str, float] = {}
 
     def examples(self) -> Sequence[Example]:
@@ -148,7 +148,9 @@ class MTBench:
         prompts: Mapping[str, JudgePrompt],
         options: Mapping[str, Any],
     ) -> None:
-        self._examples, self._judge, self._prompts = tuple(examples), judge, prompts
+        self._examples = tuple(examples)
+        self._judge = judge
+        self._prompts = prompts
         texts = "".join(prompts[name].fingerprint() for name in sorted(prompts))
         self.options: Mapping[str, Any] = {**options, **judge.settings.identity(), "judge_prompts": texts}
         self._spent: dict[str, float] = {}
@@ -211,7 +213,7 @@ class MTBench:
         return {"parse_failures": float(missing), **means, **self._spent}
 
     def _questions(self, example: Example, turns: Sequence[str]) -> list[list[Message]]:
-        """What the judge is asked about the first turn, and about the second."""
+        """Questions to the judge about the first turn, and about the second."""
         if len(turns) != 2:
             raise ValueError(f"MT-Bench question {example.id} has {len(turns)} answers; both turns need one.")
         fields = {
@@ -257,7 +259,8 @@ def _notice(task: Any, judge: Judge, calls: int, tokens_in: int) -> str:
 
 
 def _refuse_expensive(judge: Judge, tokens_in: int, tokens_out: int) -> None:
-    cost, limit = judge.settings.cost(tokens_in, tokens_out), judge.settings.max_cost
+    cost = judge.settings.cost(tokens_in, tokens_out)
+    limit = judge.settings.max_cost
     if cost is not None and limit is not None and cost > limit:
         raise ValueError(
             f"the judge would cost about {cost:.2f}, above max_cost={limit:g}; raise it, or limit the "

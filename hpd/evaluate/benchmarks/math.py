@@ -14,7 +14,7 @@ from hpd.evaluate.benchmarks.answers import (
     stated_answer,
 )
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
-from hpd.evaluate.benchmarks.verifier import Comparison, Outcome, compare_all
+from hpd.evaluate.benchmarks.verifier import AnswerPair, Equality, compare_all
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer
 
@@ -34,19 +34,14 @@ __all__ = [
     "svamp",
 ]
 
-
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 """The system prompt of the reference evaluation (its data files hold it)."""
 
-
 _QUESTIONS = ("problem", "question", "prompt", "Problem", "Question", "input", "question_concat")
-
 
 _ANSWERS = ("answer", "final_answer", "Answer", "target", "final_ans", "result")
 
-
 _SOLUTIONS = ("solution", "Solution")
-
 
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
@@ -63,8 +58,8 @@ class Rule(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """What a task's file says of one problem."""
+class MathProblem:
+    """One problem of a task's file."""
 
     id: str
     question: str
@@ -100,7 +95,7 @@ class MathTask:
         data: Data,
         *,
         limit: int | None = None,
-        problems: Callable[[Sequence[Row]], Iterator[_Problem]] | None = None,
+        problems: Callable[[Sequence[Row]], Iterator[MathProblem]] | None = None,
         rule: Rule = Rule(),  # noqa: B008 (a NamedTuple)
         max_new_tokens: int = 4096,
         **options: Any,
@@ -176,18 +171,18 @@ def extract(text: str, reference: str, rule: Rule) -> str | None:
     return stated if stated is not None else last_math(text) or final_answer(text)
 
 
-def _pairs(found: str | None, reference: str, rule: Rule) -> list[Comparison]:
+def _pairs(found: str | None, reference: str, rule: Rule) -> list[AnswerPair]:
     """Comparisons that may be needed to grade an answer: one, or of every listed answer with every
     reference."""
     if found is None:
         return []
-    whole = Comparison(reference, found, rule.relative, rule.absolute)
+    whole = AnswerPair(reference, found, rule.relative, rule.absolute)
     if not rule.multiple:
         return [whole]
     golds, answers = _lists(reference, found)
     if len(golds) != len(answers):
         return []
-    return [Comparison(gold, answer, rule.relative, rule.absolute) for gold in golds for answer in answers]
+    return [AnswerPair(gold, answer, rule.relative, rule.absolute) for gold in golds for answer in answers]
 
 
 def _lists(reference: str, found: str) -> tuple[list[str], list[str]]:
@@ -199,24 +194,25 @@ def _lists(reference: str, found: str) -> tuple[list[str], list[str]]:
     return split_answers(_THOUSANDS.sub("", reference)), split_answers(_THOUSANDS.sub("", found))
 
 
-def _cheap(pair: Comparison) -> Outcome | None:
+def _cheap(pair: AnswerPair) -> Equality | None:
     """The outcome where strings and exact numbers decide it."""
     if same_answer(pair.gold, pair.answer):
-        return Outcome(True, "same")
-    gold, answer = plain_number(pair.gold), plain_number(pair.answer)
+        return Equality(True, "same")
+    gold = plain_number(pair.gold)
+    answer = plain_number(pair.answer)
     if gold is None or answer is None:
         return None
     # Equal numbers that are not the same answer have different units.
     near = gold != answer and abs(gold - answer) <= max(pair.absolute, pair.relative * abs(gold))
-    return Outcome(near, "numbers")
+    return Equality(near, "numbers")
 
 
 def _verdict(
     found: str | None,
     reference: str,
     rule: Rule,
-    pairs: Sequence[Comparison],
-    outcomes: Mapping[Comparison, Outcome],
+    pairs: Sequence[AnswerPair],
+    outcomes: Mapping[AnswerPair, Equality],
 ) -> Verdict:
     if found is None:
         return Verdict(correct=False, detail="no answer")
@@ -229,7 +225,7 @@ def _verdict(
     golds, left = _lists(reference, found)
     for gold in golds:
         match = next(
-            (a for a in left if decided[Comparison(gold, a, rule.relative, rule.absolute)].same), None
+            (a for a in left if decided[AnswerPair(gold, a, rule.relative, rule.absolute)].same), None
         )
         if match is None:
             return Verdict(correct=False, extracted=found, detail=f"without {gold}")
@@ -237,15 +233,15 @@ def _verdict(
     return Verdict(correct=True, extracted=found, detail="all answers")
 
 
-def _plain(rows: Sequence[Row]) -> Iterator[_Problem]:
+def _plain(rows: Sequence[Row]) -> Iterator[MathProblem]:
     """A row with a question, an answer and perhaps a solution, under one of the usual names."""
     for index, row in enumerate(rows):
         yield _problem(index, row, _first(row, _QUESTIONS, "question"), _first(row, _ANSWERS, "answer"))
 
 
-def _problem(index: int, row: Row, question: Any, answer: Any, rule: Rule | None = None) -> _Problem:
+def _problem(index: int, row: Row, question: Any, answer: Any, rule: Rule | None = None) -> MathProblem:
     solution = next((str(row[column]) for column in _SOLUTIONS if row.get(column)), str(answer))
-    return _Problem(
+    return MathProblem(
         id=str(row.get("id", row.get("ID", row.get("unique_id", index)))),
         question=str(question).strip(),
         answer=_reference(answer),
@@ -267,10 +263,10 @@ def _first(row: Row, columns: Sequence[str], role: str) -> Any:
     return found
 
 
-def _upstream(data: Data, rows: Sequence[Row]) -> tuple[list[_Problem], int, str | None]:
+def _upstream(data: Data, rows: Sequence[Row]) -> tuple[list[MathProblem], int, str | None]:
     """Problems of the reference evaluation's format, how often each is repeated, and their system prompt."""
     copies: dict[str, int] = {}
-    problems: dict[str, _Problem] = {}
+    problems: dict[str, MathProblem] = {}
     systems = set()
     for row in rows:
         turns = {turn["role"]: turn["content"] for turn in row["prompt"]}
@@ -326,7 +322,7 @@ def olympiadbench(data: Data, *, limit: int | None = None) -> MathTask:
     """OlympiadBench (He et al. 2024), open-ended English competition problems in text: its own tolerances
     (`error`), several answers in any order (`is_multiple_answer`)."""
 
-    def problems(rows: Sequence[Row]) -> Iterator[_Problem]:
+    def problems(rows: Sequence[Row]) -> Iterator[MathProblem]:
         for index, row in enumerate(rows):
             question = "\n\n".join(filter(None, (row.get("context"), row["question"])))
             answers = row["final_answer"]
@@ -346,7 +342,7 @@ def _joined(solution: Any) -> str:
 def svamp(data: Data, *, limit: int | None = None) -> MathTask:
     """SVAMP (Patel et al. 2021): one-step word problems."""
 
-    def problems(rows: Sequence[Row]) -> Iterator[_Problem]:
+    def problems(rows: Sequence[Row]) -> Iterator[MathProblem]:
         for index, row in enumerate(rows):
             body = str(row["Body"]).rstrip()
             question = f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question']}"

@@ -12,16 +12,16 @@ from typing import Any
 
 _MAX_BYTES = 4 << 30  # of address space
 
-
 _SECONDS = 5  # math-verify's own limit of each comparison, which leaves this process alive
 
 
 def compare(gold: str, answer: str, relative: float, absolute: float) -> dict[str, Any]:
-    """Whether an answer equals the reference, as numbers within a tolerance or as math-verify decides."""
+    """Compare an answer with the reference, as numbers within a tolerance or by math-verify."""
     from math_verify import parse, verify
 
     if relative or absolute:
-        first, second = _number(gold), _number(answer)
+        first = _number(gold)
+        second = _number(answer)
         if first is not None and second is not None:
             return {"same": abs(first - second) <= max(absolute, relative * abs(first)), "how": "numbers"}
     left = parse(_boxed(gold), parsing_timeout=_SECONDS)

@@ -72,8 +72,8 @@ def _hub_rows(data: HubData) -> list[Row]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the data set {data} cannot be had from the Hub; name a local file or folder instead (--data). "
-            f"The Hub client says: {reason}"
+            f"the data set {data} is not available from the Hub; name a local file or folder instead "
+            f"(--data). The Hub client says: {reason}"
         ) from error
     return [dict(row) for row in rows]
 

@@ -10,23 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Comparison", "Outcome", "compare_all"]
-
+__all__ = ["AnswerPair", "Equality", "compare_all"]
 
 _SECONDS = 20.0
 """Limit of one comparison: more than math-verify's own limits (5 s of parsing twice, 5 s of comparing) take
 together."""
-
-
 _MAX_PROCESSES = 8
-
 
 # A process imports sympy for a second or more, in which another one compares many answers.
 _WORTH_A_PROCESS = 24
 
 
-class Comparison(NamedTuple):
-    """Is this answer the reference?"""
+class AnswerPair(NamedTuple):
+    """A reference, an answer, and how far numbers may differ."""
 
     gold: str
     answer: str
@@ -36,39 +32,39 @@ class Comparison(NamedTuple):
     """Numbers count as equal within this distance."""
 
 
-class Outcome(NamedTuple):
-    """What came of a comparison."""
+class Equality(NamedTuple):
+    """True if an answer equals its reference, and how that was found."""
 
     same: bool
     how: str
     """numbers, math-verify, timeout, or the error of a comparison that failed (and is no)."""
 
 
-def compare_all(comparisons: Sequence[Comparison], seconds: float = _SECONDS) -> dict[Comparison, Outcome]:
-    """All comparisons, equal ones once, on as many processes as there are processors (at most 8)."""
-    todo = list(dict.fromkeys(comparisons))
+def compare_all(pairs: Sequence[AnswerPair], seconds: float = _SECONDS) -> dict[AnswerPair, Equality]:
+    """Compare all pairs, equal ones once, on as many processes as there are processors (at most 8)."""
+    todo = list(dict.fromkeys(pairs))
     if not todo:
         return {}
     count = min(-(-len(todo) // _WORTH_A_PROCESS), os.cpu_count() or 1, _MAX_PROCESSES)
-    outcomes: dict[Comparison, Outcome] = {}
+    found: dict[AnswerPair, Equality] = {}
     with ThreadPoolExecutor(count) as pool:
         for part in pool.map(lambda index: _compare_some(todo[index::count], seconds), range(count)):
-            outcomes |= part
-    return outcomes
+            found |= part
+    return found
 
 
-def _compare_some(comparisons: Sequence[Comparison], seconds: float) -> dict[Comparison, Outcome]:
+def _compare_some(pairs: Sequence[AnswerPair], seconds: float) -> dict[AnswerPair, Equality]:
     worker = _Worker()
     try:
-        outcomes = {}
-        for comparison in comparisons:
-            outcome = worker.ask(comparison, seconds)
-            if outcome is None:
+        found = {}
+        for pair in pairs:
+            equality = worker.ask(pair, seconds)
+            if equality is None:
                 worker.close()
                 worker = _Worker()
-                outcome = Outcome(False, "timeout")
-            outcomes[comparison] = outcome
-        return outcomes
+                equality = Equality(False, "timeout")
+            found[pair] = equality
+        return found
     finally:
         worker.close()
 
@@ -90,14 +86,14 @@ class _Worker:
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
-        self._ask(
-            '{"gold": "1", "answer": "1", "relative": 0, "absolute": 0}', None
-        )  # sympy's import is not on the clock
+        # sympy's import is not on the clock.
+        self._ask('{"gold": "1", "answer": "1", "relative": 0, "absolute": 0}', None)
 
-    def ask(self, comparison: Comparison, seconds: float) -> Outcome | None:
-        """The outcome; None where the process was killed at the time limit, or died of its memory limit."""
-        reply = self._ask(json.dumps(comparison._asdict()), seconds)
-        return Outcome(**reply) if reply is not None else None
+    def ask(self, pair: AnswerPair, seconds: float) -> Equality | None:
+        """Compare a pair; None where the process was killed at the time limit, or died of its memory
+        limit."""
+        reply = self._ask(json.dumps(pair._asdict()), seconds)
+        return Equality(**reply) if reply is not None else None
 
     def _ask(self, line: str, seconds: float | None) -> dict | None:
         assert self._process.stdin is not None

@@ -7,14 +7,14 @@ Axes: Q questions, G games (one question in one order), F covariates, S resample
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from hpd.evaluate.statistics import row_weights
+from hpd.evaluate.statistics import resample
 
 __all__ = [
     "LABELS",
@@ -28,9 +28,7 @@ __all__ = [
     "style_of",
 ]
 
-
 Floats = NDArray[np.float64]
-
 
 LABELS: dict[str, float] = {
     "A>>B": 1.0,
@@ -50,26 +48,19 @@ LABELS: dict[str, float] = {
 }
 """What a judge writes between double brackets -> score of the answer that it saw first."""
 
-
 STYLE_FEATURES = ("length", "headers", "lists", "bold")
-
 
 # Keeps a candidate that wins (or loses) every game finite; beside hundreds of games it moves nothing
 # (upstream: C = 100).
 _RIDGE = 0.01
 
-
 _RESAMPLES = 200
-
 
 _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
-
 _HEADER = re.compile(r"^#{1,6}\s", re.MULTILINE)
 
-
 _LIST_ITEM = re.compile(r"^\s*(?:\d+\.|[-*+])\s", re.MULTILINE)
-
 
 _BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 
@@ -84,7 +75,7 @@ class WinRate(NamedTuple):
 
 
 class PositionBias(NamedTuple):
-    """What a judge does when only the order changes."""
+    """Effect of the order alone on a judge."""
 
     first_position: float
     """Mean score of the answer shown first; 0.5 is unbiased."""
@@ -99,8 +90,11 @@ def position_bias(first: Sequence[float], second: Sequence[float]) -> PositionBi
         first: score of the candidate where it was shown first, per question.
         second: the same where it was shown second.
     """
-    ours, theirs = np.asarray(first, float), np.asarray(second, float)
-    return PositionBias(float((ours + 1 - theirs).mean() / 2), float((ours == theirs).mean()))
+    shown_first = np.asarray(first, float)
+    shown_second = np.asarray(second, float)
+    return PositionBias(
+        float((shown_first + 1 - shown_second).mean() / 2), float((shown_first == shown_second).mean())
+    )
 
 
 def length_controlled_win_rate(
@@ -146,8 +140,8 @@ def length_controlled_win_rate(
         return float(weights @ _sigmoid(neutral @ beta) / weights.sum()), beta
 
     value, beta = at_equal_length(np.ones_like(outcome))
-    again = [at_equal_length(weights)[0] for weights in row_weights(len(outcome), seed, _RESAMPLES)]
-    return WinRate(value, float(np.std(again, ddof=1)), dict(zip(columns, beta.tolist(), strict=True)))
+    error = _standard_error(lambda weights: at_equal_length(weights)[0], len(outcome), seed)
+    return WinRate(value, error, dict(zip(columns, beta.tolist(), strict=True)))
 
 
 def style_controlled_win_rate(
@@ -185,17 +179,20 @@ def style_controlled_win_rate(
         return float(_sigmoid(beta[:1])[0]), beta
 
     value, beta = at_equal_style(np.ones(len(differences)))
-    again = [
-        at_equal_style(weights)[0]
-        for weights in _touching(row_weights(len(differences), seed, _RESAMPLES), question)
-    ]
-    return WinRate(value, float(np.std(again, ddof=1)), dict(zip(columns, beta.tolist(), strict=True)))
+    played = np.unique(question)
+
+    def rate(weights: Floats) -> float:
+        return at_equal_style(weights)[0] if weights[played].any() else np.nan  # no game was drawn
+
+    error = _standard_error(rate, len(differences), seed)
+    return WinRate(value, error, dict(zip(columns, beta.tolist(), strict=True)))
 
 
 def style_of(text: str) -> tuple[int, int, int, int]:
     """Length (about tokens), and headers, list items and bold phrases outside code blocks."""
     prose = _CODE_BLOCK.sub("", text)
-    return -(-len(text) // 4), *(len(pattern.findall(prose)) for pattern in (_HEADER, _LIST_ITEM, _BOLD))  # type: ignore[return-value]
+    headers, items, bold = (len(pattern.findall(prose)) for pattern in (_HEADER, _LIST_ITEM, _BOLD))
+    return -(-len(text) // 4), headers, items, bold
 
 
 def style_differences(candidates: Sequence[str], baselines: Sequence[str]) -> Floats:
@@ -203,10 +200,13 @@ def style_differences(candidates: Sequence[str], baselines: Sequence[str]) -> Fl
 
     .. math:: \frac{n_c - n_b}{n_c + n_b}, \qquad \frac{m_c / n_c - m_b / n_b}{m_c / n_c + m_b / n_b + 1}
     """
-    ours, theirs = (np.array([style_of(text) for text in texts], float) for texts in (candidates, baselines))
-    lengths = [np.maximum(side[:, :1], 1.0) for side in (ours, theirs)]
-    density = [side[:, 1:] / length for side, length in zip((ours, theirs), lengths, strict=True)]
-    length = (ours[:, :1] - theirs[:, :1]) / np.maximum(ours[:, :1] + theirs[:, :1], 1.0)
+    candidate, baseline = (
+        np.array([style_of(text) for text in texts], float) for texts in (candidates, baselines)
+    )
+    lengths = [np.maximum(side[:, :1], 1.0) for side in (candidate, baseline)]
+    density = [side[:, 1:] / length for side, length in zip((candidate, baseline), lengths, strict=True)]
+    total = np.maximum(candidate[:, :1] + baseline[:, :1], 1.0)
+    length = (candidate[:, :1] - baseline[:, :1]) / total
     return np.concatenate([length, (density[0] - density[1]) / (density[0] + density[1] + 1)], 1)
 
 
@@ -228,6 +228,12 @@ def _sigmoid(x: Floats) -> Floats:
     return np.exp(-np.logaddexp(0.0, -x))
 
 
-def _touching(weights: Floats, question: NDArray[np.int_]) -> Floats:
-    """Resamples that drew a question with at least one game."""
-    return weights[(weights[:, np.unique(question)] > 0).any(1)]
+def _standard_error(rate: Callable[[Floats], float], num_questions: int, seed: int) -> float:
+    """Spread of a win rate over resampled questions."""
+    rates = resample(
+        lambda drawn: np.array([rate(weights) for weights in drawn]),
+        num_questions,
+        count=_RESAMPLES,
+        seed=seed,
+    )
+    return float(np.nanstd(rates, ddof=1))

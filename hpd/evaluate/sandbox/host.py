@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -32,6 +32,7 @@ from hpd.evaluate.sandbox.outcomes import (
     Status,
     Tests,
 )
+from hpd.progress import Advance
 
 # Modules of every kind: frozen, Python, built as a library with others behind it.
 _PROBE = "import array, ctypes, decimal, hashlib, json, math, random, re; print(decimal.Decimal(1))"
@@ -90,7 +91,7 @@ def run_many(
     num_workers: int | None = None,
     limits: Limits | None = None,
     isolation: Isolation | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> list[Outcome]:
     """`run_program` for each, `num_workers` at a time (None: one per processor), in the given order.
 
@@ -149,7 +150,8 @@ def _describe(used: Isolation, reasons: dict[str, str]) -> list[str]:
     return [
         "network, processes, files: own namespaces; the standard library read-only, an empty folder in memory"
         if used.namespaces
-        else f"network, processes, files: no namespaces ({reasons['full']}); sockets and all files are refused by seccomp",
+        else f"network, processes, files: no namespaces ({reasons['full']}); sockets and all files are "
+        "refused by seccomp",
         "system calls: seccomp allows computing and threads"
         + (", and files within that view" if used.namespaces else ""),
         "limits: processor and clock time, memory, output, file size, descriptors, threads; no environment, "

@@ -101,10 +101,10 @@ def filter_system_calls(files: bool) -> None:
     of limits."""
     content = seccomp_filter(os.uname().machine, os.getpid(), files)
 
-    class Program(ctypes.Structure):
+    class FilterProgram(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
-    program = Program(len(content) // 8, content)
+    program = FilterProgram(len(content) // 8, content)
     _check(_libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0), "seccomp")
 
 

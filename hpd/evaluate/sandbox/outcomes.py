@@ -8,7 +8,7 @@ Status: TypeAlias = Literal["passed", "failed", "finished", "error", "timeout", 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one sandboxed process may use; each is a hard limit."""
+    """Hard limits of one sandboxed process."""
 
     cpu_seconds: int = 10
     """Processor time."""
@@ -32,7 +32,7 @@ class Limits:
 
 
 class Isolation(NamedTuple):
-    """Which mechanisms of the kernel are used."""
+    """Mechanisms of the kernel that are used."""
 
     namespaces: bool
     """Own processes, network, mounts, users where needed: there is nothing to reach."""
@@ -48,7 +48,7 @@ ISOLATIONS: dict[str, Isolation] = {
 
 
 class SandboxReport(NamedTuple):
-    """What holds on this system."""
+    """Isolation on this system."""
 
     level: str
     """Key of `ISOLATIONS`."""
@@ -85,7 +85,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a program ended."""
+    """End of a program."""
 
     status: Status
     """passed, failed: what the tests found. finished: without tests, the code ran to its end, or said so.
@@ -99,4 +99,4 @@ class Outcome:
     cpu_seconds: float
     """Processor time of the program."""
     result: Any = None
-    """What the tests left in `result`."""
+    """Value that the tests left in `result`."""

@@ -33,19 +33,13 @@ _LAZY_MODULES = (
     "traceback",
     "tokenize",
 )
-_NEVER_PRELOADED = {
-    "antigravity",
-    "this",
-    "idlelib",
-    "tkinter",
-    "turtle",
-    "turtledemo",
-}  # they act when imported
+# They act when imported.
+_NEVER_PRELOADED = {"antigravity", "this", "idlelib", "tkinter", "turtle", "turtledemo"}
 _MAX_DETAIL_CHARS = 300
 
 
-class Job(NamedTuple):
-    """What the host sends."""
+class SandboxJob(NamedTuple):
+    """Message of the host that starts a sandbox."""
 
     role: str
     """"program": untrusted code that then answers requests; "tests": code that asks and decides."""
@@ -58,7 +52,7 @@ class Job(NamedTuple):
     namespaces: bool
     seccomp: bool
     control_fd: int
-    """Where the supervisor reports; never open in the sandboxed process."""
+    """The supervisor reports here; never open in the sandboxed process."""
     verdict_fd: int | None
     """tests: where the verdict goes; never open in the program's process."""
     ask_fds: tuple[int, int] | None
@@ -67,7 +61,7 @@ class Job(NamedTuple):
 
 def main() -> None:
     sys.path.pop(0)  # this folder: nothing more is imported from it
-    job = Job(**wire.receive(0))
+    job = SandboxJob(**wire.receive(0))
     try:
         null = os.open("/dev/null", os.O_RDWR)
         if job.namespaces:
@@ -123,7 +117,7 @@ def _supervise(pid: int, wake: int, wall_seconds: float) -> dict[str, Any]:
     }
 
 
-def _sandboxed(job: Job, supervisor_pid: int) -> None:
+def _sandboxed(job: SandboxJob, supervisor_pid: int) -> None:
     """The process that never comes back."""
     code = 70
     try:
@@ -155,7 +149,7 @@ def _sandboxed(job: Job, supervisor_pid: int) -> None:
         os._exit(code)
 
 
-def _run_program(job: Job) -> int:
+def _run_program(job: SandboxJob) -> int:
     """Run untrusted code, then answer for it. Whatever it does to this interpreter, it can only change its
     own answers."""
     module = ModuleType("program")
@@ -172,7 +166,7 @@ def _run_program(job: Job) -> int:
     return 0
 
 
-def _run_tests(job: Job) -> None:
+def _run_tests(job: SandboxJob) -> None:
     assert job.verdict_fd is not None
     value = None
     try:

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
+from hpd.config.models import ModelConfig
 from hpd.demo.build_teacher import build_tokenizer, model_config
 from hpd.demo.task import (
     SPLITS,
     Operation,
-    Row,
+    SolvedProblem,
     Split,
     evaluate,
     is_correct,
@@ -40,14 +41,17 @@ from hpd.demo.task import (
 )
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
+from hpd.models.load import load_model, load_tokenizer
 
 __all__ = ["chains", "draw_chain", "gym_chains"]
 
-NUM_OPERATIONS, LARGEST_VALUE = 5, 20
+NUM_OPERATIONS = 5
+LARGEST_VALUE = 20
 PRETRAINING_OPERATIONS = (1, 3)
-"""What the students have learnt."""
+"""Operations of the chains that the students have learnt."""
 NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
-MAX_TOKENS, MAX_NEW_TOKENS = 80, 48
+MAX_TOKENS = 80
+MAX_NEW_TOKENS = 48
 TEACHER = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 STUDENTS = {
     "x0.5": {
@@ -72,7 +76,10 @@ STUDENTS = {
         "head_dim": 22,
     },
 }
-TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 700, 600, 64, 4e-3
+TEACHER_STEPS = 700
+STUDENT_STEPS = 600
+BATCH = 64
+RATE = 4e-3
 _CHOICES = [
     NUM_OPERATIONS,
     LARGEST_VALUE,
@@ -176,7 +183,7 @@ def _learn(tokenizer: Any, shape: Mapping[str, Any], operations: tuple[int, int]
     config = model_config(tokenizer, shape)
     config.max_position_embeddings = MAX_TOKENS
 
-    def draw(rng: random.Random) -> Row:
+    def draw(rng: random.Random) -> SolvedProblem:
         return _solve(draw_chain(rng, "train", rng.randint(*operations)), rng)
 
     return learn(
@@ -184,8 +191,8 @@ def _learn(tokenizer: Any, shape: Mapping[str, Any], operations: tuple[int, int]
     )
 
 
-def _solve(chain: Operation, rng: random.Random) -> Row:
-    return Row(
+def _solve(chain: Operation, rng: random.Random) -> SolvedProblem:
+    return SolvedProblem(
         prompt=prompt_of(chain), completion=write_solution(chain, rng, "equations"), answer=str(chain.value)
     )
 
@@ -214,12 +221,10 @@ def _written(teacher: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) ->
 
 
 def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, Any]:
-    from hpd.config.models import ModelConfig
-    from hpd.models.load import load_model, load_tokenizer
-
     copied = shutil.ignore_patterns("cache", "*.jsonl")
     shutil.copytree(prepare("chains", _CHOICES, _build), folder, ignore=copied)
-    size, terms = NUM_ROWS["train"], NUM_OPERATIONS + 1
+    size = NUM_ROWS["train"]
+    terms = NUM_OPERATIONS + 1
     dataset = create_dataset(
         "chain_sum", seed=0, size=8 * size, min_terms=terms, max_terms=terms, min_digits=1, max_digits=1
     )

@@ -1,9 +1,7 @@
-"""Files that the runs of many experiments share: made once, kept in `$HPD_HOME/tasks` (by default
-`~/.cache/hpd/tasks`)."""
+"""Files that many experiments share: made once, kept in `$HPD_HOME/tasks` (`~/.cache/hpd/tasks`)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -16,8 +14,11 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from hpd.config.load import load_recipe
 from hpd.demo.build_teacher import encode_rows
-from hpd.demo.task import Row
+from hpd.demo.task import SolvedProblem
+from hpd.files import JsonLines, digest_text
+from hpd.training.caching import write_cache
 
 __all__ = ["copy_to", "distil", "home", "learn", "prepare", "write_rows"]
 
@@ -25,7 +26,7 @@ _CACHE = "cache"
 
 
 def home() -> Path:
-    """Where files that many runs share are kept: `$HPD_HOME`, by default `~/.cache/hpd`."""
+    """The folder of files that many runs share: `$HPD_HOME`, by default `~/.cache/hpd`."""
     return Path(os.environ.get("HPD_HOME") or Path.home() / ".cache" / "hpd")
 
 
@@ -38,7 +39,7 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
             them (hidden states in float32: exact for every method, and no run pays for the teacher's forward
             again).
     """
-    digest = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]
+    digest = digest_text(json.dumps(choices))[:8]
     root = home() / "tasks"
     target = root / f"{name}-{digest}"
     if target.is_dir():
@@ -56,8 +57,7 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
 
 
 def copy_to(folder: Path, prepared: Path) -> dict[str, str]:
-    """Copy the files to an experiment's own folder, and return the teacher that reads the cache, which stays
-    where it is."""
+    """Copy the files to an experiment's folder; return the teacher that reads the cache, which stays."""
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns(_CACHE), dirs_exist_ok=True)
     return {"type": "cached", "model": str(folder / "teacher"), "path": str(prepared / _CACHE)}
 
@@ -85,10 +85,6 @@ def distil(folder: Path, student: str, **train: Any) -> dict[str, Any]:
 
 
 def _write_cache(folder: Path, recipe: Mapping[str, Any]) -> None:
-    # The command line imports this package before it knows what it is asked for.
-    from hpd.config.load import load_recipe
-    from hpd.training.caching import write_cache
-
     cache = {"path": str(folder / _CACHE), "kind": "hidden", "dtype": "float32"}
     write_cache(load_recipe({**recipe, "cache": cache, "output_dir": str(folder / "unused")}))
 
@@ -96,7 +92,7 @@ def _write_cache(folder: Path, recipe: Mapping[str, Any]) -> None:
 def learn(
     config: Any,
     tokenizer: Any,
-    draw: Callable[[random.Random], Row],
+    draw: Callable[[random.Random], SolvedProblem],
     name: str,
     *,
     num_steps: int,
@@ -122,6 +118,6 @@ def learn(
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """JSON Lines."""
+    """Write JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    JsonLines(path).write(rows)

@@ -11,7 +11,6 @@ The student has learnt half of the task.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -21,14 +20,17 @@ from typing import Any
 import torch
 
 from hpd.demo.build_teacher import IGNORED, build_tokenizer, encode_rows, model_config
-from hpd.demo.task import SPLITS, Row, Split, split_of
+from hpd.demo.task import SPLITS, SolvedProblem, Split, split_of
 from hpd.evaluate import Answer, ExactMatch, Example, GenerationSettings, Verdict, generate_answers
 from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
+from hpd.files import write_json
 
 __all__ = ["ValidAnswers", "right_answers", "short_answers"]
 
-NUM_LISTED, NUM_VALID = 5, (2, 4)
-"""Digits in a problem beside the first, and how many of them may be larger than it."""
+NUM_LISTED = 5
+"""Digits in a problem beside the first."""
+NUM_VALID = (2, 4)
+"""Fewest and most of them that are larger than it."""
 NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
 SHORT_TEACHER = {
     "hidden_size": 64,
@@ -42,7 +44,10 @@ SHORT_STUDENT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
 }
-TEACHER_STEPS, STUDENT_STEPS, BATCH, RATE = 1000, 500, 64, 4e-3
+TEACHER_STEPS = 1000
+STUDENT_STEPS = 500
+BATCH = 64
+RATE = 4e-3
 
 
 def right_answers(prompt: str) -> list[str]:
@@ -132,14 +137,14 @@ def _build(folder: Path) -> dict[str, Any]:
     )
     kl, mass = _against_truth(teacher, tokenizer, prompts["test"])
     report = {"kl_of_truth_to_teacher_nats": kl, "teacher_mass_on_right_answers": mass}
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "report.json", report)
     return _tree(folder)
 
 
-def _right(rng: random.Random) -> Row:
+def _right(rng: random.Random) -> SolvedProblem:
     """Answers drawn uniformly from the right ones: the loss's minimum is the truth."""
     prompt = _draw_prompt(rng, "train")
-    return Row(prompt=prompt, completion=rng.choice(right_answers(prompt)), answer="")
+    return SolvedProblem(prompt=prompt, completion=rng.choice(right_answers(prompt)), answer="")
 
 
 def _teacher_rows(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, str]]:
@@ -162,7 +167,9 @@ def _against_truth(teacher: Any, tokenizer: Any, prompts: Sequence[str]) -> tupl
     kl = mass = 0.0
     for prompt in prompts:
         answers = right_answers(prompt)
-        ids, labels = encode_rows(tokenizer, [Row(prompt=prompt, completion=a, answer="") for a in answers])
+        ids, labels = encode_rows(
+            tokenizer, [SolvedProblem(prompt=prompt, completion=a, answer="") for a in answers]
+        )
         logprobs = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
         targets = labels[:, 1:]
         chosen = (

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.losses import Head, Scores
-from hpd.losses.products import project_
+from hpd.losses.products import chunks, project_
 from hpd.models.forward import scores_of
 from hpd.teachers.fingerprints import model_fingerprint, tokenizer_hash
 from hpd.teachers.model import ModelTeacher
@@ -109,11 +109,10 @@ class Backend:
     def _response(self, hidden: Float[Tensor, "N D"], wanted: Wanted) -> dict[str, Tensor]:
         """The tensors that are asked for; logits exist one chunk at a time."""
         parts: dict[str, list[Tensor]] = {}
-        rows = max(1, _CHUNK_BYTES // (4 * self.vocab))
-        for start in range(0, len(hidden), rows):
-            chunk = hidden[start : start + rows]
-            logits = torch.empty(len(chunk), self.vocab, device=chunk.device)  # [n, V]
-            project_(Scores(chunk.to(_weight(self._head).dtype), self._head), logits)
+        for chunk in chunks(len(hidden), 4 * self.vocab, _CHUNK_BYTES):
+            part = hidden[chunk]
+            logits = torch.empty(len(part), self.vocab, device=part.device)  # [n, V]
+            project_(Scores(part.to(_weight(self._head).dtype), self._head), logits)
             log_z = torch.logsumexp(logits, -1)
             check_finite("the teacher's distribution", log_z)
             found = {"log_z": log_z}

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.http import BadAnswer
+from hpd.http import BadResponse
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.teachers.remote.wire import WireRow
 
@@ -78,21 +78,21 @@ def _sglang_request(model: str | None, prompts: list[list[int]], k: int, texts: 
 def _split_choices(response: Any, count: int) -> list[Any]:
     choices = sorted(response["choices"], key=lambda choice: choice["index"])
     if [choice["index"] for choice in choices] != list(range(count)):
-        raise BadAnswer(f"{len(choices)} choices for {count} prompts")
+        raise BadResponse(f"{len(choices)} choices for {count} prompts")
     return choices
 
 
 def _split_list(response: Any, count: int) -> list[Any]:
     answers = response if isinstance(response, list) else [response]
     if len(answers) != count:
-        raise BadAnswer(f"{len(answers)} answers for {count} prompts")
+        raise BadResponse(f"{len(answers)} answers for {count} prompts")
     return [one["meta_info"] for one in answers]
 
 
 def _read_prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
     told = choice["prompt_logprobs"]
     if told is None:
-        raise BadAnswer(
+        raise BadResponse(
             "no prompt_logprobs: the server ignores the field (protocol: echo may be what it understands)"
         )
     places: list[Place | None] = [None]
@@ -111,7 +111,7 @@ def _read_echo(choice: Any, prompt: list[int]) -> list[Place | None]:
     for i in range(1, len(prompt)):
         named = tokens[i].startswith("token_id:")
         if named and _token_id(tokens[i]) != prompt[i]:
-            raise BadAnswer(f"token {i} of the prompt came back as {tokens[i]}")
+            raise BadResponse(f"token {i} of the prompt came back as {tokens[i]}")
         likeliest = {_token_id(t): _number(v) for t, v in (top[i] or {}).items()} if named else {}
         places.append(Place({**likeliest, prompt[i]: _number(logprobs[i])}, None if named else tokens[i]))
     return places
@@ -124,7 +124,7 @@ def _read_sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
     for i in range(1, len(prompt)):
         logprob, token, text = told[i]
         if token != prompt[i]:
-            raise BadAnswer(f"token {i} of the prompt came back as {token}")
+            raise BadResponse(f"token {i} of the prompt came back as {token}")
         likeliest = {int(t): _number(v) for v, t, _ in top[i] or []}
         places.append(Place({**likeliest, token: _number(logprob)}, text))
     return places
@@ -133,7 +133,7 @@ def _read_sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
 def _token_id(name: str) -> int:
     prefix, _, number = name.partition(":")
     if prefix != "token_id":
-        raise BadAnswer(
+        raise BadResponse(
             "the server does not know return_tokens_as_token_ids, without which tokens are ambiguous"
         )
     return int(number)
@@ -149,7 +149,7 @@ def _number(value: Any) -> float:
         or math.isnan(value)
         or value > _MASS_TOLERANCE
     ):
-        raise BadAnswer(f"a log-probability of {value!r}")
+        raise BadResponse(f"a log-probability of {value!r}")
     return min(max(float(value), LOGPROB_FLOOR), 0.0)
 
 
@@ -161,28 +161,28 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def read_json(body: bytes) -> Any:
-    """A JSON body; raises BadAnswer where it is not one."""
+    """A JSON body; raises BadResponse where it is not one."""
     try:
         return json.loads(body)
     except (ValueError, RecursionError):
-        raise BadAnswer(f"{len(body)} bytes that are not JSON") from None
+        raise BadResponse(f"{len(body)} bytes that are not JSON") from None
 
 
 def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> list[list[Place | None]]:
     """The answer about each token of each prompt in a response's body.
 
     Raises:
-        BadAnswer: anything about it is not as the server's documentation has it.
+        BadResponse: anything about it is not as the server's documentation has it.
     """
     response = read_json(body)
     try:
         told = dialect.split(response, len(prompts))
         return [dialect.places(part, prompt) for part, prompt in zip(told, prompts, strict=True)]
-    except BadAnswer:
+    except BadResponse:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
         # Foreign JSON of any shape: what is wrong is that it does not fit.
-        raise BadAnswer(f"not the expected fields ({type(error).__name__}: {str(error)[:100]})") from None
+        raise BadResponse(f"not the expected fields ({type(error).__name__}: {str(error)[:100]})") from None
 
 
 def top_k_tensors(
@@ -192,7 +192,7 @@ def top_k_tensors(
     `label_logprobs` `[N]`.
 
     Raises:
-        BadAnswer: tokens beyond the vocabulary, fewer than k, or more mass than one.
+        BadResponse: tokens beyond the vocabulary, fewer than k, or more mass than one.
     """
     tokens: list[list[int]] = []
     logprobs: list[list[float]] = []
@@ -203,12 +203,12 @@ def top_k_tensors(
             assert place is not None  # only the first token has none, and a label is never the first
             ranked = sorted(place.logprobs.items(), key=lambda item: (-item[1], item[0]))
             if len(ranked) < k:
-                raise BadAnswer(f"{len(ranked)} of the {k} likeliest tokens")
+                raise BadResponse(f"{len(ranked)} of the {k} likeliest tokens")
             tokens.append([token for token, _ in ranked[:k]])
             logprobs.append([logprob for _, logprob in ranked[:k]])
             labels.append(place.logprobs[label])
             if not all(0 <= token < vocab for token, _ in ranked):
-                raise BadAnswer(f"a token beyond the student's {vocab}: the server's vocabulary is another")
+                raise BadResponse(f"a token beyond the student's {vocab}: the server's vocabulary is another")
     found = {
         "tokens": torch.tensor(tokens).view(-1, k),
         "logprobs": torch.tensor(logprobs).view(-1, k),
@@ -216,5 +216,5 @@ def top_k_tensors(
     }
     mass = found["logprobs"].exp().sum(-1)
     if len(mass) and float(mass.max()) > 1.0 + _MASS_TOLERANCE:
-        raise BadAnswer(f"the likeliest tokens have a mass of {float(mass.max()):.3f}")
+        raise BadResponse(f"the likeliest tokens have a mass of {float(mass.max()):.3f}")
     return found

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hpd.config.models import TeacherConfig
-from hpd.http import BadAnswer, Connection, TeacherUnavailable
+from hpd.http import BadResponse, Connection
 from hpd.losses import Head, Scores
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.fingerprints import tokenizer_hash
 from hpd.teachers.remote.dialects import read_json
 from hpd.teachers.remote.wire import (
@@ -114,7 +115,7 @@ class HpdClient:
         def read(tensors: Mapping[str, Tensor]) -> Head:
             weight, scale = tensors["weight"], float(tensors["scale"])
             if weight.shape != (self._vocab, self._width):
-                raise BadAnswer(f"a head of {tuple(weight.shape)} instead of {(self._vocab, self._width)}")
+                raise BadResponse(f"a head of {tuple(weight.shape)} instead of {(self._vocab, self._width)}")
             check_finite("the head", weight)
             softcap = tensors.get("softcap")
             return Head(weight, tensors.get("bias"), scale, None if softcap is None else float(softcap))
@@ -130,9 +131,9 @@ class HpdClient:
         def read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             hidden, log_z = tensors["hidden"], tensors["log_z"]
             if hidden.shape != (count, self._width) or log_z.shape != (count,):
-                raise BadAnswer(f"hidden states of {tuple(hidden.shape)} instead of {(count, self._width)}")
+                raise BadResponse(f"hidden states of {tuple(hidden.shape)} instead of {(count, self._width)}")
             if hidden.dtype != WIRE_DTYPES[self._dtype] or log_z.dtype != torch.float32:
-                raise BadAnswer(f"hidden states in {hidden.dtype}")
+                raise BadResponse(f"hidden states in {hidden.dtype}")
             check_finite("hidden", hidden)
             check_finite("log_z", log_z)
             return {"hidden": hidden, "log_z": log_z}
@@ -154,7 +155,7 @@ class HpdClient:
             try:
                 return read(load(body))
             except KeyError as error:
-                raise BadAnswer(f"no tensor {error}") from None
+                raise BadResponse(f"no tensor {error}") from None
 
         return checked
 

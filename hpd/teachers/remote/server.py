@@ -17,10 +17,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hpd.batch import TokenBatch
 from hpd.config.models import TeacherConfig
-from hpd.http import Connection, TeacherUnavailable, read_key
+from hpd.http import Connection, read_key
 from hpd.losses import TeacherScores, TopKScores
 from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import Verdict
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.remote.dialects import DIALECTS, Place, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
 from hpd.teachers.remote.wire import WireRow, grouped, rows_of
@@ -89,10 +90,12 @@ class ServedTeacher(RemoteTeacher):
         self.source = source
         self._connection = Connection(
             source.url.rstrip("/").removesuffix("/v1"),
+            name="The teacher",
             api_key=read_key(source.api_key_env),
             timeout_seconds=source.timeout_seconds,
             wait_seconds=source.wait_seconds,
             connections=source.concurrency,
+            failure=TeacherUnavailable,
         )
         self._pool = ThreadPoolExecutor(source.concurrency, thread_name_prefix="teacher")
         self._client: Client = (

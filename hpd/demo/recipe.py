@@ -1,5 +1,4 @@
-"""`hpd demo`: the packaged recipe through the ordinary `train`, then a table, a picture and sample
-answers."""
+"""The packaged recipe of `hpd demo`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,114 @@
+"""The report as files: one page, Markdown, a PNG per figure and a CSV per table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpd.experiments.figures import to_png
+from hpd.experiments.pages import render_page
+from hpd.experiments.report import Report, file_name
+from hpd.experiments.table import Table, TableCell, panel_table
+from hpd.files import write_atomically
+
+__all__ = ["check_target", "markdown_table", "render_markdown", "write_report"]
+
+_PAGES = ("index.html", "report.md")
+
+
+def check_target(folder: Path) -> None:
+    """A report is written into a new or an empty folder, or over a report.
+
+    Raises:
+        ValueError: the folder is a file, or holds something else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"The report's folder {folder} is a file: give a folder in --output.")
+    found = sorted(path.name for path in folder.iterdir())
+    if found and not set(_PAGES) <= set(found):
+        raise ValueError(
+            f"{folder} holds {', '.join(found[:4])}{', ...' if found[4:] else ''} and no report "
+            f"({' and '.join(_PAGES)}), so nothing is written there: give another folder in --output, or "
+            "empty this one."
+        )
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write index.html, report.md, plots/*.png and data/*.csv; return the page's path.
+
+    Raises:
+        ValueError: the folder holds something else than a report.
+    """
+    check_target(folder)
+    for sub in ("plots", "data"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    # First, since they are what the folder is known by if a kill comes in between.
+    page, text = (folder / name for name in _PAGES)
+    write_atomically(text, render_markdown(report))
+    write_atomically(page, render_page(report))
+    for section in report.sections:
+        for table in section.tables:
+            (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")
+        for panel in section.panels:
+            name = file_name(panel.key)
+            (folder / "plots" / f"{name}.png").write_bytes(to_png(panel))
+            (folder / "data" / f"{name}.csv").write_text(panel_table(panel).as_csv(), encoding="utf-8")
+    return page
+
+
+def render_markdown(report: Report) -> str:
+    """The report as text; figures lie beside it in plots/."""
+    parts = [f"# {_inline(report.title)}", _inline(report.question), report.status + "."]
+    parts += ["\n".join(f"* {_inline(line)}" for line in report.verdicts)] if report.verdicts else []
+    for section in report.sections:
+        parts.append(f"## {section.title}")
+        for table in section.tables:
+            parts += [markdown_table(table), _inline(table.note)]
+        parts += [f"![{_inline(panel.title)}](plots/{file_name(panel.key)}.png)" for panel in section.panels]
+    if report.samples:
+        parts.append("## Sample answers")
+        writers = list(dict.fromkeys(writer for sample in report.samples for writer in sample.answers))
+        rows = [
+            (s.prompt, *(_marked(*s.answers.get(w, ("", None))) for w in writers)) for s in report.samples
+        ]
+        parts.append(markdown_table(Table("samples", "", "", ("problem", *writers), rows)))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _marked(text: str, correct: bool | None) -> str:
+    if correct is None:
+        return text
+    return f"✓ {text}" if correct else f"✗ {text}"
+
+
+def markdown_table(table: Table) -> str:
+    """A table as Markdown."""
+    lines = [table.columns, tuple("---" for _ in table.columns)]
+    for row in table.rows:
+        lines.append(
+            tuple(_bold(cell) if isinstance(cell, TableCell) else _inline(str(cell)) for cell in row)
+        )
+    return "\n".join(
+        f"| {' | '.join(_inline(c) if i == 0 else c for c in line)} |" for i, line in enumerate(lines)
+    )
+
+
+def _bold(cell: TableCell) -> str:
+    return (
+        f"**{_inline(cell.text)}**"
+        if cell.tone in ("best", "win", "loss") and cell.text
+        else _inline(cell.text)
+    )
+
+
+def _inline(text: str) -> str:
+    """Text that stays in its table cell and starts no markup of its own."""
+    text = (
+        text.replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+        .replace("|", "\\|")
+        .replace("\n", " ⏎ ")
+    )
+    return text.replace("*", "\\*").replace("`", "\\`").replace("_", "\\_").replace("[", "\\[")

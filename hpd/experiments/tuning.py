@@ -1,0 +1,152 @@
+"""A setting that is chosen per variant on validation rows, and frozen before the grid runs with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpd.experiments.bases import base_tree, validation_of
+from hpd.experiments.experiment import SEED_PATH, VALIDATION_METRICS, Evaluation, Experiment, Tune, put
+from hpd.experiments.grid import Cell, group_key, make_cell, product, require_distinct, tuned_axes
+from hpd.experiments.manifest import RECORD
+from hpd.files import write_json
+
+__all__ = ["Choice", "choose", "expand_tuning", "read_choices", "tuning_evaluation", "write_choices"]
+
+TUNED = "tuned.json"
+
+
+class Choice(NamedTuple):
+    """The values that were tried for one group of runs, and the one that was taken."""
+
+    group: str
+    path: str
+    metric: str
+    mode: str
+    chosen: float
+    tried: dict[str, list[float]]
+    """Value -> the metric, one number per tuning seed; NaN for a run that diverged."""
+
+    @property
+    def means(self) -> dict[float, float]:
+        """Value -> mean over seeds, in rising order; NaN where a seed diverged."""
+        return {
+            float(value): float(np.mean(found))
+            for value, found in sorted(self.tried.items(), key=lambda item: float(item[0]))
+        }
+
+    @property
+    def at_edge(self) -> bool:
+        """True if the best value is the smallest or largest tried: a better one may lie beyond."""
+        return self.chosen in (min(self.means), max(self.means))
+
+    @property
+    def spread(self) -> float:
+        """Robustness: the worst mean minus the best, in the metric's unit; NaN where some value diverged."""
+        values = list(self.means.values())
+        return float(max(values) - min(values)) if not any(map(math.isnan, values)) else math.nan
+
+
+def expand_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
+    """The runs that choose `tune.path`: per group, value and tuning seed."""
+    tune = experiment.tune
+    if tune is None:
+        return []
+    base = base_tree(experiment, folder)
+    for path, value in tune.set.items():
+        put(base, path, value)
+    base["eval"] = None  # `tuning_evaluation` asks for what the choice needs, on validation rows
+    per = tuned_axes(experiment)
+    seen: set[str] = set()
+    cells = []
+    for labels, changes in product(experiment, folder):
+        group = {axis: label for axis, label in labels.items() if axis in per}
+        if (key := group_key(labels, per)) in seen:
+            continue
+        seen.add(key)
+        for value, seed in itertools.product(tune.values, tune.seeds):
+            tried = {**changes, tune.path: value, SEED_PATH: seed}
+            cells.append(
+                make_cell(base, {**group, tune.path: f"{value:g}", "seed": str(seed)}, tried, folder / "tune")
+            )
+    require_distinct(cells)
+    return cells
+
+
+def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None:
+    """The evaluation whose result is tuned on; None where a figure of the loss decides.
+
+    Raises:
+        ValueError: as `validation_of`.
+    """
+    tune = experiment.tune
+    if tune is None or tune.metric in VALIDATION_METRICS:
+        return None
+    return validation_of(experiment, folder, tune.metric)
+
+
+def choose(experiment: Experiment, cells: Sequence[Cell]) -> list[Choice]:
+    """The best value of each group by its mean over the tuning seeds.
+
+    Raises:
+        ValueError: every value of a group diverged, or a run lacks the metric.
+    """
+    tune = experiment.tune
+    assert tune is not None
+    axes = tuned_axes(experiment)
+    groups: dict[str, dict[str, list[float]]] = {}
+    for cell in cells:
+        found = _measured(cell, tune)
+        groups.setdefault(group_key(cell.axes, axes), {}).setdefault(cell.axes[tune.path], []).append(found)
+    return [_best(group, tune, tried) for group, tried in groups.items()]
+
+
+def write_choices(folder: Path, choices: Sequence[Choice]) -> None:
+    """Freeze the choices."""
+    write_json(folder / TUNED, [choice._asdict() for choice in choices])
+
+
+def read_choices(folder: Path) -> list[Choice] | None:
+    """The frozen choices; None before tuning is done."""
+    path = folder / TUNED
+    if not path.is_file():
+        return None
+    entries: list[Mapping[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return [Choice(**entry) for entry in entries]
+
+
+def _best(group: str, tune: Tune, tried: dict[str, list[float]]) -> Choice:
+    sign = 1.0 if tune.mode == "min" else -1.0
+    finite = {
+        value: sign * float(np.mean(found)) for value, found in tried.items() if np.isfinite(found).all()
+    }
+    if not finite:
+        raise ValueError(f"Every {tune.path} of {group} diverged on some seed: give smaller values.")
+    return Choice(
+        group,
+        tune.path,
+        tune.metric,
+        tune.mode,
+        float(min(finite, key=lambda v: (finite[v], float(v)))),
+        tried,
+    )
+
+
+def _measured(cell: Cell, tune: Tune) -> float:
+    folder = Path(cell.recipe.output_dir)
+    if tune.metric in VALIDATION_METRICS:
+        name = f"{tune.metric} after"
+        figures = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    else:
+        name = tune.metric
+        figures = json.loads((folder / RECORD).read_text(encoding="utf-8"))["figures"]
+    if name not in figures:
+        raise ValueError(f"The tuning run {cell.name} has no {name!r}: tuning needs data.validation.")
+    value = float(figures[name])
+    return value if math.isfinite(value) else math.nan

@@ -1,0 +1,133 @@
+"""`hpd compare` in a terminal."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from hpd.config.schema import Recipe
+from hpd.estimate.memory import StepMemory
+from hpd.experiments.compare import Failure, compare
+from hpd.experiments.experiment import Experiment, load_experiment
+from hpd.experiments.grid import expand
+from hpd.experiments.manifest import MANIFEST, is_finished
+from hpd.experiments.output import check_target, write_report
+from hpd.experiments.predict import Cost, predict
+from hpd.experiments.report import build_report
+from hpd.experiments.tuning import expand_tuning
+from hpd.terminal.console import TerminalProgress, console
+from hpd.training.plan import plan
+
+__all__ = ["run_compare"]
+
+_GIB = 2**30
+
+
+def run_compare(
+    path: Path, overrides: Sequence[str], jobs: int, allow: Sequence[str], dry_run: bool, probe: bool
+) -> bool:
+    """Run the grid, then write the report and print its verdicts; False if a run failed."""
+    if dry_run:
+        _dry_run(path, overrides, jobs, probe)
+        return True
+    # Known before hours of runs, not behind them.
+    check_target(load_experiment(path, overrides).folder / "report")
+    experiment, failures = compare(path, overrides, jobs, allow, TerminalProgress())
+    if failures:
+        _show_failures(failures)
+        return False
+    report = build_report([experiment.folder], allow=allow)
+    page = write_report(report, experiment.folder / "report")
+    console.print()
+    for line in report.verdicts:
+        console.print(f"* {escape(line)}", highlight=False)
+    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    return True
+
+
+def _show_failures(failures: Sequence[Failure]) -> None:
+    table = Table(
+        title=f"{len(failures)} runs failed; the others are kept, and a second call repeats only these",
+        title_justify="left",
+    )
+    table.add_column("run")
+    table.add_column("why", overflow="fold")
+    table.add_column("log", overflow="fold")
+    for failure in failures:
+        table.add_row(escape(failure.name), escape(failure.reason), escape(str(failure.log)))
+    console.print(table)
+
+
+def _dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> None:
+    """Print the grid and what it will cost; nothing is written but to a temporary folder."""
+    experiment = load_experiment(path, overrides)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Files of a base function must exist to be checked; finished runs are looked for where they are.
+        folder = experiment.folder if (experiment.folder / MANIFEST).is_file() else Path(scratch)
+        tuning = expand_tuning(experiment, folder)
+        runs = expand(experiment, folder)
+        _show_axes(experiment)
+        costs = predict(experiment, folder, runs, probe, TerminalProgress())
+        unfinished = [cell for cell in tuning if not is_finished(cell.recipe)]
+        seconds = _show_costs(costs, len(unfinished))
+        _show_total(experiment, runs[0].recipe, seconds, jobs)
+
+
+def _show_axes(experiment: Experiment) -> None:
+    console.print(f"[bold]{escape(experiment.name)}[/]: {escape(experiment.question)}", highlight=False)
+    variants = {"variant": experiment.variants} if experiment.variants else {}
+    axes: dict[str, Any] = {**variants, **experiment.axes}
+    for axis, values in axes.items():
+        console.print(f"  {escape(axis)}: {escape(', '.join(map(str, values)))}", highlight=False)
+    if experiment.tune is not None:
+        tune = experiment.tune
+        console.print(
+            f"  tuned on {escape(tune.metric)} of validation rows, seeds {', '.join(map(str, tune.seeds))}: "
+            f"{escape(tune.path)} in {', '.join(f'{value:g}' for value in tune.values)}",
+            highlight=False,
+        )
+    if experiment.budget is not None:
+        console.print(
+            f"  equal budget: {experiment.budget.value:g} {experiment.budget.type}", highlight=False
+        )
+
+
+def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
+    table = Table(title="predicted cost of a run, alone on this machine", title_justify="left")
+    for column in ("variant", "runs", "finished", "seconds", "FLOPs", "measured by"):
+        table.add_column(
+            column, justify="left" if column in ("variant", "measured by") else "right", overflow="fold"
+        )
+    for cost in costs:
+        known = not math.isnan(cost.seconds)
+        table.add_row(
+            escape(cost.group),
+            str(cost.num_runs),
+            str(cost.num_finished),
+            f"{cost.seconds:.0f}" if known else "",
+            f"{cost.flops:.2g}" if known else "",
+            cost.source,
+        )
+    console.print(table)
+    mean = sum(cost.seconds for cost in costs) / len(costs)
+    # Those still to come; a tuning run evaluates less than a run of the grid and is taken to cost as much.
+    return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning
+
+
+def _show_total(experiment: Experiment, recipe: Recipe, seconds: float, jobs: int) -> None:
+    memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
+    total = (
+        f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
+    )
+    console.print(
+        f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add "
+        f"any. Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: "
+        f"{experiment.folder}",
+        highlight=False,
+    )

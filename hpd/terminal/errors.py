@@ -1,0 +1,49 @@
+"""Mistakes of users, and stops that go on later, as one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+__all__ = ["user_errors"]
+
+_TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """A mistake in the input is one paragraph and exit code 2; HPD_DEBUG=1 shows where it was raised."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("HPD_DEBUG"):
+            raise
+        _complain("error", str(error) if str(error) else type(error).__name__)
+        raise typer.Exit(2) from None
+    except RuntimeError as error:
+        # By name: importing the classes would load transformers for every command.
+        if type(error).__name__ not in ("RunStopped", "TeacherUnavailable") or os.environ.get("HPD_DEBUG"):
+            raise
+        words = [word for word in sys.argv[1:] if word != "--overwrite"]
+        again = shlex.join(["hpd", *words, *getattr(error, "overrides", ())])
+        _complain("stopped", f"{error} Go on with: {again}")
+        raise typer.Exit(_TRY_AGAIN) from None
+
+
+def _complain(kind: str, text: str) -> None:
+    from hpd.config.secrets import redact  # it loads torch, and `hpd --help` does without
+
+    # One paragraph, whatever a library wrote; and no control characters, since names and messages may be a
+    # stranger's.
+    text = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
+    )
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False)
