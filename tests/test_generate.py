@@ -284,7 +284,7 @@ def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted
         ({"samples": 2, "temperature": 0}, "again and again"),
         ({"temperature": 0, "top_k": 5}, "no effect at temperature 0"),
         ({"samples": 0}, "samples must be"),
-        ({"top_p": 0}, "top_p in"),
+        ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
         ({"output": "made.csv"}, "must end with .jsonl"),
         ({"reference": "answer"}, "no effect without filter"),
         ({"filter": "correct", "reference": "nope"}, "'nope', and the dataset has the columns"),

@@ -56,7 +56,7 @@ def test_train_refuses_what_is_there(place):
     for changes, message in (
         ((), "finished"),
         (("method=akl",), "another recipe"),
-        (("output_dir=" + str(place / "student"),), "no run"),
+        (("output_dir=" + str(place / "student"),), "not a run of hpd"),
     ):
         code, text = run("train", place / "recipe.yaml", *changes)
         assert code == 2

@@ -1,8 +1,8 @@
-"""From a file or a tree to a checked recipe, with overrides; and the recipes of its stages."""
+"""The way from a file or a tree to a checked recipe, with overrides; and the recipes of its stages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,15 +10,36 @@ from typing import Any, NamedTuple
 import yaml
 
 from hpd.config.check import check_tree, resolve
-from hpd.config.models import _model_shorthand, _teacher_shorthand
+from hpd.config.models import model_shorthand, teacher_shorthand
 from hpd.config.schema import DpoStageConfig, Recipe, StageConfig
 from hpd.config.yaml_file import read_yaml
 
-__all__ = ["Stage", "load_recipe", "stage_recipes"]
+__all__ = ["Stage", "handed_on", "load_recipe", "stage_recipes"]
+
+# Parts of a recipe that a stage changes key by key; the others it replaces.
+_MERGED = ("rollouts", "guards", "data", "train", "eval", "method_kwargs")
+
+# What another method brings itself, unless the stage gives it too.
+_OF_METHOD = {
+    "method": None,
+    "terms": (),
+    "method_kwargs": {},
+    "prefixes": None,
+    "rollouts": None,
+    "strategy": None,
+}
+
+
+class Stage(NamedTuple):
+    """A stage, as a run of its own."""
+
+    name: str
+    recipe: Recipe
+    dpo: DpoStageConfig | None
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe.
+    """Read, override and check a recipe, and those of its stages.
 
     Args:
         source: YAML file, or the tree itself.
@@ -32,7 +53,9 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     tree = dict(source) if isinstance(source, Mapping) else read_yaml(Path(source))
     for override in overrides:
         _override(tree, override)
-    return check_tree(tree)
+    recipe = check_tree(tree)
+    stage_recipes(recipe)
+    return recipe
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -46,7 +69,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if isinstance(child, list):
             raise ValueError(f"{key!r}: {parent} is a list in the recipe; change its entries there.")
         if isinstance(child, str) and parent in ("student", "teacher"):
-            child = (_model_shorthand if parent == "student" else _teacher_shorthand)(child)
+            child = (model_shorthand if parent == "student" else teacher_shorthand)(child)
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
         node = node[parent]
     try:
@@ -57,55 +80,46 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ValueError(f"The value of {key} is nested too deeply.") from None
 
 
-# Parts of a recipe that a stage changes key by key; the others it replaces.
-_MERGED = ("rollouts", "guards", "data", "train", "eval", "method_kwargs")
-
-
-class Stage(NamedTuple):
-    """A stage, as a run of its own."""
-
-    name: str
-    recipe: Recipe
-    dpo: DpoStageConfig | None
-
-
 def stage_recipes(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, each resolved and checked.
 
     Raises:
-        ValueError: two stages of one name, a stage that is no valid recipe (with its name), or a first stage
-            without a teacher to follow.
+        ValueError: two stages of one name, a stage that is not a valid recipe (with its name), or a first
+            stage without a teacher to follow.
     """
     base = resolve(replace(recipe, stages=()))
-    stages, student = [], base["student"]
-    for stage in recipe.stages:
-        if stage.repeat < 1:
-            raise ValueError(f"stages: {stage.name}: repeat must be >= 1, got {stage.repeat}.")
-        for number in range(1, stage.repeat + 1):
-            name = stage.name if stage.repeat == 1 else f"{stage.name}-{number}"
-            tree = _changed(base, stage, student, bool(stages))
-            tree["output_dir"] = str(Path(recipe.output_dir) / name)
-            try:
-                stages.append(Stage(name, check_tree(tree), stage.dpo))
-            except ValueError as error:
-                raise ValueError(f"stages: {name}: {error}") from None
-            left = _handed_on(stages[-1].recipe)
-            student = {
-                **base["student"],
-                "model": str(left),
-                "init": "pretrained",
-                "revision": None,
-                "tokenizer": None,
-            }
+    stages: list[Stage] = []
+    student = base["student"]
+    for name, stage in _named(recipe.stages):
+        tree = _changed(base, stage, student, bool(stages))
+        tree["output_dir"] = str(Path(recipe.output_dir) / name)
+        try:
+            stages.append(Stage(name, check_tree(tree), stage.dpo))
+        except ValueError as error:
+            raise ValueError(f"stages: {name}: {error}") from None
+        student = {
+            **base["student"],
+            "model": str(handed_on(stages[-1].recipe)),
+            "init": "pretrained",
+            "revision": None,
+            "tokenizer": None,
+        }
     names = [stage.name for stage in stages]
     if double := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"stages: each needs a folder of its own, and {', '.join(double)} is named twice.")
     return stages
 
 
-def _handed_on(recipe: Recipe) -> Path:
-    """Where the next stage finds a whole model: an adapter is merged into its base for it."""
+def handed_on(recipe: Recipe) -> Path:
+    """The folder where the next stage finds a whole model: an adapter is merged into its base for it."""
     return Path(recipe.output_dir) / "merged" if recipe.lora else Path(recipe.output_dir)
+
+
+def _named(stages: Sequence[StageConfig]) -> Iterator[tuple[str, StageConfig]]:
+    """Every stage as often as it is repeated, with the name of its folder."""
+    for stage in stages:
+        for number in range(1, stage.repeat + 1):
+            yield (stage.name if stage.repeat == 1 else f"{stage.name}-{number}"), stage
 
 
 def _changed(
@@ -114,25 +128,14 @@ def _changed(
     """The recipe's tree with a stage's changes and the student that it starts from."""
     tree = {**base, "student": dict(student)}
     if stage.method is not None or stage.terms is not None:
-        # Another method brings its own regime and parameters.
-        tree |= {
-            "method": None,
-            "terms": (),
-            "method_kwargs": {},
-            "prefixes": None,
-            "rollouts": None,
-            "strategy": None,
-        }
+        tree |= _OF_METHOD
     for key in ("method", "terms", "prefixes", "strategy", *_MERGED):
         change = getattr(stage, key)
         if change is None:
             continue
-        old = tree.get(key)
-        tree[key] = (
-            {**old, **change}
-            if key in _MERGED and isinstance(old, Mapping) and isinstance(change, Mapping)
-            else change
-        )
+        old = tree[key]
+        merges = key in _MERGED and isinstance(old, Mapping) and isinstance(change, Mapping)
+        tree[key] = {**old, **change} if merges else change
     if stage.teacher == "previous":
         if not has_previous:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The recipe's models: the student, and where the teacher's distribution comes from."""
+"""The recipe's models: the student, and the source of the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -9,93 +9,43 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
 
-__all__ = ["ModelConfig", "TeacherConfig", "check_served"]
+from hpd.methods.fields import STRICT, check_fields
 
-
-_SERVER_FIELDS = (
-    "url",
-    "protocol",
-    "api_key_env",
-    "top_k",
-    "tail",
-    "concurrency",
-    "timeout_seconds",
-    "wait_seconds",
-)
-
-
-_LOADING_FIELDS = ("quantization", "attn_implementation", "trust_remote_code", "allow_pickle")
-
-
-def check_served(teacher: TeacherConfig) -> None:
-    """The fields of `teacher: {type: server}`, which no other type may set.
-
-    Raises:
-        ValueError: a field without effect, a missing one, or one that would put a secret into the run folder.
-    """
-    defaults = {f.name: f.default for f in dataclasses.fields(teacher)}
-    served = teacher.type == "server"
-    idle = [
-        name
-        for name in (_LOADING_FIELDS if served else _SERVER_FIELDS)
-        if getattr(teacher, name) != defaults[name]
-    ]
-    if idle:
-        raise ValueError(
-            f"teacher.{idle[0]} has no effect on teacher type {teacher.type}: remove it, or change the type."
-        )
-    if not served:
-        return
-    try:
-        parts = urlsplit(teacher.url or "")
-        parts.port  # noqa: B018 (reading it checks it)
-    except ValueError as error:
-        raise ValueError(f"teacher.url is no address: {error}.") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(
-            "teacher.url must be the server's base address, such as http://127.0.0.1:8765, without a query."
-        )
-    if parts.username or parts.password:
-        raise ValueError(
-            "teacher.url holds a password, which run folders would keep: name an environment variable in "
-            "api_key_env."
-        )
-    # A key in the place of its variable's name is not shown: the message may end up in a log.
-    if teacher.api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", teacher.api_key_env):
-        raise ValueError(
-            "teacher.api_key_env must name an environment variable in capitals, such as TEACHER_API_KEY, not "
-            "be a key."
-        )
-    if teacher.protocol in (None, "openai", "echo") and not teacher.model:
-        raise ValueError("teacher.model is missing: the name that the server knows the model by.")
-    if teacher.protocol == "hpd" and (teacher.top_k is not None or teacher.tail != "exact"):
-        raise ValueError(
-            "teacher.top_k and tail have no effect with protocol hpd, which is exact: remove them."
-        )
-    if teacher.protocol != "hpd" and teacher.dtype != "auto":
-        raise ValueError(
-            "teacher.dtype has an effect on types model and server with protocol hpd only: remove it."
-        )
-    too_few = teacher.top_k is not None and teacher.top_k < 1
-    if too_few or teacher.concurrency < 1 or teacher.timeout_seconds <= 0 or teacher.wait_seconds < 0:
-        raise ValueError(
-            "teacher needs top_k >= 1, concurrency >= 1, timeout_seconds > 0 and wait_seconds >= 0."
-        )
-
-
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
+__all__ = ["ModelConfig", "TeacherConfig", "model_shorthand", "teacher_shorthand"]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+# Types of teacher that read a field; the fields that are not named here are for all.
+_ANY_BUT_SERVER = ("model", "self", "cached", "mixture", "routed")
+_READ_BY = {
+    "quantization": ("model", "cached"),
+    "attn_implementation": _ANY_BUT_SERVER,
+    "trust_remote_code": _ANY_BUT_SERVER,
+    "allow_pickle": _ANY_BUT_SERVER,
+    "path": ("cached",),
+    "teachers": ("mixture", "routed"),
+    "weights": ("mixture",),
+    "column": ("routed",),
+    "url": ("server",),
+    "protocol": ("server",),
+    "api_key_env": ("server",),
+    "top_k": ("server",),
+    "tail": ("server",),
+    "concurrency": ("server",),
+    "timeout_seconds": ("server",),
+    "wait_seconds": ("server",),
+}
 
-def _model_shorthand(value: Any) -> Any:
+
+def model_shorthand(value: Any) -> Any:
+    """A student as a mapping; text is its model."""
     return {"model": value} if isinstance(value, str) else value
 
 
-def _teacher_shorthand(value: Any) -> Any:
+def teacher_shorthand(value: Any) -> Any:
+    """A teacher as a mapping; text is its model, or "self"."""
     if isinstance(value, str):
         return {"type": "self"} if value == "self" else {"type": "model", "model": value}
     return value
@@ -105,7 +55,7 @@ def _teacher_shorthand(value: Any) -> Any:
 class ModelConfig:
     """A causal language model and how to load it."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     model: str
     """Hub id or local folder, anything that `AutoModelForCausalLM.from_pretrained` takes."""
@@ -126,12 +76,15 @@ class ModelConfig:
     """Take weights from a pickle (pytorch_model.bin) where there are no safetensors. Off unless you trust who
     wrote it."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "student")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Where the teacher's distribution comes from."""
+    """The source of the teacher's distribution."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     type: Literal["model", "self", "cached", "server", "mixture", "routed"] = "model"
     """model: a frozen model beside the student. self: the student as it was before training (adapter off, or
@@ -142,7 +95,7 @@ class TeacherConfig:
     model. Type server: the name that the server knows the model by."""
     path: str | None = None
     """Folder of a cache (type cached); null: cache.path."""
-    teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]] = field(
+    teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]] = field(
         default_factory=dict
     )
     """Teachers by name (types mixture and routed); a string is a model's path."""
@@ -188,9 +141,93 @@ class TeacherConfig:
     """Type server: how long a failed request is tried again before training saves a checkpoint and stops, >=
     0."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "teacher")
+        for name, types in _READ_BY.items():
+            if self.type not in types and getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(
+                    f"teacher.{name} is for type {' or '.join(types)}, and the type is {self.type}: remove "
+                    "it, or change the type."
+                )
+        if self.type == "model" and not self.model:
+            raise ValueError(
+                "teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation."
+            )
+        if self.type == "self" and self.model:
+            raise ValueError("teacher: self is the student itself: remove teacher.model.")
+        if self.type in ("mixture", "routed"):
+            self._check_teachers()
+        if self.type == "server":
+            self._check_server()
+
+    def _check_teachers(self) -> None:
+        nested = [name for name, part in self.teachers.items() if part.type in ("mixture", "routed")]
+        if nested or len(self.teachers) < 2 or self.model:
+            raise ValueError(
+                f"teacher of type {self.type} needs teachers: {{name: path, other: path}}, two or more, not "
+                "nested."
+            )
+        if served := [name for name, part in self.teachers.items() if part.type == "server"]:
+            raise ValueError(
+                f"teacher.teachers.{served[0]} is a server, which answers for whole batches: load the model "
+                "here."
+            )
+        if self.type == "mixture" and (
+            set(self.weights) != set(self.teachers) or min(self.weights.values()) <= 0
+        ):
+            raise ValueError(
+                f"teacher.weights needs a number > 0 for each of {', '.join(self.teachers)}, got "
+                f"{dict(self.weights)}."
+            )
+        if self.type == "routed" and not self.column:
+            raise ValueError(
+                "teacher.column is missing: the column of the dataset that names each row's teacher."
+            )
+
+    def _check_server(self) -> None:
+        try:
+            parts = urlsplit(self.url or "")
+            parts.port  # noqa: B018 (reading it checks it)
+        except ValueError as error:
+            raise ValueError(f"teacher.url is not an address: {error}.") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(
+                "teacher.url must be the server's base address, such as http://127.0.0.1:8765, without a "
+                "query."
+            )
+        if parts.username or parts.password:
+            raise ValueError(
+                "teacher.url holds a password, which run folders would keep: name an environment variable in "
+                "api_key_env."
+            )
+        # A key in the place of its variable's name is not shown: the message may end up in a log.
+        if self.api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):
+            raise ValueError(
+                "teacher.api_key_env must name an environment variable in capitals, such as TEACHER_API_KEY, "
+                "not be a key."
+            )
+        if self.protocol in (None, "openai", "echo") and not self.model:
+            raise ValueError("teacher.model is missing: the name that the server knows the model by.")
+        if self.protocol == "hpd" and (self.top_k is not None or self.tail != "exact"):
+            raise ValueError(
+                "teacher.top_k and tail have no effect with protocol hpd, which is exact: remove them."
+            )
+        if self.protocol != "hpd" and self.dtype != "auto":
+            raise ValueError(
+                "teacher.dtype has an effect on types model and server with protocol hpd only: remove it."
+            )
+        check_fields(
+            self,
+            "teacher",
+            top_k=(self.top_k is None or self.top_k >= 1, ">= 1, or null"),
+            concurrency=(self.concurrency >= 1, ">= 1"),
+            timeout_seconds=(self.timeout_seconds > 0, "> 0"),
+            wait_seconds=(self.wait_seconds >= 0, ">= 0"),
+        )
+
     @property
     def title(self) -> str:
-        """What a person would call it."""
+        """The teacher as a person would call it."""
         if self.type == "self":
             return "itself (self-distillation)"
         if self.type == "cached":
@@ -198,3 +235,9 @@ class TeacherConfig:
         if self.teachers:
             return f"a {'mixture' if self.type == 'mixture' else 'choice'} of {', '.join(self.teachers)}"
         return str(self.model) if self.url is None else f"{self.model or 'a model'} at {self.url}"
+
+
+_DEFAULTS = {
+    f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    for f in dataclasses.fields(TeacherConfig)
+}

@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from hpd.config.models import _STRICT, ModelConfig, TeacherConfig, _model_shorthand, _teacher_shorthand
+from hpd.config.guards import GuardsConfig, Level, Thresholds
+from hpd.config.models import ModelConfig, TeacherConfig, model_shorthand, teacher_shorthand
+from hpd.methods.fields import STRICT, check_fields
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import Regime, choose_regime
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.table import choose_terms, name_terms
-from hpd.methods.terms import TermConfig
+from hpd.methods.terms import Term, TermConfig
 
 __all__ = [
     "CacheConfig",
@@ -22,41 +24,29 @@ __all__ = [
     "EvalConfig",
     "GenerateConfig",
     "GuardsConfig",
+    "Level",
     "LoraConfig",
     "Recipe",
     "StageConfig",
     "Thresholds",
-    "check_generate",
 ]
 
 
-def check_generate(config: GenerateConfig) -> None:
-    """Raise ValueError where settings of `hpd generate` make no sense, or have no effect."""
-    if config.samples < 1:
-        raise ValueError(f"generate.samples must be >= 1, got {config.samples}.")
-    if config.temperature == 0 and config.samples > 1:
-        raise ValueError(
-            "generate.samples > 1 at temperature 0 would write the same completion again and again."
-        )
-    if config.temperature == 0 and (config.top_p < 1 or config.top_k > 0):
-        raise ValueError("generate.top_p and top_k have no effect at temperature 0: remove them.")
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0 or config.max_new_tokens < 1:
-        raise ValueError(
-            "generate needs temperature >= 0, top_p in (0, 1], top_k >= 0 and max_new_tokens >= 1."
-        )
-    if config.batch_size < 1 or config.seed < 0:
-        raise ValueError("generate needs batch_size >= 1 and seed >= 0.")
-    if config.reference is not None and config.filter == "none":
-        raise ValueError("generate.reference has no effect without filter: correct.")
-    if not config.output.endswith(".jsonl"):
-        raise ValueError(f"generate.output must end with .jsonl, got {config.output!r}.")
+def _one_or_many(value: Any) -> Any:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, Mapping) else value
+
+
+def _strategy_shorthand(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """What `hpd cache` writes; training reads it through `teacher: {type: cached}`."""
+    """The cache that `hpd cache` writes; training reads it through `teacher: {type: cached}`."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     path: str
     """Folder."""
@@ -64,7 +54,7 @@ class CacheConfig:
     """hidden: last hidden state and log-normaliser of each label position, and the head once: serves
     everything.
     top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside
-        them."""
+    them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8
     (hidden only): one scale per position."""
@@ -74,23 +64,22 @@ class CacheConfig:
     """Size of a file; also what is lost at most when writing is killed."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "cache", shard_bytes=(self.shard_bytes >= 1, ">= 1"))
         if (self.kind == "top_k") != (self.top_k is not None) or (self.top_k is not None and self.top_k < 1):
             raise ValueError(
-                "cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there"
+                "cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there."
             )
         if self.kind == "top_k" and self.dtype == "int8":
             raise ValueError(
-                "cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k"
+                "cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k."
             )
-        if self.shard_bytes < 1:
-            raise ValueError("cache.shard_bytes must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The dataset whose completions are the prefixes."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     path: str
     """Local .jsonl, .json, .csv or .parquet file (also .gz), a folder of them, or a Hub dataset id."""
@@ -116,12 +105,23 @@ class DataConfig:
     streaming: bool = False
     """Read rows as training needs them instead of preparing all at start; needs train.max_steps."""
 
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError("data.path is empty: give a path or a Hub id.")
+        check_fields(self, "data", limit=(self.limit is None or self.limit >= 1, ">= 1"))
+        if isinstance(self.validation, float) and self.streaming:
+            raise ValueError(
+                "A stream has no known length to take a share of: give data.validation a file or a split."
+            )
+        if isinstance(self.validation, float) and not 0.0 < self.validation < 1.0:
+            raise ValueError(f"data.validation as a share must be in (0, 1), got {self.validation}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """A LoRA adapter on the student, as peft's LoraConfig names it."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     r: int = 16
     """Rank."""
@@ -135,13 +135,21 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapter."""
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "lora",
+            r=(self.r >= 1, ">= 1"),
+            lora_dropout=(0.0 <= self.lora_dropout < 1.0, "in [0, 1)"),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """A task that teacher and student are given before and after training, and the student while it
     trains."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     task: str = "exact-match"
     """A name of TASKS (docs/evaluation.md), or module:factory for your own."""
@@ -177,16 +185,22 @@ class EvalConfig:
     few_shot_data: str | None = None
     """Their file; null: the task's training file."""
 
-
-def _one_or_many(value: Any) -> Any:
-    return () if value is None else (value,) if isinstance(value, Mapping) else value
+    def __post_init__(self) -> None:
+        check_fields(self, "eval")
+        if self.task == "exact-match" and not self.data:
+            raise ValueError(
+                "eval.data is missing: exact-match has no data of its own; give it a file with prompts and "
+                "answers (hpd eval: --data)."
+            )
+        if isinstance(self.every, int) and self.every < 1:
+            raise ValueError(f"eval.every must be 1 or more steps, or epoch, got {self.every}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Completions that a model writes for the prompts of `data` (`hpd generate`)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     model: str | None = None
     """Hub id or folder of another writer; null: the recipe's teacher (type self: the student)."""
@@ -214,74 +228,35 @@ class GenerateConfig:
     reference: str | None = None
     """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
 
-
-def _strategy_shorthand(value: Any) -> Any:
-    return {"type": value} if isinstance(value, str) else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thresholds:
-    """At which value of a metric something happens; null: never."""
-
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
-
-    warn: float | None = None
-    """Say so, once per crossing."""
-    stop: float | None = None
-    """Save a checkpoint and end training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardsConfig:
-    """What is watched. Metrics are those of a logging step, over all processes; nothing is synchronised for
-    them."""
-
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (read by pydantic, when it is there)
-
-    length_ratio: Thresholds = Thresholds(warn=2.0)
-    """Length inflation: rollouts' mean length over that of the dataset's completions to the same prompts;
-    above."""
-    truncated: Thresholds = Thresholds(warn=0.5)
-    """Share of rollouts that were cut at their limit, in [0, 1]; above."""
-    repetition: Thresholds = Thresholds(warn=0.5)
-    """Share of 4-grams that a rollout holds already, in [0, 1]; above."""
-    entropy: Thresholds = Thresholds(warn=0.1)
-    """Entropy collapse: the student's mean entropy as a share of the run's first logged one; below."""
-    support_overlap: Thresholds = Thresholds()
-    """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only
-    if set: it multiplies both heads on every train.metric_stride-th position once more."""
-    overlap_top_k: int = 16
-    """How many likeliest tokens support_overlap compares."""
-    negative_divergence: Thresholds = Thresholds(warn=-1e-3)
-    """Lowest KL of the logging step, in nats per token; below. A KL cannot be negative: its arithmetic went
-    wrong."""
-    non_finite: Literal["off", "warn", "stop", "skip"] = "stop"
-    """What a loss or gradient that is NaN or infinite does. stop and skip look at every step, before the
-    optimiser: stop keeps the weights, saves a checkpoint and ends the run; skip leaves the step out. Both
-        write the batch to nonfinite/. warn looks
-    at the logged figures only, and so costs no synchronisation."""
-    max_skipped_steps: int | None = None
-    """How many steps of the run skip may leave out before it stops; null: 10."""
-
     def __post_init__(self) -> None:
-        if self.overlap_top_k < 1:
-            raise ValueError(f"guards.overlap_top_k must be >= 1, got {self.overlap_top_k}.")
-        if self.max_skipped_steps is not None and self.non_finite != "skip":
-            raise ValueError("guards.max_skipped_steps has no effect without guards.non_finite: skip.")
-        if self.max_skipped_steps is not None and self.max_skipped_steps < 1:
-            raise ValueError(f"guards.max_skipped_steps must be >= 1, got {self.max_skipped_steps}.")
-
-    @property
-    def overlap(self) -> bool:
-        """Whether the overlap is measured."""
-        return self.support_overlap != Thresholds()
+        check_fields(
+            self,
+            "generate",
+            samples=(self.samples >= 1, ">= 1"),
+            temperature=(self.temperature >= 0, ">= 0"),
+            top_p=(0 < self.top_p <= 1, "in (0, 1]"),
+            top_k=(self.top_k >= 0, ">= 0"),
+            max_new_tokens=(self.max_new_tokens >= 1, ">= 1"),
+            batch_size=(self.batch_size >= 1, ">= 1"),
+            seed=(self.seed >= 0, ">= 0"),
+        )
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                "generate.samples > 1 at temperature 0 would write the same completion again and again."
+            )
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise ValueError("generate.top_p and top_k have no effect at temperature 0: remove them.")
+        if self.reference is not None and self.filter == "none":
+            raise ValueError("generate.reference has no effect without filter: correct.")
+        if not self.output.endswith(".jsonl"):
+            raise ValueError(f"generate.output must end with .jsonl, got {self.output!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DpoStageConfig:
     """A stage of direct preference optimisation by TRL's DPOTrainer."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = STRICT
 
     pairs: Literal["rollouts", "data"] = "rollouts"
     """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts.
@@ -289,13 +264,16 @@ class DpoStageConfig:
     args: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "dpo")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """A stage of a run: what it changes in the recipe around it. The student is what the stage before
     leaves."""
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (read by pydantic, when it is there)
+    __pydantic_config__ = STRICT
 
     name: str
     """Its folder inside output_dir."""
@@ -326,17 +304,21 @@ class StageConfig:
     dpo: DpoStageConfig | None = None
     """Preference optimisation instead of distillation."""
 
+    def __post_init__(self) -> None:
+        if self.repeat < 1:
+            raise ValueError(f"stages: {self.name}: repeat must be >= 1, got {self.repeat}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A run: one student, one teacher, prefixes and a list of terms; or several such stages, one after the
     other."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
-    student: Annotated[ModelConfig, BeforeValidator(_model_shorthand)]
+    student: Annotated[ModelConfig, BeforeValidator(model_shorthand)]
     """The model that learns; a string is its path."""
-    teacher: Annotated[TeacherConfig, BeforeValidator(_teacher_shorthand)]
+    teacher: Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]
     """The model that is learnt from; a string is its path, or "self"."""
     data: DataConfig
     """What both read."""
@@ -371,8 +353,17 @@ class Recipe:
     cache: CacheConfig | None = None
     """What `hpd cache` writes of this recipe."""
 
-    def choose_terms(self):
-        """The terms of the loss, as configured; checked."""
+    def __post_init__(self) -> None:
+        if not self.student.model.strip():
+            raise ValueError("student.model is empty: give a folder or a Hub id.")
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty: give a folder.")
+        names = [config.task for config in self.eval]
+        if len(set(names)) < len(names):
+            raise ValueError("eval names a task twice: their metrics would have one name.")
+
+    def choose_terms(self) -> tuple[TermConfig | Term, ...]:
+        """Return the terms of the loss, checked."""
         return choose_terms(self._method, self.method_kwargs, self.terms)
 
     @property
@@ -380,10 +371,7 @@ class Recipe:
         return self.method if self.method or self.terms else "hpd"
 
     def choose_regime(self) -> Regime:
-        """Prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
+        """Return prefixes, rollouts and strategy, the method's own where the recipe has none; checked."""
         return choose_regime(
             self._method, name_terms(self.choose_terms()), self.prefixes, self.rollouts, self.strategy
         )
-
-
-Level = Literal["warn", "stop"]

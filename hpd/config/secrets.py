@@ -9,19 +9,16 @@ from typing import Any
 
 __all__ = ["check_no_secrets", "redact", "redact_tree"]
 
-
 REDACTED = "***"
-
 
 # hub_token, api_key, client-secret; not eos_token, max_new_tokens, tokenizer, or api_key_env, which names a
 # variable.
 _NAMES = re.compile(
-    r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|secret(_key)?|password|passwd|bearer)$|^token$"
+    r"(?i)(^|[_\-.])(hub_token|auth_token|access_token|api_?key|secret(_key)?|password|passwd|bearer)$"
+    r"|^token$"
 )
 
-
 _VARIABLES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD)(_[A-Z0-9]+)?$")
-
 
 # Prefixes that the services give their keys, so that nobody uses them for anything else.
 _SHAPES = re.compile(
@@ -29,12 +26,10 @@ _SHAPES = re.compile(
     r"|xox[bp]-[\w\-]{20,}|AKIA[0-9A-Z]{16}|wandb_v\d_[A-Za-z0-9_]{20,})"
 )
 
-
 _IN_URL = re.compile(r"(?<=://)([^/\s@'\"]+)@")
 
-
+# Characters of a variable's value that are looked for in text: shorter ones would redact ordinary words.
 _LEAST = 8
-"""Characters of a variable's value that are looked for in text: shorter ones would redact ordinary words."""
 
 
 def check_no_secrets(tree: Mapping[str, Any]) -> None:
@@ -45,16 +40,7 @@ def check_no_secrets(tree: Mapping[str, Any]) -> None:
             password, or the value of an environment variable such as HF_TOKEN.
     """
     for path, value in _strings(tree):
-        name = path.rpartition(".")[2]
-        why = (
-            "is a secret"
-            if _NAMES.search(name)
-            else "holds an address with a user name or password"
-            if _IN_URL.search(value)
-            else "holds what looks like an access key"
-            if redact(value) != value
-            else None
-        )
+        why = _why_secret(path.rpartition(".")[2], value)
         if why:
             raise ValueError(
                 f"{path} {why}, and run folders keep recipes. Remove it: the Hub reads HF_TOKEN (or `hf auth "
@@ -63,9 +49,16 @@ def check_no_secrets(tree: Mapping[str, Any]) -> None:
             )
 
 
+def _why_secret(name: str, value: str) -> str | None:
+    if _NAMES.search(name):
+        return "is a secret"
+    if _IN_URL.search(value):
+        return "holds an address with a user name or password"
+    return "holds what looks like an access key" if redact(value) != value else None
+
+
 def redact(text: str) -> str:
-    """`text` without access keys, passwords in addresses, and values of environment variables that hold
-    secrets."""
+    """`text` without access keys, passwords in addresses, and values of secret environment variables."""
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
     return _SHAPES.sub(REDACTED, _IN_URL.sub(f"{REDACTED}@", text))

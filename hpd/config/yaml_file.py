@@ -1,5 +1,4 @@
-"""YAML files that people write: read without running anything in them, and with errors that name the
-place."""
+"""YAML files that people write: nothing in them is run, and errors name the place."""
 
 from __future__ import annotations
 
@@ -12,18 +11,12 @@ import yaml
 
 __all__ = ["parse_yaml", "read_text", "read_yaml", "shorten"]
 
-
+# Values of a file once its aliases are followed. Recipes have hundreds; a few lines of nested aliases can
+# make billions.
 MAX_VALUES = 100_000
-"""Values of a file once its aliases are followed. Recipes have hundreds; a few lines of nested aliases can
-make billions."""
-
 
 _SHORT = reprlib.Repr()
-
-
 _SHORT.maxstring = _SHORT.maxother = 100
-
-
 _SHORT.maxlevel = 3
 
 
@@ -79,7 +72,7 @@ def parse_yaml(text: str, name: str, kind: str, keys: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
-        # A date such as 2026-13-45 looks like one to the resolver and is none to the constructor.
+        # A date such as 2026-13-45 looks like one to the resolver and not to the constructor.
         raise ValueError(f"{name} is not valid YAML: {error}") from None
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply to be a {kind}.") from None
@@ -90,8 +83,8 @@ def parse_yaml(text: str, name: str, kind: str, keys: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, which builds plain data only, that refuses a key given twice: the second would win without
-    a word."""
+    """SafeLoader, which builds plain data only, that refuses a key given twice: the second would win
+    silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -106,13 +99,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_size(tree: Any, name: str, kind: str) -> None:
-    waiting, num_values = [tree], 0
+    waiting = [tree]
+    num_values = 0
     while waiting:
         value = waiting.pop()
         num_values += 1
         if num_values > MAX_VALUES:
             raise ValueError(
-                f"{name} has more than {MAX_VALUES} values with its aliases (*name) followed: that is no "
+                f"{name} has more than {MAX_VALUES} values with its aliases (*name) followed: that is not a "
                 f"{kind}."
             )
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value

@@ -1,15 +1,7 @@
 """From files to rows: formats, chat templates, checks of every row, and the order rows are read in."""
 
-from hpd.data.rows import (
-    Lengths,
-    PromptRow,
-    Rows,
-    check_ids,
-    load_preferences,
-    load_prompts,
-    load_rows,
-    measure,
-)
+from hpd.data.lengths import Lengths, check_ids, measure
+from hpd.data.rows import PromptRow, Rows, load_preferences, load_prompts, load_rows
 
 __all__ = [
     "Lengths",

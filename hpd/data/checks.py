@@ -1,4 +1,4 @@
-"""Is a row one that can be trained on? Its types, roles and turns, named by the number of the row."""
+"""Checks of rows: their types, roles and turns, named by the number of the row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from hpd.batch import IGNORE_INDEX
 
 __all__ = ["ROLES", "check_columns", "check_row", "check_turns", "check_types", "why_unreadable"]
 
-
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-
 _OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-
 
 _KINDS = {
     bool: "a truth value",
@@ -39,7 +36,7 @@ def check_columns(columns: list[str]) -> None:
 
 
 def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
-    """A row in TRL's format: text where text belongs, and something to learn.
+    """Refuse a row that cannot be trained on: no text where text belongs, or nothing to learn.
 
     Raises:
         ValueError: wrong types, unknown roles, empty texts or turns, or a conversation without an answer.
@@ -51,7 +48,8 @@ def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
     for name in ("prompt", "completion", "messages", "text"):
         if name in row and not row[name]:
             raise ValueError(f"Row {index} has an empty {name}: remove the row or fill it.")
-    completion, messages = row.get("completion"), row.get("messages")
+    completion = row.get("completion")
+    messages = row.get("messages")
     if (
         "prompt" in row
         and "completion" in row
@@ -73,7 +71,7 @@ def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
 
 
 def check_types(row: Mapping[str, Any], index: int) -> None:
-    """prompt and completion are text or messages, text is text, messages are messages."""
+    """Refuse a prompt or completion that is not text or messages, text that is not text, and so on."""
     for name in ("prompt", "completion", "text", "messages"):
         value = row.get(name)
         if name not in row or (isinstance(value, str) and name != "messages"):
@@ -91,7 +89,7 @@ def check_types(row: Mapping[str, Any], index: int) -> None:
 
 
 def check_turns(turns: list[Any], name: str, index: int) -> None:
-    """Every turn has a role that is known and content that is text."""
+    """Refuse a turn without a known role, or with content that is not text."""
     for number, turn in enumerate(turns):
         where = f"Row {index}: turn {number} of {name}"
         if not isinstance(turn, Mapping):
@@ -110,7 +108,7 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
         content = turn["content"]
         parts = (
             [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]
-            if _is_list(content)
+            if isinstance(content, list)
             else []
         )
         if parts:
@@ -127,16 +125,15 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
             raise ValueError(f"{where} is an empty assistant message: remove the row or fill it.")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
 def _check_ids(row: Mapping[str, Any], index: int) -> None:
-    ids, labels = row["input_ids"], row.get("labels")
+    ids = row["input_ids"]
+    labels = row.get("labels")
     for name, values in (("input_ids", ids), ("labels", labels)):
-        if values is not None and not (_is_list(values) and all(type(value) is int for value in values)):
+        if values is not None and not (
+            isinstance(values, list) and all(type(value) is int for value in values)
+        ):
             raise ValueError(
-                f"Row {index} has {name} that are no list of whole numbers: tokenise them, or use text "
+                f"Row {index} has {name} that are not a list of whole numbers: tokenise them, or use text "
                 "columns."
             )
     if not ids:
@@ -155,7 +152,7 @@ def _check_ids(row: Mapping[str, Any], index: int) -> None:
 
 
 def why_unreadable(path: Path, loader: str, error: BaseException) -> str:
-    """What is wrong with a file that `datasets` could not read; for JSON, the first line that is no row."""
+    """The fault of a file that `datasets` could not read; for JSON, the first line that is not a row."""
     cause = " ".join(str(error.__cause__ or error).split())[:300]
     return (_first_bad_line(path) if loader == "json" else None) or cause
 
@@ -187,8 +184,6 @@ def _problem(line: bytes) -> str | None:
         return "is nested too deeply"
     except ValueError as error:
         return f"is not JSON ({error})"
-    return (
-        None
-        if isinstance(row, dict)
-        else f"is {_KINDS.get(type(row), 'text')}, and should be an object: one row per line"
-    )
+    if isinstance(row, dict):
+        return None
+    return f"is {_KINDS.get(type(row), 'text')}, and should be an object: one row per line"

@@ -1,4 +1,4 @@
-"""The last batch of an epoch on several processes: what is missing is filled with rows that have no label.
+"""Orders of rows: the last batch of an epoch on several processes is filled with rows that have no label.
 
 Accelerate fills it with rows from the start instead, which are then learnt (and evaluated) twice, so that a
 run would depend on the number of processes.
@@ -18,16 +18,14 @@ from hpd.batch import IGNORE_INDEX
 
 __all__ = ["FilledOrder", "RepeatedRows", "fill", "fills_last_batch"]
 
-
 # Enough for a row to be a row: one token and its successor.
 _FILLING_TOKENS = 2
-
 
 _OF_TOKENS = ("input_ids", "labels", "completion_mask", "assistant_masks", "position_ids")
 
 
 def fills_last_batch(args: Any, rows: Any) -> bool:
-    """Whether several processes share rows whose number and order are known.
+    """True if several processes share rows whose number and order are known.
 
     Streams, unprepared rows and the orders by length keep accelerate's rule, which repeats rows.
     """
@@ -72,7 +70,8 @@ class FilledOrder(Sampler[int]):
     """
 
     def __init__(self, count: int, total: int, shuffled: bool, seed: int | None):
-        self._count, self._total = count, total
+        self._count = count
+        self._total = total
         rows: Any = range(count)
         self._order: Any = (
             SeedableRandomSampler(rows, data_seed=seed) if shuffled else SequentialSampler(rows)
@@ -92,8 +91,7 @@ class FilledOrder(Sampler[int]):
 
 
 class RepeatedRows(Sampler[int]):
-    """Every row `num_rollouts` times side by side, and the rows of every step `updates` times one after the
-    other.
+    """Every row `num_rollouts` times side by side, and every step's rows `updates` times in a row.
 
     Shuffled by (seed, epoch) alone, so that all processes and resumed runs agree. What does not fill a last
     step is left out.
@@ -110,8 +108,12 @@ class RepeatedRows(Sampler[int]):
     """
 
     def __init__(self, rows: Sized, prompts: int, num_rollouts: int, updates: int, seed: int | None):
-        self._count, self._prompts, self._seed = len(rows), prompts, seed
-        self._num_rollouts, self._updates, self._epoch = num_rollouts, updates, 0
+        self._count = len(rows)
+        self._prompts = prompts
+        self._seed = seed
+        self._num_rollouts = num_rollouts
+        self._updates = updates
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order; called by the Trainer."""

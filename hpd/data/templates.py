@@ -1,5 +1,4 @@
-"""Does a chat template take every row? Templates are programs that come with a tokenizer, and some refuse
-what others take."""
+"""Chat templates beside the rows: they are programs that come with a tokenizer, and some refuse rows."""
 
 from __future__ import annotations
 
@@ -9,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 __all__ = ["check_prompts", "check_templates", "read_template", "taken_by_template", "training_template"]
 
-
-_SHOWN = 60  # characters of a conversation that an error shows, to find its row
+# Characters of a conversation that an error shows, to find its row.
+_SHOWN = 60
 
 
 @contextlib.contextmanager
@@ -31,9 +31,8 @@ def taken_by_template(where: str, turns: Sequence[Mapping[str, Any]], owner: str
     """
     try:
         yield
-    except (
-        Exception
-    ) as error:  # raise_exception, undefined names, sums of text and null: a template raises anything
+    except Exception as error:
+        # raise_exception, undefined names, sums of text and null: a template raises anything.
         said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         roles = ", ".join(str(turn.get("role")) for turn in turns[:6]) + (", ..." if turns[6:] else "")
         text = str(turns[0].get("content") if turns else "")
@@ -68,12 +67,11 @@ def read_template(path: str) -> str:
 
 
 def training_template(tokenizer: Any, labels: str) -> str | None:
-    """The template that training renders with; None: the tokenizer's own."""
+    """Return the template that training renders with; None: the tokenizer's own."""
     if labels != "assistant" or "{% generation %}" in tokenizer.chat_template:
         return None
-    from trl.chat_template_utils import (
-        get_training_chat_template,
-    )  # takes a second, and evaluation needs none of it
+    # Importing it takes a second, and evaluation needs none of it.
+    from trl.chat_template_utils import get_training_chat_template
 
     return get_training_chat_template(tokenizer)
 
@@ -81,8 +79,7 @@ def training_template(tokenizer: Any, labels: str) -> str | None:
 def check_templates(
     rows: Any, tokenizer: PreTrainedTokenizerBase, labels: str, *, name: str = "", num_proc: int | None = None
 ) -> Any:
-    """Render every conversation as training will, without tokens. What was found is cached by `datasets`,
-    like tokens are.
+    """Render every conversation as training will, without tokens; `datasets` caches the outcome.
 
     Args:
         rows: conversations in TRL's formats: messages, or prompt and completion (or chosen and rejected).
@@ -97,8 +94,6 @@ def check_templates(
     Raises:
         ValueError: with the number of the first row that the template refuses, and what it said.
     """
-    from datasets import Dataset, IterableDataset
-
     given = {"tokenizer": tokenizer, "labels": labels, "name": name}
     if isinstance(rows, IterableDataset):
         return rows.map(_checked, with_indices=True, fn_kwargs=given)
@@ -123,7 +118,8 @@ def _checked(
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
         **(row.get("chat_template_kwargs") or {}),
     }
-    prompt, where = row.get("prompt"), f"Row {index}{' ' if name else ''}{name}"
+    prompt = row.get("prompt")
+    where = f"Row {index} {name}".rstrip()
     if isinstance(prompt, list):
         with taken_by_template(where, prompt, "student"):
             tokenizer.apply_chat_template(prompt, **{"add_generation_prompt": True, **options})

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from transformers.training_args import OptimizerNames
 
 from hpd.config.schema import Recipe
-from hpd.data.rows import Lengths
+from hpd.data.lengths import Lengths
 from hpd.estimate.fake_models import (
     OperatorGradients,
     backbone,

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.data.rows import _tokenise
+from hpd.data.lengths import tokenise
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
@@ -257,7 +257,7 @@ def _dataset_tokens(
             row = {"prompt": turns, "completion": [{"role": "assistant", "content": completion}]}
         else:
             row = {"prompt": f"{system}\n\n{prompt}" if system else prompt, "completion": completion}
-        texts.append(TextTokens(*_tokenise(row, tokenizer, "completion")))
+        texts.append(TextTokens(*tokenise(row, tokenizer, "completion")))
     return texts
 
 

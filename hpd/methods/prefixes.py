@@ -1,4 +1,4 @@
-"""Where contexts come from: shares of the dataset's text and of the student's own, and how it writes."""
+"""The source of contexts: shares of the dataset's text and of the student's own, and its way of writing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hpd.methods.fields import STRICT, check_fields
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.terms import Scalar
 
@@ -20,7 +21,7 @@ class Prefixes:
     0.25
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
+    __pydantic_config__ = STRICT
 
     dataset: Scalar | None = None
     """Share of rows whose text is the dataset's, in [0, 1]; null: what student leaves."""
@@ -40,6 +41,14 @@ class Prefixes:
     share to rise."""
 
     def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "prefixes",
+            continue_tokens=(
+                self.continue_tokens is None or self.continue_tokens >= 1,
+                ">= 1, or null for whole completions",
+            ),
+        )
         given = {name: value for name in ("dataset", "student") if (value := getattr(self, name)) is not None}
         for name, value in given.items():
             ends = _ends(value)
@@ -64,11 +73,6 @@ class Prefixes:
         if adaptive is not None and adaptive.schedule == "adaptive":
             raise ValueError(
                 "prefixes: an adaptive share is the student's: write student: {schedule: adaptive, ...}."
-            )
-        if self.continue_tokens is not None and self.continue_tokens < 1:
-            raise ValueError(
-                "prefixes.continue_tokens must be >= 1, or null for whole completions, got "
-                f"{self.continue_tokens}."
             )
         if self.continue_tokens is not None and not self.on_policy:
             raise ValueError(
@@ -105,13 +109,13 @@ def _ends(value: Any) -> tuple[float, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """Old rollouts used again: generation is paid once, at the price of prefixes of an older student.
+    """Old rollouts that are used again: generation is paid once, and an older student wrote the prefixes.
 
     Reference:
         Ko et al., DistiLLM, 2024, arXiv 2402.03898, section 3.2 (off-policy use of student-generated text).
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
+    __pydantic_config__ = STRICT
 
     capacity: int = 1000
     """Rollouts kept on each process; the oldest leave first."""
@@ -125,12 +129,12 @@ class ReplayConfig:
     policy_gradient, whose clipping bounds the ratio."""
 
     def __post_init__(self) -> None:
-        if self.capacity < 1:
-            raise ValueError(f"rollouts.replay.capacity must be >= 1, got {self.capacity}.")
-        if self.max_age_steps is not None and self.max_age_steps < 1:
-            raise ValueError(
-                f"rollouts.replay.max_age_steps must be >= 1, or null, got {self.max_age_steps}."
-            )
+        check_fields(
+            self,
+            "rollouts.replay",
+            capacity=(self.capacity >= 1, ">= 1"),
+            max_age_steps=(self.max_age_steps is None or self.max_age_steps >= 1, ">= 1, or null"),
+        )
         if any(not 0.0 <= share <= 1.0 for share in _ends(self.fresh)):
             raise ValueError(f"rollouts.replay.fresh is a share in [0, 1], got {self.fresh}.")
         schedule = as_schedule(self.fresh)
@@ -140,9 +144,9 @@ class ReplayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How the student writes."""
+    """The student's own writing: engine, sampling and limits."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
+    __pydantic_config__ = STRICT
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """transformers: the student's own generate, on any device. vllm: vLLM through TRL (extra `vllm`, needs a
@@ -179,24 +183,23 @@ class RolloutConfig:
     gpu_memory_utilization, ..."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
-            "max_prompt_tokens": (
+        check_fields(
+            self,
+            "rollouts",
+            max_new_tokens=(self.max_new_tokens >= 1, ">= 1"),
+            max_prompt_tokens=(
                 self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
                 ">= 1, or null",
             ),
-            "temperature": (self.temperature > 0, "> 0"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, ">= 0"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            "repetition_penalty": (self.repetition_penalty > 0, "> 0"),
-            "num_rollouts": (self.num_rollouts >= 1, ">= 1"),
-            "batch_size": (self.batch_size >= 1, ">= 1"),
-            "teacher_share": (0 <= self.teacher_share < 1, "in [0, 1)"),
-        }
-        for name, (valid, allowed) in checks.items():
-            if not valid:
-                raise ValueError(f"rollouts.{name} must be {allowed}, got {getattr(self, name)}.")
+            temperature=(self.temperature > 0, "> 0"),
+            top_p=(0 < self.top_p <= 1, "in (0, 1]"),
+            top_k=(self.top_k >= 0, ">= 0"),
+            min_p=(0 <= self.min_p < 1, "in [0, 1)"),
+            repetition_penalty=(self.repetition_penalty > 0, "> 0"),
+            num_rollouts=(self.num_rollouts >= 1, ">= 1"),
+            batch_size=(self.batch_size >= 1, ">= 1"),
+            teacher_share=(0 <= self.teacher_share < 1, "in [0, 1)"),
+        )
         if self.engine == "vllm" and self.teacher_share:
             raise ValueError(
                 "rollouts.teacher_share mixes two models token by token, which vLLM cannot: use engine: "

@@ -1,4 +1,4 @@
-"""How a run is fed and updated: prefixes, rollouts and strategy together, and whether they fit the terms."""
+"""The regime of a run: prefixes, rollouts and strategy together, checked against the terms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def choose_regime(
     rollouts: RolloutConfig | None = None,
     strategy: StrategyConfig | str | None = None,
 ) -> Regime:
-    """The given choices, and the method's own where nothing is given; checked against the terms.
+    """The choices that are given, and the method's own where none are; checked against the terms.
 
     Raises:
         ValueError: choices that do not fit together, or have no effect.
@@ -59,7 +59,8 @@ def choose_regime(
 
 
 def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
-    prefixes, rollouts = regime.prefixes, regime.rollouts
+    prefixes = regime.prefixes
+    rollouts = regime.rollouts
     used = sources_used(terms)
     only_student = [term.name for term in terms if term.on == "student"]
     if only_student and not prefixes.on_policy:
@@ -91,7 +92,8 @@ def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
 
 
 def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
-    strategy, rollouts = regime.strategy, regime.rollouts
+    strategy = regime.strategy
+    rollouts = regime.rollouts
     importance = rollouts.replay is not None and rollouts.replay.importance
     if strategy.type == "direct":
         if rollouts.teacher_share:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from hpd.methods.fields import STRICT, check_fields
+
 __all__ = ["Schedule", "SkewPosition", "TaidPosition", "ValidationRamp", "as_schedule", "value_at"]
 
 
@@ -23,7 +25,7 @@ class Schedule:
     0.5
     """
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
+    __pydantic_config__ = STRICT
 
     schedule: Literal["constant", "linear", "cosine", "step", "adaptive", "skew"]
     """Shape of the curve."""
@@ -35,6 +37,7 @@ class Schedule:
     """Share of training that the change takes, in (0, 1]; for step, when it happens."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "schedule")
         if not 0.0 < self.over <= 1.0:
             raise ValueError(f"A schedule's over is a share of training in (0, 1], got {self.over}.")
         if self.end is None and self.schedule != "constant":
@@ -61,9 +64,14 @@ def as_schedule(value: Any) -> Schedule | None:
 def _checked(tree: Mapping[str, Any]) -> Schedule:
     """A schedule from plain data; where it stands (kwargs), pydantic has not seen it."""
     shapes = get_args(get_type_hints(Schedule)["schedule"])
-    known = [f.name for f in fields(Schedule)]
-    wrong = [key for key, value in tree.items() if key != "schedule" and not _is_number(value)]
-    if tree["schedule"] not in shapes or set(tree) - set(known) or "start" not in tree or wrong:
+    known = {f.name for f in fields(Schedule)}
+    numbers = [value for key, value in tree.items() if key != "schedule" and (key, value) != ("end", None)]
+    if (
+        tree["schedule"] not in shapes
+        or set(tree) - known
+        or "start" not in tree
+        or not all(_is_number(value) for value in numbers)
+    ):
         raise ValueError(
             f"A schedule is {{schedule: {', '.join(shapes)}; start: number; end: number; over: share}}, got "
             f"{dict(tree)}."
@@ -71,11 +79,8 @@ def _checked(tree: Mapping[str, Any]) -> Schedule:
     return Schedule(**tree)
 
 
-def _is_number(value: object) -> bool:
-    """True for a finite number, or None."""
-    return value is None or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def value_at(value: Any, progress: float) -> Any:
@@ -103,7 +108,10 @@ class TaidPosition:
     """
 
     def __init__(self, start: float, end: float, step_size: float = 5e-4, momentum: float = 0.99):
-        self.start, self.end, self.step_size, self.momentum = start, end, step_size, momentum
+        self.start = start
+        self.end = end
+        self.step_size = step_size
+        self.momentum = momentum
         self.t = start
         self._change = 0.0
         self._previous: float | None = None
@@ -119,12 +127,14 @@ class TaidPosition:
         return self.t
 
     def state_dict(self) -> dict[str, float | None]:
-        """State that a checkpoint must hold."""
+        """State for a checkpoint."""
         return {"t": self.t, "change": self._change, "previous": self._previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.t, self._change, self._previous = state["t"], state["change"], state["previous"]
+        self.t = state["t"]
+        self._change = state["change"]
+        self._previous = state["previous"]
 
 
 class SkewPosition:
@@ -146,8 +156,11 @@ class SkewPosition:
     """
 
     def __init__(self, start: float, end: float):
-        self.start, self.end, self.t = start, end, start
-        self._mean, self._count = 0.0, 0
+        self.start = start
+        self.end = end
+        self.t = start
+        self._mean = 0.0
+        self._count = 0
 
     def update(self, gap: float) -> float:
         """Take note of a step's gap and return the skew for the next step."""
@@ -158,12 +171,14 @@ class SkewPosition:
         return self.t
 
     def state_dict(self) -> dict[str, float]:
-        """State that a checkpoint must hold."""
+        """State for a checkpoint."""
         return {"t": self.t, "mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.t, self._mean, self._count = state["t"], state["mean"], state["count"]
+        self.t = state["t"]
+        self._mean = state["mean"]
+        self._count = state["count"]
 
 
 class ValidationRamp:
@@ -188,7 +203,9 @@ class ValidationRamp:
     """
 
     def __init__(self, start: float, end: float, step: float = 0.1, margin: float = 0.1):
-        self.end, self.step, self.margin = end, step, margin
+        self.end = end
+        self.step = step
+        self.margin = margin
         self.share = start
         self._reference: float | None = None
 
@@ -202,9 +219,10 @@ class ValidationRamp:
         return self.share
 
     def state_dict(self) -> dict[str, float | None]:
-        """State that a checkpoint must hold."""
+        """State for a checkpoint."""
         return {"share": self.share, "reference": self._reference}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.share, self._reference = state["share"], state["reference"]
+        self.share = state["share"]
+        self._reference = state["reference"]

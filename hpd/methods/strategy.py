@@ -1,9 +1,12 @@
-"""How a weight meets the gradient: directly, or as the advantage of a clipped policy gradient."""
+"""The optimisation strategy: weights that meet the gradient directly, or as advantages of a clipped policy
+gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal
+
+from hpd.methods.fields import STRICT, check_fields
 
 __all__ = ["StrategyConfig", "as_strategy"]
 
@@ -12,7 +15,7 @@ __all__ = ["StrategyConfig", "as_strategy"]
 class StrategyConfig:
     """Optimisation strategy; the fields below type are those of policy_gradient."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
+    __pydantic_config__ = STRICT
 
     type: Literal["direct", "policy_gradient"] = "direct"
     """direct: weights times log-likelihood. policy_gradient: weights as advantages of PPO's clipped ratio."""
@@ -35,16 +38,15 @@ class StrategyConfig:
     """Divide the sum by the number of tokens in it (MiniLLM's length normalisation)."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "clip_low": (0.0 < self.clip_low <= 1.0, "in (0, 1]"),
-            "clip_high": (self.clip_high > 0.0, "> 0"),
-            "dual_clip": (self.dual_clip is None or self.dual_clip > 1.0, "> 1, or null"),
-            "updates": (self.updates >= 1, ">= 1"),
-            "discount": (0.0 <= self.discount <= 1.0, "in [0, 1]"),
-        }
-        for name, (valid, allowed) in checks.items():
-            if not valid:
-                raise ValueError(f"strategy.{name} must be {allowed}, got {getattr(self, name)}.")
+        check_fields(
+            self,
+            "strategy",
+            clip_low=(0.0 < self.clip_low <= 1.0, "in (0, 1]"),
+            clip_high=(self.clip_high > 0.0, "> 0"),
+            dual_clip=(self.dual_clip is None or self.dual_clip > 1.0, "> 1, or null"),
+            updates=(self.updates >= 1, ">= 1"),
+            discount=(0.0 <= self.discount <= 1.0, "in [0, 1]"),
+        )
         if self.type == "direct" and any(getattr(self, f.name) != f.default for f in fields(self)):
             raise ValueError(
                 "strategy: direct has no ratio to clip and one update per batch: set type: policy_gradient."

@@ -6,9 +6,9 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, cast
 
+from hpd.methods.fields import STRICT, nearest
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
 from hpd.objectives import OBJECTIVES, Objective
@@ -71,12 +71,6 @@ _DRAW_FIELDS = {
 _TOP_K_FIELDS = {"top_k": "top_k", "top_k_of": "top_k_of", "tail": "tail"}
 
 
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """The end of an error message: what was probably meant, or all that is allowed."""
-    close = get_close_matches(name, allowed, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Allowed: {', '.join(allowed)}."
-
-
 class Term(NamedTuple):
     """One summand of the loss, ready to be computed (no schedule, no names to look up).
 
@@ -131,7 +125,7 @@ class Term(NamedTuple):
 class TermConfig:
     """One term of the loss, as a recipe writes it."""
 
-    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # noqa: RUF012 (pydantic reads it)
+    __pydantic_config__ = STRICT
 
     objective: Annotated[ObjectiveLike, _NameInRecipes]
     """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name"

@@ -25,6 +25,13 @@ from hpd.config.models import ModelConfig, TeacherConfig
 
 __all__ = ["check_files", "check_loaded", "load_config", "load_model", "load_tokenizer"]
 
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+# Tensors that an error names.
+_NAMED = 3
+
 
 def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     """The model's configuration: the cheapest proof that the path is a causal language model.
@@ -56,9 +63,8 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
             f"The {role} {path!r} has num_hidden_layers {config.get_text_config().num_hidden_layers}: >= 1 "
             "is needed."
         )
-    described = (
-        isinstance(source, TeacherConfig) and source.type == "cached"
-    )  # a cache keeps no weights of its teacher
+    # A cache keeps no weights of its teacher.
+    described = isinstance(source, TeacherConfig) and source.type == "cached"
     if not described and not (isinstance(source, ModelConfig) and source.init == "random"):
         check_files(path, config, role, source.allow_pickle)
     return config
@@ -128,9 +134,8 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
             str(source.model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         model, info = loaded
-    except (
-        Exception
-    ) as error:  # weights and configuration are anybody's, and so is what they make a library raise
+    except Exception as error:
+        # Weights and configuration are anybody's, and so is what they make a library raise.
         raise ValueError(_explain(str(source.model), role, error)) from None
     check_loaded(model, str(source.model), role, info)
     return model.eval()
@@ -174,28 +179,15 @@ def _explain(path: str, role: str, error: Exception) -> str:
         )
     if not Path(path).exists():
         return (
-            f"The {role} {path!r} is no folder here, and cannot be had from the Hub either. Check the name "
-            "(make models makes the folders that recipes/gsm8k_smollm2.yaml names). The Hub client says: "
-            f"{reason}"
+            f"The {role} {path!r} is not a folder here, and not available from the Hub either. Check the "
+            "name (make models makes the folders that recipes/gsm8k_smollm2.yaml names). The Hub client "
+            f"says: {reason}"
         )
     return f"The {role} {path!r} cannot be loaded: {reason}"
 
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-_NAMED = 3  # tensors that an error names
-
-
 def check_files(path: str, config: Any, role: str, allow_pickle: bool) -> None:
-    """Look at the weight files of a local folder: the headers of safetensors, whose sizes must add up to the
-    file's.
+    """Look at the weight files of a local folder: the sizes in their headers must add up to the file's.
 
     Raises:
         ValueError: none, cut short or damaged ones, a missing shard, or pickles that nobody allowed.
@@ -230,7 +222,7 @@ def check_files(path: str, config: Any, role: str, allow_pickle: bool) -> None:
 
 
 def _pickle_refused(path: str, role: str, name: str) -> str:
-    """Loading a pickle runs what its author put in, unless the loader refuses well enough."""
+    """The error for a pickle: loading one runs what its author put in, unless the loader refuses well."""
     switch = (
         f" If you trust whoever wrote it, set {role}.allow_pickle: true."
         if role in ("student", "teacher")
@@ -281,10 +273,10 @@ def _check_header(file: Path, role: str) -> None:
 
 
 def check_loaded(model: torch.nn.Module, path: str, role: str, info: Mapping[str, Any]) -> None:
-    """Do weights and configuration describe one model, and is every weight a number?
+    """Refuse weights and a configuration that do not describe one model, and weights that are not numbers.
 
     Args:
-        info: what `from_pretrained(output_loading_info=True)` found.
+        info: from `from_pretrained(output_loading_info=True)`.
 
     Raises:
         ValueError: tensors that are missing (transformers would draw them at random), have other shapes,

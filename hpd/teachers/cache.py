@@ -49,7 +49,7 @@ TEACHER = "teacher"
 
 _REPAIR = (
     "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
-    "rest anew."
+    "rest again."
 )
 
 Places: TypeAlias = npt.NDArray[np.int64]

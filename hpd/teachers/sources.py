@@ -72,7 +72,9 @@ def check_caches(teacher: TeacherConfig, tokenizer: Any, args: Any) -> None:
     changed = differences(cached, tokenizer_fingerprint(tokenizer, args))
     if teacher.model is not None:
         changed += (
-            ["teacher"] if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model")) else []
+            ["teacher"]
+            if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model", path=None))
+            else []
         )
     if changed:
         raise ValueError(

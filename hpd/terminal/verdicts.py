@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.markup import escape
 from rich.table import Table
 
-from hpd.models.pairing import Verdict
+from hpd.models.pairing import CheckResult
 from hpd.terminal.console import console
 
 __all__ = ["show_verdicts"]
@@ -15,7 +15,7 @@ __all__ = ["show_verdicts"]
 _MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
 
 
-def show_verdicts(verdicts: Iterable[Verdict]) -> None:
+def show_verdicts(verdicts: Iterable[CheckResult]) -> None:
     """One line per finding."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)

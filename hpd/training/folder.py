@@ -1,5 +1,4 @@
-"""The run folder: resolved recipe, versions, metrics.jsonl, checkpoints, model card. The only thing that
-reports read."""
+"""The run folder, which is all that reports read: recipe, versions, metrics, checkpoints, model card."""
 
 from __future__ import annotations
 
@@ -25,7 +24,6 @@ from hpd.files import JsonLines, write_atomically, write_json
 from hpd.training.checkpoints import check_readable, newest_complete
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
-
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
@@ -60,16 +58,12 @@ class RunFolder:
             return
         recipe_file = self.path / "recipe.yaml"
         if not recipe_file.is_file():
-            raise ValueError(f"{self.path} is not empty and no run of hpd: choose another output_dir.")
+            raise ValueError(f"{self.path} is not empty, and not a run of hpd: choose another output_dir.")
         if overwrite:
             self._replaces = True
             return
-        before = read_yaml(recipe_file)
         # Guards only watch: a run that one of them stopped may go on under others.
-        if not isinstance(before, dict) or {**before, "guards": None} != {
-            **_comparable(self.recipe),
-            "guards": None,
-        }:
+        if {**read_yaml(recipe_file), "guards": None} != {**_comparable(self.recipe), "guards": None}:
             raise ValueError(
                 f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with "
                 "--overwrite."
@@ -83,8 +77,7 @@ class RunFolder:
             check_readable(newest)
 
     def open(self) -> None:
-        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now, and
-        not earlier.
+        """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now.
 
         Of several processes the main one calls this, after all have made their check.
 
@@ -108,7 +101,7 @@ class RunFolder:
             ) from error
 
     def baselines(self) -> dict[str, Any] | None:
-        """What was measured before the first step, if it was measured to the end.
+        """Return what was measured before the first step, if it was measured to the end.
 
         Raises:
             ValueError: the file of it is damaged.
@@ -117,7 +110,7 @@ class RunFolder:
         return _read_object(file, "it is measured again") if file.is_file() else None
 
     def opened_elsewhere(self) -> None:
-        """The main process has called `open`."""
+        """Take note that the main process has called `open`."""
         self._replaces = False
 
     def keep_teacher(self, fingerprint: str | None) -> None:
@@ -142,8 +135,9 @@ class RunFolder:
         write_json(self.path / name, content)
 
     def write_card(self, summary: dict[str, Any]) -> None:
-        """The model card of the trained student, with the recipe that made it."""
-        student, teacher = self.recipe.student.model, self.recipe.teacher.title
+        """Write the model card of the trained student, with the recipe that made it."""
+        student = self.recipe.student.model
+        teacher = self.recipe.teacher.title
         method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
         rows = "\n".join(
             f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str))
@@ -159,13 +153,13 @@ class RunFolder:
 
 
 def _read_object(file: Path, otherwise: str) -> dict[str, Any]:
-    """A JSON object of the run folder; `otherwise` says what happens where the file is not there."""
+    """A JSON object of the run folder; `otherwise` says what happens without the file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and {otherwise}.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (no JSON object): delete it, and {otherwise}.")
+        raise ValueError(f"{file} is damaged (not a JSON object): delete it, and {otherwise}.")
     return found
 
 
@@ -194,7 +188,7 @@ def environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of the checkout that hpd runs from; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

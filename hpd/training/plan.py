@@ -11,14 +11,16 @@ import peft
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from hpd.config.check import check_recipe
 from hpd.config.schema import EvalConfig, Recipe
-from hpd.data.rows import Lengths, Rows, check_ids, load_rows, measure
+from hpd.data.lengths import Lengths, check_ids, measure
+from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
 from hpd.models.load import load_config, load_tokenizer
-from hpd.models.pairing import Verdict, check_pair
+from hpd.models.pairing import CheckResult, check_pair
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
@@ -36,7 +38,7 @@ class PlannedEval(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What its metric is called in logs: gsm8k_accuracy, humaneval_plus_accuracy, ..."""
+        """The name of its metric in logs: gsm8k_accuracy, humaneval_plus_accuracy, ..."""
         name = self.task.name.replace("+", "_plus").replace("-", "_")
         return f"{name}_{self.task.metric}"
 
@@ -61,9 +63,9 @@ class Plan(NamedTuple):
     """Of each teacher, by its role in messages."""
     rows: Rows
     lengths: Lengths
-    verdicts: tuple[Verdict, ...]
-    evals: tuple[Any, ...] = ()
-    """`hpd.training.plan.PlannedEval` of each entry of the recipe's `eval`."""
+    verdicts: tuple[CheckResult, ...]
+    evals: tuple[PlannedEval, ...] = ()
+    """Of each entry of the recipe's `eval`."""
     served: ServedTeacher | None = None
     """The connection to a teacher elsewhere."""
 
@@ -72,6 +74,30 @@ class Plan(NamedTuple):
         errors = [f"{v.topic}: {v.text}" for v in self.verdicts if v.level == "error"]
         if errors:
             raise ValueError(" ".join(errors))
+
+    def close(self) -> None:
+        """Let go of a teacher elsewhere."""
+        if self.served is not None:
+            self.served.close()
+
+
+class _Models(NamedTuple):
+    """The models of a run, described without their weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    student_config: Any
+    teacher_configs: Mapping[str, Any]
+    teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase | None]
+    """None: a server that does not tell its tokenizer."""
+    served: ServedTeacher | None
+
+
+class _Comparison(NamedTuple):
+    """The rows as the student reads them, and what the checks found."""
+
+    rows: Rows
+    lengths: Lengths
+    verdicts: tuple[CheckResult, ...]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -82,55 +108,82 @@ def plan(recipe: Recipe) -> Plan:
             to do.
     """
     quiet_libraries()
+    # A recipe that was built in Python has not been looked at as a whole.
+    check_recipe(recipe)
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     _check_loggers(args)
-    student_config = load_config(recipe.student, "student")
-    tokenizer = load_tokenizer(recipe.student, "student")
-    check_caches(recipe.teacher, tokenizer, args)
-    served = _connect(recipe, args, student_config, tokenizer) if recipe.teacher.type == "server" else None
-    teacher_configs, teacher_tokenizers = _describe_teachers(recipe, served)
+    models = _describe_models(recipe, args)
     rows = load_rows(recipe.data, recipe.teacher.column)
-    if args.chat_template_path is not None:
-        # The trainer puts it there itself, and by then every row has been looked at.
-        tokenizer.chat_template = read_template(args.chat_template_path)
-    verdicts = []
-    for role, config in teacher_configs.items():
-        theirs = teacher_tokenizers[role]
-        if theirs is None:
-            assert served is not None
-            found = served.verdicts()
-        else:
-            found = check_pair(
-                tokenizer,
-                theirs,
-                student_config,
-                config,
-                policy=args.vocabulary,
-                conversational=rows.conversational,
-            )
-        several = len(teacher_configs) > 1
-        verdicts += [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found] if several else found
-    for verdict in verdicts:
-        if verdict.level == "error" and verdict.topic.startswith("chat template"):
-            raise ValueError(verdict.text)
-    rows = _take_templates(rows, tokenizer, recipe, args)
-    check_ids(rows.train, student_config.get_text_config().vocab_size)
-    lengths = measure(rows.train, tokenizer, args.max_length, recipe.data.labels)
-    verdicts += _length_verdicts(lengths, args)
-    evals = _plan_evals(recipe, args)
+    compared = _compare(models, rows, recipe, args)
     return Plan(
         recipe,
         args,
-        tokenizer,
-        student_config,
-        teacher_configs,
-        rows,
-        lengths,
-        tuple(verdicts),
-        evals,
-        served,
+        models.tokenizer,
+        models.student_config,
+        models.teacher_configs,
+        compared.rows,
+        compared.lengths,
+        compared.verdicts,
+        _check_evals(plan_evals(recipe.eval), args),
+        models.served,
     )
+
+
+def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
+    """Read configurations and tokenizers, and connect to a teacher elsewhere."""
+    student_config = load_config(recipe.student, "student")
+    tokenizer = load_tokenizer(recipe.student, "student")
+    check_caches(recipe.teacher, tokenizer, args)
+    served = None
+    if recipe.teacher.type == "server":
+        served = _connect(recipe, args, student_config, tokenizer)
+        asked = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        configs = {"teacher": served.config}
+        tokenizers = {"teacher": asked}
+    else:
+        sources = described_by(recipe)
+        configs = {role: load_config(source, role) for role, source in sources.items()}
+        tokenizers = {role: load_tokenizer(source, role) for role, source in sources.items()}
+    if args.chat_template_path is not None:
+        # The trainer puts it there itself, and by then every row has been looked at.
+        tokenizer.chat_template = read_template(args.chat_template_path)
+    return _Models(tokenizer, student_config, configs, tokenizers, served)
+
+
+def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -> _Comparison:
+    """Check the models against each other, and the rows against the student."""
+    verdicts = _pair_verdicts(models, rows.conversational, args.vocabulary)
+    for verdict in verdicts:
+        if verdict.level == "error" and verdict.topic.startswith("chat template"):
+            raise ValueError(verdict.text)
+    rows = _take_templates(rows, models.tokenizer, recipe, args)
+    check_ids(rows.train, models.student_config.get_text_config().vocab_size)
+    lengths = measure(rows.train, models.tokenizer, args.max_length, recipe.data.labels)
+    return _Comparison(rows, lengths, (*verdicts, *_length_verdicts(lengths, args)))
+
+
+def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:
+    """The student beside each teacher."""
+    verdicts: list[CheckResult] = []
+    for role, config in models.teacher_configs.items():
+        teacher = models.teacher_tokenizers[role]
+        if teacher is None:
+            assert models.served is not None
+            found = models.served.verdicts()
+        else:
+            found = check_pair(
+                models.tokenizer,
+                teacher,
+                models.student_config,
+                config,
+                policy=policy,
+                conversational=conversational,
+            )
+        if len(models.teacher_configs) > 1:
+            found = [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found]
+        verdicts += found
+    return verdicts
 
 
 def _take_templates(
@@ -139,35 +192,24 @@ def _take_templates(
     """The rows, all of which the student's chat template takes; a stream's are looked at as they come."""
     if not rows.conversational:
         return rows
-    labels, drawn = recipe.data.labels, isinstance(recipe.data.validation, float)
+    drawn = isinstance(recipe.data.validation, float)
     names = {"train": "of the training rows" if drawn else "", "validation": "of the validation rows"}
     train, validation = (
-        check_templates(getattr(rows, part), tokenizer, labels, name=name, num_proc=args.dataset_num_proc)
+        check_templates(
+            getattr(rows, part), tokenizer, recipe.data.labels, name=name, num_proc=args.dataset_num_proc
+        )
         for part, name in names.items()
     )
     return rows._replace(train=train, validation=validation)
 
 
 def _check_loggers(args: DistillConfig) -> None:
-    """Unknown or missing trackers, which the Trainer would notice with all models loaded."""
+    """Refuse unknown or missing trackers, which the Trainer would notice with all models loaded."""
     try:
         for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
             make()
     except (RuntimeError, ValueError, ImportError) as error:
         raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
-
-
-def _describe_teachers(recipe: Recipe, served: ServedTeacher | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and tokenizer of each teacher by its role; a server need not say which tokenizer it has
-    (None)."""
-    if served is not None:
-        tokenizer = (
-            load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
-        )
-        return {"teacher": served.config}, {"teacher": tokenizer}
-    sources = described_by(recipe)
-    configs = {role: load_config(source, role) for role, source in sources.items()}
-    return configs, {role: load_tokenizer(source, role) for role, source in sources.items()}
 
 
 def _connect(
@@ -180,44 +222,44 @@ def _connect(
     return served
 
 
-def _plan_evals(recipe: Recipe, args: DistillConfig) -> tuple[Any, ...]:
-    """The recipe's tasks with their examples, so that a missing file is found before a model is loaded."""
-    if not recipe.eval:
-        return ()
-
-    evals = plan_evals(recipe.eval)
+def _check_evals(evals: tuple[PlannedEval, ...], args: DistillConfig) -> tuple[PlannedEval, ...]:
+    """The tasks, of which the best model is not chosen by one that is never run in training."""
     named = (args.metric_for_best_model or "").removeprefix("eval_")
-    labels = {planned.label: planned.config.every for planned in evals}
-    if named in labels and labels[named] is None:
-        raise ValueError(
-            f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in "
-            "training."
-        )
+    for planned in evals:
+        if planned.label == named and planned.config.every is None:
+            raise ValueError(
+                f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in "
+                "training."
+            )
     return evals
 
 
-def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[Verdict]:
+def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[CheckResult]:
     p = lengths.percentiles
     text = (
         f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first "
         f"{lengths.num_rows} rows); max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves "
         f"{lengths.lost_rows:.1%} without a label"
     )
-    verdicts = [Verdict("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
+    verdicts = [CheckResult("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
     if lengths.ends_with_eos < 0.5:
-        text = f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student may not learn to stop"
-        verdicts.append(Verdict("warning", "end of rows", text))
+        text = (
+            f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student "
+            "may not learn to stop"
+        )
+        verdicts.append(CheckResult("warning", "end of rows", text))
     return verdicts
 
 
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
-    """The recipe's adapter as peft takes it."""
+    """Return the recipe's adapter as peft takes it."""
     return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
 
 
 def steps_of(planned: Plan) -> int | None:
     """Optimiser steps that the run will take on one process; None for a stream without max_steps."""
-    args, rows = planned.args, planned.rows.train
+    args = planned.args
+    rows = planned.rows.train
     if args.max_steps > 0:
         return args.max_steps
     if not hasattr(rows, "__len__"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,14 +22,13 @@ from hpd.data.rows import load_preferences
 from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import RolloutConfig
 from hpd.models.load import load_model
+from hpd.progress import Progress
 from hpd.training.checkpoints import writing
 from hpd.training.folder import MetricsWriter, RunFolder
+from hpd.training.plan import Plan, lora_of, plan
 from hpd.training.resumable import Resumable
+from hpd.training.single import evaluate_task, open_together
 from hpd.training.stopping import Interrupted, Signals, ends_resumable
-
-if TYPE_CHECKING:
-    from hpd.progress import Progress
-    from hpd.training.plan import Plan
 
 __all__ = ["dpo_arguments", "preference_rows", "train_preferences"]
 
@@ -44,7 +44,7 @@ class _PreferenceTrainer(Resumable, DPOTrainer):
 
 
 def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress) -> dict[str, Any]:
-    """Run a DPO stage from start (or its last checkpoint) to finish; returns its summary.
+    """Run a DPO stage from its start (or last checkpoint) to its end; returns its summary.
 
     Raises:
         ValueError: rows without the columns that `dpo.pairs` asks for, or settings that DPOConfig does not
@@ -52,16 +52,13 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
         RunStopped: as `hpd.training.run.train`.
     """
     with ends_resumable(Path(recipe.output_dir)) as signals:
-        return _train_preferences(recipe, dpo, progress, signals)
+        return _train(recipe, dpo, progress, signals)
 
 
-def _train_preferences(
-    recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals
-) -> dict[str, Any]:
-    from hpd.training.plan import lora_of, plan
-    from hpd.training.single import evaluate_task, open_together
-
+def _train(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals) -> dict[str, Any]:
     planned = plan(recipe)
+    # Preferences need no teacher.
+    planned.close()
     folder = RunFolder(recipe)
     open_together(folder, planned.args)
     started = time.perf_counter()
@@ -104,13 +101,10 @@ def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset
             "dpo.pairs: rollouts needs rows with prompt and completion (no stream): give them, or pairs: "
             "data."
         )
-    needed = (
-        planned.args.max_steps
-        * planned.args.per_device_train_batch_size
-        * planned.args.gradient_accumulation_steps
-    )
-    if planned.args.max_steps > 0:
-        rows = rows.select(range(min(len(rows), max(needed, 1))))
+    args = planned.args
+    if args.max_steps > 0:
+        needed = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        rows = rows.select(range(min(len(rows), needed)))
     listed = cast("list[dict[str, Any]]", list(rows))
     answers = _answers(planned, student, listed)
     pairs = [
@@ -146,23 +140,24 @@ def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[An
     accelerator = Accelerator(cpu=planned.args.use_cpu)
     student.to(accelerator.device)
     engine = make_engine(config, lambda: student, student, accelerator, tokenizer, None)
-    numbers = uniforms(
-        torch.arange(len(encoded)), seed=planned.args.seed, step=0, count=config.max_new_tokens
-    )
-    written = engine.generate(encoded, [config.max_new_tokens] * len(encoded), numbers, 0)
+    limit = config.max_new_tokens
+    draws = uniforms(torch.arange(len(encoded)), seed=planned.args.seed, step=0, count=limit)
+    written = engine.generate(encoded, [limit] * len(encoded), draws, 0)
     texts = [tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in written]
     return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
 
 
 def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
-    """`train` as far as DPOConfig knows it, and `dpo.args`.
+    """Return `train` as far as DPOConfig knows it, and `dpo.args`.
 
     Raises:
-        ValueError: `dpo.args` names a field that DPOConfig has not.
+        ValueError: `dpo.args` names a field that DPOConfig does not have, or has a value that it refuses.
     """
     known = {f.name for f in dataclasses.fields(DPOConfig) if f.init}
     if unknown := [key for key in dpo.args if key not in known]:
-        raise ValueError(f"dpo.args.{unknown[0]} is no field of TRL's DPOConfig.")
+        close = get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"dpo.args.{unknown[0]} is not a field of TRL's DPOConfig{hint}")
     shared = {key: getattr(planned.args, key) for key in planned.recipe.train if key in known}
     fixed = {
         "output_dir": planned.recipe.output_dir,
@@ -170,4 +165,7 @@ def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
         "disable_tqdm": True,
         "bf16": planned.args.bf16,
     }
-    return DPOConfig(**{**fixed, **shared, "use_cpu": planned.args.use_cpu, **dpo.args})
+    try:
+        return DPOConfig(**{**fixed, **shared, "use_cpu": planned.args.use_cpu, **dpo.args})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"dpo.args: {' '.join(str(error).split())}") from None

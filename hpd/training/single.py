@@ -1,4 +1,4 @@
-"""From a recipe to a trained student: check, load, evaluate, train, evaluate, write down."""
+"""A run without stages, from its plan to a trained student: load, evaluate, train, evaluate, write down."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config.schema import Recipe
+from hpd.evaluate.run import evaluate
 from hpd.models.load import load_model
 from hpd.progress import Progress
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
@@ -28,7 +29,7 @@ from hpd.training.plan import Plan, lora_of
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
-__all__ = ["evaluate_task", "open_together"]
+__all__ = ["evaluate_task", "make_trainer", "open_together", "train_single"]
 
 
 class _EvaluatingTrainer(TaskEvaluation, DistillTrainer):
@@ -36,7 +37,7 @@ class _EvaluatingTrainer(TaskEvaluation, DistillTrainer):
 
 
 def open_together(folder: RunFolder, args: Any) -> None:
-    """Open a run folder from its main process, when all processes have checked it.
+    """Open a run folder on the main process, when all processes have checked it.
 
     Args:
         folder: the folder, checked by its constructor.
@@ -62,9 +63,22 @@ def open_together(folder: RunFolder, args: Any) -> None:
             )
 
 
-def _run(
+def train_single(
     planned: Plan, folder: RunFolder, progress: Progress, baselines: bool, signals: Signals
 ) -> dict[str, Any]:
+    """Run a planned recipe, which has no stages, to its end; returns the summary.
+
+    Args:
+        planned: the run, checked.
+        folder: its folder, not opened yet.
+        progress: told on the way.
+        baselines: let teacher and untrained student do the tasks too.
+        signals: the handler, which the trainer is told to.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or an adapter on layers that the student does not have.
+        Interrupted, TeacherUnavailable, OSError: as `ends_resumable` reads them.
+    """
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
@@ -75,52 +89,81 @@ def _run(
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
-    summary: dict[str, Any] = {"method": recipe.method or ("hpd" if not recipe.terms else "terms")}
-    resume, before = folder.checkpoint, folder.baselines()
-    to_measure = resume is None and before is None
-    before = before or {}
-    if to_measure and baselines and planned.evals and is_deepspeed_zero3_enabled():
-        progress.say("ZeRO-3 loads models in pieces that run only in training: no task is done before it")
-    elif to_measure and baselines:
-        before |= evaluate_task(planned, student, "student before", folder, progress)
-        if isinstance(teacher, ModelTeacher):
-            before |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
-    trainer = _trainer(planned, student, teacher, folder, progress)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
-    trainer.args.eval_on_start = trainer.eval_dataset is not None and resume is None and sharded
-    if to_measure:
-        if trainer.eval_dataset is not None and not sharded:
-            before |= {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
-        if trainer.is_world_process_zero():
-            folder.write_json("baselines.json", before)
-    elif resume is None and trainer.eval_dataset is not None and not sharded:
-        # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows
-        # depends.
-        next(iter(trainer.get_eval_dataloader()))
-    summary |= before
+    resume = folder.checkpoint
+    measured = folder.baselines()
+    to_measure = resume is None and measured is None
+    before = measured or {}
+    if to_measure and baselines:
+        before |= _task_baselines(planned, student, teacher, folder, progress)
+    trainer = make_trainer(planned, student, teacher, folder, progress)
+    before |= _loss_baselines(trainer, is_new=resume is None, to_measure=to_measure)
+    if to_measure and trainer.is_world_process_zero():
+        folder.write_json("baselines.json", before)
     before_training = time.perf_counter()
     with signals.stopping(trainer):
         trainer.train(resume_from_checkpoint=resume)
     with _keeping_steps(trainer):
-        summary |= _finish(planned, trainer, folder, progress, before_training)
+        after = _finish(planned, trainer, folder, progress, before_training)
+    summary: dict[str, Any] = {"method": recipe.method or ("terms" if recipe.terms else "hpd")}
+    summary |= before | after
     summary["seconds"] = round(time.perf_counter() - started, 1)
-    summary["steps"] = trainer.state.global_step
-    if trainer.stopped_by:
-        summary["stopped"] = trainer.stopped_by
-    written = sum(log.get("rollouts/tokens", 0.0) for log in trainer.state.log_history)
-    if written:
-        summary["generated tokens"] = int(written)
+    summary |= _totals(trainer)
     if trainer.is_world_process_zero():
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
 
 
+def _task_baselines(
+    planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress
+) -> dict[str, Any]:
+    """The tasks of the untrained student, and of a teacher that is a model here."""
+    if planned.evals and is_deepspeed_zero3_enabled():
+        progress.say("ZeRO-3 loads models in pieces that run only in training: no task is done before it")
+        return {}
+    found = evaluate_task(planned, student, "student before", folder, progress)
+    if isinstance(teacher, ModelTeacher):
+        found |= evaluate_task(planned, teacher.model, "teacher", folder, progress)
+    return found
+
+
+def _loss_baselines(trainer: DistillTrainer, is_new: bool, to_measure: bool) -> dict[str, float]:
+    """The untrained student's loss and KLs on the validation rows.
+
+    Args:
+        is_new: there is no checkpoint to go on from.
+        to_measure: nothing was measured by an earlier life of the run either.
+    """
+    # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
+    trainer.args.eval_on_start = trainer.eval_dataset is not None and is_new and _is_sharded(trainer)
+    if trainer.eval_dataset is None or not is_new or _is_sharded(trainer):
+        return {}
+    if to_measure:
+        return {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+    # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows
+    # depends.
+    next(iter(trainer.get_eval_dataloader()))
+    return {}
+
+
+def _is_sharded(trainer: DistillTrainer) -> bool:
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def _totals(trainer: DistillTrainer) -> dict[str, Any]:
+    """Figures of the whole run that the trainer kept."""
+    found: dict[str, Any] = {"steps": trainer.state.global_step}
+    if trainer.stopped_by:
+        found["stopped"] = trainer.stopped_by
+    if written := sum(log.get("rollouts/tokens", 0.0) for log in trainer.state.log_history):
+        found["generated tokens"] = int(written)
+    return found
+
+
 def _finish(
     planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress, started: float
 ) -> dict[str, Any]:
-    """What comes after the last step: evaluate the student and write it down."""
+    """Evaluate the student after the last step, and save it."""
     if trainer.stop_reason is not None:
         raise Interrupted(trainer.stop_reason)
     found: dict[str, Any] = {}
@@ -132,8 +175,9 @@ def _finish(
     with writing(folder.path):
         trainer.save_model()
     student = trainer.accelerator.unwrap_model(trainer.model)
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    return found | evaluate_task(planned, student, "student after", folder, progress, together=sharded)
+    return found | evaluate_task(
+        planned, student, "student after", folder, progress, together=_is_sharded(trainer)
+    )
 
 
 @contextlib.contextmanager
@@ -149,17 +193,22 @@ def _keeping_steps(trainer: DistillTrainer) -> Iterator[None]:
         raise
 
 
-def _trainer(
+def make_trainer(
     planned: Plan, student: Any, teacher: Teacher, folder: RunFolder, progress: Progress
 ) -> DistillTrainer:
-    recipe, args = planned.recipe, planned.args
+    """The trainer of a planned run.
+
+    Raises:
+        ValueError: no row keeps a label.
+    """
+    recipe = planned.recipe
     make: Callable[..., DistillTrainer] = DistillTrainer
     if any(entry.config.every is not None for entry in planned.evals):
         make = functools.partial(_EvaluatingTrainer, evals=planned.evals, folder=folder.path)
     trainer = make(
         model=student,
         teacher=teacher,
-        args=args,
+        args=planned.args,
         method=recipe.method,
         method_kwargs=recipe.method_kwargs,
         terms=recipe.terms,
@@ -181,7 +230,7 @@ def _trainer(
 
 
 def _check_lora(recipe: Recipe, student: torch.nn.Module) -> None:
-    """Every module that the adapter names must be there; peft complains only if none is, and later."""
+    """Refuse an adapter on a module that is not there; peft complains only if none is, and later."""
     targets = recipe.lora.target_modules if recipe.lora else "all-linear"
     if targets == "all-linear":
         return
@@ -193,15 +242,10 @@ def _check_lora(recipe: Recipe, student: torch.nn.Module) -> None:
             target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)
         ]
     if missing:
-        known = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in student.named_modules()
-                if isinstance(module, torch.nn.Linear)
-            }
-        )
+        linear = [name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)]
+        known = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
-            f"lora.target_modules names {', '.join(missing)}, which the student has not; it has "
+            f"lora.target_modules names {', '.join(missing)}, which the student does not have; it has "
             f"{', '.join(known)}."
         )
 
@@ -223,8 +267,6 @@ def evaluate_task(
     is_main = int(os.environ.get("RANK", "0")) == 0
     if not planned.evals or not (is_main or together):
         return {}
-    from hpd.evaluate import evaluate
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (
         not together

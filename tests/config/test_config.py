@@ -1,13 +1,29 @@
 """Recipes: overrides, nearest keys, and choices that cannot go together."""
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 import yaml
 
-from hpd.config import check as config
-from hpd.config import load_recipe, resolve
-from hpd.training.arguments import train_arguments
+import hpd.config
+from hpd.config import (
+    DataConfig,
+    EvalConfig,
+    GenerateConfig,
+    LoraConfig,
+    ModelConfig,
+    TeacherConfig,
+    load_recipe,
+    resolve,
+)
+from hpd.config.check import check_recipe
+from hpd.config.guards import GuardsConfig
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.methods.schedules import Schedule
+from hpd.methods.strategy import StrategyConfig, as_strategy
+from hpd.training.arguments import DistillConfig, train_arguments
 
 GOOD = {"student": "org/student", "teacher": "org/teacher", "data": {"path": "rows.jsonl"}}
 
@@ -30,7 +46,7 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
     recipe = load_recipe(
         GOOD, ["student.dtype=bfloat16", "train.max_steps=5", "method=akl", "method_kwargs.mu=0.4"]
     )
-    assert recipe.student == config.ModelConfig(model="org/student", dtype="bfloat16")
+    assert recipe.student == ModelConfig(model="org/student", dtype="bfloat16")
     assert recipe.train == {"max_steps": 5}
     assert recipe.method_kwargs == {"mu": 0.4}
 
@@ -68,6 +84,19 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
         ({"data": {"path": "x", "validation": 0.1, "streaming": True}}, "no known length"),
         ({"eval": {"task": "exact-match"}}, "eval.data is missing"),
         ({"lora": {"lora_dropout": 1.5}}, "lora_dropout"),
+        ({"guards": {"entropy": {"wran": 1}}}, "unknown key 'guards.entropy.wran'; did you mean 'warn'"),
+        ({"rollouts": {"replay": {"capcity": 4}}}, "'rollouts.replay.capcity'; did you mean 'capacity'"),
+        ({"stages": [{"name": "a", "dpo": {"pair": "data"}}]}, "'stages.0.dpo.pair'; did you mean 'pairs'"),
+        ({"strategy": "polcy_gradient"}, "got 'polcy_gradient'; did you mean 'policy_gradient'"),
+        (
+            {"terms": [{"objective": "nll", "weight": {"schedule": "linear", "start": 1}}]},
+            "schedule needs end",
+        ),
+        (
+            {"teacher": {"type": "mixture", "teachers": {"a": {"type": "model"}, "b": "x"}}},
+            "^teacher.teachers.a.model is missing",
+        ),
+        ({"lora": {"r": 0}}, "^lora.r must be >= 1, got 0.$"),
     ],
 )
 def test_mistakes_are_named(changes, message):
@@ -99,18 +128,108 @@ def test_train_section_is_checked_against_the_trainers_fields():
         train_arguments(load_recipe({**GOOD, "data": {"path": "x", "streaming": True}}))
 
 
-def test_every_field_is_documented():
-    import ast
-    import inspect
+MISTAKES_IN_PYTHON = {
+    "^generate.samples must be >= 1, got 0.$": (
+        lambda: GenerateConfig(samples=0),
+        {"generate": {"samples": 0}},
+    ),
+    "^generate.reference has no effect without": (
+        lambda: GenerateConfig(reference="gold"),
+        {"generate": {"reference": "gold"}},
+    ),
+    "^teacher.model is missing": (lambda: TeacherConfig(type="model"), {"teacher": {"type": "model"}}),
+    "^teacher.path is for type cached": (
+        lambda: TeacherConfig(model="x", path="y"),
+        {"teacher": {"model": "x", "path": "y"}},
+    ),
+    "^teacher.url must be": (lambda: TeacherConfig(type="server"), {"teacher": {"type": "server"}}),
+    "^data.limit must be >= 1, got 0.$": (
+        lambda: DataConfig(path="x", limit=0),
+        {"data": {"path": "x", "limit": 0}},
+    ),
+    "^lora.r must be >= 1": (lambda: LoraConfig(r=0), {"lora": {"r": 0}}),
+    "^eval.data is missing": (EvalConfig, {"eval": {}}),
+    "^rollouts.top_p must be in": (lambda: RolloutConfig(top_p=2.0), {"rollouts": {"top_p": 2.0}}),
+    "^strategy.updates must be >= 1": (
+        lambda: StrategyConfig(type="policy_gradient", updates=0),
+        {"strategy": {"type": "policy_gradient", "updates": 0}},
+    ),
+    "^train.max_length must be >= 2, got 1.$": (
+        lambda: DistillConfig(output_dir="x", max_length=1),
+        {"train": {"max_length": 1}},
+    ),
+    "^train.impl is 'chunkd'. Did you mean 'chunked'": (
+        lambda: DistillConfig(output_dir="x", impl="chunkd"),
+        {"train": {"impl": "chunkd"}},
+    ),
+    "^train.vocabulary is 'shared'. Did you mean 'shared_prefix'": (
+        lambda: DistillConfig(output_dir="x", vocabulary="shared"),
+        {"train": {"vocabulary": "shared"}},
+    ),
+    "^train.kl_estimator is 'k4'. Allowed: exact, k1, k2, k3, rao_blackwell": (
+        lambda: DistillConfig(output_dir="x", kl_estimator="k4"),
+        {"train": {"kl_estimator": "k4"}},
+    ),
+}
 
-    tree = ast.parse(inspect.getsource(config))
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
+
+@pytest.mark.parametrize("message", MISTAKES_IN_PYTHON)
+def test_python_and_recipe_say_the_same(message):
+    build, changes = MISTAKES_IN_PYTHON[message]
+    with pytest.raises(ValueError, match=message) as in_python:
+        build()
+    with pytest.raises(ValueError, match=message) as in_recipe:
+        train_arguments(load_recipe({**GOOD, **changes}))
+    assert str(in_python.value) == str(in_recipe.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TeacherConfig(type="modle", model="x"), "teacher.type is 'modle'. Did you mean 'model'"),
+        (lambda: ModelConfig(model="x", dtype="float33"), "dtype is 'float33'. Did you mean 'float32'"),
+        (lambda: GenerateConfig(filter="corect"), "generate.filter is 'corect'. Did you mean 'correct'"),
+        (
+            lambda: GuardsConfig(non_finite="halt"),
+            "guards.non_finite is 'halt'. Allowed: off, warn, stop, skip",
+        ),
+        (lambda: Prefixes(mix="rows"), "prefixes.mix is 'rows'. Did you mean 'row'"),
+        (lambda: Schedule(schedule="wavy", start=1.0), "schedule.schedule is 'wavy'. Allowed: constant"),
+        (lambda: as_strategy("directly"), "strategy.type is 'directly'. Did you mean 'direct'"),
+        (lambda: TeacherConfig(model="x", quantization="2bit"), "teacher.quantization is '2bit'"),
+    ],
+)
+def test_a_name_that_is_not_declared_is_refused_in_python_too(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_recipe_built_in_python_is_checked_as_a_whole():
+    recipe = load_recipe(GOOD)
+    check_recipe(recipe)
+    routed = TeacherConfig(type="cached", path="cache")
+    with pytest.raises(ValueError, match="knows the dataset's rows only"):
+        check_recipe(dataclasses.replace(recipe, teacher=routed, prefixes=Prefixes(student=1.0)))
+    with pytest.raises(ValueError, match="output_dir is empty"):
+        dataclasses.replace(recipe, output_dir=" ")
+
+
+def _modules():
+    config = Path(hpd.config.__file__).parent
+    return [*sorted(config.glob("*.py")), *sorted((config.parent / "methods").glob("*.py"))]
+
+
+def test_every_field_is_documented():
+    seen = set()
+    for node in (node for path in _modules() for node in ast.parse(path.read_text()).body):
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith(("Config", "Recipe", "Prefixes")):
             continue
+        seen.add(node.name)
         for field, following in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign):
                 documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
                 assert documented, f"{node.name}.{ast.unparse(field.target)} has no text under it"
+    assert {"Recipe", "DataConfig", "TeacherConfig", "GuardsConfig", "TermConfig", "Prefixes"} <= seen
 
 
 def test_recipe_classes_are_frozen():

@@ -190,13 +190,13 @@ HOLDERS: dict[type, set[str]] = {
 
 
 def _attribute_reads() -> set[tuple[str, str]]:
-    """(holder, attribute) of every read in the package; of config.py, only what a recipe does with itself."""
+    """(holder, attribute) of every read in the package; in hpd/config, of a section's of itself."""
     reads = set()
     for path in sorted((ROOT / "hpd").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 holder = getattr(node.value, "attr", getattr(node.value, "id", ""))
-                if path.name != "config.py" or holder == "self":
+                if path.parent.name != "config" or holder == "self":
                     reads.add((holder, node.attr))
     return reads
 

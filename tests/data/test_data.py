@@ -193,7 +193,10 @@ def test_a_template_that_refuses_a_late_row_is_told_with_its_number(pair, tmp_pa
     template = ALTERNATE.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
     options = {"labels": labels, "template": template}
     plan(recipe_of_chats(pair, tmp_path, **options))
-    said = r"Row 290 \(turns: user, user.* it begins 'what\?'\): the student's chat template refuses it: Roles must alternate"
+    said = (
+        r"Row 290 \(turns: user, user.* it begins 'what\?'\): the student's chat template refuses it: Roles "
+        "must alternate"
+    )
     with pytest.raises(ValueError, match=said):
         plan(recipe_of_chats(pair, tmp_path, bad=290, **options))
     assert not (tmp_path / "run").exists()
@@ -232,7 +235,10 @@ def test_rows_for_validation_and_streams_are_looked_at(pair, tmp_path):
 
 def test_tools_and_options_of_a_row_reach_its_template(pair):
     tokenizer = AutoTokenizer.from_pretrained(pair / "student")
-    tokenizer.chat_template = "{{ tools[0].name }}{{ messages[0].content }}{% if strict %}{{ raise_exception('strict') }}{% endif %}"
+    tokenizer.chat_template = (
+        "{{ tools[0].name }}{{ messages[0].content }}"
+        "{% if strict %}{{ raise_exception('strict') }}{% endif %}"
+    )
     row = {"messages": [USER, ANSWER], "tools": '[{"name": "search"}]'}
     check_templates(Dataset.from_list([row]), tokenizer, "completion")
     with pytest.raises(ValueError, match="Row 1.*strict"):

@@ -17,8 +17,8 @@ from hpd.estimate.live_bytes import LiveBytes
 from hpd.estimate.memory import StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
-from hpd.losses.products import chunk_rows
 from hpd.losses.operator import default_chunk_bytes
+from hpd.losses.products import chunk_rows
 from hpd.methods import method_terms, name_terms
 from hpd.training.plan import plan
 
@@ -54,7 +54,7 @@ from hpd.training.folder import RunFolder
 from hpd.teachers import ModelTeacher
 from hpd.progress import Progress
 from hpd.training.plan import plan
-from hpd.training.single import _trainer
+from hpd.training.single import make_trainer
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ planned = plan(recipe)
 torch.ones(64, 64, requires_grad=True).mm(torch.ones(64, 64)).sum().backward()
 baseline = resident("VmRSS")
 student, teacher = load_model(recipe.student, "student"), ModelTeacher(load_model(recipe.teacher, "teacher"))
-trainer = _trainer(planned, student, teacher, RunFolder(recipe), Progress())
+trainer = make_trainer(planned, student, teacher, RunFolder(recipe), Progress())
 trainer.add_callback(Peak())
 trainer.train()
 """

@@ -13,7 +13,7 @@ from hpd.progress import Progress
 from hpd.teachers.sources import load_teacher
 from hpd.training.folder import RunFolder
 from hpd.training.plan import plan
-from hpd.training.single import _trainer
+from hpd.training.single import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def trainer_of(recipe, folder, *overrides):
     from hpd.models import load_model
 
     student = load_model(loaded.student, "student")
-    return _trainer(planned, student, load_teacher(loaded.teacher), RunFolder(loaded), Progress())
+    return make_trainer(planned, student, load_teacher(loaded.teacher), RunFolder(loaded), Progress())
 
 
 def batches_of(trainer):

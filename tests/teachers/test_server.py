@@ -229,7 +229,7 @@ def test_uniform_tail_is_accepted_on_request_and_logged(pair, rows, prompts, tmp
     [
         ({"url": "ftp://x"}, "base address"),
         ({"url": "127.0.0.1:8000"}, "base address"),
-        ({"url": "http://h:port"}, "no address"),
+        ({"url": "http://h:port"}, "not an address"),
         ({"url": "http://h/v1?key=1"}, "without a query"),
         ({"url": f"http://user:{CANARY}@h"}, "password"),
         ({"api_key_env": CANARY}, "must name an environment variable"),
@@ -237,10 +237,10 @@ def test_uniform_tail_is_accepted_on_request_and_logged(pair, rows, prompts, tmp
         ({"model": None}, "teacher.model is missing"),
         ({"protocol": "hpd", "top_k": 5}, "no effect with protocol hpd"),
         ({"dtype": "bfloat16"}, "dtype has an effect"),
-        ({"quantization": "4bit"}, "quantization has no effect"),
-        ({"top_k": 0}, "top_k >= 1"),
-        ({"concurrency": 0}, "concurrency >= 1"),
-        ({"type": "model", "url": "http://h"}, "url has no effect on teacher type model"),
+        ({"quantization": "4bit"}, "quantization is for type model or cached, and the type is server"),
+        ({"top_k": 0}, "top_k must be >= 1"),
+        ({"concurrency": 0}, "concurrency must be >= 1"),
+        ({"type": "model", "url": "http://h"}, "url is for type server, and the type is model"),
     ],
 )
 def test_mistakes_in_the_recipe(teacher, message):

@@ -207,7 +207,7 @@ MISTAKES = {
     ),
     "unknown argument": (
         [{"name": "a"}, {"name": "b", "dpo": {"pairs": "rollouts", "args": {"no_such": 1}}}],
-        "stages: b: dpo.args.*no field",
+        "stages: b: dpo.args.*not a field",
     ),
 }
 

@@ -20,7 +20,7 @@ from hpd.config.models import TeacherConfig
 from hpd.http import Connection, read_key
 from hpd.losses import TeacherScores, TopKScores
 from hpd.methods.terms import Term, TermConfig
-from hpd.models.pairing import Verdict
+from hpd.models.pairing import CheckResult
 from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.remote.dialects import DIALECTS, Place, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
@@ -196,7 +196,7 @@ class ServedTeacher(RemoteTeacher):
         self._connection.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[CheckResult]:
         """The checks that are possible with a server that does not tell its tokenizer."""
         text = f"{self.source.url} reads a probe of token ids as the student's tokenizer does"
         unknown = (
@@ -204,8 +204,8 @@ class ServedTeacher(RemoteTeacher):
             "compared"
         )
         return [
-            Verdict("ok", "vocabulary", text),
-            Verdict("warning", "end of sequence, chat template", unknown),
+            CheckResult("ok", "vocabulary", text),
+            CheckResult("warning", "end of sequence, chat template", unknown),
         ]
 
 
