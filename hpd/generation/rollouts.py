@@ -6,7 +6,7 @@ Axes: B prompts of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -84,7 +84,8 @@ class StudentRollouts:
         # weights.
         missing = self._missing_batches(len(batches))
         out: dict[int, Rollout] = {}
-        with unwrap_model_for_generation(self._student(), self._accelerator) as model:  # type: ignore[arg-type]
+        student: Any = self._student()
+        with unwrap_model_for_generation(student, self._accelerator) as model:
             engine = TransformersEngine(model, self._tokenizer, self._accelerator.device)
             for indices in batches:
                 sampling = self._sampling(uniforms[indices])

@@ -81,12 +81,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-_REPAIR = (
-    "Run hpd cache with the same recipe again: it verifies every file, keeps what is whole and writes the "
-    "rest again."
-)
-
-
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
     """One 64-bit digest per block, over the bytes of all tensors at its positions."""
     views = [

@@ -138,7 +138,7 @@ class DistillTrainer(GuardedTrainer):
             self.accelerator.unwrap_model(self.model),
             self.accelerator,
             self._tokenizer,
-            getattr(self.teacher, "model", None),
+            self.teacher.model,
         )
 
     def _introduce_rows(self) -> None:

@@ -8,9 +8,8 @@ from helpers.trainers import first_batch, make_trainer
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
-from hpd.http import TeacherUnavailable
 from hpd.models.forward import scores_of
-from hpd.teachers import ModelTeacher, RemoteTeacher, SelfTeacher, Teacher
+from hpd.teachers import ModelTeacher, RemoteTeacher, SelfTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
 
 
