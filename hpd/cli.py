@@ -111,7 +111,7 @@ def cache(
 @with_options(EvalOptions)
 def evaluate(options: EvalOptions) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
-    with _user_errors():
+    with user_errors():
         mode = options.mode()  # before the seconds that the import takes
         from hpd.terminal.evaluation import run_eval
 
