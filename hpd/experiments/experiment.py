@@ -241,7 +241,8 @@ def _cross_check(experiment: Experiment) -> None:
             raise ValueError(
                 f"exclude or tune.per names {axis!r}, which is not an axis. {nearest(axis, known)}"
             )
-    names = [check_evaluation(entry).name for entry in experiment.evals]
+    # Files that an entry leaves open come from the base, which is not read yet.
+    names = [check_evaluation({"data": "$BASE", **entry}).name for entry in experiment.evals]
     if len(set(names)) < len(names):
         raise ValueError(f"evals: two are called the same: {', '.join(names)}. Give each a name of its own.")
     if experiment.own_samples < 0 or (

@@ -12,7 +12,7 @@ from hpd import Head
 from hpd.objectives import OBJECTIVES, forward_kl
 from hpd.objectives.fused import FUSED
 
-PARITY = Path(__file__).parent / "parity"
+PARITY = Path(__file__).parents[1] / "parity"
 ENTRIES = json.loads((PARITY / "index.json").read_text())
 # Fixtures whose value is a cross-entropy: larger than the divergence by the entropy of the target.
 CROSS_ENTROPIES = ("forward_kl", "symmetric_kl", "skew_forward_kl", "taid")

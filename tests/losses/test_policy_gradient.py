@@ -175,7 +175,7 @@ def test_first_update_has_the_direct_gradient(pair, tmp_path, method):
     gradients, losses = [], []
     for strategy in (None, PG):
         trainer = make_trainer(pair, tmp_path, method=method, strategy=strategy, chunk_bytes=2**14)
-        trainer._step.begin([])
+        trainer._step.begin([], step=0, progress=0.0)
         loss = trainer.compute_loss(trainer.model.train(), first_batch(trainer))
         loss.backward()
         losses.append(float(loss))

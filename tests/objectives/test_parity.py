@@ -18,7 +18,7 @@ from torch import Tensor
 from hpd.objectives import OBJECTIVES, Objective
 
 RELATIVE_TOLERANCE = 2e-5
-PARITY = Path(__file__).parent / "parity"
+PARITY = Path(__file__).parents[1] / "parity"
 ENTRIES: list[dict[str, Any]] = json.loads((PARITY / "index.json").read_text())
 
 
