@@ -24,12 +24,8 @@ ALLOWED_SKIPS = {
     f"{_EVALUATE}/test_evaluate.py::test_gsm8k_grades_its_own_solutions": _DATA,
     f"{_EVALUATE}/test_evaluate.py::test_math500_references_are_taken_as_a_whole": _DATA,
     f"{_EVALUATE}/test_judge.py::test_the_public_files_load": _DATA,
-    # Optional packages: of gigabytes, or made for accelerators.
+    # Packages made for accelerators.
     "tests/training/test_combinations.py::test_optimisers_of_the_trainer_train": "which is not installed",
-    f"{_EVALUATE}/test_evaluate_command.py::test_lm_eval_runs_a_local_task_on_our_checkpoint": (
-        "could not import 'lm_eval'"
-    ),
-    "tests/experiments/test_report.py::test_trackers_come_from_the_trainer": "pip install tensorboard",
     # What an unprivileged container or user may not do.
     f"{_EVALUATE}/test_sandbox.py::test_scratch_folder": "files need namespaces",
     f"{_EVALUATE}/test_sandbox.py::test_hostile_programs_of_an_ordinary_user": "",
