@@ -147,7 +147,7 @@ def test_from_every_start_the_flow_ends_at_the_teacher(name: str, labels: Tensor
     before = students(20)
     after = flow(weights_of(name), TEACHER, before, labels, steps=6000, size=4.0)
     assert kl(TEACHER, before).max() > 1.0
-    assert kl(TEACHER, after).max() < 1e-3
+    assert kl(TEACHER, after).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["hpd", "hpd_full", "masked_sft"])
@@ -213,6 +213,17 @@ def test_reinforcement_alone_is_the_gradient_of_nothing() -> None:
         jacobian = torch.autograd.functional.jacobian(at, z)
         difference = (jacobian - jacobian.T).abs().max().item()
         assert difference < 1e-12 if symmetric else difference > 1e-3
+
+
+def test_only_the_hinge_is_steep_where_the_student_has_no_mass() -> None:
+    q = torch.tensor([1e-9, 0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
+    q = q / q.sum()
+    assert LOSSES["masked_sft"](TEACHER, q, FIRST_ONLY) > 15
+    assert LOSSES["label_reverse_kl"](TEACHER, q, FIRST_ONLY) < TEACHER[0]
+    steep = {n: weights_of(n)(TEACHER, q, FIRST_ONLY)[0] for n in ("hpd", "masked_sft", "label_forward_kl")}
+    assert min(steep.values()) > 0.4
+    flat = [weights_of(n)(TEACHER, q, FIRST_ONLY)[0] for n in ("label_reverse_kl", "label_jsd")]
+    assert max(flat) < 1e-7
 
 
 def test_masked_sft_is_convex_in_the_logits() -> None:
@@ -281,8 +292,7 @@ def test_the_time_grows_with_the_number_of_choices() -> None:
     for choices, ratio in ratios.items():
         # Between reinforced throughout (P = 1, with k on top) and not at all.
         assert 0.4 * choices < ratio < choices, ratios
-    assert ratios[1] < 1
-    assert ratios[4] < ratios[16]
+    assert [round(ratio, 1) for ratio in ratios.values()] == [0.6, 2.5, 9.8]
 
 
 def test_the_entropy_above_the_teachers_is_a_tail_that_still_falls() -> None:
@@ -372,6 +382,8 @@ def test_one_repeated_label() -> None:
             if step == 999:
                 early[name] = kl(p, z.softmax(-1)).item()
         late[name] = kl(p, z.softmax(-1)).item()
+    written = {"sft": 3.22, "label_forward_kl": 3.01, "hpd, no mask": 2.34, "hpd": 0.05}
+    assert {name: round(late[name], 2) for name in written} == written
     for name in ("sft", "label_forward_kl", "hpd, no mask"):
         assert late[name] > early[name] + 0.4, name
         assert late[name] > 1.5, name
@@ -402,9 +414,9 @@ def test_every_rule_that_rests_at_the_teacher_enters_the_branch_and_hpd_late() -
     whole, one_token = ([time_to_enter(name, x) for x in starts] for name in ("forward_kl", "hpd"))
     # Logarithm of the start, against its reciprocal.
     assert whole[1] - whole[0] == pytest.approx(whole[2] - whole[1], rel=0.4)
-    assert whole[2] < 12
+    assert whole == pytest.approx([1.7, 4.3, 6.6], abs=0.2)
+    assert one_token == pytest.approx([8, 80, 735], rel=0.05)
     assert one_token[2] / one_token[1] == pytest.approx(10, rel=0.3)
-    assert one_token[2] > 30 * whole[2]
 
 
 def test_fine_tuning_masked_or_not_keeps_to_the_rows() -> None:
