@@ -112,7 +112,7 @@ def flow(weights: Weights, p: Tensor, q: Tensor, d: Tensor, steps: int, size: fl
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_expected_weights_are_those_of_the_package(name: str, labels: Tensor) -> None:
     method, kwargs, weights = EXPECTED[name]
-    for q in students(10):
+    for q in students(4):
         got = enumerated(method, kwargs, TEACHER, q, labels)
         # Over the whole vocabulary a multiple of q moves nothing, so fields are compared.
         want = force(weights, TEACHER, q, labels)
@@ -145,7 +145,7 @@ def test_through_the_draw_even_one_repeated_label_suffices(name: str) -> None:
 @pytest.mark.parametrize("name", ["hpd", "hpd, no reinforcement", "hpd, no draw", "hpd_full", "masked_sft"])
 def test_from_every_start_the_flow_ends_at_the_teacher(name: str, labels: Tensor) -> None:
     before = students(20)
-    after = flow(weights_of(name), TEACHER, before, labels, steps=6000, size=4.0)
+    after = flow(weights_of(name), TEACHER, before, labels, steps=4000, size=6.0)
     assert kl(TEACHER, before).max() > 1.0
     assert kl(TEACHER, after).max() < 1e-4
 
@@ -243,16 +243,16 @@ def test_the_teachers_probability_as_a_weight_rests_at_the_product(labels: Tenso
     product = labels * TEACHER / (labels * TEACHER).sum()
     weights = weights_of("label_forward_kl")
     assert force(weights, TEACHER, product, labels).abs().max() < 1e-15
-    assert kl(product, flow(weights, TEACHER, students(10), labels, steps=4000, size=4.0)).max() < 1e-3
+    assert kl(product, flow(weights, TEACHER, students(10), labels, steps=2000, size=8.0)).max() < 1e-3
     masked = hpd_weights(draw=False, reverse=0.0)
-    assert kl(TEACHER, flow(masked, TEACHER, students(10), labels, steps=4000, size=2.0)).max() < 1e-3
+    assert kl(TEACHER, flow(masked, TEACHER, students(10), labels, steps=2000, size=4.0)).max() < 1e-3
 
 
 def test_a_square_is_sharper_than_the_teacher() -> None:
     square = TEACHER**2 / (TEACHER**2).sum()
     entropy = [-(x * x.log()).sum() for x in (square, TEACHER)]
     assert entropy[0] < entropy[1]
-    unmasked = flow(weights_of("hpd, no mask"), TEACHER, students(10), TEACHER, steps=4000)
+    unmasked = flow(weights_of("hpd, no mask"), TEACHER, students(10), TEACHER, steps=2000)
     assert (kl(TEACHER, unmasked) > 1e-2).all()
     assert (kl(TEACHER, unmasked) < kl(TEACHER, square)).all()
 
@@ -277,7 +277,7 @@ def test_an_underestimating_student_gets_the_collision_probability() -> None:
     assert taught("hpd") == pytest.approx(2 * collision, rel=1e-6)
 
 
-def time_to_learn(name: str, num_choices: int, size: float = 0.2) -> float:
+def time_to_learn(name: str, num_choices: int, size: float = 0.4) -> float:
     """Steps times size until a teacher of equal choices has nine tenths of a student that starts flat."""
     p = torch.full((200,), 1e-6, dtype=torch.float64)
     p[:num_choices] = 1.0
@@ -292,17 +292,16 @@ def test_the_time_grows_with_the_number_of_choices() -> None:
     for choices, ratio in ratios.items():
         # Between reinforced throughout (P = 1, with k on top) and not at all.
         assert 0.4 * choices < ratio < choices, ratios
-    assert [round(ratio, 1) for ratio in ratios.values()] == [0.6, 2.5, 9.8]
+    assert list(ratios.values()) == pytest.approx([0.6, 2.5, 9.8], abs=0.1)
 
 
 def test_the_entropy_above_the_teachers_is_a_tail_that_still_falls() -> None:
     p, start = TEACHER, torch.full((NUM_TOKENS,), 1 / NUM_TOKENS, dtype=torch.float64)
-    entropies = []
-    for steps in (20, 60, 200, 4000):
-        z = start.log()
-        for _ in range(steps):
-            z = z + 0.05 * force(weights_of("hpd"), p, z.softmax(-1), p)
-        entropies.append(-(z.softmax(-1) * z.log_softmax(-1)).sum().item())
+    entropies, z = [], start.log()
+    for step in range(1501):
+        if step in (20, 60, 200, 1500):
+            entropies.append(-(z.softmax(-1) * z.log_softmax(-1)).sum().item())
+        z = z + 0.05 * force(weights_of("hpd"), p, z.softmax(-1), p)
     teacher = -(p * p.log()).sum().item()
     assert entropies[0] > entropies[1] > entropies[2] > teacher - 0.01
     assert entropies[3] == pytest.approx(teacher, abs=0.01)
@@ -377,9 +376,9 @@ def test_one_repeated_label() -> None:
     early, late = {}, {}
     for name in ("sft", "label_forward_kl", "hpd, no mask", "hpd, no draw", "masked_sft", "hpd"):
         z = torch.zeros(14, dtype=torch.float64)
-        for step in range(6000):
-            z = z + 0.2 * force(weights_of(name), p, z.softmax(-1), label)
-            if step == 999:
+        for step in range(3000):
+            z = z + 0.4 * force(weights_of(name), p, z.softmax(-1), label)
+            if step == 499:
                 early[name] = kl(p, z.softmax(-1)).item()
         late[name] = kl(p, z.softmax(-1)).item()
     written = {"sft": 3.22, "label_forward_kl": 3.01, "hpd, no mask": 2.34, "hpd": 0.05}
@@ -400,7 +399,7 @@ def test_one_repeated_label() -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def time_to_enter(name: str, start: float, size: float = 0.05) -> float:
+def time_to_enter(name: str, start: float, size: float = 0.1) -> float:
     """Until a student enters, with probability 1/4, a branch of the teacher's that no row takes."""
     p, label = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
     z, steps = torch.tensor([1 - start, start], dtype=torch.float64).log(), 0
