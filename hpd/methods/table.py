@@ -53,8 +53,8 @@ METHODS: dict[str, Method] = {
             "log q)"
         ),
         use=(
-            "rows of other writers that are seen many times, and teachers that give two log-probabilities a "
-            "position: of the label and of one sampled token; with the teacher's own rows start with forward_kl"
+            "rows of other writers, seen many times; needs the log-probabilities of the label and of one "
+            "sampled token; on rows that the teacher wrote start with forward_kl"
         ),
         defaults=(
             "forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position"
@@ -74,8 +74,8 @@ METHODS: dict[str, Method] = {
         summary="HPD's switch at every token of the vocabulary, no label, no draw",
         weight="p 1[k > 0] + k, k = q (log p - log q)",
         use=(
-            "both directions over the whole vocabulary on rows that the teacher wrote; with other rows, check "
-            "first that they continue what the teacher likes"
+            "both directions over the whole vocabulary, on rows that the teacher wrote; check first that rows "
+            "of other writers continue what the teacher likes"
         ),
         defaults="forward 1, reverse 1, mask on",
         reference="this project; reverse KL and a hinge on forward KL (docs/theory.md)",

@@ -34,7 +34,7 @@ def gap(p: Tensor, q: Tensor) -> Tensor:
     return q * (p / q).log()
 
 
-def hpd_weights(mask: bool = True, reinforce: bool = True, draw: bool = True, reverse: float = 1.0) -> Weights:
+def hpd_weights(mask: bool = True, reinforce: bool = True, draw: bool = True, reverse: float = 1) -> Weights:
     def weights(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
         under, over = (q < p).to(p.dtype), (q > p).to(p.dtype)
         reinforced = (q * over).sum(-1, keepdim=True) if draw and reinforce else 0.0
@@ -184,8 +184,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "hpd_full": lambda p, q, d: (p * hinge(p, q) + reverse_part(p, q)).sum(-1),
     "hpd, no draw": lambda p, q, d: (d * (p * hinge(p, q) + reverse_part(p, q))).sum(-1),
     "hpd, no reinforcement": lambda p, q, d: (
-        (d * (p * hinge(p, q) + reverse_part(p, q)) + (1 - d) * draws_part(p, q)).sum(-1)
-    ),
+        d * (p * hinge(p, q) + reverse_part(p, q)) + (1 - d) * draws_part(p, q)
+    ).sum(-1),
     "label_reverse_kl": lambda p, q, d: (d * reverse_part(p, q)).sum(-1),
 }
 
