@@ -74,8 +74,8 @@ METHODS: dict[str, Method] = {
         summary="HPD's switch at every token of the vocabulary, no label, no draw",
         weight="p 1[k > 0] + k, k = q (log p - log q)",
         use=(
-            "both directions over the whole vocabulary, on rows that the teacher wrote; check first that rows "
-            "of other writers continue what the teacher likes"
+            "both directions over the whole vocabulary, on rows that the teacher wrote; check first that "
+            "rows of other writers continue what the teacher likes"
         ),
         defaults="forward 1, reverse 1, mask on",
         reference="this project; reverse KL and a hinge on forward KL (docs/theory.md)",
