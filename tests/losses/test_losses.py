@@ -75,8 +75,8 @@ def test_float32_is_float64_to_its_rounding(
     last two by 1e-4.
 
     Bounded divergences have gradients far below one there, as a difference of terms near one: so the error is
-    compared with the larger of the gradient's norm and one. The loss of label_reverse_kl is 1.5e-5 there, made
-    of probabilities of exp(-11), whose logarithms float32 rounds by 1e-6.
+    compared with the larger of the gradient's norm and one. The loss of label_reverse_kl is 1.5e-5 there,
+    made of probabilities of exp(-11), whose logarithms float32 rounds by 1e-6.
     """
     given = problem(101, sharpness=sharpness)
     single = given.to(torch.float32)
