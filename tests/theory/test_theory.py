@@ -374,7 +374,8 @@ def test_one_repeated_label() -> None:
     p[0], p[1] = 0.6, 0.4
     p, label = p / p.sum(), torch.eye(14, dtype=torch.float64)[0]
     early, late = {}, {}
-    for name in ("sft", "label_forward_kl", "hpd, no mask", "hpd, no draw", "masked_sft", "hpd"):
+    stopping = ("hpd, no draw", "masked_sft", "label_reverse_kl", "label_jsd")
+    for name in ("sft", "label_forward_kl", "hpd, no mask", *stopping, "hpd"):
         z = torch.zeros(14, dtype=torch.float64)
         for step in range(3000):
             z = z + 0.4 * force(weights_of(name), p, z.softmax(-1), label)
@@ -388,7 +389,7 @@ def test_one_repeated_label() -> None:
         assert late[name] > 1.5, name
     # The label stops at the teacher's share, and the rest stays where the student had it: evenly.
     stalled = 0.4 * math.log(0.4 / (0.4 / 13))
-    for name in ("hpd, no draw", "masked_sft"):
+    for name in stopping:
         assert late[name] == pytest.approx(stalled, abs=0.02)
         assert early[name] == pytest.approx(late[name], abs=0.01)
     assert late["hpd"] < 0.5 * early["hpd"]
