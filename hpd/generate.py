@@ -171,9 +171,7 @@ def _why_dropped(
         [reference_answer(made[index][1].reference) for index in known],
     )
     right = {index for index, verdict in zip(known, verdicts, strict=True) if verdict.correct}
-    return [
-        "wrong" if why is None and index not in right else why for index, why in enumerate(found)
-    ]
+    return ["wrong" if why is None and index not in right else why for index, why in enumerate(found)]
 
 
 def _unusable(completion: Completion, config: GenerateConfig) -> str | None:

@@ -188,7 +188,12 @@ def _after_hashes(text: str) -> str | None:
         enumerated = re.match(r"[0-9]+[.):]\s+[A-Za-z]", line)
         if line and not enumerated and (quantity(line) or _only_math(line)):
             return _reduced(line) or line
-        if position == len(tails) - 1 and line and _strip_markup(tails[-1]) == line and not _MARKER.search(line):
+        if (
+            position == len(tails) - 1
+            and line
+            and _strip_markup(tails[-1]) == line
+            and not _MARKER.search(line)
+        ):
             return line
     return None
 
@@ -215,7 +220,9 @@ def _reduced(tail: str) -> str | None:
     sentence = _strip_markup(_SENTENCE_END.split(_first_line(tail), maxsplit=1)[0])
     formulas = list(_formulas(tail))
     limit = len(sentence) if tail.startswith(sentence) else 0
-    if formulas and (formulas[0].start == 0 or formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail)):
+    if formulas and (
+        formulas[0].start == 0 or formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail)
+    ):
         return _joined(tail, formulas, 0)
     if not sentence or _OPEN_BOX.search(sentence):
         return None

@@ -22,7 +22,7 @@ _SAME_DIGITS = 40
 
 _MAX_LIST = 50
 
-_PLAIN_DECIMAL = re.compile(r"[+-]?[0-9]*\.([0-9]+)")
+_PLAIN_DECIMAL = re.compile(r"[+-]?([0-9]*\.[0-9]+)")
 _SCIENTIFIC = re.compile(r"([+-]?[0-9]{1,30}(?:\.[0-9]{1,30})?)[eE]([+-]?[0-9]{1,3})")
 _CLOCK = re.compile(r"([0-9]{1,2}:[0-9]{2})(?:\s*\\text\s*\{)?\s*(?:[ap]\.?\s?m\.?)?\s*\}?", re.IGNORECASE)
 _DOTS = re.compile(r"\\[lc]?dots(?:[bcimo]?)(?![A-Za-z])|\\cdots|\.\.\.|…")
@@ -236,12 +236,14 @@ def _same_number(gold: str, answer: str) -> bool | None:
 
 def _rounded(gold: str, answer: str, left: Expr, right: Expr) -> bool:
     """True if one is written as a decimal that is the other one, rounded or cut at its end."""
-    places = [_PLAIN_DECIMAL.fullmatch(normalise(text)) for text in (gold, answer)]
-    written = min((place.group() for place in places if place), key=lambda text: len(text), default="")
-    if not written or not (left.is_real and right.is_real):
+    if not (left.is_real and right.is_real) or (left > 0) != (right > 0):
         return False
-    distance = Rational(str((left - right).evalf(_DIGITS)))
-    return rounds_to(written, Fraction(int(distance.p), int(distance.q)))
+    for text, other in ((gold, right), (answer, left)):
+        decimal = _PLAIN_DECIMAL.fullmatch(normalise(text))
+        exact = Rational(str(abs(other).evalf(_DIGITS)))
+        if decimal and rounds_to(decimal[1], Fraction(int(exact.p), int(exact.q))):
+            return True
+    return False
 
 
 def number(text: str) -> Expr | None:

@@ -53,9 +53,7 @@ def grade_texts(
     extracted = [extract(*parts) for parts in zip(texts, references, rules, strict=True)]
     pairs = [_pairs(*parts) for parts in zip(extracted, references, rules, strict=True)]
     outcomes = compare_all([pair for needed in pairs for pair in needed if _cheap(pair) is None])
-    return [
-        _verdict(*parts, outcomes) for parts in zip(extracted, references, rules, pairs, strict=True)
-    ]
+    return [_verdict(*parts, outcomes) for parts in zip(extracted, references, rules, pairs, strict=True)]
 
 
 def extract(text: str, reference: str, rule: Rule) -> str | None:

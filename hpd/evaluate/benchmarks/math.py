@@ -36,6 +36,7 @@ _ANSWERS = ("answer", "final_answer", "Answer", "target", "final_ans", "result")
 
 _SOLUTIONS = ("solution", "Solution")
 
+
 @dataclass(frozen=True, kw_only=True)
 class MathProblem:
     """One problem of a task's file."""

@@ -89,7 +89,23 @@ _UNITS = {
     )
     for name in names.split()
 }
-_GLUED = {"mm", "cm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "min", "hr", "mph", "degrees", "percent"}
+_GLUED = {
+    "mm",
+    "cm",
+    "km",
+    "kg",
+    "mg",
+    "ml",
+    "ft",
+    "lb",
+    "lbs",
+    "oz",
+    "min",
+    "hr",
+    "mph",
+    "degrees",
+    "percent",
+}
 _CURRENCIES = {"$": "dollar", "€": "euro"}
 _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "cubic": "^3", "cu": "^3"}
 
@@ -173,12 +189,18 @@ def quantity(answer: str) -> Quantity | None:
     return Quantity(value, unit or (currency if not answer.rstrip().endswith("$") else ""), plain or "")
 
 
-def rounds_to(written: str, distance: Fraction) -> bool:
-    """True if a decimal of six places or more, four of its digits significant, may be a rounding of a number
-    at this distance, or that number cut at its end."""
+def rounds_to(written: str, value: Fraction) -> bool:
+    """True if a decimal of six places or more, four of its digits significant, is a number rounded, or cut at
+    its end.
+
+    >>> rounds_to("0.666667", Fraction(2, 3)), rounds_to("0.666666", Fraction(2, 3)), rounds_to("0.67", Fraction(2, 3))
+    (True, True, False)
+    """
     places = len(written.partition(".")[2])
-    digits = len(re.sub(r"[^0-9]", "", written).lstrip("0"))
-    return places >= _MIN_PLACES and digits >= _MIN_DIGITS and abs(distance) < Fraction(1, 10**places)
+    if places < _MIN_PLACES or len(re.sub(r"[^0-9]", "", written).lstrip("0")) < _MIN_DIGITS:
+        return False
+    beyond = (value - _plain(written)) * 10**places
+    return Fraction(-1, 2) <= beyond < 1
 
 
 def normalise(answer: str) -> str:
@@ -214,10 +236,11 @@ def is_words(text: str) -> bool:
 def _same_quantity(left: Quantity, right: Quantity) -> bool:
     if left.unit and right.unit and left.unit != right.unit:
         return False
-    decimals = [number.written for number in (left, right) if "." in number.written]
-    shortest = min(decimals, key=lambda written: len(written.partition(".")[2]), default="")
     if left.unit == right.unit or "%" not in (left.unit, right.unit):
-        return left.value == right.value or rounds_to(shortest, left.value - right.value)
+        return left.value == right.value or any(
+            number.value * other.value > 0 and rounds_to(number.written, abs(other.value))
+            for number, other in ((left, right), (right, left))
+        )
     percent, plain = (left.value, right.value) if left.unit == "%" else (right.value, left.value)
     return plain in (percent, percent / 100)
 
@@ -263,7 +286,11 @@ def _unit(rest: str) -> str | None:
     if rest[0] not in " ," and word not in _GLUED:
         return None
     stem, mark, exponent = word.replace("²", "^2").replace("³", "^3").partition("^")
-    if len(stem) == 1 and stem.casefold() not in _UNITS and stem not in ("A", "C", "F", "J", "K", "N", "V", "W"):
+    if (
+        len(stem) == 1
+        and stem.casefold() not in _UNITS
+        and stem not in ("A", "C", "F", "J", "K", "N", "V", "W")
+    ):
         return None  # a variable
     name = _UNITS.get(stem) or _singular(stem.casefold())
     return name + power + (mark + exponent.strip("{}") if mark else "")
