@@ -188,8 +188,10 @@ def test_thoughts_are_no_answer():
         "\\boxed{1}, " * 10_000,
         "#### a\n" * 20_000,
         "answer is so " * 20_000,
-    ]
-    + ["1 000 " * 30_000, "0." * 50_000, "answer of " * 20_000],
+        "1 000 " * 30_000,
+        "0." * 50_000,
+        "answer of " * 20_000,
+    ],
 )
 def test_looping_answers_cost_one_pass(text):
     start = time.perf_counter()

@@ -58,8 +58,8 @@ _PROSE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _NO_ANSWER = re.compile(
-    r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let|we|i"
-    r"|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent|following"
+    r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let|we"
+    r"|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent|following"
     r"|therefore|thus|so|hence|useful|understandable|easy|complete|now|it|you|your|for|what|explained)\b",
     re.IGNORECASE,
 )
@@ -221,7 +221,7 @@ def _reduced(tail: str) -> str | None:
     formulas = list(_formulas(tail))
     limit = len(sentence) if tail.startswith(sentence) else 0
     if formulas and (
-        formulas[0].start == 0 or formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail)
+        formulas[0].start == 0 or (formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail))
     ):
         return _joined(tail, formulas, 0)
     if not sentence or _OPEN_BOX.search(sentence):
@@ -231,7 +231,7 @@ def _reduced(tail: str) -> str | None:
     if _MATH_START.match(sentence):
         return _without_prose(sentence)
     numbers = list(_NUMBER_IN_PROSE.finditer(sentence))
-    if numbers and not _NO_ANSWER.match(sentence) or len(numbers) == 1:
+    if (numbers and not _NO_ANSWER.match(sentence)) or len(numbers) == 1:
         return _with_unit(sentence, numbers[-1])
     short = len(sentence.split()) <= _MAX_WORDS
     return sentence if short and not numbers and not _NO_ANSWER.match(sentence) else None

@@ -26,15 +26,17 @@ _STATED = re.compile(
     rf"(?:is\b)?\W*)*({_ANY_CASE})(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_PREFIX = rf"(?:[\s(\[:=-]|option\s|choice\s|letter\s|answer\s|therefore\b|thus\b|clearly\b|likely\b|indeed\b|only\b|\bis\b|,){{0,8}}"
+_PREFIX = r"(?:[\s(\[:=-]|option\s|choice\s|letter\s|answer\s|therefore\b|thus\b|clearly\b|likely\b|indeed\b|only\b|\bis\b|,){0,8}"
 _CHOOSES = re.compile(
-    rf"\b(?:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*(?:is|would be|must be|should be|=|:|-)"
+    rf"\b(?:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
+    rf"(?:is|would be|must be|should be|=|:|-)"
     rf"|(?:choose|chose|pick|select|go with|going with|opt for|settle on|conclude)(?:\s+that)?"
     rf"|(?:answer|option|choice)\s*\n)"
     rf"(?i:{_PREFIX})({_ANY_CASE})"
 )
 _IS_RIGHT = re.compile(
-    rf"(?<![A-Za-z0-9'])\(?({_LETTER})\)?\.?\s*(?:(?:is|must be|seems|looks)\s+(?:therefore\s+|thus\s+|clearly\s+)?"
+    rf"(?<![A-Za-z0-9'])\(?({_LETTER})\)?\.?\s*(?:(?:is|must be|seems|looks)\s+"
+    r"(?:therefore\s+|thus\s+|clearly\s+)?"
     r"(?:the\s+)?(?:correct|right|best|answer|true|most)|fits best|matches)"
 )
 _ALONE = re.compile(rf"(?<![A-Za-z0-9'\u2019_\\^+=])\(?({_LETTER})\)?(?![A-Za-z0-9'\u2019])")

@@ -240,8 +240,7 @@ def _rounded(gold: str, answer: str, left: Expr, right: Expr) -> bool:
         return False
     for text, other in ((gold, right), (answer, left)):
         decimal = _PLAIN_DECIMAL.fullmatch(normalise(text))
-        exact = Rational(str(abs(other).evalf(_DIGITS)))
-        if decimal and rounds_to(decimal[1], Fraction(int(exact.p), int(exact.q))):
+        if decimal and rounds_to(decimal[1], Fraction(str(abs(other).evalf(_DIGITS)))):
             return True
     return False
 

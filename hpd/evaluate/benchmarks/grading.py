@@ -1,4 +1,4 @@
-"""Grades of texts against reference answers: the one rule of math, exact match and `hpd generate`'s filter."""
+"""Grades of texts against reference answers: the rule of math, exact match and `hpd generate`'s filter."""
 
 import re
 from collections.abc import Mapping, Sequence

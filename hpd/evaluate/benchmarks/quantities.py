@@ -53,8 +53,29 @@ _DECIMAL_COMMA = re.compile(r"([+-]?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-
 _NUMBER_WORDS = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-        "sixteen seventeen eighteen nineteen twenty".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 }
 
@@ -89,23 +110,7 @@ _UNITS = {
     )
     for name in names.split()
 }
-_GLUED = {
-    "mm",
-    "cm",
-    "km",
-    "kg",
-    "mg",
-    "ml",
-    "ft",
-    "lb",
-    "lbs",
-    "oz",
-    "min",
-    "hr",
-    "mph",
-    "degrees",
-    "percent",
-}
+_GLUED = {*["mm", "cm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "min", "hr", "mph", "degrees", "percent"]}
 _CURRENCIES = {"$": "dollar", "€": "euro"}
 _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "cubic": "^3", "cu": "^3"}
 
@@ -193,8 +198,8 @@ def rounds_to(written: str, value: Fraction) -> bool:
     """True if a decimal of six places or more, four of its digits significant, is a number rounded, or cut at
     its end.
 
-    >>> rounds_to("0.666667", Fraction(2, 3)), rounds_to("0.666666", Fraction(2, 3)), rounds_to("0.67", Fraction(2, 3))
-    (True, True, False)
+    >>> [rounds_to(written, Fraction(2, 3)) for written in ("0.666667", "0.666666", "0.67")]
+    [True, True, False]
     """
     places = len(written.partition(".")[2])
     if places < _MIN_PLACES or len(re.sub(r"[^0-9]", "", written).lstrip("0")) < _MIN_DIGITS:
@@ -277,7 +282,7 @@ def _unit(rest: str) -> str | None:
         return "" if not rest.strip(" ,") or rest.strip() == "." else None
     if text[0] in "%°":
         scale = text[1:].strip()
-        return text[0] if not scale or scale[0].isalpha() and _WORD_UNIT.fullmatch(scale) else None
+        return text[0] if not scale or (scale[0].isalpha() and _WORD_UNIT.fullmatch(scale)) else None
     if not _WORD_UNIT.fullmatch(text) or _VALUE_WORD.search(text.casefold()) or _SCALE.match(" " + text):
         return None
     words = text.split()
