@@ -110,7 +110,9 @@ _UNITS = {
     )
     for name in names.split()
 }
-_GLUED = {*["mm", "cm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "min", "hr", "mph", "degrees", "percent"]}
+_GLUED = {
+    *["mm", "cm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "min", "hr", "mph", "degrees", "percent"]
+}
 _CURRENCIES = {"$": "dollar", "€": "euro"}
 _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "cubic": "^3", "cu": "^3"}
 
