@@ -6,6 +6,7 @@ Whoever calls this on a model's text does it in a process of its own (`code_work
 import ast
 import re
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -38,6 +39,9 @@ _MAX_BLOCKS = 40  # the last ones are read
 _MAX_STARTS = 20  # places tried as the start of code in prose
 _MAX_TRIMS = 30  # ends tried of a text that is not Python as a whole
 _BUDGET_CHARS = 4_000_000  # given to the parser for one answer
+_BUDGET_SECONDS = 10.0  # of processor time; reached by no answer that is a program
+# Python's parser takes time with the square of their number, or worse.
+_DECORATORS = re.compile(r"(?:^[ \t]*@[^\n]*\n){30}", re.MULTILINE)
 
 
 class _Block(NamedTuple):
@@ -52,13 +56,16 @@ class _Parser:
 
     def __init__(self) -> None:
         self._left = _BUDGET_CHARS
+        self._end = time.process_time() + _BUDGET_SECONDS
 
     def error_line(self, code: str) -> int | None:
         """None where the code is Python, else the line that is not, from 1."""
         last = code.count("\n") + 1
         self._left -= len(code) + 1000
-        if len(code) > _MAX_CHARS or self._left < 0:
+        if len(code) > _MAX_CHARS or self._left < 0 or time.process_time() > self._end:
             return last
+        if loop := _DECORATORS.search(code):
+            return code.count("\n", 0, loop.start()) + 1
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of invalid escapes
@@ -109,10 +116,12 @@ def extract_program(text: str, entry_point: str, prompt: str = "") -> str | None
     code = _best_block(text, entry_point, parser)
     if code is None and _continues(text, prompt, parser):
         code = text
+    if code is None and prompt and text.strip() and not _defines(text, entry_point):
+        whole = _body(prompt, text, parser)
+        if whole is not None:
+            return whole
     if code is None:
         code = _code_in_prose(text, entry_point, parser)
-        if code is None and prompt and text.strip() and parser.parses(_body(prompt, text, parser) or "("):
-            code = text
     if code is None or not code.strip():
         return None
     if _defines(code, entry_point):
