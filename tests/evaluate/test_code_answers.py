@@ -24,7 +24,7 @@ DOCSTRING = '''def double(x):
 
 @pytest.mark.parametrize(
     "text",
-    [  # FORMS
+    [
         f"```python\n{FUNCTION}```",
         f"```python\n{FUNCTION} ```\nDone.",
         f"Here it is: ```python\n{FUNCTION}\n```",
@@ -33,11 +33,14 @@ DOCSTRING = '''def double(x):
         f"\ufeff```python\n{FUNCTION}\n```",
         "```python\ndef double(x):\n\u00a0\u00a0\u00a0\u00a0return 2 * x\n```",
         "```python\ndef double(x):\n\u3000\u3000return 2\u00a0*\u00a0x\n```",
-        "```python\nfrom __future__ import annotations\n\ndef double(x: int | str) -> int:\n    return 2 * x\n```",
-        '```python\n"""Doubles."""\nfrom __future__ import annotations\ndef double(x):\n    return 2 * x\n```',
+        f"```python\nfrom __future__ import annotations\n\n{FUNCTION}\n```",
+        f'```python\n"""Doubles."""\nfrom __future__ import annotations\n{FUNCTION}\n```',
         f"```python\nimport math\n```\nand\n```python\n{FUNCTION.replace('2 *', 'math.floor(2.5) *')}\n```",
-        "```python\nTWO = 2\ndef helper(x):\n    return TWO * x\n```\n```python\ndef double(x):\n    return helper(x)\n```",
-        "```python\nfrom math import prod as times\n```\n```python\ndef double(x):\n    return times([2, x])\n```",
+        "```python\nTWO = 2\ndef helper(x):\n    return TWO * x\n```\n"
+        "```python\ndef double(x):\n    return helper(x)\n```",
+        "```python\nfrom math import prod as times\n```\n"
+        "```python\ndef double(x):\n    return times([2, x])\n```",
+        f"```python\n{WRONG}\n```\nThe fixed version avoids this bug:\n```python\n{FUNCTION}\n```",
         f"```python\n{FUNCTION}\n```\nA common mistake is this:\n```python\n{WRONG}\n```",
         f"```python\n{FUNCTION}\n```\nDo not write\n\n```python\n{WRONG}\n```\nsince it fails.",
         f"```python\n{FUNCTION}\n```\n\n```python\n# Wrong:\n{WRONG}\n```",
@@ -77,7 +80,8 @@ def test_an_unclosed_thought_holds_no_program():
 def test_own_tests_are_left_out_and_what_a_program_needs_stays():
     program = (
         "import sys\nsys.setrecursionlimit(9999)\ncache = {}\n\n@staticmethod\ndef double(x):\n    assert x\n"
-        "    return 2 * x\n\nassert double(1) == 3\nTWICE = double\nfor n in range(3):\n    cache[n] = n\nexit()\n"
+        "    return 2 * x\n\nassert double(1) == 3\nTWICE = double\n"
+        "for n in range(3):\n    cache[n] = n\nexit()\n"
     )
     kept = without_own_tests(program, "double")
     assert "assert x" in kept

@@ -58,8 +58,8 @@ _PROSE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _NO_ANSWER = re.compile(
-    r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let|we"
-    r"|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent|following"
+    r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let"
+    r"|we|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent|following"
     r"|therefore|thus|so|hence|useful|understandable|easy|complete|now|it|you|your|for|what|explained)\b",
     re.IGNORECASE,
 )

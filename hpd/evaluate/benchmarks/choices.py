@@ -26,7 +26,10 @@ _STATED = re.compile(
     rf"(?:is\b)?\W*)*({_ANY_CASE})(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_PREFIX = r"(?:[\s(\[:=-]|option\s|choice\s|letter\s|answer\s|therefore\b|thus\b|clearly\b|likely\b|indeed\b|only\b|\bis\b|,){0,8}"
+_PREFIX = (
+    r"(?:[\s(\[:=-]|option\s|choice\s|letter\s|answer\s|therefore\b|thus\b|clearly\b|likely\b"
+    r"|indeed\b|only\b|\bis\b|,){0,8}"
+)
 _CHOOSES = re.compile(
     rf"\b(?:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
     rf"(?:is|would be|must be|should be|=|:|-)"

@@ -23,9 +23,13 @@ _CODE_START = re.compile(
     r"|[A-Za-z_]\w{0,60}(?:\s?:\s?[\w\[\], .]{1,60})?\s?=\s?\S)"
 )
 _FUTURE = re.compile(r"^from[ \t]+__future__[ \t]+import[ \t]+[^\n]*\n?", re.MULTILINE)
-_WRONG_VARIANT = re.compile(
-    r"\b(?:wrong|incorrect|incorrectly|mistakes?|avoid|don't|do not|buggy|bugs?|bad|never|fails?|naive|pitfalls?"
-    r"|broken|instead of|previous|original|would not work|won't work|not work)\b",
+_WRONG = re.compile(
+    r"\b(?:wrong|incorrect|incorrectly|mistakes?|avoid|don't|do not|buggy|bugs?|bad|never|fails?|naive"
+    r"|pitfalls?|broken|original|(?:not|won't) work|not (?:be )?(?:correct|right))\b",
+    re.IGNORECASE,
+)
+_RIGHT = re.compile(
+    r"(?<!not )(?<!not be )\b(?:correct|corrected|fix|fixed|fixes|right|better|improved|works|proper)\b",
     re.IGNORECASE,
 )
 _ODD_CHARACTERS = str.maketrans(
@@ -205,18 +209,19 @@ def _best_block(text: str, entry_point: str, parser: _Parser) -> str | None:
     if not defining:
         return max((block.code for block in candidates), key=len)
     whole = [block for block in defining if parser.parses(block.code)] or defining
-    praised = [block for block in whole if not _WRONG_VARIANT.search(_label(block))] or whole
+    praised = [block for block in whole if not _called_wrong(block)] or whole
     best = praised[-1]
     earlier = [block.code for block in candidates[: candidates.index(best)] if block not in defining]
     return _with_helpers(best.code, earlier)
 
 
-def _label(block: _Block) -> str:
-    """What a text says of a block right before it, and in its first comment."""
+def _called_wrong(block: _Block) -> bool:
+    """True where the sentence right before a block, or its first comment, says that it is wrong."""
     prose = [line for line in block.intro.split("\n") if line.strip()]
     sentences = re.split(r"(?<=[.!?])\s+", prose[-1].strip()) if prose else [""]
     first = block.code.lstrip().split("\n", 1)[0]
-    return f"{sentences[-1]} {first if first.startswith('#') else ''}"
+    label = f"{sentences[-1]} {first if first.startswith('#') else ''}"
+    return _WRONG.search(label) is not None and _RIGHT.search(label) is None
 
 
 def _with_helpers(code: str, earlier: list[str]) -> str:
@@ -303,7 +308,7 @@ def _late_fence(line: str) -> str:
 
 def _inside_a_string(line: str, lines: list[str], indent: int) -> bool:
     """True for an indented fence within a triple-quoted string, such as a docstring with an example."""
-    if len(line) - len(line.lstrip()) <= indent or (lines and not line.strip("`~ \t") == ""):
+    if len(line) - len(line.lstrip()) <= indent or (lines and line.strip("`~ \t")):
         return False
     quotes = sum(part.count('"""') + part.count("'''") for part in lines)
     return quotes % 2 == 1
