@@ -3,7 +3,9 @@
 import json
 import sys
 import time
-from typing import ClassVar
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -68,7 +70,7 @@ DOCSTRING = '''def double(x):
 def test_forms_of_right_answers(text):
     program = extract_program(text, "double", HEAD)
     assert program is not None
-    names = {"__name__": "program"}
+    names: dict[str, Any] = {"__name__": "program"}
     exec(compile(without_own_tests(program, "double"), "<program>", "exec"), names)
     assert names["double"](21) == 42
 
@@ -191,8 +193,8 @@ def test_a_crash_of_the_grader_is_the_verdict_of_that_answer(tmp_path):
     class Fragile:
         name = "fragile"
         metric = "accuracy"
-        options: ClassVar[dict] = {}
-        defaults: ClassVar[dict] = {}
+        options: Mapping[str, Any] = MappingProxyType({})
+        defaults: Mapping[str, Any] = MappingProxyType({})
 
         def examples(self):
             return [Example(id=str(index), prompt="?") for index in range(3)]

@@ -59,8 +59,8 @@ _PROSE = re.compile(
 )
 _NO_ANSWER = re.compile(
     r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let"
-    r"|we|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent|following"
-    r"|therefore|thus|so|hence|useful|understandable|easy|complete|now|it|you|your|for|what|explained)\b",
+    r"|we|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent"
+    r"|following|therefore|thus|so|useful|understandable|complete|now|it|you|your|for|what|explained)\b",
     re.IGNORECASE,
 )
 _MAX_WORDS = 8

@@ -49,8 +49,10 @@ _REFUSED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _REFUSED_BEHIND = re.compile(
-    r"^\)?(?:\s*(?:,|and|or)\s*\(?[A-D]\)?)*\s*(?:(?:is|are|was|were)\s+(?:(?:all|both|also|clearly|thus)\s+)?"
-    r"(?:not\b|wrong|incorrect|false|out\b|eliminated|excluded|impossible|too\b|ruled)|isn't|isn\u2019t|aren't"
+    r"^\)?(?:\s*(?:,|and|or)\s*\(?[A-D]\)?)*\s*"
+    r"(?:(?:is|are|was|were)\s+(?:(?:all|both|also|clearly|thus)\s+)?"
+    r"(?:not\b|wrong|incorrect|false|out\b|eliminated|excluded|impossible|too\b|ruled)"
+    r"|isn't|isn\u2019t|aren't"
     r"|fails|can't|cannot|violates|contradicts|doesn't)"
 )
 _HASHES = re.compile(r"^#+[ \t]*(?:final\s+)?(?:answer\s*:?\s*)?(.{1,60})$", re.MULTILINE | re.IGNORECASE)
