@@ -239,7 +239,7 @@ def _reduced(tail: str) -> str | None:
 
 def _without_prose(sentence: str) -> str:
     """A formula in plain text without the explanation behind it."""
-    head = _PROSE.sub("", sentence, count=1).rstrip(" ,;:")
+    head = re.sub(r"\s*\([A-Za-z ]{2,40}\)$", "", _PROSE.sub("", sentence, count=1).rstrip(" ,;:"))
     if quantity(head) or not re.search(r"(?<![\\A-Za-z{])[A-Za-z]{3,}\s+[A-Za-z]{2,}", head):
         return head
     number = _NUMBER_IN_PROSE.match(head)

@@ -129,7 +129,7 @@ def _without_unit_of_one(gold: str, answer: str) -> tuple[str, str]:
 def _right_sides(gold: str, answer: str) -> tuple[str, str]:
     """What both say a name is, where one of them leaves the name out or both have the same."""
     left, right = _sides(gold), _sides(answer)
-    if len(left) < 2 and len(right) >= 2 and "," not in answer:
+    if len(left) < 2 and len(right) >= 2 and len(split_answers(answer)) == 1:
         return gold, right[-1]
     if len(right) < 2 and len(left) == 2 and _NAMED.fullmatch(left[0]):
         return left[1], answer

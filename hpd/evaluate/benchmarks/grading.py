@@ -13,7 +13,7 @@ from hpd.evaluate.benchmarks.answers import (
     split_answers,
     stated_answer,
 )
-from hpd.evaluate.benchmarks.quantities import decide, normalise, quantity
+from hpd.evaluate.benchmarks.quantities import decide, is_words, normalise, quantity, same_text
 from hpd.evaluate.benchmarks.verifier import AnswerPair, Equality, compare_all
 from hpd.evaluate.task import Verdict
 
@@ -75,6 +75,9 @@ def extract(text: str, reference: str, rule: Rule) -> str | None:
     stated = stated_answer(text)
     if stated is not None:
         return stated
+    clause = re.split(r"[,.;:!\n]", text.strip(), maxsplit=1)[0]
+    if is_words(normalise(f"{reference} word")) and same_text(normalise(clause), normalise(reference)):
+        return clause  # "Yes, it is."
     plain = final_answer(text)
     formula = last_math(text) if plain is not None or r"\boxed" not in text else None
     # "20 solutions for $x$": a name is no answer where a number is asked for.
