@@ -44,6 +44,22 @@ _TAIL = """
 
 An objective that is not a divergence on a support is refused when the recipe is read.
 
+## Baselines of the HPD paper
+
+The paper compares HPD with rules that read the label only: no draw, no other token. A teacher that gives one
+log-probability a position serves them all ([theory.md](theory.md) says where each of them rests).
+
+| in the paper | method | weight of the label | the same as |
+|---|---|---|---|
+| SFT | `sft` | 1 | |
+| "SeqKD", KD | `label_forward_kl` | p(y) | `hpd` with reverse 0, mask and reinforce off, on `label` |
+| RKLD | `label_reverse_kl` | k(y) | `hpd` with forward 0, mask and reinforce off, on `label` |
+| JSD | `label_jsd` | (1 - beta) q(y) log(m(y) / q(y)) | `generalized_jsd` at the label |
+| HPD | `hpd` | | |
+| not in the paper | `masked_sft` | 1[q(y) < p(y)] | |
+
+`seqkd` is Kim and Rush's method, fine-tuning on text that the teacher wrote; it is not the paper's "SeqKD".
+
 ## Sums of terms
 
 ```yaml

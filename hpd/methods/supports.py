@@ -86,7 +86,7 @@ class Draws(NamedTuple):
 
 
 def label() -> Support:
-    """The dataset's token only: one-hot methods (SFT)."""
+    """The dataset's token only: SFT and the other rules of one token."""
     return Support(label=True)
 
 

@@ -53,8 +53,8 @@ METHODS: dict[str, Method] = {
             "log q)"
         ),
         use=(
-            "teacher-written data, when the student should keep its entropy; the teacher is read at two "
-            "tokens only"
+            "rows of other writers, seen many times; needs the log-probabilities of the label and of one "
+            "sampled token; on rows that the teacher wrote start with forward_kl"
         ),
         defaults=(
             "forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position"
@@ -73,9 +73,12 @@ METHODS: dict[str, Method] = {
     "hpd_full": Method(
         summary="HPD's switch at every token of the vocabulary, no label, no draw",
         weight="p 1[k > 0] + k, k = q (log p - log q)",
-        use="the hybrid rule where the data are not the teacher's own and labels should not count",
+        use=(
+            "both directions over the whole vocabulary, on rows that the teacher wrote; check first that "
+            "rows of other writers continue what the teacher likes"
+        ),
         defaults="forward 1, reverse 1, mask on",
-        reference="this project (a weight rule, not a divergence)",
+        reference="this project; reverse KL and a hinge on forward KL (docs/theory.md)",
         terms=_one("hpd_full"),
     ),
     "sft": Method(
@@ -85,6 +88,38 @@ METHODS: dict[str, Method] = {
         defaults="none",
         reference="Kim and Rush 2016, arXiv 1606.07947",
         terms=_one("nll"),
+    ),
+    "masked_sft": Method(
+        summary="fine-tuning that stops at the teacher: labels count while the student underestimates them",
+        weight="w(y) = 1[q(y) < p(y)]",
+        use="rows of any writer, seen many times, from a teacher that gives the label's log-probability only",
+        defaults="none",
+        reference="this project; the mask of arXiv 2604.20244 with weight 1",
+        terms=_one("masked_sft"),
+    ),
+    "label_forward_kl": Method(
+        summary="the label's log-likelihood, weighted by the teacher's probability of it",
+        weight="w(y) = p(y)",
+        use='to reproduce the HPD paper\'s "SeqKD"; it rests at p squared, not at p (docs/theory.md)',
+        defaults="none; no draw",
+        reference="Zhu et al. 2026, arXiv 2604.20244, Table 2",
+        terms=_one("label_forward_kl"),
+    ),
+    "label_reverse_kl": Method(
+        summary="reverse KL at the label only",
+        weight="w(y) = k(y) = q(y) (log p(y) - log q(y))",
+        use='to reproduce the HPD paper\'s "RKLD"; slow where the student gives the label little',
+        defaults="none; no draw",
+        reference="Zhu et al. 2026, arXiv 2604.20244, Table 2, eq. 11",
+        terms=_one("label_reverse_kl"),
+    ),
+    "label_jsd": Method(
+        summary="Jensen-Shannon divergence at the label only",
+        weight="w(y) = (1 - beta) q(y) log(m(y) / q(y)), m = beta p + (1 - beta) q",
+        use='to reproduce the HPD paper\'s "JSD"; slow where the student gives the label little',
+        defaults="beta 0.5; no draw",
+        reference="Zhu et al. 2026, arXiv 2604.20244, Table 2",
+        terms=_one("label_jsd"),
     ),
     "forward_kl": Method(
         summary="KL(teacher || student): the student covers every mode of the teacher",

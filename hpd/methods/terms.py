@@ -139,8 +139,8 @@ class TermConfig:
     the dataset's rows only, and computes every term there.)"""
     support: str | None = None
     """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's
-    own (label+sampled for hpd, label for nll, label+full for hpd_exact, else full). rollout: the token that
-    the student wrote, as its draw."""
+    own (label+sampled for hpd, label+full for hpd_exact, label for nll, masked_sft and the label_ rules, else
+    full). rollout: the token that the student wrote, as its draw."""
     draws: Literal["sampled", "exact"] = "sampled"
     """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
     num_draws: int = 1

@@ -9,6 +9,7 @@ from hpd.objectives.alpha_beta import abkd
 from hpd.objectives.f_divergences import f_divergence, total_variation
 from hpd.objectives.hybrid import hpd, hpd_exact, hpd_full
 from hpd.objectives.kl import forward_kl, nll, reverse_kl, symmetric_kl
+from hpd.objectives.label import label_forward_kl, label_jsd, label_reverse_kl, masked_sft
 from hpd.objectives.mixtures import generalized_jsd, js, skew_forward_kl, skew_reverse_kl
 from hpd.objectives.objective import Objective
 
@@ -24,6 +25,10 @@ __all__ = [
     "hpd_exact",
     "hpd_full",
     "js",
+    "label_forward_kl",
+    "label_jsd",
+    "label_reverse_kl",
+    "masked_sft",
     "nll",
     "reverse_kl",
     "skew_forward_kl",
@@ -36,6 +41,10 @@ __all__ = [
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "nll": nll,
+    "masked_sft": masked_sft,
+    "label_forward_kl": label_forward_kl,
+    "label_reverse_kl": label_reverse_kl,
+    "label_jsd": label_jsd,
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "symmetric_kl": symmetric_kl,

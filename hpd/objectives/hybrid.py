@@ -85,7 +85,13 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
 
     .. math:: w_v = c_f\, p_v\, 1[k_v > 0] + c_r k_v, \qquad L = -\sum_v w_v \log q_v
 
-    A rule for weights, not a divergence: L is no distance, and w does not vanish where p = q.
+    L is no distance, but its weights are those of one, :math:`w_v = -q_v\, \partial D / \partial q_v` up to a
+    multiple of q:
+
+    .. math:: D = c_f \sum_v p_v \max(0, \log p_v - \log q_v) + c_r\, KL(q \| p)
+
+    D is zero at q = p only. All weights are zero there, and they jump: just below, a token weighs
+    :math:`c_f p_v`; just above, nearly nothing. So a fixed step size leaves a student that hops about p.
 
     Args:
         forward: coefficient c_f of the forward part, p; >= 0.

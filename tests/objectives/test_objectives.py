@@ -88,6 +88,20 @@ def taid_oracle(t: float) -> Callable[[Row, Row, Row], float]:
     return oracle
 
 
+def label_reverse_oracle(p: Row, q: Row, held: Row) -> float:
+    """The integral of log(u / p) du from p to q: its derivative is the gap of the label, and zero where q =
+    p."""
+    return q[0] * math.log(q[0] / p[0]) + p[0] - q[0]
+
+
+def label_jsd_oracle(beta: float) -> Callable[[Row, Row, Row], float]:
+    def oracle(p: Row, q: Row, held: Row) -> float:
+        middle = beta * p[0] + (1 - beta) * q[0]
+        return beta * p[0] * math.log(p[0] / middle) - (1 - beta) * q[0] * math.log(middle / q[0])
+
+    return oracle
+
+
 def chi_squared_oracle(p: Row, q: Row, held: Row) -> float:
     return sum((a - b) ** 2 / b for a, b in zip(p, q, strict=True))
 
@@ -116,6 +130,10 @@ ALPHA_BETA = [(0.2, 0.7), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.6), (0.4, 
 ALPHA_BETA += [(0.5, -0.5), (-0.5, 0.5), (-0.3, -0.4), (2.0, -0.5)]
 CASES = [
     Case("nll", {}, domain="label", holds_constants=True),
+    Case("masked_sft", {}, domain="label", holds_constants=True),
+    Case("label_forward_kl", {}, domain="label", holds_constants=True),
+    Case("label_reverse_kl", {}, label_reverse_oracle, "label"),
+    *(Case("label_jsd", {"beta": beta}, label_jsd_oracle(beta), "label") for beta in (0.2, 0.5)),
     Case("forward_kl", {}, lambda p, q, held: kl(p, q)),
     Case("reverse_kl", {}, lambda p, q, held: kl(q, p)),
     *(
@@ -353,7 +371,7 @@ def test_distribution_objectives_look_at_other_columns(case: Case) -> None:
 
 @every_case
 def test_drop_safe_means_weights_without_the_student(case: Case) -> None:
-    objective, (teacher, student), (_, other) = case.make(), logprobs(), logprobs(seed=1)
+    objective, (teacher, student), (_, other) = case.make(), logprobs(rows=20), logprobs(rows=20, seed=1)
     same = torch.equal(objective.weights(teacher, student), objective.weights(teacher, other))
     # t = 1 needs no student either, but normalises over its columns.
     assert objective.drop_safe == (same and case.domain != "distribution")
@@ -689,6 +707,56 @@ def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, col
     assert label_weight == pytest.approx(0.5 if name == "hpd_full" else 1.0)
 
 
+# --- rules of the label alone
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "value"),
+    [
+        ("nll", lambda p, q: 1.0, lambda p, q: -math.log(q)),
+        ("masked_sft", lambda p, q: float(q < p), lambda p, q: max(0.0, math.log(p / q))),
+        ("label_forward_kl", lambda p, q: p, lambda p, q: p * math.log(1 / q)),
+        ("label_reverse_kl", lambda p, q: q * math.log(p / q), lambda p, q: q * math.log(q / p) - q + p),
+        ("label_jsd", lambda p, q: q / 2 * math.log((p + q) / 2 / q), None),
+    ],
+)
+def test_rules_of_the_label_weigh_the_label_and_nothing_else(
+    name: str, weight: Callable, value: Callable | None
+) -> None:
+    objective, (teacher, student) = OBJECTIVES[name](), logprobs(rows=20)
+    assert objective.support == "label"
+    got = objective.weights(teacher, student)
+    rows = list(zip(teacher[:, 0].exp().tolist(), student[:, 0].exp().tolist(), strict=True))
+    assert {q < p for p, q in rows} == {True, False}
+    want = torch.zeros_like(teacher)
+    want[:, 0] = torch.tensor([weight(p, q) for p, q in rows])
+    torch.testing.assert_close(got, want)
+    if value is not None:
+        want[:, 0] = torch.tensor([value(p, q) for p, q in rows])
+        torch.testing.assert_close(objective.value(teacher, student), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "switches"), [("label_forward_kl", {"reverse": 0.0}), ("label_reverse_kl", {"forward": 0.0})]
+)
+def test_the_papers_baselines_are_hpd_without_mask_reinforcement_and_draw(
+    name: str, switches: dict[str, Any]
+) -> None:
+    teacher, student = (side[:, :1] for side in logprobs(rows=20))
+    plain = OBJECTIVES["hpd"](**switches, mask=False, reinforce=False)
+    got = OBJECTIVES[name]().weights(teacher, student)
+    torch.testing.assert_close(got, plain.weights(teacher, student))
+
+
+def test_masked_sft_says_how_many_labels_still_count() -> None:
+    teacher = torch.tensor([[0.5], [0.5], [0.5]]).log()
+    student = torch.tensor([[0.4], [0.5], [0.6]]).log()
+    objective = OBJECTIVES["masked_sft"]()
+    assert objective.weights(teacher, student)[:, 0].tolist() == [1.0, 0.0, 0.0]
+    assert objective.stats(teacher, student)["k1_positive"].tolist() == [1.0, 0.0, 0.0]
+
+
 # --- parameters
 # ------------------------------------------------------------------------------------------------------
 
@@ -699,6 +767,8 @@ def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, col
         ("symmetric_kl", {"lam": -0.1}, r"lam = -0.1 .*\[0, 1\]"),
         ("symmetric_kl", {"lam": math.nan}, r"lam = nan .*\[0, 1\]"),
         ("generalized_jsd", {"beta": 1.5}, r"beta = 1.5 .*\[0, 1\]"),
+        ("label_jsd", {"beta": 0.0}, r"beta = 0.0 .*\(0, 1\)"),
+        ("label_jsd", {"beta": 1.0}, r"beta = 1.0 .*\(0, 1\)"),
         ("js", {"lam": 0.0}, r"lam = 0.0 .*\(0, 1\)"),
         ("js", {"lam": 1.0}, r"lam = 1.0 .*\(0, 1\)"),
         ("skew_forward_kl", {"lam": 1.0}, r"lam = 1.0 .*\[0, 1\)"),

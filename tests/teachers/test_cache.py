@@ -170,6 +170,24 @@ def test_top_k_is_exact_at_its_tokens_and_names_its_tail(recipe, tmp_path):
     assert all(0.0 < log["draws_off_top_k"] <= 1.0 for log in logs if "loss" in log)
 
 
+def test_rules_of_the_label_are_exact_from_a_top_k_cache_of_one(recipe, tmp_path):
+    small = ["cache.kind=top_k", "cache.top_k=1", f"cache.path={tmp_path / 'cache'}"]
+    write_cache(load_recipe(recipe, small))
+    live = trainer_of(recipe, tmp_path / "live")
+    cached = trainer_of(recipe, tmp_path / "run", *small, "teacher.type=cached")
+    for method in ("sft", "masked_sft", "label_forward_kl", "label_reverse_kl", "label_jsd"):
+        found = []
+        for trainer in (live, cached):
+            trainer.terms = name_terms(method_terms(method, {}))
+            trainer.model.zero_grad()
+            loss = trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0])
+            loss.backward()
+            found.append((loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+        (loss, gradient), (other_loss, other_gradient) = found
+        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-6, msg=method)
+        assert (other_gradient - gradient).norm() < 1e-4 * gradient.norm(), method
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_top_k_leaves_the_tail_its_mass(recipe, tmp_path, dtype):
     """Rounded log-probabilities may sum to more than one; the tail must not vanish for it."""

@@ -19,6 +19,7 @@ from hpd.config import TeacherConfig, load_recipe
 from hpd.http import Connection, ServerUnavailable
 from hpd.losses.heads import TopKScores
 from hpd.losses.products import logits
+from hpd.methods import METHODS
 from hpd.methods.terms import TermConfig
 from hpd.teachers import TeacherUnavailable
 from hpd.teachers.model import ModelTeacher
@@ -144,6 +145,17 @@ def test_training_from_top_k_is_exact_where_it_says_so(pair, rows, prompts, tmp_
     with prompts.running() as url:
         teacher = {"type": "server", "url": url, "model": "tiny", "top_k": 8}
         train(recipe(pair, rows, tmp_path / "served", teacher, terms=terms))
+    assert losses(tmp_path / "served") == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["masked_sft", "label_forward_kl", "label_reverse_kl", "label_jsd"])
+def test_rules_of_the_label_need_its_log_probability_only(pair, rows, prompts, tmp_path, method):
+    """Exact from prompt log-probabilities of one token, and accepted without a word about the tail."""
+    assert not why_not_served(METHODS[method].terms, 1)
+    train(recipe(pair, rows, tmp_path / "live", str(pair[1]), method=method))
+    with prompts.running() as url:
+        teacher = {"type": "server", "url": url, "model": "tiny", "top_k": 1}
+        train(recipe(pair, rows, tmp_path / "served", teacher, method=method))
     assert losses(tmp_path / "served") == pytest.approx(losses(tmp_path / "live"), rel=1e-4)
 
 
