@@ -18,6 +18,15 @@ __all__ = ["MetricSums", "add_sums", "input_tokens", "means", "reduce_sums"]
 # Sums with a denominator of their own, or that are no metrics.
 _SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
 
+_ON_METRIC_ROWS = (
+    "forward_kl",
+    "reverse_kl",
+    "teacher_entropy",
+    "student_entropy",
+    "top1_agreement",
+    "mean_token_accuracy",
+)
+
 
 class MetricSums:
     """Running sums by name, such as those between two logs.
@@ -79,12 +88,13 @@ def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
     """Sums over tokens to means per token, under the names that are logged."""
     tokens = sums["tokens"]
     metric_tokens = sums.get("metric_tokens", 0.0)
-    on_metric_rows = {"forward_kl", "reverse_kl", "teacher_entropy", "student_entropy", "top1_agreement"}
     found = {
-        name: value / (metric_tokens if name in on_metric_rows else tokens)
+        name: value / (metric_tokens if name in _ON_METRIC_ROWS else tokens)
         for name, value in sums.items()
         if not name.startswith(("value/", "gap/")) and name not in _SPECIAL
     }
+    if "student_entropy" in found:
+        found["entropy"] = found["student_entropy"]  # its name in TRL
     # A term on the student's text alone has no value where a window held none.
     values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
     if sums.get("overlap_rows"):
