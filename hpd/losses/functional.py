@@ -167,7 +167,7 @@ def _check_shapes(labels: Tensor, **scores: Tensor) -> None:
         if values.ndim != 3 or labels.ndim != 2 or values.shape[:2] != labels.shape:
             raise ValueError(
                 f"labels are {tuple(labels.shape)} and the {role}'s logits or hidden states "
-                f"{tuple(values.shape)}: labels are [B, T], the others [B, T, ...], all with the same B and T."
+                f"{tuple(values.shape)}: labels are [B, T], the others [B, T, ...], with the same B and T."
             )
 
 
@@ -178,8 +178,8 @@ def _as_head(role: str, head: Tensor | Head | nn.Module, hidden: Tensor) -> Head
         head = Head(head)
     elif not isinstance(head, Head):
         raise ValueError(
-            f"The {role}'s head is a {type(head).__name__}: give an nn.Linear, its weight, or a Head, such as "
-            "hpd.losses.head_of(model), which also reads adapters, logit scales and softcaps."
+            f"The {role}'s head is a {type(head).__name__}: give an nn.Linear, its weight, or a Head, as "
+            "hpd.losses.head_of(model) makes it, which also reads adapters, logit scales and softcaps."
         )
     if head.weight is not None and head.weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(

@@ -222,8 +222,7 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
 
 
 def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sums) -> None:
-    """Both KLs, both entropies (nats) and top-1 agreement of the full distributions, and whether the student's
-    likeliest token is the label, summed over the rows.
+    """Both KLs, both entropies (nats), top-1 agreement and the student's accuracy, summed over the rows.
 
     The distributions are scratch.
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["IN_RECIPES", "REFUSED", "USED", "WITHOUT_EFFECT", "check_packages", "check_settings"]
 
-USED: tuple[str, ...] = tuple(
-    """
+_READ = """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules gradient_accumulation_steps average_tokens_across_devices max_grad_norm bf16 fp16
@@ -35,15 +35,16 @@ USED: tuple[str, ...] = tuple(
     pad_token max_length truncation_mode shuffle_dataset packing packing_strategy padding_free
     pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss activation_offloading
     vocabulary impl chunk_bytes metric_stride kl_estimator
-    """.split()
-)
+"""
+
+USED = tuple(_READ.split())
 """Fields that the trainer, its parents or the engine read."""
 
 REFUSED: Mapping[str, str] = {
     "loss_type": "the loss is chosen by method or terms (method: sft is the negative log-likelihood)",
     "label_smoothing_factor": (
         "the loss is that of method or terms, and the teacher's distribution is what softens its targets; "
-        "another objective is named as terms: [{objective: \"my_module:name\"}]"
+        'another objective is named as terms: [{objective: "my_module:name"}]'
     ),
     "label_names": "labels are the dataset's column labels, or are found in its rows as TRL does",
 }
@@ -149,5 +150,5 @@ def _is_changed(args: Any, field: dataclasses.Field[Any]) -> bool:
 
 def _is_theirs(args: Any, name: str) -> bool:
     """True for a field of transformers or TRL: people derive classes with fields of their own."""
-    owners = [kind for kind in type(args).__mro__ if name in kind.__dict__.get("__annotations__", {})]
+    owners = [kind for kind in type(args).__mro__ if name in inspect.get_annotations(kind)]
     return bool(owners) and owners[-1].__module__.split(".")[0] in ("transformers", "trl", "hpd")

@@ -273,7 +273,8 @@ def test_a_batch_without_labels_is_a_zero_with_finite_stats():
     output = hpd.distillation_loss(
         hidden @ head.T, teacher_hidden @ teacher_head.T, torch.full_like(labels, -100), "forward_kl"
     )
-    assert output.loss == 0 and all(torch.isfinite(value) for value in output.stats.values())
+    assert output.loss == 0
+    assert all(torch.isfinite(value) for value in output.stats.values())
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -296,7 +297,7 @@ def test_another_module_is_no_head(monkeypatch):
     from jaxtyping import config as jaxtyping_config
 
     monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
-    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    hidden, _, teacher_hidden, teacher_head, labels = batch()
     with pytest.raises(ValueError, match=r"student's head is a Sequential.*head_of\(model\)"):
         hpd.fused_distillation_loss(hidden, torch.nn.Sequential(), teacher_hidden, teacher_head, labels)
 
