@@ -156,7 +156,7 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str) -> None:
     if eos_token not in tokenizer.get_vocab():
         raise ValueError(
             f"train.eos_token is {eos_token!r}, which is no token of the student's tokenizer. "
-            f"{nearest(eos_token, list(tokenizer.get_added_vocab()))}"
+            f"{nearest(eos_token, list(cast(Any, tokenizer).get_added_vocab()))}"
         )
     tokenizer.eos_token = eos_token
 
