@@ -149,7 +149,7 @@ def hint_at(location: Sequence[str]) -> Any:
         if found is None:
             return Any
         section = found
-    return get_type_hints(section, include_extras=True).get(last, Any)
+    return get_type_hints(section).get(last, Any)
 
 
 def _sections(hint: Any) -> Iterator[type]:

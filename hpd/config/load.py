@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from hpd.config.check import check_tree, hint_at, resolve
 from hpd.config.models import model_shorthand, teacher_shorthand
@@ -93,14 +94,18 @@ def _read_value(key: Sequence[str], text: str) -> Any:
         is_word = isinstance(value, bool) and text.strip().lower() not in ("true", "false")
         return text.strip() if is_word else value
     hint = hint_at(key)
-    return text.strip() if not _fits(value, hint) and _fits(text.strip(), hint) else value
+    # Lists, mappings and null are what they look like; a section's short form is not asked for a number.
+    is_scalar = isinstance(value, (bool, int, float, datetime.date))
+    takes_text = hint is str or str in get_args(hint) or get_origin(hint) is Literal
+    is_text = is_scalar and takes_text and not _fits(value, hint) and _fits(text.strip(), hint)
+    return text.strip() if is_text else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """True if a field of this type takes the value."""
     try:
         TypeAdapter(hint).validate_python(value)
-    except (ValidationError, ValueError, TypeError):
+    except ValueError:  # pydantic's is one
         return False
     return True
 

@@ -24,7 +24,7 @@ from hpd.losses.heads import POLICIES
 from hpd.losses.operator import IMPLEMENTATIONS
 from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
-from hpd.training.settings import IN_RECIPES, check_packages, check_settings
+from hpd.training.settings import IN_RECIPES, REFUSED, check_packages, check_settings
 
 __all__ = ["DistillConfig", "as_config", "check_engine", "check_names", "train_arguments"]
 
@@ -167,7 +167,7 @@ def check_names(recipe: Recipe) -> None:
     """Check the keys of `train:`, without a look at their values.
 
     Raises:
-        ValueError: unknown field (with the nearest one), or a field that has its place elsewhere.
+        ValueError: unknown field (with the nearest one), or one without effect.
     """
     names = [f.name for f in dataclasses.fields(DistillConfig) if f.init]
     for key, value in recipe.train.items():
@@ -179,8 +179,12 @@ def check_names(recipe: Recipe) -> None:
                 else ": a field of TRL's SFTConfig, such as learning_rate or max_steps."
             )
             raise ValueError(f"unknown key 'train.{key}'{hint}")
-        if key in IN_RECIPES and value not in (None, _default_of(key)):
-            raise ValueError(f"train.{key} has no effect: set {IN_RECIPES[key]} instead.")
+        if value in (None, _default_of(key)):
+            continue
+        if key in IN_RECIPES:
+            raise ValueError(f"train.{key} has no effect: {IN_RECIPES[key]}.")
+        if key in REFUSED:
+            raise ValueError(f"train.{key} has no effect: {REFUSED[key]}.")
 
 
 def _default_of(name: str) -> Any:

@@ -60,17 +60,17 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Fields that no trainer reads, which scripts set for themselves; recipes refuse them."""
 
 IN_RECIPES: Mapping[str, str] = {
-    "output_dir": "output_dir beside train",
-    "trust_remote_code": "student.trust_remote_code (and teacher.trust_remote_code)",
-    "model_init_kwargs": "student.dtype, student.attn_implementation and student.revision",
-    "assistant_only_loss": "data.labels: assistant",
-    "completion_only_loss": "data.labels: completion, or all",
-    "dataset_text_field": "data.columns, such as {text: body}",
-    "do_train": "nothing: hpd train trains",
-    "do_eval": "train.eval_strategy, with data.validation",
-    "do_predict": "eval, whose tasks are done after training",
-    "resume_from_checkpoint": "nothing: hpd train goes on from the newest checkpoint of output_dir",
-    "local_rank": "nothing: accelerate launch and torchrun tell each process its place",
+    "output_dir": "set output_dir beside train instead",
+    "trust_remote_code": "set student.trust_remote_code (and teacher.trust_remote_code) instead",
+    "model_init_kwargs": "set student.dtype, student.attn_implementation and student.revision instead",
+    "assistant_only_loss": "set data.labels: assistant instead",
+    "completion_only_loss": "set data.labels: completion, or all, instead",
+    "dataset_text_field": "set data.columns, such as {text: body}, instead",
+    "do_train": "hpd train trains anyway; remove it",
+    "do_eval": "set train.eval_strategy and data.validation instead",
+    "do_predict": "set eval instead, whose tasks are done after training",
+    "resume_from_checkpoint": "hpd train goes on from the newest checkpoint of output_dir; remove it",
+    "local_rank": "accelerate launch and torchrun tell each process its place; remove it",
 }
 """Fields that have their place elsewhere in a recipe, which loads model, tokenizer and rows itself."""
 

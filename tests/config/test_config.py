@@ -247,7 +247,7 @@ def test_recipe_classes_are_frozen():
         ("student.revision=12e45", lambda r: r.student.revision, "12e45"),
         ("student.revision=0123456", lambda r: r.student.revision, "0123456"),
         ("student.revision=null", lambda r: r.student.revision, None),
-        ("student=no", lambda r: r.student.model, "no"),
+        ("student.model=no", lambda r: r.student.model, "no"),
         ("teacher.model=1e5", lambda r: r.teacher.model, "1e5"),
         ("output_dir=2024", lambda r: r.output_dir, "2024"),
         ("data.streaming=yes", lambda r: r.data.streaming, True),
