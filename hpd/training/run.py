@@ -16,7 +16,7 @@ from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
 from hpd.progress import Progress
-from hpd.training.arguments import train_arguments
+from hpd.training.arguments import check_names, train_arguments
 from hpd.training.folder import RunFolder
 from hpd.training.plan import plan
 from hpd.training.preferences import dpo_arguments, train_preferences
@@ -49,6 +49,8 @@ def train(
     with ends_resumable(Path(recipe.output_dir)) as signals:
         if recipe.stages:
             return train_stages(recipe, overwrite=overwrite, progress=progress)
+        # A key that does not exist makes another recipe of any run that the folder holds.
+        check_names(recipe)
         folder = RunFolder(recipe, overwrite)
         planned = plan(recipe)
         try:
@@ -71,6 +73,8 @@ def train_stages(
     """
     progress = progress or Progress()
     stages = stage_recipes(recipe)
+    for stage in stages:
+        check_names(stage.recipe)
     folder = RunFolder(recipe, overwrite)
     done = set() if overwrite else {stage.name for stage in stages if _summary(stage).is_file()}
     check_stages(recipe, [stage for stage in stages if stage.name not in done])

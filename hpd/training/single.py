@@ -215,6 +215,7 @@ def make_trainer(
         train_dataset=planned.rows.train,
         eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
+        teacher_tokenizer=planned.tokenizer,  # the plan has compared the two
         prefixes=recipe.prefixes,
         rollouts=recipe.rollouts,
         strategy=recipe.strategy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from peft import PeftConfig
@@ -14,6 +15,8 @@ from hpd.training.arguments import DistillConfig, check_engine
 from hpd.training.resumable import Resumable
 
 __all__ = ["StudentTrainer"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class StudentTrainer(Resumable, SFTTrainer):
@@ -44,6 +47,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         **kwargs: Any,
     ):
         self._repeats_rows = repeats_rows
+        _read_on_every_process(args)
         model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
         with hide_head:
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
@@ -95,3 +99,16 @@ class StudentTrainer(Resumable, SFTTrainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
             return
         super().save_model(output_dir, _internal_call)
+
+
+def _read_on_every_process(args: DistillConfig) -> None:
+    """Have each process read a stream itself.
+
+    Accelerate would join the batches of all processes and cut them again, and label positions are counted in
+    the batch as it was collated.
+    """
+    if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        _LOGGER.warning(
+            "accelerator_config.dispatch_batches: true is taken as false: each process reads the rows itself."
+        )
+    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
