@@ -82,22 +82,27 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     path: str
-    """Local .jsonl, .json, .csv or .parquet file (also .gz), a folder of them, or a Hub dataset id."""
+    """Local .jsonl, .json, .csv, .tsv or .parquet file (also .gz or .zst), a folder of them, or a Hub dataset
+    id."""
     name: str | None = None
-    """Configuration of a Hub dataset."""
+    """Configuration of a Hub dataset, or of a folder that was downloaded from the Hub."""
     split: str = "train"
     """Split to train on; slices such as train[:1%] work."""
     validation: float | str | None = None
     """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Rename columns to what TRL expects, such as {prompt: question, completion: answer}."""
+    """Columns by what they are, such as {prompt: question, completion: answer}; a column that is named here
+    counts, whatever others are called (docs/data.md)."""
+    ignore: tuple[str, ...] = ()
+    """Columns to train without, although they change what is learnt."""
     format: Literal["auto", "chat", "plain"] = "auto"
     """chat: text prompts and completions become user and assistant messages (the student's chat template is
     applied).
     plain: text as it is. auto: as the rows are."""
     labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
-    """The tokens that are learnt. completion: the completion column (all text where there is none);
-    assistant: every assistant turn of `messages`; last_turn: only the last; all: prompt too."""
+    """The tokens that are learnt. completion: the completion; of `messages` the assistant's turns, of
+    text all; assistant: the assistant's turns, of completions too; last_turn: only the last; all: prompt
+    too."""
     system_prompt: str | None = None
     """System message put before each conversation that has none."""
     limit: int | None = None

@@ -1,4 +1,4 @@
-"""Datasets as rows that TRL's SFTTrainer takes: prompt-completion, messages, text or input_ids."""
+"""The rows of a recipe, in a format of TRL's; of `hpd generate`, its prompts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational
 
 from hpd.config.schema import DataConfig
-from hpd.data.checks import check_columns, check_row, check_types
-from hpd.data.reading import LOADERS, local_files, read, why_not
+from hpd.data.checks import check_columns
+from hpd.data.convert import convert
+from hpd.data.formats import RowFormat, choose_format
+from hpd.data.places import SUFFIXES, local_files
+from hpd.data.reading import read, why_not
 
-__all__ = ["PromptRow", "Rows", "load_preferences", "load_prompts", "load_rows"]
+__all__ = ["PromptRow", "Rows", "format_of", "load_preferences", "load_prompts", "load_rows"]
 
-# Columns that training reads.
-_KEPT = (
-    "messages",
-    "prompt",
-    "completion",
-    "text",
-    "input_ids",
-    "labels",
-    "tools",
-    "chat_template_kwargs",
-)
+
+# Columns without which there is nothing to write for.
+_WITH_PROMPTS = {"prompt", "messages", "conversations", "instruction", "query", "chosen"}
+_OF_PROMPTS = ("input", "system", "history", "tools", "functions")
 
 
 class Rows(NamedTuple):
@@ -35,6 +31,8 @@ class Rows(NamedTuple):
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset | None
     conversational: bool
+    layout: RowFormat
+    """What the training rows are, and which columns are not read."""
 
 
 class PromptRow(NamedTuple):
@@ -45,12 +43,13 @@ class PromptRow(NamedTuple):
     """The dataset's own answer, where it has one."""
 
 
-def load_rows(config: DataConfig, column: str | None = None) -> Rows:
+def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = False) -> Rows:
     """Read the dataset and bring it into a TRL format.
 
     Args:
         config: its place, and the meaning of its columns.
         column: one more column that rows keep (it names their teacher).
+        prompts: prompts without completions are enough, since the student writes every row.
 
     Raises:
         FileNotFoundError: no such file.
@@ -60,20 +59,32 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
     train = read(config.path, config)
     validation = None
     if isinstance(config.validation, str):
-        is_file = Path(config.validation).suffix in (*LOADERS, ".gz")
+        is_file = Path(config.validation).suffix in SUFFIXES
         other = config.validation if is_file else config.path
         validation = read(other, config, "train" if is_file else config.validation, limit=False)
     if isinstance(train, Dataset) and len(train) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
     try:
-        train, validation = (
-            None if rows is None else _shape(rows, config, column) for rows in (train, validation)
-        )
+        layout = _layout(train, config, column, prompts)
+        train = _shape(train, layout, config, column, prompts)
+        if validation is not None:
+            of_validation = _layout(validation, config, column, prompts=False)
+            validation = _shape(validation, of_validation, config, column, prompts=False)
     except UnicodeDecodeError as error:
         # JSON is taken apart without a look at its text, which fails where a row is read.
-        local = local_files(config.path)
+        local = local_files(config.path, config.name)
         raise ValueError(f"The dataset {config.path} cannot be read: {why_not(local, error)}") from None
-    assert train is not None
+    conversational = is_conversational(dict(next(iter(train))))
+    if config.labels == "assistant" and not conversational and layout.kind != "ids":
+        raise ValueError(
+            "data.labels: assistant learns the turns of conversations, and these rows are text: set "
+            "data.format: chat, or labels: completion."
+        )
+    if isinstance(config.validation, float) and layout.kind in ("prompt", "bare instruction"):
+        raise ValueError(
+            "data.validation takes its share of rows that have no completion to be compared with: give it "
+            "a file with completions, or remove it."
+        )
     if isinstance(config.validation, float):
         assert isinstance(train, Dataset)
         if len(train) < 2:
@@ -81,7 +92,7 @@ def load_rows(config: DataConfig, column: str | None = None) -> Rows:
         parts = train.train_test_split(test_size=config.validation, seed=0)
         train = parts["train"]
         validation = parts["test"]
-    return Rows(train, validation, is_conversational(dict(next(iter(train)))))
+    return Rows(train, validation, conversational, layout)
 
 
 def load_preferences(config: DataConfig) -> Dataset:
@@ -114,104 +125,99 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
         FileNotFoundError, ValueError: as `load_rows`; no prompts, or no such column.
     """
     datasets.disable_progress_bars()
-    renamed = {given: wanted for wanted, given in config.columns.items()}
-    prompts = []
-    for index, given in enumerate(read(config.path, config)):
-        row: dict[str, Any] = dict(given)
-        named = {renamed.get(name, name): value for name, value in row.items()}
-        if reference is not None and reference not in row:
-            raise ValueError(
-                f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}."
-            )
-        prompts.append(_prompt_row(named, index, config, None if reference is None else str(row[reference])))
-    if not prompts:
+    rows = read(config.path, config)
+    found = _columns(rows)
+    if not found:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
-    return prompts
-
-
-def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, reference: str | None) -> PromptRow:
-    prompt: Any
-    answer: Any
-    check_types({name: row[name] for name in ("prompt", "messages") if row.get(name) is not None}, index)
-    if row.get("messages"):
-        *prompt, last = row["messages"]
-        answer = last["content"] if last["role"] == "assistant" else None
-        prompt = prompt if last["role"] == "assistant" else row["messages"]
-    else:
-        prompt = row.get("prompt")
-        answer = row.get("completion")
-        answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
-    if not prompt:
+    if reference is not None and reference not in found:
         raise ValueError(
-            f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example "
-            "data.columns: {prompt: question}."
+            f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(found)}."
         )
-    if isinstance(prompt, str) and config.format == "chat":
-        prompt = [{"role": "user", "content": prompt}]
-    if config.system_prompt and isinstance(prompt, list) and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
-    return PromptRow(prompt, reference if reference is not None else answer)
+    if not {*config.columns, *found} & _WITH_PROMPTS:
+        raise ValueError(_no_prompt(0))
+    layout = choose_format(
+        found, config.columns, style=config.format, ignored=config.ignore, kept=reference, prompts=True,
+        texts=False,
+    )  # fmt: skip
+    # What says something about the answers alone does no harm here.
+    layout = layout._replace(
+        refused={name: text for name, text in layout.refused.items() if name in _OF_PROMPTS}
+    )
+    return [_prompt_row(row, index, layout, config, reference) for index, row in enumerate(rows)]
 
 
-def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
-    """Rename, wrap into messages, and refuse rows that TRL would fail on later."""
-    found = list(next(iter(rows)).keys())
+def _no_prompt(index: int) -> str:
+    return (
+        f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example "
+        "data.columns: {prompt: question}."
+    )
+
+
+def _prompt_row(
+    given: Any, index: int, layout: RowFormat, config: DataConfig, reference: str | None
+) -> PromptRow:
+    first = {"messages": "messages", "sharegpt": "conversations"}.get(layout.kind, "prompt")
+    if not given.get(layout.source.get(first, layout.source.get("instruction", "chosen"))):
+        raise ValueError(_no_prompt(index))
+    row = convert(given, index, layout, config.labels, system_prompt=config.system_prompt, prompts=True)
+    answer = row.get("completion")
+    answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
+    return PromptRow(row["prompt"], answer if reference is None else str(given[reference]))
+
+
+def format_of(rows: Any, columns: Mapping[str, str], prompts: bool) -> RowFormat | None:
+    """The format of rows that come from Python; None: they are prepared already, or not to be read.
+
+    Args:
+        rows: a dataset or a stream.
+        columns: as `data.columns`.
+        prompts: as `load_rows` takes it.
+
+    Raises:
+        ValueError: no format of docs/data.md.
+    """
+    found = _columns(rows)
+    # TRL refuses a dataset with a transform, which may draw.
+    transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
+    if not found or {"input_ids", "labels"} <= {*found} or transformed:
+        return None
+    return choose_format(found, columns, prompts=prompts)
+
+
+def _columns(rows: Any) -> list[str]:
+    if isinstance(rows, Dataset):
+        return list(rows.column_names)
+    return list(next(iter(rows), {}))
+
+
+def _layout(rows: Any, config: DataConfig, column: str | None, prompts: bool) -> RowFormat:
+    """The format of the rows.
+
+    Raises:
+        ValueError: as `choose_format`; or `data.labels` that these rows do not have.
+    """
+    found = _columns(rows)
     check_columns(found)
-    for wanted, given in config.columns.items():
-        if given not in found:
-            raise ValueError(
-                f"data.columns maps {wanted} to {given!r}, which the dataset does not have: "
-                f"{', '.join(found)}."
-            )
     if column is not None and column not in found:
         raise ValueError(
             f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}."
         )
-    renamed = {given: wanted for wanted, given in config.columns.items()}
-    available = {renamed.get(name, name) for name in found}
-    whole = {"messages", "text", "input_ids"}
-    if {"prompt", "chosen"} <= available and not (whole | {"completion"}) & available:
-        # Preference data: the preferred answer is the completion.
-        renamed[config.columns.get("chosen", "chosen")] = "completion"
-        available.add("completion")
-    if not whole & available and not {"prompt", "completion"} <= available:
-        raise ValueError(
-            f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, "
-            "messages, text, or input_ids: map them, for example data.columns: {prompt: question, "
-            "completion: answer}."
-        )
-    return rows.map(
-        _convert,
-        with_indices=True,
-        fn_kwargs={
-            "config": config,
-            "renamed": renamed,
-            "keep": _KEPT if column is None else (*_KEPT, column),
-        },
-        remove_columns=found,
+    return choose_format(
+        found, config.columns, style=config.format, ignored=config.ignore, kept=column, prompts=prompts
     )
 
 
-def _convert(
-    row: Mapping[str, Any], index: int, config: DataConfig, renamed: Mapping[str, str], keep: tuple[str, ...]
-) -> Any:
-    out = {renamed.get(name, name): value for name, value in row.items() if renamed.get(name, name) in keep}
-    if "input_ids" in out:
-        check_row(out, index, config.labels)
-        return out
-    if "prompt" in out and "completion" in out:
-        out.pop("text", None)
-        out.pop("messages", None)
-        if config.format == "chat" and isinstance(out["prompt"], str):
-            out["prompt"] = [{"role": "user", "content": out["prompt"]}]
-            out["completion"] = [{"role": "assistant", "content": out["completion"]}]
-    elif "messages" in out and config.labels == "last_turn":
-        check_types(out, index)
-        messages = out.pop("messages")
-        out["prompt"] = messages[:-1]
-        out["completion"] = messages[-1:]
-    check_row(out, index, config.labels)
-    first = "prompt" if "prompt" in out else "messages"
-    if config.system_prompt and isinstance(out.get(first), list) and out[first][0]["role"] != "system":
-        out[first] = [{"role": "system", "content": config.system_prompt}, *out[first]]
-    return out
+def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None, prompts: bool) -> Any:
+    """Every row as `convert` makes it."""
+    return rows.map(
+        convert,
+        with_indices=True,
+        fn_kwargs={
+            "layout": layout,
+            "labels": config.labels,
+            "system_prompt": config.system_prompt,
+            "prompts": prompts,
+            "kept": column,
+        },
+        remove_columns=_columns(rows),
+    )
