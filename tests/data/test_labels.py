@@ -1,6 +1,8 @@
 """Rows as people have them, and the exact text that carries labels in the trainer's own batch; the dry run
 measures the same."""
 
+# ruff: noqa: E501 (a case is a line)
+
 from __future__ import annotations
 
 import json
@@ -150,3 +152,100 @@ def test_python_reads_the_same_rows(pair, tmp_path, name):
     tokenizer = plan(recipe_for(pair, tmp_path, [{"prompt": "a", "completion": "b"}])).tokenizer
     trainer = trainer_for(pair, args, Dataset.from_list([case.row] * 2), tokenizer)
     assert learnt(trainer)[0] == case.learn
+
+
+def test_a_template_without_marks_is_learnt_turn_by_turn(pair, tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    row = {"messages": [ASK, ANSWER, AGAIN, {**SECOND, "weight": 0}, ASK, ANSWER]}
+    for labels in ("completion", "assistant"):
+        options = {"data": {"labels": labels}, "train": {"chat_template_path": str(template)}}
+        planned = plan(recipe_for(pair, tmp_path, [row] * 2, **options))
+        trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
+        assert learnt(trainer)[0] == "one two<|im_end|>" * 2
+
+
+def test_a_template_that_renders_turns_anew_is_refused(pair, tmp_path):
+    template = tmp_path / "forgets.jinja"
+    template.write_text("{{ bos_token }}{{ messages[-1].content }}{{ eos_token }}")
+    options = {"train": {"chat_template_path": str(template)}}
+    with pytest.raises(ValueError, match="renders turn 1 .*labels: last_turn"):
+        plan(recipe_for(pair, tmp_path, [{"messages": [ASK, ANSWER, AGAIN, SECOND]}] * 2, **options))
+
+
+def test_thoughts_and_tools_reach_the_template(pair, tmp_path):
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{{ bos_token }}{{ tools | tojson if tools }}{% for m in messages %}{{ '<' + m.role + '>' }}"
+        "{% if m.reasoning_content is defined %}{{ '(' + m.reasoning_content + ')' }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    tools = [{"name": "add", "of": {"x": 1}}, {"name": "look", "of": {"y": 2}}]
+    rows = [
+        {"messages": [ASK, {**ANSWER, "reasoning_content": "count"}], "tools": tools},
+        {"messages": [ASK, ANSWER], "tools": None},
+    ]
+    options = {"train": {"chat_template_path": str(template), "train_sampling_strategy": "sequential"}}
+    planned = plan(recipe_for(pair, tmp_path, rows, **options))
+    trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
+    shown, without = (trainer.processing_class.decode(row["input_ids"]) for row in trainer.train_dataset)
+    assert shown == (
+        '<|bos|>[{"name": "add", "of": {"x": 1}}, {"name": "look", "of": {"y": 2}}]<user>say one<|im_end|>'
+        "<assistant>(count)one two<|im_end|>"
+    )
+    assert without == "<|bos|><user>say one<|im_end|><assistant>one two<|im_end|>"
+
+
+def test_columns_without_effect_are_verdicts(pair, tmp_path):
+    row = {"prompt": "say one", "messages": [ASK, ANSWER], "prompt_id": "x", "source": "web"}
+    found = [v for v in plan(recipe_for(pair, tmp_path, [row])).verdicts if v.topic == "columns"]
+    assert [v.level for v in found] == ["warning", "ok"]
+    assert "rows are read from messages; prompt may hold" in found[0].text
+    assert found[1].text == "not read: prompt_id, source"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "say one: "},
+        {"prompt": [ASK]},
+        {"messages": [ASK]},
+        {"conversations": [{"from": "human", "value": "say one"}]},
+    ],
+)
+def test_prompts_are_enough_where_the_student_writes(pair, tmp_path, row):
+    settings = {"per_device_train_batch_size": 2, "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+    options = {"method": "opd", "rollouts": {"max_new_tokens": 4}, "train": settings}
+    planned = plan(recipe_for(pair, tmp_path, [row] * 2, **options))
+    recipe = planned.recipe
+    student, teacher = pair[1]
+    trainer = DistillTrainer(
+        model=student, teacher=teacher, method="opd", rollouts=recipe.rollouts, args=planned.args,
+        train_dataset=planned.rows.train, processing_class=planned.tokenizer,
+    )  # fmt: skip
+    prompts = [row["prefix"] for row in spied(trainer)]
+    chat = CHAT if "prompt" not in row or isinstance(row["prompt"], list) else "<|bos|>say one: "
+    assert [trainer.processing_class.decode(ids) for ids in prompts] == [chat] * 2
+    with pytest.raises(ValueError, match="Training needs prompt and completion|no assistant message"):
+        plan(recipe_for(pair, tmp_path, [row] * 2))
+
+
+def spied(trainer):
+    """Prompts of the rollouts of one training step."""
+    seen = []
+    make = trainer._make_engine
+
+    def engine():
+        made = make()
+        generate = made.generate
+        made.generate = lambda prompts, *rest: (
+            seen.extend({"prefix": ids} for ids in prompts) or generate(prompts, *rest)
+        )
+        return made
+
+    trainer._step.mixer._make_engine = engine
+    trainer.train()
+    return seen
