@@ -73,8 +73,8 @@ def convert(
         value = row.get(name)
         if not any(value is nothing or value == nothing for nothing in _NOTHING) and value not in (1, True):
             raise ValueError(
-                f"Row {index} has the column {name}, which changes what is learnt and has no place in rows of "
-                f"{' and '.join(layout.source.values())}; {remedy}. To train without it, name it in "
+                f"Row {index} has the column {name}, which changes what is learnt and has no place in rows "
+                f"of {' and '.join(layout.source.values())}; {remedy}. To train without it, name it in "
                 "data.ignore, or remove the column."
             )
     parts = {part: _parsed(part, row.get(given)) for part, given in layout.source.items()}
