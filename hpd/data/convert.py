@@ -8,7 +8,7 @@ from typing import Any
 
 from hpd.batch import IGNORE_INDEX
 from hpd.data.checks import check_row, check_turns, check_types
-from hpd.data.formats import RowFormat
+from hpd.data.formats import FORMATS, RowFormat
 
 __all__ = ["convert"]
 
@@ -42,6 +42,16 @@ _STRUCTURED = (
     "assistant_masks",
     "attention_mask",
 )
+_COLUMNS = (
+    "messages",
+    "prompt",
+    "completion",
+    "text",
+    "input_ids",
+    "labels",
+    "tools",
+    "chat_template_kwargs",
+)
 _NOTHING = (None, "", [], {})
 
 
@@ -54,6 +64,7 @@ def convert(
     system_prompt: str | None = None,
     prompts: bool = False,
     kept: str | None = None,
+    whole: bool = False,
 ) -> dict[str, Any]:
     """The row in a format of TRL's.
 
@@ -65,10 +76,12 @@ def convert(
         system_prompt: of conversations that have none.
         prompts: a prompt without a completion is enough.
         kept: a column that stays.
+        whole: also the columns of other formats, which are null.
 
     Raises:
         ValueError: with the number of the row: what is wrong with it.
     """
+    layout = _of_row(row, layout)
     for name, remedy in layout.refused.items():
         value = row.get(name)
         if not any(value is nothing or value == nothing for nothing in _NOTHING) and value not in (1, True):
@@ -91,7 +104,18 @@ def convert(
             out[first] = _with_system(out[first], system_prompt)
     unanswered = prompts and out.get("completion") is None
     check_row({k: v for k, v in out.items() if not (unanswered and k == "completion")}, index, labels)
+    if whole:
+        out = {**dict.fromkeys(_COLUMNS), **out}
     return out if kept is None else {**out, kept: row[kept]}
+
+
+def _of_row(row: Mapping[str, Any], layout: RowFormat) -> RowFormat:
+    """The format of this row: of those of its dataset, the first whose columns are not all null."""
+
+    def is_empty(one: RowFormat) -> bool:
+        return all(row.get(one.source[part]) is None for part in FORMATS[one.kind])
+
+    return next((one for one in (layout, *layout.others) if not is_empty(one)), layout)
 
 
 def _check_before(parts: Mapping[str, Any], index: int) -> None:

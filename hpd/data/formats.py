@@ -96,6 +96,8 @@ class RowFormat(NamedTuple):
     """Columns that hold another form of the rows, which is not learnt."""
     unread: tuple[str, ...]
     """Columns that say nothing about what is learnt."""
+    others: tuple[RowFormat, ...] = ()
+    """What a row is whose columns of this format are null."""
 
 
 def choose_format(
@@ -140,13 +142,21 @@ def choose_format(
     ]
     if not kinds:
         raise ValueError(_no_format(found, prompts))
-    kind = max(kinds, key=lambda kind: (sum(part in columns for part in FORMATS[kind]), -kinds.index(kind)))
+    first = max(kinds, key=lambda kind: (sum(part in columns for part in FORMATS[kind]), -kinds.index(kind)))
+    kinds.remove(first)
+    chosen, *others = (_layout(kind, parts, found, style, (*ignored, kept)) for kind in (first, *kinds))
+    return chosen._replace(others=tuple(others))
+
+
+def _layout(
+    kind: str, parts: Mapping[str, str], found: Sequence[str], style: str, apart: Sequence[str | None]
+) -> RowFormat:
+    """The format of this kind, and what becomes of the columns that it does not read."""
     # With data.columns, a prompt can be the instruction of rows that have an input too.
     inputs = ("input",) if kind in ("pair", "prompt") and _is_instruction(parts.get("prompt"), parts) else ()
     taken = (*FORMATS[kind], *(part for part in (*_TAKEN[kind], *inputs) if part in parts))
     source = {part: parts[part] for part in taken}
-    used = (*source.values(), *ignored, kept)
-    left = [name for name in found if name not in used]
+    left = [name for name in found if name not in source.values() and name not in apart]
     refused = _refused(kind, left)
     beside = tuple(name for name in left if name in READ and name not in refused)
     unread = tuple(name for name in left if name not in beside and name not in refused)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
 
 from hpd.config.schema import DataConfig
 from hpd.data.checks import check_columns
 from hpd.data.convert import convert
-from hpd.data.formats import RowFormat, choose_format
+from hpd.data.formats import FORMATS, RowFormat, choose_format
+from hpd.data.mixing import mix
 from hpd.data.places import SUFFIXES, local_files
-from hpd.data.reading import read, why_not
+from hpd.data.reading import first_rows, read, why_not
 
 __all__ = ["PromptRow", "Rows", "format_of", "load_preferences", "load_prompts", "load_rows"]
 
@@ -31,8 +32,10 @@ class Rows(NamedTuple):
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset | None
     conversational: bool
-    layout: RowFormat
-    """What the training rows are, and which columns are not read."""
+    layouts: tuple[RowFormat, ...]
+    """What the training rows are, part by part, and which columns are not read."""
+    mixture: str | None = None
+    """How many rows each of several datasets gives."""
 
 
 class PromptRow(NamedTuple):
@@ -56,43 +59,59 @@ def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = 
         ValueError: unreadable or empty file, unknown columns, a row without text.
     """
     datasets.disable_progress_bars()
-    train = read(config.path, config)
+    if config.parts:
+        train, layouts, mixture = mix(config, lambda part: _read_shaped(part, column, prompts))
+    else:
+        train, layout = _read_shaped(config, column, prompts)
+        layouts, mixture = [layout], None
     validation = None
     if isinstance(config.validation, str):
         is_file = Path(config.validation).suffix in SUFFIXES
-        other = config.validation if is_file else config.path
-        validation = read(other, config, "train" if is_file else config.validation, limit=False)
-    if isinstance(train, Dataset) and len(train) == 0:
-        raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
-    try:
-        layout = _layout(train, config, column, prompts)
-        train = _shape(train, layout, config, column, prompts)
-        if validation is not None:
-            of_validation = _layout(validation, config, column, prompts=False)
-            validation = _shape(validation, of_validation, config, column, prompts=False)
-    except UnicodeDecodeError as error:
-        # JSON is taken apart without a look at its text, which fails where a row is read.
-        local = local_files(config.path, config.name)
-        raise ValueError(f"The dataset {config.path} cannot be read: {why_not(local, error)}") from None
-    conversational = is_conversational(dict(next(iter(train))))
-    if config.labels == "assistant" and not conversational and layout.kind != "ids":
+        if config.parts and not is_file:
+            raise ValueError("data.validation must be a share or a file, where data has several parts.")
+        split = "train" if is_file else config.validation
+        other = replace(config, path=config.validation, parts=()) if is_file else config
+        validation, _ = _read_shaped(other, column, False, split, limit=False)
+    conversational = any(
+        isinstance(row.get(k), list) for row in first_rows(train, 64) for k in ("prompt", "messages")
+    )
+    if config.labels == "assistant" and not conversational and "ids" not in {one.kind for one in layouts}:
         raise ValueError(
             "data.labels: assistant learns the turns of conversations, and these rows are text: set "
             "data.format: chat, or labels: completion."
         )
-    if isinstance(config.validation, float) and layout.kind in ("prompt", "bare instruction"):
-        raise ValueError(
-            "data.validation takes its share of rows that have no completion to be compared with: give it "
-            "a file with completions, or remove it."
-        )
     if isinstance(config.validation, float):
-        assert isinstance(train, Dataset)
-        if len(train) < 2:
-            raise ValueError("data.validation as a share needs at least two rows.")
-        parts = train.train_test_split(test_size=config.validation, seed=0)
-        train = parts["train"]
-        validation = parts["test"]
-    return Rows(train, validation, conversational, layout)
+        train, validation = _held_out(train, layouts, config.validation)
+    return Rows(train, validation, conversational, tuple(layouts), mixture)
+
+
+def _read_shaped(
+    config: DataConfig, column: str | None, prompts: bool, split: str | None = None, limit: bool = True
+) -> tuple[Any, RowFormat]:
+    """The rows of one dataset in a format of TRL's, and their own."""
+    rows = read(config.path, config, split, limit)
+    if isinstance(rows, Dataset) and len(rows) == 0:
+        raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
+    try:
+        layout = _layout(rows, config, column, prompts)
+        return _shape(rows, layout, config, column, prompts), layout
+    except UnicodeDecodeError as error:
+        # JSON is taken apart without a look at its text, which fails where a row is read.
+        local = local_files(config.path, config.name)
+        raise ValueError(f"The dataset {config.path} cannot be read: {why_not(local, error)}") from None
+
+
+def _held_out(train: Any, layouts: Sequence[RowFormat], share: float) -> tuple[Dataset, Dataset]:
+    """Rows for training, and a share of them for validation."""
+    if any(layout.kind in ("prompt", "bare instruction") for layout in layouts):
+        raise ValueError(
+            "data.validation takes its share of rows that have no completion to be compared with: give it a "
+            "file with completions, or remove it."
+        )
+    if len(train) < 2:
+        raise ValueError("data.validation as a share needs at least two rows.")
+    parts = train.train_test_split(test_size=share, seed=0)
+    return parts["train"], parts["test"]
 
 
 def load_preferences(config: DataConfig) -> Dataset:
@@ -209,6 +228,10 @@ def _layout(rows: Any, config: DataConfig, column: str | None, prompts: bool) ->
 
 def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None, prompts: bool) -> Any:
     """Every row as `convert` makes it."""
+    # Formats that change from row to row are columns with nulls, whose types are seen in all rows together.
+    mixes = isinstance(rows, Dataset) and any(
+        rows.data.column(layout.source[part]).null_count for part in FORMATS[layout.kind]
+    )
     return rows.map(
         convert,
         with_indices=True,
@@ -218,6 +241,8 @@ def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None,
             "system_prompt": config.system_prompt,
             "prompts": prompts,
             "kept": column,
+            "whole": bool(layout.others) and mixes,
         },
         remove_columns=_columns(rows),
+        **({"writer_batch_size": len(rows)} if layout.others and mixes else {}),
     )

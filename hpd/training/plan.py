@@ -162,7 +162,7 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, models.tokenizer, args.max_length, label_policy(args), args.truncation_mode)
-    columns = _column_verdicts(rows.layout)
+    columns = _column_verdicts(rows)
     return _Comparison(rows, lengths, (*verdicts, *columns, *_length_verdicts(lengths, args)))
 
 
@@ -173,8 +173,14 @@ def _text_column(data: DataConfig, args: DistillConfig) -> DataConfig:
     return dataclasses.replace(data, columns={**data.columns, "text": args.dataset_text_field})
 
 
-def _column_verdicts(layout: RowFormat) -> list[CheckResult]:
-    """Columns that are not read, by name."""
+def _column_verdicts(rows: Rows) -> list[CheckResult]:
+    """How several datasets are mixed, and their columns that are not read, by name."""
+    mixture = [] if rows.mixture is None else [CheckResult("ok", "mixture", rows.mixture)]
+    found = (verdict for layout in rows.layouts for verdict in _unread_columns(layout))
+    return [*mixture, *dict.fromkeys(found)]
+
+
+def _unread_columns(layout: RowFormat) -> list[CheckResult]:
     verdicts = []
     if layout.beside:
         names = " and ".join(layout.source[part] for part in FORMATS[layout.kind])

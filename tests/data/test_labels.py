@@ -249,3 +249,12 @@ def spied(trainer):
     trainer._step.mixer._make_engine = engine
     trainer.train()
     return seen
+
+
+def test_rows_of_several_formats_train_together(pair, tmp_path):
+    rows = [{"text": "one two"}, {"messages": [ASK, ANSWER]}, {"prompt": "say one: ", "completion": "one"}]
+    planned = plan(recipe_for(pair, tmp_path, rows))
+    trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
+    decode = trainer.processing_class.decode
+    carried = [decode([i for i in row["labels"][1:] if i != IGNORE_INDEX]) for row in trainer.train_dataset]
+    assert carried == ["one two<|im_end|>", "one two<|im_end|>", " one<|im_end|>"]

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from datasets import Dataset
 
-from hpd.config import DataConfig
+from hpd.config import DataConfig, load_recipe
 from hpd.data import load_prompts, load_rows
 
 ROW = {"prompt": "say one: ", "completion": "one two"}
@@ -76,7 +76,7 @@ def test_a_column_of_one_file_is_null_in_the_others(tmp_path):
     (tmp_path / "b.jsonl").write_text(lines({**ROW, "source": "web"}))
     rows = load(tmp_path)
     assert len(rows.train) == 2
-    assert rows.layout.unread == ("source",)
+    assert rows.layouts[0].unread == ("source",)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_columns_are_left_out_on_request_and_named_otherwise(tmp_path):
     (tmp_path / "r.jsonl").write_text(lines({**ROW, "weight": 0.5, "id": 3, "text": "say one: one"}))
     rows = load(tmp_path / "r.jsonl", ignore=("weight",))
     assert rows.train[0] == ROW
-    assert rows.layout.unread == ("id",)
-    assert rows.layout.beside == ("text",)
+    assert rows.layouts[0].unread == ("id",)
+    assert rows.layouts[0].beside == ("text",)
     with pytest.raises(ValueError, match="data.ignore names wait"):
         load(tmp_path / "r.jsonl", ignore=("wait",))
     with pytest.raises(ValueError, match="no part promt. Did you mean 'prompt'"):
@@ -177,3 +177,59 @@ def test_the_prompts_of_generation_are_those_of_training(tmp_path):
     asked = {"role": "user", "content": "add\n1 2"}
     assert prompts({"instruction": "add", "input": "1 2", "output": "3"}) == [([asked], "3")]
     assert prompts({"prompt": "say one: "}) == [("say one: ", None)]
+
+
+def parts_of(tmp_path, **shares):
+    made = []
+    for name, share in shares.items():
+        turns = [{**ASK, "content": name}, {**ANSWER, "name": "x"} if name == "b" else ANSWER]
+        row = {"a": {"prompt": name, "completion": "one"}, "c": {"text": name}}.get(name, {"messages": turns})
+        (tmp_path / f"{name}.jsonl").write_text(lines(*[row] * 30))
+        made.append({"path": str(tmp_path / f"{name}.jsonl"), **({} if share is None else {"share": share})})
+    return made
+
+
+def kinds(rows):
+    """How many rows of each kind."""
+    found = [next(k for k in ("prompt", "messages", "text") if row.get(k) is not None) for row in rows]
+    return {kind: found.count(kind) for kind in set(found)}
+
+
+def mixed(data, **more):
+    return load_recipe({"student": "s", "teacher": "t", "data": data, **more}).data
+
+
+def test_several_datasets_are_mixed_by_share(tmp_path):
+    parts = parts_of(tmp_path, a=2, b=1, c=3)
+    rows = load_rows(mixed(parts))
+    assert kinds(rows.train) == {"prompt": 20, "messages": 10, "text": 30}
+    assert rows.train["text"][:] != sorted(rows.train["text"][:], key=str)  # no blocks
+    assert "a.jsonl: 20 of 30 rows (33%)" in rows.mixture
+    assert rows.train[:] == load_rows(mixed(parts)).train[:]
+    everything = load_rows(mixed(parts_of(tmp_path, a=None, b=None, d=None)))
+    assert kinds(everything.train) == {"prompt": 30, "messages": 60}
+    held = load_rows(mixed({"parts": parts, "validation": 0.1}))
+    assert (len(held.train), len(held.validation)) == (54, 6)
+    stream = load_rows(mixed({"parts": parts, "streaming": True})).train
+    assert {kind for row in stream for kind in kinds([row])} == {"prompt", "messages", "text"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"path": "a", "share": 1}, {"path": "b"}], "give each entry a share, or none"),
+        ([{"path": "a", "share": 0}], "share"),
+        ([{"path": "a", "labels": "all"}], "of all parts together"),
+        ({"parts": [{"path": "a"}], "path": "b"}, "move path, name, columns"),
+        ([], "data.path is empty"),
+    ],
+)
+def test_mixtures_that_mean_nothing(data, message):
+    with pytest.raises(ValueError, match=message):
+        mixed(data)
+
+
+def test_rows_that_mix_formats_are_each_read_as_what_they_are(tmp_path):
+    rows = [{"text": "say one: one"}] * 2 + [{"messages": [ASK, ANSWER]}] * 2 + [ROW] * 2
+    (tmp_path / "r.jsonl").write_text(lines(*rows))
+    assert kinds(load(tmp_path / "r.jsonl").train) == {"text": 2, "messages": 2, "prompt": 2}
