@@ -42,16 +42,6 @@ _STRUCTURED = (
     "assistant_masks",
     "attention_mask",
 )
-_COLUMNS = (
-    "messages",
-    "prompt",
-    "completion",
-    "text",
-    "input_ids",
-    "labels",
-    "tools",
-    "chat_template_kwargs",
-)
 _NOTHING = (None, "", [], {})
 
 
@@ -64,7 +54,7 @@ def convert(
     system_prompt: str | None = None,
     prompts: bool = False,
     kept: str | None = None,
-    whole: bool = False,
+    whole: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The row in a format of TRL's.
 
@@ -76,7 +66,7 @@ def convert(
         system_prompt: of conversations that have none.
         prompts: a prompt without a completion is enough.
         kept: a column that stays.
-        whole: also the columns of other formats, which are null.
+        whole: the columns of rows of all formats, null where this one has none.
 
     Raises:
         ValueError: with the number of the row: what is wrong with it.
@@ -104,8 +94,7 @@ def convert(
             out[first] = _with_system(out[first], system_prompt)
     unanswered = prompts and out.get("completion") is None
     check_row({k: v for k, v in out.items() if not (unanswered and k == "completion")}, index, labels)
-    if whole:
-        out = {**dict.fromkeys(_COLUMNS), **out}
+    out = {**dict.fromkeys(whole), **out}
     return out if kept is None else {**out, kept: row[kept]}
 
 

@@ -229,8 +229,10 @@ def _layout(rows: Any, config: DataConfig, column: str | None, prompts: bool) ->
 def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None, prompts: bool) -> Any:
     """Every row as `convert` makes it."""
     # Formats that change from row to row are columns with nulls, whose types are seen in all rows together.
-    mixes = isinstance(rows, Dataset) and any(
-        rows.data.column(layout.source[part]).null_count for part in FORMATS[layout.kind]
+    mixes = (
+        isinstance(rows, Dataset)
+        and bool(layout.others)
+        and any(rows.data.column(layout.source[part]).null_count for part in FORMATS[layout.kind])
     )
     return rows.map(
         convert,
@@ -241,8 +243,19 @@ def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None,
             "system_prompt": config.system_prompt,
             "prompts": prompts,
             "kept": column,
-            "whole": bool(layout.others) and mixes,
+            "whole": _columns_of(layout, config.labels, prompts) if mixes else (),
         },
         remove_columns=_columns(rows),
-        **({"writer_batch_size": len(rows)} if layout.others and mixes else {}),
+        **({"writer_batch_size": len(rows)} if mixes else {}),
     )
+
+
+def _columns_of(layout: RowFormat, labels: str, prompts: bool) -> tuple[str, ...]:
+    """The columns of converted rows, of whichever of the formats each is."""
+    found: list[str] = []
+    for one in (layout, *layout.others):
+        whole = one.kind in ("messages", "sharegpt") and labels != "last_turn" and not prompts
+        named = {"ids": ("input_ids", "labels"), "text": ("text",)}
+        found += ("messages",) if whole else named.get(one.kind, ("prompt", "completion"))
+        found += [name for name in ("tools", "chat_template_kwargs") if name in one.source]
+    return tuple(dict.fromkeys(found))
