@@ -26,7 +26,7 @@ from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
 from hpd.training.settings import IN_RECIPES, REFUSED, check_packages, check_settings
 
-__all__ = ["DistillConfig", "as_config", "check_engine", "check_names", "train_arguments"]
+__all__ = ["DistillConfig", "as_config", "check_engine", "check_names", "label_policy", "train_arguments"]
 
 # Names that a field takes.
 _CHOICES = {"vocabulary": POLICIES, "impl": tuple(IMPLEMENTATIONS), "kl_estimator": ESTIMATORS}
@@ -96,6 +96,13 @@ class DistillConfig(SFTConfig):
         default="exact",
         metadata={
             "help": "Also log the reverse KL as k1, k2, k3 or rao_blackwell estimate it at the drawn tokens."
+        },
+    )
+    assistant_only_loss: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "null: of `messages` the assistant's turns are learnt, of other rows the completion. "
+            "true: the assistant's turns, of completions too. false: all of `messages`."
         },
     )
     # A check of every micro-batch's loss would synchronise the device; a non-finite loss shows at the next
@@ -215,7 +222,7 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
     if recipe.data.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("data.streaming needs train.max_steps: a stream has no known length.")
     values.setdefault("max_length", 1024)
-    values["assistant_only_loss"] = recipe.data.labels == "assistant"
+    values["assistant_only_loss"] = True if recipe.data.labels == "assistant" else None
     values["completion_only_loss"] = None if recipe.data.labels != "all" else False
     try:
         return DistillConfig(output_dir=recipe.output_dir, **{**values, **forced})
@@ -231,6 +238,15 @@ def _as_word(value: Any, hint: Any) -> Any:
     choices = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
     is_word = value is False and any("no" in [member.value for member in kind] for kind in choices)
     return "no" if is_word else value
+
+
+def label_policy(args: DistillConfig) -> str:
+    """The rule by which labels are chosen, as `hpd.data.tokens.tokenise` takes it."""
+    if args.assistant_only_loss:
+        return "assistant"
+    if args.completion_only_loss is False:
+        return "all"
+    return "completion" if args.assistant_only_loss is None else "conversation"
 
 
 def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) -> None:

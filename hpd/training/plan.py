@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
-from hpd.config.schema import EvalConfig, Recipe
+from hpd.config.schema import DataConfig, EvalConfig, Recipe
+from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.lengths import Lengths, check_ids, measure
 from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
@@ -24,7 +25,7 @@ from hpd.models.pairing import CheckResult, check_pair
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
-from hpd.training.arguments import DistillConfig, train_arguments
+from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 
 __all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
 
@@ -114,7 +115,8 @@ def plan(recipe: Recipe) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     _check_loggers(args)
     models = _describe_models(recipe, args)
-    rows = load_rows(recipe.data, recipe.teacher.column)
+    prompts = recipe.choose_regime().needs_prompts_only
+    rows = load_rows(_text_column(recipe.data, args), recipe.teacher.column, prompts=prompts)
     compared = _compare(models, rows, recipe, args)
     return Plan(
         recipe,
@@ -159,8 +161,37 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
             raise ValueError(verdict.text)
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
-    lengths = measure(rows.train, models.tokenizer, args.max_length, recipe.data.labels)
-    return _Comparison(rows, lengths, (*verdicts, *_length_verdicts(lengths, args)))
+    lengths = measure(rows.train, models.tokenizer, args.max_length, label_policy(args), args.truncation_mode)
+    columns = _column_verdicts(rows)
+    return _Comparison(rows, lengths, (*verdicts, *columns, *_length_verdicts(lengths, args)))
+
+
+def _text_column(data: DataConfig, args: DistillConfig) -> DataConfig:
+    """The data, whose text stands in the column that `train.dataset_text_field` names."""
+    if args.dataset_text_field == "text" or "text" in data.columns:
+        return data
+    return dataclasses.replace(data, columns={**data.columns, "text": args.dataset_text_field})
+
+
+def _column_verdicts(rows: Rows) -> list[CheckResult]:
+    """How several datasets are mixed, and their columns that are not read, by name."""
+    mixture = [] if rows.mixture is None else [CheckResult("ok", "mixture", rows.mixture)]
+    found = (verdict for layout in rows.layouts for verdict in _unread_columns(layout))
+    return [*mixture, *dict.fromkeys(found)]
+
+
+def _unread_columns(layout: RowFormat) -> list[CheckResult]:
+    verdicts = []
+    if layout.beside:
+        names = " and ".join(layout.source[part] for part in FORMATS[layout.kind])
+        text = (
+            f"rows are read from {names}; {', '.join(layout.beside)} may hold another form of them, and has "
+            "no effect: if that is what should be learnt, map it in data.columns"
+        )
+        verdicts.append(CheckResult("warning", "columns", text))
+    if layout.unread:
+        verdicts.append(CheckResult("ok", "columns", f"not read: {', '.join(layout.unread)}"))
+    return verdicts
 
 
 def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:

@@ -152,7 +152,8 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
     for number, stage in enumerate(stages):
         try:
             if number and stage.recipe.teacher.type == "server":
-                load_rows(stage.recipe.data, stage.recipe.teacher.column)
+                prompts = stage.recipe.choose_regime().needs_prompts_only
+                load_rows(stage.recipe.data, stage.recipe.teacher.column, prompts=prompts)
                 continue
             planned = plan(_with_what_is_there(stage.recipe, recipe))
             planned.close()

@@ -101,6 +101,7 @@ class DistillTrainer(MeasuredTrainer):
             peft_config,
             recomputes=self._clips,
             repeats_rows=self.regime.repeats,
+            prompts=self.regime.needs_prompts_only,
             **kwargs,
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
