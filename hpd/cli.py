@@ -171,6 +171,22 @@ def generate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run folder of a recipe with lora.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto: as the base was saved.")
+    ] = "auto",
+) -> None:
+    """Write a run's adapter as a whole model, with its tokenizer, for whatever reads no adapters."""
+    with user_errors():
+        from hpd.terminal.export import run_export
+
+        run_export(model, merge, output, dtype)
+
+
+@app.command()
 def compare(
     experiment: Annotated[Path, typer.Argument(help="Experiment, a YAML file.", show_default=False)],
     overrides: Overrides = None,

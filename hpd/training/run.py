@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
 
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
+from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import train_arguments
 from hpd.training.folder import RunFolder
@@ -107,9 +107,9 @@ def _hand_on(recipe: Recipe) -> None:
     target = handed_on(recipe)
     if recipe.lora is None or (target / "config.json").is_file():
         return
-    adapted: Any = AutoPeftModelForCausalLM.from_pretrained(recipe.output_dir)
-    adapted.merge_and_unload().save_pretrained(target)
-    AutoTokenizer.from_pretrained(recipe.output_dir).save_pretrained(target)
+    shutil.rmtree(target, ignore_errors=True)  # half of one, which a kill left
+    adapter = replace(recipe.student, model=recipe.output_dir, init="pretrained", tokenizer=None)
+    write_merged(replace(adapter, revision=None), target, recipe.student.dtype)
 
 
 def _train_stage(stage: Stage, progress: Progress, is_first: bool) -> dict[str, Any]:
