@@ -76,8 +76,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_answers_anything(parts.values())
     if recipe.lora is not None and recipe.student.init == "random":
         raise ValueError(
-            "lora on student.init: random would leave an adapter whose random base is kept nowhere: train all "
-            "weights (remove lora), or start from a pretrained student."
+            "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
+            "lora to train all weights, or start from a pretrained student."
         )
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")

@@ -213,7 +213,8 @@ def _read(folder: Path, path: str, role: str) -> dict[str, Any]:
 
 def _check_kind(config: Mapping[str, Any], path: str, role: str) -> None:
     kind, task = config.get("peft_type"), config.get("task_type")
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind) if isinstance(kind, str) else None  # type: ignore[call-overload]
+    tuners: Mapping[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    tuner = tuners.get(kind) if isinstance(kind, str) else None
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         raise ValueError(
             f"The {role} {path!r} is an adapter of type {kind!r}, which cannot be merged into its base: "
@@ -251,8 +252,8 @@ def _check_weights(folder: Path, path: str, role: str, allow_pickle: bool) -> No
             if allow_pickle:
                 return
             raise ValueError(
-                f"The {role} {path!r} has its adapter in {_PICKLE}, a pickle, which can hold a program and is "
-                "refused: use a copy with safetensors; in recipes, allow_pickle: true takes it."
+                f"The {role} {path!r} has its adapter in {_PICKLE}, a pickle, which can hold a program and "
+                "is refused: use a copy with safetensors; in recipes, allow_pickle: true takes it."
             )
         raise ValueError(f"The {role} {path!r} is an adapter without weights ({_WEIGHTS}): copy it again.")
     try:

@@ -128,8 +128,8 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
 
 
 def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) -> PreTrainedModel:
-    """The model, in evaluation mode, on the CPU or where its quantisation puts it; an adapter comes merged into
-    its base.
+    """The model, in evaluation mode, on the CPU or where its quantisation puts it; an adapter is merged
+    into its base.
 
     Raises:
         ValueError: see `load_config`; missing or unreadable weights; quantisation without bitsandbytes.

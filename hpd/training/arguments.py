@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -156,6 +156,8 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
             raise ValueError(f"train.{key} is set by the recipe's own keys; remove it from train.")
         if key in _ELSEWHERE and value:
             raise ValueError(f"train.{key} has no effect: set {_ELSEWHERE[key]} instead.")
+        if value is False and not _takes(hints[key], bool) and _takes(hints[key], str):
+            value = "no"  # YAML reads save_strategy: no, and off, as a truth value
         try:
             values[key] = TypeAdapter(
                 hints[key], config=ConfigDict(arbitrary_types_allowed=True)
@@ -174,6 +176,11 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
         # own error.
         text = " ".join(str(error).split())
         raise ValueError(text if text.startswith("train.") else f"train: {text}") from None
+
+
+def _takes(hint: Any, kind: type) -> bool:
+    """True if a type hint has `kind` among its alternatives."""
+    return hint is kind or any(_takes(part, kind) for part in get_args(hint))
 
 
 def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) -> None:
