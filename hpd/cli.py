@@ -57,13 +57,20 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an existing run in output_dir first.")
     ] = False,
+    changed_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--changed-inputs",
+            help="Go on although data, teacher or tokenizer are others now than when the run began.",
+        ),
+    ] = False,
 ) -> None:
-    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last
-    checkpoint."""
+    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint, a
+    finished one where the recipe has more steps or epochs."""
     with user_errors():
         from hpd.terminal.training import run_train
 
-        run_train(recipe, overrides or (), dry_run, overwrite)
+        run_train(recipe, overrides or (), dry_run, overwrite, changed_inputs)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from hpd.files import JsonLines, write_atomically, write_json
 from hpd.training.arguments import train_arguments
 from hpd.training.changes import Change, changes_between, raises_steps, refused
 from hpd.training.checkpoints import check_readable, newest_complete, step_of
+from hpd.training.inputs import changed_inputs
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
 
@@ -39,17 +40,20 @@ class RunFolder:
     Args:
         recipe: what the run is; a folder that holds another recipe is refused (`hpd.training.changes`).
         overwrite: delete an existing run first.
+        takes_changed: go on although data, teacher or tokenizer are others now than at the run's start.
 
     Raises:
         ValueError: the folder holds something else, or a finished run without more steps to do.
         CheckpointUnreadable: a file of the checkpoint that it would go on from is damaged.
     """
 
-    def __init__(self, recipe: Recipe, overwrite: bool = False):
+    def __init__(self, recipe: Recipe, overwrite: bool = False, takes_changed: bool = False):
         self.path = Path(recipe.output_dir)
         self.recipe = recipe
         self._replaces = False
+        self._takes_changed = takes_changed
         self._changes: list[Change] = []
+        self._inputs: dict[str, str] = {}
         self._check(overwrite)
 
     @property
@@ -134,12 +138,35 @@ class RunFolder:
             if self._changes:
                 self._note_changes()
             write_atomically(self.path / "recipe.yaml", text)
+            if self._inputs:
+                self.write_json("inputs.json", self._inputs)
             self.write_json("environment.json", environment())
         except OSError as error:
             raise OSError(
                 f"The run folder {self.path} cannot be written: {error.strerror}. Make it writable, make "
                 "space, or choose another output_dir."
             ) from error
+
+    def check_inputs(self, found: dict[str, str]) -> None:
+        """Compare what the run reads now with what it read when it began; `open` notes it.
+
+        Args:
+            found: by `input_fingerprints`.
+
+        Raises:
+            ValueError: an input is another, and nobody allowed that.
+        """
+        file = self.path / "inputs.json"
+        before = {} if self._replaces or not file.is_file() else _read_object(file, "it is written again")
+        self._inputs = {**before, **found}
+        changed = changed_inputs(before, found)
+        if changed and not self._takes_changed:
+            raise ValueError(
+                f"{self.path} began with other data than there is now: its {' and '.join(changed)} changed, "
+                "though the recipe names the same. Put back what was there, or choose another output_dir. To "
+                "go on with what is there now, add --changed-inputs, which is noted in changes.jsonl."
+            )
+        self._changes += [Change(name, before[name], found[name]) for name in changed]
 
     def _note_changes(self) -> None:
         checkpoint = newest_complete(self.path, quiet=True)

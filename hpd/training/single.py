@@ -26,6 +26,7 @@ from hpd.teachers.sources import load_teacher
 from hpd.training.checkpoints import writing
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
+from hpd.training.inputs import input_fingerprints
 from hpd.training.plan import Plan, goes_on_adapter, lora_of
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
@@ -83,6 +84,8 @@ def train_single(
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.check_inputs(input_fingerprints(planned))
     student = _load_student(planned)
     teacher = planned.served or load_teacher(recipe.teacher)
     # Not before the models are loaded: what cannot start leaves nothing behind.
