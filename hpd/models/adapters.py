@@ -213,7 +213,7 @@ def _read(folder: Path, path: str, role: str) -> dict[str, Any]:
 
 def _check_kind(config: Mapping[str, Any], path: str, role: str) -> None:
     kind, task = config.get("peft_type"), config.get("task_type")
-    tuners: Mapping[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    tuners = {str(name.value): tuner for name, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
     tuner = tuners.get(kind) if isinstance(kind, str) else None
     if not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)):
         raise ValueError(
