@@ -1,13 +1,17 @@
 """Adapters are models: a run with `lora` is evaluated, served, cached, taught, taken further and exported."""
 
+import contextlib
 import json
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers.forked import hpd
+from helpers.forked import hpd, start
+from helpers.sockets import free_port
 from peft import PeftModel
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -284,3 +288,28 @@ def test_an_adapter_without_tokenizer_takes_that_of_its_base(place, tmp_path):
     torch.testing.assert_close(
         logits_of(tmp_path / "whole"), adapter_logits(place, place / "mine"), rtol=1e-5, atol=2e-5
     )
+
+
+def test_it_is_served(place, tmp_path):
+    """Scores over HTTP are those of the adapter beside the student."""
+    live = train(place, f"teacher={place / 'mine'}", f"output_dir={tmp_path / 'live'}")
+    assert live.returncode == 0, live.stderr
+    port = free_port()
+    server = start("serve-teacher", place / "mine", "--port", port, "--dtype", "float32")
+    try:
+        wait_for_port(port)
+        teacher = f"teacher={{type: server, protocol: hpd, url: 'http://127.0.0.1:{port}', dtype: float32}}"
+        done = train(place, teacher, f"output_dir={tmp_path / 'served'}")
+        assert done.returncode == 0, done.stderr
+    finally:
+        server.kill()
+        server.join()
+    assert first_loss(tmp_path / "served") == pytest.approx(first_loss(tmp_path / "live"), abs=2e-5)
+
+
+def wait_for_port(port):
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on {port}")
