@@ -250,6 +250,7 @@ def broken(place, folder, **changes) -> Path:
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
         ({"peft_type": "PROMPT_TUNING"}, "cannot be merged"),
         ({"task_type": "SEQ_CLS"}, "not for a causal language model"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "names code to import and is refused"),
         ({"target_modules": ["no_such_layer"]}, "cannot be put on that model"),
         ({"r": 3}, "size mismatch"),
         ({"target_modules": ["q_proj", "k_proj", "lm_head"]}, "lacks"),
