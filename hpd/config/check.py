@@ -74,6 +74,11 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         _check_answers_anything(parts.values())
+    if recipe.lora is not None and recipe.student.init == "random":
+        raise ValueError(
+            "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
+            "lora to train all weights, or start from a pretrained student."
+        )
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
 

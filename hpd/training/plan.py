@@ -20,6 +20,7 @@ from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
+from hpd.models.adapters import find_adapter, has_shape_of
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair
 from hpd.progress import quiet_libraries
@@ -27,7 +28,7 @@ from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 
-__all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
+__all__ = ["Plan", "PlannedEval", "goes_on_adapter", "lora_of", "plan", "plan_evals", "steps_of"]
 
 
 class PlannedEval(NamedTuple):
@@ -162,6 +163,7 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, models.tokenizer, args.max_length, label_policy(args), args.truncation_mode)
+    verdicts += _adapter_verdicts(recipe, models.student_config)
     columns = _column_verdicts(rows)
     return _Comparison(rows, lengths, (*verdicts, *columns, *_length_verdicts(lengths, args)))
 
@@ -284,7 +286,45 @@ def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[CheckResult]
 
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
     """Return the recipe's adapter as peft takes it."""
-    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
+    if recipe.lora is None:
+        return None
+    # Whoever loads the adapter needs the base of that revision.
+    options = {**dataclasses.asdict(recipe.lora), "revision": recipe.student.revision}
+    return peft.LoraConfig(task_type="CAUSAL_LM", **options)
+
+
+def goes_on_adapter(recipe: Recipe, student_config: Any) -> bool:
+    """True if the student is an adapter of the shape that `lora` asks for, which is then trained further.
+
+    Any other adapter is merged into its base, and so is one whose run learns from `self`: with an adapter
+    switched off, the base would be the teacher, not the student as it was before training.
+
+    Args:
+        student_config: of the student's base.
+    """
+    adapter = find_adapter(recipe.student, "student")
+    teachers = (recipe.teacher, *recipe.teacher.teachers.values())
+    if adapter is None or any(teacher.type == "self" for teacher in teachers):
+        return False
+    wanted = lora_of(recipe)
+    return wanted is not None and has_shape_of(adapter, student_config, wanted)
+
+
+def _adapter_verdicts(recipe: Recipe, student_config: Any) -> list[CheckResult]:
+    """The way a student that is an adapter is taken."""
+    adapter = find_adapter(recipe.student, "student")
+    if adapter is None:
+        return []
+    if goes_on_adapter(recipe, student_config):
+        text = f"lora has its shape: it is trained further, on the same base {adapter.base.model}"
+    elif recipe.lora is None:
+        text = f"merged into its base {adapter.base.model}; all weights are trained"
+    else:
+        text = (
+            f"merged into its base {adapter.base.model}, and a new one is trained on the result, whose base "
+            f"is {adapter.path}"
+        )
+    return [CheckResult("ok", "adapter", text)]
 
 
 def steps_of(planned: Plan) -> int | None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
 
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
+from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
 from hpd.training.folder import RunFolder
@@ -27,7 +27,12 @@ __all__ = ["check_stages", "train", "train_stages"]
 
 
 def train(
-    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None, baselines: bool = True
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    baselines: bool = True,
+    takes_changed: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe from its start (or last checkpoint) to its end; one with stages, stage by stage.
 
@@ -36,6 +41,7 @@ def train(
         overwrite: delete an existing run first.
         progress: told on the way.
         baselines: let teacher and untrained student do the task too.
+        takes_changed: go on although data, teacher or tokenizer are others than at the run's start.
 
     Returns:
         The summary that is also written to the run folder: losses and KLs before and after, accuracies,
@@ -48,10 +54,10 @@ def train(
     """
     with ends_resumable(Path(recipe.output_dir)) as signals:
         if recipe.stages:
-            return train_stages(recipe, overwrite=overwrite, progress=progress)
+            return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
         # A key that does not exist makes another recipe of any run that the folder holds.
         check_names(recipe)
-        folder = RunFolder(recipe, overwrite)
+        folder = RunFolder(recipe, overwrite, takes_changed)
         planned = plan(recipe)
         try:
             planned.require_sound()
@@ -61,7 +67,11 @@ def train(
 
 
 def train_stages(
-    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    takes_changed: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe's stages in order; finished ones are skipped, an unfinished one is resumed.
 
@@ -91,7 +101,9 @@ def train_stages(
             if processes.is_main_process:
                 _hand_on(previous.recipe)
             processes.wait_for_everyone()
-        summary = summaries[stage.name] = _train_stage(stage, progress, is_first=previous is None)
+        summary = summaries[stage.name] = _train_stage(
+            stage, progress, is_first=previous is None, takes_changed=takes_changed
+        )
         if "stopped" in summary:
             progress.say(f"stage {stage.name} was stopped ({summary['stopped']}): later stages do not run")
             break
@@ -111,16 +123,16 @@ def _hand_on(recipe: Recipe) -> None:
     target = handed_on(recipe)
     if recipe.lora is None or (target / "config.json").is_file():
         return
-    adapted: Any = AutoPeftModelForCausalLM.from_pretrained(recipe.output_dir)
-    adapted.merge_and_unload().save_pretrained(target)
-    AutoTokenizer.from_pretrained(recipe.output_dir).save_pretrained(target)
+    shutil.rmtree(target, ignore_errors=True)  # half of one, which a kill left
+    adapter = replace(recipe.student, model=recipe.output_dir, init="pretrained", tokenizer=None)
+    write_merged(replace(adapter, revision=None), target, recipe.student.dtype)
 
 
-def _train_stage(stage: Stage, progress: Progress, is_first: bool) -> dict[str, Any]:
+def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:
     if stage.dpo is not None:
         return train_preferences(stage.recipe, stage.dpo, progress=progress)
     # The first stage's summary says what the student and the teacher were before.
-    return train(stage.recipe, progress=progress, baselines=is_first)
+    return train(stage.recipe, progress=progress, baselines=is_first, takes_changed=takes_changed)
 
 
 def _total(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
