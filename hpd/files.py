@@ -55,7 +55,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], Any]) -
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file with `write_atomically`."""
-    write_atomically(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+    write_atomically(path, _encoded(content, indent=indent) + b"\n")
 
 
 def flush(path: Path) -> None:
@@ -105,7 +105,15 @@ class JsonLines:
 
 
 def _line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    return _encoded(value) + b"\n"
+
+
+def _encoded(value: Any, indent: int | None = None) -> bytes:
+    """JSON in UTF-8; half of a surrogate pair, which UTF-8 lacks, is escaped with all that is no ASCII."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent).encode()
 
 
 def _ends_line(file: IO[bytes]) -> bool:
@@ -117,7 +125,7 @@ def _ends_line(file: IO[bytes]) -> bool:
 
 def digest_text(text: str) -> str:
     """SHA-256 of a text, as hex digits: the identity of what it describes."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def digest_json(content: Any, *, ensure_ascii: bool = True) -> str:

@@ -18,7 +18,7 @@ from hpd.config.schema import GenerateConfig, Recipe
 from hpd.data.rows import PromptRow, load_prompts
 from hpd.data.templates import check_prompts
 from hpd.evaluate import GenerationSettings, generate_answers
-from hpd.evaluate.benchmarks.answers import final_answer, same_answer, stated_answer
+from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 from hpd.files import JsonLines, digest_json, digest_text, write_json
 from hpd.generation.engine import encode_prompt
 from hpd.http import BadResponse, Connection, read_key
@@ -143,8 +143,7 @@ def _finish(
     """Write the output, then its summary."""
     counts = {"completions": len(made), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
     kept = []
-    for slot, row, completion in made:
-        why = _why_dropped(completion, row, config)
+    for (slot, row, completion), why in zip(made, _why_dropped(made, config), strict=True):
         counts["tokens"] += completion.num_tokens or 0
         counts["truncated"] += completion.finish_reason == "length"
         if why in ("empty", "wrong"):
@@ -158,16 +157,27 @@ def _finish(
     return summary
 
 
-def _why_dropped(completion: Completion, row: PromptRow, config: GenerateConfig) -> str | None:
+def _why_dropped(
+    made: Sequence[tuple[Slot, PromptRow, Completion]], config: GenerateConfig
+) -> list[str | None]:
+    """The reason why each completion is left out; None keeps it."""
+    found = [_unusable(completion, config) for _, _, completion in made]
+    if config.filter == "none":
+        return found
+    asked = [index for index, why in enumerate(found) if why is None]
+    known = [index for index in asked if made[index][1].reference is not None]
+    verdicts = grade_texts(
+        [made[index][2].text for index in known],
+        [reference_answer(made[index][1].reference) for index in known],
+    )
+    right = {index for index, verdict in zip(known, verdicts, strict=True) if verdict.correct}
+    return ["wrong" if why is None and index not in right else why for index, why in enumerate(found)]
+
+
+def _unusable(completion: Completion, config: GenerateConfig) -> str | None:
     if not completion.text.strip():
         return "empty"
-    if completion.finish_reason == "length" and config.truncated == "drop":
-        return "truncated"
-    if config.filter == "none":
-        return None
-    given = final_answer(completion.text)
-    right = None if row.reference is None else stated_answer(row.reference) or row.reference
-    return None if given is not None and right is not None and same_answer(given, right) else "wrong"
+    return "truncated" if completion.finish_reason == "length" and config.truncated == "drop" else None
 
 
 def _row(

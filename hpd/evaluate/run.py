@@ -19,7 +19,7 @@ from hpd.evaluate.statistics import (
     pass_at_k,
     sampling_interval,
 )
-from hpd.evaluate.task import Comparable, Example, Summary, Task, Verdict
+from hpd.evaluate.task import CannotGrade, Comparable, Example, Summary, Task, Verdict
 from hpd.files import JsonLines, digest_json, write_json
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GREEDY, GenerationSettings
@@ -188,7 +188,7 @@ def grade_answers(
     """The result that a model's answers amount to."""
     answers = generated.answers
     repeated = [example for example in examples for _ in range(num_samples)]
-    verdicts = task.grade(repeated, answers)
+    verdicts = _graded(task, repeated, answers)
     assert len(verdicts) == len(answers), (
         f"{task.name} gave {len(verdicts)} verdicts on {len(answers)} answers"
     )
@@ -220,6 +220,40 @@ def grade_answers(
             for index, parts in enumerate(zip(repeated, answers, verdicts, strict=True))
         ),
     )
+
+
+def _graded(task: Task, examples: Sequence[Example], answers: Sequence[Answer]) -> Sequence[Verdict]:
+    """Verdicts of all answers; where the grader crashes on one of them, that one is wrong and says why.
+
+    What is wrong with the whole task or the machine, and a crash on all of several answers, stops it.
+    """
+    try:
+        return task.grade(examples, answers)
+    except (CannotGrade, OSError):
+        raise
+    except Exception:
+        verdicts, crashes = _graded_singly(task, examples, answers)
+        if crashes == len(answers) > 1:
+            raise
+        return verdicts
+
+
+def _graded_singly(
+    task: Task, examples: Sequence[Example], answers: Sequence[Answer]
+) -> tuple[list[Verdict], int]:
+    """Verdicts of a grader that is asked for one answer at a time, and how often it crashed."""
+    verdicts: list[Verdict] = []
+    crashes = 0
+    for example, answer in zip(examples, answers, strict=True):
+        try:
+            verdicts += task.grade([example], [answer])
+        except (CannotGrade, OSError):
+            raise
+        except Exception as error:
+            crashes += 1
+            detail = f"the grader failed: {type(error).__name__}: {error}"[:500]
+            verdicts.append(Verdict(correct=False, detail=detail))
+    return verdicts, crashes
 
 
 def _figures(task: Task, verdicts: Sequence[Verdict], values: Floats) -> dict[str, Any]:

@@ -8,6 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from hpd.generation.texts import Answer, Prompt
 
 
+class CannotGrade(ValueError):
+    """A task cannot be graded at all: no verdict of a single answer is to blame."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One problem with its reference answer."""
@@ -75,7 +79,12 @@ class Task(Protocol):
     def examples(self) -> Sequence[Example]: ...
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> Sequence[Verdict]:
-        """Verdicts of all answers at once, in their order. An example appears once per sample."""
+        """Verdicts of all answers at once, in their order. An example appears once per sample.
+
+        Raises:
+            CannotGrade: nothing can be graded. After any other error the answers are graded one at a time,
+                and those that it comes from are wrong.
+        """
         ...
 
 

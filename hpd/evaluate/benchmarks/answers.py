@@ -1,64 +1,105 @@
-"""Answers in free text: where the final one is, and whether two of them are the same.
-
-Plain string and rational arithmetic: no expression is ever evaluated, so a model's output cannot cost more
-than a scan.
-"""
+"""Final answers in free text. Every step is one pass over the text."""
 
 import re
-from fractions import Fraction
+from collections.abc import Iterator
 from typing import NamedTuple
 
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, quantity, same_answer
 
-_NUMBER = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
+__all__ = ["drop_thinking", "final_answer", "last_math", "same_answer", "split_answers", "stated_answer"]
 
-_MARKER = re.compile(r"\banswer\**\s*(?:is\b\s*:?|:)", re.IGNORECASE)
+_THINKING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷")
+_THINKING_START = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷")
+
+_MARKER = re.compile(
+    r"\banswers?\b[*_\"'`)]*\s*"
+    r"(?:(?:to|for|of)\b[^.:\n]{0,80}?\s)?"
+    r"(?:(?:is|are|was|must be|would be|should be|will be|becomes)\b[*_]*\s*:?|:|=|(?=\n))",
+    re.IGNORECASE,
+)
+# A looping model repeats its marker; the answer is after one of the last.
+_MAX_MARKERS = 50
+_MAX_SENTENCE_CHARS = 1000
 
 _SENTENCE_END = re.compile(r"""[.!?][*_"`)]*(?:\s|$)""")
 
+_SCALE_WORDS = "|".join(SCALES)
 # The look-behind keeps digits of identifiers (x2, v1.5) out, and reads the minus of 7-3 as an operator.
-_NUMBER_IN_PROSE = re.compile(rf"(?<![0-9A-Za-z_./)\]])[-\u2212]?[$€£¥]?{_NUMBER}(?:/[0-9]+)?")
+_NUMBER_IN_PROSE = re.compile(
+    rf"(?<![0-9A-Za-z_./)\]])[-\u2212\u2013]?[$€£¥]?"
+    rf"(?:[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|{DECIMAL}(?:/[0-9]+)?)"
+    rf"(?:\s?(?:{_SCALE_WORDS})(?![A-Za-z]))?"
+)
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+_OPEN_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
+_BARE_BOX = re.compile(r"\\boxed\s+([^\s$\\{}]+)")
 
-_FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FENCES = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?")
+
+_CONNECTOR = re.compile(
+    r"[\s$,;.]*(?:\\[)\]][\s,;]*)?(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
+    r"(?:\\[(\[])?\s*(?:\\quad\s*)?(?:[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*)?"
+)
 
 _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
 
-# Words that change the number before them: what they follow is not "a number and its unit".
-_VALUE_WORDS = (
-    "and|or|to|over|plus|minus|times|half|pi|squared|cubed|dozen|hundred|thousand|million|billion|trillion"
+_LEAD_IN = re.compile(
+    r"(?:(?:therefore|thus|so|hence|then|now|about|approximately|approx\.?|roughly|around|simply|just|exactly"
+    r"|indeed|clearly|only|also|still|nearly|almost|equal to|given by|a total of|the number|the value|that is"
+    r")\b\s*[,:]?|[:=≈~])\s*",
+    re.IGNORECASE,
 )
-
-_QUANTITY = re.compile(
-    rf"(?P<number>[+-]?{_NUMBER})(?:/(?P<denominator>0*[1-9][0-9]*))?"
-    rf"(?P<unit>\s?[%°]|(?!.*\b(?:{_VALUE_WORDS})\b),?\s+[a-z][a-z\s]*)?"
+_MATH_START = re.compile(
+    r"[-+\u2212\u2013±]?\s*[$€£¥]?\s*(?:[0-9.(\[{\\√π∞|]|[A-Za-z](?:\([A-Za-z]\))?\s*(?:[=<>≤≥^+*/\\∈-]|$))"
 )
+_PROSE = re.compile(
+    r"[,;:]?\s+(?:because|since|which|where|as|when|after|if|so|therefore|thus|hence|we|i|that|by|from)\b.*",
+    re.IGNORECASE | re.DOTALL,
+)
+_NO_ANSWER = re.compile(
+    r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let"
+    r"|we|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent"
+    r"|following|therefore|thus|so|useful|understandable|complete|now|it|you|your|for|what|explained)\b",
+    re.IGNORECASE,
+)
+_MAX_WORDS = 8
 
-# Longer than any answer; Python refuses to read integers beyond 4,300 digits, and a looping model writes
-# them.
-_MAX_QUANTITY_CHARS = 200
+
+class _Span(NamedTuple):
+    start: int
+    end: int
+    content: str
 
 
-class _Quantity(NamedTuple):
-    value: Fraction
-    unit: str
+def drop_thinking(text: str) -> str:
+    """What follows a reasoning model's thoughts; nothing where they were never closed.
+
+    >>> drop_thinking("<think>3?</think>5"), drop_thinking("<think>it may be 3"), drop_thinking("5")
+    ('5', '', '5')
+    """
+    ends = list(_THINKING_END.finditer(text))
+    rest = text[ends[-1].end() :] if ends else text
+    start = _THINKING_START.search(rest)
+    return rest[: start.start()] if start else rest
 
 
 def final_answer(text: str) -> str | None:
     r"""The final answer that a text states, as written, or None where it states none.
 
-    The first rule that finds something decides: the line after the last ``####`` (GSM8K), the last
-    ``\boxed{...}`` with balanced braces (MATH), the sentence after the last "answer is" or "Answer:", the
-    last number.
+    The first rule that finds something decides: the last ``\boxed{...}`` with balanced braces, or several
+    that "and", "or" or a comma joins; the line after the last ``####`` that something like a number follows;
+    what follows the last "answer is" or "Answer:" with something like an answer behind it; the last number.
+    Thoughts (``<think>``) are no part of the text, and a box that was cut off is no answer.
 
     >>> final_answer("12 + 30 = 42, so she has 42 apples.")
     '42'
     >>> final_answer(r"Thus $x = \boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
     """
+    text = drop_thinking(text)
     stated = stated_answer(text)
-    if stated is not None:
+    if stated is not None or _scan_boxes(text)[1]:
         return stated
     numbers = _NUMBER_IN_PROSE.findall(text)
     return numbers[-1] if numbers else None
@@ -70,44 +111,35 @@ def stated_answer(text: str) -> str | None:
 
     This is the rule for references: an unmarked one such as ``(3, 4)`` is an answer as a whole.
     """
-    _, hashes, tail = text.rpartition("####")
-    line = _first_line(tail) if hashes else ""
-    if line:
-        return _last_boxed(line) or line
-    boxed = _last_boxed(text)
-    if boxed:
-        return boxed
-    markers = list(_MARKER.finditer(text))
-    if not markers:
-        return None
-    sentence = _SENTENCE_END.split(_first_line(text[markers[-1].end() :]), maxsplit=1)[0]
-    return _strip_markup(sentence) or None
+    text = drop_thinking(text)
+    boxes = last_boxes(text)
+    if boxes:
+        return ", ".join(boxes)
+    return _after_hashes(text) or _after_marker(text)
 
 
-def same_answer(first: str, second: str) -> bool:
-    r"""True if two answers are the same after normalisation; symmetric.
+def last_boxes(text: str) -> list[str]:
+    r"""The last box of a text, and the boxes before it that "and", "or" or a comma joins to it.
 
-    Numbers are compared as exact rationals: ``1,234`` = ``$1234.00``, ``\frac{3}{4}`` = ``3/4`` = ``0.75``. A
-    unit counts only where both have one: ``42 apples`` = ``42``, ``5 m`` != ``5 km``. Anything else is
-    compared as text, without case, spaces, currency signs, LaTeX spacing and closing punctuation. An empty
-    answer equals nothing.
-
-    >>> same_answer("The Moon.", "the moon"), same_answer("2", "20"), same_answer("(1, 2)", "(1,2)")
-    (True, False, True)
+    >>> last_boxes(r"\boxed{1} then $x = \boxed{2}$ or $x = \boxed{3}$.")
+    ['2', '3']
     """
-    left = _normalise(first)
-    right = _normalise(second)
-    numbers = _quantity(left), _quantity(right)
-    if numbers[0] and numbers[1]:
-        units = {number.unit for number in numbers if number and number.unit}
-        return numbers[0].value == numbers[1].value and len(units) < 2
-    return _squeeze(left) == _squeeze(right) != ""
+    boxes = _boxes(text)
+    if not boxes:
+        bare = _BARE_BOX.findall(text)
+        return [bare[-1].rstrip(".,;:)")] if bare else []
+    found = [boxes[-1]]
+    for box in reversed(boxes[:-1]):
+        between = text[box.end : found[0].start]
+        if box.end > found[0].start or len(between) > 60 or not _CONNECTOR.fullmatch(between):
+            break
+        found.insert(0, box)
+    return list(dict.fromkeys(box.content for box in found))
 
 
-def plain_number(text: str) -> Fraction | None:
-    """The value of an answer that is nothing but a number, perhaps with a unit; else None."""
-    quantity = _quantity(_normalise(text))
-    return quantity.value if quantity else None
+def all_boxes(text: str) -> list[str]:
+    """The different boxes of a text."""
+    return list(dict.fromkeys(box.content for box in _boxes(text)))
 
 
 def last_math(text: str) -> str | None:
@@ -117,10 +149,10 @@ def last_math(text: str) -> str | None:
     >>> last_math("so $x = 1$, that is $y = x + 1$."), last_math("so $x = 1$, that is 2.")
     ('y = x + 1', None)
     """
-    formulas = list(_FORMULA.finditer(text))
-    if not formulas or _NUMBER_IN_PROSE.search(text, formulas[-1].end()):
+    formulas = list(_formulas(text))
+    if not formulas or _NUMBER_IN_PROSE.search(text, formulas[-1].end):
         return None
-    return next(part.strip() for part in formulas[-1].groups() if part is not None) or None
+    return _joined(text, formulas, len(formulas) - 1, backwards=True) or None
 
 
 def split_answers(text: str) -> list[str]:
@@ -148,49 +180,144 @@ def split_answers(text: str) -> list[str]:
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
+def _after_hashes(text: str) -> str | None:
+    """The line after the last ``####`` that is like a number, or with which the text ends."""
+    tails = text.split("####")
+    for position in range(len(tails) - 1, max(0, len(tails) - 1 - _MAX_MARKERS), -1):
+        line = _first_line(tails[position][:_MAX_SENTENCE_CHARS])
+        enumerated = re.match(r"[0-9]+[.):]\s+[A-Za-z]", line)
+        if line and not enumerated and (quantity(line) or _only_math(line)):
+            return _reduced(line) or line
+        if (
+            position == len(tails) - 1
+            and line
+            and _strip_markup(tails[-1]) == line
+            and not _MARKER.search(line)
+        ):
+            return line
+    return None
+
+
+def _only_math(line: str) -> bool:
+    words = re.sub(r"\\(?:text|mathrm|textbf)\s*\{[^{}]*\}|\\[A-Za-z]+", "", line)
+    return _MATH_START.match(line) is not None and not re.search(r"[A-Za-z]{3}", words)
+
+
+def _after_marker(text: str) -> str | None:
+    markers = list(_MARKER.finditer(text))
+    for marker in reversed(markers[-_MAX_MARKERS:]):
+        found = _reduced(text[marker.end() : marker.end() + _MAX_SENTENCE_CHARS])
+        if found:
+            return found
+    return None
+
+
+def _reduced(tail: str) -> str | None:
+    """The answer at the start of what follows a marker; None where nothing like an answer does."""
+    tail = _strip_markup(tail)
+    while lead := _LEAD_IN.match(tail):
+        tail = _strip_markup(tail[lead.end() :])
+    sentence = _strip_markup(_SENTENCE_END.split(_first_line(tail), maxsplit=1)[0])
+    formulas = list(_formulas(tail))
+    limit = len(sentence) if tail.startswith(sentence) else 0
+    if formulas and (
+        formulas[0].start == 0 or (formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail))
+    ):
+        return _joined(tail, formulas, 0)
+    if not sentence or _OPEN_BOX.search(sentence):
+        return None
+    if quantity(sentence):
+        return sentence
+    if _MATH_START.match(sentence):
+        return _without_prose(sentence)
+    numbers = list(_NUMBER_IN_PROSE.finditer(sentence))
+    if (numbers and not _NO_ANSWER.match(sentence)) or len(numbers) == 1:
+        return _with_unit(sentence, numbers[-1])
+    short = len(sentence.split()) <= _MAX_WORDS
+    return sentence if short and not numbers and not _NO_ANSWER.match(sentence) else None
+
+
+def _without_prose(sentence: str) -> str:
+    """A formula in plain text without the explanation behind it."""
+    head = re.sub(r"\s*\([A-Za-z ]{2,40}\)$", "", _PROSE.sub("", sentence, count=1).rstrip(" ,;:"))
+    if quantity(head) or not re.search(r"(?<![\\A-Za-z{])[A-Za-z]{3,}\s+[A-Za-z]{2,}", head):
+        return head
+    number = _NUMBER_IN_PROSE.match(head)
+    return number.group() if number else head
+
+
+def _with_unit(sentence: str, number: re.Match[str]) -> str:
+    """A number in prose, with what is behind it where that is its unit."""
+    rest = sentence[number.start() :]
+    return rest if quantity(rest) else number.group()
+
+
 def _first_line(text: str) -> str:
     return _strip_markup(_strip_markup(text).split("\n", 1)[0])
 
 
 def _strip_markup(text: str) -> str:
-    return text.strip("*_` \t\r\n")
+    return text.strip("*_` \t\r\n\u00a0")
 
 
-def _last_boxed(text: str) -> str | None:
-    r"""Content of the ``\boxed{`` that opens last among those that close; one pass, so nesting costs
-    nothing."""
-    open_braces: list[tuple[bool, int]] = []
-    last_start, content = -1, None
+def _boxes(text: str) -> list[_Span]:
+    return _scan_boxes(text)[0]
+
+
+def _scan_boxes(text: str) -> tuple[list[_Span], bool]:
+    """Non-empty boxes that close, in the order in which they open, without those that hold another, and
+    whether one stays open; one pass, so nesting costs nothing."""
+    open_braces: list[tuple[int, int]] = []
+    found = []
     for match in _BRACES.finditer(text):
         token = match.group()
         if token == "}":
-            is_box, start = open_braces.pop() if open_braces else (False, 0)
-            if is_box and start > last_start:
-                last_start, content = start, text[start : match.start()].strip()
+            box, start = open_braces.pop() if open_braces else (-1, 0)
+            content = text[start : match.start()].strip() if box >= 0 else ""
+            # A box inside of this one has closed, and is in the list, already.
+            if content and not (found and found[-1].start > box):
+                found.append(_Span(box, match.end(), content))
         elif token.endswith("{") and token != r"\{":
-            open_braces.append((token != "{", match.end()))
-    return content
+            open_braces.append((-1 if token == "{" else match.start(), match.end()))
+    return sorted(found), any(box >= 0 for box, _ in open_braces)
 
 
-def _normalise(answer: str) -> str:
-    text = answer.replace("\u2212", "-").replace("{,}", ",")
-    text = re.sub(r"\\(?:left|right)\b|\\[!,;: ]|[\\]?[$€£¥₹]", "", text)
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\[dt]frac\b", r"\\frac", text)
-    text = re.sub(r"\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"\1/\2", text)
-    text = text.replace(r"\%", "%").replace(r"^\circ", "°").replace(r"^{\circ}", "°")
-    text = " ".join(text.casefold().split())
-    return text.lstrip('*_`":= ').rstrip('*_`".,;: ')
+def _formulas(text: str) -> Iterator[_Span]:
+    r"""Formulas; a dollar sign that no other one closes within its paragraph is a currency."""
+    closing = {r"\(": r"\)", r"\[": r"\]", "$": "$", "$$": "$$"}
+    opened: re.Match[str] | None = None
+    for match in _FENCES.finditer(text):
+        token = match.group()
+        if opened is not None and closing[opened.group()] == token and _closes(text, opened, match):
+            content = text[opened.end() : match.start()].strip()
+            if content:
+                yield _Span(opened.start(), match.end(), content)
+            opened = None
+        elif token in closing and (opened is None or opened.group() == token or "$" in opened.group()):
+            opened = match
 
 
-def _squeeze(text: str) -> str:
-    # A space between digits separates numbers: "1 1/2" is not "11/2".
-    return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
+def _closes(text: str, opened: re.Match[str], match: re.Match[str]) -> bool:
+    if match.group() != "$":
+        return match.start() > opened.end()
+    content = text[opened.end() : match.start()]
+    money = re.match(r"[0-9][0-9,.]*\s+[A-Za-z]{2}", content) or text[match.end() : match.end() + 1].isdigit()
+    return bool(content.strip()) and "\n\n" not in content and not money
 
 
-def _quantity(text: str) -> _Quantity | None:
-    match = _QUANTITY.fullmatch(text) if len(text) <= _MAX_QUANTITY_CHARS else None
-    if match is None:
-        return None
-    value = Fraction(match["number"].replace(",", "")) / int(match["denominator"] or 1)
-    return _Quantity(value, (match["unit"] or "").strip(", "))
+def _joined(text: str, formulas: list[_Span], position: int, backwards: bool = False) -> str:
+    """A formula with those that "and", "or" or a comma joins to it, and the unit behind a single one."""
+    chosen = [formulas[position]]
+    others = reversed(formulas[:position]) if backwards else formulas[position + 1 :]
+    for other in others:
+        first, second = (other, chosen[0]) if backwards else (chosen[-1], other)
+        between = text[first.end : second.start]
+        if len(between) > 20 or not re.fullmatch(r"\s*,?\s*(?:and|or|,)\s*", between):
+            break
+        chosen.insert(0 if backwards else len(chosen), other)
+    if len(chosen) == 1:
+        content = chosen[0].content
+        behind = re.match(r"\s*[A-Za-z]+|\s*[%°]", text[chosen[0].end :])
+        with_unit = content + (behind.group() if behind else "")
+        return with_unit if behind and quantity(content) and quantity(with_unit) else content
+    return ", ".join(span.content for span in chosen)

@@ -11,16 +11,15 @@ from typing import Any, ClassVar, Literal
 from hpd.evaluate.benchmarks import code_oracle
 from hpd.evaluate.benchmarks.code_problems import (
     CodeProblem,
-    complete,
     evalplus_problem,
-    extract_program,
     human_eval_problem,
     mbpp_problem,
     read_problems,
 )
 from hpd.evaluate.benchmarks.rows import Data
+from hpd.evaluate.benchmarks.workers import Worker
 from hpd.evaluate.sandbox import Limits, Outcome, Program, Tests, run_many, sandbox_report
-from hpd.evaluate.task import Example, Verdict
+from hpd.evaluate.task import CannotGrade, Example, Verdict
 from hpd.generation.texts import Answer
 
 __all__ = ["INSTRUCTION", "CodeTask", "EvalPlusTask", "human_eval", "human_eval_plus", "mbpp", "mbpp_plus"]
@@ -48,8 +47,16 @@ _STOP_IN_SCRIPT = ("\nassert ", "\nprint(", "\nif __name__", "\n# Test", "\n```"
 
 # A program may take this many times as long as the reference (EvalPlus), where that is more than the limits.
 _TIMES_REFERENCE = 4
+_BY_CLOCK = "[clock]"
+"""Mark of a verdict that the clock gave rather than processor time, tests or the program."""
+
 # Limits of a reference: some of MBPP+ count to 10^8 on dozens of inputs.
 _REFERENCE_LIMITS = Limits(cpu_seconds=120, wall_seconds=480)
+
+_EXTRACTOR = "hpd.evaluate.benchmarks.code_worker"
+# An ordinary answer takes milliseconds; the budget of the extraction, on a busy machine, a few seconds.
+_EXTRACTION_SECONDS = 30.0
+_MAX_ANSWER_CHARS = 1_000_000
 
 _ORACLE = Path(code_oracle.__file__)
 
@@ -135,17 +142,22 @@ class CodeTask:
         """Extract a program from each answer and run the tests on all, in parallel.
 
         Raises:
-            ValueError: the reference solution of an EvalPlus problem does not run.
+            CannotGrade: the reference solution of an EvalPlus problem does not run.
         """
         problems = [self._problems[example.id] for example in examples]
-        sources = [
-            self._source(problem, answer.text) for problem, answer in zip(problems, answers, strict=True)
-        ]
+        sources = self._sources(problems, [answer.text for answer in answers])
         found = [index for index, source in enumerate(sources) if source is not None]
         self._run_references([problems[index] for index in found])
         programs = [self._judged(problems[index], sources[index] or "") for index in found]
         outcomes = dict(zip(found, self._run(programs), strict=True))
         return [_verdict(source, outcomes.get(index)) for index, source in enumerate(sources)]
+
+    def summary(
+        self, examples: Sequence[Example], answers: Sequence[Answer], verdicts: Sequence[Verdict]
+    ) -> Mapping[str, float]:
+        """How many programs the clock ended, alone and with the limit that the machine's load allows."""
+        stopped = sum(verdict.detail.startswith(_BY_CLOCK) for verdict in verdicts)
+        return {"stopped_by_clock": stopped} if stopped else {}
 
     def notice(self, num_samples: int) -> str:
         """Isolation in effect."""
@@ -161,10 +173,24 @@ class CodeTask:
             return problem.prompt.rstrip()
         return self.instruction.replace("{prompt}", problem.prompt.strip())
 
-    def _source(self, problem: CodeProblem, text: str) -> str | None:
-        if self.style == "completion" and "```" not in text:
-            return complete(problem.python_prompt, text.replace("\r\n", "\n")) if text.strip() else None
-        return extract_program(text, problem.entry_point, problem.python_prompt)
+    def _sources(self, problems: Sequence[CodeProblem], texts: Sequence[str]) -> list[str | None]:
+        """The program in each answer; None where there is none, or where finding it took too long."""
+        first = {"text": "", "entry_point": "f", "prompt": "", "style": self.style}
+        worker = Worker(_EXTRACTOR, first)
+        found: list[str | None] = []
+        try:
+            for problem, text in zip(problems, texts, strict=True):
+                request = {
+                    "text": text[-_MAX_ANSWER_CHARS:],
+                    "entry_point": problem.entry_point,
+                    "prompt": problem.python_prompt,
+                    "style": self.style,
+                }
+                reply = worker.ask(request, _EXTRACTION_SECONDS)
+                found.append(reply["program"] if reply else None)
+        finally:
+            worker.close()
+        return found
 
     def _judged(self, problem: CodeProblem, source: str) -> Program:
         if problem.tests is not None:
@@ -199,7 +225,7 @@ class CodeTask:
         ]
         for id_, outcome in zip(missing, self._run(programs), strict=True):
             if outcome.status != "passed":
-                raise ValueError(
+                raise CannotGrade(
                     f"the reference solution of {id_} cannot be run: {outcome.status}, {outcome.detail}. "
                     f"Its data are damaged, or the limits are too low for it: {limits}."
                 )
@@ -257,4 +283,7 @@ def _verdict(source: str | None, outcome: Outcome | None) -> Verdict:
         return Verdict(correct=False, detail="no code in the answer")
     if outcome.status == "passed":
         return Verdict(correct=True, extracted=source)
-    return Verdict(correct=False, extracted=source, detail=f"{outcome.status}: {outcome.detail}")
+    detail = f"{outcome.status}: {outcome.detail}"
+    return Verdict(
+        correct=False, extracted=source, detail=f"{_BY_CLOCK} {detail}" if outcome.by_clock else detail
+    )

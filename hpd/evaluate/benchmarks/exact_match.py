@@ -2,10 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from hpd.evaluate.benchmarks.answers import final_answer, same_answer, stated_answer
+from hpd.evaluate.benchmarks.answers import stated_answer
+from hpd.evaluate.benchmarks.grading import grade_texts
+from hpd.evaluate.benchmarks.quantities import same_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer, Message, Prompt
@@ -88,21 +91,12 @@ class ExactMatch:
         return self._examples
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        return [
-            grade_exactly(answer.text, example.answer)
-            for example, answer in zip(examples, answers, strict=True)
-        ]
+        verdicts = grade_texts([answer.text for answer in answers], [example.answer for example in examples])
+        # The way of the comparison is of interest where it ended early.
+        return [v if v.detail == "timeout" else replace(v, detail="") for v in verdicts]
 
     def same(self, first: str, second: str) -> bool:
         return same_answer(first, second)
-
-
-def grade_exactly(text: str, reference: str) -> Verdict:
-    """Compare the final answer of `text`, or `text` as a whole where it is nothing but the answer."""
-    if same_answer(text, reference):
-        return Verdict(correct=True, extracted=text.strip())
-    extracted = final_answer(text)
-    return Verdict(correct=extracted is not None and same_answer(extracted, reference), extracted=extracted)
 
 
 def _find_column(

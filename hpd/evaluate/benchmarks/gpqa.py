@@ -2,11 +2,10 @@
 in plain text."""
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hpd.evaluate.benchmarks.answers import stated_answer
+from hpd.evaluate.benchmarks.choices import chosen_letter
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer
@@ -18,12 +17,6 @@ _LETTERS = "ABCD"
 _CORRECT, _WRONG = "Correct Answer", ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
 _INSTRUCTION = r"Please reason step by step, and put the letter of the right option within \boxed{}."
-
-_LETTER = re.compile(
-    r"^\W*(?:\\text(?:bf)?\s*\{)?\W*(?:option\s*)?([A-D](?![A-Za-z'])|[a-d](?=\s*(?:[).}]|$)))"
-)
-
-_LETTER_IN_PROSE = re.compile(r"(?<![A-Za-z0-9'])\(?([A-D])\)?(?![A-Za-z0-9'])")
 
 
 class Gpqa:
@@ -79,18 +72,3 @@ def _example(index: int, row: Row, seed: int) -> Example:
         solution=str(row.get("Explanation") or texts[0]),
         metadata=row,
     )
-
-
-def chosen_letter(text: str) -> str | None:
-    r"""The option that a text chooses: in its box or after "the answer is", else the last letter that stands
-    alone.
-
-    >>> [chosen_letter(text) for text in (r"so \boxed{\text{B}}.", "Answer: (c)", "A is wrong, so D.", "no")]
-    ['B', 'C', 'D', None]
-    """
-    stated = stated_answer(text)
-    if stated is not None:
-        found = _LETTER.match(stated)
-        return found[1].upper() if found else None
-    letters = _LETTER_IN_PROSE.findall(text)
-    return letters[-1] if letters else None

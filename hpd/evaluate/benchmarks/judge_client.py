@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 
+from hpd.evaluate.task import CannotGrade
 from hpd.files import JsonLines, digest_json
 from hpd.generation.texts import Message
 from hpd.http import BadResponse, Connection, ServerUnavailable
@@ -204,7 +205,7 @@ class Judge:
                 if not isinstance(error, ServerUnavailable):
                     raise
                 if error.final:
-                    raise ValueError(str(error)) from None
+                    raise CannotGrade(str(error)) from None
                 # Every reply so far is on disk, also of verdicts that were still under way.
                 kept = f"{len(rulings)} of {len(questions)} verdicts are in {self.cache_file}"
                 raise ConnectionError(f"{error}; {kept}; run it again to go on.") from None
@@ -256,7 +257,7 @@ class Judge:
             self.usage.tokens_out += tokens_out
             cost = self.settings.cost(self.usage.tokens_in, self.usage.tokens_out)
         if cost is not None and self.settings.max_cost is not None and cost > self.settings.max_cost:
-            raise ValueError(
+            raise CannotGrade(
                 f"the judge has cost {cost:.2f}, above max_cost={self.settings.max_cost:g}; raise it to go "
                 "on."
             )
@@ -302,7 +303,7 @@ def _read_cache(lines: JsonLines) -> dict[str, str]:
     replies = {}
     for entry in lines.read():
         if not isinstance(entry, dict) or not {"key", "reply"} <= entry.keys():
-            raise ValueError(
+            raise CannotGrade(
                 f"{lines.path} holds {str(entry)[:80]!r}, not a judge's reply; name another file."
             )
         replies[entry["key"]] = entry["reply"]

@@ -3,18 +3,11 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from hpd.evaluate.benchmarks.answers import (
-    final_answer,
-    last_math,
-    plain_number,
-    same_answer,
-    split_answers,
-    stated_answer,
-)
+from hpd.evaluate.benchmarks.grading import Rule, grade_texts, reference_answer
+from hpd.evaluate.benchmarks.quantities import same_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
-from hpd.evaluate.benchmarks.verifier import AnswerPair, Equality, compare_all
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer
 
@@ -43,19 +36,6 @@ _ANSWERS = ("answer", "final_answer", "Answer", "target", "final_ans", "result")
 
 _SOLUTIONS = ("solution", "Solution")
 
-_THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
-
-
-class Rule(NamedTuple):
-    """When an answer counts as the reference."""
-
-    relative: float = 0.0
-    """Tolerance of numbers, as a share of the reference; 0: exact (math-verify rounds to six decimals)."""
-    absolute: float = 0.0
-    """Tolerance of numbers, as a distance."""
-    multiple: bool = False
-    """The reference lists several answers: the same number of answers must be given, in any order."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MathProblem:
@@ -73,9 +53,8 @@ class MathProblem:
 class MathTask:
     """Problems whose final answer is a number or an expression.
 
-    The answer of a text is what follows its last ``####``, else its last box, else what it says "the answer
-    is", else its last formula or number. It is right if it equals the reference as text or as an exact
-    number, and else if math-verify finds them equal, within 20 seconds in a process of its own.
+    The answer of a text is its last box, else what follows its last ``####``, else what it says "the answer
+    is", else its last formula or number; `grade_texts` says when it is right.
 
     Args:
         name: the task's name.
@@ -141,96 +120,11 @@ class MathTask:
         return same_answer(first, second)
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        rules = [example.metadata["rule"] for example in examples]
-        extracted = [extract(a.text, e.answer, r) for e, a, r in zip(examples, answers, rules, strict=True)]
-        pairs = [
-            _pairs(found, example.answer, rule)
-            for found, example, rule in zip(extracted, examples, rules, strict=True)
-        ]
-        asked = [pair for needed in pairs for pair in needed if _cheap(pair) is None]
-        outcomes = compare_all(asked)
-        return [
-            _verdict(found, example.answer, rule, needed, outcomes)
-            for found, example, rule, needed in zip(extracted, examples, rules, pairs, strict=True)
-        ]
-
-
-def extract(text: str, reference: str, rule: Rule) -> str | None:
-    """The final answer of a text; of several boxes in its last line with a box, all, where several answers
-    are wanted."""
-    if same_answer(text, reference):
-        return text.strip()
-    stated = stated_answer(text)
-    if rule.multiple and "####" not in text:
-        lines = [line for line in text.split("\n") if r"\boxed" in line]
-        boxes = (
-            re.findall(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", lines[-1]) if lines else []
+        return grade_texts(
+            [answer.text for answer in answers],
+            [example.answer for example in examples],
+            [example.metadata["rule"] for example in examples],
         )
-        if len(boxes) > 1:
-            return ", ".join(box.strip() for box in boxes)
-    return stated if stated is not None else last_math(text) or final_answer(text)
-
-
-def _pairs(found: str | None, reference: str, rule: Rule) -> list[AnswerPair]:
-    """Comparisons that may be needed to grade an answer: one, or of every listed answer with every
-    reference."""
-    if found is None:
-        return []
-    whole = AnswerPair(reference, found, rule.relative, rule.absolute)
-    if not rule.multiple:
-        return [whole]
-    golds, answers = _lists(reference, found)
-    if len(golds) != len(answers):
-        return []
-    return [AnswerPair(gold, answer, rule.relative, rule.absolute) for gold in golds for answer in answers]
-
-
-def _lists(reference: str, found: str) -> tuple[list[str], list[str]]:
-    """Both lists of answers; commas between thousands are taken for what they are where the numbers of
-    answers then fit."""
-    lists = split_answers(reference), split_answers(found)
-    if len(lists[0]) == len(lists[1]):
-        return lists
-    return split_answers(_THOUSANDS.sub("", reference)), split_answers(_THOUSANDS.sub("", found))
-
-
-def _cheap(pair: AnswerPair) -> Equality | None:
-    """The outcome where strings and exact numbers decide it."""
-    if same_answer(pair.gold, pair.answer):
-        return Equality(True, "same")
-    gold = plain_number(pair.gold)
-    answer = plain_number(pair.answer)
-    if gold is None or answer is None:
-        return None
-    # Equal numbers that are not the same answer have different units.
-    near = gold != answer and abs(gold - answer) <= max(pair.absolute, pair.relative * abs(gold))
-    return Equality(near, "numbers")
-
-
-def _verdict(
-    found: str | None,
-    reference: str,
-    rule: Rule,
-    pairs: Sequence[AnswerPair],
-    outcomes: Mapping[AnswerPair, Equality],
-) -> Verdict:
-    if found is None:
-        return Verdict(correct=False, detail="no answer")
-    if not pairs:
-        return Verdict(correct=False, extracted=found, detail="another number of answers")
-    decided = {pair: _cheap(pair) or outcomes[pair] for pair in pairs}
-    if not rule.multiple:
-        (outcome,) = decided.values()
-        return Verdict(correct=outcome.same, extracted=found, detail=outcome.how)
-    golds, left = _lists(reference, found)
-    for gold in golds:
-        match = next(
-            (a for a in left if decided[AnswerPair(gold, a, rule.relative, rule.absolute)].same), None
-        )
-        if match is None:
-            return Verdict(correct=False, extracted=found, detail=f"without {gold}")
-        left.remove(match)
-    return Verdict(correct=True, extracted=found, detail="all answers")
 
 
 def _plain(rows: Sequence[Row]) -> Iterator[MathProblem]:
@@ -244,16 +138,11 @@ def _problem(index: int, row: Row, question: Any, answer: Any, rule: Rule | None
     return MathProblem(
         id=str(row.get("id", row.get("ID", row.get("unique_id", index)))),
         question=str(question).strip(),
-        answer=_reference(answer),
+        answer=reference_answer(answer),
         solution=re.sub(r"<<[^<>]*>>", "", solution),  # GSM8K's calculator marks
         row=row,
         rule=rule,
     )
-
-
-def _reference(answer: Any) -> str:
-    text = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
-    return stated_answer(text) or text.strip()
 
 
 def _first(row: Row, columns: Sequence[str], role: str) -> Any:

@@ -13,7 +13,8 @@ class Limits:
     cpu_seconds: int = 10
     """Processor time."""
     wall_seconds: float = 20.0
-    """Time by the clock; it ends what sleeps, and is generous since the machine may be busy."""
+    """Time by the clock on an idle machine; it ends what sleeps. Where more threads than processors want to
+    run, the limit grows in proportion."""
     memory_mib: int = 1024
     """Address space."""
     output_bytes: int = 2**20
@@ -100,3 +101,5 @@ class Outcome:
     """Processor time of the program."""
     result: Any = None
     """Value that the tests left in `result`."""
+    by_clock: bool = False
+    """True if the clock ended it: on a loaded machine that says little about the program."""
