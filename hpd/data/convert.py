@@ -168,7 +168,7 @@ def _conversation(
             completion = [{"role": "assistant", "content": completion}]
     elif isinstance(prompt, str):
         prompt = _plain(parts, prompt)
-    elif kind == "preference" and completion[: len(prompt)] == prompt:
+    elif kind == "preference" and isinstance(completion, list) and completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :]
     turns = _weighed(prompt, index)
     if isinstance(turns, list):

@@ -7,9 +7,10 @@ import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
+import datasets.config
 import pyarrow
 from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
@@ -101,7 +102,7 @@ def _of_card(place: Path, name: str | None) -> Mapping[Any, list[str]] | None:
     if not card.is_file():
         return None
     try:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+        configs = MetadataConfigs.from_dataset_card_data(cast(Any, DatasetCard.load(card).data))
     except Exception:  # a README that is no card
         return None
     listed = {key: value for key, value in configs.items() if value.get("data_files")}

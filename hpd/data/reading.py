@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.exceptions
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from hpd.config.schema import DataConfig

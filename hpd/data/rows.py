@@ -179,7 +179,7 @@ def _prompt_row(
     if not given.get(layout.source.get(first, layout.source.get("instruction", "chosen"))):
         raise ValueError(_no_prompt(index))
     row = convert(given, index, layout, config.labels, system_prompt=config.system_prompt, prompts=True)
-    answer = row.get("completion")
+    answer: Any = row.get("completion")
     answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
     return PromptRow(row["prompt"], answer if reference is None else str(given[reference]))
 
@@ -234,6 +234,7 @@ def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None,
         and bool(layout.others)
         and any(rows.data.column(layout.source[part]).null_count for part in FORMATS[layout.kind])
     )
+    at_once: Any = {"writer_batch_size": len(rows)} if mixes else {}
     return rows.map(
         convert,
         with_indices=True,
@@ -246,7 +247,7 @@ def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None,
             "whole": _columns_of(layout, config.labels, prompts) if mixes else (),
         },
         remove_columns=_columns(rows),
-        **({"writer_batch_size": len(rows)} if mixes else {}),
+        **at_once,
     )
 
 

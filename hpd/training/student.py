@@ -95,7 +95,8 @@ class StudentTrainer(Resumable, SFTTrainer):
                         prompts=prompts,
                         num_proc=args.dataset_num_proc,
                     )
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, name)
+        rows: Any = dataset
+        return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
 
     @property
     def is_sharded(self) -> bool:
