@@ -170,7 +170,7 @@ class DistillTrainer(MeasuredTrainer):
             TeacherUnavailable: a remote teacher stayed away; the steps done are saved.
             NonFinite: a loss or gradient was NaN or infinite, and the guard's policy is to stop; likewise.
         """
-        if self.compute_metrics is None:
+        if self.args.metric_for_best_model is not None and self.compute_metrics is None:
             check_best_metric(self.args, self.evaluation_names())
         with self.resuming(resume_from_checkpoint, saved_by=(TeacherUnavailable, NonFinite)) as checkpoint:
             return super().train(checkpoint, *args, **kwargs)
