@@ -61,8 +61,8 @@ def train(student: str, teacher: str, output: Path, processes: int) -> None:
     )
     seen, collate = [], trainer._step.begin
 
-    def begin(batches):
-        out = collate(batches)
+    def begin(batches, step, progress):
+        out = collate(batches, step, progress)
         seen.append([row.input_ids for batch in out for row in rows_of(batch)])
         return out
 
