@@ -127,6 +127,8 @@ class MeasuredTrainer(GuardedTrainer):
             metrics = means(sums, self.terms)
             metrics.pop("value")
             logs.update({**metrics, "num_tokens": trained + int(sums["num_tokens"]), **self._step.metrics()})
+        # A time of the first evaluation only, which a resumed run would log again.
+        logs.pop(f"{self._prefix}_model_preparation_time", None)
         if self.model.training and "loss" in logs:
             self.guard(logs)
         super().log(logs, start_time)
