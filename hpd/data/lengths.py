@@ -14,7 +14,7 @@ from hpd.batch import IGNORE_INDEX
 from hpd.data.reading import first_rows
 from hpd.data.templates import training_template
 
-__all__ = ["Lengths", "check_ids", "measure", "tokenise"]
+__all__ = ["Lengths", "check_ids", "greatest_id", "measure", "tokenise"]
 
 _MEASURED_ROWS = 256
 
@@ -72,6 +72,12 @@ def measure(
         float(np.mean(finished or [0.0])),
         float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
     )
+
+
+def greatest_id(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, labels: str) -> int:
+    """Return the greatest token id of the first rows; 0 without any."""
+    tokenised = (tokenise(dict(row), tokenizer, labels)[0] for row in first_rows(rows, _MEASURED_ROWS))
+    return max((max(ids, default=0) for ids in tokenised), default=0)
 
 
 def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:

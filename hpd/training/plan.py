@@ -13,18 +13,21 @@ from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
 from hpd.config.schema import EvalConfig, Recipe
-from hpd.data.lengths import Lengths, check_ids, measure
+from hpd.data.lengths import Lengths, check_ids, greatest_id, measure
 from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
-from hpd.models.load import load_config, load_tokenizer
+from hpd.models.load import load_config, load_generation_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair
+from hpd.models.probe import check_savable
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, train_arguments
+from hpd.training.packages import check_packages, check_special_tokens
+from hpd.training.probing import beyond_embeddings, packing_verdicts
 
 __all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
 
@@ -113,6 +116,7 @@ def plan(recipe: Recipe) -> Plan:
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     _check_loggers(args)
+    check_packages(args)
     models = _describe_models(recipe, args)
     rows = load_rows(recipe.data, recipe.teacher.column)
     compared = _compare(models, rows, recipe, args)
@@ -134,6 +138,7 @@ def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
     """Read configurations and tokenizers, and connect to a teacher elsewhere."""
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
+    check_special_tokens(args, tokenizer)
     check_caches(recipe.teacher, tokenizer, args)
     served = None
     if recipe.teacher.type == "server":
@@ -160,7 +165,24 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
     lengths = measure(rows.train, models.tokenizer, args.max_length, recipe.data.labels)
-    return _Comparison(rows, lengths, (*verdicts, *_length_verdicts(lengths, args)))
+    saving = check_savable(models.student_config, load_generation_config(recipe.student), models.tokenizer)
+    found = (*verdicts, *saving, *packing_verdicts(args), *_length_verdicts(lengths, args))
+    return _Comparison(rows, lengths, (*found, *_added_tokens(models, rows, recipe)))
+
+
+def _added_tokens(models: _Models, rows: Rows, recipe: Recipe) -> list[CheckResult]:
+    """Look in the first rows for tokens that were added to the tokenizer and not to a model."""
+    configs = {"student": models.student_config, **models.teacher_configs}
+    limits = {role: config.get_text_config().vocab_size for role, config in configs.items()}
+    greatest = max(models.tokenizer.get_vocab().values(), default=0)
+    if greatest < min(limits.values()):
+        return []
+    seen = greatest_id(rows.train, models.tokenizer, recipe.data.labels)
+    return [
+        CheckResult("error", "vocabulary", beyond_embeddings(models.tokenizer, seen, role, limit))
+        for role, limit in limits.items()
+        if seen >= limit
+    ]
 
 
 def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:

@@ -26,6 +26,7 @@ from hpd.training.checkpoints import writing
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.plan import Plan, lora_of
+from hpd.training.probing import check_packing
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
@@ -85,6 +86,8 @@ def train_single(
     student = load_model(recipe.student, "student", planned.args.seed)
     teacher = planned.served or load_teacher(recipe.teacher)
     _check_lora(recipe, student)
+    # Before tasks are done for minutes; the trainer probes the rest.
+    check_packing(student, teacher, planned.args)
     # Not before the models are loaded: what cannot start leaves nothing behind.
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
