@@ -86,9 +86,9 @@ def _probe_head(model: nn.Module, role: str) -> CheckResult:
     return CheckResult(
         "warning",
         "head",
-        f"the {role}'s head ({type(model).__name__}) is more than a product, a scale and a cap ({found}): its "
-        "own forward computes the logits, of all positions at once, which is right, slower and takes more "
-        "memory.",
+        f"the {role}'s head ({type(model).__name__}) is more than a product, a scale and a cap ({found}): "
+        "its own forward computes the logits, of all positions at once, which is right, slower, and takes "
+        "more memory.",
     )
 
 

@@ -33,8 +33,8 @@ def check_packages(args: Any) -> None:
         pass  # as above: said when there is a model
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ValueError(
-            "train.use_liger_kernel needs liger-kernel >= 0.3.0, which is not here: pip install liger-kernel, "
-            "or remove the setting (the loss is fused without it)."
+            "train.use_liger_kernel needs liger-kernel >= 0.3.0, which is not here: pip install it, or "
+            "remove the setting (the loss is fused without it)."
         )
 
 

@@ -116,10 +116,9 @@ def check_rows(datasets: Any, tokenizer: Any, models: Mapping[str, Any]) -> None
             continue
         if all(greatest_known < limit for limit in known.values()):
             continue
-        greatest = max(
-            pyarrow.compute.max(pyarrow.compute.list_flatten(chunk)).as_py() or 0  # type: ignore[attr-defined]
-            for chunk in rows.data.column("input_ids").chunks
-        )
+        compute: Any = pyarrow.compute
+        chunks = rows.data.column("input_ids").chunks
+        greatest = max(compute.max(compute.list_flatten(chunk)).as_py() or 0 for chunk in chunks)
         for role, limit in known.items():
             if greatest >= limit:
                 raise ValueError(f"vocabulary: {beyond_embeddings(tokenizer, greatest, role, limit)}")

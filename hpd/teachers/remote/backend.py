@@ -54,9 +54,9 @@ class Backend:
         self._teacher.probe(packed=False)
         if has_own_logits(model):
             raise ValueError(
-                f"The teacher's head ({type(model).__name__}) is more than a product, a scale and a cap, and a "
-                "server hands out hidden states and head: load this teacher beside the student (teacher.type: "
-                "model)."
+                f"The teacher's head ({type(model).__name__}) is more than a product, a scale and a cap, and "
+                "a server hands out hidden states and head: load this teacher beside the student "
+                "(teacher.type: model)."
             )
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
