@@ -74,10 +74,10 @@ def _probe_head(model: nn.Module, role: str) -> CheckResult:
     inputs = {"input_ids": _rows(model)[1]}
     with _reading(model):
         try:
-            expected = model(**inputs).logits[0]
+            expected = model(**inputs, use_cache=False).logits[0]
         except Exception as error:  # a forward is anybody's code, and training may give it what it lacks here
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return CheckResult("warning", "head", f"the {role} reads no text alone ({reason}): not probed")
+            text = f"the {role} reads no text alone ({_reason(error)}): its head was not probed"
+            return CheckResult("warning", "head", text)
         distance = _distance_of_head(model, inputs, expected)
     if distance is not None and distance <= _rounding(expected):
         return CheckResult("ok", "head", f"the {role}'s hidden states and head give its own logits")
@@ -122,22 +122,27 @@ def probe_packing(model: nn.Module, role: str) -> CheckResult:
     packed.pop("labels")
     width = rows[1].shape[1]
     with _reading(model):
-        alone = model(input_ids=rows[1], use_cache=False).logits[0, -width:]
+        try:
+            alone = model(input_ids=rows[1], use_cache=False).logits[0, -width:]
+            joined = model(input_ids=torch.cat(rows, 1), use_cache=False).logits[0, -width:]
+        except Exception as error:  # as in `_probe_head`
+            text = f"the {role} reads no text alone ({_reason(error)}): packing was not probed"
+            return CheckResult("warning", "packing", text)
         try:
             placed = {k: v.to(alone.device) if isinstance(v, Tensor) else v for k, v in packed.items()}
             found = model(**placed, use_cache=False).logits[0, -width:]
-        except (
-            Exception
-        ) as error:  # a forward is anybody's code: what it does not take, it refuses as it likes
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return _refused(model, role, f"does not take packed rows ({reason})")
-        joined = model(input_ids=torch.cat(rows, 1), use_cache=False).logits[0, -width:]
+        except Exception as error:  # as above
+            return _refused(model, role, f"does not take packed rows ({_reason(error)})")
     leak, most = _distance(found, alone), _distance(joined, alone)
     if leak > max(_LEAK * most, _rounding(alone)):
         return _refused(
             model, role, f"reads a row behind another unlike the row alone (logits {leak:.1%} off)"
         )
     return CheckResult("ok", "packing", f"the {role} reads packed rows as it reads each alone")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _refused(model: nn.Module, role: str, problem: str) -> CheckResult:
