@@ -71,8 +71,8 @@ NEO = {
 _PLAIN = (
     "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 olmo3 granite cohere cohere2 "
     "stablelm starcoder2 persimmon nemotron smollm3 glm glm4 ernie4_5 hunyuan_v1_dense exaone4 seed_oss "
-    "helium arcee apertus bitnet diffllama vaultgemma ministral doge nanochat jais2 lfm2 solar_open hyperclovax "
-    "gpt_neox gpt_neox_japanese jetmoe flex_olmo"
+    "helium arcee apertus bitnet diffllama vaultgemma ministral doge nanochat jais2 lfm2 solar_open "
+    "hyperclovax gpt_neox gpt_neox_japanese jetmoe flex_olmo"
 )
 _MIXTURES = (
     "mixtral qwen2_moe qwen3_moe olmoe granitemoe phimoe minimax_m2 glm4_moe ernie4_5_moe hunyuan_v1_moe "
