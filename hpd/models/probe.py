@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def check_savable(config: Any, generation: GenerationConfig | None, tokenizer: A
         generation = copy.deepcopy(generation)
         verdicts += mend_generation(generation)
     parts = {"config.json": config, "generation_config.json": generation, "tokenizer": tokenizer}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _unsaid():
         for name, part in parts.items():
             try:
                 if part is not None:
@@ -208,6 +209,17 @@ def mend_generation(generation: GenerationConfig) -> list[CheckResult]:
         )
         return [CheckResult("warning", "generation", text)]
     return []
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Keep transformers from saying that it wrote to a scratch folder."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.compute
 from datasets import Dataset
 
+from hpd.models.forward import model_inputs
 from hpd.models.pairing import CheckResult
 from hpd.models.probe import check_savable, mend_generation, probe_head, probe_packing
 
@@ -136,7 +137,7 @@ def beyond_embeddings(tokenizer: Any, token: int, role: str, limit: int) -> str:
 
 
 def check_seen(trainer: Any, teacher: Any, reads_alone: bool) -> None:
-    """Refuse rows with images where the teacher, or a student that writes, cannot see them.
+    """Refuse rows with images where student, teacher, or a student that writes, would not see them.
 
     Args:
         trainer: an `SFTTrainer`, which knows whether its rows have images.
@@ -148,6 +149,12 @@ def check_seen(trainer: Any, teacher: Any, reads_alone: bool) -> None:
     """
     if not getattr(trainer, "_is_vision_dataset", False):
         return
+    batch = trainer.data_collator([next(iter(trainer.train_dataset))])
+    if lost := sorted(batch.keys() - model_inputs(batch).keys() - {"labels"}):
+        raise ValueError(
+            f"The student's processor makes {', '.join(lost)} of the rows, which training does not pass on: "
+            "take a student of another family, or rows without images."
+        )
     start = "The rows have images, which the student sees"
     model = getattr(teacher, "model", None)
     if teacher.reads_as_student:

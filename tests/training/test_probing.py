@@ -8,12 +8,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from peft import PromptTuningConfig
+from PIL import Image
 from tiny_models import tiny_pair, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from trl import SFTConfig, SFTTrainer
 
 from hpd import DistillConfig, DistillTrainer
@@ -234,6 +246,88 @@ def test_prompt_tuning_of_packed_rows_is_refused(tmp_path):
         ValueError, match=r"the student \(LlamaForCausalLM with its adapter\) reads a row behind"
     ):
         make(tiny("llama"), tiny("llama", 1), tmp_path, peft_config=adapter, packing=True)
+
+
+# ---- images
+
+
+_SEEING_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def seeing_processor() -> Any:
+    tokenizer = tiny_tokenizer(False)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=_SEEING_TEMPLATE,
+    )
+
+
+def seeing_model(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 3}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**sizes, **ends, vocab_size=301, initializer_range=0.1),
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.1),
+        image_token_index=300,
+        image_seq_length=4,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def seen_rows() -> Dataset:
+    numbers = np.random.default_rng(0)
+    user = {"role": "user", "content": [{"type": "image", "text": ""}, {"type": "text", "text": "what"}]}
+    assistant = {"role": "assistant", "content": [{"type": "text", "text": "one two"}]}
+    return Dataset.from_list(
+        [
+            {
+                "messages": [user, assistant],
+                "images": [Image.fromarray(numbers.integers(0, 255, (16, 16, 3), dtype=np.uint8))],
+            }
+            for _ in range(4)
+        ]
+    )
+
+
+def test_images_reach_a_student_that_sees(tmp_path):
+    student, rows = seeing_model(0), seen_rows()
+    options = {"max_length": None, "method": "sft", "processing_class": seeing_processor()}
+    trainer = make(student, seeing_model(1), tmp_path, rows, **options)
+    batch = trainer.data_collator.inner([rows[i] for i in range(4)])
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        log_q, blind = (
+            student(**{**batch, "pixel_values": pixels}).logits[:, :-1].log_softmax(-1)
+            for pixels in (batch["pixel_values"], torch.zeros_like(batch["pixel_values"]))
+        )
+    nll = -log_q.gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    right = nll[labels != -100].mean().item()
+    assert not torch.allclose(log_q, blind, atol=1e-3)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(right, rel=1e-5)
+    before = [parameter.detach().clone() for parameter in student.model.vision_tower.parameters()]
+    trainer.train()
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before, student.model.vision_tower.parameters(), strict=True)
+    ]
+    assert sum(moved) > len(moved) // 2
+
+
+def test_a_teacher_that_does_not_see_is_refused(tmp_path):
+    options = {"max_length": None, "processing_class": seeing_processor()}
+    with pytest.raises(
+        ValueError, match="the teacher, LlamaForCausalLM, does not: give a vision-language model"
+    ):
+        make(seeing_model(0), tiny("llama", vocab_size=301), tmp_path, seen_rows(), **options)
 
 
 # ---- tokens that a model does not have
