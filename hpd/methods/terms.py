@@ -210,7 +210,8 @@ class TermConfig:
             objective = OBJECTIVES["hpd_exact"](*objective.arguments)
         support = fixed._build_support(objective)
         name = name or self.name
-        return Term(name, objective, support, fixed.weight, fixed.temperature, fixed.on).check()  # type: ignore
+        term = Term(name, objective, support, fixed.weight, fixed.temperature, fixed.on)  # type: ignore
+        return term.check()
 
     def _build_support(self, objective: Objective) -> Support:
         """The support, with the draw's switches where it has draws."""
