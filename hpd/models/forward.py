@@ -200,8 +200,9 @@ def _run(
 def _places(index: Int[Tensor, "N"], width: int | None, found: int) -> Int[Tensor, "N"]:
     """Positions in rows of `found` tokens, the last `width` of which `index` counts: prompt tuning puts its
     own before them."""
-    before = 0 if width is None else found - width
-    return index if before == 0 else index + (index // width + 1) * before
+    if width is None or width == found:
+        return index
+    return index + (index // width + 1) * (found - width)
 
 
 def _free_gathered(model: nn.Module) -> None:

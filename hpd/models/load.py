@@ -116,7 +116,7 @@ def load_generation_config(source: ModelConfig | TeacherConfig) -> GenerationCon
     """How the model generates, where a file of its own says so; a file that cannot be read is `load_model`'s
     to refuse."""
     try:
-        return GenerationConfig.from_pretrained(str(source.model), revision=source.revision)
+        return GenerationConfig.from_pretrained(str(source.model), revision=source.revision or "main")
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
