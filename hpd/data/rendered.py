@@ -1,0 +1,368 @@
+"""The rendered row beside the row: what a chat template dropped, trimmed or added, and how the row ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any, Literal, NamedTuple
+
+from hpd.data.dates import prints_date
+from hpd.data.rendering import Rendering, render
+from hpd.data.repair import repaired
+from hpd.models.pairing import CheckResult
+
+__all__ = ["compare_rows"]
+
+# Characters of a row's text that a verdict shows.
+_SHOWN = 70
+
+# Words that a template puts before a text to say whose it is.
+_MARKS = re.compile(r"<[^<>\s]*>|\[/?\w+\]|<<\w+>>")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_ROLES = frozenset({"system", "developer", "user", "human", "assistant", "model", "gpt", "start", "of", "turn"})
+
+# Words before the first message that are more than its role.
+_MANY_WORDS = 3
+
+
+class _Kind(NamedTuple):
+    """A difference between rows and their rendering."""
+
+    level: Literal["ok", "warning"]
+    topic: str
+    text: str
+    """With {share} of the rows and one {example}."""
+
+
+_KINDS = {
+    "restored": _Kind(
+        "warning",
+        "thoughts",
+        "the chat template cuts the beginning off the answers of {share} ({example}). hpd keeps it in the answer "
+        "that is learnt, as the student would write it. If it shall not be learnt, remove it from the rows",
+    ),
+    "dropped": _Kind(
+        "warning",
+        "dropped text",
+        "the chat template drops text that should be learnt from {share}: {example}. Put thoughts into the content "
+        "as the student writes them (<think>...</think>), set data.labels: last_turn to learn the last answer "
+        "whole, or choose a template that has a place for it (train.chat_template_path)",
+    ),
+    "context": _Kind(
+        "warning",
+        "dropped text",
+        "the chat template drops text that answers depend on from {share}: {example}. Move it into a message "
+        "that the template prints, or choose another template (train.chat_template_path)",
+    ),
+    "earlier": _Kind(
+        "ok",
+        "thoughts",
+        "the chat template leaves the thoughts of earlier turns out of {share}, as it does when the student "
+        "answers",
+    ),
+    "trimmed": _Kind(
+        "warning",
+        "trimmed text",
+        "the chat template strips spaces or line breaks at the ends of answers in {share}: {example}. The student "
+        "does not learn them; strip the answers, or choose a template that keeps them "
+        "(train.chat_template_path)",
+    ),
+    "empty thought": _Kind(
+        "warning",
+        "added text",
+        "the chat template adds an empty thought to answers without one in {share}: {example} is learnt with "
+        "the answer. To make it a part of the prompt, give the rows a column chat_template_kwargs with "
+        "{{enable_thinking: false}} where the template knows it; or give the answers their thoughts",
+    ),
+    "added": _Kind(
+        "warning",
+        "added text",
+        "the chat template adds text to what is learnt in {share}: {example}. Choose a template without it "
+        "(train.chat_template_path) if the student shall not write it",
+    ),
+    "head": _Kind(
+        "warning",
+        "added text",
+        "the chat template puts a text of its own before the first message of {share}: {example}. Set "
+        "data.system_prompt to a text of yours, or choose a template without it (train.chat_template_path), "
+        "if the student will be asked without it",
+    ),
+    "begins": _Kind(
+        "warning",
+        "begin token",
+        "{share} hold the begin token in their text, and the tokenizer adds one: hpd leaves the text's out",
+    ),
+    "ends": _Kind(
+        "warning",
+        "end token",
+        "{share} end with an end token that is not the last of the row, and another would be added: hpd leaves "
+        "one, and nothing behind it",
+    ),
+    "merged": _Kind(
+        "warning",
+        "prompt and completion",
+        "in {share} the last tokens of the prompt merge with the completion's first: {example} is asked "
+        "otherwise than it is learnt. End prompts on a token boundary: move a space at their end to the start "
+        "of the completion, or use messages",
+    ),
+    "other prompt": _Kind(
+        "warning",
+        "prompt and completion",
+        "in {share} the chat template ends the prompt with {example} when the student is asked, and the row "
+        "that is learnt does not go on from there. Give the answers what the template begins for them (such as "
+        "a thought), or choose another template (train.chat_template_path)",
+    ),
+    "date": _Kind(
+        "warning",
+        "date",
+        "the chat template prints today's date ({example}): every row has that of the run's first day, also where "
+        "the run goes on later or trains from a cache. Set data.system_prompt or another template "
+        "(train.chat_template_path) if the student shall not learn it",
+    ),
+}
+
+
+@dataclass
+class _Findings:
+    """Rows of each kind of difference, and the first example."""
+
+    rows: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, row: Mapping[str, str]) -> None:
+        """Count a row's differences, each with an example."""
+        self.rows += 1
+        for kind, example in row.items():
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            self.examples.setdefault(kind, example)
+
+    def verdicts(self) -> list[CheckResult]:
+        """One result for each kind of difference."""
+        found = []
+        for name, kind in _KINDS.items():
+            if name in self.counts:
+                share = f"{self.counts[name]} of the first {self.rows} rows"
+                text = kind.text.format(share=share, example=self.examples[name])
+                found.append(CheckResult(kind.level, kind.topic, text))
+        return found
+
+
+def compare_rows(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, labels: str, ends: frozenset[int] | None = None
+) -> list[CheckResult]:
+    """Compare rows with what training makes of them.
+
+    Args:
+        rows: the first ones, as they were read.
+        tokenizer: the student's, its date fixed.
+        labels: the recipe's `data.labels`.
+        ends: tokens that end the student's generation; None: not known.
+
+    Returns:
+        A verdict for every kind of difference, with its remedy.
+    """
+    findings, last = _Findings(), {}
+    for given in rows:
+        row = repaired(given, tokenizer)
+        rendered = render(row, tokenizer, labels)
+        found = dict(_doubled(given, row, tokenizer))
+        if rendered.text is not None and isinstance(row.get("messages", row.get("prompt")), list):
+            found |= dict(_message_differences(row, rendered, tokenizer, labels))
+        found |= dict(_seam(rendered, tokenizer))
+        findings.add(found)
+        token = _last_token(rendered, tokenizer)
+        if token is not None:
+            last[token] = last.get(token, 0) + 1
+    return [*findings.verdicts(), *_stops(last, tokenizer, ends)]
+
+
+def _doubled(given: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, str]]:
+    for name in ("text", "prompt", "completion", "messages"):
+        before, after = given.get(name), row.get(name)
+        if before == after:
+            continue
+        if isinstance(before, str) and before.startswith(tokenizer.bos_token or "\0") and name != "completion":
+            yield "begins", ""
+        if name != "prompt" and _tail(before) != _tail(after):
+            yield "ends", ""
+
+
+def _tail(value: Any) -> str:
+    return (value if isinstance(value, str) else str(value))[-8:]
+
+
+def _message_differences(
+    row: Mapping[str, Any], rendered: Rendering, tokenizer: Any, labels: str
+) -> Iterator[tuple[str, str]]:
+    text = rendered.text or ""
+    turns = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+    first_learnt = 0 if "messages" in row else len(row["prompt"])
+    if rendered.cut:
+        yield "restored", _short(rendered.cut)
+    yield from _head(row, turns, text, tokenizer)
+    behind = len(commonprefix([rendered.prompt, text])) if rendered.prompt is not None else 0
+    for number, turn in enumerate(turns):
+        learnt = number >= first_learnt and (labels == "all" or turn.get("role") == "assistant")
+        answer = turn.get("role") == "assistant"
+        for name, piece in _pieces(turn):
+            where = _find(piece, text, behind if learnt else 0)
+            if where is None:
+                thought = name in ("thought", *_THOUGHTS)
+                kind = "dropped" if learnt else "earlier" if answer and thought else "context"
+                label = f"the {name} {_short(piece)}" if name != "content" else f"{turn['role']}: {_short(piece)}"
+                yield kind, label
+            elif learnt and answer and name == "content" and "messages" in row:
+                yield from _lead(text[behind:where[0]])
+            if where is not None and learnt:
+                behind = where[1]
+        if learnt and answer:
+            yield from _trimmed(turn, text)
+    if "messages" not in row and not rendered.cut:
+        yield from _completion_frame(row, rendered, tokenizer)
+
+
+def _pieces(turn: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The texts of a message, in the order in which templates print them."""
+    for name in _THOUGHTS:
+        if isinstance(turn.get(name), str) and turn[name].strip():
+            yield name, turn[name]
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    if isinstance(content, str) and content.strip():
+        thought, found, answer = content.rpartition("</think>")
+        inside = thought.replace("<think>", "", 1)
+        if found and turn.get("role") == "assistant":
+            yield from ((name, part) for name, part in (("thought", inside), ("content", answer)) if part.strip())
+        else:
+            yield "content", content
+    for call in turn.get("tool_calls") or ():
+        function = (call.get("function") or call) if isinstance(call, Mapping) else {}
+        if isinstance(function.get("name"), str):
+            yield "tool call", function["name"]
+
+
+def _find(piece: str, text: str, start: int) -> tuple[int, int] | None:
+    """Where a piece is in a text, whatever the white space within it."""
+    if (at := text.find(piece.strip(), start)) >= 0:
+        return at, at + len(piece.strip())
+    words = r"\s*".join(map(re.escape, piece.split()))
+    found = re.compile(words).search(text, start)
+    return (found.start(), found.end()) if found else None
+
+
+def _trimmed(turn: Mapping[str, Any], text: str) -> Iterator[tuple[str, str]]:
+    content = turn.get("content")
+    if not isinstance(content, str) or content in text or content == content.strip():
+        return
+    answer = content.rpartition("</think>")[2] if content.endswith(content.rstrip()) else content
+    if answer.strip() and answer.strip() in text and answer not in text:
+        yield "trimmed", _short(content, end=content == content.lstrip())
+
+
+def _lead(between: str) -> Iterator[tuple[str, str]]:
+    """What is learnt before an answer, in a conversation that is learnt as a whole."""
+    if found := _EMPTY_THOUGHT.search(between):
+        yield "empty thought", repr(found.group())
+
+
+def _completion_frame(
+    row: Mapping[str, Any], rendered: Rendering, tokenizer: Any
+) -> Iterator[tuple[str, str]]:
+    """What is learnt around the completion's messages."""
+    text, prompt = rendered.text or "", rendered.prompt or ""
+    learnt = text[len(commonprefix([prompt, text])) :]
+    pieces = [piece for turn in row["completion"] for _, piece in _pieces(turn)]
+    places = [where for piece in pieces if (where := _find(piece, learnt, 0))]
+    if not places:
+        return
+    before = learnt[: min(start for start, _ in places)]
+    behind = learnt[max(end for _, end in places) :]
+    if found := _EMPTY_THOUGHT.search(before):
+        yield "empty thought", repr(found.group())
+        before = before.replace(found.group(), "")
+    # Calls of tools have a form of their own, and several messages what stands between them.
+    calls = any(turn.get("tool_calls") for turn in row["completion"])
+    for frame in (before, behind) if not calls else (before,):
+        if len(_words(frame, tokenizer)) >= _MANY_WORDS:
+            yield "added", _short(frame)
+
+
+def _head(
+    row: Mapping[str, Any], turns: list[Any], text: str, tokenizer: Any
+) -> Iterator[tuple[str, str]]:
+    """What the template prints before the first message."""
+    first = next((piece for _, piece in _pieces(turns[0])), "") if turns else ""
+    where = _find(first, text, 0) if first else None
+    head = text[: where[0]] if where else ""
+    dated = prints_date(tokenizer.chat_template)
+    if dated and (printed := _date_line(text)):
+        yield "date", printed
+    if not row.get("tools") and len(_words(head, tokenizer)) >= _MANY_WORDS:
+        yield "head", _short(_bare(head, tokenizer))
+
+
+def _date_line(text: str) -> str | None:
+    """The line of a rendered row that tells a date."""
+    for line in text.splitlines():
+        if re.search(r"(?i)\bdate\b.*\d|\btoday\b.*\d|\b\d{4}-\d{2}-\d{2}\b", line) and "nowledge" not in line:
+            return _short(_MARKS.sub(" ", line))
+    return None
+
+
+def _bare(frame: str, tokenizer: Any) -> str:
+    """A frame without tokens that are no text."""
+    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
+        frame = frame.replace(token, " ")
+    return " ".join(_MARKS.sub(" ", frame).split())
+
+
+def _words(frame: str, tokenizer: Any) -> list[str]:
+    return [word for word in _WORD.findall(_bare(frame, tokenizer)) if word.lower() not in _ROLES]
+
+
+def _seam(rendered: Rendering, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    if not rendered.lost_prompt_ids:
+        return
+    lost = repr(tokenizer.decode(list(rendered.lost_prompt_ids)))
+    yield "merged" if (rendered.text or "").startswith(rendered.prompt or "") else "other prompt", lost
+
+
+def _last_token(rendered: Rendering, tokenizer: Any) -> int | None:
+    """The token that a row's labels end with, but for white space behind it."""
+    learnt = [i for i, bit in zip(rendered.ids, rendered.mask, strict=True) if bit][-3:]
+    while learnt and not tokenizer.decode([learnt[-1]]).strip():
+        learnt.pop()
+    return learnt[-1] if learnt else None
+
+
+def _stops(last: Mapping[int, int], tokenizer: Any, ends: frozenset[int] | None) -> list[CheckResult]:
+    """A warning where most rows end with a token of the template that generation goes on after."""
+    if not last or not ends:
+        return []
+    token, count = max(last.items(), key=lambda item: item[1])
+    name = tokenizer.convert_ids_to_tokens(token)
+    if token in ends or name not in tokenizer.get_added_vocab():
+        return []
+    known = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends))
+    return [
+        CheckResult(
+            "warning",
+            "end of generation",
+            f"{count} of the first {sum(last.values())} rows end with {name!r}, and the student's generation "
+            f"stops at {known} only: it would write on after its answer. Set train.eos_token: {name!r}, which is "
+            "then saved with the student.",
+        )
+    ]
+
+
+def _short(text: str, end: bool = False) -> str:
+    """A text's beginning (or end), quoted."""
+    if len(text) > _SHOWN:
+        text = f"...{text[-_SHOWN:]}" if end else f"{text[:_SHOWN]}..."
+    return repr(text)
