@@ -49,7 +49,7 @@ class Lengths(NamedTuple):
     lost_rows: float
     """Share of rows left without any label by it."""
     ends_with_eos: float
-    """Share of uncut rows whose last label is an end-of-sequence token."""
+    """Share of rows with their end whose last label is an end-of-sequence token."""
     label_share: float
     """Labels among all tokens, after max_length."""
     kept_tokens: int = 0
@@ -86,11 +86,11 @@ def measure(
         ids, mask = tokenise(repaired(dict(row), tokenizer), tokenizer, labels)
         lengths.append(len(ids))
         masks.append(np.array(mask, dtype=bool))
-        if max_length is None or len(ids) <= max_length:
+        if truncation_mode == "keep_end" or max_length is None or len(ids) <= max_length:
             last = max((i for i, bit in enumerate(mask) if bit), default=None)
             finished.append(last is not None and _is_end(ids, last, tokenizer))
     sizes = np.array(lengths)
-    left = np.array([int(kept_part(mask, max_length, truncation_mode).sum()) for mask in masks])
+    left = np.array([_num_labels(kept_part(mask, max_length, truncation_mode)) for mask in masks])
     if not left.any():
         raise ValueError(
             f"Every label is masked: none of the first {len(sizes)} rows has a completion token within "
@@ -108,8 +108,13 @@ def measure(
         float(left.sum() / read.sum()),
         int(read[left > 0].sum()),
         int(left.sum()),
-        _cut(sizes, np.array([int(mask.sum()) for mask in masks]), left, read),
+        _cut(sizes, np.array([_num_labels(mask) for mask in masks]), left, read),
     )
+
+
+def _num_labels(mask: np.ndarray) -> int:
+    """Labels of a row; its first token is none, since nothing predicts it."""
+    return int(mask[1:].sum())
 
 
 def kept_part(sequence: Any, max_length: int | None, truncation_mode: str) -> Any:

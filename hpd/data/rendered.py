@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any, Literal, NamedTuple
 
 from hpd.data.dates import prints_date
@@ -23,7 +22,9 @@ _MARKS = re.compile(r"<[^<>\s]*>|\[/?\w+\]|<<\w+>>")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_ROLES = frozenset({"system", "developer", "user", "human", "assistant", "model", "gpt", "start", "of", "turn"})
+_ROLES = frozenset(
+    {"system", "developer", "user", "human", "assistant", "model", "gpt", "start", "of", "turn"}
+)
 
 # Words before the first message that are more than its role.
 _MANY_WORDS = 3
@@ -186,7 +187,11 @@ def _doubled(given: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Any) -
         before, after = given.get(name), row.get(name)
         if before == after:
             continue
-        if isinstance(before, str) and before.startswith(tokenizer.bos_token or "\0") and name != "completion":
+        if (
+            isinstance(before, str)
+            and before.startswith(tokenizer.bos_token or "\0")
+            and name != "completion"
+        ):
             yield "begins", ""
         if name != "prompt" and _tail(before) != _tail(after):
             yield "ends", ""
@@ -205,7 +210,7 @@ def _message_differences(
     if rendered.cut:
         yield "restored", _short(rendered.cut)
     yield from _head(row, turns, text, tokenizer)
-    behind = len(commonprefix([rendered.prompt, text])) if rendered.prompt is not None else 0
+    behind = rendered.begins
     for number, turn in enumerate(turns):
         learnt = number >= first_learnt and (labels == "all" or turn.get("role") == "assistant")
         answer = turn.get("role") == "assistant"
@@ -214,10 +219,12 @@ def _message_differences(
             if where is None:
                 thought = name in ("thought", *_THOUGHTS)
                 kind = "dropped" if learnt else "earlier" if answer and thought else "context"
-                label = f"the {name} {_short(piece)}" if name != "content" else f"{turn['role']}: {_short(piece)}"
+                label = (
+                    f"the {name} {_short(piece)}" if name != "content" else f"{turn['role']}: {_short(piece)}"
+                )
                 yield kind, label
             elif learnt and answer and name == "content" and "messages" in row:
-                yield from _lead(text[behind:where[0]])
+                yield from _lead(text[behind : where[0]])
             if where is not None and learnt:
                 behind = where[1]
         if learnt and answer:
@@ -238,7 +245,9 @@ def _pieces(turn: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         thought, found, answer = content.rpartition("</think>")
         inside = thought.replace("<think>", "", 1)
         if found and turn.get("role") == "assistant":
-            yield from ((name, part) for name, part in (("thought", inside), ("content", answer)) if part.strip())
+            yield from (
+                (name, part) for name, part in (("thought", inside), ("content", answer)) if part.strip()
+            )
         else:
             yield "content", content
     for call in turn.get("tool_calls") or ():
@@ -275,8 +284,7 @@ def _completion_frame(
     row: Mapping[str, Any], rendered: Rendering, tokenizer: Any
 ) -> Iterator[tuple[str, str]]:
     """What is learnt around the completion's messages."""
-    text, prompt = rendered.text or "", rendered.prompt or ""
-    learnt = text[len(commonprefix([prompt, text])) :]
+    learnt = (rendered.text or "")[rendered.begins :]
     pieces = [piece for turn in row["completion"] for _, piece in _pieces(turn)]
     places = [where for piece in pieces if (where := _find(piece, learnt, 0))]
     if not places:
@@ -293,9 +301,7 @@ def _completion_frame(
             yield "added", _short(frame)
 
 
-def _head(
-    row: Mapping[str, Any], turns: list[Any], text: str, tokenizer: Any
-) -> Iterator[tuple[str, str]]:
+def _head(row: Mapping[str, Any], turns: list[Any], text: str, tokenizer: Any) -> Iterator[tuple[str, str]]:
     """What the template prints before the first message."""
     first = next((piece for _, piece in _pieces(turns[0])), "") if turns else ""
     where = _find(first, text, 0) if first else None
@@ -310,7 +316,10 @@ def _head(
 def _date_line(text: str) -> str | None:
     """The line of a rendered row that tells a date."""
     for line in text.splitlines():
-        if re.search(r"(?i)\bdate\b.*\d|\btoday\b.*\d|\b\d{4}-\d{2}-\d{2}\b", line) and "nowledge" not in line:
+        if (
+            re.search(r"(?i)\bdate\b.*\d|\btoday\b.*\d|\b\d{4}-\d{2}-\d{2}\b", line)
+            and "nowledge" not in line
+        ):
             return _short(_MARKS.sub(" ", line))
     return None
 
@@ -319,7 +328,12 @@ def _bare(frame: str, tokenizer: Any) -> str:
     """A frame without tokens that are no text."""
     for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
         frame = frame.replace(token, " ")
-    return " ".join(_MARKS.sub(" ", frame).split())
+    words = _MARKS.sub(" ", frame).split()
+    while words and words[0].lower() in _ROLES:
+        words.pop(0)
+    while words and words[-1].lower() in _ROLES:
+        words.pop()
+    return " ".join(words)
 
 
 def _words(frame: str, tokenizer: Any) -> list[str]:

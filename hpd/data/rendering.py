@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from trl.data_utils import common_prefix_length, is_conversational
@@ -29,6 +28,8 @@ class Rendering(NamedTuple):
     """The whole text; None for a row that is given as tokens."""
     prompt: str | None = None
     """The text that the student would be asked to go on from; None where the row has no prompt."""
+    begins: int = 0
+    """Characters of the text that the prompt has too."""
     lost_prompt_ids: tuple[int, ...] = ()
     """Last tokens of the prompt alone that the row as a whole does not have."""
     cut: str = ""
@@ -75,7 +76,7 @@ def _completion(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Renderin
         turns = [*row["prompt"], *row["completion"]]
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **options)
         text = tokenizer.apply_chat_template(turns, **options)
-        text, cut = _restored(text, turns, tokenizer, options, behind=len(commonprefix([prompt, text])))
+        text, cut = _restored(text, turns, tokenizer, options, behind=_shared(prompt, text))
         prompt_ids, ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, text))
         if labels == "assistant" and not cut:
             learnt = _assistant_mask(turns, tokenizer, options)[1]
@@ -90,7 +91,7 @@ def _completion(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Renderin
     mask = [labels == "all" or i >= shared for i in range(len(ids))]
     if learnt is not None:
         mask = [bit and bool(other) for bit, other in zip(mask, learnt, strict=True)]
-    return Rendering(ids, mask, text, prompt, tuple(prompt_ids[shared:]), cut)
+    return Rendering(ids, mask, text, prompt, _shared(prompt, text), tuple(prompt_ids[shared:]), cut)
 
 
 def _conversation(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Rendering:
@@ -152,6 +153,11 @@ def _restored(
     if not kept or not whole.endswith(kept):
         return text, ""
     return before + content + after, whole[: len(whole) - len(kept)].strip()
+
+
+def _shared(prompt: str, text: str) -> int:
+    """Characters that a text begins with as the prompt does."""
+    return next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
 
 
 def _squeeze(text: str) -> str:

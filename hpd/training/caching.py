@@ -195,6 +195,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "shard_bytes": config.shard_bytes,
         "shards": len(layout.starts) - 1,
         "positions": len(layout.keys),
+        "date": planned.date and planned.date.isoformat(),
         "fingerprint": fingerprint,
     }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import peft
@@ -13,18 +14,24 @@ from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
 from hpd.config.schema import EvalConfig, Recipe
-from hpd.data.lengths import Lengths, check_ids, measure
+from hpd.data.context import check_context
+from hpd.data.dates import set_date
+from hpd.data.lengths import MEASURED_ROWS, Lengths, check_ids, measure
+from hpd.data.reading import first_rows
+from hpd.data.rendered import compare_rows
 from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
+from hpd.models.ends import end_tokens
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, train_arguments
+from hpd.training.dates import first_day
 
 __all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
 
@@ -68,6 +75,8 @@ class Plan(NamedTuple):
     """Of each entry of the recipe's `eval`."""
     served: ServedTeacher | None = None
     """The connection to a teacher elsewhere."""
+    date: datetime.date | None = None
+    """The day that the chat template prints; None where it prints none."""
 
     def require_sound(self) -> None:
         """Raise ValueError with every verdict that would ruin the run."""
@@ -90,6 +99,7 @@ class _Models(NamedTuple):
     teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase | None]
     """None: a server that does not tell its tokenizer."""
     served: ServedTeacher | None
+    date: datetime.date | None
 
 
 class _Comparison(NamedTuple):
@@ -100,8 +110,12 @@ class _Comparison(NamedTuple):
     verdicts: tuple[CheckResult, ...]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     """Read configurations, tokenizers and data, and check that they fit together.
+
+    Args:
+        recipe: of the run.
+        fresh: the run begins anew, whatever its folder holds.
 
     Raises:
         FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what
@@ -113,7 +127,7 @@ def plan(recipe: Recipe) -> Plan:
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     _check_loggers(args)
-    models = _describe_models(recipe, args)
+    models = _describe_models(recipe, args, fresh)
     rows = load_rows(recipe.data, recipe.teacher.column)
     compared = _compare(models, rows, recipe, args)
     return Plan(
@@ -127,10 +141,11 @@ def plan(recipe: Recipe) -> Plan:
         compared.verdicts,
         _check_evals(plan_evals(recipe.eval), args),
         models.served,
+        models.date,
     )
 
 
-def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
+def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> _Models:
     """Read configurations and tokenizers, and connect to a teacher elsewhere."""
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
@@ -148,7 +163,9 @@ def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
     if args.chat_template_path is not None:
         # The trainer puts it there itself, and by then every row has been looked at.
         tokenizer.chat_template = read_template(args.chat_template_path)
-    return _Models(tokenizer, student_config, configs, tokenizers, served)
+    day = first_day(recipe, fresh)
+    date = day if set_date(tokenizer, day, recipe.data.labels) else None
+    return _Models(tokenizer, student_config, configs, tokenizers, served, date)
 
 
 def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -> _Comparison:
@@ -159,8 +176,34 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
             raise ValueError(verdict.text)
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
-    lengths = measure(rows.train, models.tokenizer, args.max_length, recipe.data.labels)
-    return _Comparison(rows, lengths, (*verdicts, *_length_verdicts(lengths, args)))
+    if args.eos_token in models.tokenizer.get_vocab():
+        models.tokenizer.eos_token = args.eos_token  # as TRL does
+    # Packing that splits rows cuts nothing off.
+    whole = args.packing and args.packing_strategy != "bfd"
+    lengths = measure(
+        rows.train,
+        models.tokenizer,
+        None if whole else args.max_length,
+        recipe.data.labels,
+        args.truncation_mode,
+    )
+    verdicts += _length_verdicts(lengths, args)
+    return _Comparison(rows, lengths, (*verdicts, *_row_verdicts(models, rows, recipe, args)))
+
+
+def _row_verdicts(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:
+    """The rendered rows beside the rows, and beside what the models read."""
+    tokenizer, labels = models.tokenizer, recipe.data.labels
+    first = first_rows(rows.train, MEASURED_ROWS)
+    ends = end_tokens(recipe.student, models.student_config)
+    if args.eos_token is not None and ends:
+        ends |= {tokenizer.eos_token_id}  # TRL adds it to the generation configuration
+    looked_at = rows.train if isinstance(rows.train, Sized) else first
+    configs = {"student": models.student_config, **models.teacher_configs}
+    return [
+        *compare_rows(first, tokenizer, labels, ends),
+        *check_context(looked_at, tokenizer, labels, args.max_length, configs),
+    ]
 
 
 def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:

@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from hpd.data.dates import own_template
 from hpd.training.checkpoints import (
     CheckpointFailed,
     check_readable,
@@ -309,6 +310,11 @@ class Resumable(Trainer):
         if self.args.should_save:
             rotate(folder.parent, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # A template whose date the run has fixed is saved as it was.
+        with own_template(self.processing_class):
+            super()._save(output_dir, state_dict)
 
     def _notes(self) -> dict[str, Any]:
         step, unfinished = self.state.global_step, self._unfinished or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +18,9 @@ from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
 from hpd.progress import Progress
 from hpd.training.arguments import train_arguments
+from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
-from hpd.training.plan import plan
+from hpd.training.plan import Plan, plan
 from hpd.training.preferences import dpo_arguments, train_preferences
 from hpd.training.single import open_together, train_single
 from hpd.training.stopping import ends_resumable
@@ -50,12 +52,20 @@ def train(
         if recipe.stages:
             return train_stages(recipe, overwrite=overwrite, progress=progress)
         folder = RunFolder(recipe, overwrite)
-        planned = plan(recipe)
+        planned = plan(recipe, fresh=overwrite)
         try:
             planned.require_sound()
+            _say_warnings(planned, progress or Progress())
             return train_single(planned, folder, progress or Progress(), baselines, signals)
         finally:
             planned.close()
+
+
+def _say_warnings(planned: Plan, progress: Progress) -> None:
+    """Say what is to be known about a run before it starts."""
+    for verdict in planned.verdicts:
+        if verdict.level == "warning":
+            progress.say(f"warning, {verdict.topic}: {verdict.text}")
 
 
 def train_stages(
@@ -76,6 +86,9 @@ def train_stages(
     check_stages(recipe, [stage for stage in stages if stage.name not in done])
     open_together(folder, train_arguments(recipe))
     processes = PartialState()
+    if processes.is_main_process and not (folder.path / DATE).is_file():
+        folder.write_json(DATE, {"date": datetime.date.today().isoformat()})
+    processes.wait_for_everyone()
     summaries: dict[str, dict[str, Any]] = {}
     for stage, previous in zip(stages, (None, *stages), strict=False):
         if _summary(stage).is_file():

@@ -23,6 +23,7 @@ from hpd.progress import Progress
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
 from hpd.training.checkpoints import writing
+from hpd.training.dates import DATE
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.plan import Plan, lora_of
@@ -89,6 +90,8 @@ def train_single(
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
+    if planned.date is not None and PartialState().is_main_process:
+        folder.write_json(DATE, {"date": planned.date.isoformat()})
     resume = folder.checkpoint
     measured = folder.baselines()
     to_measure = resume is None and measured is None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from hpd.data.repair import repair
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
 from hpd.models.forward import adapt_head, add_head_function
 from hpd.training.arguments import DistillConfig, check_engine
@@ -95,3 +96,12 @@ class StudentTrainer(Resumable, SFTTrainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
             return
         super().save_model(output_dir, _internal_call)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, *others: Any, **more: Any
+    ) -> Any:
+        labels = "completion" if args.completion_only_loss is not False else "all"
+        if isinstance(processing_class, PreTrainedTokenizerBase):
+            labels = "assistant" if args.assistant_only_loss else labels
+            dataset = repair(dataset, processing_class, labels, num_proc=args.dataset_num_proc)
+        return super()._prepare_dataset(dataset, processing_class, args, *others, **more)
