@@ -1,4 +1,4 @@
-"""One row as text and tokens, as training makes them of it: the template's rendering, the end token, labels."""
+"""One row as text, tokens and labels, as training makes them of it."""
 
 from __future__ import annotations
 

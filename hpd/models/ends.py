@@ -21,7 +21,7 @@ def end_tokens(source: ModelConfig, config: Any) -> frozenset[int]:
     found = None
     if source.init == "pretrained":
         try:
-            saved = GenerationConfig.from_pretrained(source.model, revision=source.revision)
+            saved = GenerationConfig.from_pretrained(source.model, revision=source.revision or "main")
             found = saved.eos_token_id
         except (OSError, ValueError):
             found = None  # a model without the file has its configuration's

@@ -85,6 +85,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress |
     config = _cache_config(recipe)
     planned = plan(recipe)
     planned.require_sound()
+    planned.say_warnings(progress)
     trainer = _rows_trainer(planned)
     datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)

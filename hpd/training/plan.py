@@ -27,7 +27,7 @@ from hpd.generation.settings import GenerationSettings
 from hpd.models.ends import end_tokens
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair
-from hpd.progress import quiet_libraries
+from hpd.progress import Progress, quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, train_arguments
@@ -83,6 +83,12 @@ class Plan(NamedTuple):
         errors = [f"{v.topic}: {v.text}" for v in self.verdicts if v.level == "error"]
         if errors:
             raise ValueError(" ".join(errors))
+
+    def say_warnings(self, progress: Progress) -> None:
+        """Say what is to be known about the run before it starts."""
+        for verdict in self.verdicts:
+            if verdict.level == "warning":
+                progress.say(f"warning, {verdict.topic}: {verdict.text}")
 
     def close(self) -> None:
         """Let go of a teacher elsewhere."""
@@ -197,7 +203,9 @@ def _row_verdicts(models: _Models, rows: Rows, recipe: Recipe, args: DistillConf
     first = first_rows(rows.train, MEASURED_ROWS)
     ends = end_tokens(recipe.student, models.student_config)
     if args.eos_token is not None and ends:
-        ends |= {tokenizer.eos_token_id}  # TRL adds it to the generation configuration
+        ends |= {
+            models.tokenizer.convert_tokens_to_ids(args.eos_token)
+        }  # TRL adds it to the generation configuration
     looked_at = rows.train if isinstance(rows.train, Sized) else first
     configs = {"student": models.student_config, **models.teacher_configs}
     return [

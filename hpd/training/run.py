@@ -20,7 +20,7 @@ from hpd.progress import Progress
 from hpd.training.arguments import train_arguments
 from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
-from hpd.training.plan import Plan, plan
+from hpd.training.plan import plan
 from hpd.training.preferences import dpo_arguments, train_preferences
 from hpd.training.single import open_together, train_single
 from hpd.training.stopping import ends_resumable
@@ -55,17 +55,10 @@ def train(
         planned = plan(recipe, fresh=overwrite)
         try:
             planned.require_sound()
-            _say_warnings(planned, progress or Progress())
+            planned.say_warnings(progress or Progress())
             return train_single(planned, folder, progress or Progress(), baselines, signals)
         finally:
             planned.close()
-
-
-def _say_warnings(planned: Plan, progress: Progress) -> None:
-    """Say what is to be known about a run before it starts."""
-    for verdict in planned.verdicts:
-        if verdict.level == "warning":
-            progress.say(f"warning, {verdict.topic}: {verdict.text}")
 
 
 def train_stages(

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from hpd.config.schema import Recipe
 from hpd.evaluate.run import evaluate
 from hpd.models.load import load_model
-from hpd.progress import Progress
+from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
 from hpd.training.checkpoints import writing
@@ -31,6 +31,10 @@ from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
 __all__ = ["evaluate_task", "make_trainer", "open_together", "train_single"]
+
+
+# Warnings that the verdicts on rows have said, with how many rows they are of.
+_SAID_OF_ROWS = ("The tokenized prompt is not a prefix", "Token indices sequence length is longer")
 
 
 class _EvaluatingTrainer(TaskEvaluation, DistillTrainer):
@@ -98,12 +102,13 @@ def train_single(
     before = measured or {}
     if to_measure and baselines:
         before |= _task_baselines(planned, student, teacher, folder, progress)
-    trainer = make_trainer(planned, student, teacher, folder, progress)
+    with saying_warnings(progress, known=_SAID_OF_ROWS):
+        trainer = make_trainer(planned, student, teacher, folder, progress)
     before |= _loss_baselines(trainer, is_new=resume is None, to_measure=to_measure)
     if to_measure and trainer.is_world_process_zero():
         folder.write_json("baselines.json", before)
     before_training = time.perf_counter()
-    with signals.stopping(trainer):
+    with signals.stopping(trainer), saying_warnings(progress):
         trainer.train(resume_from_checkpoint=resume)
     with _keeping_steps(trainer):
         after = _finish(planned, trainer, folder, progress, before_training)
