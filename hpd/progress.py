@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -52,7 +53,7 @@ class _Saying(logging.Handler):
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = " ".join(record.getMessage().split())
+        text = re.sub(r"^\[RANK \d+\] ", "", " ".join(record.getMessage().split()))
         if text not in self._said and not text.startswith(tuple(self._known)):
             self._said.add(text)
             self._progress.say(f"warning, {record.name.partition('.')[0]}: {text}")

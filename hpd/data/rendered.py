@@ -87,23 +87,25 @@ def _message_differences(
     if rendered.cut:
         yield "restored", _short(rendered.cut)
     yield from _head(row, turns, text, tokenizer)
-    behind = rendered.begins
+    cursor = 0
     for number, turn in enumerate(turns):
+        if number == first_learnt:
+            cursor = max(cursor, rendered.begins)
         learnt = number >= first_learnt and (labels == "all" or turn.get("role") == "assistant")
         answer = turn.get("role") == "assistant"
         for name, piece in _pieces(turn):
-            where = _find(piece, text, behind if learnt else 0)
+            # Some templates print the system message elsewhere; what is learnt stands where it should.
+            where = _find(piece, text, cursor) or (None if learnt else _find(piece, text, 0))
             if where is None:
                 thought = name in ("thought", *_THOUGHTS)
                 kind = "dropped" if learnt else "earlier" if answer and thought else "context"
-                label = (
-                    f"the {name} {_short(piece)}" if name != "content" else f"{turn['role']}: {_short(piece)}"
-                )
-                yield kind, label
-            elif learnt and answer and name == "content" and "messages" in row:
-                yield from _lead(text[behind : where[0]])
-            if where is not None and learnt:
-                behind = where[1]
+                whose = f"the {name}" if name != "content" else f"{turn['role']}:"
+                yield kind, f"{whose} {_short(piece)}"
+                continue
+            if learnt and answer and name == "content" and "messages" in row:
+                yield from _lead(text[cursor : where[0]])
+            if turn.get("role") not in ("system", "developer"):
+                cursor = max(cursor, where[1])
         if learnt and answer:
             yield from _trimmed(turn, text)
     if "messages" not in row and not rendered.cut:

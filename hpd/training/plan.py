@@ -203,9 +203,8 @@ def _row_verdicts(models: _Models, rows: Rows, recipe: Recipe, args: DistillConf
     first = first_rows(rows.train, MEASURED_ROWS)
     ends = end_tokens(recipe.student, models.student_config)
     if args.eos_token is not None and ends:
-        ends |= {
-            models.tokenizer.convert_tokens_to_ids(args.eos_token)
-        }  # TRL adds it to the generation configuration
+        # TRL adds it to the generation configuration.
+        ends |= {models.tokenizer.convert_tokens_to_ids(args.eos_token)}
     looked_at = rows.train if isinstance(rows.train, Sized) else first
     configs = {"student": models.student_config, **models.teacher_configs}
     return [

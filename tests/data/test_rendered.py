@@ -23,37 +23,42 @@ from hpd.data.rendering import render
 from hpd.data.repair import repair, repaired
 from hpd.data.shown import row_as_learnt
 from hpd.progress import Progress
+from hpd.teachers.cache import write_json
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
 
 R1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<User>' + m['content'] }}"
-    "{% else %}{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "{% else %}{% set c = m['content'] %}"
+    "{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
     "{{ '<Assistant>' + c + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
 )
 EMPTY_THOUGHT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and '<think>' not in m['content'] %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if m['role'] == 'assistant' and '<think>' not in m['content'] %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 DATED = (
     "{{ bos_token }}{% set day = strftime_now('%d %b %Y') %}"
     "{{ '<|im_start|>system\nToday Date: ' + day + '<|im_end|>\n' }}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TRIMMED = (
-    "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a kind helper of all.<|im_end|>\n' }}"
-    "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a kind helper of all.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NO_SYSTEM = (
@@ -153,7 +158,8 @@ def test_an_answer_that_a_template_rewrites_is_not_put_back():
     rendered = render(pair("one two"), tokenizer, "completion")
     assert rendered.cut == ""
     assert "ONE TWO" in rendered.text
-    assert "one two" in topics(pair("one two"), tokenizer)["dropped text"]
+    found = compare_rows([pair("one two")], tokenizer, "completion")
+    assert any("should be learnt" in v.text and "'one two'" in v.text for v in found)
 
 
 def test_a_system_message_without_a_place():
@@ -375,7 +381,8 @@ def test_a_run_and_a_cache_keep_their_first_day(tmp_path):
     write_cache(load_recipe(file))  # begun by the run of 2020, had its folder not lost the day
     about = json.loads((tmp_path / "cache" / "cache.json").read_text())
     assert about["date"] == today
-    (tmp_path / "cache" / "cache.json").write_text(json.dumps({**about, "date": "2021-01-02"}))
+    about.pop("checksum")
+    write_json(tmp_path / "cache" / "cache.json", {**about, "date": "2021-01-02"})
     cached = [
         "teacher.type=cached",
         f"teacher.path={tmp_path / 'cache'}",
