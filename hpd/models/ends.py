@@ -18,7 +18,7 @@ def end_tokens(source: ModelConfig, config: Any) -> frozenset[int]:
         source: where the model is.
         config: its configuration.
     """
-    found = None
+    found: Any = None
     if source.init == "pretrained":
         try:
             saved = GenerationConfig.from_pretrained(source.model, revision=source.revision or "main")

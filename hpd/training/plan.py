@@ -202,9 +202,9 @@ def _row_verdicts(models: _Models, rows: Rows, recipe: Recipe, args: DistillConf
     tokenizer, labels = models.tokenizer, recipe.data.labels
     first = first_rows(rows.train, MEASURED_ROWS)
     ends = end_tokens(recipe.student, models.student_config)
-    if args.eos_token is not None and ends:
+    if args.eos_token in models.tokenizer.get_vocab() and ends:
         # TRL adds it to the generation configuration.
-        ends |= {models.tokenizer.convert_tokens_to_ids(args.eos_token)}
+        ends |= frozenset([models.tokenizer.get_vocab()[args.eos_token]])
     looked_at = rows.train if isinstance(rows.train, Sized) else first
     configs = {"student": models.student_config, **models.teacher_configs}
     return [

@@ -103,5 +103,6 @@ class StudentTrainer(Resumable, SFTTrainer):
         labels = "completion" if args.completion_only_loss is not False else "all"
         if isinstance(processing_class, PreTrainedTokenizerBase):
             labels = "assistant" if args.assistant_only_loss else labels
-            dataset = repair(dataset, processing_class, labels, num_proc=args.dataset_num_proc)
+            with args.main_process_first(desc="rows"):
+                dataset = repair(dataset, processing_class, labels, num_proc=args.dataset_num_proc)
         return super()._prepare_dataset(dataset, processing_class, args, *others, **more)
