@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
 
-from hpd.batch import IGNORE_INDEX
 from hpd.data.reading import first_rows
-from hpd.data.templates import training_template
+from hpd.data.tokens import tokenise
 
-__all__ = ["Lengths", "check_ids", "measure", "tokenise"]
+__all__ = ["Lengths", "check_ids", "measure"]
 
 _MEASURED_ROWS = 256
 
@@ -38,9 +36,20 @@ class Lengths(NamedTuple):
 
 
 def measure(
-    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, labels: str
+    rows: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    labels: str,
+    truncation_mode: str = "keep_start",
 ) -> Lengths:
     """Tokenise the first rows as training will, to see lengths and labels before any model is loaded.
+
+    Args:
+        rows: in a format of TRL's.
+        tokenizer: the student's.
+        max_length: longest row, in tokens; None: rows are not cut.
+        labels: as `tokenise` takes them.
+        truncation_mode: the end of a long row that stays, keep_start or keep_end.
 
     Raises:
         ValueError: not a single label is left in the measured rows.
@@ -48,10 +57,11 @@ def measure(
     lengths: list[int] = []
     kept: list[int] = []
     finished: list[bool] = []
+    from_end = truncation_mode == "keep_end"
     for row in first_rows(rows, _MEASURED_ROWS):
         ids, mask = tokenise(dict(row), tokenizer, labels)
         lengths.append(len(ids))
-        kept.append(sum(mask[:max_length]))
+        kept.append(sum(mask[-max_length:] if max_length and from_end else mask[:max_length]))
         if max_length is None or len(ids) <= max_length:
             last = max((i for i, bit in enumerate(mask) if bit), default=None)
             finished.append(last is not None and _is_end(ids, last, tokenizer))
@@ -98,52 +108,3 @@ def _is_end(ids: list[int], last: int, tokenizer: PreTrainedTokenizerBase) -> bo
     """True if the row's last label ends the turn; templates put a newline behind their end token."""
     tail = list(ids[max(0, last - 1) : last + 1])
     return any(i == tokenizer.eos_token_id or i in tokenizer.all_special_ids for i in tail)
-
-
-def tokenise(row: dict[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
-    """Token ids and label mask of one row."""
-    if "input_ids" in row:
-        given = row.get("labels", row["input_ids"])
-        return list(row["input_ids"]), [label != IGNORE_INDEX for label in given]
-    if "messages" in row:
-        return _tokenise_messages(row["messages"], tokenizer, labels)
-    if "text" in row:
-        ids = tokenizer(row["text"] + _missing_eos(row["text"], tokenizer))["input_ids"]
-        return ids, [True] * len(ids)
-    if is_conversational(row):
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True
-        )
-        ids = tokenizer.apply_chat_template(
-            row["prompt"] + row["completion"], tokenize=True, return_dict=True
-        )["input_ids"]
-        prompt = prompt["input_ids"]
-    else:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = tokenizer(row["prompt"] + row["completion"] + _missing_eos(row["completion"], tokenizer))[
-            "input_ids"
-        ]
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
-    )
-    return ids, [labels == "all" or i >= shared for i in range(len(ids))]
-
-
-def _tokenise_messages(messages: list[Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
-    """A whole conversation; with labels: assistant only the assistant's turns are labels, as the template
-    marks them."""
-    if labels != "assistant":
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        return ids, [True] * len(ids)
-    rendered = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        chat_template=training_template(tokenizer, labels),
-    )
-    return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
-
-
-def _missing_eos(text: str, tokenizer: Any) -> str:
-    return "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import set_seed
@@ -101,8 +101,10 @@ def adapt_head(
     """Let SFTTrainer accept an adapter on the output head.
 
     It refuses one because its own fused head ignores adapters; ours does not. So such an adapter is put on
-    here, and hidden from that one check.
+    here, and hidden from that one check. A model that comes with its adapter is hidden in the same way.
     """
+    if isinstance(model, PeftModel):
+        return model, peft_config, _hidden_head(model.get_base_model())
     targets = getattr(peft_config, "target_modules", None) or ()
     if isinstance(model, str) or peft_config is None or "lm_head" not in targets:
         return model, peft_config, contextlib.nullcontext()

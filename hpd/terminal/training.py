@@ -28,11 +28,13 @@ __all__ = ["run_cache", "run_generate", "run_train", "show_summary", "train_with
 _FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-def run_train(path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bool) -> None:
+def run_train(
+    path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bool, takes_changed: bool = False
+) -> None:
     """Train by a recipe file and show the summary; or check everything and print the resolved recipe."""
     recipe = load_recipe(path, overrides)
     if not dry_run:
-        show_summary(recipe, train_with_display(recipe, overwrite))
+        show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
         return
     planned = plan(recipe)
     text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
@@ -41,9 +43,11 @@ def run_train(path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bo
     planned.require_sound()
 
 
-def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+def train_with_display(
+    recipe: Recipe, overwrite: bool = False, takes_changed: bool = False
+) -> dict[str, Any]:
     """Train with bars; returns the summary of `hpd.training.run.train`."""
-    return train(recipe, overwrite=overwrite, progress=_TrainingProgress())
+    return train(recipe, overwrite=overwrite, progress=_TrainingProgress(), takes_changed=takes_changed)
 
 
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:

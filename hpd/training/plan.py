@@ -12,21 +12,23 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
-from hpd.config.schema import EvalConfig, Recipe
+from hpd.config.schema import DataConfig, EvalConfig, Recipe
+from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.lengths import Lengths, check_ids, measure
 from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
+from hpd.models.adapters import find_adapter, has_shape_of
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
-from hpd.training.arguments import DistillConfig, train_arguments
+from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 
-__all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
+__all__ = ["Plan", "PlannedEval", "goes_on_adapter", "lora_of", "plan", "plan_evals", "steps_of"]
 
 
 class PlannedEval(NamedTuple):
@@ -114,7 +116,8 @@ def plan(recipe: Recipe) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     _check_loggers(args)
     models = _describe_models(recipe, args)
-    rows = load_rows(recipe.data, recipe.teacher.column)
+    prompts = recipe.choose_regime().needs_prompts_only
+    rows = load_rows(_text_column(recipe.data, args), recipe.teacher.column, prompts=prompts)
     compared = _compare(models, rows, recipe, args)
     return Plan(
         recipe,
@@ -159,8 +162,38 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
             raise ValueError(verdict.text)
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
-    lengths = measure(rows.train, models.tokenizer, args.max_length, recipe.data.labels)
-    return _Comparison(rows, lengths, (*verdicts, *_length_verdicts(lengths, args)))
+    lengths = measure(rows.train, models.tokenizer, args.max_length, label_policy(args), args.truncation_mode)
+    verdicts += _adapter_verdicts(recipe, models.student_config)
+    columns = _column_verdicts(rows)
+    return _Comparison(rows, lengths, (*verdicts, *columns, *_length_verdicts(lengths, args)))
+
+
+def _text_column(data: DataConfig, args: DistillConfig) -> DataConfig:
+    """The data, whose text stands in the column that `train.dataset_text_field` names."""
+    if args.dataset_text_field == "text" or "text" in data.columns:
+        return data
+    return dataclasses.replace(data, columns={**data.columns, "text": args.dataset_text_field})
+
+
+def _column_verdicts(rows: Rows) -> list[CheckResult]:
+    """How several datasets are mixed, and their columns that are not read, by name."""
+    mixture = [] if rows.mixture is None else [CheckResult("ok", "mixture", rows.mixture)]
+    found = (verdict for layout in rows.layouts for verdict in _unread_columns(layout))
+    return [*mixture, *dict.fromkeys(found)]
+
+
+def _unread_columns(layout: RowFormat) -> list[CheckResult]:
+    verdicts = []
+    if layout.beside:
+        names = " and ".join(layout.source[part] for part in FORMATS[layout.kind])
+        text = (
+            f"rows are read from {names}; {', '.join(layout.beside)} may hold another form of them, and has "
+            "no effect: if that is what should be learnt, map it in data.columns"
+        )
+        verdicts.append(CheckResult("warning", "columns", text))
+    if layout.unread:
+        verdicts.append(CheckResult("ok", "columns", f"not read: {', '.join(layout.unread)}"))
+    return verdicts
 
 
 def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:
@@ -253,7 +286,45 @@ def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[CheckResult]
 
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
     """Return the recipe's adapter as peft takes it."""
-    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
+    if recipe.lora is None:
+        return None
+    # Whoever loads the adapter needs the base of that revision.
+    options = {**dataclasses.asdict(recipe.lora), "revision": recipe.student.revision}
+    return peft.LoraConfig(task_type="CAUSAL_LM", **options)
+
+
+def goes_on_adapter(recipe: Recipe, student_config: Any) -> bool:
+    """True if the student is an adapter of the shape that `lora` asks for, which is then trained further.
+
+    Any other adapter is merged into its base, and so is one whose run learns from `self`: with an adapter
+    switched off, the base would be the teacher, not the student as it was before training.
+
+    Args:
+        student_config: of the student's base.
+    """
+    adapter = find_adapter(recipe.student, "student")
+    teachers = (recipe.teacher, *recipe.teacher.teachers.values())
+    if adapter is None or any(teacher.type == "self" for teacher in teachers):
+        return False
+    wanted = lora_of(recipe)
+    return wanted is not None and has_shape_of(adapter, student_config, wanted)
+
+
+def _adapter_verdicts(recipe: Recipe, student_config: Any) -> list[CheckResult]:
+    """The way a student that is an adapter is taken."""
+    adapter = find_adapter(recipe.student, "student")
+    if adapter is None:
+        return []
+    if goes_on_adapter(recipe, student_config):
+        text = f"lora has its shape: it is trained further, on the same base {adapter.base.model}"
+    elif recipe.lora is None:
+        text = f"merged into its base {adapter.base.model}; all weights are trained"
+    else:
+        text = (
+            f"merged into its base {adapter.base.model}, and a new one is trained on the result, whose base "
+            f"is {adapter.path}"
+        )
+    return [CheckResult("ok", "adapter", text)]
 
 
 def steps_of(planned: Plan) -> int | None:

@@ -14,18 +14,20 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config.schema import Recipe
 from hpd.evaluate.run import evaluate
-from hpd.models.load import load_model
+from hpd.models.load import load_adapted, load_model
 from hpd.progress import Progress
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
 from hpd.training.checkpoints import writing
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
-from hpd.training.plan import Plan, lora_of
+from hpd.training.inputs import input_fingerprints
+from hpd.training.plan import Plan, goes_on_adapter, lora_of
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
@@ -82,9 +84,10 @@ def train_single(
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
-    student = load_model(recipe.student, "student", planned.args.seed)
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.check_inputs(input_fingerprints(planned))
+    student = _load_student(planned)
     teacher = planned.served or load_teacher(recipe.teacher)
-    _check_lora(recipe, student)
     # Not before the models are loaded: what cannot start leaves nothing behind.
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
@@ -112,6 +115,16 @@ def train_single(
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _load_student(planned: Plan) -> Any:
+    """The student, with the adapter that it goes on training, if that is what the recipe asks for."""
+    recipe = planned.recipe
+    if goes_on_adapter(recipe, planned.student_config):
+        return load_adapted(recipe.student, "student", lora_of(recipe))
+    student = load_model(recipe.student, "student", planned.args.seed)
+    _check_lora(recipe, student)
+    return student
 
 
 def _task_baselines(
@@ -215,11 +228,12 @@ def make_trainer(
         train_dataset=planned.rows.train,
         eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
+        teacher_tokenizer=planned.tokenizer,  # the plan has compared the two
         prefixes=recipe.prefixes,
         rollouts=recipe.rollouts,
         strategy=recipe.strategy,
         guards=recipe.guards,
-        peft_config=lora_of(recipe),
+        peft_config=None if isinstance(student, PeftModel) else lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import global_then_local_main_first
 
+from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
+from hpd.data.tokens import label_rows
 from hpd.models.forward import adapt_head, add_head_function
-from hpd.training.arguments import DistillConfig, check_engine
+from hpd.training.arguments import DistillConfig, check_engine, label_policy
 from hpd.training.resumable import Resumable
 
 __all__ = ["StudentTrainer"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _without_turns(args: DistillConfig) -> Iterator[None]:
+    """TRL looks for the assistant's turns in rows of one format, and for a template that it knows."""
+    asked, args.assistant_only_loss = args.assistant_only_loss, False
+    try:
+        yield
+    finally:
+        args.assistant_only_loss = asked
 
 
 class StudentTrainer(Resumable, SFTTrainer):
@@ -25,6 +43,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         peft_config: as in TRL; an adapter on the output head is supported.
         recomputes: True if the loss reads the head again in the backward pass.
         repeats_rows: True if rows come several times in a row from the dataset.
+        prompts: True if prompts without completions are enough, since the student writes every row.
         **kwargs: as `SFTTrainer` takes them.
     """
 
@@ -41,11 +60,16 @@ class StudentTrainer(Resumable, SFTTrainer):
         *,
         recomputes: bool,
         repeats_rows: bool,
+        prompts: bool = False,
         **kwargs: Any,
     ):
         self._repeats_rows = repeats_rows
+        self._prompts = prompts
+        _read_on_every_process(args)
+        self._labels = label_policy(args)
         model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
-        with hide_head:
+        # Turns are found by our own reader, whose templates and formats are more than TRL's.
+        with hide_head, _without_turns(args):
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
@@ -53,6 +77,26 @@ class StudentTrainer(Resumable, SFTTrainer):
         add_head_function(self._base_model)
         # The model's own loss may not; ours shifts labels and needs the label count of the accumulated batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        """Rows of every format of docs/data.md as token ids and labels; TRL cuts, packs and shuffles them."""
+        if formatting_func is None and dataset is not None:
+            field, prompts = args.dataset_text_field, self._prompts and name == "train"
+            layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts)
+            if layout is not None:
+                with global_then_local_main_first():
+                    dataset = label_rows(
+                        dataset,
+                        layout,
+                        self._tokenizer,
+                        self._labels,
+                        prompts=prompts,
+                        num_proc=args.dataset_num_proc,
+                    )
+        rows: Any = dataset
+        return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
 
     @property
     def is_sharded(self) -> bool:
@@ -95,3 +139,16 @@ class StudentTrainer(Resumable, SFTTrainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
             return
         super().save_model(output_dir, _internal_call)
+
+
+def _read_on_every_process(args: DistillConfig) -> None:
+    """Have each process read a stream itself.
+
+    Accelerate would join the batches of all processes and cut them again, and label positions are counted in
+    the batch as it was collated.
+    """
+    if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        _LOGGER.warning(
+            "accelerator_config.dispatch_batches: true is taken as false: each process reads the rows itself."
+        )
+    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
