@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from hpd.data.reading import first_rows
 from hpd.data.tokens import tokenise
 
-__all__ = ["Lengths", "check_ids", "measure"]
+__all__ = ["Lengths", "check_ids", "greatest_id", "measure"]
 
 _MEASURED_ROWS = 256
 
@@ -82,6 +82,12 @@ def measure(
         float(np.mean(finished or [0.0])),
         float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
     )
+
+
+def greatest_id(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, labels: str) -> int:
+    """Return the greatest token id of the first rows; 0 without any."""
+    tokenised = (tokenise(dict(row), tokenizer, labels)[0] for row in first_rows(rows, _MEASURED_ROWS))
+    return max((max(ids, default=0) for ids in tokenised), default=0)
 
 
 def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -31,6 +32,7 @@ __all__ = [
     "check_loaded",
     "load_adapted",
     "load_config",
+    "load_generation_config",
     "load_model",
     "load_tokenizer",
 ]
@@ -125,6 +127,15 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
             "Set eos_token in its tokenizer_config.json."
         )
     return tokenizer
+
+
+def load_generation_config(source: ModelConfig | TeacherConfig) -> GenerationConfig | None:
+    """How the model generates, where a file of its own says so; a file that cannot be read is `load_model`'s
+    to refuse."""
+    try:
+        return GenerationConfig.from_pretrained(str(source.model), revision=source.revision or "main")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) -> PreTrainedModel:

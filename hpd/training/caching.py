@@ -45,6 +45,7 @@ from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
 from hpd.training.plan import Plan, plan
+from hpd.training.probing import settle
 from hpd.training.shards import (
     Layout,
     TeacherAnswer,
@@ -282,6 +283,7 @@ def _ask(
     """Load the teacher and write this process's part of the missing shards."""
     teacher = _load(planned)
     teacher.prepare(trainer.model, trainer.accelerator)
+    settle(teacher.probe(trainer.padding_free))
     folder, dtype = Path(config.path), stored_dtype(config, planned)
     world, rank = trainer.args.world_size, trainer.args.process_index
     # Weights sharded over processes are gathered by all of them together: each runs as many forwards as the

@@ -94,7 +94,7 @@ class MeasuredTrainer(GuardedTrainer):
         if not sums.get("tokens"):
             return {}
         metrics = means(sums, self.terms)
-        metrics["loss"] = metrics.pop("value")
+        metrics["loss"] = metrics.pop("value") + self.router_aux_loss_coef * metrics.get("aux_loss", 0.0)
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def evaluate(

@@ -19,7 +19,16 @@ from hpd.methods.terms import Term, as_evaluated, num_uniforms
 __all__ = ["MetricSums", "add_sums", "evaluated_names", "input_tokens", "means", "reduce_sums"]
 
 # Sums with a denominator of their own, or that are no metrics.
-_SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
+_SPECIAL = (
+    "tokens",
+    "metric_tokens",
+    "num_tokens",
+    "labels_dropped",
+    "support_overlap",
+    "overlap_rows",
+    "aux_loss",
+    "aux_batches",
+)
 
 _ON_METRIC_ROWS = (
     "forward_kl",
@@ -102,6 +111,8 @@ def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
     values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
     if sums.get("overlap_rows"):
         found["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
+    if sums.get("aux_batches"):
+        found["aux_loss"] = sums["aux_loss"] / sums["aux_batches"]
     if len(terms) > 1:
         found.update({f"loss/{name}": value for name, value in values.items()})
     found["value"] = sum(term.weight * values[term.name] for term in terms)

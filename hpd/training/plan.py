@@ -14,19 +14,22 @@ from transformers import PreTrainedTokenizerBase
 from hpd.config.check import check_recipe
 from hpd.config.schema import DataConfig, EvalConfig, Recipe
 from hpd.data.formats import FORMATS, RowFormat
-from hpd.data.lengths import Lengths, check_ids, measure
+from hpd.data.lengths import Lengths, check_ids, greatest_id, measure
 from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
 from hpd.models.adapters import find_adapter, has_shape_of
-from hpd.models.load import load_config, load_tokenizer
+from hpd.models.load import load_config, load_generation_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair
+from hpd.models.probe import check_savable
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
+from hpd.training.probing import beyond_embeddings, packing_verdicts
+from hpd.training.settings import check_special_tokens
 
 __all__ = ["Plan", "PlannedEval", "goes_on_adapter", "lora_of", "plan", "plan_evals", "steps_of"]
 
@@ -137,6 +140,7 @@ def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
     """Read configurations and tokenizers, and connect to a teacher elsewhere."""
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
+    check_special_tokens(args, tokenizer)
     check_caches(recipe.teacher, tokenizer, args)
     served = None
     if recipe.teacher.type == "server":
@@ -162,10 +166,19 @@ def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -
             raise ValueError(verdict.text)
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
-    lengths = measure(rows.train, models.tokenizer, args.max_length, label_policy(args), args.truncation_mode)
-    verdicts += _adapter_verdicts(recipe, models.student_config)
-    columns = _column_verdicts(rows)
-    return _Comparison(rows, lengths, (*verdicts, *columns, *_length_verdicts(lengths, args)))
+    labels = label_policy(args)
+    lengths = measure(rows.train, models.tokenizer, args.max_length, labels, args.truncation_mode)
+    saving = check_savable(models.student_config, load_generation_config(recipe.student), models.tokenizer)
+    found = (
+        *verdicts,
+        *_adapter_verdicts(recipe, models.student_config),
+        *_column_verdicts(rows),
+        *saving,
+        *packing_verdicts(args),
+        *_length_verdicts(lengths, args),
+        *_added_tokens(models, rows, labels),
+    )
+    return _Comparison(rows, lengths, found)
 
 
 def _text_column(data: DataConfig, args: DistillConfig) -> DataConfig:
@@ -194,6 +207,21 @@ def _unread_columns(layout: RowFormat) -> list[CheckResult]:
     if layout.unread:
         verdicts.append(CheckResult("ok", "columns", f"not read: {', '.join(layout.unread)}"))
     return verdicts
+
+
+def _added_tokens(models: _Models, rows: Rows, labels: str) -> list[CheckResult]:
+    """Look in the first rows for tokens that were added to the tokenizer and not to a model."""
+    configs = {"student": models.student_config, **models.teacher_configs}
+    limits = {role: config.get_text_config().vocab_size for role, config in configs.items()}
+    greatest = max(models.tokenizer.get_vocab().values(), default=0)
+    if greatest < min(limits.values()):
+        return []
+    seen = greatest_id(rows.train, models.tokenizer, labels)
+    return [
+        CheckResult("error", "vocabulary", beyond_embeddings(models.tokenizer, seen, role, limit))
+        for role, limit in limits.items()
+        if seen >= limit
+    ]
 
 
 def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:

@@ -18,6 +18,7 @@ from hpd.models.pairing import CheckResult, check_pair, check_tokens
 from hpd.teachers import Teacher
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.training.arguments import DistillConfig
+from hpd.training.settings import check_special_tokens
 
 __all__ = ["check_best_metric", "check_call"]
 
@@ -37,30 +38,30 @@ def check_call(
     teacher: Any,
     teacher_tokenizer: Any,
     args: DistillConfig,
-    peft_config: Any,
     options: Mapping[str, Any],
 ) -> None:
     """Refuse what would train something else than meant; warn of what cannot be looked at.
 
     Args:
-        model, teacher, teacher_tokenizer, args, peft_config: as `DistillTrainer` takes them.
+        model, teacher, teacher_tokenizer, args: as `DistillTrainer` takes them.
         options: the other arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: an argument without effect, images, prompt tuning, tokenizers that differ, or an end token
-            that is none.
+        ValueError: an argument without effect, tokenizers that differ, or a special token that the tokenizer
+            lacks.
     """
     _check_options(model, args, options)
-    _check_adapter(peft_config or getattr(model, "active_peft_config", None))
     row = _first_row(options.get("train_dataset"))
-    if {"image", "images"} & row.keys():
-        raise ValueError(
-            "The rows hold images, which the loss does not hand to the models: distil on text rows, or "
-            "remove the columns image and images."
-        )
     student = _student(model, args, options.get("processing_class"))
-    if args.eos_token is not None and student.tokenizer is not None:
-        _set_eos(student.tokenizer, args.eos_token)
+    if {"image", "images"} & row.keys() and student.config is not None and not _sees(student.config):
+        raise ValueError(
+            "The rows hold images, and the student reads text only: take a vision-language model, or remove "
+            "the columns image and images."
+        )
+    if student.tokenizer is not None:
+        check_special_tokens(args, student.tokenizer)
+        if args.eos_token is not None:
+            student.tokenizer.eos_token = args.eos_token
     for role, source in _sources(teacher):
         _compare(student, role, source, teacher_tokenizer, args, row)
 
@@ -102,12 +103,9 @@ def _check_options(model: Any, args: DistillConfig, options: Mapping[str, Any]) 
             )
 
 
-def _check_adapter(peft_config: Any) -> None:
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(
-            f"{type(peft_config).__name__} puts virtual tokens before each row, and the loss would read the "
-            "positions of other tokens: use LoRA (LoraConfig)."
-        )
+def _sees(config: Any) -> bool:
+    """True for the configuration of a model that reads images."""
+    return getattr(config, "vision_config", None) is not None
 
 
 def _first_row(rows: Any) -> dict[str, Any]:
@@ -150,15 +148,6 @@ def _load_tokenizer(name: str, args: DistillConfig, *, local: bool) -> PreTraine
         )
     except Exception:  # tokenizers' parser raises a bare Exception, and a model's folder may be gone
         return None
-
-
-def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str) -> None:
-    if eos_token not in tokenizer.get_vocab():
-        raise ValueError(
-            f"train.eos_token is {eos_token!r}, which is no token of the student's tokenizer. "
-            f"{nearest(eos_token, list(cast(Any, tokenizer).get_added_vocab()))}"
-        )
-    tokenizer.eos_token = eos_token
 
 
 def _sources(teacher: Any, role: str = "teacher") -> Iterator[tuple[str, Any]]:

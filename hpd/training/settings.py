@@ -8,7 +8,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["IN_RECIPES", "REFUSED", "USED", "WITHOUT_EFFECT", "check_packages", "check_settings"]
+__all__ = [
+    "IN_RECIPES",
+    "REFUSED",
+    "USED",
+    "WITHOUT_EFFECT",
+    "check_packages",
+    "check_settings",
+    "check_special_tokens",
+]
 
 _READ = """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
@@ -139,6 +147,28 @@ def check_packages(args: Any) -> None:
                 f"{setting} needs the package {package}, which is not installed: pip install "
                 f"{_ON_PYPI.get(package, package)}, or choose another setting."
             )
+
+
+def check_special_tokens(args: Any, tokenizer: Any) -> None:
+    """Look `train.eos_token` and `train.pad_token` up in the tokenizer.
+
+    Args:
+        args: `SFTConfig`.
+        tokenizer: or a processor that has one.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    vocabulary = getattr(tokenizer, "tokenizer", tokenizer)
+    for name in ("eos_token", "pad_token"):
+        token = getattr(args, name, None)
+        if token is None or token in vocabulary.get_vocab():
+            continue
+        ends = ", ".join(repr(t) for t in list(dict.fromkeys(vocabulary.all_special_tokens))[:8])
+        raise ValueError(
+            f"train.{name} is {token!r}, which the student's tokenizer does not have: name one of its tokens "
+            f"(its special ones are {ends}), or remove it for the tokenizer's own."
+        )
 
 
 def _is_changed(args: Any, field: dataclasses.Field[Any]) -> bool:

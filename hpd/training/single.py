@@ -28,6 +28,7 @@ from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints
 from hpd.training.plan import Plan, goes_on_adapter, lora_of
+from hpd.training.probing import check_packing
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
@@ -88,6 +89,8 @@ def train_single(
         folder.check_inputs(input_fingerprints(planned))
     student = _load_student(planned)
     teacher = planned.served or load_teacher(recipe.teacher)
+    # Before tasks are done for minutes; the trainer probes the rest.
+    check_packing(student, teacher, planned.args)
     # Not before the models are loaded: what cannot start leaves nothing behind.
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:

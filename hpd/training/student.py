@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from peft import PeftConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import global_then_local_main_first
@@ -15,8 +17,9 @@ from trl.trainer.sft_trainer import global_then_local_main_first
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
 from hpd.data.tokens import label_rows
-from hpd.models.forward import adapt_head, add_head_function
+from hpd.models.forward import adapt_head
 from hpd.training.arguments import DistillConfig, check_engine, label_policy
+from hpd.training.probing import packing_verdicts, probe_student, settle
 from hpd.training.resumable import Resumable
 
 __all__ = ["StudentTrainer"]
@@ -74,7 +77,10 @@ class StudentTrainer(Resumable, SFTTrainer):
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
-        add_head_function(self._base_model)
+        self.verdicts = probe_student(student, self._base_model, self.processing_class, self.padding_free)
+        """What the probes of student and teacher found."""
+        self.verdicts += packing_verdicts(args)
+        settle(self.verdicts)
         # The model's own loss may not; ours shifts labels and needs the label count of the accumulated batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
 
@@ -102,6 +108,28 @@ class StudentTrainer(Resumable, SFTTrainer):
     def is_sharded(self) -> bool:
         """True if the model can only run on all processes at once."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def balancing(
+        self, sums: dict[str, Tensor], num_items_in_batch: Tensor | int | None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Return what a micro-batch's loss gains by the balancing loss of a mixture of experts.
+
+        As in TRL: router_aux_loss_coef times the mean over the accumulated micro-batches. None for other
+        models.
+
+        Args:
+            sums: gains the balancing loss itself.
+            num_items_in_batch: as `compute_loss` has it.
+        """
+        if not self.aux_loss_enabled:
+            return None
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+
+        def balance(aux_loss: Tensor) -> Tensor:
+            sums["aux_loss"], sums["aux_batches"] = aux_loss.detach(), torch.ones_like(aux_loss)
+            return self.router_aux_loss_coef * aux_loss / steps
+
+        return balance
 
     @property
     def progress(self) -> float:

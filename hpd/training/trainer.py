@@ -25,7 +25,7 @@ from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.table import choose_terms
 from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms, sources_used
-from hpd.models.forward import model_inputs
+from hpd.models.forward import label_inputs
 from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
@@ -36,6 +36,7 @@ from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
 from hpd.training.preflight import check_best_metric, check_call
+from hpd.training.probing import check_rows, check_seen, settle
 from hpd.training.scheduled import ScheduledTerms
 
 __all__ = ["DistillTrainer"]
@@ -93,7 +94,7 @@ class DistillTrainer(MeasuredTrainer):
         self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
-        check_call(model, teacher, teacher_tokenizer, args, peft_config, kwargs)
+        check_call(model, teacher, teacher_tokenizer, args, kwargs)
         super().__init__(
             guards or GuardsConfig(),
             model,
@@ -108,13 +109,27 @@ class DistillTrainer(MeasuredTrainer):
         vocab = self.teacher.vocab
         if vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
+        self._take_teacher()
+        self.data_collator = DistillCollator(self.data_collator, vocab)
+        self._introduce_rows()
+        self._set_up_state()
+
+    def _take_teacher(self) -> None:
+        """Place the teacher beside the student, and try it on a few tokens."""
+        check_seen(self, self.teacher, self.regime.prefixes.on_policy)
+        for rows in (self.train_dataset, self.eval_dataset):
+            check_rows(
+                rows, self.processing_class, {"student": self._base_model, "teacher": self.teacher.model}
+            )
+        # Sharded weights cannot be probed; whole ones are where they were loaded until they are placed.
+        found = self.teacher.probe(self.padding_free) if self.is_sharded else []
         prepared = len(self.accelerator._models)
         self.teacher.prepare(self.model, self.accelerator)
         # An evaluation before training prepares the student where no model was prepared before.
         del self.accelerator._models[prepared:]
-        self.data_collator = DistillCollator(self.data_collator, vocab)
-        self._introduce_rows()
-        self._set_up_state()
+        found = found or self.teacher.probe(self.padding_free)
+        self.verdicts += found
+        settle(found)
 
     def _set_up_state(self) -> None:
         """Make what is kept from step to step; checkpoints hold it, but for the sums of evaluation."""
@@ -201,7 +216,8 @@ class DistillTrainer(MeasuredTrainer):
         head_function = functools.partial(
             self._loss, teacher=teacher, batch=batch, scale=scale, replicas=replicas, stats=stats
         )
-        loss = model(**model_inputs(inputs), label_index=batch.index, head_function=head_function)
+        balance = self.balancing(stats, num_items_in_batch)
+        loss = model(**label_inputs(inputs, batch.index), head_function=head_function, balance=balance)
         if training:
             self.record_loss(loss, teacher)
         counts = {"labels_dropped": batch.dropped, "num_tokens": input_tokens(inputs)}
