@@ -131,6 +131,21 @@ class StudentTrainer(Resumable, SFTTrainer):
 
         return balance
 
+    def wrap_anew(self) -> None:
+        """Have training wrap a student that an evaluation before it has prepared.
+
+        The Trainer prepares it there without DistributedDataParallel and marks it as prepared, after which
+        accelerate would not wrap it: each process would train a student of its own.
+        """
+        model = self.model
+        unwrapped = self.model_wrapped is model and getattr(model, "_is_accelerate_prepared", False)
+        if self.accelerator.num_processes == 1 or self.is_sharded or not unwrapped:
+            return
+        if (original := model.__dict__.pop("_original_forward", None)) is not None:
+            model.forward = original
+        model._is_accelerate_prepared = False
+        self.accelerator._models.remove(model)
+
     @property
     def progress(self) -> float:
         """Share of the training steps that lie behind."""

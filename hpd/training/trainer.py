@@ -187,6 +187,7 @@ class DistillTrainer(MeasuredTrainer):
         """
         if self.args.metric_for_best_model is not None and self.compute_metrics is None:
             check_best_metric(self.args, self.evaluation_names())
+        self.wrap_anew()
         with self.resuming(resume_from_checkpoint, saved_by=(TeacherUnavailable, NonFinite)) as checkpoint:
             return super().train(checkpoint, *args, **kwargs)
         return TrainOutput(self.state.global_step, float("nan"), {})
