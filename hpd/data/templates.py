@@ -70,6 +70,8 @@ def assistant_template(tokenizer: Any) -> tuple[bool, str | None]:
     """Whether the assistant's turns are marked, and the template that does; None: the tokenizer's own."""
     if "{% generation %}" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
         return True, None
+    if (marked := getattr(tokenizer, "marked_chat_template", None)) is not None:
+        return True, marked  # of a template whose date was fixed
     # Importing it takes a second, and evaluation needs none of it.
     from trl.chat_template_utils import get_training_chat_template
 

@@ -18,6 +18,7 @@ from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import generate
 from hpd.progress import Bar, Progress, quiet_libraries
 from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
@@ -40,6 +41,7 @@ def run_train(
     text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
     console.file.write(text)  # as it is: no wrapping, no markup
     show_verdicts(planned.verdicts)
+    show_rows(planned)
     planned.require_sound()
 
 

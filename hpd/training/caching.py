@@ -86,6 +86,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress |
     config = _cache_config(recipe)
     planned = plan(recipe)
     planned.require_sound()
+    planned.say_warnings(progress)
     trainer = _rows_trainer(planned)
     datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)
@@ -196,6 +197,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "shard_bytes": config.shard_bytes,
         "shards": len(layout.starts) - 1,
         "positions": len(layout.keys),
+        "date": planned.date and planned.date.isoformat(),
         "fingerprint": fingerprint,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from hpd.data.rows import load_preferences, load_rows
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
+from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
 from hpd.training.plan import plan
 from hpd.training.preferences import dpo_arguments, train_preferences
@@ -58,9 +60,10 @@ def train(
         # A key that does not exist makes another recipe of any run that the folder holds.
         check_names(recipe)
         folder = RunFolder(recipe, overwrite, takes_changed)
-        planned = plan(recipe)
+        planned = plan(recipe, fresh=overwrite)
         try:
             planned.require_sound()
+            planned.say_warnings(progress or Progress())
             return train_single(planned, folder, progress or Progress(), baselines, signals)
         finally:
             planned.close()
@@ -90,6 +93,9 @@ def train_stages(
     check_stages(recipe, [stage for stage in stages if stage.name not in done])
     open_together(folder, train_arguments(recipe))
     processes = PartialState()
+    if processes.is_main_process and not (folder.path / DATE).is_file():
+        folder.write_json(DATE, {"date": datetime.date.today().isoformat()})
+    processes.wait_for_everyone()
     summaries: dict[str, dict[str, Any]] = {}
     for stage, previous in zip(stages, (None, *stages), strict=False):
         if _summary(stage).is_file():

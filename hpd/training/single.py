@@ -20,19 +20,25 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from hpd.config.schema import Recipe
 from hpd.evaluate.run import evaluate
 from hpd.models.load import load_adapted, load_model
-from hpd.progress import Progress
+from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
+from hpd.training.adapting import goes_on_adapter, lora_of
 from hpd.training.checkpoints import writing
+from hpd.training.dates import DATE
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints
-from hpd.training.plan import Plan, goes_on_adapter, lora_of
+from hpd.training.plan import Plan
 from hpd.training.probing import check_packing
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
 __all__ = ["evaluate_task", "make_trainer", "open_together", "train_single"]
+
+
+# Warnings that the verdicts on rows have said, with how many rows they are of.
+_SAID_OF_ROWS = ("The tokenized prompt is not a prefix", "Token indices sequence length is longer")
 
 
 class _EvaluatingTrainer(TaskEvaluation, DistillTrainer):
@@ -95,18 +101,21 @@ def train_single(
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
+    if planned.date is not None and PartialState().is_main_process:
+        folder.write_json(DATE, {"date": planned.date.isoformat()})
     resume = folder.checkpoint
     measured = folder.baselines()
     to_measure = resume is None and measured is None
     before = measured or {}
     if to_measure and baselines:
         before |= _task_baselines(planned, student, teacher, folder, progress)
-    trainer = make_trainer(planned, student, teacher, folder, progress)
+    with saying_warnings(progress, known=_SAID_OF_ROWS):
+        trainer = make_trainer(planned, student, teacher, folder, progress)
     before |= _loss_baselines(trainer, is_new=resume is None, to_measure=to_measure)
     if to_measure and trainer.is_world_process_zero():
         folder.write_json("baselines.json", before)
     before_training = time.perf_counter()
-    with signals.stopping(trainer):
+    with signals.stopping(trainer), saying_warnings(progress):
         trainer.train(resume_from_checkpoint=resume)
     with _keeping_steps(trainer):
         after = _finish(planned, trainer, folder, progress, before_training)

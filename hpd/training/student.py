@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import global_then_local_main_first
 
+from hpd.data.dates import own_template
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
 from hpd.data.tokens import label_rows
@@ -172,6 +173,11 @@ class StudentTrainer(Resumable, SFTTrainer):
         return super()._get_dataloader(
             dataset, description, batch_size, sampler_fn, is_training, dataloader_key
         )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # A template whose date the run has fixed is saved as it was.
+        with own_template(self.processing_class):
+            super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole student, loadable by `from_pretrained` in one process, whatever engine shards
