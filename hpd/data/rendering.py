@@ -117,13 +117,15 @@ def _conversation(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Render
     if labels in ("all", "conversation"):
         ids = _ids(text, tokenizer)
         return Rendering(ids, [True] * len(ids), text, cut=cut)
-    ids, mask = _assistant(turns, tokenizer, options)
-    if cut and turns[-1].get("weight") != 0:
-        # Up to the last answer the text is the same.
-        ids = _ids(text, tokenizer)
-        prompt = _render(turns[:-1], tokenizer, add_generation_prompt=True, **options)
-        start = common_prefix_length(_ids(prompt, tokenizer), ids)
-        mask = [i >= start or (i < len(mask) and mask[i]) for i in range(len(ids))]
+    if not cut or turns[-1].get("weight") == 0:
+        ids, mask = _assistant(turns, tokenizer, options)
+        return Rendering(ids, mask, text)
+    # Up to the last answer the text is the same; the answer is learnt from where the prompt ends.
+    earlier = _assistant([*turns[:-1], {**turns[-1], "weight": 0}], tokenizer, options)[1]
+    ids = _ids(text, tokenizer)
+    prompt = _render(turns[:-1], tokenizer, add_generation_prompt=True, **options)
+    start = common_prefix_length(_ids(prompt, tokenizer), ids)
+    mask = [i >= start or _at(earlier, i) for i in range(len(ids))]
     return Rendering(ids, mask, text, cut=cut)
 
 

@@ -55,6 +55,8 @@ CASES: dict[str, Learnt] = {
     "prompt and messages": Learnt({"prompt": "say one", "prompt_id": "x", "messages": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
     "preferences and messages": Learnt({"prompt": "say one", "messages": [ASK, ANSWER], "chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>", CHAT),
     "messages as JSON": Learnt({"messages": json.dumps([ASK, ANSWER])}, "one two<|im_end|>", CHAT),
+    "text that is rendered already": Learnt({"text": "<|bos|>say one: one two<|im_end|>\n"}, "say one: one two<|im_end|>", "<|bos|>"),
+    "a completion with its end": Learnt({"prompt": "<|bos|>say one:", "completion": " one two<|im_end|>"}, " one two<|im_end|>", "<|bos|>say one:"),
     "ShareGPT": Learnt({"conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", CHAT),
     "ShareGPT with a system column": Learnt({"system": "be brief", "conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", TURNED),
     "conversations by role": Learnt({"conversations": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
@@ -152,6 +154,37 @@ def test_python_reads_the_same_rows(pair, tmp_path, name):
     tokenizer = plan(recipe_for(pair, tmp_path, [{"prompt": "a", "completion": "b"}])).tokenizer
     trainer = trainer_for(pair, args, Dataset.from_list([case.row] * 2), tokenizer)
     assert learnt(trainer)[0] == case.learn
+
+
+THINKS = (
+    "{{ bos_token }}{% for m in messages %}{% set c = m.content %}"
+    "{% if m.role == 'assistant' %}{{ '<|A|>' + c.split('</think>')[-1] + eos_token }}"
+    "{% else %}{{ '<|U|>' + c }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|A|><think>\\n' }}{% endif %}"
+)
+THOUGHT = "<think>\ncount\n</think>\n\none two"
+
+
+@pytest.mark.parametrize(
+    ("row", "labels", "learn"),
+    [
+        ({"prompt": [ASK], "completion": [{**ANSWER, "content": THOUGHT}]}, "completion", ""),
+        ({"messages": [ASK, {**ANSWER, "content": THOUGHT}]}, "completion", ""),
+        ({"messages": [ASK, {**ANSWER, "content": THOUGHT}]}, "last_turn", ""),
+        (
+            {"messages": [ASK, ANSWER, AGAIN, {**SECOND, "content": THOUGHT}]},
+            "assistant",
+            "one two<|im_end|>",
+        ),
+    ],
+)
+def test_a_thought_that_the_template_cuts_is_learnt(pair, tmp_path, row, labels, learn):
+    template = tmp_path / "thinks.jinja"
+    template.write_text(THINKS)
+    options = {"data": {"labels": labels}, "train": {"chat_template_path": str(template)}}
+    planned = plan(recipe_for(pair, tmp_path, [row] * 2, **options))
+    trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
+    assert learnt(trainer)[0] == f"{learn}count\n</think>\n\none two<|im_end|>"
 
 
 def test_a_template_without_marks_is_learnt_turn_by_turn(pair, tmp_path):
