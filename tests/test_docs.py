@@ -73,7 +73,7 @@ def test_no_placeholder_is_left_in_a_document():
 
 
 def test_dry_runs_of_eight_formats_are_what_the_page_shows(tmp_path, monkeypatch):
-    from data_examples import EXAMPLES, PAGE, page
+    from helpers.data_examples import EXAMPLES, PAGE, page
     from tiny_models import tiny_pair
 
     tiny_pair("llama", tmp_path / "pair")
