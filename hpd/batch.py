@@ -188,7 +188,8 @@ class DistillCollator:
             yield from zip(group, batch.keys.split(counts.tolist()), strict=True)
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        inputs = self.inner(examples)
+        # Processors of images give a mapping of their own.
+        inputs = dict(self.inner(examples))
         by_token = {
             name: _laid_out(inputs["input_ids"], [example[name] for example in examples])
             for name in ("sources", "behavior_logprobs")

@@ -57,13 +57,20 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete an existing run in output_dir first.")
     ] = False,
+    changed_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--changed-inputs",
+            help="Go on although data, teacher or tokenizer are others now than when the run began.",
+        ),
+    ] = False,
 ) -> None:
-    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last
-    checkpoint."""
+    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint, a
+    finished one where the recipe has more steps or epochs."""
     with user_errors():
         from hpd.terminal.training import run_train
 
-        run_train(recipe, overrides or (), dry_run, overwrite)
+        run_train(recipe, overrides or (), dry_run, overwrite, changed_inputs)
 
 
 @app.command()
@@ -168,6 +175,22 @@ def generate(
         from hpd.terminal.training import run_generate
 
         run_generate(recipe, overrides or (), overwrite)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Run folder of a recipe with lora.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16; auto: as the base was saved.")
+    ] = "auto",
+) -> None:
+    """Write a run's adapter as a whole model, with its tokenizer, for whatever reads no adapters."""
+    with user_errors():
+        from hpd.terminal.export import run_export
+
+        run_export(model, merge, output, dtype)
 
 
 @app.command()

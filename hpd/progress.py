@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # `hpd report` does without the seconds that transformers takes to import
     from transformers import TrainerCallback
 
-__all__ = ["Advance", "Bar", "Progress", "quiet_libraries"]
+__all__ = ["Advance", "Bar", "Progress", "quiet_libraries", "saying_warnings"]
 
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with (done, total) as a job proceeds."""
@@ -42,8 +44,46 @@ class Progress:
 def _ignore(done: int, total: int, note: str = "") -> None: ...
 
 
+class _Saying(logging.Handler):
+    """Says each warning once, in one line."""
+
+    def __init__(self, progress: Progress, known: Sequence[str]):
+        super().__init__(logging.WARNING)
+        self._progress, self._known = progress, known
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"^\[RANK \d+\] ", "", " ".join(record.getMessage().split()))
+        if text not in self._said and not text.startswith(tuple(self._known)):
+            self._said.add(text)
+            self._progress.say(f"warning, {record.name.partition('.')[0]}: {text}")
+
+
+@contextlib.contextmanager
+def saying_warnings(progress: Progress, known: Sequence[str] = ()) -> Iterator[None]:
+    """Pass on what TRL and transformers warn of, which `quiet_libraries` keeps off the display.
+
+    Args:
+        progress: told each warning, once.
+        known: beginnings of warnings that were said in other words.
+    """
+    handler = _Saying(progress, known)
+    before = []
+    for name in ("trl", "transformers"):
+        logger = logging.getLogger(name)
+        before.append((logger, logger.level, logger.propagate, logger.handlers[:]))
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level, propagate, handlers in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+
 def quiet_libraries() -> None:
-    """Turn off libraries' notices that a user of the command line cannot act on."""
+    """Turn off libraries' own display; `saying_warnings` passes on what they warn of."""
     import transformers
 
     transformers.logging.set_verbosity_error()

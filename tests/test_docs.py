@@ -70,3 +70,13 @@ def test_no_placeholder_is_left_in_a_document():
             r"@[A-Z_]+@|\b[A-Z0-9]+_(OUTPUT|TABLE|SENTENCE|MINUTES)\b|TODO|FIXME",
             page.read_text(encoding="utf-8"),
         ), page.name
+
+
+def test_dry_runs_of_eight_formats_are_what_the_page_shows(tmp_path, monkeypatch):
+    from helpers.data_examples import EXAMPLES, PAGE, page
+    from tiny_models import tiny_pair
+
+    tiny_pair("llama", tmp_path / "pair")
+    monkeypatch.setenv("COLUMNS", "110")
+    assert len(EXAMPLES) == 8
+    assert PAGE.read_text(encoding="utf-8") == page(tmp_path)

@@ -56,6 +56,8 @@ def test_train_refuses_what_is_there(place):
     for changes, message in (
         ((), "finished"),
         (("method=akl",), "another recipe"),
+        (("train.lerning_rate=2",), "unknown key 'train.lerning_rate'; did you mean 'learning_rate'"),
+        (("train.loss_type=dft",), "train.loss_type has no effect"),
         (("output_dir=" + str(place / "student"),), "not a run of hpd"),
     ):
         code, text = run("train", place / "recipe.yaml", *changes)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,7 +17,7 @@ from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.yaml_file import shorten
 from hpd.methods.fields import nearest
 
-__all__ = ["check_recipe", "check_tree", "resolve"]
+__all__ = ["check_recipe", "check_tree", "hint_at", "resolve"]
 
 
 def check_tree(tree: Mapping[str, Any]) -> Recipe:
@@ -74,6 +74,11 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         _check_answers_anything(parts.values())
+    if recipe.lora is not None and recipe.student.init == "random":
+        raise ValueError(
+            "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
+            "lora to train all weights, or start from a pretrained student."
+        )
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
 
@@ -132,6 +137,24 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
         hint = get_type_hints(section).get(str(part))
         section = next(_sections(hint), section)
     return [f.name for f in fields(section)]
+
+
+def hint_at(location: Sequence[str]) -> Any:
+    """The type of the field at a place of the recipe; Any where the place is not in a section of fields."""
+    *parents, last = location
+    section: type = Recipe
+    names_entry = False
+    for part in parents:
+        if names_entry:  # as teacher.teachers.NAME.model
+            names_entry = False
+            continue
+        hint = get_type_hints(section).get(part)
+        names_entry = get_origin(hint) is Mapping
+        found = next(_sections(hint), None)
+        if found is None:
+            return Any
+        section = found
+    return get_type_hints(section).get(last, Any)
 
 
 def _sections(hint: Any) -> Iterator[type]:

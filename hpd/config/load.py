@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
+from pydantic import TypeAdapter
 
-from hpd.config.check import check_tree, resolve
+from hpd.config.check import check_tree, hint_at, resolve
 from hpd.config.models import model_shorthand, teacher_shorthand
 from hpd.config.schema import DpoStageConfig, Recipe, StageConfig
 from hpd.config.yaml_file import read_yaml
@@ -43,7 +45,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         source: YAML file, or the tree itself.
-        overrides: `a.b=c` assignments; the value is read as YAML.
+        overrides: `a.b=c` assignments; the value is read as YAML, or as text where only text will do.
 
     Raises:
         FileNotFoundError: no such recipe.
@@ -73,11 +75,39 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
         node = node[parent]
     try:
-        node[last] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError):
-        node[last] = value
+        node[last] = _read_value(key.split("."), value)
     except RecursionError:
         raise ValueError(f"The value of {key} is nested too deeply.") from None
+
+
+def _read_value(key: Sequence[str], text: str) -> Any:
+    """The YAML value of a text, or the text itself where the key takes no such value.
+
+    YAML makes a number of a commit and false of no.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    if key[0] == "train":
+        # The trainer's fields have types of their own, which read yes and no as well.
+        is_word = isinstance(value, bool) and text.strip().lower() not in ("true", "false")
+        return text.strip() if is_word else value
+    hint = hint_at(key)
+    # Lists, mappings and null are what they look like; a section's short form is not asked for a number.
+    is_scalar = isinstance(value, (bool, int, float, datetime.date))
+    takes_text = hint is str or str in get_args(hint) or get_origin(hint) is Literal
+    is_text = is_scalar and takes_text and not _fits(value, hint) and _fits(text.strip(), hint)
+    return text.strip() if is_text else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """True if a field of this type takes the value."""
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValueError:  # pydantic's is one
+        return False
+    return True
 
 
 def stage_recipes(recipe: Recipe) -> list[Stage]:

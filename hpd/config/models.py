@@ -58,7 +58,8 @@ class ModelConfig:
     __pydantic_config__ = STRICT
 
     model: str
-    """Hub id or local folder, anything that `AutoModelForCausalLM.from_pretrained` takes."""
+    """Hub id or local folder, anything that `AutoModelForCausalLM.from_pretrained` takes; or an adapter that
+    peft saved, as a run with lora does: trained further where `lora` has its shape, else merged."""
     dtype: DType = "float32"
     """Dtype of the weights. The student's master weights belong in float32; mixed precision is `train: {bf16:
     true}`."""
@@ -91,8 +92,8 @@ class TeacherConfig:
     a copy). cached: what `hpd cache` wrote. server: a model that answers over HTTP. mixture: a weighted
     mixture of teachers. routed: each row has one of several teachers."""
     model: str | None = None
-    """Hub id or local folder; required by type model. Type cached: may stay, the cache must then be of this
-    model. Type server: the name that the server knows the model by."""
+    """Hub id or local folder, also of an adapter; required by type model. Type cached: may stay, the cache
+    must then be of this model. Type server: the name that the server knows the model by."""
     path: str | None = None
     """Folder of a cache (type cached); null: cache.path."""
     teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]] = field(

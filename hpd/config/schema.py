@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from hpd.config.data import DataConfig, data_shorthand
 from hpd.config.guards import GuardsConfig, Level, Thresholds
 from hpd.config.models import ModelConfig, TeacherConfig, model_shorthand, teacher_shorthand
 from hpd.methods.fields import STRICT, check_fields
@@ -73,48 +74,6 @@ class CacheConfig:
             raise ValueError(
                 "cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The dataset whose completions are the prefixes."""
-
-    __pydantic_config__ = STRICT
-
-    path: str
-    """Local .jsonl, .json, .csv or .parquet file (also .gz), a folder of them, or a Hub dataset id."""
-    name: str | None = None
-    """Configuration of a Hub dataset."""
-    split: str = "train"
-    """Split to train on; slices such as train[:1%] work."""
-    validation: float | str | None = None
-    """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Rename columns to what TRL expects, such as {prompt: question, completion: answer}."""
-    format: Literal["auto", "chat", "plain"] = "auto"
-    """chat: text prompts and completions become user and assistant messages (the student's chat template is
-    applied).
-    plain: text as it is. auto: as the rows are."""
-    labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
-    """The tokens that are learnt. completion: the completion column (all text where there is none);
-    assistant: every assistant turn of `messages`; last_turn: only the last; all: prompt too."""
-    system_prompt: str | None = None
-    """System message put before each conversation that has none."""
-    limit: int | None = None
-    """Use only the first n rows."""
-    streaming: bool = False
-    """Read rows as training needs them instead of preparing all at start; needs train.max_steps."""
-
-    def __post_init__(self) -> None:
-        if not self.path.strip():
-            raise ValueError("data.path is empty: give a path or a Hub id.")
-        check_fields(self, "data", limit=(self.limit is None or self.limit >= 1, ">= 1"))
-        if isinstance(self.validation, float) and self.streaming:
-            raise ValueError(
-                "A stream has no known length to take a share of: give data.validation a file or a split."
-            )
-        if isinstance(self.validation, float) and not 0.0 < self.validation < 1.0:
-            raise ValueError(f"data.validation as a share must be in (0, 1), got {self.validation}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +279,7 @@ class Recipe:
     """The model that learns; a string is its path."""
     teacher: Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]
     """The model that is learnt from; a string is its path, or "self"."""
-    data: DataConfig
+    data: Annotated[DataConfig, BeforeValidator(data_shorthand)]
     """The rows that both read."""
     method: str | None = None
     """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""

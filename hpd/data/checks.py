@@ -63,7 +63,11 @@ def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:
         raise ValueError(
             f"Row {index} ends with a {completion[-1]['role']} message: there is no answer to learn."
         )
-    if messages and labels != "all" and all(turn["role"] != "assistant" for turn in messages):
+    if (
+        messages
+        and labels not in ("all", "conversation")
+        and all(turn["role"] != "assistant" for turn in messages)
+    ):
         raise ValueError(
             f"Row {index} has no assistant message: there is no answer to learn. Remove it, or set "
             "data.labels: all."

@@ -8,15 +8,31 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational
 
-from hpd.batch import IGNORE_INDEX
 from hpd.data.reading import first_rows
-from hpd.data.templates import training_template
+from hpd.data.rendering import tokenise
 
-__all__ = ["Lengths", "check_ids", "measure", "tokenise"]
+__all__ = ["MEASURED_ROWS", "Cut", "Lengths", "check_ids", "greatest_id", "kept_part", "measure"]
 
-_MEASURED_ROWS = 256
+MEASURED_ROWS = 256
+"""Rows that are looked at before a run."""
+
+
+class Cut(NamedTuple):
+    """What a run does not read of the measured rows, and why."""
+
+    masked_rows: int = 0
+    """Rows without a label, whatever their length."""
+    lost_rows: int = 0
+    """Rows whose labels max_length cuts, all of them."""
+    lost_tokens: int = 0
+    """Tokens of these rows together."""
+    cut_rows: int = 0
+    """Rows that are shortened and stay."""
+    cut_tokens: int = 0
+    """Tokens that they lose."""
+    cut_labels: int = 0
+    """Labels that max_length cuts, of shortened and lost rows."""
 
 
 class Lengths(NamedTuple):
@@ -32,37 +48,55 @@ class Lengths(NamedTuple):
     lost_rows: float
     """Share of rows left without any label by it."""
     ends_with_eos: float
-    """Share of uncut rows whose last label is an end-of-sequence token."""
+    """Share of rows with their end whose last label is an end-of-sequence token."""
     label_share: float
     """Labels among all tokens, after max_length."""
+    kept_tokens: int = 0
+    """Tokens of the measured rows that are read."""
+    kept_labels: int = 0
+    """Labels among them."""
+    cut: Cut = Cut()
+    """What is not read."""
 
 
 def measure(
-    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, labels: str
+    rows: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    labels: str,
+    truncation_mode: str = "keep_start",
 ) -> Lengths:
     """Tokenise the first rows as training will, to see lengths and labels before any model is loaded.
+
+    Args:
+        rows: of training, in a format of TRL's.
+        tokenizer: the student's.
+        max_length: tokens that a row keeps; None: all.
+        labels: as `tokenise` takes them.
+        truncation_mode: keep_start or keep_end, the tokens that max_length keeps.
 
     Raises:
         ValueError: not a single label is left in the measured rows.
     """
     lengths: list[int] = []
-    kept: list[int] = []
+    masks: list[np.ndarray] = []
     finished: list[bool] = []
-    for row in first_rows(rows, _MEASURED_ROWS):
+    for row in first_rows(rows, MEASURED_ROWS):
         ids, mask = tokenise(dict(row), tokenizer, labels)
         lengths.append(len(ids))
-        kept.append(sum(mask[:max_length]))
-        if max_length is None or len(ids) <= max_length:
+        masks.append(np.array(mask, dtype=bool))
+        if truncation_mode == "keep_end" or max_length is None or len(ids) <= max_length:
             last = max((i for i, bit in enumerate(mask) if bit), default=None)
             finished.append(last is not None and _is_end(ids, last, tokenizer))
     sizes = np.array(lengths)
-    left = np.array(kept)
+    left = np.array([_num_labels(kept_part(mask, max_length, truncation_mode)) for mask in masks])
     if not left.any():
         raise ValueError(
             f"Every label is masked: none of the first {len(sizes)} rows has a completion token within "
             f"max_length={max_length} (median row: {int(np.median(sizes))} tokens). Raise train.max_length, "
             "or check data.labels and the columns."
         )
+    read = np.minimum(sizes, max_length or np.inf)
     return Lengths(
         len(sizes),
         {p: int(np.percentile(sizes, p)) for p in (50, 90, 99, 100)},
@@ -70,8 +104,50 @@ def measure(
         float((sizes > (max_length or np.inf)).mean()),
         float((left == 0).mean()),
         float(np.mean(finished or [0.0])),
-        float(left.sum() / np.minimum(sizes, max_length or np.inf).sum()),
+        float(left.sum() / read.sum()),
+        int(read[left > 0].sum()),
+        int(left.sum()),
+        _cut(sizes, np.array([_num_labels(mask) for mask in masks]), left, read),
     )
+
+
+def _num_labels(mask: np.ndarray) -> int:
+    """Labels of a row; its first token is none, since nothing predicts it."""
+    return int(mask[1:].sum())
+
+
+def kept_part(sequence: Any, max_length: int | None, truncation_mode: str) -> Any:
+    """The tokens, labels or marks of a row that train.max_length and train.truncation_mode keep."""
+    if max_length is None:
+        return sequence
+    return sequence[-max_length:] if truncation_mode == "keep_end" else sequence[:max_length]
+
+
+def _cut(sizes: np.ndarray, labels: np.ndarray, left: np.ndarray, read: np.ndarray) -> Cut:
+    """What is not read of rows.
+
+    Args:
+        sizes: tokens of each row.
+        labels: its labels.
+        left: those that max_length leaves.
+        read: its tokens that max_length leaves.
+    """
+    masked, lost = labels == 0, (labels > 0) & (left == 0)
+    shorter = (sizes > read) & (left > 0)
+    return Cut(
+        int(masked.sum()),
+        int(lost.sum()),
+        int(sizes[masked | lost].sum()),
+        int(shorter.sum()),
+        int((sizes - read)[shorter].sum()),
+        int((labels - left).sum()),
+    )
+
+
+def greatest_id(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, labels: str) -> int:
+    """Return the greatest token id of the first rows; 0 without any."""
+    tokenised = (tokenise(dict(row), tokenizer, labels)[0] for row in first_rows(rows, MEASURED_ROWS))
+    return max((max(ids, default=0) for ids in tokenised), default=0)
 
 
 def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
@@ -98,52 +174,3 @@ def _is_end(ids: list[int], last: int, tokenizer: PreTrainedTokenizerBase) -> bo
     """True if the row's last label ends the turn; templates put a newline behind their end token."""
     tail = list(ids[max(0, last - 1) : last + 1])
     return any(i == tokenizer.eos_token_id or i in tokenizer.all_special_ids for i in tail)
-
-
-def tokenise(row: dict[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
-    """Token ids and label mask of one row."""
-    if "input_ids" in row:
-        given = row.get("labels", row["input_ids"])
-        return list(row["input_ids"]), [label != IGNORE_INDEX for label in given]
-    if "messages" in row:
-        return _tokenise_messages(row["messages"], tokenizer, labels)
-    if "text" in row:
-        ids = tokenizer(row["text"] + _missing_eos(row["text"], tokenizer))["input_ids"]
-        return ids, [True] * len(ids)
-    if is_conversational(row):
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], tokenize=True, add_generation_prompt=True, return_dict=True
-        )
-        ids = tokenizer.apply_chat_template(
-            row["prompt"] + row["completion"], tokenize=True, return_dict=True
-        )["input_ids"]
-        prompt = prompt["input_ids"]
-    else:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = tokenizer(row["prompt"] + row["completion"] + _missing_eos(row["completion"], tokenizer))[
-            "input_ids"
-        ]
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids))
-    )
-    return ids, [labels == "all" or i >= shared for i in range(len(ids))]
-
-
-def _tokenise_messages(messages: list[Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
-    """A whole conversation; with labels: assistant only the assistant's turns are labels, as the template
-    marks them."""
-    if labels != "assistant":
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-        return ids, [True] * len(ids)
-    rendered = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        chat_template=training_template(tokenizer, labels),
-    )
-    return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
-
-
-def _missing_eos(text: str, tokenizer: Any) -> str:
-    return "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pandas
-from datasets import Dataset, Features, Value, load_dataset
+import datasets.exceptions
+from datasets import Dataset, concatenate_datasets, load_dataset
 
 from hpd.config.schema import DataConfig
 from hpd.data.checks import why_unreadable
+from hpd.data.places import LocalFiles, UnusablePlaceError, local_files, reader_options
+from hpd.files import checksum_file, digest_json
 
-__all__ = ["LOADERS", "first_rows", "local_files", "read", "why_not"]
-
-# Suffixes of files, and the loader of `datasets` for each.
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-class _Unusable(ValueError):
-    """A path that no reader needs to try."""
+__all__ = ["first_rows", "read", "why_not"]
 
 
 def read(path: str, config: DataConfig, split: str | None = None, limit: bool = True) -> Any:
@@ -41,18 +37,14 @@ def read(path: str, config: DataConfig, split: str | None = None, limit: bool = 
     # Its own log of a parser's error would come first, and says less.
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:
-        local = local_files(path)
+        local = local_files(path, config.name)
         if local is None:
             rows = load_dataset(path, config.name, split=split, streaming=config.streaming)
         else:
-            # Cells of a CSV file are text: guessed types would make numbers of answers and null of "NA".
-            cells: dict[str, Any] = _text_cells(local[1][0]) if local[0] == "csv" else {}
-            rows = load_dataset(
-                local[0], data_files=local[1], split=split, streaming=config.streaming, **cells
-            )
+            rows = _load(_of_split(local, path, split), split, config.streaming)
         if isinstance(rows, Dataset) and len(rows):
             rows[0]  # text that is not UTF-8 is noticed where a row is read
-    except _Unusable as error:
+    except UnusablePlaceError as error:
         raise ValueError(str(error)) from None
     except FileNotFoundError:
         raise
@@ -64,50 +56,57 @@ def read(path: str, config: DataConfig, split: str | None = None, limit: bool = 
     return first_rows(rows, config.limit) if limit and config.limit else rows
 
 
+def _of_split(local: LocalFiles, path: str, split: str) -> LocalFiles:
+    """The files of the splits that are asked for; a slice such as train[:1%] names its split."""
+    names = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
+    if missing := [name for name in names if name not in local.splits]:
+        raise UnusablePlaceError(
+            f"{path} has the split{'s' if len(local.splits) > 1 else ''} {', '.join(local.splits)} and no "
+            f"{missing[0]}: set data.split (or data.validation) to one of them, or give a file."
+        )
+    return local._replace(splits={name: local.splits[name] for name in names})
+
+
+def _load(local: LocalFiles, split: str, streaming: bool) -> Any:
+    """Rows of these files, in one table; a column that some files lack is null there."""
+    # The name of the builder's configuration, and so the key of its cache: a file that was replaced by one of
+    # equal size and time is another.
+    digest = digest_json([checksum_file(Path(file)) for file in local.files])[:16]
+    first, options = reader_options(local.loader, local.files[0])
+    fixed: Any = {"split": split, "streaming": streaming, **options}
+    if len(local.files) == 1:
+        name = next(iter(local.splits))
+        return load_dataset(local.loader, digest, data_files={name: [first]}, **fixed)
+    read = {file: reader_options(local.loader, file) for file in local.files}
+    if all(options == read[local.files[0]][1] for _, options in read.values()):
+        splits: Any = {name: [read[file][0] for file in files] for name, files in local.splits.items()}
+        try:
+            return load_dataset(local.loader, digest, data_files=splits, **fixed)
+        except datasets.exceptions.DatasetGenerationError:
+            if streaming:
+                raise
+    if not all(re.fullmatch(r"\w+", part) for part in split.split("+")):
+        raise UnusablePlaceError(
+            f"The files of the split {split} have different columns, and a slice needs equal ones: take "
+            "data.limit, or give them the same columns."
+        )
+    parts = [
+        load_dataset(local.loader, digest, data_files={"train": [file]}, split="train", **options)
+        for file, options in read.values()
+    ]
+    return concatenate_datasets([part for part in parts if isinstance(part, Dataset)])
+
+
 def first_rows(rows: Any, count: int) -> Any:
     """At most so many rows; `take` of older versions of datasets wants them all to be there."""
     return rows.take(min(count, len(rows)) if isinstance(rows, Dataset) else count)
 
 
-def _text_cells(file: str) -> dict[str, Any]:
-    columns = pandas.read_csv(file, nrows=0).columns
-    return {"features": Features({str(name): Value("string") for name in columns}), "keep_default_na": False}
-
-
-def why_not(local: tuple[str, list[str]] | None, error: Exception) -> str:
+def why_not(local: LocalFiles | None, error: Exception) -> str:
     """The reason why a dataset cannot be read, file by file; `local` is what `local_files` found."""
     if local is None:
         return " ".join(str(error.__cause__ or error).split())[:300]
-    reasons = {file: why_unreadable(Path(file), local[0], error) for file in local[1]}
+    reasons = {file: why_unreadable(Path(file), local.loader, error) for file in local.files}
     if len(reasons) == 1:
         return next(iter(reasons.values()))
     return "; ".join(f"{Path(file).name}: {reason}" for file, reason in reasons.items())
-
-
-def local_files(path: str) -> tuple[str, list[str]] | None:
-    """(loader, files) of a local path; None for a Hub id."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(p for p in place.iterdir() if _loader(p))
-        if not files:
-            raise _Unusable(f"The folder {path} holds no .jsonl, .json, .csv or .parquet file.")
-        if len({_loader(p) for p in files}) > 1:
-            raise _Unusable(
-                f"The folder {path} holds files of several formats ({files[0].name}, ...): give one of them."
-            )
-        return str(_loader(files[0])), [str(p) for p in files]
-    if place.is_file():
-        loader = _loader(place)
-        if loader is None:
-            raise _Unusable(f"{path}: give a .jsonl, .json, .csv or .parquet file (also .gz).")
-        if place.stat().st_size == 0:
-            raise _Unusable(f"The dataset {path} is empty.")
-        return loader, [str(place)]
-    if place.suffix in (*LOADERS, ".gz") or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"No dataset at {path}.")
-    return None
-
-
-def _loader(path: Path) -> str | None:
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    return LOADERS.get(suffixes[-1]) if suffixes else None

@@ -1,32 +1,29 @@
-"""Datasets as rows that TRL's SFTTrainer takes: prompt-completion, messages, text or input_ids."""
+"""The rows of a recipe, in a format of TRL's; of `hpd generate`, its prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset, IterableDataset
-from trl.data_utils import is_conversational
 
 from hpd.config.schema import DataConfig
-from hpd.data.checks import check_columns, check_row, check_types
-from hpd.data.reading import LOADERS, local_files, read, why_not
+from hpd.data.checks import check_columns
+from hpd.data.convert import convert
+from hpd.data.formats import FORMATS, RowFormat, choose_format
+from hpd.data.mixing import mix
+from hpd.data.places import SUFFIXES, local_files
+from hpd.data.reading import first_rows, read, why_not
 
-__all__ = ["PromptRow", "Rows", "load_preferences", "load_prompts", "load_rows"]
+__all__ = ["PromptRow", "Rows", "format_of", "load_preferences", "load_prompts", "load_rows"]
 
-# Columns that training reads.
-_KEPT = (
-    "messages",
-    "prompt",
-    "completion",
-    "text",
-    "input_ids",
-    "labels",
-    "tools",
-    "chat_template_kwargs",
-)
+
+# Columns without which there is nothing to write for.
+_WITH_PROMPTS = {"prompt", "messages", "conversations", "instruction", "query", "chosen"}
+_OF_PROMPTS = ("input", "system", "history", "tools", "functions")
 
 
 class Rows(NamedTuple):
@@ -35,6 +32,10 @@ class Rows(NamedTuple):
     train: Dataset | IterableDataset
     validation: Dataset | IterableDataset | None
     conversational: bool
+    layouts: tuple[RowFormat, ...]
+    """What the training rows are, part by part, and which columns are not read."""
+    mixture: str | None = None
+    """How many rows each of several datasets gives."""
 
 
 class PromptRow(NamedTuple):
@@ -45,43 +46,72 @@ class PromptRow(NamedTuple):
     """The dataset's own answer, where it has one."""
 
 
-def load_rows(config: DataConfig, column: str | None = None) -> Rows:
+def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = False) -> Rows:
     """Read the dataset and bring it into a TRL format.
 
     Args:
         config: its place, and the meaning of its columns.
         column: one more column that rows keep (it names their teacher).
+        prompts: prompts without completions are enough, since the student writes every row.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unreadable or empty file, unknown columns, a row without text.
     """
     datasets.disable_progress_bars()
-    train = read(config.path, config)
+    if config.parts:
+        train, layouts, mixture = mix(config, lambda part: _read_shaped(part, column, prompts))
+    else:
+        train, layout = _read_shaped(config, column, prompts)
+        layouts, mixture = [layout], None
     validation = None
     if isinstance(config.validation, str):
-        is_file = Path(config.validation).suffix in (*LOADERS, ".gz")
-        other = config.validation if is_file else config.path
-        validation = read(other, config, "train" if is_file else config.validation, limit=False)
-    if isinstance(train, Dataset) and len(train) == 0:
+        is_file = Path(config.validation).suffix in SUFFIXES
+        if config.parts and not is_file:
+            raise ValueError("data.validation must be a share or a file, where data has several parts.")
+        split = "train" if is_file else config.validation
+        other = replace(config, path=config.validation, parts=()) if is_file else config
+        validation, _ = _read_shaped(other, column, False, split, limit=False)
+    conversational = any(
+        isinstance(row.get(k), list) for row in first_rows(train, 64) for k in ("prompt", "messages")
+    )
+    if config.labels == "assistant" and not conversational and "ids" not in {one.kind for one in layouts}:
+        raise ValueError(
+            "data.labels: assistant learns the turns of conversations, and these rows are text: set "
+            "data.format: chat, or labels: completion."
+        )
+    if isinstance(config.validation, float):
+        train, validation = _held_out(train, layouts, config.validation)
+    return Rows(train, validation, conversational, tuple(layouts), mixture)
+
+
+def _read_shaped(
+    config: DataConfig, column: str | None, prompts: bool, split: str | None = None, limit: bool = True
+) -> tuple[Any, RowFormat]:
+    """The rows of one dataset in a format of TRL's, and their own."""
+    rows = read(config.path, config, split, limit)
+    if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
     try:
-        train, validation = (
-            None if rows is None else _shape(rows, config, column) for rows in (train, validation)
-        )
+        layout = _layout(rows, config, column, prompts)
+        return _shape(rows, layout, config, column, prompts), layout
     except UnicodeDecodeError as error:
         # JSON is taken apart without a look at its text, which fails where a row is read.
-        local = local_files(config.path)
+        local = local_files(config.path, config.name)
         raise ValueError(f"The dataset {config.path} cannot be read: {why_not(local, error)}") from None
-    assert train is not None
-    if isinstance(config.validation, float):
-        assert isinstance(train, Dataset)
-        if len(train) < 2:
-            raise ValueError("data.validation as a share needs at least two rows.")
-        parts = train.train_test_split(test_size=config.validation, seed=0)
-        train = parts["train"]
-        validation = parts["test"]
-    return Rows(train, validation, is_conversational(dict(next(iter(train)))))
+
+
+def _held_out(train: Any, layouts: Sequence[RowFormat], share: float) -> tuple[Dataset, Dataset]:
+    """Rows for training, and a share of them for validation."""
+    if any(layout.kind in ("prompt", "bare instruction") for layout in layouts):
+        raise ValueError(
+            "data.validation takes its share of rows that have no completion to be compared with: give it a "
+            "file with completions, or remove it."
+        )
+    if len(train) < 2:
+        raise ValueError("data.validation as a share needs at least two rows.")
+    parts = train.train_test_split(test_size=share, seed=0)
+    return parts["train"], parts["test"]
 
 
 def load_preferences(config: DataConfig) -> Dataset:
@@ -114,104 +144,119 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
         FileNotFoundError, ValueError: as `load_rows`; no prompts, or no such column.
     """
     datasets.disable_progress_bars()
-    renamed = {given: wanted for wanted, given in config.columns.items()}
-    prompts = []
-    for index, given in enumerate(read(config.path, config)):
-        row: dict[str, Any] = dict(given)
-        named = {renamed.get(name, name): value for name, value in row.items()}
-        if reference is not None and reference not in row:
-            raise ValueError(
-                f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(row)}."
-            )
-        prompts.append(_prompt_row(named, index, config, None if reference is None else str(row[reference])))
-    if not prompts:
+    rows = read(config.path, config)
+    found = _columns(rows)
+    if not found:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
-    return prompts
-
-
-def _prompt_row(row: Mapping[str, Any], index: int, config: DataConfig, reference: str | None) -> PromptRow:
-    prompt: Any
-    answer: Any
-    check_types({name: row[name] for name in ("prompt", "messages") if row.get(name) is not None}, index)
-    if row.get("messages"):
-        *prompt, last = row["messages"]
-        answer = last["content"] if last["role"] == "assistant" else None
-        prompt = prompt if last["role"] == "assistant" else row["messages"]
-    else:
-        prompt = row.get("prompt")
-        answer = row.get("completion")
-        answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
-    if not prompt:
+    if reference is not None and reference not in found:
         raise ValueError(
-            f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example "
-            "data.columns: {prompt: question}."
+            f"generate.reference is {reference!r}, and the dataset has the columns {', '.join(found)}."
         )
-    if isinstance(prompt, str) and config.format == "chat":
-        prompt = [{"role": "user", "content": prompt}]
-    if config.system_prompt and isinstance(prompt, list) and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": config.system_prompt}, *prompt]
-    return PromptRow(prompt, reference if reference is not None else answer)
+    if not {*config.columns, *found} & _WITH_PROMPTS:
+        raise ValueError(_no_prompt(0))
+    layout = choose_format(
+        found, config.columns, style=config.format, ignored=config.ignore, kept=reference, prompts=True,
+        texts=False,
+    )  # fmt: skip
+    # What says something about the answers alone does no harm here.
+    layout = layout._replace(
+        refused={name: text for name, text in layout.refused.items() if name in _OF_PROMPTS}
+    )
+    return [_prompt_row(row, index, layout, config, reference) for index, row in enumerate(rows)]
 
 
-def _shape(rows: Any, config: DataConfig, column: str | None = None) -> Any:
-    """Rename, wrap into messages, and refuse rows that TRL would fail on later."""
-    found = list(next(iter(rows)).keys())
+def _no_prompt(index: int) -> str:
+    return (
+        f"Row {index} has no prompt. hpd generate needs prompt or messages: map them, for example "
+        "data.columns: {prompt: question}."
+    )
+
+
+def _prompt_row(
+    given: Any, index: int, layout: RowFormat, config: DataConfig, reference: str | None
+) -> PromptRow:
+    first = {"messages": "messages", "sharegpt": "conversations"}.get(layout.kind, "prompt")
+    if not given.get(layout.source.get(first, layout.source.get("instruction", "chosen"))):
+        raise ValueError(_no_prompt(index))
+    row = convert(given, index, layout, config.labels, system_prompt=config.system_prompt, prompts=True)
+    answer: Any = row.get("completion")
+    answer = answer[-1]["content"] if isinstance(answer, list) and answer else answer
+    return PromptRow(row["prompt"], answer if reference is None else str(given[reference]))
+
+
+def format_of(rows: Any, columns: Mapping[str, str], prompts: bool) -> RowFormat | None:
+    """The format of rows that come from Python; None: they are prepared already, or not to be read.
+
+    Args:
+        rows: a dataset or a stream.
+        columns: as `data.columns`.
+        prompts: as `load_rows` takes it.
+
+    Raises:
+        ValueError: no format of docs/data.md.
+    """
+    found = _columns(rows)
+    # TRL refuses a dataset with a transform, which may draw.
+    transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
+    if not found or {"input_ids", "labels"} <= {*found} or transformed:
+        return None
+    return choose_format(found, columns, prompts=prompts)
+
+
+def _columns(rows: Any) -> list[str]:
+    if isinstance(rows, Dataset):
+        return list(rows.column_names)
+    return list(next(iter(rows), {}))
+
+
+def _layout(rows: Any, config: DataConfig, column: str | None, prompts: bool) -> RowFormat:
+    """The format of the rows.
+
+    Raises:
+        ValueError: as `choose_format`; or `data.labels` that these rows do not have.
+    """
+    found = _columns(rows)
     check_columns(found)
-    for wanted, given in config.columns.items():
-        if given not in found:
-            raise ValueError(
-                f"data.columns maps {wanted} to {given!r}, which the dataset does not have: "
-                f"{', '.join(found)}."
-            )
     if column is not None and column not in found:
         raise ValueError(
             f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}."
         )
-    renamed = {given: wanted for wanted, given in config.columns.items()}
-    available = {renamed.get(name, name) for name in found}
-    whole = {"messages", "text", "input_ids"}
-    if {"prompt", "chosen"} <= available and not (whole | {"completion"}) & available:
-        # Preference data: the preferred answer is the completion.
-        renamed[config.columns.get("chosen", "chosen")] = "completion"
-        available.add("completion")
-    if not whole & available and not {"prompt", "completion"} <= available:
-        raise ValueError(
-            f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, "
-            "messages, text, or input_ids: map them, for example data.columns: {prompt: question, "
-            "completion: answer}."
-        )
-    return rows.map(
-        _convert,
-        with_indices=True,
-        fn_kwargs={
-            "config": config,
-            "renamed": renamed,
-            "keep": _KEPT if column is None else (*_KEPT, column),
-        },
-        remove_columns=found,
+    return choose_format(
+        found, config.columns, style=config.format, ignored=config.ignore, kept=column, prompts=prompts
     )
 
 
-def _convert(
-    row: Mapping[str, Any], index: int, config: DataConfig, renamed: Mapping[str, str], keep: tuple[str, ...]
-) -> Any:
-    out = {renamed.get(name, name): value for name, value in row.items() if renamed.get(name, name) in keep}
-    if "input_ids" in out:
-        check_row(out, index, config.labels)
-        return out
-    if "prompt" in out and "completion" in out:
-        out.pop("text", None)
-        out.pop("messages", None)
-        if config.format == "chat" and isinstance(out["prompt"], str):
-            out["prompt"] = [{"role": "user", "content": out["prompt"]}]
-            out["completion"] = [{"role": "assistant", "content": out["completion"]}]
-    elif "messages" in out and config.labels == "last_turn":
-        check_types(out, index)
-        messages = out.pop("messages")
-        out["prompt"] = messages[:-1]
-        out["completion"] = messages[-1:]
-    check_row(out, index, config.labels)
-    first = "prompt" if "prompt" in out else "messages"
-    if config.system_prompt and isinstance(out.get(first), list) and out[first][0]["role"] != "system":
-        out[first] = [{"role": "system", "content": config.system_prompt}, *out[first]]
-    return out
+def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None, prompts: bool) -> Any:
+    """Every row as `convert` makes it."""
+    # Formats that change from row to row are columns with nulls, whose types are seen in all rows together.
+    mixes = (
+        isinstance(rows, Dataset)
+        and bool(layout.others)
+        and any(rows.data.column(layout.source[part]).null_count for part in FORMATS[layout.kind])
+    )
+    at_once: Any = {"writer_batch_size": len(rows)} if mixes else {}
+    return rows.map(
+        convert,
+        with_indices=True,
+        fn_kwargs={
+            "layout": layout,
+            "labels": config.labels,
+            "system_prompt": config.system_prompt,
+            "prompts": prompts,
+            "kept": column,
+            "whole": _columns_of(layout, config.labels, prompts) if mixes else (),
+        },
+        remove_columns=_columns(rows),
+        **at_once,
+    )
+
+
+def _columns_of(layout: RowFormat, labels: str, prompts: bool) -> tuple[str, ...]:
+    """The columns of converted rows, of whichever of the formats each is."""
+    found: list[str] = []
+    for one in (layout, *layout.others):
+        whole = one.kind in ("messages", "sharegpt") and labels != "last_turn" and not prompts
+        named = {"ids": ("input_ids", "labels"), "text": ("text",)}
+        found += ("messages",) if whole else named.get(one.kind, ("prompt", "completion"))
+        found += [name for name in ("tools", "chat_template_kwargs") if name in one.source]
+    return tuple(dict.fromkeys(found))

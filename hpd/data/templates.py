@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-__all__ = ["check_prompts", "check_templates", "read_template", "taken_by_template", "training_template"]
+__all__ = ["assistant_template", "check_prompts", "check_templates", "read_template", "taken_by_template"]
 
 # Characters of a conversation that an error shows, to find its row.
 _SHOWN = 60
@@ -66,14 +66,20 @@ def read_template(path: str) -> str:
     return found
 
 
-def training_template(tokenizer: Any, labels: str) -> str | None:
-    """Return the template that training renders with; None: the tokenizer's own."""
-    if labels != "assistant" or "{% generation %}" in tokenizer.chat_template:
-        return None
+def assistant_template(tokenizer: Any) -> tuple[bool, str | None]:
+    """Whether the assistant's turns are marked, and the template that does; None: the tokenizer's own."""
+    if "{% generation %}" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        return True, None
+    if (marked := getattr(tokenizer, "marked_chat_template", None)) is not None:
+        return True, marked  # of a template whose date was fixed
     # Importing it takes a second, and evaluation needs none of it.
     from trl.chat_template_utils import get_training_chat_template
 
-    return get_training_chat_template(tokenizer)
+    try:
+        template = get_training_chat_template(tokenizer)
+    except Exception:  # it renders conversations of its own, and a template raises anything
+        return False, None
+    return template is not None, template
 
 
 def check_templates(
@@ -112,9 +118,10 @@ def _checked(
     row: Mapping[str, Any], index: int, tokenizer: Any, labels: str, name: str, keep: bool = True
 ) -> dict[str, Any]:
     tools = row.get("tools")
+    marks_turns = isinstance(row.get("messages"), list) and labels in ("completion", "assistant")
     options = {
         "tokenize": False,
-        "chat_template": training_template(tokenizer, labels),
+        "chat_template": assistant_template(tokenizer)[1] if marks_turns else None,
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
         **(row.get("chat_template_kwargs") or {}),
     }

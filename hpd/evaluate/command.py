@@ -19,6 +19,7 @@ from hpd.evaluate.tasks import share_options
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
 from hpd.methods.terms import nearest
+from hpd.models.adapters import require_whole
 from hpd.models.load import load_config, load_model, load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers.fingerprints import quick_fingerprint
@@ -89,6 +90,8 @@ def evaluate_models(
     progress = progress or Progress()
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
+        if command.engine == "vllm":
+            require_whole(model, "the engine vllm")
     names = names_of(command.models)
     said = set()
     for task, settings in command.tasks:

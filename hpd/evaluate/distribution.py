@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.data.lengths import tokenise
+from hpd.data.tokens import tokenise
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
@@ -27,8 +27,8 @@ from hpd.evaluate.token_statistics import (
 )
 from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids
 from hpd.generation.settings import GenerationSettings
-from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
+from hpd.models.probe import probe_head
 from hpd.progress import Progress
 
 __all__ = ["METRICS", "TEXTS", "check_metrics", "distribution_metrics"]
@@ -137,8 +137,9 @@ def distribution_metrics(
     """
     check_metrics(metrics, texts, teacher is not None)
     vocab = _common_vocab(student, teacher, tokenizer, teacher_tokenizer, vocabulary)
-    for model in filter(None, (student, teacher)):
-        add_head_function(model)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            probe_head(model, role)
     limit = _length_limit(student, teacher, max_length)
     reader = _Reader(student, teacher, tokenizer, settings, vocab, limit, top_k, progress or Progress())
     counts = {"num_rows": len(rows), "top_k": top_k, "max_length": limit, "common_vocabulary": vocab}

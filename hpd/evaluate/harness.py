@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from hpd.evaluate.run import write_entry
+from hpd.models.adapters import require_whole
 
 __all__ = ["HARNESSES", "HarnessCommand", "run_harness"]
 
@@ -87,6 +88,8 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
         if command.include is not None:
             where = f" or in {command.include}"
         raise ValueError(f"lm-eval has no task {unknown[0]!r}{where}.")
+    for model in command.models:
+        require_whole(model, "lm-eval")
     for model in command.models:
         results = _evaluate(command, model, manager)
         if command.output is not None:

@@ -207,11 +207,12 @@ def _observe(
         add(sums, teacher_tail_mass=tail_mass(teacher, labels))
     if part.metric_stride:
         rows = slice(-first % part.metric_stride, None, part.metric_stride)
+        labels = labels[rows]
         if teacher_logits is not None:
-            _metrics(teacher_logits[rows], logits[rows], sums)
+            found = teacher_logits[rows]
         else:
-            labels = labels[rows]
-            _metrics(teacher_logits_(part.ready.at(rows), labels, buffer[: len(labels)]), logits[rows], sums)
+            found = teacher_logits_(part.ready.at(rows), labels, buffer[: len(labels)])
+        _metrics(found, logits[rows], labels, sums)
     return teacher_logits
 
 
@@ -240,7 +241,7 @@ def _tiles(logits: Float[Tensor, "C V"]) -> Iterator[slice]:
     return chunks(size, row_bytes, _TILE_BYTES if logits.device.type == "cpu" else size * row_bytes)
 
 
-def _metrics(teacher_logits: Tensor, logits: Tensor, sums: Sums) -> None:
+def _metrics(teacher_logits: Tensor, logits: Tensor, labels: Tensor, sums: Sums) -> None:
     """Metrics of the full distributions at the chosen positions of a chunk.
 
     They are taken together: spread over the chunk's tiles they would be slivers, and starting a parallel
@@ -248,7 +249,7 @@ def _metrics(teacher_logits: Tensor, logits: Tensor, sums: Sums) -> None:
     """
     for rows in _tiles(logits):
         log_p, log_q = (torch.log_softmax(side[rows], -1) for side in (teacher_logits, logits))
-        distribution_metrics(log_p, log_q, sums)
+        distribution_metrics(log_p, log_q, labels[rows], sums)
 
 
 def compiled_reweighted_nll(

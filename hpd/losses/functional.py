@@ -5,12 +5,13 @@ Axes: B rows, T tokens, V vocabulary, D hidden, N label positions.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpd.batch import IGNORE_INDEX
 from hpd.losses.heads import POLICIES, Head, Scores
@@ -28,7 +29,7 @@ def distillation_loss(
     labels: Int[Tensor, "B T"],
     objective: ObjectiveLike = "hpd",
     draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | Literal["exact"] | None = None,
-    vocab: str = "shared_prefix",
+    vocabulary: str = "error",
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     generator: torch.Generator | None = None,
@@ -47,39 +48,41 @@ def distillation_loss(
         objective: a name of OBJECTIVES, "package.module:name", an `Objective`, or a factory of one.
         draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`; "exact":
             HPD's expectation over the draw.
-        vocab: `shared_prefix` cuts both to the shorter vocabulary and drops labels beyond; `error` refuses
-            unequal ones.
+        vocabulary: `error` refuses unequal vocabularies; `shared_prefix` cuts both to the shorter one and
+            drops labels beyond it, as `train.vocabulary` does in a recipe.
         reduction: `mean` over the label tokens, or `sum`.
         **params: the objective's parameters, and fields of `TermConfig` (temperature, num_draws, draw_share,
             support, ...).
 
     Returns:
-        The loss, and sums over label tokens of every metric (`stats["tokens"]` counts them).
+        The loss, and the mean of every metric over the label tokens, whatever the reduction;
+        `stats["tokens"]` and `stats["metric_tokens"]` count them.
 
     Raises:
-        ValueError: unknown name or parameter, unequal shapes or vocabularies.
+        ValueError: unknown name or parameter, unequal shapes or vocabularies, or a label that is no token.
 
     >>> import torch
     >>> student, teacher = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([[[1.0, 0.0]] * 3])
     >>> distillation_loss(student, teacher, torch.tensor([[0, 1, 0]]), "forward_kl").loss
     tensor(0.1110, grad_fn=<ReweightedNLLBackward>)
     """
+    _check_shapes(labels, student=student_logits, teacher=teacher_logits)
     student = Scores(student_logits.flatten(0, 1), Head(None))
     teacher = Scores(teacher_logits.flatten(0, 1), Head(None))
     return _loss(
-        student, teacher, labels, objective, draws, vocab, ignore_index, reduction, generator, params
+        student, teacher, labels, objective, draws, vocabulary, ignore_index, reduction, generator, params
     )
 
 
 def fused_distillation_loss(
     student_hidden: Float[Tensor, "B T D"],
-    student_head: Float[Tensor, "V D"] | Head,
+    student_head: Float[Tensor, "V D"] | Head | nn.Module,
     teacher_hidden: Float[Tensor, "B T Dt"],
-    teacher_head: Float[Tensor, "Vt Dt"] | Head,
+    teacher_head: Float[Tensor, "Vt Dt"] | Head | nn.Module,
     labels: Int[Tensor, "B T"],
     objective: ObjectiveLike = "hpd",
     draws: Int[Tensor, "B T-1"] | Int[Tensor, "B T-1 n"] | Literal["exact"] | None = None,
-    vocab: str = "shared_prefix",
+    vocabulary: str = "error",
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     generator: torch.Generator | None = None,
@@ -90,16 +93,17 @@ def fused_distillation_loss(
 
     Args:
         student_hidden: last hidden states, after the final norm; the gradient flows here and to the head.
-        student_head: the output projection's weight, or a `Head` with bias, logit scale and softcap.
+        student_head: the output projection: an `nn.Linear` such as `model.lm_head`, its weight, or a `Head`
+            with bias, logit scale and softcap, as `hpd.losses.head_of(model)` finds them.
         teacher_hidden, teacher_head: the same of the teacher; never differentiated.
 
     The other arguments, the result and the errors are those of `distillation_loss`.
     """
-    heads = (head if isinstance(head, Head) else Head(head) for head in (student_head, teacher_head))
-    hidden = (student_hidden.flatten(0, 1), teacher_hidden.flatten(0, 1))
-    student, teacher = map(Scores, hidden, heads)
+    _check_shapes(labels, student=student_hidden, teacher=teacher_hidden)
+    student = Scores(student_hidden.flatten(0, 1), _as_head("student", student_head, student_hidden))
+    teacher = Scores(teacher_hidden.flatten(0, 1), _as_head("teacher", teacher_head, teacher_hidden))
     return _loss(
-        student, teacher, labels, objective, draws, vocab, ignore_index, reduction, generator, params
+        student, teacher, labels, objective, draws, vocabulary, ignore_index, reduction, generator, params
     )
 
 
@@ -109,7 +113,7 @@ def _loss(
     labels: Tensor,
     objective: ObjectiveLike,
     draws: Tensor | str | None,
-    vocab: str,
+    vocabulary: str,
     ignore_index: int,
     reduction: str,
     generator: torch.Generator | None,
@@ -117,21 +121,16 @@ def _loss(
 ) -> LossOutput:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}.")
-    if len(student.hidden) != labels.numel() or len(teacher.hidden) != labels.numel():
-        raise ValueError(
-            f"labels are {tuple(labels.shape)}, but the student has {len(student.hidden)} positions and the "
-            f"teacher {len(teacher.hidden)}: all three need the same B and T."
+    if "vocab" in params:
+        warnings.warn(
+            "The parameter vocab is called vocabulary, as in DistillConfig.", DeprecationWarning, stacklevel=3
         )
+        vocabulary = params["vocab"]
+        params = {name: value for name, value in params.items() if name != "vocab"}
     if isinstance(draws, str):
         draws, params = None, {**params, "draws": draws}
     term = _term(objective, params)
-    shared = _shared(student.vocab, teacher.vocab, vocab)
-    targets = torch.full_like(labels, IGNORE_INDEX)
-    targets[:, :-1] = torch.where(
-        (labels[:, 1:] == ignore_index) | (labels[:, 1:] >= shared), IGNORE_INDEX, labels[:, 1:]
-    )
-    index = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
-    chosen = targets.flatten()[index]
+    index, chosen = _label_positions(labels, ignore_index, student.vocab, teacher.vocab, vocabulary)
     uniforms = None
     if draws is not None:
         draws = _aligned(draws, labels)[index]
@@ -144,7 +143,7 @@ def _loss(
             generator=generator,
         )
     scale = 1.0 / max(len(index), 1) if reduction == "mean" else 1.0
-    return reweighted_nll(
+    loss, sums = reweighted_nll(
         Scores(student.hidden[index], student.head),
         Scores(teacher.hidden[index], teacher.head),
         chosen,
@@ -153,6 +152,61 @@ def _loss(
         draws=draws,
         scale=scale,
     )
+    return LossOutput(loss, _per_token(sums))
+
+
+def _per_token(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over label tokens, and how many there were; nothing is read from the device."""
+    counts = ("tokens", "metric_tokens")
+    num_tokens = sums["tokens"].clamp(min=1) if "tokens" in sums else 1
+    return {name: value if name in counts else value / num_tokens for name, value in sums.items()}
+
+
+def _check_shapes(labels: Tensor, **scores: Tensor) -> None:
+    for role, values in scores.items():
+        if values.ndim != 3 or labels.ndim != 2 or values.shape[:2] != labels.shape:
+            raise ValueError(
+                f"labels are {tuple(labels.shape)} and the {role}'s logits or hidden states "
+                f"{tuple(values.shape)}: labels are [B, T], the others [B, T, ...], with the same B and T."
+            )
+
+
+def _as_head(role: str, head: Tensor | Head | nn.Module, hidden: Tensor) -> Head:
+    if isinstance(head, nn.Linear):
+        head = Head(head.weight, head.bias)
+    elif isinstance(head, Tensor):
+        head = Head(head)
+    elif not isinstance(head, Head):
+        raise ValueError(
+            f"The {role}'s head is a {type(head).__name__}: give an nn.Linear, its weight, or a Head, as "
+            "hpd.losses.head_of(model) makes it, which also reads adapters, logit scales and softcaps."
+        )
+    if head.weight is not None and head.weight.shape[-1] != hidden.shape[-1]:
+        raise ValueError(
+            f"The {role}'s head has a weight of {tuple(head.weight.shape)} and its hidden states "
+            f"{tuple(hidden.shape)}: their last dimensions must be equal."
+        )
+    return head
+
+
+def _label_positions(
+    labels: Tensor, ignore_index: int, num_student: int, num_teacher: int, policy: str
+) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+    """Flattened positions that have a label within both vocabularies, and that label."""
+    shared = _shared(num_student, num_teacher, policy)
+    targets = torch.full_like(labels, IGNORE_INDEX)
+    targets[:, :-1] = torch.where(labels[:, 1:] == ignore_index, IGNORE_INDEX, labels[:, 1:])
+    index = (targets != IGNORE_INDEX).flatten().nonzero().flatten()
+    chosen = targets.flatten()[index]
+    known = max(num_student, num_teacher)
+    wrong = chosen[(chosen < 0) | (chosen >= known)]
+    if len(wrong):
+        raise ValueError(
+            f"Label {int(wrong[0])} is no token: the vocabulary has {known}. Mark positions without a label "
+            f"with ignore_index ({ignore_index})."
+        )
+    within = chosen < shared
+    return index[within], chosen[within]
 
 
 def _term(objective: ObjectiveLike, params: dict[str, Any]) -> Term:
@@ -165,10 +219,11 @@ def _term(objective: ObjectiveLike, params: dict[str, Any]) -> Term:
 
 def _shared(student: int, teacher: int, policy: str) -> int:
     if policy not in POLICIES:
-        raise ValueError(f"vocab must be one of {', '.join(POLICIES)}, got {policy!r}.")
+        raise ValueError(f"vocabulary must be one of {', '.join(POLICIES)}, got {policy!r}.")
     if policy == "error" and student != teacher:
         raise ValueError(
-            f"The student has {student} tokens and the teacher {teacher}: set vocab='shared_prefix' to cut."
+            f"The student has {student} tokens and the teacher {teacher}. If their tokenizers agree on the "
+            "first of them, set vocabulary='shared_prefix' to cut both; labels beyond are then dropped."
         )
     return min(student, teacher)
 

@@ -42,7 +42,8 @@ class LossOutput(NamedTuple):
 
     loss: Float[Tensor, ""]
     stats: dict[str, Float[Tensor, ""]]
-    """Sums over positions, on the device; divide by `tokens` (or `metric_tokens`) after reading them once."""
+    """On the device. Of `reweighted_nll`: sums over positions; divide by `tokens` (or `metric_tokens`) after
+    reading them once. Of the functional API: means per token, and these two counts."""
 
 
 def reweighted_nll(

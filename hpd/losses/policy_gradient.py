@@ -209,7 +209,7 @@ def _measure(data: _PartData, sums: Sums, metric_stride: int) -> list[dict[str, 
             add(sums, tokens=torch.ones_like(log_q[:, 0]))
             if metric_stride:
                 rows = slice(-chunk.start % metric_stride, None, metric_stride)
-                distribution_metrics(log_p[rows].clone(), log_q[rows].clone(), sums)
+                distribution_metrics(log_p[rows].clone(), log_q[rows].clone(), inputs.labels[rows], sums)
     return [
         {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         for pieces in found

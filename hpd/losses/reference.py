@@ -44,7 +44,7 @@ def reference_reweighted_nll(
         log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
         if call.metric_stride:
             rows = slice(None, None, call.metric_stride)
-            distribution_metrics(log_p[rows], log_q[rows], sums)
+            distribution_metrics(log_p[rows], log_q[rows], call.inputs.labels[rows], sums)
         add(sums, tokens=torch.ones_like(log_q[:, 0]))
         if call.teacher.vocab > call.vocab:
             everything = torch.softmax(_teacher_logits(call, z, call.teacher.vocab), -1)

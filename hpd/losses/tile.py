@@ -221,10 +221,10 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
     return gradient.mul_(term.weight / term.temperature)
 
 
-def distribution_metrics(log_p: Tensor, log_q: Tensor, sums: Sums) -> None:
-    """Both KLs, both entropies (nats) and top-1 agreement of the full distributions, summed over the rows.
+def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sums) -> None:
+    """Both KLs, both entropies (nats), top-1 agreement and the student's accuracy, summed over the rows.
 
-    Both arguments are scratch.
+    The distributions are scratch.
     """
     if not len(log_p):
         return
@@ -233,7 +233,9 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, sums: Sums) -> None:
     # The student agrees where its likeliest token is the teacher's; one index search, which costs three
     # passes on a CPU.
     chosen = log_q.gather(1, log_p.max(-1, keepdim=True).indices)[:, 0]
-    agreement = (chosen == log_q.amax(-1)).to(log_p.dtype)
+    likeliest = log_q.amax(-1)
+    agreement = (chosen == likeliest).to(log_p.dtype)
+    accuracy = (log_q.gather(1, labels[:, None])[:, 0] == likeliest).to(log_p.dtype)
     p, q = log_p.exp(), log_q.exp()
     product = torch.empty_like(p)
 
@@ -249,6 +251,7 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, sums: Sums) -> None:
         teacher_entropy=teacher_entropy,
         student_entropy=student_entropy,
         top1_agreement=agreement,
+        mean_token_accuracy=accuracy,
         metric_tokens=torch.ones_like(agreement),
     )
 

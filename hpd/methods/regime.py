@@ -27,6 +27,13 @@ class Regime(NamedTuple):
         """True if rows come several times in a row from the dataset."""
         return self.rollouts.num_rollouts > 1 or self.strategy.updates > 1
 
+    @property
+    def needs_prompts_only(self) -> bool:
+        """True if the student writes every completion, so that no row of the dataset needs one."""
+        prefixes = self.prefixes
+        whole = prefixes.adaptive is None and prefixes.continue_tokens is None
+        return whole and prefixes.student_share(0.0) == prefixes.student_share(1.0) == 1.0
+
 
 def choose_regime(
     method: str | None,

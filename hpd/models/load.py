@@ -6,35 +6,49 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from hpd.config.models import ModelConfig, TeacherConfig
+from hpd.models.adapters import Adapter, attach, base_with_tokenizer, find_adapter, merge
 
-__all__ = ["check_files", "check_loaded", "load_config", "load_model", "load_tokenizer"]
+__all__ = [
+    "check_files",
+    "check_loaded",
+    "load_adapted",
+    "load_config",
+    "load_generation_config",
+    "load_model",
+    "load_tokenizer",
+]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _POINTER = b"version https://git-lfs.github.com/spec/"
+_NOTHING_AMISS: Mapping[str, Any] = {"mismatched_keys": (), "missing_keys": (), "unexpected_keys": ()}
 # Tensors that an error names.
 _NAMED = 3
 
 
 def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
-    """The model's configuration: the cheapest proof that the path is a causal language model.
+    """The model's configuration: the cheapest proof that the path is a causal language model; an adapter's is
+    that of its base.
 
     Raises:
         ValueError: not a folder or Hub id, no model there, not a causal language model, or files that cannot
@@ -44,6 +58,8 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     assert path is not None
     if isinstance(source, TeacherConfig) and source.quantization is not None:
         _quantization(source.quantization)
+    if (adapter := find_adapter(source, role)) is not None:
+        return _of_base(adapter, role)
     _check_folder(path, role)
     try:
         config = AutoConfig.from_pretrained(
@@ -70,6 +86,13 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     return config
 
 
+def _of_base(adapter: Adapter, role: str) -> Any:
+    try:
+        return load_config(adapter.base, role)
+    except ValueError as error:
+        raise ValueError(adapter.explain(role, str(error))) from None
+
+
 def _check_no_foreign_kernels(config: Any, source: ModelConfig | TeacherConfig, role: str) -> None:
     """A config.json may name an attention kernel on the Hub, which transformers would fetch and run."""
     for name in ("_attn_implementation", "_experts_implementation"):
@@ -89,6 +112,8 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
     """
     path = source.tokenizer or source.model
     assert path is not None
+    if (base := base_with_tokenizer(path, source.revision)) is not None:
+        return load_tokenizer(replace(source, model=base[0], revision=base[1], tokenizer=None), role)
     _check_folder(path, f"{role} tokenizer", needs_config=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -104,12 +129,27 @@ def load_tokenizer(source: ModelConfig | TeacherConfig, role: str) -> PreTrained
     return tokenizer
 
 
+def load_generation_config(source: ModelConfig | TeacherConfig) -> GenerationConfig | None:
+    """How the model generates, where a file of its own says so; a file that cannot be read is `load_model`'s
+    to refuse."""
+    try:
+        return GenerationConfig.from_pretrained(str(source.model), revision=source.revision or "main")
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
 def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) -> PreTrainedModel:
-    """The model, in evaluation mode, on the CPU or where its quantisation puts it.
+    """The model, in evaluation mode, on the CPU or where its quantisation puts it; an adapter is merged
+    into its base.
 
     Raises:
         ValueError: see `load_config`; missing or unreadable weights; quantisation without bitsandbytes.
     """
+    if (adapter := find_adapter(source, role)) is not None:
+        load_config(source, role)
+        model = merge(adapter, attach(adapter, load_model(adapter.base, role, seed), role))
+        check_loaded(model, adapter.path, role, _NOTHING_AMISS)
+        return model
     config = load_config(source, role)
     dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
     if isinstance(source, ModelConfig) and source.init == "random":
@@ -139,6 +179,23 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
         raise ValueError(_explain(str(source.model), role, error)) from None
     check_loaded(model, str(source.model), role, info)
     return model.eval()
+
+
+def load_adapted(source: ModelConfig, role: str, trainable: Any) -> PeftModel:
+    """The base of the adapter that a source names, with that adapter, ready to go on training.
+
+    Args:
+        trainable: a `peft.LoraConfig` of the adapter's shape; its dropout counts.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    adapter = find_adapter(source, role)
+    assert adapter is not None
+    load_config(source, role)
+    model = attach(adapter, load_model(adapter.base, role), role, trainable)
+    check_loaded(model, adapter.path, role, _NOTHING_AMISS)
+    return model
 
 
 def _check_folder(path: str, role: str, needs_config: bool = True) -> None:

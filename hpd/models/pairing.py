@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hpd.losses.heads import POLICIES
 
-__all__ = ["CheckResult", "check_pair", "common_vocab", "first_difference"]
+__all__ = ["CheckResult", "check_pair", "check_tokens", "common_vocab", "first_difference"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,20 @@ def first_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     # Ids that only one side defines are padding or added tokens; the size of the heads decides about those.
     shared = sorted(of_student.keys() & of_teacher.keys())
     return next((i for i in shared if of_student[i] != of_teacher[i]), None)
+
+
+def check_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[CheckResult]:
+    """Name the first token id with two meanings; nothing where there is none."""
+    difference = first_difference(student, teacher)
+    if difference is None:
+        return []
+    a, b = (tok.convert_ids_to_tokens(difference) for tok in (student, teacher))
+    text = (
+        f"token {difference} is {a!r} for the student and {b!r} for the teacher: the two tokenizers are "
+        "different, and a distribution over one says nothing about the other. Choose a teacher of the "
+        "student's tokenizer family."
+    )
+    return [CheckResult("error", "vocabulary", text)]
 
 
 def common_vocab(student: Any, teacher: Any, policy: str) -> int:
@@ -92,16 +106,8 @@ def _vocabulary(
     student: Any, teacher: Any, student_config: Any, teacher_config: Any, policy: str
 ) -> CheckResult:
     num_student, num_teacher = (c.get_text_config().vocab_size for c in (student_config, teacher_config))
-    difference = first_difference(student, teacher)
-    if difference is not None:
-        a, b = (tok.convert_ids_to_tokens(difference) for tok in (student, teacher))
-        return CheckResult(
-            "error",
-            "vocabulary",
-            f"token {difference} is {a!r} for the student and {b!r} for the teacher: the two tokenizers are "
-            "different, and a distribution over one says nothing about the other. Choose a teacher of the "
-            "student's tokenizer family.",
-        )
+    for different in check_tokens(student, teacher):
+        return different
     try:
         shared = common_vocab(student_config, teacher_config, policy)
     except ValueError as error:

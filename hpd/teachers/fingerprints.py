@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.files import checksum_file, checksum_json, digest_json
+from hpd.models.adapters import find_adapter
 from hpd.models.load import load_config
 from hpd.teachers.cache import read_about
 
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _WEIGHTS = ("*.safetensors", "*.bin")
+_ADAPTER = "adapter_config.json"
 _READ_BY_MODELS = (*_WEIGHTS, "*.json", "*.jinja", "*.model")
 _VALUES_PER_TENSOR = 4096
 
@@ -44,6 +46,9 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
     if isinstance(source, TeacherConfig) and source.type == "cached":
         return {"cache": checksum_json(read_about(str(source.path)))}
     model = str(source.model)
+    if (adapter := find_adapter(source, "model")) is not None:
+        files = [path for pattern in (_ADAPTER, *_WEIGHTS) for path in sorted(adapter.folder.glob(pattern))]
+        return {**teacher_fingerprint(adapter.base), "adapter": _checksum(files)}
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(
@@ -52,14 +57,18 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
             )
         )
     files = [folder / "config.json", *sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))]
-    state = xxhash.xxh3_128()
-    for file in files:
-        state.update(f"{file.name}:{checksum_file(file)};".encode())
     return {
-        "weights": state.hexdigest(),
+        "weights": _checksum(files),
         "dtype": source.dtype,
         "quantization": getattr(source, "quantization", None),
     }
+
+
+def _checksum(files: Sequence[Path]) -> str:
+    state = xxhash.xxh3_128()
+    for file in files:
+        state.update(f"{file.name}:{checksum_file(file)};".encode())
+    return state.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict[str, Any]:
@@ -139,6 +148,9 @@ def quick_fingerprint(model: str, dtype: str) -> str:
     """16 hex digits that change with a model's weights, without reading them: sizes and times of a folder's
     files, the commit of a Hub model."""
     folder = Path(model)
+    adapter = find_adapter(ModelConfig(model=model), "model")
+    if adapter is not None:
+        folder = adapter.folder
     if folder.is_dir():
         files = sorted(path for pattern in _READ_BY_MODELS for path in folder.glob(pattern))
         # evals.json is written by the evaluation itself.
@@ -149,4 +161,6 @@ def quick_fingerprint(model: str, dtype: str) -> str:
         ]
     else:
         facts = getattr(load_config(ModelConfig(model=model), "model"), "_commit_hash", None)
+    if adapter is not None:
+        facts.append(quick_fingerprint(str(adapter.base.model), dtype))
     return digest_json([facts, dtype])[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from hpd.batch import TokenBatch
 from hpd.losses import Head, Scores, TopKScores
 from hpd.losses.products import chunks, for_products, project_, wide
+from hpd.models.pairing import CheckResult
 from hpd.teachers.teacher import RoutedScores, Teacher
 
 __all__ = ["MixtureTeacher", "RoutedTeacher"]
@@ -37,6 +39,13 @@ class _SeveralTeachers(Teacher):
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         for teacher in self.teachers.values():
             teacher.prepare(student, accelerator)
+
+    def probe(self, packed: bool) -> list[CheckResult]:
+        return [
+            replace(verdict, topic=f"{verdict.topic} (teacher {name})")
+            for name, teacher in self.teachers.items()
+            for verdict in teacher.probe(packed)
+        ]
 
 
 class MixtureTeacher(_SeveralTeachers):

@@ -13,6 +13,8 @@ from trl.models import prepare_deepspeed
 from hpd.batch import TokenBatch
 from hpd.losses import Scores
 from hpd.models.forward import add_head_function, scores_of
+from hpd.models.pairing import CheckResult
+from hpd.models.probe import probe_head, probe_packing
 from hpd.teachers.teacher import Teacher
 
 __all__ = ["ModelTeacher", "SelfTeacher"]
@@ -48,6 +50,10 @@ class ModelTeacher(Teacher):
                 self.model, device_placement=False if placed else None, evaluation_mode=True
             )
 
+    def probe(self, packed: bool) -> list[CheckResult]:
+        found = [probe_head(self.model, "teacher")]
+        return [*found, probe_packing(self.model, "teacher")] if packed else found
+
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> Scores:
         return scores_of(self.model, inputs, batch.index)
 
@@ -58,6 +64,8 @@ class SelfTeacher(Teacher):
     With a PEFT student the adapter is switched off for the teacher's forward, which costs no memory; without,
     the student is copied and frozen.
     """
+
+    reads_as_student = True
 
     def __init__(self) -> None:
         self._student: nn.Module | None = None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
 from hpd.losses import TeacherScores
+from hpd.models.pairing import CheckResult
 
 __all__ = ["RemoteTeacher", "RoutedScores", "Teacher"]
 
@@ -35,11 +36,20 @@ class Teacher:
     """The live model, where there is one beside the student: rollouts can mix it in."""
     asks_ahead: bool = False
     """True if `ask` begins something: it runs where batches are collated, one batch ahead of the step."""
+    reads_as_student: bool = False
+    """True if the teacher is the student's own model, which reads whatever the student does."""
     remote: bool = False
     """True if answers may fail to come: all processes wait for them together, at the start of a step."""
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         """Place the teacher like the student."""
+
+    def probe(self, packed: bool) -> list[CheckResult]:
+        """Try a few tokens on the teacher's models, and packed rows where training packs them.
+
+        Called once, beside `prepare`: before it where that shards models, after it elsewhere.
+        """
+        return []
 
     def register_rows(self, rows: Iterable[tuple[Mapping[str, Any], Tensor]]) -> None:
         """See every row of the datasets with the keys of its label positions, once."""

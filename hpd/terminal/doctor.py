@@ -17,6 +17,7 @@ from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
 from hpd.terminal.console import console
+from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
 
@@ -69,6 +70,7 @@ def diagnose(
         recipe = dataclasses.replace(recipe, train={**recipe.train, "use_cpu": True})
     planned = plan(recipe)
     show_verdicts(planned.verdicts)
+    show_rows(planned)
     rows = planned.rows
     count = f"{len(rows.train):,}" if isinstance(rows.train, Sized) else "a stream of"
     held_out = f", {len(rows.validation):,} held out" if isinstance(rows.validation, Sized) else ""

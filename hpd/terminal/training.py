@@ -18,6 +18,7 @@ from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import generate
 from hpd.progress import Bar, Progress, quiet_libraries
 from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
@@ -28,22 +29,27 @@ __all__ = ["run_cache", "run_generate", "run_train", "show_summary", "train_with
 _FIGURES = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
-def run_train(path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bool) -> None:
+def run_train(
+    path: Path, overrides: Sequence[str], dry_run: bool, overwrite: bool, takes_changed: bool = False
+) -> None:
     """Train by a recipe file and show the summary; or check everything and print the resolved recipe."""
     recipe = load_recipe(path, overrides)
     if not dry_run:
-        show_summary(recipe, train_with_display(recipe, overwrite))
+        show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
         return
     planned = plan(recipe)
     text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
     console.file.write(text)  # as it is: no wrapping, no markup
     show_verdicts(planned.verdicts)
+    show_rows(planned)
     planned.require_sound()
 
 
-def train_with_display(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+def train_with_display(
+    recipe: Recipe, overwrite: bool = False, takes_changed: bool = False
+) -> dict[str, Any]:
     """Train with bars; returns the summary of `hpd.training.run.train`."""
-    return train(recipe, overwrite=overwrite, progress=_TrainingProgress())
+    return train(recipe, overwrite=overwrite, progress=_TrainingProgress(), takes_changed=takes_changed)
 
 
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:

@@ -8,12 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from enum import Enum
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hpd.config.schema import Recipe
@@ -22,8 +24,9 @@ from hpd.losses.heads import POLICIES
 from hpd.losses.operator import IMPLEMENTATIONS
 from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
+from hpd.training.settings import IN_RECIPES, REFUSED, check_packages, check_settings
 
-__all__ = ["DistillConfig", "check_engine", "train_arguments"]
+__all__ = ["DistillConfig", "as_config", "check_engine", "check_names", "label_policy", "train_arguments"]
 
 # Names that a field takes.
 _CHOICES = {"vocabulary": POLICIES, "impl": tuple(IMPLEMENTATIONS), "kl_estimator": ESTIMATORS}
@@ -45,12 +48,6 @@ _AT_LEAST = {
     "seed": 0,
     "chunk_bytes": 1,
     "metric_stride": 0,
-}
-
-# Fields that would do nothing in a recipe, which loads model and tokenizer itself.
-_ELSEWHERE = {
-    "trust_remote_code": "student.trust_remote_code (and teacher.trust_remote_code)",
-    "model_init_kwargs": "student.dtype, student.attn_implementation and student.revision",
 }
 
 # How `accelerate launch` and its configuration files ask for an engine, and the field of TrainingArguments
@@ -101,6 +98,13 @@ class DistillConfig(SFTConfig):
             "help": "Also log the reverse KL as k1, k2, k3 or rao_blackwell estimate it at the drawn tokens."
         },
     )
+    assistant_only_loss: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "null: of `messages` the assistant's turns are learnt, of other rows the completion. "
+            "true: the assistant's turns, of completions too. false: all of `messages`."
+        },
+    )
     # A check of every micro-batch's loss would synchronise the device; a non-finite loss shows at the next
     # log.
     logging_nan_inf_filter: bool = field(
@@ -131,18 +135,48 @@ class DistillConfig(SFTConfig):
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+        check_settings(self)
+        check_packages(self)
 
 
-def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
-    """`DistillConfig` from `train:`, every value checked against its field.
+def as_config(args: TrainingArguments | None) -> DistillConfig:
+    """The settings as `DistillConfig`, whose own fields have their defaults.
+
+    Args:
+        args: None, a `DistillConfig`, or TRL's `SFTConfig` or transformers' `TrainingArguments`, as
+            `SFTTrainer` takes them.
 
     Raises:
-        ValueError: unknown field (with the nearest one), a value of the wrong type or out of range, or a
-            field that has its place elsewhere in the recipe.
+        TypeError: something else.
+        ValueError: the class of another trainer of TRL, whose own fields would have no effect.
     """
-    hints = get_type_hints(DistillConfig)
+    if args is None:
+        return DistillConfig(output_dir="hpd-student")
+    if isinstance(args, DistillConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(
+            f"args is a {type(args).__name__}: give a DistillConfig, or TRL's SFTConfig or transformers' "
+            "TrainingArguments, whose fields it has too."
+        )
+    names = {f.name for f in dataclasses.fields(DistillConfig) if f.init}
+    own = [f.name for f in dataclasses.fields(args) if f.init and f.name not in names]
+    if own and type(args).__module__.startswith("trl."):
+        raise ValueError(
+            f"args is a {type(args).__name__}, whose {', '.join(own[:4])} would have no effect: give a "
+            "DistillConfig, and say with method, method_kwargs and prefixes what is learnt."
+        )
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and f.name in names}
+    return DistillConfig(**given)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check the keys of `train:`, without a look at their values.
+
+    Raises:
+        ValueError: unknown field (with the nearest one), or one without effect.
+    """
     names = [f.name for f in dataclasses.fields(DistillConfig) if f.init]
-    values: dict[str, Any] = {}
     for key, value in recipe.train.items():
         if key not in names:
             close = get_close_matches(key, names, n=1)
@@ -152,20 +186,43 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
                 else ": a field of TRL's SFTConfig, such as learning_rate or max_steps."
             )
             raise ValueError(f"unknown key 'train.{key}'{hint}")
+        if value in (None, _default_of(key)):
+            continue
+        if key in IN_RECIPES:
+            raise ValueError(f"train.{key} has no effect: {IN_RECIPES[key]}.")
+        if key in REFUSED:
+            raise ValueError(f"train.{key} has no effect: {REFUSED[key]}.")
+
+
+def _default_of(name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(DistillConfig) if f.name == name)
+
+
+def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
+    """`DistillConfig` from `train:`, every value checked against its field.
+
+    Raises:
+        ValueError: unknown field (with the nearest one), a value of the wrong type or out of range, or a
+            field that has its place elsewhere in the recipe.
+    """
+    check_names(recipe)
+    hints = get_type_hints(DistillConfig)
+    values: dict[str, Any] = {}
+    for key, value in recipe.train.items():
         if key in forced:
             raise ValueError(f"train.{key} is set by the recipe's own keys; remove it from train.")
-        if key in _ELSEWHERE and value:
-            raise ValueError(f"train.{key} has no effect: set {_ELSEWHERE[key]} instead.")
+        if key in IN_RECIPES:
+            continue
         try:
             values[key] = TypeAdapter(
                 hints[key], config=ConfigDict(arbitrary_types_allowed=True)
-            ).validate_python(value)
+            ).validate_python(_as_word(value, hints[key]))
         except ValidationError as error:
             raise ValueError(f"train.{key}: {error.errors()[0]['msg']}, got {shorten(value)}") from None
     if recipe.data.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("data.streaming needs train.max_steps: a stream has no known length.")
     values.setdefault("max_length", 1024)
-    values["assistant_only_loss"] = recipe.data.labels == "assistant"
+    values["assistant_only_loss"] = True if recipe.data.labels == "assistant" else None
     values["completion_only_loss"] = None if recipe.data.labels != "all" else False
     try:
         return DistillConfig(output_dir=recipe.output_dir, **{**values, **forced})
@@ -174,6 +231,22 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
         # own error.
         text = " ".join(str(error).split())
         raise ValueError(text if text.startswith("train.") else f"train: {text}") from None
+
+
+def _as_word(value: Any, hint: Any) -> Any:
+    """`no` where YAML made false of it and the field is a choice of words, one of which is no."""
+    choices = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    is_word = value is False and any("no" in [member.value for member in kind] for kind in choices)
+    return "no" if is_word else value
+
+
+def label_policy(args: DistillConfig) -> str:
+    """The rule by which labels are chosen, as `hpd.data.tokens.tokenise` takes it."""
+    if args.assistant_only_loss:
+        return "assistant"
+    if args.completion_only_loss is False:
+        return "all"
+    return "completion" if args.assistant_only_loss is None else "conversation"
 
 
 def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) -> None:

@@ -45,6 +45,7 @@ from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
 from hpd.training.plan import Plan, plan
+from hpd.training.probing import settle
 from hpd.training.shards import (
     Layout,
     TeacherAnswer,
@@ -85,6 +86,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress |
     config = _cache_config(recipe)
     planned = plan(recipe)
     planned.require_sound()
+    planned.say_warnings(progress)
     trainer = _rows_trainer(planned)
     datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)
@@ -195,6 +197,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "shard_bytes": config.shard_bytes,
         "shards": len(layout.starts) - 1,
         "positions": len(layout.keys),
+        "date": planned.date and planned.date.isoformat(),
         "fingerprint": fingerprint,
     }
 
@@ -282,6 +285,7 @@ def _ask(
     """Load the teacher and write this process's part of the missing shards."""
     teacher = _load(planned)
     teacher.prepare(trainer.model, trainer.accelerator)
+    settle(teacher.probe(trainer.padding_free))
     folder, dtype = Path(config.path), stored_dtype(config, planned)
     world, rank = trainer.args.world_size, trainer.args.process_index
     # Weights sharded over processes are gathered by all of them together: each runs as many forwards as the

@@ -55,6 +55,11 @@ class TaskEvaluation(Resumable):
             metrics |= self._run_task(planned)
         return metrics
 
+    def evaluation_names(self) -> set[str]:
+        """Names of the metrics that evaluations log, without their prefix."""
+        of_tasks = {name.removeprefix("eval_") for name in _all_names(self._evals)}
+        return super().evaluation_names() | of_tasks  # type: ignore[misc]
+
     def schedule(self, due: Sequence[PlannedEval], validation_due: bool) -> None:
         """Have the next `evaluate` run these tasks, and the validation rows only if they are due
         themselves."""

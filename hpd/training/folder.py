@@ -21,9 +21,15 @@ from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.config.yaml_file import read_yaml
 from hpd.files import JsonLines, write_atomically, write_json
-from hpd.training.checkpoints import check_readable, newest_complete
+from hpd.training.arguments import train_arguments
+from hpd.training.changes import Change, changes_between, raises_steps, refused
+from hpd.training.checkpoints import check_readable, newest_complete, step_of
+from hpd.training.inputs import changed_inputs
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
+
+# Keys that an error names.
+_NAMED = 5
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
@@ -32,18 +38,22 @@ class RunFolder:
     """A folder that belongs to one recipe.
 
     Args:
-        recipe: what the run is; a folder that holds another recipe is refused.
+        recipe: what the run is; a folder that holds another recipe is refused (`hpd.training.changes`).
         overwrite: delete an existing run first.
+        takes_changed: go on although data, teacher or tokenizer are others now than at the run's start.
 
     Raises:
-        ValueError: the folder holds something else, or a finished run.
+        ValueError: the folder holds something else, or a finished run without more steps to do.
         CheckpointUnreadable: a file of the checkpoint that it would go on from is damaged.
     """
 
-    def __init__(self, recipe: Recipe, overwrite: bool = False):
+    def __init__(self, recipe: Recipe, overwrite: bool = False, takes_changed: bool = False):
         self.path = Path(recipe.output_dir)
         self.recipe = recipe
         self._replaces = False
+        self._takes_changed = takes_changed
+        self._changes: list[Change] = []
+        self._inputs: dict[str, str] = {}
         self._check(overwrite)
 
     @property
@@ -62,19 +72,50 @@ class RunFolder:
         if overwrite:
             self._replaces = True
             return
-        # Guards only watch: a run that one of them stopped may go on under others.
-        if {**read_yaml(recipe_file), "guards": None} != {**_comparable(self.recipe), "guards": None}:
-            raise ValueError(
-                f"{self.path} holds a run of another recipe. Choose another output_dir, or delete it with "
-                "--overwrite."
-            )
-        if (self.path / "summary.json").is_file():
-            raise ValueError(
-                f"{self.path} holds this run, finished. Repeat it with --overwrite, or choose another "
-                "output_dir."
-            )
-        if (newest := newest_complete(self.path, quiet=True)) is not None:
+        before, now = read_yaml(recipe_file), _comparable(self.recipe)
+        self._changes = changes_between(before, now)
+        self._check_changes(before, now)
+        newest = newest_complete(self.path, quiet=True)
+        if self._is_finished:
+            self._check_more(raises_steps(before, now), newest)
+        if newest is not None:
             check_readable(newest)
+
+    @property
+    def _is_finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def _check_changes(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Refuse another recipe; one that only goes further, or looks at the run differently, is the same."""
+        # Stages that are finished are not taken further by a change of the recipe around them.
+        others = refused(self._changes, before, now, may_raise=not self.recipe.stages)
+        if not others:
+            return
+        train_arguments(self.recipe)  # a misspelt key is that before it is another recipe
+        listed = "; ".join(map(str, others[:_NAMED])) + ("; ..." if others[_NAMED:] else "")
+        raise ValueError(
+            f"{self.path} holds a run of another recipe ({listed}; before -> now). Choose another output_dir "
+            "for this one, or go on with the run's own recipe, in which only guards, logging and saving may "
+            "change and train.max_steps or train.num_train_epochs may grow. (--overwrite deletes the run.)"
+        )
+
+    def _check_more(self, is_longer: bool, newest: Path | None) -> None:
+        """Refuse a finished run, unless there are more steps to do and a checkpoint to do them from."""
+        if not is_longer:
+            more = (
+                ""
+                if self.recipe.stages
+                else "Go on with more steps or epochs (a larger train.max_steps or train.num_train_epochs), "
+            )
+            other = "choose another output_dir, or repeat it with --overwrite."
+            raise ValueError(f"{self.path} holds this run, finished. {more or 'To repeat it, '}{other}")
+        if newest is None:
+            raise ValueError(
+                f"{self.path} holds this run, finished, and no checkpoint to do more steps from "
+                "(train.save_strategy says what is kept). Start another run from its student (student: "
+                f"{self.path}, another output_dir), whose optimiser and learning rate begin anew, or repeat "
+                "this one with --overwrite."
+            )
 
     def open(self) -> None:
         """Write what the run is, before its first step; a run that `overwrite` gave up is deleted now.
@@ -92,13 +133,47 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for draft in self.path.glob(".*.part"):  # of a process that was killed
                 draft.unlink()
+            # First: a run that a kill ends before its new recipe is there is unfinished under the old one.
+            (self.path / "summary.json").unlink(missing_ok=True)
+            if self._changes:
+                self._note_changes()
             write_atomically(self.path / "recipe.yaml", text)
+            if self._inputs:
+                self.write_json("inputs.json", self._inputs)
             self.write_json("environment.json", environment())
         except OSError as error:
             raise OSError(
                 f"The run folder {self.path} cannot be written: {error.strerror}. Make it writable, make "
                 "space, or choose another output_dir."
             ) from error
+
+    def check_inputs(self, found: dict[str, str]) -> None:
+        """Compare what the run reads now with what it read when it began; `open` notes it.
+
+        Args:
+            found: by `input_fingerprints`.
+
+        Raises:
+            ValueError: an input is another, and nobody allowed that.
+        """
+        file = self.path / "inputs.json"
+        before = {} if self._replaces or not file.is_file() else _read_object(file, "it is written again")
+        self._inputs = {**before, **found}
+        changed = changed_inputs(before, found)
+        if changed and not self._takes_changed:
+            raise ValueError(
+                f"{self.path} began with other data than there is now: its {' and '.join(changed)} changed, "
+                "though the recipe names the same. Put back what was there, or choose another output_dir. To "
+                "go on with what is there now, add --changed-inputs, which is noted in changes.jsonl."
+            )
+        self._changes += [Change(name, before[name], found[name]) for name in changed]
+
+    def _note_changes(self) -> None:
+        checkpoint = newest_complete(self.path, quiet=True)
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        changed = {change.key: [change.old, change.new] for change in self._changes}
+        JsonLines(self.path / "changes.jsonl").append({"step": step, "changed": changed, "time": _now()})
+        self._changes = []
 
     def baselines(self) -> dict[str, Any] | None:
         """Return what was measured before the first step, if it was measured to the end.
@@ -182,8 +257,12 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "packages": packages,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:

@@ -10,13 +10,34 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from hpd.batch import TokenBatch
+from hpd.losses import Head, Scores
+from hpd.losses.operator import loss_by_source
 from hpd.losses.tile import sum_dtype
-from hpd.methods.terms import Term
+from hpd.methods.terms import Term, as_evaluated, num_uniforms
 
-__all__ = ["MetricSums", "add_sums", "input_tokens", "means", "reduce_sums"]
+__all__ = ["MetricSums", "add_sums", "evaluated_names", "input_tokens", "means", "reduce_sums"]
 
 # Sums with a denominator of their own, or that are no metrics.
-_SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
+_SPECIAL = (
+    "tokens",
+    "metric_tokens",
+    "num_tokens",
+    "labels_dropped",
+    "support_overlap",
+    "overlap_rows",
+    "aux_loss",
+    "aux_batches",
+)
+
+_ON_METRIC_ROWS = (
+    "forward_kl",
+    "reverse_kl",
+    "teacher_entropy",
+    "student_entropy",
+    "top1_agreement",
+    "mean_token_accuracy",
+)
 
 
 class MetricSums:
@@ -79,16 +100,19 @@ def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
     """Sums over tokens to means per token, under the names that are logged."""
     tokens = sums["tokens"]
     metric_tokens = sums.get("metric_tokens", 0.0)
-    on_metric_rows = {"forward_kl", "reverse_kl", "teacher_entropy", "student_entropy", "top1_agreement"}
     found = {
-        name: value / (metric_tokens if name in on_metric_rows else tokens)
+        name: value / (metric_tokens if name in _ON_METRIC_ROWS else tokens)
         for name, value in sums.items()
         if not name.startswith(("value/", "gap/")) and name not in _SPECIAL
     }
+    if "student_entropy" in found:
+        found["entropy"] = found["student_entropy"]  # its name in TRL
     # A term on the student's text alone has no value where a window held none.
     values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
     if sums.get("overlap_rows"):
         found["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
+    if sums.get("aux_batches"):
+        found["aux_loss"] = sums["aux_loss"] / sums["aux_batches"]
     if len(terms) > 1:
         found.update({f"loss/{name}": value for name, value in values.items()})
     found["value"] = sum(term.weight * values[term.name] for term in terms)
@@ -102,3 +126,23 @@ def input_tokens(inputs: Mapping[str, Any]) -> Tensor:
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     return torch.tensor(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+
+
+def evaluated_names(terms: Sequence[Term], vocab: int, kl_estimator: str) -> set[str]:
+    """Names of the metrics that an evaluation logs, found by one of a single position."""
+    zero, none = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    batch = TokenBatch(zero, zero, zero, zero[0], by_dataset=zero, by_student=none)
+    scores = Scores(torch.zeros(1, vocab), Head(None))
+    evaluated = as_evaluated(terms)
+    draws = torch.zeros(1, num_uniforms(evaluated), dtype=torch.float64)
+    sums = loss_by_source(scores, scores, batch, evaluated, uniforms=draws, kl_estimator=kl_estimator).stats
+    numbers = {name: float(value) for name, value in sums.items()}
+    return (means({**numbers, "labels_dropped": 0.0}, terms).keys() - {"value"}) | {
+        "loss",
+        "num_tokens",
+        "runtime",
+        "samples_per_second",
+        "steps_per_second",
+        "teacher_mass_outside",
+        "teacher_tail_mass",
+    }

@@ -19,7 +19,7 @@ from hpd.files import write_json
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
-from hpd.models.forward import model_inputs
+from hpd.models.forward import label_inputs
 from hpd.teachers import RoutedScores, Teacher
 
 __all__ = [
@@ -260,9 +260,7 @@ def row_likelihoods(
         inputs = prepare(dict(batch))
         positions = TokenBatch.pop(inputs)
         scores = teacher.scores(inputs, positions)
-        student = model(
-            **model_inputs(inputs), label_index=positions.index, head_function=lambda scores: scores
-        )
+        student = model(**label_inputs(inputs, positions.index), head_function=lambda scores: scores)
         assert positions.rows is not None
         for row in positions.rows.unique().tolist():
             where = (positions.rows == row).nonzero().flatten()

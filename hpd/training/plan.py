@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import peft
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
-from hpd.config.schema import EvalConfig, Recipe
+from hpd.config.schema import DataConfig, EvalConfig, Recipe
+from hpd.data.dates import set_date
 from hpd.data.lengths import Lengths, check_ids, measure
 from hpd.data.rows import Rows, load_rows
 from hpd.data.templates import check_templates, read_template
@@ -20,13 +21,16 @@ from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
 from hpd.models.load import load_config, load_tokenizer
-from hpd.models.pairing import CheckResult, check_pair
-from hpd.progress import quiet_libraries
+from hpd.models.pairing import CheckResult
+from hpd.progress import Progress, quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
-from hpd.training.arguments import DistillConfig, train_arguments
+from hpd.training.arguments import DistillConfig, label_policy, train_arguments
+from hpd.training.dates import first_day
+from hpd.training.settings import check_special_tokens
+from hpd.training.verdicts import DescribedModels, model_verdicts, pair_verdicts, row_verdicts
 
-__all__ = ["Plan", "PlannedEval", "lora_of", "plan", "plan_evals", "steps_of"]
+__all__ = ["Plan", "PlannedEval", "plan", "plan_evals", "steps_of"]
 
 
 class PlannedEval(NamedTuple):
@@ -68,6 +72,8 @@ class Plan(NamedTuple):
     """Of each entry of the recipe's `eval`."""
     served: ServedTeacher | None = None
     """The connection to a teacher elsewhere."""
+    date: datetime.date | None = None
+    """The day that the chat template prints; None where it prints none."""
 
     def require_sound(self) -> None:
         """Raise ValueError with every verdict that would ruin the run."""
@@ -75,21 +81,16 @@ class Plan(NamedTuple):
         if errors:
             raise ValueError(" ".join(errors))
 
+    def say_warnings(self, progress: Progress) -> None:
+        """Say what is to be known about the run before it starts."""
+        for verdict in self.verdicts:
+            if verdict.level == "warning":
+                progress.say(f"warning, {verdict.topic}: {verdict.text}")
+
     def close(self) -> None:
         """Let go of a teacher elsewhere."""
         if self.served is not None:
             self.served.close()
-
-
-class _Models(NamedTuple):
-    """The models of a run, described without their weights."""
-
-    tokenizer: PreTrainedTokenizerBase
-    student_config: Any
-    teacher_configs: Mapping[str, Any]
-    teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase | None]
-    """None: a server that does not tell its tokenizer."""
-    served: ServedTeacher | None
 
 
 class _Comparison(NamedTuple):
@@ -100,8 +101,12 @@ class _Comparison(NamedTuple):
     verdicts: tuple[CheckResult, ...]
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     """Read configurations, tokenizers and data, and check that they fit together.
+
+    Args:
+        recipe: of the run.
+        fresh: the run begins anew, whatever its folder holds.
 
     Raises:
         FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what
@@ -113,8 +118,9 @@ def plan(recipe: Recipe) -> Plan:
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     _check_loggers(args)
-    models = _describe_models(recipe, args)
-    rows = load_rows(recipe.data, recipe.teacher.column)
+    models = _describe_models(recipe, args, fresh)
+    prompts = recipe.choose_regime().needs_prompts_only
+    rows = load_rows(_text_column(recipe.data, args), recipe.teacher.column, prompts=prompts)
     compared = _compare(models, rows, recipe, args)
     return Plan(
         recipe,
@@ -127,13 +133,17 @@ def plan(recipe: Recipe) -> Plan:
         compared.verdicts,
         _check_evals(plan_evals(recipe.eval), args),
         models.served,
+        models.date,
     )
 
 
-def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
+def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> DescribedModels:
     """Read configurations and tokenizers, and connect to a teacher elsewhere."""
     student_config = load_config(recipe.student, "student")
     tokenizer = load_tokenizer(recipe.student, "student")
+    check_special_tokens(args, tokenizer)
+    if args.eos_token is not None:
+        tokenizer.eos_token = args.eos_token  # as TRL does
     check_caches(recipe.teacher, tokenizer, args)
     served = None
     if recipe.teacher.type == "server":
@@ -148,42 +158,41 @@ def _describe_models(recipe: Recipe, args: DistillConfig) -> _Models:
     if args.chat_template_path is not None:
         # The trainer puts it there itself, and by then every row has been looked at.
         tokenizer.chat_template = read_template(args.chat_template_path)
-    return _Models(tokenizer, student_config, configs, tokenizers, served)
+    date = first_day(recipe, fresh)
+    if not set_date(tokenizer, date):
+        date = None
+    elif args.chat_template_path is not None:
+        args.chat_template_path = None  # the trainer would put the template without its date
+    return DescribedModels(tokenizer, student_config, configs, tokenizers, served, date)
 
 
-def _compare(models: _Models, rows: Rows, recipe: Recipe, args: DistillConfig) -> _Comparison:
+def _compare(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> _Comparison:
     """Check the models against each other, and the rows against the student."""
-    verdicts = _pair_verdicts(models, rows.conversational, args.vocabulary)
+    verdicts = pair_verdicts(models, rows.conversational, args.vocabulary)
     for verdict in verdicts:
         if verdict.level == "error" and verdict.topic.startswith("chat template"):
             raise ValueError(verdict.text)
     rows = _take_templates(rows, models.tokenizer, recipe, args)
     check_ids(rows.train, models.student_config.get_text_config().vocab_size)
-    lengths = measure(rows.train, models.tokenizer, args.max_length, recipe.data.labels)
-    return _Comparison(rows, lengths, (*verdicts, *_length_verdicts(lengths, args)))
+    # Packing that splits rows cuts nothing off.
+    whole = args.packing and args.packing_strategy != "bfd"
+    labels = label_policy(args)
+    lengths = measure(
+        rows.train, models.tokenizer, None if whole else args.max_length, labels, args.truncation_mode
+    )
+    found = (
+        *verdicts,
+        *model_verdicts(models, recipe, args),
+        *row_verdicts(models, rows, lengths, recipe, args),
+    )
+    return _Comparison(rows, lengths, found)
 
 
-def _pair_verdicts(models: _Models, conversational: bool, policy: str) -> list[CheckResult]:
-    """The student beside each teacher."""
-    verdicts: list[CheckResult] = []
-    for role, config in models.teacher_configs.items():
-        teacher = models.teacher_tokenizers[role]
-        if teacher is None:
-            assert models.served is not None
-            found = models.served.verdicts()
-        else:
-            found = check_pair(
-                models.tokenizer,
-                teacher,
-                models.student_config,
-                config,
-                policy=policy,
-                conversational=conversational,
-            )
-        if len(models.teacher_configs) > 1:
-            found = [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found]
-        verdicts += found
-    return verdicts
+def _text_column(data: DataConfig, args: DistillConfig) -> DataConfig:
+    """The data, whose text stands in the column that `train.dataset_text_field` names."""
+    if args.dataset_text_field == "text" or "text" in data.columns:
+        return data
+    return dataclasses.replace(data, columns={**data.columns, "text": args.dataset_text_field})
 
 
 def _take_templates(
@@ -232,28 +241,6 @@ def _check_evals(evals: tuple[PlannedEval, ...], args: DistillConfig) -> tuple[P
                 "training."
             )
     return evals
-
-
-def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[CheckResult]:
-    p = lengths.percentiles
-    text = (
-        f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first "
-        f"{lengths.num_rows} rows); max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves "
-        f"{lengths.lost_rows:.1%} without a label"
-    )
-    verdicts = [CheckResult("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
-    if lengths.ends_with_eos < 0.5:
-        text = (
-            f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student "
-            "may not learn to stop"
-        )
-        verdicts.append(CheckResult("warning", "end of rows", text))
-    return verdicts
-
-
-def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
-    """Return the recipe's adapter as peft takes it."""
-    return peft.LoraConfig(task_type="CAUSAL_LM", **dataclasses.asdict(recipe.lora)) if recipe.lora else None
 
 
 def steps_of(planned: Plan) -> int | None:

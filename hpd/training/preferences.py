@@ -23,9 +23,10 @@ from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import RolloutConfig
 from hpd.models.load import load_model
 from hpd.progress import Progress
+from hpd.training.adapting import lora_of
 from hpd.training.checkpoints import writing
 from hpd.training.folder import MetricsWriter, RunFolder
-from hpd.training.plan import Plan, lora_of, plan
+from hpd.training.plan import Plan, plan
 from hpd.training.resumable import Resumable
 from hpd.training.single import evaluate_task, open_together
 from hpd.training.stopping import Interrupted, Signals, ends_resumable

@@ -29,7 +29,7 @@ from hpd.training.checkpoints import (
     weights_file,
     writing,
 )
-from hpd.training.state import EARLIER_NAMES, get_random, read_state, set_random, write_state
+from hpd.training.state import EARLIER_NAMES, follow_schedule, get_random, read_state, set_random, write_state
 
 __all__ = ["Resumable", "Stateful", "StopTraining"]
 
@@ -80,6 +80,8 @@ class Resumable(Trainer):
     """True if the resumed checkpoint was saved behind the last step of an epoch that had not ended yet."""
     _random: dict[str, Any] | None = None
     """Random numbers after what was caught up with before the first step."""
+    _planned_steps: int | None = None
+    """Steps that the run had when the resumed checkpoint was saved."""
     _follow: TrainerCallback | None = None
 
     def stop_cleanly(self, reason: str) -> None:
@@ -130,6 +132,7 @@ class Resumable(Trainer):
         notes = read_mark(checkpoint) or {}
         self._to_repeat = notes.get("evaluation")
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self._planned_steps = state.max_steps
         ended = notes.get("epoch_ended", True)
         self._epoch_ended_at = state.global_step if ended else None
         self._to_end = not ended and float(state.epoch).is_integer()
@@ -225,6 +228,10 @@ class Resumable(Trainer):
         epoch."""
         if not checkpoint:
             return
+        # The Trainer goes on with the intervals that the checkpoint was saved under, whatever they are now.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self._planned_steps != self.state.max_steps:
+            follow_schedule(self.lr_scheduler, self.optimizer)
         if self._window is not None:
             # Not earlier: the Trainer starts its own sums when training begins.
             self.put_state({"window": self._window})

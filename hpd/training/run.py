@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
 
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
+from hpd.models.export import write_merged
 from hpd.progress import Progress
-from hpd.training.arguments import train_arguments
+from hpd.training.arguments import check_names, train_arguments
+from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
 from hpd.training.plan import plan
 from hpd.training.preferences import dpo_arguments, train_preferences
@@ -27,7 +29,12 @@ __all__ = ["check_stages", "train", "train_stages"]
 
 
 def train(
-    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None, baselines: bool = True
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    baselines: bool = True,
+    takes_changed: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe from its start (or last checkpoint) to its end; one with stages, stage by stage.
 
@@ -36,6 +43,7 @@ def train(
         overwrite: delete an existing run first.
         progress: told on the way.
         baselines: let teacher and untrained student do the task too.
+        takes_changed: go on although data, teacher or tokenizer are others than at the run's start.
 
     Returns:
         The summary that is also written to the run folder: losses and KLs before and after, accuracies,
@@ -48,18 +56,25 @@ def train(
     """
     with ends_resumable(Path(recipe.output_dir)) as signals:
         if recipe.stages:
-            return train_stages(recipe, overwrite=overwrite, progress=progress)
-        folder = RunFolder(recipe, overwrite)
-        planned = plan(recipe)
+            return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
+        # A key that does not exist makes another recipe of any run that the folder holds.
+        check_names(recipe)
+        folder = RunFolder(recipe, overwrite, takes_changed)
+        planned = plan(recipe, fresh=overwrite)
         try:
             planned.require_sound()
+            planned.say_warnings(progress or Progress())
             return train_single(planned, folder, progress or Progress(), baselines, signals)
         finally:
             planned.close()
 
 
 def train_stages(
-    recipe: Recipe, *, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    takes_changed: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe's stages in order; finished ones are skipped, an unfinished one is resumed.
 
@@ -71,11 +86,16 @@ def train_stages(
     """
     progress = progress or Progress()
     stages = stage_recipes(recipe)
+    for stage in stages:
+        check_names(stage.recipe)
     folder = RunFolder(recipe, overwrite)
     done = set() if overwrite else {stage.name for stage in stages if _summary(stage).is_file()}
     check_stages(recipe, [stage for stage in stages if stage.name not in done])
     open_together(folder, train_arguments(recipe))
     processes = PartialState()
+    if processes.is_main_process and not (folder.path / DATE).is_file():
+        folder.write_json(DATE, {"date": datetime.date.today().isoformat()})
+    processes.wait_for_everyone()
     summaries: dict[str, dict[str, Any]] = {}
     for stage, previous in zip(stages, (None, *stages), strict=False):
         if _summary(stage).is_file():
@@ -87,7 +107,9 @@ def train_stages(
             if processes.is_main_process:
                 _hand_on(previous.recipe)
             processes.wait_for_everyone()
-        summary = summaries[stage.name] = _train_stage(stage, progress, is_first=previous is None)
+        summary = summaries[stage.name] = _train_stage(
+            stage, progress, is_first=previous is None, takes_changed=takes_changed
+        )
         if "stopped" in summary:
             progress.say(f"stage {stage.name} was stopped ({summary['stopped']}): later stages do not run")
             break
@@ -107,16 +129,16 @@ def _hand_on(recipe: Recipe) -> None:
     target = handed_on(recipe)
     if recipe.lora is None or (target / "config.json").is_file():
         return
-    adapted: Any = AutoPeftModelForCausalLM.from_pretrained(recipe.output_dir)
-    adapted.merge_and_unload().save_pretrained(target)
-    AutoTokenizer.from_pretrained(recipe.output_dir).save_pretrained(target)
+    shutil.rmtree(target, ignore_errors=True)  # half of one, which a kill left
+    adapter = replace(recipe.student, model=recipe.output_dir, init="pretrained", tokenizer=None)
+    write_merged(replace(adapter, revision=None), target, recipe.student.dtype)
 
 
-def _train_stage(stage: Stage, progress: Progress, is_first: bool) -> dict[str, Any]:
+def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:
     if stage.dpo is not None:
         return train_preferences(stage.recipe, stage.dpo, progress=progress)
     # The first stage's summary says what the student and the teacher were before.
-    return train(stage.recipe, progress=progress, baselines=is_first)
+    return train(stage.recipe, progress=progress, baselines=is_first, takes_changed=takes_changed)
 
 
 def _total(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -148,7 +170,8 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
     for number, stage in enumerate(stages):
         try:
             if number and stage.recipe.teacher.type == "server":
-                load_rows(stage.recipe.data, stage.recipe.teacher.column)
+                prompts = stage.recipe.choose_regime().needs_prompts_only
+                load_rows(stage.recipe.data, stage.recipe.teacher.column, prompts=prompts)
                 continue
             planned = plan(_with_what_is_there(stage.recipe, recipe))
             planned.close()

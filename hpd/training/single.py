@@ -14,22 +14,31 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config.schema import Recipe
 from hpd.evaluate.run import evaluate
-from hpd.models.load import load_model
-from hpd.progress import Progress
+from hpd.models.load import load_adapted, load_model
+from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
+from hpd.training.adapting import goes_on_adapter, lora_of
 from hpd.training.checkpoints import writing
+from hpd.training.dates import DATE
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
-from hpd.training.plan import Plan, lora_of
+from hpd.training.inputs import input_fingerprints
+from hpd.training.plan import Plan
+from hpd.training.probing import check_packing
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.trainer import DistillTrainer
 
 __all__ = ["evaluate_task", "make_trainer", "open_together", "train_single"]
+
+
+# Warnings that the verdicts on rows have said, with how many rows they are of.
+_SAID_OF_ROWS = ("The tokenized prompt is not a prefix", "Token indices sequence length is longer")
 
 
 class _EvaluatingTrainer(TaskEvaluation, DistillTrainer):
@@ -82,25 +91,31 @@ def train_single(
     recipe = planned.recipe
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
-    student = load_model(recipe.student, "student", planned.args.seed)
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.check_inputs(input_fingerprints(planned))
+    student = _load_student(planned)
     teacher = planned.served or load_teacher(recipe.teacher)
-    _check_lora(recipe, student)
+    # Before tasks are done for minutes; the trainer probes the rest.
+    check_packing(student, teacher, planned.args)
     # Not before the models are loaded: what cannot start leaves nothing behind.
     open_together(folder, planned.args)
     if planned.served is not None and PartialState().is_main_process:
         folder.keep_teacher(planned.served.fingerprint)
+    if planned.date is not None and PartialState().is_main_process:
+        folder.write_json(DATE, {"date": planned.date.isoformat()})
     resume = folder.checkpoint
     measured = folder.baselines()
     to_measure = resume is None and measured is None
     before = measured or {}
     if to_measure and baselines:
         before |= _task_baselines(planned, student, teacher, folder, progress)
-    trainer = make_trainer(planned, student, teacher, folder, progress)
+    with saying_warnings(progress, known=_SAID_OF_ROWS):
+        trainer = make_trainer(planned, student, teacher, folder, progress)
     before |= _loss_baselines(trainer, is_new=resume is None, to_measure=to_measure)
     if to_measure and trainer.is_world_process_zero():
         folder.write_json("baselines.json", before)
     before_training = time.perf_counter()
-    with signals.stopping(trainer):
+    with signals.stopping(trainer), saying_warnings(progress):
         trainer.train(resume_from_checkpoint=resume)
     with _keeping_steps(trainer):
         after = _finish(planned, trainer, folder, progress, before_training)
@@ -112,6 +127,16 @@ def train_single(
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _load_student(planned: Plan) -> Any:
+    """The student, with the adapter that it goes on training, if that is what the recipe asks for."""
+    recipe = planned.recipe
+    if goes_on_adapter(recipe, planned.student_config):
+        return load_adapted(recipe.student, "student", lora_of(recipe))
+    student = load_model(recipe.student, "student", planned.args.seed)
+    _check_lora(recipe, student)
+    return student
 
 
 def _task_baselines(
@@ -215,11 +240,12 @@ def make_trainer(
         train_dataset=planned.rows.train,
         eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
+        teacher_tokenizer=planned.tokenizer,  # the plan has compared the two
         prefixes=recipe.prefixes,
         rollouts=recipe.rollouts,
         strategy=recipe.strategy,
         guards=recipe.guards,
-        peft_config=lora_of(recipe),
+        peft_config=None if isinstance(student, PeftModel) else lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )
     trainer.remove_callback(transformers.PrinterCallback)

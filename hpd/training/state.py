@@ -11,10 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from hpd.training.checkpoints import reading
 
-__all__ = ["EARLIER_NAMES", "SavedState", "get_random", "read_state", "set_random", "write_state"]
+__all__ = [
+    "EARLIER_NAMES",
+    "SavedState",
+    "follow_schedule",
+    "get_random",
+    "read_state",
+    "set_random",
+    "write_state",
+]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -31,6 +40,25 @@ class SavedState(NamedTuple):
 
     file: Path
     parts: dict[str, Any]
+
+
+def follow_schedule(scheduler: Any, optimizer: Any) -> None:
+    """Take the next step at the rate of a schedule over another number of steps; the optimiser's state holds
+    that of the old one.
+
+    Args:
+        scheduler: the Trainer's, after its state was loaded; only those of transformers' `get_scheduler` know
+            the number of steps.
+        optimizer: whose rates are set.
+    """
+    schedule = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(schedule, LambdaLR) or optimizer is None:
+        return
+    scaled = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base * scale(schedule.last_epoch) for base, scale in scaled]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def write_state(checkpoint: Path, rank: int, parts: Mapping[str, Any]) -> None:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from peft import PeftConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import global_then_local_main_first
 
+from hpd.data.dates import own_template
+from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
-from hpd.models.forward import adapt_head, add_head_function
-from hpd.training.arguments import DistillConfig, check_engine
+from hpd.data.tokens import label_rows
+from hpd.models.forward import adapt_head
+from hpd.training.arguments import DistillConfig, check_engine, label_policy
+from hpd.training.probing import packing_verdicts, probe_student, settle
 from hpd.training.resumable import Resumable
 
 __all__ = ["StudentTrainer"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _without_turns(args: DistillConfig) -> Iterator[None]:
+    """TRL looks for the assistant's turns in rows of one format, and for a template that it knows."""
+    asked, args.assistant_only_loss = args.assistant_only_loss, False
+    try:
+        yield
+    finally:
+        args.assistant_only_loss = asked
 
 
 class StudentTrainer(Resumable, SFTTrainer):
@@ -25,6 +47,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         peft_config: as in TRL; an adapter on the output head is supported.
         recomputes: True if the loss reads the head again in the backward pass.
         repeats_rows: True if rows come several times in a row from the dataset.
+        prompts: True if prompts without completions are enough, since the student writes every row.
         **kwargs: as `SFTTrainer` takes them.
     """
 
@@ -41,23 +64,88 @@ class StudentTrainer(Resumable, SFTTrainer):
         *,
         recomputes: bool,
         repeats_rows: bool,
+        prompts: bool = False,
         **kwargs: Any,
     ):
         self._repeats_rows = repeats_rows
+        self._prompts = prompts
+        _read_on_every_process(args)
+        self._labels = label_policy(args)
         model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
-        with hide_head:
+        # Turns are found by our own reader, whose templates and formats are more than TRL's.
+        with hide_head, _without_turns(args):
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
-        add_head_function(self._base_model)
+        self.verdicts = probe_student(student, self._base_model, self.processing_class, self.padding_free)
+        """What the probes of student and teacher found."""
+        self.verdicts += packing_verdicts(args)
+        settle(self.verdicts)
         # The model's own loss may not; ours shifts labels and needs the label count of the accumulated batch.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
+    ) -> Any:
+        """Rows of every format of docs/data.md as token ids and labels; TRL cuts, packs and shuffles them."""
+        if formatting_func is None and dataset is not None:
+            field, prompts = args.dataset_text_field, self._prompts and name == "train"
+            layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts)
+            if layout is not None:
+                with global_then_local_main_first():
+                    dataset = label_rows(
+                        dataset,
+                        layout,
+                        self._tokenizer,
+                        self._labels,
+                        prompts=prompts,
+                        num_proc=args.dataset_num_proc,
+                    )
+        rows: Any = dataset
+        return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
 
     @property
     def is_sharded(self) -> bool:
         """True if the model can only run on all processes at once."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def balancing(
+        self, sums: dict[str, Tensor], num_items_in_batch: Tensor | int | None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Return what a micro-batch's loss gains by the balancing loss of a mixture of experts.
+
+        As in TRL: router_aux_loss_coef times the mean over the accumulated micro-batches. None for other
+        models.
+
+        Args:
+            sums: gains the balancing loss itself.
+            num_items_in_batch: as `compute_loss` has it.
+        """
+        if not self.aux_loss_enabled:
+            return None
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+
+        def balance(aux_loss: Tensor) -> Tensor:
+            sums["aux_loss"], sums["aux_batches"] = aux_loss.detach(), torch.ones_like(aux_loss)
+            return self.router_aux_loss_coef * aux_loss / steps
+
+        return balance
+
+    def wrap_anew(self) -> None:
+        """Have training wrap a student that an evaluation before it has prepared.
+
+        The Trainer prepares it there without DistributedDataParallel and marks it as prepared, after which
+        accelerate would not wrap it: each process would train a student of its own.
+        """
+        model = self.model
+        unwrapped = self.model_wrapped is model and getattr(model, "_is_accelerate_prepared", False)
+        if self.accelerator.num_processes == 1 or self.is_sharded or not unwrapped:
+            return
+        if (original := model.__dict__.pop("_original_forward", None)) is not None:
+            model.forward = original
+        model._is_accelerate_prepared = False
+        self.accelerator._models.remove(model)
 
     @property
     def progress(self) -> float:
@@ -86,6 +174,11 @@ class StudentTrainer(Resumable, SFTTrainer):
             dataset, description, batch_size, sampler_fn, is_training, dataloader_key
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # A template whose date the run has fixed is saved as it was.
+        with own_template(self.processing_class):
+            super()._save(output_dir, state_dict)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole student, loadable by `from_pretrained` in one process, whatever engine shards
         it."""
@@ -95,3 +188,16 @@ class StudentTrainer(Resumable, SFTTrainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
             return
         super().save_model(output_dir, _internal_call)
+
+
+def _read_on_every_process(args: DistillConfig) -> None:
+    """Have each process read a stream itself.
+
+    Accelerate would join the batches of all processes and cut them again, and label positions are counted in
+    the batch as it was collated.
+    """
+    if args.accelerator_config.dispatch_batches:  # type: ignore[union-attr]
+        _LOGGER.warning(
+            "accelerator_config.dispatch_batches: true is taken as false: each process reads the rows itself."
+        )
+    args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]

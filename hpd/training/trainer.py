@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hpd.batch import DistillCollator, TokenBatch, uniforms
@@ -26,22 +25,24 @@ from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.table import choose_terms
 from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms, sources_used
-from hpd.models.forward import model_inputs
+from hpd.models.forward import label_inputs
 from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
-from hpd.training.arguments import DistillConfig
-from hpd.training.guarded import GuardedTrainer
+from hpd.training.arguments import as_config
 from hpd.training.guards import support_overlap
-from hpd.training.metrics import MetricSums, add_sums, input_tokens, means
+from hpd.training.measured import MeasuredTrainer
+from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
+from hpd.training.preflight import check_best_metric, check_call
+from hpd.training.probing import check_rows, check_seen, settle
 from hpd.training.scheduled import ScheduledTerms
 
 __all__ = ["DistillTrainer"]
 
 
-class DistillTrainer(GuardedTrainer):
+class DistillTrainer(MeasuredTrainer):
     """Distil `teacher` into `model`.
 
     The loss is the sum over label tokens divided by the label tokens of the whole global batch (all
@@ -56,14 +57,16 @@ class DistillTrainer(GuardedTrainer):
         rollouts: how the student writes its rows.
         strategy: how weights meet the gradient: a `StrategyConfig`, or its type.
         guards: thresholds that warn, or stop and save.
-        args: a `DistillConfig`.
+        args: a `DistillConfig`, or an `SFTConfig` or `TrainingArguments`.
         peft_config: as in TRL; an adapter on the output head is supported.
+        teacher_tokenizer: the teacher's tokenizer or its path, where it does not lie beside the teacher; the
+            student's is compared with it.
         **kwargs: everything else that `SFTTrainer` takes: train_dataset, eval_dataset, processing_class,
-            callbacks, ...
+            callbacks, ... With `compute_metrics`, evaluations compute whole logits in a second forward pass.
 
     Raises:
-        ValueError: method and terms together, unknown names, or vocabularies that differ under
-            `vocabulary="error"`.
+        ValueError: method and terms together, unknown names, settings without effect, tokenizers that differ,
+            or vocabularies that differ under `vocabulary="error"`.
     """
 
     _tag_names = ["hpd", "distillation"]  # noqa: RUF012 (TRL's type)
@@ -80,16 +83,18 @@ class DistillTrainer(GuardedTrainer):
         rollouts: RolloutConfig | None = None,
         strategy: StrategyConfig | str | None = None,
         guards: GuardsConfig | None = None,
-        args: DistillConfig | None = None,
+        args: TrainingArguments | None = None,
         peft_config: PeftConfig | None = None,
+        teacher_tokenizer: str | PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        args = args or DistillConfig(output_dir="hpd-student")
+        args = as_config(args)
         method = method if method or terms else "hpd"
         self._schedule = ScheduledTerms(choose_terms(method, method_kwargs or {}, terms))
         self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
+        check_call(model, teacher, teacher_tokenizer, args, kwargs)
         super().__init__(
             guards or GuardsConfig(),
             model,
@@ -97,16 +102,34 @@ class DistillTrainer(GuardedTrainer):
             peft_config,
             recomputes=self._clips,
             repeats_rows=self.regime.repeats,
+            prompts=self.regime.needs_prompts_only,
             **kwargs,
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
         vocab = self.teacher.vocab
         if vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
-        self.teacher.prepare(self.model, self.accelerator)
+        self._take_teacher()
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._introduce_rows()
         self._set_up_state()
+
+    def _take_teacher(self) -> None:
+        """Place the teacher beside the student, and try it on a few tokens."""
+        check_seen(self, self.teacher, self.regime.prefixes.on_policy)
+        for rows in (self.train_dataset, self.eval_dataset):
+            check_rows(
+                rows, self.processing_class, {"student": self._base_model, "teacher": self.teacher.model}
+            )
+        # Sharded weights cannot be probed; whole ones are where they were loaded until they are placed.
+        found = self.teacher.probe(self.padding_free) if self.is_sharded else []
+        prepared = len(self.accelerator._models)
+        self.teacher.prepare(self.model, self.accelerator)
+        # An evaluation before training prepares the student where no model was prepared before.
+        del self.accelerator._models[prepared:]
+        found = found or self.teacher.probe(self.padding_free)
+        self.verdicts += found
+        settle(found)
 
     def _set_up_state(self) -> None:
         """Make what is kept from step to step; checkpoints hold it, but for the sums of evaluation."""
@@ -162,6 +185,9 @@ class DistillTrainer(GuardedTrainer):
             TeacherUnavailable: a remote teacher stayed away; the steps done are saved.
             NonFinite: a loss or gradient was NaN or infinite, and the guard's policy is to stop; likewise.
         """
+        if self.args.metric_for_best_model is not None and self.compute_metrics is None:
+            check_best_metric(self.args, self.evaluation_names())
+        self.wrap_anew()
         with self.resuming(resume_from_checkpoint, saved_by=(TeacherUnavailable, NonFinite)) as checkpoint:
             return super().train(checkpoint, *args, **kwargs)
         return TrainOutput(self.state.global_step, float("nan"), {})
@@ -175,9 +201,7 @@ class DistillTrainer(GuardedTrainer):
     ) -> Any:
         """The loss of a micro-batch; its statistics stay on the device until the next log."""
         if return_outputs:
-            raise ValueError(
-                "The fused loss builds no logits: set prediction_loss_only=True and drop compute_metrics."
-            )
+            raise ValueError("The fused loss builds no logits: call predict(), or the model itself.")
         training = self.model.training
         batch = TokenBatch.pop(inputs)
         teacher = self.teacher.scores(inputs, batch)
@@ -193,7 +217,8 @@ class DistillTrainer(GuardedTrainer):
         head_function = functools.partial(
             self._loss, teacher=teacher, batch=batch, scale=scale, replicas=replicas, stats=stats
         )
-        loss = model(**model_inputs(inputs), label_index=batch.index, head_function=head_function)
+        balance = self.balancing(stats, num_items_in_batch)
+        loss = model(**label_inputs(inputs, batch.index), head_function=head_function, balance=balance)
         if training:
             self.record_loss(loss, teacher)
         counts = {"labels_dropped": batch.dropped, "num_tokens": input_tokens(inputs)}
@@ -289,64 +314,6 @@ class DistillTrainer(GuardedTrainer):
             now = self.sums["train"].totals(self._schedule.observed)
             of_step = {name: value - self._sums_before[name] for name, value in now.items()}
             self._schedule.observe(of_step, (self.state.global_step + 1) / max(self.state.max_steps, 1))
-
-    def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
-        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it
-        has answered."""
-        if not self.teacher.remote:
-            return None
-        failure = None
-        try:
-            for batch in batches:
-                if "asked" not in batch:
-                    batch["asked"] = self.teacher.ask(batch, TokenBatch.pop(dict(batch)))
-            for batch in batches:
-                self.teacher.wait(batch["asked"])
-        except TeacherUnavailable as error:
-            failure = str(error)
-        if self.accelerator.num_processes > 1:
-            failure = next((f for f in gather_object([failure]) if f is not None), None)
-        return failure
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        self.stop_in_evaluation()
-        if failure := self._teacher_failure([inputs]):
-            raise TeacherUnavailable(failure)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs), None, None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in transformers; an adaptive share of rollouts follows the loss."""
-        metrics = super().evaluate(*args, **kwargs)
-        if self._step.ramp is not None and "eval_loss" in metrics:
-            self._step.ramp.update(metrics["eval_loss"])
-        return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log: one reduction over processes, one read from the device."""
-        mode = "train" if self.model.training else "eval"
-        sums = self.sums[mode].read()
-        if sums.get("tokens"):
-            metrics = means(sums, self.terms)
-            if mode == "train":
-                # The history is what a checkpoint restores, so a resumed run goes on counting.
-                before = next(
-                    (log["num_tokens"] for log in reversed(self.state.log_history) if "num_tokens" in log), 0
-                )
-                metrics["num_tokens"] = before + int(sums["num_tokens"])
-                metrics.update(self._step.metrics())
-            elif "eval_loss" in logs:
-                # The Trainer's own average weighs batches, not tokens.
-                logs["eval_loss"] = metrics.pop("value")
-            metrics.pop("value", None)
-            prefix = "eval_" if mode == "eval" else ""
-            logs.update({f"{prefix}{name}": value for name, value in metrics.items()})
-        if mode == "train" and "loss" in logs:
-            self.guard(logs)
-        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset

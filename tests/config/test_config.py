@@ -56,7 +56,7 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
     [
         ({"student": {"modle": "x"}}, "unknown key 'student.modle'; did you mean 'model'"),
         ({"techer": "x"}, "unknown key 'techer'; did you mean 'teacher'"),
-        ({"data": {}}, "'data.path' is missing"),
+        ({"data": {}}, "data.path is empty: give a path"),
         ({"student": {"model": "x", "dtype": "float33"}}, "student.dtype.*bfloat16.*got 'float33'"),
         ({"method": "hdp"}, "Unknown method 'hdp'. Did you mean 'hpd'"),
         (
@@ -235,3 +235,27 @@ def test_every_field_is_documented():
 def test_recipe_classes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_recipe(GOOD).output_dir = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "want"),
+    [
+        ("train.save_strategy=no", lambda r: r.train["save_strategy"], "no"),
+        ("train.run_name=off", lambda r: r.train["run_name"], "off"),
+        ("train.packing=true", lambda r: r.train["packing"], True),
+        ("train.max_steps=7", lambda r: r.train["max_steps"], 7),
+        ("student.revision=12e45", lambda r: r.student.revision, "12e45"),
+        ("student.revision=0123456", lambda r: r.student.revision, "0123456"),
+        ("student.revision=null", lambda r: r.student.revision, None),
+        ("student.model=no", lambda r: r.student.model, "no"),
+        ("teacher.model=1e5", lambda r: r.teacher.model, "1e5"),
+        ("output_dir=2024", lambda r: r.output_dir, "2024"),
+        ("data.streaming=yes", lambda r: r.data.streaming, True),
+        ("data.streaming=no", lambda r: r.data.streaming, False),
+        ("method_kwargs.reinforce=no", lambda r: r.method_kwargs["reinforce"], False),
+    ],
+)
+def test_text_on_the_command_line_stays_text_where_a_field_is_text(override, read, want):
+    got = read(load_recipe(GOOD, [override]))
+    assert got == want
+    assert type(got) is type(want)

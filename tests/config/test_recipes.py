@@ -184,7 +184,7 @@ HOLDERS: dict[type, set[str]] = {
     ModelConfig: {"source", "student"},
     TeacherConfig: {"source", "teacher", "part"},
     CacheConfig: {"config", "cache"},
-    DataConfig: {"config", "data"},
+    DataConfig: {"config", "data", "part"},
     EvalConfig: {"config", "eval"},
 }
 

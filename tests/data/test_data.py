@@ -149,9 +149,10 @@ def test_measure_counts_the_labels_that_training_keeps(tmp_path):
     rows = load_rows(
         DataConfig(path=str(write(tmp_path / "r.jsonl", [{"messages": turns}])), labels="assistant")
     ).train
-    everything = measure(rows, tokenizer, 512, "completion").label_tokens
+    everything = measure(rows, tokenizer, 512, "all").label_tokens
     assistant = measure(rows, tokenizer, 512, "assistant").label_tokens
     assert 0 < assistant < everything
+    assert measure(rows, tokenizer, 512, "completion").label_tokens == assistant
     assert assistant == len(tokenizer("one two<|im_end|>", add_special_tokens=False)["input_ids"])
 
 

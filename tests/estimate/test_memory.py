@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig
 from hpd.config import load_recipe
@@ -159,7 +159,10 @@ def test_what_saves_memory_is_seen(tmp_path):
     eager = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
     eager["student"]["attn_implementation"] = "eager"
     assert StepMemory(plan(load_recipe(eager))).predict().activations > 1.2 * plain.activations
-    lora = StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", ["lora={r: 4}"]))).predict()
+    student = eager["student"]["model"]
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student)).save_pretrained(student)
+    adapted = ["lora={r: 4}", "student.init=pretrained"]
+    lora = StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", adapted))).predict()
     assert lora.optimizer < 0.2 * plain.optimizer
     assert lora.student > plain.student
     itself = ["teacher=self", "student.init=pretrained", f"student.model={tmp_path / 'a' / 'teacher'}"]

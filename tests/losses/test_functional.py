@@ -28,6 +28,7 @@ def test_parity_with_reference_code(entry):
         fixture["labels"],
         entry["objective"],
         draws=fixture.get("sampled"),
+        vocabulary="shared_prefix",
         **entry["params"],
     )
     output.loss.backward()
@@ -172,7 +173,10 @@ def test_importance_weighted_draws_do_not_depend_on_their_number():
 
 def test_shared_prefix_drops_labels_beyond():
     hidden, head, teacher_hidden, teacher_head, labels = batch(vocab=37, teacher_vocab=30)
-    output = hpd.fused_distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, "forward_kl")
+    given = hidden, head, teacher_hidden, teacher_head, labels
+    output = hpd.fused_distillation_loss(*given, "forward_kl", vocabulary="shared_prefix")
+    with pytest.warns(DeprecationWarning, match="called vocabulary"):
+        assert hpd.fused_distillation_loss(*given, "forward_kl", vocab="shared_prefix").loss == output.loss
     assert int(output.stats["tokens"]) == int(((labels[:, 1:] != -100) & (labels[:, 1:] < 30)).sum())
 
 
@@ -195,8 +199,9 @@ def test_head_extras_are_honoured():
         ({"objective": forward_kl(), "build": 1}, "'forward_kl' has no parameter 'build'"),
         ({"objective": "nowhere:akl"}, "cannot be imported"),
         ({"reduction": "none"}, "reduction must be one of mean, sum"),
-        ({"vocab": "error"}, "37 tokens and the teacher 30"),
-        ({"vocab": "cut"}, "vocab must be one of"),
+        ({}, "37 tokens and the teacher 30"),
+        ({"vocabulary": "error"}, "37 tokens and the teacher 30"),
+        ({"vocabulary": "cut"}, "vocabulary must be one of"),
     ],
 )
 def test_mistakes_are_named(options, message):
@@ -216,6 +221,85 @@ def test_unequal_shapes_are_named(monkeypatch):
         hpd.distillation_loss(student[:, :4], teacher, labels)
     with pytest.raises(ValueError, match=r"\[B, T-1\]"):
         hpd.distillation_loss(student, teacher, labels, draws=torch.zeros(2, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("label", [37, 1000, -1])
+@pytest.mark.parametrize("vocabulary", ["error", "shared_prefix"])
+def test_a_label_that_is_no_token_is_refused(label, vocabulary):
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    labels[0, 3] = label
+    with pytest.raises(ValueError, match=f"Label {label} is no token: the vocabulary has 37"):
+        hpd.distillation_loss(
+            hidden @ head.T, teacher_hidden @ teacher_head.T, labels, "forward_kl", vocabulary=vocabulary
+        )
+
+
+def test_shapes_are_compared_whole(monkeypatch):
+    from jaxtyping import config as jaxtyping_config
+
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
+    assert tuple(labels.shape) == (2, 6)
+    # As many positions as before, in other rows.
+    with pytest.raises(ValueError, match=r"labels are \(2, 6\) and the teacher's .* \(3, 4, 37\)"):
+        hpd.distillation_loss(student, teacher.reshape(3, 4, 37), labels)
+    with pytest.raises(ValueError, match="labels are \\[B, T\\]"):
+        hpd.distillation_loss(student, teacher, labels.flatten())
+    with pytest.raises(ValueError, match="last dimensions must be equal"):
+        hpd.fused_distillation_loss(hidden, head.T, teacher_hidden, teacher_head, labels)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_stats_are_means_per_token(reduction):
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    logits = hidden @ head.T, teacher_hidden @ teacher_head.T
+    stats = hpd.distillation_loss(*logits, labels, "forward_kl", reduction=reduction).stats
+    mask = labels[:, 1:] != -100
+    log_q, log_p = (x[:, :-1].log_softmax(-1)[mask] for x in logits)
+    expected = {
+        "forward_kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        "student_entropy": -(log_q.exp() * log_q).sum(-1).mean(),
+        "top1_agreement": (log_q.argmax(-1) == log_p.argmax(-1)).double().mean(),
+        "tokens": torch.tensor(8.0, dtype=torch.float64),
+        "metric_tokens": torch.tensor(8.0, dtype=torch.float64),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(stats[name].double(), value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_batch_without_labels_is_a_zero_with_finite_stats():
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    output = hpd.distillation_loss(
+        hidden @ head.T, teacher_hidden @ teacher_head.T, torch.full_like(labels, -100), "forward_kl"
+    )
+    assert output.loss == 0
+    assert all(torch.isfinite(value) for value in output.stats.values())
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_linear_layer_is_a_head(has_bias):
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    linear = torch.nn.Linear(head.shape[1], len(head), bias=has_bias, dtype=head.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(head)
+    plain = hpd.distillation_loss(linear(hidden), teacher_hidden @ teacher_head.T, labels, "forward_kl").loss
+    expected = torch.autograd.grad(plain, list(linear.parameters()))
+    fused = hpd.fused_distillation_loss(
+        hidden, linear, teacher_hidden, teacher_head, labels, "forward_kl"
+    ).loss
+    torch.testing.assert_close(fused, plain)
+    for ours, theirs in zip(torch.autograd.grad(fused, list(linear.parameters())), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_another_module_is_no_head(monkeypatch):
+    from jaxtyping import config as jaxtyping_config
+
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+    hidden, _, teacher_hidden, teacher_head, labels = batch()
+    with pytest.raises(ValueError, match=r"student's head is a Sequential.*head_of\(model\)"):
+        hpd.fused_distillation_loss(hidden, torch.nn.Sequential(), teacher_hidden, teacher_head, labels)
 
 
 def test_every_objective_of_the_table_has_a_default_support():

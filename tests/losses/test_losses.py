@@ -590,6 +590,7 @@ def test_metrics_are_of_every_nth_position(
         "teacher_entropy": torch.special.entr(p).sum(),
         "student_entropy": torch.special.entr(q).sum(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().sum(),
+        "mean_token_accuracy": (q.argmax(-1) == given.labels[::stride]).double().sum(),
         "metric_tokens": torch.tensor(float(len(p)), dtype=torch.float64),
         "tokens": torch.tensor(float(NUM_TOKENS), dtype=torch.float64),
     }

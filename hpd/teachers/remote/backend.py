@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.losses import Head, Scores
 from hpd.losses.products import chunks, project_
-from hpd.models.forward import scores_of
+from hpd.models.forward import has_own_logits, scores_of
 from hpd.teachers.fingerprints import model_fingerprint, tokenizer_hash
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.remote.wire import ScoreRequest, check_finite
@@ -51,6 +51,13 @@ class Backend:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch_tokens: int = 16384
     ):
         self._teacher = ModelTeacher(model)
+        self._teacher.probe(packed=False)
+        if has_own_logits(model):
+            raise ValueError(
+                f"The teacher's head ({type(model).__name__}) is more than a product, a scale and a cap, and "
+                "a server hands out hidden states and head: load this teacher beside the student "
+                "(teacher.type: model)."
+            )
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
         config: Any = model.config.get_text_config()

@@ -1,0 +1,47 @@
+"""A row as it will be learnt, to be looked at."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from hpd.data.lengths import MEASURED_ROWS, kept_part
+from hpd.data.reading import first_rows
+from hpd.data.rendering import tokenise
+
+__all__ = ["Part", "row_as_learnt"]
+
+
+class Part(NamedTuple):
+    """Text of a row, all of it learnt or none."""
+
+    text: str
+    learnt: bool
+
+
+def row_as_learnt(
+    rows: Any, tokenizer: Any, labels: str, max_length: int | None, truncation_mode: str
+) -> list[Part]:
+    """The first row with a label that stays, decoded from its tokens, in the order of the text.
+
+    The first token is never learnt: nothing comes before it that would predict it.
+    """
+    for row in first_rows(rows, MEASURED_ROWS):
+        ids, mask = (
+            kept_part(part, max_length, truncation_mode) for part in tokenise(dict(row), tokenizer, labels)
+        )
+        learnt = [False, *map(bool, mask[1:])]
+        if any(learnt):
+            return _parts(ids, learnt, tokenizer)
+    return []
+
+
+def _parts(ids: list[int], learnt: list[bool], tokenizer: Any) -> list[Part]:
+    parts, start, shown = [], 0, ""
+    for bit, group in groupby(learnt):
+        start += len(list(group))
+        # A piece decoded by itself may lose its leading space.
+        text = tokenizer.decode(ids[:start])
+        parts.append(Part(text[len(shown) :], bit))
+        shown = text
+    return parts

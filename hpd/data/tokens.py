@@ -1,0 +1,55 @@
+"""Rows of every format of docs/data.md as token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from hpd.batch import IGNORE_INDEX
+from hpd.data.convert import convert
+from hpd.data.formats import RowFormat
+from hpd.data.rendering import tokenise
+
+__all__ = ["label_rows"]
+
+
+def label_rows(
+    rows: Dataset | IterableDataset,
+    layout: RowFormat,
+    tokenizer: Any,
+    labels: str,
+    *,
+    prompts: bool = False,
+    num_proc: int | None = None,
+) -> Any:
+    """Rows with `input_ids` and `labels`, uncut.
+
+    Args:
+        rows: of any format.
+        layout: which one.
+        tokenizer: the student's.
+        labels: as `tokenise` takes them.
+        prompts: prompts without completions are enough.
+        num_proc: processes, as `train.dataset_num_proc` says.
+
+    Raises:
+        ValueError: a row that cannot be learnt from.
+    """
+    given = {"layout": layout, "tokenizer": tokenizer, "labels": labels, "prompts": prompts}
+    options: Any = {} if isinstance(rows, IterableDataset) else {"num_proc": num_proc}
+    return rows.map(_labelled, with_indices=True, fn_kwargs=given, **options)
+
+
+def _labelled(
+    row: Mapping[str, Any], index: int, layout: RowFormat, tokenizer: Any, labels: str, prompts: bool
+) -> dict[str, list[int]]:
+    converted = convert(row, index, layout, labels, prompts=prompts)
+    if "input_ids" in converted:
+        return {name: converted[name] for name in ("input_ids", "labels")}
+    ids, mask = tokenise(converted, tokenizer, labels)
+    return {
+        "input_ids": ids,
+        "labels": [token if bit else IGNORE_INDEX for token, bit in zip(ids, mask, strict=True)],
+    }

@@ -1,0 +1,64 @@
+"""What a run will learn: one row as it is read, and counts of what is left out."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from hpd.data.lengths import Lengths
+from hpd.data.shown import row_as_learnt
+from hpd.terminal.console import console
+from hpd.training.arguments import label_policy
+from hpd.training.plan import Plan
+
+__all__ = ["show_rows"]
+
+# Characters of a part that are shown, from its two ends.
+_SHOWN = 600
+
+
+def show_rows(planned: Plan) -> None:
+    """Show a row as it will be learnt, the learnt text in [[ ]], and how much of the rows is read."""
+    args = planned.args
+    parts = row_as_learnt(
+        planned.rows.train,
+        planned.tokenizer,
+        label_policy(args),
+        args.max_length,
+        args.truncation_mode,
+    )
+    text = Text()
+    for part in parts:
+        shown = _shorten(part.text)
+        text.append(f"[[{shown}]]" if part.learnt else shown, style="bold green" if part.learnt else "dim")
+    console.print("a row as it will be learnt ([[learnt]]):", highlight=False, markup=False)
+    console.print(text, soft_wrap=True)
+    console.print(_counts(planned.lengths, args.max_length), highlight=False, markup=False, soft_wrap=True)
+
+
+def _counts(lengths: Lengths, max_length: int | None) -> str:
+    """Rows, tokens and labels that are read and that are not, and why."""
+    cut, kept = lengths.cut, lengths.num_rows - lengths.cut.masked_rows - lengths.cut.lost_rows
+    text = (
+        f"first {lengths.num_rows:,} rows: {kept:,} rows with {lengths.kept_tokens:,} tokens are read, "
+        f"{lengths.kept_labels:,} of them labels"
+    )
+    left_out = []
+    if cut.masked_rows:
+        left_out.append(f"{cut.masked_rows:,} rows without a label (masked)")
+    if cut.lost_rows:
+        left_out.append(f"{cut.lost_rows:,} rows whose labels all lie beyond max_length {max_length}")
+    if cut.lost_tokens:
+        left_out.append(f"their {cut.lost_tokens:,} tokens")
+    if cut.cut_rows:
+        left_out.append(
+            f"{cut.cut_tokens:,} tokens of {cut.cut_rows:,} longer rows (max_length {max_length})"
+        )
+    if cut.cut_labels:
+        left_out.append(f"{cut.cut_labels:,} labels (max_length)")
+    return f"{text}; dropped: {', '.join(left_out) or 'nothing'}"
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= 2 * _SHOWN:
+        return text
+    return f"{text[:_SHOWN]} [... {len(text) - 2 * _SHOWN:,} characters ...] {text[-_SHOWN:]}"

@@ -1,0 +1,134 @@
+"""A trainer whose evaluations and logs are means over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers.trainer_utils import PredictionOutput
+
+from hpd.batch import TokenBatch
+from hpd.methods.terms import Term
+from hpd.models.forward import model_inputs
+from hpd.teachers import TeacherUnavailable
+from hpd.training.guarded import GuardedTrainer
+from hpd.training.metrics import MetricSums, evaluated_names, means
+from hpd.training.on_policy import StepState
+
+__all__ = ["MeasuredTrainer"]
+
+
+class MeasuredTrainer(GuardedTrainer):
+    """Evaluation, prediction and logs of a trainer whose `compute_loss` adds to `sums`."""
+
+    terms: tuple[Term, ...]
+    sums: dict[str, MetricSums]
+    """Of training since the last log, and of the evaluation that runs."""
+    _step: StepState
+    _prefix: str = "eval"
+    """Of the names that the evaluation which runs is logged under."""
+
+    def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
+        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it
+        has answered."""
+        if not self.teacher.remote:
+            return None
+        failure = None
+        try:
+            for batch in batches:
+                if "asked" not in batch:
+                    batch["asked"] = self.teacher.ask(batch, TokenBatch.pop(dict(batch)))
+            for batch in batches:
+                self.teacher.wait(batch["asked"])
+        except TeacherUnavailable as error:
+            failure = str(error)
+        if self.accelerator.num_processes > 1:
+            failure = next((f for f in gather_object([failure]) if f is not None), None)
+        return failure
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        self.stop_in_evaluation()
+        if failure := self._teacher_failure([inputs]):
+            raise TeacherUnavailable(failure)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+            return loss, model(**model_inputs(inputs), use_cache=False).logits, inputs["labels"]
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As in transformers, of rows in any format that training takes, each on its own: whole logits."""
+        if not self._skip_prepare_dataset:
+            test_dataset = self._prepare_dataset(
+                test_dataset,
+                cast(Any, self.processing_class),
+                self.args,
+                False,
+                self._formatting_func,
+                metric_key_prefix,
+            )
+        output = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        assert output.metrics is not None
+        output.metrics.update(self._evaluated(metric_key_prefix))
+        return output
+
+    def evaluation_names(self) -> set[str]:
+        """Names of the metrics that evaluations log, without their prefix."""
+        vocab = self._base_model.config.get_text_config().vocab_size
+        names = evaluated_names(self.terms, vocab, self.args.kl_estimator)
+        if isinstance(self.eval_dataset, dict):
+            return {f"{key}_{name}" for key in self.eval_dataset for name in names}
+        return names
+
+    def _evaluated(self, prefix: str) -> dict[str, float]:
+        """What the evaluation that has ended summed; the Trainer's own average weighs batches, not tokens."""
+        sums = self.sums["eval"].read()
+        if not sums.get("tokens"):
+            return {}
+        metrics = means(sums, self.terms)
+        metrics["loss"] = metrics.pop("value") + self.router_aux_loss_coef * metrics.get("aux_loss", 0.0)
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in transformers; an adaptive share of rollouts follows the loss."""
+        self._prefix = metric_key_prefix
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self._step.ramp is not None and "eval_loss" in metrics:
+            self._step.ramp.update(metrics["eval_loss"])
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log: one reduction over processes, one read from the device."""
+        # The history is what a checkpoint restores, so a resumed run goes on counting.
+        history = reversed(self.state.log_history)
+        trained = next((log["num_tokens"] for log in history if "num_tokens" in log), 0)
+        if not self.model.training:
+            metrics = self._evaluated(self._prefix)
+            if f"{self._prefix}_loss" not in logs:
+                metrics.pop(f"{self._prefix}_loss", None)
+            if metrics:
+                seen = self.sums["train"].totals(["num_tokens"])["num_tokens"]
+                metrics[f"{self._prefix}_num_tokens"] = trained + int(seen)
+            logs.update(metrics)
+        elif (sums := self.sums["train"].read()).get("tokens"):
+            metrics = means(sums, self.terms)
+            metrics.pop("value")
+            logs.update({**metrics, "num_tokens": trained + int(sums["num_tokens"]), **self._step.metrics()})
+        # A time of the first evaluation only, which a resumed run would log again.
+        logs.pop(f"{self._prefix}_model_preparation_time", None)
+        if self.model.training and "loss" in logs:
+            self.guard(logs)
+        super().log(logs, start_time)

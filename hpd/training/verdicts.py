@@ -1,0 +1,147 @@
+"""What the checks of a plan find: models beside each other, rows beside their rendering and the models."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sized
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from hpd.config.schema import Recipe
+from hpd.data.context import check_context
+from hpd.data.formats import FORMATS, RowFormat
+from hpd.data.lengths import MEASURED_ROWS, Lengths, greatest_id
+from hpd.data.reading import first_rows
+from hpd.data.rendered import compare_rows
+from hpd.data.rows import Rows
+from hpd.models.ends import end_tokens
+from hpd.models.load import load_generation_config
+from hpd.models.pairing import CheckResult, check_pair
+from hpd.models.probe import check_savable
+from hpd.teachers.remote.server import ServedTeacher
+from hpd.training.adapting import adapter_verdicts
+from hpd.training.arguments import DistillConfig, label_policy
+from hpd.training.probing import beyond_embeddings, packing_verdicts
+
+__all__ = ["DescribedModels", "model_verdicts", "pair_verdicts", "row_verdicts"]
+
+
+class DescribedModels(NamedTuple):
+    """The models of a run, described without their weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    student_config: Any
+    teacher_configs: Mapping[str, Any]
+    teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase | None]
+    """None: a server that does not tell its tokenizer."""
+    served: ServedTeacher | None
+    date: datetime.date | None
+
+
+def pair_verdicts(models: DescribedModels, conversational: bool, policy: str) -> list[CheckResult]:
+    """The student beside each teacher."""
+    verdicts: list[CheckResult] = []
+    for role, config in models.teacher_configs.items():
+        teacher = models.teacher_tokenizers[role]
+        if teacher is None:
+            assert models.served is not None
+            found = models.served.verdicts()
+        else:
+            found = check_pair(
+                models.tokenizer,
+                teacher,
+                models.student_config,
+                config,
+                policy=policy,
+                conversational=conversational,
+            )
+        if len(models.teacher_configs) > 1:
+            found = [dataclasses.replace(v, topic=f"{v.topic} ({role})") for v in found]
+        verdicts += found
+    return verdicts
+
+
+def model_verdicts(models: DescribedModels, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:
+    """How the student is taken, and whether it can be saved and read packed rows."""
+    generation = load_generation_config(recipe.student)
+    return [
+        *adapter_verdicts(recipe, models.student_config),
+        *check_savable(models.student_config, generation, models.tokenizer),
+        *packing_verdicts(args),
+    ]
+
+
+def row_verdicts(
+    models: DescribedModels, rows: Rows, lengths: Lengths, recipe: Recipe, args: DistillConfig
+) -> list[CheckResult]:
+    """The rows' columns and lengths, and the rows beside their rendering and what the models read."""
+    tokenizer, labels = models.tokenizer, label_policy(args)
+    first = first_rows(rows.train, MEASURED_ROWS)
+    ends = end_tokens(recipe.student, models.student_config)
+    if args.eos_token is not None and ends:
+        # TRL adds it to the generation configuration.
+        ends |= frozenset([tokenizer.get_vocab()[args.eos_token]])
+    looked_at = rows.train if isinstance(rows.train, Sized) else first
+    configs = {"student": models.student_config, **models.teacher_configs}
+    return [
+        *_column_verdicts(rows),
+        *_length_verdicts(lengths, args),
+        *_added_tokens(models, rows, labels),
+        *compare_rows(first, tokenizer, labels, ends),
+        *check_context(looked_at, tokenizer, labels, args.max_length, configs),
+    ]
+
+
+def _column_verdicts(rows: Rows) -> list[CheckResult]:
+    """How several datasets are mixed, and their columns that are not read, by name."""
+    mixture = [] if rows.mixture is None else [CheckResult("ok", "mixture", rows.mixture)]
+    found = (verdict for layout in rows.layouts for verdict in _unread_columns(layout))
+    return [*mixture, *dict.fromkeys(found)]
+
+
+def _unread_columns(layout: RowFormat) -> list[CheckResult]:
+    verdicts = []
+    if layout.beside:
+        names = " and ".join(layout.source[part] for part in FORMATS[layout.kind])
+        text = (
+            f"rows are read from {names}; {', '.join(layout.beside)} may hold another form of them, and has "
+            "no effect: if that is what should be learnt, map it in data.columns"
+        )
+        verdicts.append(CheckResult("warning", "columns", text))
+    if layout.unread:
+        verdicts.append(CheckResult("ok", "columns", f"not read: {', '.join(layout.unread)}"))
+    return verdicts
+
+
+def _added_tokens(models: DescribedModels, rows: Rows, labels: str) -> list[CheckResult]:
+    """Look in the first rows for tokens that were added to the tokenizer and not to a model."""
+    configs = {"student": models.student_config, **models.teacher_configs}
+    limits = {role: config.get_text_config().vocab_size for role, config in configs.items()}
+    greatest = max(models.tokenizer.get_vocab().values(), default=0)
+    if greatest < min(limits.values()):
+        return []
+    seen = greatest_id(rows.train, models.tokenizer, labels)
+    return [
+        CheckResult("error", "vocabulary", beyond_embeddings(models.tokenizer, seen, role, limit))
+        for role, limit in limits.items()
+        if seen >= limit
+    ]
+
+
+def _length_verdicts(lengths: Lengths, args: DistillConfig) -> list[CheckResult]:
+    p = lengths.percentiles
+    text = (
+        f"tokens per row: median {p[50]}, 90 % {p[90]}, 99 % {p[99]}, longest {p[100]} (first "
+        f"{lengths.num_rows} rows); max_length {args.max_length} cuts {lengths.cut_rows:.1%} and leaves "
+        f"{lengths.lost_rows:.1%} without a label"
+    )
+    verdicts = [CheckResult("warning" if lengths.cut_rows > 0.05 else "ok", "lengths", text)]
+    if lengths.ends_with_eos < 0.5:
+        text = (
+            f"only {lengths.ends_with_eos:.0%} of the rows end with an end-of-sequence label: the student "
+            "may not learn to stop"
+        )
+        verdicts.append(CheckResult("warning", "end of rows", text))
+    return verdicts
