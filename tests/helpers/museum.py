@@ -16,6 +16,7 @@ __all__ = ["Measured", "distance", "exhibit", "swap"]
 
 # A mutant has to break its property by more than rounding ever could.
 _CLEARLY = 100.0
+_HOLDERS = ("hpd", "trl")
 
 Measured = Tensor | float | Sequence[Any]
 
@@ -59,11 +60,11 @@ def distance(got: Measured, wanted: Measured) -> float:
 
 
 def swap(patch: pytest.MonkeyPatch, target: str, make: Callable[[Any], Any]) -> None:
-    """Replace something of ours by `make(original)`, wherever a module of ours holds it.
+    """Replace something by `make(original)`, wherever a module of ours, or of TRL's, holds it.
 
     Args:
         patch: takes it back.
-        target: "hpd.module:name", or "hpd.module:Class.name".
+        target: "module:name", or "module:Class.name".
         make: the mutant.
     """
     module, _, path = target.partition(":")
@@ -79,6 +80,6 @@ def swap(patch: pytest.MonkeyPatch, target: str, make: Callable[[Any], Any]) -> 
     if classes:
         patch.setattr(owner, name, mutant)
         return
-    for holder in [m for key, m in sys.modules.items() if key.partition(".")[0] == "hpd"]:
+    for holder in [m for key, m in sys.modules.items() if key.partition(".")[0] in _HOLDERS]:
         if vars(holder).get(name) is original:
             patch.setattr(holder, name, mutant)

@@ -2,12 +2,12 @@
 
 import torch
 from accelerate import Accelerator
+from helpers.absolute_model import absolute_positions
 from helpers.museum import exhibit, swap
 from helpers.trainers import first_batch, make_trainer
 from tiny_models import tiny_tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hpd.batch import DistillCollator, TokenBatch
 from hpd.generation.rollouts import StudentRollouts
@@ -107,17 +107,6 @@ def test_row_learns_how_the_next_row_begins():
         swap(patch, "hpd.batch:token_batch", one_long_row)
 
     exhibit(measure, mutate)
-
-
-def absolute_positions(seed: int) -> nn.Module:
-    """A model that learns each position by itself, with weights that make it matter."""
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=300, n_positions=32, n_embd=16, n_layer=1, n_head=2, initializer_range=1.0
-    )
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return GPT2LMHeadModel(config).eval()
 
 
 def test_padding_on_the_left_moves_the_positions():
