@@ -48,8 +48,8 @@ def exhibit(
 
 
 def distance(got: Measured, wanted: Measured) -> float:
-    """Largest difference relative to the largest number of `wanted`; of anything but numbers, 0 where they are
-    equal and infinite otherwise."""
+    """Largest difference relative to the largest number of `wanted`; of lists and counts 0 if they are equal,
+    and infinite otherwise."""
     if not isinstance(got, (Tensor, float)):
         return 0.0 if got == wanted else float("inf")
     ours, right = (torch.as_tensor(side).detach().double().flatten() for side in (got, wanted))

@@ -83,7 +83,9 @@ def test_count_of_all_processes_is_divided_by_once_more(pair, tmp_path):
             trainer.model.zero_grad()
             for half in halves:
                 # Each on its own process; DDP takes the mean of their gradients.
-                (trainer.compute_loss(trainer.model.train(), dict(half), num_items_in_batch=count) / 2).backward()
+                (
+                    trainer.compute_loss(trainer.model.train(), dict(half), num_items_in_batch=count) / 2
+                ).backward()
         return torch.cat([p.grad.flatten() for p in trainer.model.parameters()]), whole
 
     def mutate(patch):

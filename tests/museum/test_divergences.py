@@ -163,8 +163,8 @@ def test_softened_gradient_misses_a_power_of_the_temperature():
 
 def test_truncated_reverse_kl_rewards_leaving_the_support():
     def measure():
-        # Two of four tokens; the student's mass on them is the teacher's in the first place, and has left them
-        # in the second, which is worse and has to be dearer.
+        # Two of four tokens. The student's mass on them is the teacher's at first, and has then left them,
+        # which is worse.
         teacher = torch.tensor([0.5, 0.4, 0.05, 0.05], dtype=torch.float64).log().expand(1, 2, 4)
         away = torch.tensor([0.05, 0.04, 0.455, 0.455], dtype=torch.float64).log().expand(1, 2, 4)
         options = {"support": "top_k", "top_k": 2}
@@ -247,7 +247,9 @@ def test_loss_is_reported_and_not_differentiated():
         step = torch.zeros_like(student) if step is None else step
         # To the first order, a small step down the gradient lowers the value by the gradient's square.
         size = 1e-4
-        after = distillation_loss(student.detach() - size * step, teacher, labels_of(student), "reverse_kl").loss
+        after = distillation_loss(
+            student.detach() - size * step, teacher, labels_of(student), "reverse_kl"
+        ).loss
         wanted = by_hand(student, teacher, lambda p, q: kl_divergence(q, p))[1].square().sum()
         return (value - after).detach() / size, wanted
 

@@ -1,6 +1,5 @@
 """Bugs of labels: which tokens are learnt."""
 
-import pytest
 import torch
 from helpers.museum import exhibit, swap
 from helpers.trainers import make_trainer
@@ -28,7 +27,9 @@ def relabelled(change):
 
     def make(original):
         def token_batch(inputs, *rest, **named):
-            return original({**inputs, "labels": change(inputs["input_ids"], inputs["labels"])}, *rest, **named)
+            return original(
+                {**inputs, "labels": change(inputs["input_ids"], inputs["labels"])}, *rest, **named
+            )
 
         return token_batch
 
@@ -123,9 +124,7 @@ def test_token_that_joins_prompt_and_completion_is_no_label(pair, tmp_path):
         return trainer.train_dataset[0]["labels"], [*wanted, tiny_tokenizer().eos_token_id]
 
     def mutate(patch):
-        swap(
-            patch, "trl.data_utils:common_prefix_length", lambda original: lambda prompt, whole: len(prompt)
-        )
+        swap(patch, "trl.data_utils:common_prefix_length", lambda original: lambda prompt, whole: len(prompt))
 
     exhibit(measure, mutate)
 
@@ -151,22 +150,3 @@ def test_sequence_begins_twice(pair, tmp_path):
         swap(patch, "hpd.generation.engine:encode_prompt", rendered_and_then_tokenised)
 
     exhibit(measure, mutate)
-
-
-@pytest.mark.parametrize("layout", [{"padding_free": True, "max_length": None}, {"packing": True}])
-def test_packed_rows_see_each_other(pair, tmp_path, layout):
-    from helpers.trainers import gradient
-
-    together = make_trainer(pair, tmp_path, method="forward_kl", **layout)
-    apart = gradient(make_trainer(pair, tmp_path, method="forward_kl"))[1]
-
-    def measure():
-        return gradient(together)[1], apart
-
-    def mutate(patch):
-        def without_positions(original):
-            return tuple(name for name in original if name != "position_ids")
-
-        swap(patch, "hpd.models.forward:_MODEL_INPUTS", without_positions)
-
-    exhibit(measure, mutate, tolerance=1e-4)

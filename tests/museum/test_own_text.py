@@ -91,7 +91,9 @@ def test_student_learns_its_own_draws_as_labels():
 
     def measure():
         batch = batch_of(labels, written_from=2)
-        loss = operator.loss_by_source(*scores(student, teacher), batch, [term.build() for term in terms]).loss
+        loss = operator.loss_by_source(
+            *scores(student, teacher), batch, [term.build() for term in terms]
+        ).loss
         own = torch.autograd.grad(loss, student)[0][2:]
         return own, torch.autograd.grad(reverse_kl(student[2:], teacher[2:]), student)[0][2:]
 
@@ -152,7 +154,9 @@ def test_ratio_is_always_one():
     def measure():
         _, frozen = clipped(student, teacher, labels)
         loss = clipped(moved, teacher, labels, frozen)[0].loss
-        old, new = (side.log_softmax(-1).gather(1, labels[:, None])[:, 0] for side in (student.detach(), moved))
+        old, new = (
+            side.log_softmax(-1).gather(1, labels[:, None])[:, 0] for side in (student.detach(), moved)
+        )
         advantage = teacher.log_softmax(-1).gather(1, labels[:, None])[:, 0] - old
         ratio = (new - old).exp()
         wanted = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()

@@ -17,13 +17,6 @@ from hpd.methods.prefixes import RolloutConfig
 VOCAB = 12
 
 
-def flattened(rows: list[list[int]]) -> dict[str, Tensor]:
-    """Rows without padding, one behind the other; every token is a label."""
-    ids = torch.tensor([[token for row in rows for token in row]])
-    places = torch.tensor([[place for row in rows for place in range(len(row))]])
-    return {"input_ids": ids, "labels": ids.clone(), "position_ids": places}
-
-
 def padded(rows: list[list[int]]) -> dict[str, Tensor]:
     """Rows with padding on their right; every token but the first two is a label."""
     width = max(map(len, rows))
@@ -87,24 +80,6 @@ def test_draw_is_compared_with_the_label_before():
             return lambda self, draws, labels: original(self, draws, labels.roll(1))
 
         swap(patch, "hpd.methods.supports:Support._coefficients", before)
-
-    exhibit(measure, mutate)
-
-
-def test_row_learns_how_the_next_row_begins():
-    rows = [[3, 1, 4, 1], [5, 9], [2, 6, 5]]
-
-    def measure():
-        taken = TokenBatch.pop(DistillCollator(lambda examples: flattened(rows))([{}]))
-        return taken.labels.tolist(), [token for row in rows for token in row[1:]]
-
-    def mutate(patch):
-        def one_long_row(original):
-            return lambda inputs, *rest, **named: original(
-                {**inputs, "position_ids": torch.arange(9)[None]}, *rest, **named
-            )
-
-        swap(patch, "hpd.batch:token_batch", one_long_row)
 
     exhibit(measure, mutate)
 

@@ -130,7 +130,10 @@ def test_log_probabilities_belong_to_other_columns():
         short = [width - len(row["input_ids"]) for row in examples]
         ids = [row["input_ids"] + [0] * gap for row, gap in zip(examples, short, strict=True)]
         labels = [
-            [token if source else -100 for token, source in zip(row["input_ids"], row["sources"], strict=True)]
+            [
+                token if source else -100
+                for token, source in zip(row["input_ids"], row["sources"], strict=True)
+            ]
             + [-100] * gap
             for row, gap in zip(examples, short, strict=True)
         ]
@@ -148,9 +151,13 @@ def test_log_probabilities_belong_to_other_columns():
         # Written from the first completion token on, as if all prompts were equally long.
         def from_one_column(original):
             def laid_out(input_ids, values):
-                first = [sum(math.isnan(x) for x in row) if isinstance(row[0], float) else 0 for row in values]
+                first = [
+                    sum(math.isnan(x) for x in row) if isinstance(row[0], float) else 0 for row in values
+                ]
                 moved = [row[a:] + [0.0] * a for row, a in zip(values, first, strict=True)]
-                return original(input_ids, values) if not max(first) else original(input_ids, moved).roll(1, 1)
+                return (
+                    original(input_ids, values) if not max(first) else original(input_ids, moved).roll(1, 1)
+                )
 
             return laid_out
 
