@@ -4,6 +4,7 @@ property."""
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -73,8 +74,9 @@ def swap(patch: pytest.MonkeyPatch, target: str, make: Callable[[Any], Any]) -> 
         owner: Any = importlib.import_module(module)
         for part in classes:
             owner = getattr(owner, part)
-        original = vars(owner)[name]
-    except (ImportError, AttributeError, KeyError):
+        # As it stands there, be it a static method or a base class's.
+        original = inspect.getattr_static(owner, name)
+    except (ImportError, AttributeError):
         pytest.fail(f"the bug of this exhibit is put into {target}, which is gone: name what took its place")
     mutant = make(original)
     if classes:

@@ -5,7 +5,9 @@ from helpers.museum import exhibit, swap
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
+from hpd.losses import Head, Scores, operator
 from hpd.losses.functional import distillation_loss
+from hpd.methods.terms import TermConfig
 from hpd.objectives import OBJECTIVES
 
 VOCAB = 9
@@ -218,22 +220,27 @@ def test_clamp_at_zero_takes_the_gradient_away():
 
 def test_shorter_vocabulary_is_filled_with_zeros():
     student, teacher = sides()
+    # Rows of padding, which the teacher's head has beyond the student's.
     longer = torch.cat([teacher, torch.full((1, 5, 3), -50.0, dtype=torch.float64)], -1)
+    term = TermConfig(objective="forward_kl").build()
 
     def measure():
-        found = joined(ours(student, longer, "forward_kl"))
-        return found, joined(by_hand(student, teacher, kl_divergence))
+        heads = (Scores(side[0, :-1], Head(None)) for side in (student, longer))
+        labels = torch.zeros(4, dtype=torch.int64)
+        value = operator.reweighted_nll(*heads, labels, [term], scale=0.25).loss
+        found = value.detach(), torch.autograd.grad(value, student)[0]
+        return joined(found), joined(by_hand(student, teacher, kl_divergence))
 
     def mutate(patch):
         # A logit of zero is a probability: the student pays for tokens that it does not have.
         def padded(original):
-            def loss(student, teacher, *rest):
+            def reweighted_nll(student, teacher, *rest, **named):
                 filled = torch.nn.functional.pad(student.hidden, (0, teacher.vocab - student.vocab))
-                return original(student._replace(hidden=filled), teacher, *rest)
+                return original(student._replace(hidden=filled), teacher, *rest, **named)
 
-            return loss
+            return reweighted_nll
 
-        swap(patch, "hpd.losses.functional:_loss", padded)
+        swap(patch, "hpd.losses.operator:reweighted_nll", padded)
 
     exhibit(measure, mutate)
 
