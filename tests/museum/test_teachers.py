@@ -8,6 +8,7 @@ from helpers.museum import exhibit, swap
 from helpers.trainers import first_batch, gradient, make_trainer
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd.batch import DistillCollator, TokenBatch
 from hpd.losses.products import logits
@@ -54,9 +55,8 @@ def test_asking_the_teacher_ends_the_students_dropout(pair, tmp_path):
     def measure():
         trainer.model.train()
         trainer.teacher.scores(dict(batch), TokenBatch.pop(dict(batch)))
-        return [module.training for module in trainer.model.modules()], [
-            True for _ in trainer.model.modules()
-        ]
+        modes = [module.training for module in trainer.model.modules()]
+        return modes, [True] * len(modes)
 
     def mutate(patch):
         def left_in_eval(original):
@@ -120,47 +120,23 @@ def test_student_is_compared_with_itself(pair, tmp_path):
 
 def test_log_probabilities_belong_to_other_columns():
     nan = math.nan
+    collate = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    # A log-probability of -0.7 belongs to token 7, and so on.
     rows = [
-        {"input_ids": [1, 7, 8], "behavior_logprobs": [nan, -0.7, -0.8], "sources": [0, 1, 1]},
-        {"input_ids": [1, 2, 3, 4, 9], "behavior_logprobs": [nan] * 4 + [-0.9], "sources": [0] * 4 + [1]},
+        {"input_ids": [1, 7, 8], "labels": [-100, 7, 8], "behavior_logprobs": [nan, -0.7, -0.8]},
+        {"input_ids": [1, 2, 3, 9], "labels": [-100, -100, -100, 9], "behavior_logprobs": [nan] * 3 + [-0.9]},
     ]
 
-    def padded(examples):
-        width = max(len(row["input_ids"]) for row in examples)
-        short = [width - len(row["input_ids"]) for row in examples]
-        ids = [row["input_ids"] + [0] * gap for row, gap in zip(examples, short, strict=True)]
-        labels = [
-            [
-                token if source else -100
-                for token, source in zip(row["input_ids"], row["sources"], strict=True)
-            ]
-            + [-100] * gap
-            for row, gap in zip(examples, short, strict=True)
-        ]
-        mask = [[1] * (width - gap) + [0] * gap for gap in short]
-        return {
-            name: torch.tensor(value)
-            for name, value in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))
-        }
-
     def measure():
-        taken = TokenBatch.pop(DistillCollator(padded)(rows))
-        return taken.behavior_logprobs, -taken.labels / 10.0
+        taken = TokenBatch.pop(collate(rows))
+        return torch.nan_to_num(taken.behavior_logprobs), -taken.labels / 10.0
 
     def mutate(patch):
-        # Written from the first completion token on, as if all prompts were equally long.
-        def from_one_column(original):
-            def laid_out(input_ids, values):
-                first = [
-                    sum(math.isnan(x) for x in row) if isinstance(row[0], float) else 0 for row in values
-                ]
-                moved = [row[a:] + [0.0] * a for row, a in zip(values, first, strict=True)]
-                return (
-                    original(input_ids, values) if not max(first) else original(input_ids, moved).roll(1, 1)
-                )
+        def as_if_rows_ended_together(original):
+            return lambda input_ids, values: torch.tensor(
+                [row[:1] * (input_ids.shape[1] - len(row)) + row for row in values]
+            )
 
-            return laid_out
-
-        swap(patch, "hpd.batch:_laid_out", from_one_column)
+        swap(patch, "hpd.batch:_laid_out", as_if_rows_ended_together)
 
     exhibit(measure, mutate)
