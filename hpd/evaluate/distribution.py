@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.data.tokens import tokenise
+from hpd.data.rendering import tokenise
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
