@@ -88,6 +88,8 @@ def check_url(url: Any, where: str, keys: str = "api_key_env") -> None:
         raise ValueError(f"{example}: it holds white space, a backslash or a control character.")
     try:
         parts = httpx2.URL(text)
+        if not 0 <= (parts.port or 0) < 2**16:
+            raise ValueError("no such port")
     except (httpx2.InvalidURL, ValueError):  # its message would repeat what may be a password
         raise ValueError(f"{where} is not an address: its host or port cannot be read.") from None
     if parts.scheme not in ("http", "https") or not parts.host:
