@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-__all__ = ["answering", "dripping", "raw_server"]
+__all__ = ["answering", "dripping", "raw_server", "read_request"]
 
 Script = Callable[[socket.socket, threading.Event], None]
 """Gets a connection, and an event that is set when the test is over."""
@@ -61,10 +61,20 @@ def answering(*responses: bytes) -> Script:
     left = list(responses)
 
     def script(connection: socket.socket, stop: threading.Event) -> None:
-        connection.settimeout(5)
-        request = b""
-        while b"\r\n\r\n" not in request:
-            request += connection.recv(65536)
+        read_request(connection)
         connection.sendall(left.pop(0) if len(left) > 1 else left[0])
 
     return script
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """The header of a request, whose body is received too: closing before that would reset the connection."""
+    connection.settimeout(10)
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head, _, body = received.partition(b"\r\n\r\n")
+    size = dict(line.lower().split(b": ") for line in head.split(b"\r\n")[1:]).get(b"content-length", 0)
+    while len(body) < int(size):
+        body += connection.recv(65536)
+    return head
