@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import resource
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,8 @@ class Door:
         """Oldest first."""
         self._transports: dict[Any, asyncio.Transport] = {}
         self._timers: dict[Any, asyncio.TimerHandle] = {}
+        self._asking: Counter[Any] = Counter()
+        """Requests under way of each connection: the next one may begin before the last has ended here."""
         self._requests = 0
 
     def protocol(self) -> type[H11Protocol]:
@@ -74,7 +77,7 @@ class Door:
 
     def close(self, peer: Any) -> None:
         """A connection has ended."""
-        for table in (self._transports, self._strangers):
+        for table in (self._transports, self._strangers, self._asking):
             table.pop(peer, None)
         self._stop_waiting(peer)
 
@@ -86,7 +89,7 @@ class Door:
             transport.abort()
 
     def _wait(self, peer: Any) -> None:
-        if peer in self._transports:
+        if peer in self._transports and not self._asking[peer]:
             seconds = HEADER_SECONDS if peer in self._strangers else IDLE_SECONDS
             self._stop_waiting(peer)
             self._timers[peer] = asyncio.get_running_loop().call_later(seconds, self.abort, peer)
@@ -108,6 +111,7 @@ class Door:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
             peer = scope["client"]
+            self._asking[peer] += 1
             self._stop_waiting(peer)
             headers = dict(scope["headers"])
             friend = self.admits(headers)
@@ -125,7 +129,11 @@ class Door:
                 finally:
                     self._requests -= friend
             finally:
-                self._wait(peer)
+                if self._asking[peer] <= 1:  # 0: the connection has ended meanwhile
+                    del self._asking[peer]
+                    self._wait(peer)
+                else:
+                    self._asking[peer] -= 1
 
         return guarded
 
@@ -139,7 +147,8 @@ class Door:
         if friend and self._requests >= self._max_requests:
             return JSONResponse({"detail": "too many requests"}, 503, {"Retry-After": "1", **close})
         length = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers or not length.isdigit() or int(length[:20]) > self._max_body_bytes:
+        known = b"transfer-encoding" not in headers and length.isdigit() and len(length) <= 20
+        if not known or int(length) > self._max_body_bytes:
             text = f"the body may have {self._max_body_bytes} bytes, and needs a content-length"
             return JSONResponse({"detail": text}, 413, close)
         return None

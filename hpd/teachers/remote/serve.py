@@ -282,7 +282,11 @@ def _require_fastapi() -> None:
 
 def serve(backend: Backend, settings: ServeSettings) -> None:
     """Answer until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    make_server(backend, settings).run()
+    server = make_server(backend, settings)
+    with contextlib.suppress(KeyboardInterrupt):  # raised again once everything has ended
+        server.run()
+    if not server.started:
+        raise SystemExit(3)
 
 
 def serve_model(
