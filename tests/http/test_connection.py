@@ -125,6 +125,16 @@ def _known(real, name, found):
     return lambda host, *args, **options: found if host == name else real(host, *args, **options)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_is_bounded_too(scheme, monkeypatch):
+    """What is dripped by the proxy that the environment names: an answer, or the consent to a tunnel."""
+    with raw_server(dripping(b"HTTP/1.1 200 OK\r\nX: ", b"y")) as proxy:
+        monkeypatch.setenv(f"{scheme.upper()}_PROXY", proxy)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        with pytest.raises(ServerUnavailable, match="no whole response in 0.4 s"):
+            ask(f"{scheme}://teacher.invalid")
+
+
 def test_wait_seconds_bounds_the_retries_too():
     """Each attempt alone would take a second; all of them together may take 1 + 0.5."""
     with raw_server(silent) as url:
