@@ -195,7 +195,7 @@ def test_costs(tmp_path: Path) -> None:
     [
         ({"url": "localhost:80"}, "give an address"),
         ({"url": "http://a", "concurrency": 0}, "concurrency is 0"),
-        ({"url": "http://a", "key_env": "HPD_NO_SUCH_KEY"}, "HPD_NO_SUCH_KEY is not set"),
+        ({"url": "http://a", "key_env": "HPD_NO_SUCH_KEY"}, "HPD_NO_SUCH_KEY, which is not set"),
     ],
 )
 def test_settings_errors(options: dict[str, Any], message: str) -> None:
