@@ -317,7 +317,10 @@ def test_a_killed_experiment_goes_on_and_ends_with_the_same_numbers(tmp_path):
     for _ in range(200):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         if len(codes) < 3:
-            time.sleep(rng.uniform(6, 14))
+            while not (tmp_path / "parts" / "results.jsonl").exists():
+                time.sleep(0.1)
+            # Starting takes seconds: one of these comes before it trains, the others in the middle.
+            time.sleep(rng.uniform(0, 20) if codes else 1.0)
             process.send_signal(signal.SIGKILL)
         codes.append(process.wait())
         head = json.loads((tmp_path / "parts" / "results.jsonl").read_text().splitlines()[0])
