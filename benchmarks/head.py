@@ -139,12 +139,13 @@ def measure(
 def tables(result: dict[str, Any]) -> str:
     """A stored result as docs/performance.md shows it."""
     place = result["machine"]
-    parts = [
-        f"{place.get('device', place['cpu'])}, {place['threads']} threads, torch {place['torch']}, {place.get('date', '')}".rstrip(
-            ", "
-        )
-        + "."
+    said = [
+        place.get("device", place["cpu"]),
+        f"{place['threads']} threads",
+        f"torch {place['torch']}",
+        place.get("date"),
     ]
+    parts = [", ".join(filter(None, said)) + "."]
     for shape, found in result["ratios"].items():
         num_tokens, student, teacher, vocab = SHAPES[shape]
         seconds = result.get("seconds", {}).get(shape, {})

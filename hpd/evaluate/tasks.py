@@ -369,8 +369,8 @@ def settings_for(task: Task, preset: str | None = None, **given: Any) -> Generat
 
     Args:
         task: what is evaluated.
-        preset: a name of `PRESETS`. paper: T 0.7, top-p 0.95, 10,240 tokens, 32 samples for AIME and AMC, else
-            8; code greedy; dialogue 4,096 tokens and one sample; the last two with a system prompt.
+        preset: a name of `PRESETS`. paper: T 0.7, top-p 0.95, 10,240 tokens, 32 samples for AIME and AMC and
+            8 elsewhere; code greedy; dialogue 4,096 tokens and one sample; the last two with a system prompt.
         given: fields; None means not given. `temperature=0` alone asks for the greedy preset.
 
     Raises:

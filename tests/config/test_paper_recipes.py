@@ -213,7 +213,7 @@ def test_it_trains_two_steps_of_each_stage(name, tmp_path):
     for stage in tree.get("stages", ()):
         if "data" in stage:
             stage["data"] |= {"path": _write(tmp_path / "pairs.jsonl", PREFERENCES), "split": "train"}
-    tree["train"] |= {"max_length": 64, "bf16": False, "use_cpu": True, "logging_steps": 1}
+    tree["train"] |= {"max_length": 192, "bf16": False, "use_cpu": True, "logging_steps": 1}
     tree["output_dir"] = str(tmp_path / "run")
     summary = train(load_recipe(tree))
     if "stages" in tree:
@@ -251,7 +251,7 @@ def test_generated_labels_are_read_by_the_recipe_that_trains_on_them(name, reade
     written = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert len(written) == len(QUESTIONS)
     assert all(row["prompt"][0] == {"role": "system", "content": SYSTEM_PROMPTS[name]} for row in written)
-    small = ["train.max_steps=1", "train.max_length=64", "train.bf16=false", "train.use_cpu=true"]
+    small = ["train.max_steps=1", "train.max_length=192", "train.bf16=false", "train.use_cpu=true"]
     small += ["train.gradient_accumulation_steps=1", "data.validation=0.25", f"data.path={output}"]
     assert train(load_recipe(RECIPES[reader], [*common, *small]))["steps"] == 1
     assert AutoTokenizer.from_pretrained(tmp_path / "run")
