@@ -107,7 +107,10 @@ class Experiment:
         self._note_teacher()
         for seed in range(self.settings.initialisations):
             self._student(seed)
+        seconds = 0.0
         for role, method, regime, rate, seed in self._missing():
+            # This one takes about as long as the last.
+            self.clock.need(1.5 * seconds)
             started = time.monotonic()
             order = TUNING_ORDER if role == "tune" else seed
             model, found = distil(
@@ -125,11 +128,10 @@ class Experiment:
             line |= {"initialisation": seed, **found["curve"][-1]}
             if role == "main":
                 line |= self._accuracies(model)
-            line["seconds"] = round(time.monotonic() - started, 2)
-            self.results.append(line, durable=True)
-            print(f"{role} {method} {regime.name} {rate:g}: KL {line['forward_kl']:.4f}, {line['seconds']} s")
-            # The next one takes about as long.
-            self.clock.need(1.5 * line["seconds"])
+            seconds = round(time.monotonic() - started, 2)
+            self.results.append(line | {"seconds": seconds}, durable=True)
+            kl = f"KL {line['forward_kl']:.4f}"
+            print(f"{role} {method} {regime.name} {rate:g}: {kl}, {seconds} s", flush=True)
 
     def _missing(self) -> Iterator[tuple[str, str, Any, float, int]]:
         """Runs that have no line: those that choose the rates first."""

@@ -107,8 +107,8 @@ def load_preferences(config: DataConfig) -> Dataset:
 def _preference_row(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:
     """A pair as TRL reads it.
 
-    Where both are whole dialogues and the prompt is a text, as in UltraFeedback, the prompt becomes what stands
-    before the last turn.
+    Where both are whole dialogues and the prompt is a text, as in UltraFeedback, the prompt becomes what
+    stands before the last turn.
     """
     if isinstance(row["prompt"], str) and isinstance(row["chosen"], list):
         prompt, chosen = row["chosen"][:-1], row["chosen"][-1:]

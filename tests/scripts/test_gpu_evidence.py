@@ -311,23 +311,26 @@ def test_a_killed_experiment_goes_on_and_ends_with_the_same_numbers(tmp_path):
     assert whole.returncode == 0, whole.stderr
     assert "hpd_full" in (tmp_path / "whole" / "report.md").read_text()
 
-    command, environment = _command(tmp_path / "parts", tmp_path, "--minutes", "0.3")
+    folder = tmp_path / "parts"
     rng = random.Random(0)
-    codes = []
-    for _ in range(200):
+    # Killed three times, once over its minutes, then left alone.
+    for minutes, code in (
+        (60, -signal.SIGKILL),
+        (60, -signal.SIGKILL),
+        (60, -signal.SIGKILL),
+        (0, 75),
+        (60, 0),
+    ):
+        command, environment = _command(folder, tmp_path, "--minutes", str(minutes))
+        first = not folder.exists()
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        if len(codes) < 3:
-            while not (tmp_path / "parts" / "results.jsonl").exists():
+        if code == -signal.SIGKILL:
+            while not (folder / "results.jsonl").exists():
                 time.sleep(0.1)
-            # Starting takes seconds: one of these comes before it trains, the others in the middle.
-            time.sleep(rng.uniform(0, 20) if codes else 1.0)
+            # Once before it trains, then somewhere in the middle.
+            time.sleep(0.1 if first else rng.uniform(5, 20))
             process.send_signal(signal.SIGKILL)
-        codes.append(process.wait())
-        head = json.loads((tmp_path / "parts" / "results.jsonl").read_text().splitlines()[0])
+        assert process.wait() == code
+        head = json.loads((folder / "results.jsonl").read_text().splitlines()[0])
         assert head["predictions"] == [prediction.text for prediction in PREDICTIONS]
-        if codes[-1] == 0:
-            break
-    assert codes[-1] == 0
-    assert -signal.SIGKILL in codes
-    assert 75 in codes
-    assert _figures(tmp_path / "parts") == _figures(tmp_path / "whole")
+    assert _figures(folder) == _figures(tmp_path / "whole")
