@@ -179,7 +179,6 @@ TRAINED = {
     "code_qwen": ("qwen2", 320, 328, LABELLED),
     "math_then_opd": ("qwen2", 320, 328, OPENR1),
     "dpo": ("qwen2", 320, 328, LABELLED),
-    "self_distillation": ("qwen2", 320, 328, LABELLED),
     "qwen3_moe": ("qwen3", NUM_TOKENS, NUM_TOKENS, OPENR1),
 }
 
