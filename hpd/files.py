@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
-
 __all__ = [
     "JsonLines",
     "checksum_file",
@@ -151,11 +149,15 @@ def digest_tree(path: Path) -> str:
 
 def checksum_json(content: Any) -> str:
     """XXH3 of a JSON value, the same for any order of keys; what JSON lacks counts as its `str`."""
+    import xxhash  # only here and below, so that files need nothing beside Python
+
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
 
 
 def checksum_file(path: Path, size: int = -1) -> str:
     """XXH3 of a file, or of its first `size` bytes; several GB/s."""
+    import xxhash
+
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         if size >= 0:
