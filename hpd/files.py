@@ -171,6 +171,8 @@ def checksum_file(path: Path, size: int = -1) -> str:
 def checksum_samples(path: Path) -> str:
     """XXH3 of a file's size, its first MiB, and 1,024 blocks of 4 KiB evenly spread over the rest: what is
     rewritten as a whole has another, at the cost of 5 MiB."""
+    import xxhash
+
     size = path.stat().st_size
     state = xxhash.xxh3_128(str(size).encode())
     head, block = 2**20, 2**12

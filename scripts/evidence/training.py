@@ -224,6 +224,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 def measure(model: Decoder, held_out: Cache, language: WordProblems) -> dict[str, float]:
     """Both KLs and entropies, nats per label token, and forward KL by tertile of the teacher's entropy."""
     hidden = torch.cat([_hidden(model, part, language) for part in held_out.rows.tokens.split(_READ_ROWS)])
+    labels = held_out.rows.tokens[:, language.prompt_length :]
     totals: dict[str, Tensor] = {}
     found: dict[str, float] = {}
     for third, name in enumerate(TERTILES):
@@ -233,7 +234,7 @@ def measure(model: Decoder, held_out: Cache, language: WordProblems) -> dict[str
             with precision(hidden.device):
                 z = _logits(hidden[at], model.head)
             log_p = torch.log_softmax(_logits(held_out.hidden[at], held_out.head), -1)
-            distribution_metrics(log_p, torch.log_softmax(z, -1), sums)
+            distribution_metrics(log_p, torch.log_softmax(z, -1), labels[at], sums)
         found[f"forward_kl_{name}"] = float(sums["forward_kl"] / sums["metric_tokens"])
         for key, value in sums.items():
             totals[key] = totals.get(key, 0.0) + value
