@@ -11,7 +11,7 @@ import numpy as np
 from hpd.experiments.figures import Look, Panel
 from hpd.experiments.lines import Level, Line, line_panel, multiples_panel
 from hpd.experiments.metrics import label
-from hpd.experiments.plots import level_of
+from hpd.experiments.plots import compared_panel, level_of
 from hpd.experiments.results import Results, Run
 
 __all__ = ["NO_VALIDATION", "curve_panels", "validation_is_missing"]
@@ -46,18 +46,14 @@ def curve_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
         if not lines and metric == "student_entropy":
             lines, where = _lines(logs, _on_batches(metric)), "training batches"
         level = _teacher_entropy(results, where) if metric == "student_entropy" else None
-        panels += _panel(metric, f"{label(metric)}, over training ({where})", lines, looks, logs, level)
-    panels += _panel(
-        "grad_norm",
-        f"{label('grad_norm')} over training",
-        _lines(logs, _on_batches("grad_norm")),
-        looks,
-        logs,
-    )
+        title = f"{label(metric)}, over training ({where})"
+        panels += _panel(results, metric, title, lines, looks, logs, level)
+    norms = _lines(logs, _on_batches("grad_norm"))
+    panels += _panel(results, "grad_norm", "gradient norm over training", norms, looks, logs)
     for metric in OWN_METRICS:
         level = _teacher_entropy(results, "validation rows") if metric == "own_entropy" else None
         lines = _lines(logs, lambda log, name=metric: log.get(name))
-        panels += _panel(metric, f"{label(metric)}, over training", lines, looks, logs, level)
+        panels += _panel(results, metric, f"{label(metric)}, over training", lines, looks, logs, level)
     return panels + _branches(logs)
 
 
@@ -77,6 +73,7 @@ def _on_batches(metric: str) -> Callable[[Mapping[str, Any]], float | None]:
 
 
 def _panel(
+    results: Results,
     metric: str,
     title: str,
     lines: Mapping[str, Line],
@@ -90,7 +87,8 @@ def _panel(
     if level is not None and metric in OWN_METRICS:
         note += " The teacher's entropy is that on the validation rows."
     is_log = metric != "grad_norm"
-    return [line_panel(f"curve-{metric}", title, lines, looks=looks, log=is_log, level=level, note=note)]
+    key = f"curve-{metric}"
+    return [compared_panel(results, key, title, lines, looks, log=is_log, level=level, note=note)]
 
 
 def _note(logs: Mapping[str, Logs], names: Iterable[str]) -> str:
@@ -139,6 +137,9 @@ def _losses(results: Results, logs: Mapping[str, Logs], looks: Mapping[str, Look
         plots[name if name not in plots else groups[0]] = {group: lines[group] for group in groups}
     if not plots:
         return []
+    if len(plots) == 1:
+        note = _note(logs, lines)
+        return [line_panel("curve-loss", "loss over training", lines, looks=looks, note=note)]
     note = f"{_note(logs, lines)} Each objective has its own axis: their losses cannot be compared."
     return [multiples_panel("curve-loss", "loss over training", plots, looks=looks, note=note)]
 

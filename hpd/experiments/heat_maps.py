@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["heat_maps"]
 
+_WIDE_COLUMNS = 4
+"""Columns up to which a cell has room for an interval on one line."""
+
 
 class _Map(NamedTuple):
     x_axis: str
@@ -81,6 +84,12 @@ def _panel(metric: str, found: _Map, limits: tuple[float, float], scale: Scale, 
     for (y, x), spread in found.cells.items():
         grid[found.ys.index(y), found.xs.index(x)] = scale.factor * spread.mean
 
+    # In narrow cells an interval takes two lines.
+    is_narrow = len(found.xs) > _WIDE_COLUMNS
+    below = {place: scale.about(spread).replace(": ", ":\n") for place, spread in found.cells.items()}
+    if is_narrow:
+        below = {place: text.replace(" to ", "\nto ") for place, text in below.items()}
+
     def draw(figure: Figure) -> None:
         (axis,) = new_axes(figure)
         axis.grid(False)
@@ -92,7 +101,7 @@ def _panel(metric: str, found: _Map, limits: tuple[float, float], scale: Scale, 
             ink = _contrasting(mesh.cmap(mesh.norm(grid[row, column])))
             for y_place, text, side, size in (
                 (row + 0.5, scale.value(spread.mean), "bottom", 9),
-                (row + 0.46, _below(spread, scale), "top", 6),
+                (row + 0.46, below[y, x], "top", 6),
             ):
                 axis.text(column + 0.5, y_place, text, va=side, fontsize=size, ha="center", color=ink)
         axis.set_xticks(np.arange(len(found.xs)) + 0.5, found.xs)
@@ -115,12 +124,8 @@ def _panel(metric: str, found: _Map, limits: tuple[float, float], scale: Scale, 
         (y, x, *(TableCell(scale.value(v), v) for v in spread[:3]), spread.num_values)
         for (y, x), spread in found.cells.items()
     ]
-    height = max(2.2, 0.9 + 0.42 * len(found.ys))
+    height = max(2.2, 0.9 + (0.55 if is_narrow else 0.42) * len(found.ys))
     return Panel(key, title, (y_name, x_name, "mean", "low", "high", "runs"), rows, draw, height, note)
-
-
-def _below(spread: Spread, scale: Scale) -> str:
-    return scale.about(spread).replace(": ", ":\n")
 
 
 def _contrasting(color: Any) -> str:

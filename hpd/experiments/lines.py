@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from hpd.experiments.figures import INK, Look, Panel, looks_of, new_axes
 from hpd.experiments.metrics import PLAIN, Scale
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SPLIT_NOTE", "Level", "Line", "line_panel", "multiples_panel", "split", "split_axes"]
+__all__ = ["SPLIT_NOTE", "Level", "Line", "Split", "line_panel", "multiples_panel", "split", "split_axes"]
 
 Line: TypeAlias = Sequence[tuple[float, float, float, float]]
 """(x, mean, low, high) of each point."""
@@ -32,45 +32,55 @@ _NAMED_ORDER, _OTHER_ORDER = 2.0, 1.5
 """Drawing orders: named lines lie above the others, and come first in the legend."""
 
 
-def split(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The range of an axis, or two of them, low to high, where a few items stretch it.
+class Split(NamedTuple):
+    """An axis in one part or two."""
+
+    parts: list[tuple[float, float]]
+    """Low to high."""
+    core: int
+    """The part that holds most items."""
+
+
+def split(ranges: Sequence[tuple[float, float]]) -> Split:
+    """The range of an axis, or two of them where a few items stretch it.
 
     Items at one end are cut off if at least half of all remain and these need no more than a quarter of the
     room; as many as can remain do.
 
     >>> split([(0, 1), (0, 2), (1, 2), (40, 50)])
-    [(0, 2), (40, 50)]
+    Split(parts=[(0, 2), (40, 50)], core=0)
     """
     low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
-    best: tuple[int, list[tuple[float, float]]] = (0, [(low, high)])
+    best = (0, Split([(low, high)], 0))
     for sign in (1, -1):
         # Mirrored, the items at the lower end are those at the upper one.
         items = sorted(((a, b) if sign > 0 else (-b, -a) for a, b in ranges), key=lambda item: item[1])
+        start = min(a for a, _ in items)
         for count in range(len(items) - 1, (len(items) - 1) // 2, -1):
             core, rest = items[:count], items[count:]
-            start, end = min(a for a, _ in core), core[-1][1]
+            end = core[-1][1]
             if 0 < _STRETCH * (end - start) <= high - low:
                 away = (max(end, min(a for a, _ in rest)), rest[-1][1])
-                found = [(start, end), away] if sign > 0 else [(-away[1], -away[0]), (-end, -start)]
+                cut = Split([(start, end), away], 0)
+                found = cut if sign > 0 else Split([(-away[1], -away[0]), (-end, -start)], 1)
                 best = max(best, (count, found), key=lambda pair: pair[0])
                 break
     return best[1]
 
 
-def split_axes(figure: Figure, ranges: Sequence[tuple[float, float]], vertical: bool) -> list[Axes]:
-    """One axis, or two parts of one that is split by `ranges` (of `split`), low to high.
+def split_axes(figure: Figure, found: Split, vertical: bool) -> list[Axes]:
+    """One axis, or two parts of one that is split, low to high.
 
     The caller draws everything on each part.
 
     Args:
         vertical: the split axis is y, else x.
     """
-    if len(ranges) < 2:
+    if len(found.parts) < 2:
         return new_axes(figure)
     figure.get_layout_engine().set(hspace=0.0, wspace=0.0, h_pad=0.02, w_pad=0.02)  # type: ignore[union-attr]
-    shares = [1.0, 1.0]
-    core = _larger_part(ranges)
-    shares[core], shares[1 - core] = _CORE_SHARE, 1 - _CORE_SHARE
+    shares = [1 - _CORE_SHARE] * 2
+    shares[found.core] = _CORE_SHARE
     if vertical:
         upper, lower = new_axes(figure, 2, 1, sharex=True, height_ratios=shares[::-1])
         upper.spines["bottom"].set_visible(False)
@@ -93,24 +103,19 @@ def split_axes(figure: Figure, ranges: Sequence[tuple[float, float]], vertical: 
             transform=axis.transAxes,
             clip_on=False,
         )
-    for axis, limits in zip(axes, _padded(ranges), strict=True):
+    for axis, limits in zip(axes, _padded(found), strict=True):
         axis.set_ylim(*limits) if vertical else axis.set_xlim(*limits)
         axis.locator_params(axis="y" if vertical else "x", nbins=4)
     return axes
 
 
-def _larger_part(ranges: Sequence[tuple[float, float]]) -> int:
-    """The part that holds most items, which is the one that is narrower by far."""
-    return min((0, 1), key=lambda i: ranges[i][1] - ranges[i][0])
-
-
-def _padded(ranges: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    core = _larger_part(ranges)
-    pads = [0.06 * (b - a) or 0.06 * (ranges[core][1] - ranges[core][0]) for a, b in ranges]
-    (low, end), (start, high) = ranges
+def _padded(found: Split) -> list[tuple[float, float]]:
+    room = found.parts[found.core][1] - found.parts[found.core][0]
+    pads = [0.06 * (b - a) or 0.06 * room for a, b in found.parts]
+    (low, end), (start, high) = found.parts
     end, start = end + pads[0], start - pads[1]
     if start < end:  # the parts touch: the one that holds most keeps its margin
-        start, end = (end, end) if core == 0 else (start, start)
+        start = end = end if found.core == 0 else start
     return [(low - pads[0], end), (start, high + pads[1])]
 
 
@@ -141,30 +146,39 @@ def line_panel(
         note: the caption; what is drawn beside lines and bands is added.
     """
     chosen = looks or looks_of(list(lines))
-    means = [point[1] for points in lines.values() for point in points]
-    is_log = log and min(means) > 0 and max(means) > 10 * min(means)
+    num_points = sum(map(len, lines.values()))
+    is_log = log and _spans(lines.values())
     ranges = [_range(points, scale.factor) for points in lines.values()]
     if level is not None:
         ranges.append((scale.factor * level[1], scale.factor * level[2]))
-    parts = [(0.0, 1.0)] if is_log else split(ranges)
+    found = Split([(0.0, 1.0)], 0) if is_log else split(ranges)
     entries = sum(chosen[name].is_named for name in lines) + (level is not None)
     entries += any(not chosen[name].is_named for name in lines)
 
     def draw(figure: Figure) -> None:
-        axes = split_axes(figure, parts, vertical=True)
+        axes = split_axes(figure, found, vertical=True)
         for axis in axes:
-            _draw_lines(axis, lines, chosen, scale.factor, marks or {}, log_x or len(means) < 8 * len(lines))
+            _draw_lines(
+                axis,
+                lines,
+                chosen,
+                scale.factor,
+                marks or {},
+                bool(log_x or ticks) or num_points < 8 * len(lines),
+            )
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
                 _set_log(axis)
+            else:
+                axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
         axes[0].set_xlabel(x_label, fontsize=10)
         axes[-1].set_ylabel("%" if scale.percent else "", fontsize=10)
         if len(lines) > 1 or level is not None:
             _legend(axes[-1], entries)
 
-    notes = [note, SPLIT_NOTE if len(parts) > 1 else "", _level_note(level, scale)]
+    notes = [note, SPLIT_NOTE if len(found.parts) > 1 else "", _level_note(level, scale)]
     height = 3.1 + (0.2 * math.ceil(entries / 2) if entries >= _OUTSIDE else 0.0)
     columns = ("method", x_label, "mean", "low", "high")
     rows = _rows(lines, scale)
@@ -178,8 +192,11 @@ def multiples_panel(
     *,
     looks: Mapping[str, Look] | None = None,
     scale: Scale = PLAIN,
+    log: bool = False,
     x_label: str = "step",
     log_x: bool = False,
+    ticks: Mapping[float, str] | None = None,
+    level: Level | None = None,
     share_y: bool = False,
     note: str = "",
 ) -> Panel:
@@ -188,6 +205,7 @@ def multiples_panel(
     Args:
         plots: title of a plot -> its lines.
         looks: name of a line -> look; a plot with several grey lines gives them colors of its own.
+        log, ticks, level: as `line_panel`.
         log_x: a logarithmic x axis.
         share_y: one y axis for all, where their values are comparable.
     """
@@ -197,34 +215,51 @@ def multiples_panel(
     # Plots of the same lines share a legend; else a plot of several has its own.
     shared = next(iter(names)) if len(names) == 1 and len(plots) > 1 else ()
     has_legend = len(shared) > 1
+    is_log = log and _spans(line for lines in plots.values() for line in lines.values())
 
     def draw(figure: Figure) -> None:
         axes = new_axes(figure, num_rows, columns, sharex=True, sharey=share_y)
         for axis in axes[len(plots) :]:
             axis.set_visible(False)
         for i, (axis, (name, lines)) in enumerate(zip(axes, plots.items(), strict=False)):
-            _draw_lines(axis, lines, _looks_within(lines, looks), scale.factor, {}, log_x)
-            _set_ticks(axis, lines, log_x, None)
+            _draw_lines(axis, lines, _looks_within(lines, looks, has_legend), scale.factor, {}, bool(ticks))
+            if level is not None:
+                _draw_level(axis, level, scale.factor)
+            if is_log:
+                _set_log(axis)
+            else:
+                axis.locator_params(axis="y", nbins=4)
+            _set_ticks(axis, lines, log_x, ticks)
             axis.set_title(name, fontsize=8, color=INK, loc="left")
             is_last = i + columns >= len(plots)
             axis.tick_params(labelsize=8, labelbottom=is_last)
             axis.set_xlabel(x_label if is_last else "", fontsize=8)
-            axis.locator_params(axis="y", nbins=4)
             if len(lines) > 1 and not has_legend:
-                axis.legend(frameon=False, fontsize=6, labelcolor=INK)
+                axis.legend(*_entries(axis), frameon=False, fontsize=6, labelcolor=INK)
         if has_legend:
             _legend(axes[0], _OUTSIDE)
 
     rows = [(name, *row) for name, lines in plots.items() for row in _rows(lines, scale)]
     height = 0.4 + 1.25 * num_rows + (0.2 * math.ceil(len(shared) / 2) if has_legend else 0.0)
-    return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, note)
+    caption = " ".join(filter(None, [note, _level_note(level, scale)]))
+    return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, caption)
 
 
-def _looks_within(lines: Mapping[str, Line], looks: Mapping[str, Look] | None) -> Mapping[str, Look]:
-    """The looks that are given, unless two lines of the plot would be the same grey."""
-    given = {name: looks[name] for name in lines} if looks else {}
-    grey = sum(not look.is_named for look in given.values())
-    return given if given and (len(lines) == 1 or not grey) else looks_of(list(lines))
+def _spans(lines: Iterable[Line]) -> bool:
+    """True if the values are positive and span more than a factor of 10."""
+    means = [point[1] for points in lines for point in points]
+    return min(means) > 0 and max(means) > 10 * min(means)
+
+
+def _looks_within(
+    lines: Mapping[str, Line], looks: Mapping[str, Look] | None, are_shared: bool
+) -> Mapping[str, Look]:
+    """The looks that are given, unless lines of a plot with a legend of its own would be the same grey."""
+    if looks is None:
+        return looks_of(list(lines))
+    given = {name: looks[name] for name in lines}
+    is_told_apart = len(lines) == 1 or all(look.is_named for look in given.values())
+    return given if are_shared or is_told_apart else looks_of(list(lines))
 
 
 def _rows(lines: Mapping[str, Line], scale: Scale) -> list[tuple[Any, ...]]:
@@ -289,12 +324,17 @@ def _level_note(level: Level | None, scale: Scale) -> str:
     if level is None:
         return ""
     mean, low, high = level
-    spread = f", shaded from the lowest to the highest, {scale.bounds(low, high)}" if high > low else ""
+    differ = scale.value(low) != scale.value(high)
+    spread = f", shaded from the lowest to the highest, {scale.bounds(low, high)}" if differ else ""
     return f"Dotted: the teacher's, {scale.value(mean)}{spread}."
 
 
 def _set_log(axis: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.yaxis.set_minor_locator(NullLocator())
     # matplotlib writes powers as formulas, which are switched off for the sake of names.
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
@@ -310,12 +350,15 @@ def _set_ticks(axis: Axes, lines: Mapping[str, Line], log_x: bool, ticks: Mappin
 
 def _legend(axis: Axes, count: int) -> None:
     options: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
-    # Named lines first, then the others and the teacher.
-    entries = sorted(
-        zip(*axis.get_legend_handles_labels(), strict=True), key=lambda e: e[0].zorder < _NAMED_ORDER
-    )
-    handles, labels = zip(*entries, strict=True)
+    handles, labels = _entries(axis)
     if count < _OUTSIDE:
         axis.legend(handles, labels, **options)
     else:
         axis.figure.legend(handles, labels, loc="outside lower left", ncols=2, **options)
+
+
+def _entries(axis: Axes) -> tuple[list[Any], list[str]]:
+    """Handles and labels: named lines first, then the others and the teacher."""
+    found = list(zip(*axis.get_legend_handles_labels(), strict=True))
+    found.sort(key=lambda entry: entry[0].zorder < _NAMED_ORDER)
+    return [handle for handle, _ in found], [label for _, label in found]

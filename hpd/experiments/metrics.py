@@ -17,6 +17,7 @@ __all__ = [
     "higher_is_better",
     "is_entropy",
     "label",
+    "over",
     "scale_of",
     "words",
 ]
@@ -104,14 +105,14 @@ class Scale(NamedTuple):
         """`-3.6 points` of percent, or three significant digits; signed."""
         if math.isnan(value):
             return ""
-        return f"{float(_tenths(value)):+.1f} points" if self.percent else f"{value:+.3g}"
+        return f"{float(_tenths(value)):+.1f} points" if self.percent else f"{value:+#.3g}".rstrip(".")
 
     def about(self, spread: Spread) -> str:
         """What stands behind the mean: `94.7 to 96.6`, `2 seeds: 0.0 to 8.0`, `all 3 seeds`."""
         seeds = f"{spread.num_values} seed{'s' * (spread.num_values != 1)}"
         if spread.num_values < 2:
             return seeds if spread.num_values else ""
-        if spread.low == spread.high:
+        if math.isclose(spread.low, spread.high, rel_tol=1e-9):
             return f"all {seeds}"
         text = self.bounds(spread.low, spread.high)
         return text if spread.is_interval else f"{seeds}: {text}"
@@ -158,10 +159,19 @@ def label(metric: str) -> str:
     return _LABELS.get(metric, words(metric))
 
 
+def over(metric: str, what: str) -> str:
+    """The title of a figure: `accuracy over limit`, `KL(teacher || student), nats, over limit`."""
+    text = label(metric)
+    return f"{text}{',' if ',' in text else ''} over {what}"
+
+
 def _tenths(value: float) -> str:
     """In percent; never "-0.0"."""
     return f"{round(100 * value, 1) + 0.0:.1f}"
 
 
 def _significant(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1e4 or math.isinf(value) else f"{value:,.0f}"
+    """Three digits, zeros at the end included, so that columns line up."""
+    if not value or math.isinf(value):
+        return f"{value:g}"
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 1e4 else f"{value:,.0f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,35 +20,93 @@ from hpd.experiments.tuning import Choice
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["difference_panels", "level_of", "numeric_axis", "rate_panels", "scaling_panels", "thirds_panels"]
+__all__ = [
+    "compared_panel",
+    "difference_panels",
+    "level_of",
+    "numeric_axis",
+    "rate_panels",
+    "results_looks",
+    "scaling_panels",
+    "thirds_panels",
+]
 
 _THIRDS = ("low", "mid", "high")
 _TONES = {"win": COLORS[2], "loss": COLORS[4], "no difference found": OTHERS, "too few seeds": OTHERS}
 
 
+def compared_panel(
+    results: Results,
+    key: str,
+    title: str,
+    lines: Mapping[str, Line],
+    looks: Mapping[str, Look],
+    **options: Any,
+) -> Panel:
+    """Lines of methods on one axis; where axes next to the method have several settings, a plot for each, so
+    that lines of one plot differ in the method alone.
+
+    Args:
+        lines: group -> line.
+        looks: of groups and of methods (`results_looks`).
+        options: as `line_panel`.
+    """
+    plots: dict[str, dict[str, Line]] = {}
+    for group, line in lines.items():
+        method, setting = results.method_and_setting(group)
+        plots.setdefault(setting, {})[method] = line
+    if len(plots) < 2 or all(len(found) < 2 for found in plots.values()):
+        return line_panel(key, title, lines, looks=looks, **options)
+    return multiples_panel(key, title, plots, looks=looks, share_y=True, **options)
+
+
+def results_looks(results: Results, baseline: str | None) -> dict[str, Look]:
+    """A look for every group, and for every method where groups have more to them."""
+    groups = list(dict.fromkeys(run.group for run in results.runs))
+    methods = list(dict.fromkeys(results.method_and_setting(group)[0] for group in groups))
+    first = results.method_and_setting(baseline)[0] if baseline in groups else baseline
+    return looks_of(groups, baseline) | looks_of(methods, first)
+
+
 def rate_panels(choices: Sequence[Choice], looks: Mapping[str, Look]) -> list[Panel]:
-    """The metric that was tuned on over the tried values; a ring marks the one that was taken."""
+    """Per tuned setting: the metric that decided over the tried values; a ring marks the value that was
+    taken."""
+    paths = dict.fromkeys(choice.path for choice in choices)
+    panels = [
+        _rate_panel(f"robustness-{slug(short(path))}" if i else "robustness", found, looks)
+        for i, path in enumerate(paths)
+        for found in [[choice for choice in choices if choice.path == path]]
+    ]
+    return [panel for panel in panels if panel is not None]
+
+
+def _rate_panel(key: str, choices: Sequence[Choice], looks: Mapping[str, Look]) -> Panel | None:
+    values = sorted({value for choice in choices for value in choice.means})
     lines: dict[str, Line] = {}
     for choice in choices:
-        found = sorted((float(value), seeds) for value, seeds in choice.tried.items())
+        found = sorted((values.index(float(value)), seeds) for value, seeds in choice.tried.items())
         points = [(v, float(np.mean(s)), min(s), max(s)) for v, s in found if np.isfinite(s).all()]
         if points:
             lines[choice.group] = points
     if not lines:
-        return []
-    first = choices[0]
-    scale = scale_of(first.metric)
-    title = f"{label(first.metric)} on validation rows, by {words(short(first.path))}"
-    shown = {**looks_of(list(lines)), **{name: looks[name] for name in lines if name in looks}}
+        return None
+    first, setting = choices[0], short(choices[0].path)
+    title = f"{label(first.metric)} on validation rows, by {words(setting)}"
     note = f"Mean of {_seeds([len(s) for s in first.tried.values()])} for tuning; band: lowest to highest."
-    common = {"looks": shown, "scale": scale, "x_label": words(short(first.path)), "log_x": True}
-    if first.metric == "loss":  # losses of different methods are no one scale
-        plots = {name: {name: line} for name, line in lines.items()}
-        return [multiples_panel("robustness", title, plots, **common, note=note)]
-    marks = {choice.group: choice.chosen for choice in choices}
+    options: dict[str, Any] = {
+        "looks": looks_of(list(lines)) | {name: looks[name] for name in lines if name in looks},
+        "scale": scale_of(first.metric),
+        "x_label": words(setting),
+        "ticks": {place: f"{value:g}" for place, value in enumerate(values)},
+    }
+    if first.metric == "loss":  # losses of different methods have no common scale
+        return multiples_panel(
+            key, title, {name: {name: line} for name, line in lines.items()}, note=note, **options
+        )
+    marks = {choice.group: values.index(choice.chosen) for choice in choices}
     note = f"{note} Ring: the value that was taken."
     is_log = first.metric.endswith("kl")
-    return [line_panel("robustness", title, lines, **common, log=is_log, marks=marks, note=note)]
+    return line_panel(key, title, lines, log=is_log, marks=marks, note=note, **options)
 
 
 def _seeds(counts: Sequence[int]) -> str:
@@ -68,11 +126,13 @@ def difference_panels(comparisons: Sequence[VariantComparison], scales: Mapping[
 
 def _difference_panel(metric: str, rows: Sequence[VariantComparison], scale: Scale) -> Panel:
     height = max(1.6, 0.9 + 0.24 * len(rows))
+    baselines = {row.baseline for row in rows}
+    baseline = rows[0].baseline if len(baselines) == 1 else "its baseline"
     bounds = [_ends(row, scale.factor) for row in rows]
-    parts = split([(0.0, 0.0), *bounds])
+    found = split([(0.0, 0.0), *bounds])
 
     def draw(figure: Figure) -> None:
-        axes = split_axes(figure, parts, vertical=False)
+        axes = split_axes(figure, found, vertical=False)
         for axis in axes:
             for y, (row, ends) in enumerate(zip(reversed(rows), reversed(bounds), strict=True)):
                 color = _TONES[row.verdict]
@@ -85,15 +145,15 @@ def _difference_panel(metric: str, rows: Sequence[VariantComparison], scale: Sca
             axis.set_ylim(-0.6, len(rows) - 0.4)
         axes[0].set_yticks(range(len(rows)), [row.variant for row in reversed(rows)])
         unit = ", percentage points" if scale.percent else ""
-        figure.supxlabel(f"difference to {rows[0].baseline}{unit}", fontsize=10, color=INK)
+        figure.supxlabel(f"difference to {baseline}{unit}", fontsize=10, color=INK)
 
     better = "right" if higher_is_better(metric) else "left"
-    title = f"{label(metric)}: minus {rows[0].baseline} (better is {better})"
+    title = f"{label(metric)}: minus {baseline} (better is {better})"
     counts = [row.num_seeds for row in rows]
     note = (
         f"Point: mean paired difference; bar: its 95 % interval, uncorrected, over {_seeds(counts)}. "
         "Green: win; red: loss, both after correction; grey: no difference found; hollow: too few seeds to "
-        f"tell.{f' {SPLIT_NOTE}' if len(parts) > 1 else ''}"
+        f"tell.{f' {SPLIT_NOTE}' if len(found.parts) > 1 else ''}"
     )
     table = [
         (
@@ -123,15 +183,18 @@ def numeric_axis(results: Results, axis: str) -> dict[str, float] | None:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def scaling_panels(results: Results, metrics: Sequence[str]) -> list[Panel]:
-    """Each metric over one numeric axis, a line per combination of the others."""
+def scaling_panels(
+    results: Results, metrics: Sequence[str], looks: Mapping[str, Look] | None = None
+) -> list[Panel]:
+    """Each metric, and the student's entropy, over one numeric axis, a line per combination of the others."""
     panels = []
     for axis in results.axes:
         values = numeric_axis(results, axis)
         if values is None or len(values) < 2 or min(values.values()) <= 0:
             continue
         others = [other for other in results.axes if other != axis]
-        for metric in metrics:
+        entropies = [m for m in ("student_entropy",) if m not in metrics]
+        for metric in (*metrics, *entropies):
             found: dict[str, dict[float, list[float]]] = {}
             for run in results.runs:
                 if metric in run.figures:
@@ -146,7 +209,9 @@ def scaling_panels(results: Results, metrics: Sequence[str]) -> list[Panel]:
                         f"scaling-{slug(metric)}-{slug(short(axis))}",
                         f"{label(metric)} over {words(short(axis))}",
                         lines,
+                        looks=looks if looks and set(lines) <= set(looks) else None,
                         scale=scale,
+                        log=metric.endswith("kl"),
                         x_label=words(short(axis)),
                         log_x=True,
                         level=level_of(results, metric),
@@ -176,11 +241,12 @@ def thirds_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
                 lines[group] = _spread_line(dict(enumerate(found)), scale)
         if lines:
             panels.append(
-                line_panel(
+                compared_panel(
+                    results,
                     f"thirds-{slug(start)}",
                     f"{label(start)}, by the teacher's entropy",
                     lines,
-                    looks=looks,
+                    looks,
                     scale=scale,
                     log=True,
                     x_label="third of the positions, by the teacher's entropy",

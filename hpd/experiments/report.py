@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 
 from hpd.experiments import tables
 from hpd.experiments.curves import NO_VALIDATION, curve_panels, validation_is_missing
-from hpd.experiments.figures import Panel, looks_of
+from hpd.experiments.figures import Panel
 from hpd.experiments.grid import group_key
 from hpd.experiments.heat_maps import heat_maps
 from hpd.experiments.metrics import Scale, higher_is_better
-from hpd.experiments.plots import difference_panels, rate_panels, scaling_panels, thirds_panels
+from hpd.experiments.plots import (
+    difference_panels,
+    rate_panels,
+    results_looks,
+    scaling_panels,
+    thirds_panels,
+)
 from hpd.experiments.results import Results, Run, read_results
 from hpd.experiments.statistics import VariantComparison, compare_variants, correct
 from hpd.experiments.table import Table
@@ -158,7 +164,7 @@ def _status(results: Results) -> str:
 def _sections(
     results: Results, comparisons: list[VariantComparison], metrics: Sequence[str], baseline: str | None
 ) -> list[Section]:
-    looks = looks_of(list(dict.fromkeys(run.group for run in results.runs)), baseline)
+    looks = results_looks(results, baseline)
     scales = _scales(results, comparisons)
     numeric = heat_maps(results, metrics)
     curves = Section("curves", "Over training", [], curve_panels(results, looks))
@@ -175,11 +181,11 @@ def _sections(
         _section("ablation", "Switches", tables.ablation_table(results, metrics)),
         _section("thirds", "By the teacher's entropy", None, thirds_panels(results, looks)),
         _section("sensitivity", "Sensitivity", None, numeric),
-        _section("scaling", "Scaling", None, scaling_panels(results, metrics) if not numeric else []),
-        _section(
+        _section("scaling", "Scaling", None, scaling_panels(results, metrics, looks) if not numeric else []),
+        Section(
             "tuning",
-            "Robustness to the tuned setting",
-            tables.tuning_table(results),
+            "Robustness to the tuned settings",
+            tables.tuning_tables(results),
             rate_panels(results.choices, looks),
         ),
         curves,

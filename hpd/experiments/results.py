@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from hpd.experiments.experiment import SEED_PATH, Experiment, axis_values, read_experiment
-from hpd.experiments.grid import group_key
+from hpd.experiments.grid import group_key, short
 from hpd.experiments.manifest import (
     EXPERIMENT,
     MANIFEST,
@@ -92,6 +92,17 @@ class Results:
     def records(self, group: str, metric: str) -> dict[int, dict[str, float]]:
         """Seed -> example -> grade."""
         return {run.seed: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
+
+    def method_and_setting(self, group: str) -> tuple[str, str]:
+        """A group's method, and its labels on all other axes; without a method axis the group is both in
+        one."""
+        axes = next((run.axes for run in self.runs if run.group == group), {})
+        named = [axis for axis in axes if axis in ("variant", "method")]
+        if not named:
+            return group, ""
+        return group_key(axes, named), ", ".join(
+            f"{short(axis)}={value}" for axis, value in axes.items() if axis not in named
+        )
 
     def scale(self, metric: str) -> Scale:
         """How the metric is written; means of grades from 0 to 1 are in percent, whatever their name."""

@@ -15,6 +15,7 @@ from hpd.experiments.metrics import SPREAD_NOTE, Scale, higher_is_better, label,
 from hpd.experiments.results import Results, Run
 from hpd.experiments.statistics import stability, steps_to
 from hpd.experiments.table import Table, TableCell, number
+from hpd.experiments.tuning import Choice
 
 __all__ = [
     "ablation_table",
@@ -25,7 +26,7 @@ __all__ = [
     "result_table",
     "run_table",
     "stability_table",
-    "tuning_table",
+    "tuning_tables",
 ]
 
 
@@ -97,15 +98,23 @@ def _mean_cell(values: Sequence[float], scale: Scale, best: bool) -> TableCell:
     return TableCell(scale.value(spread.mean), spread.mean, tone, scale.about(spread), bounds)
 
 
-def tuning_table(results: Results) -> Table | None:
-    """Values that were tried for each method, the one that was taken, and how much the choice matters."""
-    if not results.choices:
-        return None
-    first = results.choices[0]
+def tuning_tables(results: Results) -> list[Table]:
+    """Per tuned setting: the values that were tried for each method, the one that was taken, and how much the
+    choice matters."""
+    paths = dict.fromkeys(choice.path for choice in results.choices)
+    return [
+        _tuning_table(results, f"tuning-{short(path)}" if i else "tuning", found)
+        for i, path in enumerate(paths)
+        for found in [[choice for choice in results.choices if choice.path == path]]
+    ]
+
+
+def _tuning_table(results: Results, key: str, choices: Sequence[Choice]) -> Table:
+    first = choices[0]
     scale = results.scale(first.metric)
-    values = sorted({float(value) for choice in results.choices for value in choice.tried})
+    values = sorted({float(value) for choice in choices for value in choice.tried})
     rows = []
-    for choice in results.choices:
+    for choice in choices:
         means = choice.means
         tried = [
             TableCell(scale.value(mean), mean, "best" if value == choice.chosen else "")
@@ -132,7 +141,7 @@ def tuning_table(results: Results) -> Table | None:
         "value is the smallest or largest tried, so a better one may lie beyond."
     )
     columns = ("method", "taken", *(f"{value:g}" for value in values), "spread", "at edge")
-    return Table("tuning", f"Robustness to {words(short(first.path))}", note, columns, rows)
+    return Table(key, f"Robustness to {words(short(first.path))}", note, columns, rows)
 
 
 def stability_table(results: Results) -> Table:

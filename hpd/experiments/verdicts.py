@@ -31,9 +31,13 @@ def summarize(comparisons: Sequence[VariantComparison]) -> str:
     counts = Counter(c.verdict for c in comparisons)
     found = ", ".join(f"{name}: {counts[name]}" for name in get_args(Verdict) if counts[name])
     tests = f"{len(comparisons)} test{'s' * (len(comparisons) != 1)}"
-    return (
-        f"Against {comparisons[0].baseline}, {tests} with Holm's correction. {found[0].upper()}{found[1:]}."
-    )
+    return f"Against {_baseline(comparisons)}, {tests}, Holm's correction: {found}."
+
+
+def _baseline(comparisons: Sequence[VariantComparison]) -> str:
+    """The one baseline, or words for the one that each method has."""
+    names = {c.baseline for c in comparisons}
+    return next(iter(names)) if len(names) == 1 else "its baseline"
 
 
 def verdict_table(comparisons: Sequence[VariantComparison], scales: Mapping[str, Scale]) -> Table | None:
@@ -47,11 +51,11 @@ def verdict_table(comparisons: Sequence[VariantComparison], scales: Mapping[str,
         for method in dict.fromkeys(c.variant for c in comparisons)
     ]
     note = (
-        f"Difference to {comparisons[0].baseline} with its 95 % interval, and p after Holm's correction for "
+        f"Difference to {_baseline(comparisons)} with its 95 % interval, and p after Holm's correction for "
         f"all {len(comparisons)} tests. The interval is that of one test, so it can leave 0 out where no "
         "difference was found."
     )
-    columns = (f"against {comparisons[0].baseline}", *map(words, metrics))
+    columns = (f"against {_baseline(comparisons)}", *map(words, metrics))
     return Table("verdicts", "Verdicts", note, columns, rows)
 
 
@@ -108,7 +112,7 @@ def comparison_table(comparisons: Sequence[VariantComparison], scales: Mapping[s
         )
         for c in comparisons
     ]
-    baseline = comparisons[0].baseline if comparisons else ""
+    baseline = _baseline(comparisons)
     seeds = max((c.num_seeds for c in comparisons), default=0)
     floor = f" With {seeds} seeds it cannot go below {2.0 ** (1 - seeds):.2g}." if seeds > 1 else ""
     note = (
