@@ -10,7 +10,7 @@ import numpy as np
 
 from hpd.experiments.figures import Look, Panel
 from hpd.experiments.lines import Level, Line, line_panel, multiples_panel
-from hpd.experiments.metrics import label
+from hpd.experiments.metrics import over
 from hpd.experiments.plots import compared_panel, level_of
 from hpd.experiments.results import Results, Run
 
@@ -46,14 +46,14 @@ def curve_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
         if not lines and metric == "student_entropy":
             lines, where = _lines(logs, _on_batches(metric)), "training batches"
         level = _teacher_entropy(results, where) if metric == "student_entropy" else None
-        title = f"{label(metric)}, over training ({where})"
+        title = over(metric, f"training ({where})")
         panels += _panel(results, metric, title, lines, looks, logs, level)
     norms = _lines(logs, _on_batches("grad_norm"))
     panels += _panel(results, "grad_norm", "gradient norm over training", norms, looks, logs)
     for metric in OWN_METRICS:
         level = _teacher_entropy(results, "validation rows") if metric == "own_entropy" else None
         lines = _lines(logs, lambda log, name=metric: log.get(name))
-        panels += _panel(results, metric, f"{label(metric)}, over training", lines, looks, logs, level)
+        panels += _panel(results, metric, over(metric, "training"), lines, looks, logs, level)
     return panels + _branches(logs)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpd.experiments.figures import INK, Panel, new_axes, slug
 from hpd.experiments.grid import short
-from hpd.experiments.metrics import SPREAD_NOTE, Scale, Spread, higher_is_better, label, words
+from hpd.experiments.metrics import SPREAD_NOTE, Scale, Spread, higher_is_better, over, words
 from hpd.experiments.plots import level_of, numeric_axis
 from hpd.experiments.results import Results
 from hpd.experiments.table import TableCell
@@ -115,7 +115,7 @@ def _panel(metric: str, found: _Map, limits: tuple[float, float], scale: Scale, 
         bar.set_label(f"{words(metric)}{', %' if scale.percent else ''}", fontsize=8, color=INK)
 
     key = "-".join(filter(None, ("heat", slug(metric), slug(y_name), slug(x_name), slug(found.rest))))
-    title = f"{label(metric)} over {y_name} and {x_name}" + (f" ({found.rest})" if found.rest else "")
+    title = over(metric, f"{y_name} and {x_name}") + (f" ({found.rest})" if found.rest else "")
     note = (
         f"Mean over seeds, and below it: {SPREAD_NOTE}. All maps of this metric have one range of colors."
         f"{teacher}"

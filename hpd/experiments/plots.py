@@ -11,7 +11,16 @@ import numpy as np
 from hpd.experiments.figures import COLORS, INK, OTHERS, Look, Panel, looks_of, slug
 from hpd.experiments.grid import short
 from hpd.experiments.lines import SPLIT_NOTE, Level, Line, line_panel, multiples_panel, split, split_axes
-from hpd.experiments.metrics import SPREAD_NOTE, Scale, higher_is_better, is_entropy, label, scale_of, words
+from hpd.experiments.metrics import (
+    SPREAD_NOTE,
+    Scale,
+    higher_is_better,
+    is_entropy,
+    label,
+    over,
+    scale_of,
+    words,
+)
 from hpd.experiments.results import Results
 from hpd.experiments.statistics import VariantComparison
 from hpd.experiments.table import TableCell
@@ -207,7 +216,7 @@ def scaling_panels(
                 panels.append(
                     line_panel(
                         f"scaling-{slug(metric)}-{slug(short(axis))}",
-                        f"{label(metric)} over {words(short(axis))}",
+                        over(metric, words(short(axis))),
                         lines,
                         looks=looks if looks and set(lines) <= set(looks) else None,
                         scale=scale,
