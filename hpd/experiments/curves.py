@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpd.experiments.figures import Look, Panel
+from hpd.experiments.figures import Look, Panel, looks_of
 from hpd.experiments.lines import Level, Line, line_panel, multiples_panel
 from hpd.experiments.metrics import over
 from hpd.experiments.plots import compared_panel, level_of
@@ -133,8 +133,12 @@ def _losses(results: Results, logs: Mapping[str, Logs], looks: Mapping[str, Look
         objectives.setdefault(_objective(first[group]), []).append(group)
     plots: dict[str, dict[str, Line]] = {}
     for groups in objectives.values():
-        name = groups[0] if len(groups) == 1 else str(first[groups[0]].recipe.get("method") or groups[0])
-        plots[name if name not in plots else groups[0]] = {group: lines[group] for group in groups}
+        name = results.method_and_setting(groups[0])[0]
+        parts = {group: results.method_and_setting(group) for group in groups}
+        same = len({method for method, setting in parts.values() if setting}) == 1
+        names = {group: setting if same else group for group, (_, setting) in parts.items()}
+        looks = {**looks_of(list(names.values())), **looks}
+        plots[name if name not in plots else groups[0]] = {names[group]: lines[group] for group in groups}
     if not plots:
         return []
     if len(plots) == 1:

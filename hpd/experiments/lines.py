@@ -170,8 +170,6 @@ def line_panel(
                 _draw_level(axis, level, scale.factor)
             if is_log:
                 _set_log(axis)
-            else:
-                axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
         axes[0].set_xlabel(x_label, fontsize=10)
         axes[-1].set_ylabel("%" if scale.percent else "", fontsize=10)

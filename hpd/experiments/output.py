@@ -111,9 +111,9 @@ def _bold(cell: TableCell) -> str:
         text = f"**{text}**"
     if not cell.detail:
         return text
-    # A chip is followed by what it says, a number by its interval.
+    # A verdict is followed by what it rests on, a number by its interval.
     return (
-        f"{text} {_inline(cell.detail)}"
+        f"{text}: {_inline(cell.detail)}"
         if cell.tone in TONES.values()
         else f"{text} ({_inline(cell.detail)})"
     )

@@ -201,33 +201,40 @@ def scaling_panels(
         values = numeric_axis(results, axis)
         if values is None or len(values) < 2 or min(values.values()) <= 0:
             continue
-        others = [other for other in results.axes if other != axis]
-        entropies = [m for m in ("student_entropy",) if m not in metrics]
-        for metric in (*metrics, *entropies):
-            found: dict[str, dict[float, list[float]]] = {}
-            for run in results.runs:
-                if metric in run.figures:
-                    name = ", ".join(run.axes[other] for other in others) or words(metric)
-                    points = found.setdefault(name, {}).setdefault(values[run.axes[axis]], [])
-                    points.append(run.figures[metric])
-            scale = results.scale(metric)
-            lines = {name: _spread_line(points, scale) for name, points in found.items() if len(points) > 1}
-            if lines:
-                panels.append(
-                    line_panel(
-                        f"scaling-{slug(metric)}-{slug(short(axis))}",
-                        over(metric, words(short(axis))),
-                        lines,
-                        looks=looks if looks and set(lines) <= set(looks) else None,
-                        scale=scale,
-                        log=metric.endswith("kl"),
-                        x_label=words(short(axis)),
-                        log_x=True,
-                        level=level_of(results, metric),
-                        note=f"Mean over seeds; band: {SPREAD_NOTE}.",
-                    )
-                )
+        for metric in dict.fromkeys((*metrics, "student_entropy")):
+            if lines := _scaling_lines(results, axis, metric, values):
+                panels.append(_scaling_panel(results, axis, metric, lines, looks))
     return panels
+
+
+def _scaling_lines(results: Results, axis: str, metric: str, values: Mapping[str, float]) -> dict[str, Line]:
+    others = [other for other in results.axes if other != axis]
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in results.runs:
+        if metric in run.figures:
+            name = ", ".join(run.axes[other] for other in others) or words(metric)
+            points = found.setdefault(name, {}).setdefault(values[run.axes[axis]], [])
+            points.append(run.figures[metric])
+    scale = results.scale(metric)
+    return {name: _spread_line(points, scale) for name, points in found.items() if len(points) > 1}
+
+
+def _scaling_panel(
+    results: Results, axis: str, metric: str, lines: dict[str, Line], looks: Mapping[str, Look] | None
+) -> Panel:
+    options: dict[str, Any] = {
+        "looks": looks if looks and set(lines) <= set(looks) else None,
+        "scale": results.scale(metric),
+        "log": metric.endswith("kl"),
+        "x_label": words(short(axis)),
+        "log_x": True,
+        "level": level_of(results, metric),
+        "note": f"Mean over seeds; band: {SPREAD_NOTE}.",
+    }
+    key, title = f"scaling-{slug(metric)}-{slug(short(axis))}", over(metric, words(short(axis)))
+    if metric == "loss":  # losses of different methods have no common scale
+        return multiples_panel(key, title, {name: {name: line} for name, line in lines.items()}, **options)
+    return line_panel(key, title, lines, **options)
 
 
 def _spread_line(points: Mapping[float, Sequence[float]], scale: Scale) -> Line:

@@ -29,6 +29,9 @@ __all__ = [
     "tuning_tables",
 ]
 
+CLIPPED = "clipped_share"
+"""The share of steps whose gradient was clipped: it differs between methods at equal settings."""
+
 
 def compared_metrics(results: Results) -> list[str]:
     """Metrics in the order of the tables: the experiment's, then all others that the runs measured."""
@@ -147,10 +150,15 @@ def _tuning_table(results: Results, key: str, choices: Sequence[Choice]) -> Tabl
 def stability_table(results: Results) -> Table:
     """The smoothness of the methods' training, as means over their seeds."""
     reach = dict(results.experiment.reach) if results.experiment else {}
+    clipped = [CLIPPED] if any(CLIPPED in run.figures for run in results.runs) else []
     rows = []
     for group, runs in results.groups.items():
         found = np.array([stability(run.logs) for run in runs], dtype=float)
         means = [number(float(column.mean())) for column in found.T]
+        for metric in clipped:
+            means.append(
+                _mean_cell(list(results.values(group, metric).values()), results.scale(metric), False)
+            )
         reached = []
         for metric, level in reach.items():
             mode = "max" if higher_is_better(metric) else "min"
@@ -179,6 +187,7 @@ def stability_table(results: Results) -> Table:
         "entropy first",
         "entropy lowest",
         "entropy last",
+        *("clipped steps" for _ in clipped),
         *(f"steps to {words(metric)} {level:g}" for metric, level in reach.items()),
     )
     return Table("stability", "Stability of training", note, columns, rows)

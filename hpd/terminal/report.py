@@ -48,7 +48,8 @@ def show_verdicts(report: Report) -> None:
     """The verdicts of all tests in one table, and what the seeds cannot decide."""
     if report.verdicts is None:
         return
-    table = Table(title=escape(report.summary), title_justify="left", title_style="")
+    title = f"{report.summary}\nIn the cells: difference (95 % interval), p after correction."
+    table = Table(title=escape(title), title_justify="left", title_style="")
     for i, column in enumerate(report.verdicts.columns):
         table.add_column(escape(column), overflow="fold", no_wrap=False, min_width=12 if i else 8)
     for row in report.verdicts.rows:

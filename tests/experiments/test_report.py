@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.forked import hpd
-from helpers.grid_results import comparison, make_results
+from helpers.grid_results import comparison
 from helpers.tiny_grid import SCRIPT, command, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
@@ -25,7 +25,6 @@ from hpd.experiments.pages import render_page
 from hpd.experiments.report import Section, build_report
 from hpd.experiments.results import read_results
 from hpd.experiments.statistics import correct
-from hpd.experiments.tables import ablation_table
 from hpd.experiments.verdicts import comparison_table, verdict_table
 
 CHROMIUM = next(
@@ -177,19 +176,6 @@ def test_an_unfinished_run_is_counted_and_its_curve_is_drawn(grid, tmp_path):
     assert empty.status.startswith("0 of 4 runs finished")
     assert empty.verdicts is None
     assert "<html" in render_page(empty)
-
-
-def test_ablation_is_the_paired_effect_of_each_switch():
-    axes = [{"k.mask": m, "k.reinforce": r} for m in ("off", "on") for r in ("off", "on")]
-    results = make_results(
-        axes, lambda a, seed: 0.5 + 0.1 * (a["k.mask"] == "on") - 0.2 * (a["k.reinforce"] == "on") + seed
-    )
-    table = ablation_table(results, ["accuracy"])
-    assert table is not None
-    assert [(row[0], row[1], round(row[3].sort, 6), row[4]) for row in table.rows] == [
-        ("mask", "off → on", 0.1, 4),
-        ("reinforce", "off → on", -0.2, 4),
-    ]
 
 
 def test_figures_follow_the_colours_of_the_page():
@@ -403,7 +389,7 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
         assert text.count("<!-- table grid") == text.count("<!-- end -->") == len(blocks)
     assert "| against forward_kl | accuracy | forward kl |" in text
     assert "| against hpd | accuracy | forward kl |" in text
-    assert text.count("| too few seeds 2 seeds") == 4  # two seeds bear no finding
+    assert text.count("| too few seeds: 2 seeds") == 4  # two seeds bear no finding
     assert (tmp_path / "results" / "grid" / "report.md").is_file()
     assert not (tmp_path / "results" / "grid" / "index.html").exists()
 
