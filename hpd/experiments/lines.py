@@ -146,7 +146,7 @@ def line_panel(
         note: the caption; what is drawn beside lines and bands is added.
     """
     chosen = looks or looks_of(list(lines))
-    num_points = sum(map(len, lines.values()))
+    has_markers = bool(log_x or ticks) or sum(map(len, lines.values())) < 8 * len(lines)
     is_log = log and _spans(lines.values())
     ranges = [_range(points, scale.factor) for points in lines.values()]
     if level is not None:
@@ -158,14 +158,7 @@ def line_panel(
     def draw(figure: Figure) -> None:
         axes = split_axes(figure, found, vertical=True)
         for axis in axes:
-            _draw_lines(
-                axis,
-                lines,
-                chosen,
-                scale.factor,
-                marks or {},
-                bool(log_x or ticks) or num_points < 8 * len(lines),
-            )
+            _draw_lines(axis, lines, chosen, scale.factor, marks or {}, has_markers)
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
@@ -179,8 +172,7 @@ def line_panel(
     notes = [note, SPLIT_NOTE if len(found.parts) > 1 else "", _level_note(level, scale)]
     height = 3.1 + (0.2 * math.ceil(entries / 2) if entries >= _OUTSIDE else 0.0)
     columns = ("method", x_label, "mean", "low", "high")
-    rows = _rows(lines, scale)
-    return Panel(key, title, columns, rows, draw, height, " ".join(filter(None, notes)))
+    return Panel(key, title, columns, _rows(lines, scale), draw, height, " ".join(filter(None, notes)))
 
 
 def multiples_panel(
