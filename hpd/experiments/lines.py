@@ -23,6 +23,7 @@ Level: TypeAlias = tuple[float, float, float]
 SPLIT_NOTE = "The axis is split and each part has its own scale."
 _STRETCH = 4.0
 """An axis is split where all that is drawn takes this many times the room of the larger half."""
+_SMALLEST_CORE = 3
 _CORE_SHARE = 0.68
 """Of a split axis, for the part that holds most series."""
 _OUTSIDE = 4
@@ -44,8 +45,8 @@ class Split(NamedTuple):
 def split(ranges: Sequence[tuple[float, float]]) -> Split:
     """The range of an axis, or two of them where a few items stretch it.
 
-    Items at one end are cut off if at least half of all remain and these need no more than a quarter of the
-    room; as many as can remain do.
+    Items at one end are cut off if at least half of all, and three, remain and these need no more than a
+    quarter of the room; as many as can remain do.
 
     >>> split([(0, 1), (0, 2), (1, 2), (40, 50)])
     Split(parts=[(0, 2), (40, 50)], core=0)
@@ -56,7 +57,7 @@ def split(ranges: Sequence[tuple[float, float]]) -> Split:
         # Mirrored, the items at the lower end are those at the upper one.
         items = sorted(((a, b) if sign > 0 else (-b, -a) for a, b in ranges), key=lambda item: item[1])
         start = min(a for a, _ in items)
-        for count in range(len(items) - 1, (len(items) - 1) // 2, -1):
+        for count in range(len(items) - 1, max(_SMALLEST_CORE, (len(items) + 1) // 2) - 1, -1):
             core, rest = items[:count], items[count:]
             end = core[-1][1]
             if 0 < _STRETCH * (end - start) <= high - low:

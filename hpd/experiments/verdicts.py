@@ -9,7 +9,7 @@ from statistics import median
 from typing import get_args
 
 from hpd.experiments.metrics import Scale, words
-from hpd.experiments.power import MAX_EFFECT, MIN_SEEDS
+from hpd.experiments.power import MAX_EFFECT
 from hpd.experiments.statistics import VariantComparison, Verdict
 from hpd.experiments.table import Table, TableCell, number
 
@@ -78,9 +78,9 @@ def warnings_about(comparisons: Sequence[VariantComparison]) -> list[str]:
         counts = sorted({c.num_seeds for c in few})
         warnings.append(
             f"{len(few)} of {len(comparisons)} comparisons have {' or '.join(map(str, counts))} "
-            f"seed{'s' * (counts != [1])} and no verdict: so few can find no effect below {MAX_EFFECT:g} "
-            f"standard deviations over seeds, and below {MIN_SEEDS} no p under 0.05 can be trusted. That no "
-            "difference shows there means nothing; run at least 4 seeds, better 8."
+            f"seed{'s' * (counts != [1])} and no verdict: tests of so few seeds miss most effects smaller "
+            f"than {MAX_EFFECT:g} standard deviations over seeds, so that no difference shows there means "
+            "nothing. Run at least 4 seeds, better 8."
         )
     effects = [c.detectable / c.deviation for c in unfound if c.deviation > 0]
     if effects and median(effects) > MAX_EFFECT:

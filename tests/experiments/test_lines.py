@@ -28,6 +28,7 @@ def flat(value):
         ([(-90, -80), (-3, 0), (-2, 1), (0, 0)], [(-90, -80), (-3, 1)]),
         # One that reaches over both parts does not keep the axis from being split.
         ([(0, 0), (-3, 1), (-2, 0), (-60, 1)], [(-60, -3), (-3, 1)]),
+        ([(0, 0), (-0.03, 0.28)], [(-0.03, 0.28)]),  # two items are no majority
         ([(0, 0), (0, 0), (5, 5)], [(0, 5)]),  # no room to compare with
         ([(0, 1), (10, 11), (20, 21), (30, 31)], [(0, 31)]),  # spread, not stretched
         ([(2, 2)], [(2, 2)]),
