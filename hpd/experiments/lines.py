@@ -204,7 +204,7 @@ def multiples_panel(
     columns = min(_MULTIPLE_COLUMNS, len(plots))
     num_rows = math.ceil(len(plots) / columns)
     # Plots of the same lines share a legend; else a plot of several has its own.
-    shared = next(iter(names)) if len(names) == 1 and len(plots) > 1 else ()
+    shared = next(iter(names)) if len(names) == 1 else ()
     has_legend = len(shared) > 1
     is_log = log and _spans(line for lines in plots.values() for line in lines.values())
 
@@ -226,7 +226,7 @@ def multiples_panel(
             axis.tick_params(labelsize=8, labelbottom=is_last)
             axis.set_xlabel(x_label if is_last else "", fontsize=8)
             if len(lines) > 1 and not has_legend:
-                axis.legend(*_entries(axis), frameon=False, fontsize=6, labelcolor=INK)
+                axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
         if has_legend:
             _legend(axes[0], _OUTSIDE)
 

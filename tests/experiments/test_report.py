@@ -387,7 +387,7 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
         script.main()
         text = page.read_text()
         assert text.count("<!-- table grid") == text.count("<!-- end -->") == len(blocks)
-    assert "| against forward_kl | accuracy | forward kl |" in text
+    assert "| against forward\\_kl | accuracy | forward kl |" in text
     assert "| against hpd | accuracy | forward kl |" in text
     assert text.count("| too few seeds: 2 seeds") == 4  # two seeds bear no finding
     assert (tmp_path / "results" / "grid" / "report.md").is_file()
