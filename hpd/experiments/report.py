@@ -157,8 +157,12 @@ def _status(results: Results) -> str:
     total = len(results.manifest.get("cells", results.runs))
     seeds = sorted({run.seed for run in results.runs if run.finished})
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    found = f"{len(results.groups)} methods, {len(seeds)} seeds"
+    found = f"{_count(len(results.groups), 'method')}, {_count(len(seeds), 'seed')}"
     return f"{finished} of {total} runs finished, {found}; written {now}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _sections(
