@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hpd.experiments.experiment import SEED_PATH, Experiment, axis_values, read_experiment
-from hpd.experiments.grid import group_key
+from hpd.experiments.grid import group_key, short
 from hpd.experiments.manifest import (
     EXPERIMENT,
     MANIFEST,
@@ -23,14 +24,14 @@ from hpd.experiments.manifest import (
     flatten,
     require_equal_environments,
 )
+from hpd.experiments.metrics import Scale, scale_of
 from hpd.experiments.tuning import Choice, read_choices
 from hpd.files import JsonLines
 
-__all__ = ["Results", "Run", "higher_is_better", "read_results"]
+__all__ = ["Results", "Run", "read_results"]
 
 _AFTER = " after"
 _TEACHER_NAMES = ("teacher",)
-_LOWER = ("loss", "kl", "perplexity", "tokens", "seconds", "flops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +93,29 @@ class Results:
         """Seed -> example -> grade."""
         return {run.seed: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
 
+    def method_and_setting(self, group: str) -> tuple[str, str]:
+        """A group's method, and its labels on all other axes; without a method axis the group is both in
+        one."""
+        axes = next((run.axes for run in self.runs if run.group == group), {})
+        named = [axis for axis in axes if axis in ("variant", "method")]
+        if not named:
+            return group, ""
+        return group_key(axes, named), ", ".join(
+            f"{short(axis)}={value}" for axis, value in axes.items() if axis not in named
+        )
 
-def higher_is_better(metric: str) -> bool | None:
-    """True or False; None for a metric that is neither better high nor low (entropies)."""
-    if "entropy" in metric:
-        return None
-    return not any(metric == part or metric.endswith(f"_{part}") for part in _LOWER)
+    def scale(self, metric: str) -> Scale:
+        """How the metric is written; means of grades from 0 to 1 are in percent, whatever their name."""
+        return scale_of(metric, metric in self._graded)
+
+    @cached_property
+    def _graded(self) -> set[str]:
+        inside: dict[str, bool] = {}
+        for run in self.runs:
+            for metric, grades in run.records.items():
+                fits = all(0 <= value <= 1 for value in (*grades.values(), run.figures[metric]))
+                inside[metric] = inside.get(metric, True) and fits
+        return {metric for metric, fits in inside.items() if fits}
 
 
 def read_results(paths: Sequence[Path], allow: Sequence[str] = ()) -> Results:
