@@ -1,6 +1,6 @@
 """Whether two answers are the same mathematics: math-verify, behind checks of what it is known to get wrong.
 
-Imported by the worker only: sympy may take hours, or all memory, over what a model writes.
+Imported by the worker only, which limits it: sympy may take hours, or all memory, over what a model writes.
 """
 
 import re
@@ -14,8 +14,6 @@ from hpd.evaluate.benchmarks.answers import is_balanced, split_answers
 from hpd.evaluate.benchmarks.quantities import decide, normalise, quantity, rounds_to
 
 __all__ = ["number", "same_mathematics"]
-
-_SECONDS = 5  # math-verify's own limit of each comparison, which leaves the process alive
 
 _DIGITS = 60  # of numbers that are no rationals
 _SAME_DIGITS = 40
@@ -102,7 +100,7 @@ def _compare(gold: str, answer: str, depth: int) -> tuple[bool, str]:
     if numbers is not None:
         return numbers, "numbers"
     left, right = ([_done(found) for found in _parsed(side)] for side in (gold, answer))
-    same = verify(left, right, timeout_seconds=_SECONDS, allow_set_relation_comp=True)
+    same = verify(left, right, timeout_seconds=None, allow_set_relation_comp=True)
     return bool(same), "math-verify"
 
 
@@ -132,7 +130,7 @@ def _latex(text: str) -> str:
     text = text.replace(r"\$", "").replace("$", "").strip()
     if re.search(r"\\\\[A-Za-z]", text) and all(len(run) % 2 == 0 for run in re.findall(r"\\+", text)):
         text = text.replace("\\\\", "\\")  # escaped twice
-    text = re.sub(r",\s*\\!\s*", ",", text)
+    text = re.sub(r",\s*\\!\s*", ",", text).replace("{-}", "-")
     for sign, command in _SYMBOLS.items():
         text = text.replace(sign, command)
     text = text.replace("\u2212", "-").replace("\u2013", "-").replace(r"\varnothing", r"\emptyset")
@@ -199,6 +197,10 @@ def _lists(gold: str, answer: str, depth: int) -> bool | None:
         return None
     sides = _unbracketed(gold), _unbracketed(answer)
     if (sides[0].opening == "") != (sides[1].opening == ""):
+        bare, point = (gold, answer) if sides[0].opening == "" else (answer, gold)
+        written = _points(bare)
+        if written and sides[0].opening + sides[1].opening == "(":
+            return any(_compare(one, point, depth + 1)[0] for one in written)
         return None  # (1, 2) against 1, 2: math-verify knows when that is the same
     brackets = [(side.opening, side.closing) for side in sides]
     if brackets[0] != brackets[1]:
@@ -227,8 +229,8 @@ def _lists(gold: str, answer: str, depth: int) -> bool | None:
 
 
 def _groups(text: str) -> list[str]:
-    """Points in a list that is written as (5, 2), (7, 2), as 5, 2; 7, 2 or as p = 5, q = 2; p = 7, q = 2; else
-    nothing."""
+    """Points in a list that is written as (5, 2), (7, 2), as 5, 2; 7, 2 or as p = 5, q = 2; p = 7, q = 2;
+    else nothing."""
     points = split_answers(text)
     if len(points) > 1 and all(point.startswith("(") and point.endswith(")") for point in points):
         return points
@@ -239,6 +241,16 @@ def _groups(text: str) -> list[str]:
     if all({group.count("=")} == sizes for group in groups):
         return groups
     return [f"({group})" for group in groups] if len(text.split(";")) == len(groups) else []
+
+
+def _points(text: str) -> list[str]:
+    """x = 3, y = -2 as the point that it states: in the order of the names, and as written; else nothing."""
+    parts = [re.fullmatch(r"([A-Za-z])\s*=\s*([^=]+)", part) for part in split_answers(text)]
+    found = [part.groups() for part in parts if part]
+    if len(found) < 2 or len(found) < len(parts) or len({name for name, _ in found}) < len(found):
+        return []
+    orders = (sorted(found), found)
+    return list(dict.fromkeys("(" + ", ".join(value for _, value in order) + ")" for order in orders))
 
 
 def _different(parts: list[str]) -> list[str]:
@@ -322,7 +334,9 @@ def number(text: str) -> Expr | None:
     expressions = [found for found in _parsed(text) if isinstance(found, Basic)]
     if not expressions or not isinstance(expressions[0], Expr):
         return None
-    expression = expressions[0].subs({symbol: I for symbol in expressions[0].free_symbols if str(symbol) == "i"})
+    expression = expressions[0].subs(
+        {symbol: I for symbol in expressions[0].free_symbols if str(symbol) == "i"}
+    )
     if expression.free_symbols:
         return None
     exact = expression.replace(lambda node: isinstance(node, Float), lambda node: Rational(str(node)))
@@ -331,4 +345,4 @@ def number(text: str) -> Expr | None:
 
 
 def _parsed(text: str) -> list[Any]:
-    return parse(r"\boxed{" + text + "}", parsing_timeout=_SECONDS)
+    return parse(r"\boxed{" + text + "}", parsing_timeout=None)

@@ -217,7 +217,9 @@ def rounds_to(written: str, value: Fraction) -> bool:
 
 def normalise(answer: str) -> str:
     """An answer without markup, LaTeX spacing and currency signs, and with one spelling of each sign."""
-    text = re.sub(r",\s*\\!\s*", ",", answer.translate(_CHARACTERS).replace("{,}", ",")).replace(r"\!", "")
+    text = re.sub(
+        r",\s*\\!\s*", ",", answer.translate(_CHARACTERS).replace("{,}", ",").replace("{-}", "-")
+    ).replace(r"\!", "")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\?[$€£¥₹]", "", text)
     text = re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " ", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|textrm|operatorname|mbox)\s*\{([^{}]*)\}", r" \1", text)
