@@ -9,7 +9,7 @@ __all__ = ["chosen_letter"]
 # Behind "a" or "A" as an article comes a word; these may follow it as a letter.
 _AFTER_LETTER = (
     r"is|was|are|because|since|as|and|or|but|with|for|from|by|given|due|not|rather|over|among|would|seems|has"
-    r"|makes|matches|fits|gives|here|looks|appears|must|only|to"
+    r"|makes|matches|fits|gives|here|looks|appears|must|only|to|it"
 )
 _LETTER = (
     r"(?:[B-D](?![A-Za-z0-9'\u2019]|\s*[=+^]\s*[0-9A-Za-z]|-[0-9A-Za-z])"
@@ -46,7 +46,8 @@ _ALONE = re.compile(rf"(?<![A-Za-z0-9'\u2019_\\^+=])\(?({_LETTER})\)?(?![A-Za-z0
 _REFUSED_BEFORE = re.compile(
     r"(?:\bnot|\bnon|n't|n\u2019t|\bneither|\bnor|\bthan|\bover|\binstead of|\bexclude[sd]?|\beliminate[sd]?"
     r"|\breject(?:s|ed)?|\brule[sd]? out|\bunlike)\s*(?:be\s+|is\s+)?(?:option\s+|choice\s+)?"
-    r"(?:\(?[A-D]\)?\s*(?:,|\bor\b|\band\b|\bnor\b)\s*)*\(?$",
+    r"(?:(?:\(?[A-D]\)?\s*,\s*)*\(?[A-D]\)?,?\s*(?:\bor\b|\band\b|\bnor\b)\s*)?\(?$"
+    r"|\bbetween\s+(?:\(?[A-D]\)?\s+and\s+)?\(?$",
     re.IGNORECASE,
 )
 _REFUSED_BEHIND = re.compile(
