@@ -295,7 +295,10 @@ LONG = {
 LONG_ANSWERS = {
     "the same": ("return list(range(start, start + n))", True),
     "equal numbers of another type": ("return [float(i) for i in range(start, start + n)]", True),
-    "the last one wrong": ("return list(range(start, start + n - 1)) + [0]", False),
+    "one wrong": (
+        "found = list(range(start, start + n)); found[99:100] = [0] * (n > 99); return found",
+        False,
+    ),
     "too short": ("return list(range(start, start + n - 1))", False),
     "another type": ("return tuple(range(start, start + n))", False),
     "text of the right list": ("return str(list(range(start, start + n)))", False),
@@ -319,7 +322,7 @@ def test_long_outputs_are_compared_without_leaving_the_sandboxes(tmp_path: Path)
 def test_an_output_beyond_the_longest_message(tmp_path: Path) -> None:
     """As HumanEval/130 and Mbpp/255 have them: 90 MB as JSON."""
     task = made_up(tmp_path, "humaneval+", LONG | {"base_input": [[3, 1]], "plus_input": [[10**7, 10**6]]})
-    bodies = [LONG_ANSWERS[name][0] for name in ("the same", "the last one wrong")]
+    bodies = [LONG_ANSWERS[name][0] for name in ("the same", "one wrong")]
     verdicts = grade(task, *(f"```python\ndef count(n, start):\n    {body}\n```" for body in bodies))
     assert [verdict.correct for verdict in verdicts] == [True, False]
     (reference,) = task._references.values()
