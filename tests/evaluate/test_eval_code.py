@@ -302,6 +302,11 @@ LONG_ANSWERS = {
     "too short": ("return list(range(start, start + n - 1))", False),
     "another type": ("return tuple(range(start, start + n))", False),
     "text of the right list": ("return str(list(range(start, start + n)))", False),
+    "digests patched": (
+        "import sys; sys.modules['wire'].digest = lambda value: 'x'; "
+        "return [0] * n if n > 99 else list(range(start, start + n))",
+        False,
+    ),
     "nothing": ("return None", False),
 }
 

@@ -50,7 +50,8 @@ _BARE_BOX = re.compile(r"\\boxed\s+([^\s$\\{}]+)")
 _FENCES = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?")
 
 _CONNECTOR = re.compile(
-    r"(?:\s[a-z]{2,12}(?=\sand\b))?[\s$,;.]*(?:\\[)\]][\s,;]*)?(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
+    r"(?:\s[a-z]{2,12}(?=\sand\b))?[\s$,;.]*(?:\\[)\]][\s,;]*)?"
+    r"(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
     r"(?:\\[(\[])?\s*(?:\\quad\s*)?(?:[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*)?"
 )
 
