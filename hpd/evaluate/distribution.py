@@ -6,6 +6,7 @@ In formulas p is the teacher, q the student; nats, means over label tokens. Axes
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.data.lengths import tokenise
+from hpd.evaluate.benchmarks.answers import drop_thinking
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
@@ -183,9 +185,12 @@ class _Reader:
         labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
         ends = end_token_ids(self.student, self.tokenizer) if by_student else None
         figures = _likelihood_figures(sums, metrics, with_bins=not by_student)
-        figures |= _text_figures(labels, metrics, ends)
-        distinct = _distinct(labels) if "repetition" in metrics else {}
-        return figures, {"tokens": int(sums.tokens.sum()), **lost, **distinct}
+        answers = [_answer_tokens(self.tokenizer, row) for row in labels]
+        figures |= _text_figures(labels, answers, metrics, ends)
+        distinct = _distinct(answers) if "repetition" in metrics else {}
+        thinking = sum(len(answer) < len(row) for answer, row in zip(answers, labels, strict=True))
+        thoughts = {"rows_with_thinking": thinking} if thinking else {}
+        return figures, {"tokens": int(sums.tokens.sum()), **lost, **distinct, **thoughts}
 
 
 def _report(
@@ -349,18 +354,32 @@ def _calibration_error(bins: Floats) -> Figure:
     return error
 
 
+def _answer_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """The tokens of a text behind its thoughts; none where these never end."""
+    text = tokenizer.decode(tokens)
+    answer = drop_thinking(text)
+    if answer == text:
+        return tokens
+    # The fewer tokens are left, the shorter their text; a token that holds both counts as thought.
+    start = bisect_left(range(len(tokens) + 1), True, key=lambda i: len(tokenizer.decode(tokens[i:])) <= len(answer))
+    return tokens[start:]
+
+
 def _text_figures(
-    labels: Sequence[list[int]], metrics: Sequence[str], ends: Sequence[int] | None
+    labels: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    metrics: Sequence[str],
+    ends: Sequence[int] | None,
 ) -> dict[str, Figure]:
-    """Means over rows, every row with the same weight."""
+    """Means over rows, every row with the same weight; thoughts are no part of an answer."""
     values: dict[str, list[float]] = {}
     if "length" in metrics:
-        values["tokens_per_text"] = [float(len(row)) for row in labels]
+        values["tokens_per_text"] = [float(len(row)) for row in answers]
         if ends is not None:
             values["cut_off"] = [float(row[-1] not in ends) for row in labels]
     if "repetition" in metrics:
-        values |= {f"repeated_{n}grams": [repeated_ngrams(row, n) for row in labels] for n in (1, 2, 3, 4)}
-        loops = [longest_loop(row) for row in labels]
+        values |= {f"repeated_{n}grams": [repeated_ngrams(row, n) for row in answers] for n in (1, 2, 3, 4)}
+        loops = [longest_loop(row) for row in answers]
         values["longest_loop_tokens"] = [float(loop) for loop in loops]
         values["looping"] = [float(loop > 0) for loop in loops]
     return {name: ratio(np.array(column)) for name, column in values.items()}

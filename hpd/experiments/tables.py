@@ -115,7 +115,7 @@ def comparison_table(comparisons: Sequence[VariantComparison]) -> Table:
     floor = f" With {seeds} seeds it cannot go below {2.0 ** (1 - seeds):.2g}." if seeds > 1 else ""
     note = (
         f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below "
-        f"0.05 after Holm's correction for all {len(comparisons)} tests and a 95 % paired bootstrap interval "
+        f"0.05 after Holm's correction for all {len(comparisons)} tests and a 95 % paired interval "
         "(over seeds and, where answers are graded, problems) without 0; all else is no consistent win. "
         f"Permutation: signs of the seeds' differences flipped.{floor} Problems: the same over test "
         "problems, which speaks of these trained models only. d_z: mean difference in its own standard "

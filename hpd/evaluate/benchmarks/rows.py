@@ -59,10 +59,14 @@ def read_rows(data: Data) -> list[Row]:
         )
     try:
         content = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
-        rows = _READERS[suffix[0]](content)
+        rows = [_whole_characters(row) for row in _READERS[suffix[0]](content)]
+    except RecursionError:
+        raise ValueError(
+            f"{path} has a row that is nested too deeply to be read; every row must be an object of texts, "
+            "numbers and short lists: correct or remove it."
+        ) from None
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise ValueError(f"{path} is not a readable {suffix[0]} file: {error}") from error
-    rows = [_whole_characters(row) for row in rows]
     if not rows:
         raise ValueError(f"{path} has no rows; give a file with at least one question and its answer.")
     return rows
