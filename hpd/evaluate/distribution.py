@@ -27,7 +27,7 @@ from hpd.evaluate.token_statistics import (
     repeated_ngrams,
     sum_rows,
 )
-from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids
+from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids, turns_for_template
 from hpd.generation.settings import GenerationSettings
 from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
@@ -259,6 +259,7 @@ def _dataset_tokens(
         if settings.chat_template != "never" and tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             turns = [{"role": "system", "content": system}, *turns] if system else turns
+            turns = turns_for_template(tokenizer, turns)
             row = {"prompt": turns, "completion": [{"role": "assistant", "content": completion}]}
         else:
             row = {"prompt": f"{system}\n\n{prompt}" if system else prompt, "completion": completion}

@@ -55,6 +55,8 @@ class Report(NamedTuple):
     comparisons: list[VariantComparison]
     sections: list[Section]
     samples: list[Sample]
+    damages: tuple[str, ...] = ()
+    """Parts of files that could not be read, a sentence each."""
 
 
 def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequence[str] = ()) -> Report:
@@ -89,6 +91,7 @@ def report_on(results: Results, baseline: str | None = None) -> Report:
         comparisons=comparisons,
         sections=_sections(results, comparisons, metrics),
         samples=_samples(results),
+        damages=results.damages,
     )
 
 
@@ -146,7 +149,8 @@ def _status(results: Results) -> str:
     seeds = sorted({run.seed for run in results.runs if run.finished})
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     found = f"{len(results.groups)} variants, {len(seeds)} seeds"
-    return f"{finished} of {total} runs finished, {found}; written {now}"
+    damaged = f"; {len(results.damages)} damaged parts of files are left out" if results.damages else ""
+    return f"{finished} of {total} runs finished, {found}; written {now}{damaged}"
 
 
 def _sections(
@@ -216,7 +220,8 @@ def _samples(results: Results) -> list[Sample]:
 
 def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, list):
-        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
     return str(prompt)
 
 

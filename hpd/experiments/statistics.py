@@ -284,7 +284,7 @@ def _series(logs: Sequence[Mapping[str, Any]], name: str) -> Floats:
 
 
 def _detrended_std(x: Floats) -> float:
-    if len(x) < 3:
+    if len(x) < 3 or not np.isfinite(x).all():
         return math.nan
     t = np.arange(len(x))
     residual = x - np.polyval(np.polyfit(t, x, 1), t)

@@ -29,6 +29,8 @@ def run_report(
     check_target(target)
     report = build_report(folders, baseline, allow)
     page = write_report(report, target)
+    for line in report.damages:
+        console.print(f"damaged: {escape(line)}", highlight=False, soft_wrap=True)
     for line in report.verdicts:
         console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)
     console.print(

@@ -8,6 +8,7 @@ from typing import Any
 
 from hpd.evaluate.benchmarks.forms import (
     ANSWERS,
+    QUESTIONS,
     SOLUTIONS,
     answer_of,
     asked_turns,
@@ -20,6 +21,9 @@ from hpd.evaluate.benchmarks.quantities import same_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer, Prompt
+
+_QUESTIONS = ("prompt", *(name for name in QUESTIONS if name != "prompt"))
+
 
 class ExactMatch:
     """Questions from a file; a text is correct if its final answer is the row's.
@@ -104,7 +108,7 @@ class ExactMatch:
 
 def _question(row: Row, column: str | None) -> Prompt | None:
     if column is None:
-        return question_of(row)
+        return question_of(row, _QUESTIONS)
     value = row[column]
     return asked_turns(value) if isinstance(value, list) else str(value)
 
@@ -128,15 +132,16 @@ def _all(
     found = []
     for number, row in enumerate(rows, start=1):
         try:
-            value = read(row, column)
+            found.append(read(row, column))
         except ValueError as error:
             raise ValueError(f"{data}: row {number}: {error}.") from None
-        if value is None:
-            raise ValueError(
-                f"{data} has no {role} in row {number} that is known as one; it has {', '.join(columns)}. Name "
-                f"the right column with {role}_column, or fill or remove the row."
-            )
-        found.append(value)
+    missing = [number for number, value in enumerate(found, start=1) if value is None]
+    if missing:
+        raise ValueError(
+            f"{data}: {len(missing)} of {len(rows)} rows have no {role} in a column that is known as one (the "
+            f"first is row {missing[0]}); the columns are {', '.join(columns)}. Name the right one with "
+            f"{role}_column, or fill or remove these rows."
+        )
     return found
 
 

@@ -41,19 +41,23 @@ _ANSWER_MARK = re.compile(
     r"(?:\n\s*|(?<=[.?!])\s+)(?:#{1,4}\s*)?(?:Answer|Solution|Response|Output|A)\s*:\s*", re.IGNORECASE
 )
 
-# A solution that marks no answer and is longer than this has its answer at its end; a shorter one is it.
-_MAX_BARE_WORDS = 6
+# A solution that marks no answer has it at its end, if it is a sentence: these are its words, "7 apples" none.
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
-def question_of(row: Row) -> str | list[dict[str, str]] | None:
+def question_of(row: Row, names: Sequence[str] = QUESTIONS) -> str | list[dict[str, str]] | None:
     """The question of a row, as text or as chat turns that end with the user's; None where there is none.
 
     An instruction and its input, and SVAMP's body and question, are one text.
 
+    Args:
+        row: of a data set.
+        names: columns of questions, the preferred first.
+
     Raises:
         ValueError: a chat that is not one; the message goes on after the row's number.
     """
-    named = {name.lower(): value for name, value in row.items() if value not in (None, "", [])}
+    named = _filled(row)
     if "body" in named and "question" in named:
         body = str(named["body"]).rstrip()
         return f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {named['question']}"
@@ -61,7 +65,7 @@ def question_of(row: Row) -> str | list[dict[str, str]] | None:
         given = str(named.get("input", named.get("context", "")) or "")
         question: Any = "\n\n".join(filter(None, (str(named["instruction"]), given)))
     else:
-        question = next((named[name] for name in QUESTIONS if name in named), None)
+        question = next((named[name] for name in names if name in named), None)
     if question is None:
         chat = next((named[name] for name in _CHATS if name in named), None)
         question = chat if chat is not None else named.get("text")
@@ -74,7 +78,7 @@ def question_of(row: Row) -> str | list[dict[str, str]] | None:
 
 def answer_of(row: Row) -> tuple[Any, bool] | None:
     """The answer of a row, and whether it is a worked solution that ends with the answer; None: there is none."""
-    named = {name.lower(): value for name, value in row.items() if value not in (None, "", [])}
+    named = _filled(row)
     found = _direct(named)
     if found is not None:
         return found
@@ -86,6 +90,15 @@ def answer_of(row: Row) -> tuple[Any, bool] | None:
         if isinstance(named.get(name), str) and (answer := _parts(named[name])[1]):
             return answer, True
     return None
+
+
+def _filled(row: Row) -> dict[str, Any]:
+    """Columns that hold something, by their names in lower case."""
+    return {
+        name.lower(): value
+        for name, value in row.items()
+        if value not in (None, []) and not (isinstance(value, str) and not value.strip())
+    }
 
 
 def _direct(named: Mapping[str, Any]) -> tuple[Any, bool] | None:
@@ -111,7 +124,7 @@ def reference_of(value: Any, solution: bool) -> str:
     """
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     stated = stated_answer(text)
-    if stated or not solution or len(text.split()) <= _MAX_BARE_WORDS:
+    if stated or not solution or len(_WORD.findall(text)) < 2:
         return stated or text.strip()
     return final_answer(text) or text.strip()
 

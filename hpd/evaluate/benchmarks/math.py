@@ -76,7 +76,7 @@ class MathTask:
         rows = read_rows(data)
         self.name = name
         self.defaults: Mapping[str, Any] = {"max_new_tokens": max_new_tokens, "system_prompt": BOXED}
-        if "reward_model" in rows[0]:
+        if "reward_model" in rows[0] and isinstance(rows[0].get("prompt"), list):
             found, copies, system = _upstream(data, rows)
             self.defaults = {**self.defaults, "system_prompt": system, **_several(copies)}
         else:
