@@ -185,7 +185,8 @@ class _Reader:
         labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
         ends = end_token_ids(self.student, self.tokenizer) if by_student else None
         figures = _likelihood_figures(sums, metrics, with_bins=not by_student)
-        answers = [_answer_tokens(self.tokenizer, row) for row in labels]
+        of_texts = {"length", "repetition"} & set(metrics)
+        answers = [_answer_tokens(self.tokenizer, row) for row in labels] if of_texts else labels
         figures |= _text_figures(labels, answers, metrics, ends)
         distinct = _distinct(answers) if "repetition" in metrics else {}
         thinking = sum(len(answer) < len(row) for answer, row in zip(answers, labels, strict=True))

@@ -47,7 +47,7 @@ def result_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
         low, high = result.interval
         cells = [
             _shown(result.metric, result.value),
-            f"{_shown(result.metric, low)} to {_shown(result.metric, high)}",
+            "unknown" if low != low else f"{_shown(result.metric, low)} to {_shown(result.metric, high)}",
         ]
         cells += [_shown(key, result.figures.get(key)) for key in figures]
         if differs:

@@ -31,7 +31,7 @@ _PREFIX = (
     r"|indeed\b|only\b|\bis\b|,){0,8}"
 )
 _CHOOSES = re.compile(
-    rf"\b(?:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
+    rf"\b(?i:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
     rf"(?:is|would be|must be|should be|=|:|-)"
     rf"|(?:choose|chose|pick|select|go with|going with|opt for|settle on|conclude)(?:\s+that)?"
     rf"|(?:answer|option|choice)\s*\n)"
@@ -55,6 +55,8 @@ _REFUSED_BEHIND = re.compile(
     r"|isn't|isn\u2019t|aren't"
     r"|fails|can't|cannot|violates|contradicts|doesn't)"
 )
+# "A, C and D are wrong": a list, no choice.
+_GOES_ON = re.compile(r"\s*\)?\s*,\s*(?:and\s+|or\s+)?\(?[A-D]\b(?!')")
 _HASHES = re.compile(r"^#+[ \t]*(?:final\s+)?(?:answer\s*:?\s*)?(.{1,60})$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -69,11 +71,12 @@ def chosen_letter(text: str) -> str | None:
     boxes = last_boxes(text)
     if boxes:
         found = _only_letter(boxes[-1]) if len(boxes) == 1 else None
-        named = set(_ALONE.findall(_WRAPPING.sub("", " ".join(boxes))))
+        named = set(_ALONE.findall(_WRAPPING.sub("", ", ".join(boxes))))
         if found or len(named) > 1:
             return found
     plain = _WRAPPING.sub("", text)
-    if found := _only_letter(plain.strip()) if len(plain.strip()) < 200 else None:
+    found = _only_letter(plain.strip()) if len(plain.strip()) < 200 else None
+    if found and len([match for match in _CHOOSES.finditer(plain) if not _refused(plain, match)]) < 2:
         return found
     for line in reversed(_HASHES.findall(plain)[-20:]):
         if re.fullmatch(rf"\W*(?:option\s*)?{_ANY_CASE}\W*", line):
@@ -96,7 +99,8 @@ def _only_letter(text: str) -> str | None:
         return None
     rest = match["rest"]
     ends = re.match(r"\s*\)?\s*$|\s*[).\]:,;-]", rest)
-    return match[1].upper() if ends and not re.search(r"(?i)\b(?:or|and)\s+\(?[A-D]\)?\W*$", rest) else None
+    several = re.search(r"(?i)\b(?:or|and)\s+\(?[A-D]\)?\W*$", rest) or _GOES_ON.match(rest)
+    return match[1].upper() if ends and not several else None
 
 
 def _refused(text: str, match: re.Match[str]) -> bool:

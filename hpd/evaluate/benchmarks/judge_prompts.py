@@ -14,7 +14,7 @@ import yaml
 from hpd.evaluate.benchmarks.answers import drop_thinking
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.benchmarks.win_rates import LABELS
-from hpd.files import digest_text
+from hpd.files import digest_text, whole_characters
 from hpd.generation.texts import Message
 
 __all__ = [
@@ -61,7 +61,7 @@ class JudgePrompt:
         are."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
         filled = _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), self.prompt)
-        return [*turns, {"role": "user", "content": filled}]
+        return whole_characters([*turns, {"role": "user", "content": filled}])
 
     def places(self) -> set[str]:
         """Names of the places to fill."""
