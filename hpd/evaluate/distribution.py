@@ -6,7 +6,6 @@ In formulas p is the teacher, q the student; nats, means over label tokens. Axes
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,18 +15,24 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hpd.data.lengths import tokenise
-from hpd.evaluate.benchmarks.answers import drop_thinking
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
     RowSums,
     TextTokens,
+    answer_tokens,
     distinct_ngrams,
     longest_loop,
     repeated_ngrams,
     sum_rows,
 )
-from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids, turns_for_template
+from hpd.generation.engine import (
+    Request,
+    TransformersEngine,
+    encode_prompt,
+    end_token_ids,
+    turns_for_template,
+)
 from hpd.generation.settings import GenerationSettings
 from hpd.models.forward import add_head_function
 from hpd.models.pairing import common_vocab, first_difference
@@ -186,7 +191,7 @@ class _Reader:
         ends = end_token_ids(self.student, self.tokenizer) if by_student else None
         figures = _likelihood_figures(sums, metrics, with_bins=not by_student)
         of_texts = {"length", "repetition"} & set(metrics)
-        answers = [_answer_tokens(self.tokenizer, row) for row in labels] if of_texts else labels
+        answers = [answer_tokens(self.tokenizer, row) for row in labels] if of_texts else labels
         figures |= _text_figures(labels, answers, metrics, ends)
         distinct = _distinct(answers) if "repetition" in metrics else {}
         thinking = sum(len(answer) < len(row) for answer, row in zip(answers, labels, strict=True))
@@ -354,17 +359,6 @@ def _calibration_error(bins: Floats) -> Figure:
         return np.abs(hits - confidence).sum(-1) / count.sum(-1)
 
     return error
-
-
-def _answer_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
-    """The tokens of a text behind its thoughts; none where these never end."""
-    text = tokenizer.decode(tokens)
-    answer = drop_thinking(text)
-    if answer == text:
-        return tokens
-    # The fewer tokens are left, the shorter their text; a token that holds both counts as thought.
-    start = bisect_left(range(len(tokens) + 1), True, key=lambda i: len(tokenizer.decode(tokens[i:])) <= len(answer))
-    return tokens[start:]
 
 
 def _text_figures(

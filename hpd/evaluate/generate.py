@@ -44,7 +44,9 @@ class PartialAnswers:
         self._begun = head == self._identity
         for batch in batches if self._begun else ():
             try:
-                answers = [Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in batch["answers"]]
+                answers = [
+                    Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in batch["answers"]
+                ]
                 self._batches[batch["batch"]] = answers, float(batch["seconds"])
             except (KeyError, TypeError, ValueError):
                 continue  # a damaged line: its batch is written again

@@ -137,9 +137,10 @@ def mean_interval(values: Floats) -> Bounds:
 
     where u counts the problems that say something: those with a right sample, or those with a wrong one,
     whichever are fewer. The second term is the furthest problem once more, at most one of the all-or-nothing
-    kind; where every answer is wrong (or right) nothing is known of d, and it is 1. Of 0/1 samples d is at
-    least 1/N, and with one sample each this is Wilson's interval of P answers. docs/evaluation.md has the
-    simulated coverage. Other values (ratings): Student's interval of the problems' means; NaN for one problem.
+    kind; where every answer is wrong (or right) nothing is known of d, and it is 1. Of 0/1 samples d is
+    at least 1/N, and with one sample each this is Wilson's interval of P answers. docs/evaluation.md has the
+    simulated coverage. Other values (ratings): Student's interval of the problems' means; NaN for one
+    problem.
 
     Reference:
         Wilson's interval with an effective sample size: Dean and Pagano, Evaluating confidence interval
@@ -288,7 +289,9 @@ def compare_paired(first: Floats, second: Floats) -> PairedDifference:
     return PairedDifference(mean, (mean - margin, mean + margin), p_value, test, len(differences))
 
 
-def sign_flip_test(differences: Sequence[float] | Floats, num_resamples: int = 10_000, seed: int = 0) -> float:
+def sign_flip_test(
+    differences: Sequence[float] | Floats, num_resamples: int = 10_000, seed: int = 0
+) -> float:
     """Two-sided paired permutation test of a zero mean: every pair could as well have been the other way
     round.
 

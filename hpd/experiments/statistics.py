@@ -200,7 +200,8 @@ def correct(
 ) -> list[VariantComparison]:
     """Holm over all of them, and the verdicts.
 
-    A win (or loss) needs both: a corrected paired t-test below `level`, and an interval that excludes 0. All else is "no consistent win", including too few seeds to tell.
+    A win (or loss) needs both: a corrected paired t-test below `level`, and an interval that excludes 0. All
+    else is "no consistent win", including too few seeds to tell.
     """
     corrected = []
     for comparison, p in zip(comparisons, holm([c.p_seeds for c in comparisons]), strict=True):

@@ -284,8 +284,8 @@ def encode_prompt(
 
 
 def turns_for_template(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> list[Message]:
-    """Turns as a tokenizer's template takes them: where it refuses system turns (Gemma) or leaves them out, the
-    system's text goes before the first user turn's, and a warning says so.
+    """Turns as a tokenizer's template takes them: where it refuses system turns (Gemma) or leaves them out,
+    the system's text goes before the first user turn's, and a warning says so.
     """
     if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
         return list(turns)

@@ -55,7 +55,8 @@ def result_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
         table.add_row(escape(names[model]), *cells, f"{result.mean_tokens:.0f}", f"{result.truncated:.1%}")
     if differs:
         table.caption = (
-            "p: exact McNemar for one right or wrong answer per problem, else signs of the problems' differences flipped"
+            "p: exact McNemar for one right or wrong answer per problem, else signs of the problems' "
+            "differences flipped"
         )
     return table
 

@@ -34,12 +34,20 @@ FORMS = {
     "chat": {"messages": [USER, {"role": "assistant", "content": "7"}]},
     "chat of parts": {
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "What is 3 "}, {"type": "text", "text": "+ 4?"}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "What is 3 "}, {"type": "text", "text": "+ 4?"}],
+            },
             {"role": "assistant", "content": "7"},
         ]
     },
-    "ShareGPT": {"conversations": [{"from": "human", "value": "What is 3 + 4?"}, {"from": "gpt", "value": "7"}]},
-    "prompt and completion as chats": {"prompt": [USER], "completion": [{"role": "assistant", "content": "7"}]},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "What is 3 + 4?"}, {"from": "gpt", "value": "7"}]
+    },
+    "prompt and completion as chats": {
+        "prompt": [USER],
+        "completion": [{"role": "assistant", "content": "7"}],
+    },
     "one text": {"text": "Question: What is 3 + 4?\nAnswer: 3 + 4 = 7, so it is 7."},
     "one text, letters": {"text": "Q: What is 3 + 4?\nA: 7"},
     "Alpaca's prompt": {"text": "### Instruction:\nWhat is 3 + 4?\n\n### Response:\nIt is 7"},

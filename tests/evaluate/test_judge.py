@@ -302,7 +302,10 @@ def test_alpaca_eval(tmp_path: Path) -> None:
         assert figures["parse_failures"] == 0
         assert figures["judge_cost"] > 0
         assert "length_controlled_win_rate" not in figures  # nobody knows how hard q0 is
-        assert "No length-controlled win rate is given: 8 of 8 instructions are not AlpacaEval's" in task.notice(1)
+        assert (
+            "No length-controlled win rate is given: 8 of 8 instructions are not AlpacaEval's"
+            in task.notice(1)
+        )
         task.grade(examples, answers)
         assert task.summary(examples, answers, verdicts)["judge_cached"] == 16
         assert len(server.requests) == 16
@@ -575,8 +578,16 @@ def test_replies_in_other_brackets_and_with_thoughts() -> None:
     ratings = {"[[8.]]": 8, "Rating: [[8/10]]": 8, "**[[7.5]]**": 7.5, "[[7,5]]": 7.5, "[[ Rating: 9 ]]": 9}
     assert {text: read_rating(text) for text in ratings} == ratings
     assert read_rating("<think>[[3]] or [[4]]?</think>[[5]]") == 5
-    assert [read_rating(text) for text in ("[[0]]", "[[11]]", "[[8]] or [[9]]", "8", "<think>[[8]]")] == [None] * 5
-    labels = {"[A>B]": "A>B", "[[A > B]].": "A>B", "[[A≫B]]": "A>>B", "[[A&gt;B]]": "A>B", "[[Answer B]]": "B"}
+    assert [read_rating(text) for text in ("[[0]]", "[[11]]", "[[8]] or [[9]]", "8", "<think>[[8]]")] == [
+        None
+    ] * 5
+    labels = {
+        "[A>B]": "A>B",
+        "[[A > B]].": "A>B",
+        "[[A≫B]]": "A>>B",
+        "[[A&gt;B]]": "A>B",
+        "[[Answer B]]": "B",
+    }
     labels |= {"So:\n[B]\n": "B", "[[tie]]": "TIE", "[[\\text{A}]]": "A", "<think>[[A]]</think>[[B]]": "B"}
     assert {text: read_label(text) for text in labels} == labels
     unclear = ("[A] is short, [B] is long", "[A>B] or [B>A]", "[[A]] [[B]]", "[[A is better]]", "A>B")
@@ -589,7 +600,7 @@ def test_thoughts_are_not_judged_and_have_no_length(tmp_path: Path) -> None:
         texts = [f"<think>{'x' * 5000}</think>ok", "<think>never ends", "ok", "ok"]
         answers = [Answer(text=text) for text in texts]
         verdicts = task.grade(task.examples(), answers)
-        asked = json.dumps([request for request in server.requests])
+        asked = json.dumps(server.requests)
         assert "xxx" not in asked
         assert "never ends" not in asked
         assert [verdict.value for verdict in verdicts] == [0.0] * 4  # the baseline's answers are longer

@@ -1,4 +1,4 @@
-"""What the length-controlled win rate needs beside verdicts: estimates, the authors' file, files of one's own."""
+"""What the length-controlled win rate needs beside verdicts: estimates, or a file."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_the_estimates_are_of_alpaca_evals_805_instructions():
 
 
 def test_published_coefficients_give_published_rates():
-    """The rates that AlpacaEval 2 states for its coefficients: sigma(theta + psi gamma), mean over instructions."""
+    """The rates that AlpacaEval 2 states for its coefficients: means of sigma(theta + psi gamma)."""
     difficulty = np.array([float(row["difficulty"]) for row in read_rows(ESTIMATES)])
     published = {  # model: theta, psi, length-controlled win rate in %
         "gpt4_1106_preview_verbose": (0.1923534665807022, 0.8334888457867451, 51.58),

@@ -61,7 +61,9 @@ def test_a_damaged_line_is_named_and_the_others_are_read(run, damage, message):
 
 
 def test_numbers_that_are_not_finite_are_reported_as_such(run):
-    lines = [f'{{"step": {n}, "loss": {value}, "grad_norm": 1.0}}\n' for n, value in enumerate(["1.0", "NaN"] * 5)]
+    lines = [
+        f'{{"step": {n}, "loss": {value}, "grad_norm": 1.0}}\n' for n, value in enumerate(["1.0", "NaN"] * 5)
+    ]
     (run / "metrics.jsonl").write_text("".join([*lines, '{"step": 11, "loss": Infinity}\n']))
     report = build_report([run])
     assert not report.damages
@@ -89,8 +91,16 @@ def test_empty_files_are_a_run_that_began(run):
 @pytest.mark.parametrize(
     ("content", "message", "samples"),
     [
-        (b'[{"id": "a1", "model": "student after", "records": "records-x.jsonl"},\n {"id": "b2", "mod', "line 2", 1),
-        (b'[{"id": "a1", "model": "student after", "records": "records-x.jsonl"}, 7]', "entry 2 is no eval", 1),
+        (
+            b'[{"id": "a1", "model": "student after", "records": "records-x.jsonl"},\n {"id": "b2", "mod',
+            "line 2",
+            1,
+        ),
+        (
+            b'[{"id": "a1", "model": "student after", "records": "records-x.jsonl"}, 7]',
+            "entry 2 is no eval",
+            1,
+        ),
         (b'[{"id": 5, "model": "student after"}]', "entry 1 is no evaluation with an id", 0),
         (b'[{"id": "a1", "model": "student after", "records": 7}]', None, 0),
         (b'[{"id": "a1", "model": "student after", "records": "../../etc/passwd"}]', None, 0),
@@ -100,7 +110,9 @@ def test_damaged_evaluations_leave_the_whole_ones(run, content, message, samples
     (run / "evals.json").write_bytes(content)
     report = build_report([run])
     assert len(report.samples) == samples
-    assert [message in said and "evals.json" in said for said in report.damages] == [True] * (message is not None)
+    assert [message in said and "evals.json" in said for said in report.damages] == [True] * (
+        message is not None
+    )
 
 
 @pytest.mark.parametrize("content", [b"no JSON", b"\xff\xfe\x00", b'{"a": 1}', b"[" * 100_000, b"17"])
@@ -115,7 +127,8 @@ def test_other_files_are_named_too(run):
     (run / "environment.json").write_text("[]")
     (run / "records-x.jsonl").write_bytes((run / "records-x.jsonl").read_bytes() + b"{cut")
     damages = read_results([run]).damages
-    assert [name in said for name, said in zip(("summary", "records-x", "environment"), damages)] == [True] * 3
+    named = ("summary", "records-x", "environment")
+    assert all(name in said for name, said in zip(named, damages, strict=True))
     (run / "recipe.yaml").write_text("[")
     with pytest.raises(ValueError, match=r"recipe\.yaml cannot be read"):
         read_results([run])
@@ -135,7 +148,14 @@ def test_the_command_reports_what_is_whole(run, tmp_path):
     second = tmp_path / "second"
     shutil.copytree(run, second)
     (second / "recipe.yaml").write_text("method: forward_kl\ntrain: {seed: 2}\n")
-    record = {"eval": "a1", "id": "p1", "prompt": "1?", "answer": "1", "text": "\ud800 \x00", "correct": False}
+    record = {
+        "eval": "a1",
+        "id": "p1",
+        "prompt": "1?",
+        "answer": "1",
+        "text": "\ud800 \x00",
+        "correct": False,
+    }
     (run / "records-x.jsonl").write_text(json.dumps(record) + "\n")
     (second / "metrics.jsonl").write_bytes(GOOD + b"{cut")
     ended = CliRunner().invoke(app, ["report", str(run), str(second), "--output", str(tmp_path / "out")])

@@ -72,7 +72,9 @@ class ExactMatch:
             if column is not None:
                 _require_values(data, rows, columns, role, column)
         answers = _all(data, rows, "answer", columns, answer_column, _answer)
-        questions = _all(data, rows, "prompt", columns, prompt_column, _question) if asks else [""] * len(rows)
+        questions = (
+            _all(data, rows, "prompt", columns, prompt_column, _question) if asks else [""] * len(rows)
+        )
         known = {*ANSWERS, *SOLUTIONS} if answer_column is None else {answer_column.lower()}
         fields = [column for column in columns if column.lower() not in known]
         _check_template(prompt_template, [*fields, *(["prompt"] if asks else [])])
@@ -138,8 +140,8 @@ def _all(
     missing = [number for number, value in enumerate(found, start=1) if value is None]
     if missing:
         raise ValueError(
-            f"{data}: {len(missing)} of {len(rows)} rows have no {role} in a column that is known as one (the "
-            f"first is row {missing[0]}); the columns are {', '.join(columns)}. Name the right one with "
+            f"{data}: {len(missing)} of {len(rows)} rows have no {role} in a column that is known as one (the"
+            f" first is row {missing[0]}); the columns are {', '.join(columns)}. Name the right one with "
             f"{role}_column, or fill or remove these rows."
         )
     return found
@@ -156,9 +158,7 @@ def _check_template(template: str, fields: Sequence[str]) -> None:
         )
 
 
-def _require_values(
-    data: Data, rows: Sequence[Row], columns: Sequence[str], role: str, column: str
-) -> None:
+def _require_values(data: Data, rows: Sequence[Row], columns: Sequence[str], role: str, column: str) -> None:
     """Refuse a named column that is not there, or is empty in a row."""
     if column not in columns:
         raise ValueError(

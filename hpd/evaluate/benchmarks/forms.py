@@ -41,12 +41,12 @@ _ANSWER_MARK = re.compile(
     r"(?:\n\s*|(?<=[.?!])\s+)(?:#{1,4}\s*)?(?:Answer|Solution|Response|Output|A)\s*:\s*", re.IGNORECASE
 )
 
-# A solution that marks no answer has it at its end, if it is a sentence: these are its words, "7 apples" none.
+# A solution that marks no answer has it at its end, if it is a sentence of such words ("7 apples" is none).
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 def question_of(row: Row, names: Sequence[str] = QUESTIONS) -> str | list[dict[str, str]] | None:
-    """The question of a row, as text or as chat turns that end with the user's; None where there is none.
+    """The question of a row, text or chat turns that end with the user's; None where there is none.
 
     An instruction and its input, and SVAMP's body and question, are one text.
 
@@ -77,7 +77,7 @@ def question_of(row: Row, names: Sequence[str] = QUESTIONS) -> str | list[dict[s
 
 
 def answer_of(row: Row) -> tuple[Any, bool] | None:
-    """The answer of a row, and whether it is a worked solution that ends with the answer; None: there is none."""
+    """The answer of a row, and whether it is a worked solution that ends with it; None: there is none."""
     named = _filled(row)
     found = _direct(named)
     if found is not None:
@@ -116,7 +116,7 @@ def _direct(named: Mapping[str, Any]) -> tuple[Any, bool] | None:
 
 
 def reference_of(value: Any, solution: bool) -> str:
-    """The reference that an answer amounts to: what it marks as final; of a worked solution that marks nothing
+    """The reference that an answer amounts to: what it marks as final; of a worked solution without a mark
     its last number or formula; else the whole.
 
     >>> reference_of("3 + 4 = 7, so there are 7 apples.", True), reference_of("(3, 4)", True)

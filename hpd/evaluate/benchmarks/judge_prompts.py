@@ -36,7 +36,9 @@ _LOOSE_LABEL = re.compile(r"\[([^\[\]\n]{1,40})\]")
 _ONLY_ON_ITS_LINE = re.compile(r"^\W*\[([^\[\]\n]{1,40})\]\W*$", re.MULTILINE)
 
 # Markup and words around the letters, and signs that stand for > and =.
-_AROUND_LABEL = re.compile(r"(?i:\\(?:text|mathbf|mathrm)|\b(?:answer|assistant|verdict|option)\b)|[\s*_$`{}:.\"']")
+_AROUND_LABEL = re.compile(
+    r"(?i:\\(?:text|mathbf|mathrm)|\b(?:answer|assistant|verdict|option)\b)|[\s*_$`{}:.\"']"
+)
 
 _SIGNS = {"≫": ">>", "≪": "<<", "»": ">>", "«": "<<", "＞": ">", "＜": "<", "≈": "=", "==": "=", "\\gg": ">>"}
 

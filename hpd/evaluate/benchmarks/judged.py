@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpd.evaluate.benchmarks.judge_client import Judge
 from hpd.evaluate.benchmarks.judge_prompts import FIVE_POINTS, PREFERENCE, load_fastchat_prompts, load_prompt
-from hpd.evaluate.benchmarks.judged_tasks import Games, MTBench, PairwiseTask
+from hpd.evaluate.benchmarks.judged_tasks import Games, MTBench, PairwiseTask, SummaryFigures
 from hpd.evaluate.benchmarks.length_control import (
     BASELINE,
     LengthControl,
@@ -72,6 +72,19 @@ def alpaca_eval(
     ]
     control, missing = _length_control(difficulty, examples, column)
 
+    options = {
+        "data": str(data),
+        "limit": limit,
+        "baseline_column": column,
+        "difficulty": "estimated" if difficulty is None and control else _named(difficulty),
+    }
+    asked = load_prompt(prompt, PREFERENCE)
+    figures = _alpaca_figures(examples, control)
+    defaults = {"max_new_tokens": 2048}
+    return PairwiseTask("alpaca_eval", examples, judge, asked, figures, options, defaults, missing)
+
+
+def _alpaca_figures(examples: Sequence[Example], control: LengthControl | None) -> SummaryFigures:
     def figures(
         kept: Sequence[Example], answers: Sequence[Answer], games: Sequence[Games]
     ) -> dict[str, float]:
@@ -92,15 +105,7 @@ def alpaca_eval(
             "length_controlled_standard_error": controlled.standard_error,
         }
 
-    options = {
-        "data": str(data),
-        "limit": limit,
-        "baseline_column": column,
-        "difficulty": "estimated" if difficulty is None and control else _named(difficulty),
-    }
-    asked = load_prompt(prompt, PREFERENCE)
-    defaults = {"max_new_tokens": 2048}
-    return PairwiseTask("alpaca_eval", examples, judge, asked, figures, options, defaults, missing)
+    return figures
 
 
 def _length_control(

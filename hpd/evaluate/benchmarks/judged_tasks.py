@@ -14,7 +14,7 @@ from hpd.evaluate.benchmarks.win_rates import LABELS, position_bias
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer, Message
 
-__all__ = ["Games", "MTBench", "PairwiseTask"]
+__all__ = ["Games", "MTBench", "PairwiseTask", "SummaryFigures"]
 
 # For the estimate before anything is written: what judges wrote in trials with the prompts of this package,
 # rounded up.
@@ -96,8 +96,8 @@ class PairwiseTask:
         )
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        """The mean score of both orders, 0 to 1; no verdict where the judge gave none in one of them. Thoughts
-        are not shown; where they never end the answer is empty."""
+        """The mean score of both orders, 0 to 1; no verdict where the judge gave none in one of them.
+        Thoughts are not shown; where they never end the answer is empty."""
         answers = [_without_thoughts(answer) for answer in answers]
         questions: list[list[Message]] = []
         for example, answer in zip(examples, answers, strict=True):
@@ -182,8 +182,8 @@ class MTBench:
         )
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        """The mean rating of the turns; no verdict where the judge gave no rating for one of them. Thoughts are
-        not shown; where they never end the answer is empty."""
+        """The mean rating of the turns; no verdict where the judge gave no rating for one of them.
+        Thoughts are not shown; where they never end the answer is empty."""
         questions = [
             question
             for example, answer in zip(examples, answers, strict=True)

@@ -3,10 +3,11 @@ instruction is, and two copies of the baseline that were asked to be short and t
 
 `alpaca_eval_2.csv.gz` holds estimates of both. The authors publish their own as `df_gamed.csv`
 (huggingface.co/datasets/tatsu-lab/alpaca_eval), which goes before the estimates where it is given. The
-estimates are ours, from what the leaderboard of AlpacaEval 2 publishes (github.com/tatsu-lab/alpaca_eval,
-commit cd543a1): difficulties under which the three published coefficients of each of 50 models are the best fit
-of its published verdicts, and of 184 models give the published rate. The verdicts are under CC BY-NC 4.0, the
-coefficients under Apache-2.0. docs/evaluation.md has the errors.
+estimates are ours, from what AlpacaEval 2's leaderboard publishes (github.com/tatsu-lab/alpaca_eval, commit
+cd543a1; scripts/alpaca_difficulty.py makes them): difficulties under which the three published
+coefficients of each of 50 models are the best fit of its published verdicts, and of 192 models give the
+published rate. The verdicts are under CC BY-NC 4.0, the coefficients under Apache-2.0. docs/evaluation.md
+has the errors.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def published_control(instructions: Sequence[str]) -> LengthControl:
 
 
 def read_control(path: str | Path, ids: Sequence[str]) -> LengthControl:
-    """A file of difficulties: the authors' `df_gamed.csv` with their copies, or one with the columns index and
-    instruction_difficulty, to which the estimated copies are added.
+    """A file of difficulties: the authors' `df_gamed.csv` with their copies, or one with the columns index
+    and instruction_difficulty, to which the estimated copies are added.
 
     Args:
         path: the file.
@@ -100,7 +101,9 @@ def read_control(path: str | Path, ids: Sequence[str]) -> LengthControl:
     known = {str(row[index]): _number(path, row, value) for row in rows}
     missing = [name for name in ids if name not in known]
     if missing:
-        raise ValueError(f"{path} has no difficulty for {len(missing)} instructions (the first is {missing[0]}).")
+        raise ValueError(
+            f"{path} has no difficulty for {len(missing)} instructions (the first is {missing[0]})."
+        )
     found = np.array([known[name] for name in ids])
     if set(_PUBLISHED) <= rows[0].keys():
         columns = [np.array([_number(path, row, name) for row in rows]) for name in _PUBLISHED[1:]]

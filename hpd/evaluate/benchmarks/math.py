@@ -31,6 +31,7 @@ __all__ = [
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 """The system prompt of the reference evaluation (its data files hold it)."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class MathProblem:
     """One problem of a task's file."""
@@ -133,7 +134,7 @@ def _plain(rows: Sequence[Row]) -> Iterator[MathProblem]:
             raise ValueError(
                 f"row {index + 1} has no {role}; it has {', '.join(row)}. Known forms: problem, question, "
                 "prompt or instruction (with input) beside answer, solution, output or response; messages; "
-                "one text with both (\"Question: ... Answer: ...\")."
+                'one text with both ("Question: ... Answer: ...").'
             )
         several = isinstance(row.get("answer"), list) and len(row["answer"]) > 1
         rule = Rule(multiple=True) if several else None
