@@ -609,6 +609,16 @@ def test_thoughts_are_not_judged_and_have_no_length(tmp_path: Path) -> None:
         assert figures["characters_per_answer"] == pytest.approx(6 / 4)
 
 
+def test_halves_of_characters_in_answers_and_replies(tmp_path: Path) -> None:
+    """No server takes them, nor may they lose an evaluation; a reply is kept as it came."""
+    with JudgeServer(lambda _, n: "\ud800?" if n % 2 == 0 else "\ud800 [[A]]") as server:
+        task = alpaca_eval(_alpaca_rows(tmp_path, 1), judge=_judge(server, tmp_path, concurrency=1))
+        (verdict,) = task.grade(task.examples(), [Answer(text="a\ud801b \0")])
+        assert verdict.value == 0.5
+        assert json.loads(verdict.detail)["judge"] == ["\ud800 [[A]]"] * 2
+        assert len(server.requests) == 4
+
+
 def test_style_control() -> None:
     generator = np.random.default_rng(2)
     styles = generator.normal(0.5, 1.0, size=(1000, 4))
