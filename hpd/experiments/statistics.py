@@ -93,18 +93,20 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 def paired_interval(differences: Floats, level: float = 0.95) -> tuple[float, float]:
     r"""Interval of the mean paired difference over seeds and, where there are any, over examples too.
 
-    .. math:: \bar d \pm t_{S-1} \sqrt{V}, \qquad V = \frac{s^2_\text{seeds}}{S} + \max\Big(0,
+    .. math:: \bar d \pm t_f \sqrt{V}, \qquad V = \frac{s^2_\text{seeds}}{S} + \max\Big(0,
               \frac{s^2_\text{examples}}{E} - \frac{s^2_\text{rest}}{S E}\Big)
 
     with the variances of the means per seed and per example, and of what neither explains, which the first
-    term holds already. Of seeds alone it is the interval of the paired t-test, exact for normal differences
-    at any number of seeds; with examples it covers 94 to 97 % at 3 to 10 seeds (simulated).
+    term holds already; f are Satterthwaite's degrees of freedom of the two terms (S - 1 and E - 1). Of seeds
+    alone it is the interval of the paired t-test, exact for normal differences at any number of seeds; with
+    60 examples it covers 94 to 96 % at 3, 5 and 10 seeds (simulated).
 
     Args:
         differences: `[S]`, or `[S, E]` with one value per seed and example.
 
     Reference:
-        Cameron, Gelbach and Miller, Robust inference with multiway clustering, 2011, section 2.2.
+        Cameron, Gelbach and Miller, Robust inference with multiway clustering, 2011, section 2.2;
+        Satterthwaite, An approximate distribution of estimates of variance components, 1946.
     """
     d = np.asarray(differences, dtype=float)
     num_seeds = d.shape[0]
@@ -113,13 +115,16 @@ def paired_interval(differences: Floats, level: float = 0.95) -> tuple[float, fl
     table = d[:, None] if d.ndim == 1 else d
     num_examples = table.shape[1]
     seeds, examples = table.mean(1), table.mean(0)
-    variance = seeds.var(ddof=1) / num_seeds
+    parts = [seeds.var(ddof=1) / num_seeds]
+    freedoms = [num_seeds - 1]
     if num_examples > 1:
         rest = table - seeds[:, None] - examples + table.mean()
-        freedom = (num_seeds - 1) * (num_examples - 1)
-        shared = (rest**2).sum() / freedom / table.size
-        variance += max(0.0, examples.var(ddof=1) / num_examples - shared)
-    half = stats.t.ppf(0.5 + level / 2, num_seeds - 1) * math.sqrt(variance)
+        shared = (rest**2).sum() / ((num_seeds - 1) * (num_examples - 1)) / table.size
+        parts.append(max(0.0, examples.var(ddof=1) / num_examples - shared))
+        freedoms.append(num_examples - 1)
+    spread = sum(part**2 / freedom for part, freedom in zip(parts, freedoms, strict=True))
+    freedom = sum(parts) ** 2 / spread if spread else num_seeds - 1
+    half = stats.t.ppf(0.5 + level / 2, freedom) * math.sqrt(sum(parts))
     return float(table.mean() - half), float(table.mean() + half)
 
 

@@ -138,7 +138,7 @@ def test_the_paired_interval_holds_a_difference_and_is_not_empty():
 @pytest.mark.slow
 def test_coverage_over_the_whole_grid(capsys):
     """The table of docs/evaluation.md. What lies outside of 0.93 to 0.97 is the discreteness of few problems
-    (Wilson's own interval covers 0.91 to 0.98 at 10) and caution where all samples might hang together."""
+    (Wilson's own interval covers 0.90 to 0.99 at 10) and caution where all samples might hang together."""
     generator = np.random.default_rng(8)
     found = {}
     for size, num_samples, mean in GRID:
@@ -157,8 +157,8 @@ def test_coverage_over_the_whole_grid(capsys):
         print(min(found, key=found.__getitem__), max(found, key=found.__getitem__))
     values = np.array(list(found.values()))
     assert 0.945 <= values.mean() <= 0.965
-    assert values.min() >= 0.895
-    assert ((values >= 0.93) & (values <= 0.97)).mean() >= 0.75
+    assert values.min() >= 0.885
+    assert ((values >= 0.93) & (values <= 0.97)).mean() >= 0.7
 
 
 @pytest.mark.slow
@@ -193,4 +193,4 @@ def test_intervals_over_seeds_and_examples(num_seeds):
             table += generator.normal(0, by_seed, (num_seeds, 1)) + generator.normal(0, by_example, (1, 60))
             low, high = paired_interval(table)
             held.append(low <= 0.1 <= high)
-        assert np.mean(held) >= 0.935
+        assert 0.93 <= np.mean(held) <= 0.97

@@ -98,7 +98,7 @@ def test_the_interval_covers_chance_of_seeds_and_of_examples():
     """Grades of 60 examples by 5 seeds per side, with effects of seeds and of examples: both must be in the
     interval."""
     rng = np.random.default_rng(0)
-    hits, narrow, num_experiments = 0, 0, 300
+    hits, narrow, num_experiments = 0, 0, 1000
     for _ in range(num_experiments):
         d = 0.1 + rng.normal(0, 0.05, (5, 1)) + rng.normal(0, 0.4, (1, 60)) + rng.normal(0, 0.3, (5, 60))
         low, high = paired_interval(d)
