@@ -209,7 +209,7 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...], files:
     figures |= _numbers(record.get("figures"))
     if summary and not figures:
         seconds = summary.get("train seconds")
-        figures["train_seconds"] = float(seconds) if _is_number(seconds) else math.nan
+        figures["train_seconds"] = float(seconds) if isinstance(seconds, (int, float)) else math.nan
     grades = {
         name: {k: g for k, r in found.items() if (g := _grade(r)) is not None}
         for name, found in answers.items()
