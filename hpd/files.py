@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -18,9 +19,12 @@ __all__ = [
     "digest_text",
     "digest_tree",
     "flush",
+    "whole_characters",
     "write_atomically",
     "write_json",
 ]
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
@@ -85,7 +89,7 @@ class JsonLines:
         for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
             try:
                 values += [json.loads(line)] if line else []
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         return values
 
@@ -100,6 +104,16 @@ class JsonLines:
     def write(self, values: Iterable[Any]) -> None:
         """Replace the file with these lines, atomically."""
         write_atomically(self.path, b"".join(map(_line, values)))
+
+
+def whole_characters(value: Any) -> Any:
+    """A JSON value with a replacement character for each half of a surrogate pair, which no file and no
+    tokenizer takes."""
+    if isinstance(value, str):
+        return value if value.isascii() else _HALF_CHARACTER.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {whole_characters(key): whole_characters(part) for key, part in value.items()}
+    return [whole_characters(part) for part in value] if isinstance(value, list) else value
 
 
 def _line(value: Any) -> bytes:

@@ -66,6 +66,8 @@ class Report(NamedTuple):
     samples: list[Sample]
     data: list[Table]
     """Tables that are written as CSV and not shown."""
+    damages: tuple[str, ...] = ()
+    """Parts of files that could not be read, a sentence each."""
 
 
 def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequence[str] = ()) -> Report:
@@ -103,6 +105,7 @@ def report_on(results: Results, baseline: str | None = None) -> Report:
         sections=_sections(results, comparisons, metrics, baseline),
         samples=_samples(results),
         data=[tables.run_table(results)] if results.groups else [],
+        damages=results.damages,
     )
 
 
@@ -158,7 +161,8 @@ def _status(results: Results) -> str:
     seeds = sorted({run.seed for run in results.runs if run.finished})
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     found = f"{_count(len(results.groups), 'method')}, {_count(len(seeds), 'seed')}"
-    return f"{finished} of {total} runs finished, {found}; written {now}"
+    damaged = f"; {_count(len(results.damages), 'damaged part')} of files left out" if results.damages else ""
+    return f"{finished} of {total} runs finished, {found}; written {now}{damaged}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -238,7 +242,8 @@ def _samples(results: Results) -> list[Sample]:
 
 def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, list):
-        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
     return str(prompt)
 
 

@@ -35,6 +35,8 @@ def run_report(
     check_target(target)
     report = build_report(folders, baseline, allow)
     page = write_report(report, target)
+    for line in report.damages:
+        console.print(f"damaged: {escape(line)}", highlight=False, soft_wrap=True)
     show_verdicts(report)
     console.print(
         f"{report.status}\nreport: {page}, {target / 'report.md'}, "

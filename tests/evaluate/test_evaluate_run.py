@@ -288,8 +288,8 @@ def test_intervals_cover_what_they_should():
         held += low <= 0.5 <= high
     assert 88 <= held <= 100
     certain = np.array([[1.0, 1.0], [0.0, 0.0]])
-    assert sampling_interval(certain) == (0.5, 0.5)  # another run of these problems would say the same
-    assert mean_interval(certain)[0] < 0.5 < mean_interval(certain)[1]
+    low, high = sampling_interval(certain)  # two equal answers to each problem make it likely, not certain
+    assert mean_interval(certain)[0] < low < 0.5 < high < mean_interval(certain)[1]
 
 
 def test_mcnemar_is_the_binomial_test_on_the_problems_that_differ():
@@ -302,11 +302,11 @@ def test_mcnemar_is_the_binomial_test_on_the_problems_that_differ():
     assert compare_paired(first, first).p_value == 1.0
 
 
-def test_the_paired_bootstrap_sees_a_small_difference_that_all_problems_share():
+def test_sign_flips_see_a_small_difference_that_all_problems_share():
     generator = np.random.default_rng(1)
     first = generator.normal(size=(50, 1)) * 10
     shifted = compare_paired(first, first + 0.5 + 0.1 * generator.normal(size=(50, 1)))
-    assert (shifted.test, shifted.p_value < 0.01) == ("bootstrap", True)
+    assert (shifted.test, shifted.p_value < 0.01) == ("sign flips", True)
     assert shifted.interval[0] < 0.5 < shifted.interval[1] < 1
     noise = compare_paired(first, first + generator.normal(size=(50, 1)))
     assert noise.p_value > 0.01

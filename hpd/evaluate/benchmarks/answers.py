@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, quantity, same_answer
 
-__all__ = ["drop_thinking", "final_answer", "last_math", "same_answer", "split_answers", "stated_answer"]
+__all__ = [
+    "drop_thinking",
+    "final_answer",
+    "last_math",
+    "same_answer",
+    "split_answers",
+    "stated_answer",
+    "unclosed_thinking",
+]
 
 _THINKING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷")
 _THINKING_START = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷")
@@ -95,6 +103,11 @@ def drop_thinking(text: str) -> str:
     rest = text[ends[-1].end() :] if ends else text
     start = _THINKING_START.search(rest)
     return rest[: start.start()] if start else rest
+
+
+def unclosed_thinking(text: str) -> bool:
+    """True where a text is thoughts that were never closed, so that it holds no answer."""
+    return bool(text.strip()) and _THINKING_START.search(text) is not None and not drop_thinking(text).strip()
 
 
 def final_answer(text: str) -> str | None:

@@ -31,7 +31,7 @@ _PREFIX = (
     r"|indeed\b|only\b|for sure\b|surely\b|certainly\b|definitely\b|probably\b|\bis\b|,){0,8}"
 )
 _CHOOSES = re.compile(
-    rf"\b(?:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
+    rf"\b(?i:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
     rf"(?:is|would be|must be|should be|=|:|-)"
     rf"|(?:choose|chose|pick|select|go with|going with|opt for|settle on|conclude)(?:\s+that)?"
     rf"|(?:answer|option|choice)\s*\n)"
@@ -57,6 +57,8 @@ _REFUSED_BEHIND = re.compile(
     r"|isn't|isn\u2019t|aren't"
     r"|fails|can't|cannot|violates|contradicts|doesn't)"
 )
+# "A, C and D are wrong": a list, no choice.
+_GOES_ON = re.compile(r"\s*\)?\s*,\s*(?:and\s+|or\s+)?\(?[A-D]\b(?!')")
 _HASHES = re.compile(r"^#+[ \t]*(?:final\s+)?(?:answer\s*:?\s*)?(.{1,60})$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -71,11 +73,12 @@ def chosen_letter(text: str) -> str | None:
     boxes = last_boxes(text)
     if boxes:
         found = _only_letter(boxes[-1]) if len(boxes) == 1 else None
-        named = set(_ALONE.findall(_WRAPPING.sub("", " ".join(boxes))))
+        named = set(_ALONE.findall(_WRAPPING.sub("", ", ".join(boxes))))
         if found or len(named) > 1:
             return found
     plain = _WRAPPING.sub("", text)
-    if found := _only_letter(plain.strip()) if len(plain.strip()) < 200 else None:
+    found = _only_letter(plain.strip()) if len(plain.strip()) < 200 else None
+    if found and len([match for match in _CHOOSES.finditer(plain) if not _refused(plain, match)]) < 2:
         return found
     for line in reversed(_HASHES.findall(plain)[-20:]):
         if re.fullmatch(rf"\W*(?:option\s*)?{_ANY_CASE}\W*", line):
@@ -98,7 +101,9 @@ def _only_letter(text: str) -> str | None:
         return None
     rest = match["rest"]
     ends = re.match(r"\s*\)?\s*$|\s*[).\]:,;-]|\s*[\u3000-\u9fff\uff00-\uff65]", rest)
-    several = re.fullmatch(r"(?i)\)?(?:\s*(?:,|,?\s*(?:or|and)\b)\s*\(?[A-D]\)?)+\W*", rest)
+    several = _GOES_ON.match(rest) or re.fullmatch(
+        r"(?i)\)?(?:\s*(?:,|,?\s*(?:or|and)\b)\s*\(?[A-D]\)?)+\W*", rest
+    )
     return match[1].upper() if ends and not several else None
 
 

@@ -16,7 +16,7 @@ import httpx2
 
 from hpd.config.secrets import check_no_secrets, redact
 from hpd.evaluate.task import CannotGrade
-from hpd.files import JsonLines, digest_json
+from hpd.files import JsonLines, digest_json, whole_characters
 from hpd.generation.texts import Message
 from hpd.http import (
     BadResponse,
@@ -257,7 +257,7 @@ class Judge:
                 return Ruling(verdict, text, ask)
             # An empty assistant turn is refused by some servers.
             messages += [
-                {"role": "assistant", "content": text or "(no answer)"},
+                {"role": "assistant", "content": whole_characters(text) or "(no answer)"},
                 {"role": "user", "content": reminder},
             ]
         return Ruling(None, text, self.settings.max_asks)
