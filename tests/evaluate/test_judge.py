@@ -615,7 +615,7 @@ def test_halves_of_characters_in_answers_and_replies(tmp_path: Path) -> None:
         task = alpaca_eval(_alpaca_rows(tmp_path, 1), judge=_judge(server, tmp_path, concurrency=1))
         (verdict,) = task.grade(task.examples(), [Answer(text="a\ud801b \0")])
         assert verdict.value == 0.5
-        assert json.loads(verdict.detail)["judge"] == ["\ud800 [[A]]"] * 2
+        assert json.loads(verdict.detail)["judge"] == ["\ufffd [[A]]"] * 2  # as the client reads replies
         assert len(server.requests) == 4
 
 

@@ -56,7 +56,7 @@ def test_a_damaged_line_is_named_and_the_others_are_read(run, damage, message):
     assert str(run / "metrics.jsonl") in said
     assert message in said
     report = build_report([run])
-    assert "1 damaged parts of files are left out" in report.status
+    assert "1 damaged part of files left out" in report.status
     assert report.samples[0].reference == "1"
 
 
