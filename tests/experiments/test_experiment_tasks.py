@@ -30,7 +30,7 @@ def small(tmp_path_factory):
             patch.setattr(owner, "TEACHER_STEPS", 60)
             patch.setattr(owner, "STUDENT_STEPS", 4)
             patch.setattr(owner, "BATCH", 16)
-        patch.setattr(module, "_CHOICES", [sizes])
+        patch.setattr(module, "CHOICES", [sizes])
         folders = {name: tmp_path_factory.mktemp(name) for name in ("chains", "short")}
         yield {
             "chains": (folders["chains"], chains(folders["chains"])),
