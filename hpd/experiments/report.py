@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +92,8 @@ def report_on(results: Results, baseline: str | None = None) -> Report:
     )
 
 
-def _compare(results: Results, baseline: str) -> list[VariantComparison]:
-    if baseline not in results.groups:
+def _compare(results: Results, baseline: str | Mapping[str, str]) -> list[VariantComparison]:
+    if isinstance(baseline, str) and baseline not in results.groups:
         if baseline in _planned_groups(results):
             return []  # its runs are still to come
         raise ValueError(
@@ -107,16 +107,18 @@ def _compare(results: Results, baseline: str) -> list[VariantComparison]:
             f"{', '.join(neutral)} is neither better high nor low, so no variant wins by it: take it out of "
             "metrics."
         )
+    # Of a grid under way, a group's baseline may still be to come.
+    pairs = [(group, results.against(group, baseline)) for group in results.groups]
+    pairs = [(group, other) for group, other in pairs if group != other and other in results.groups]
     comparisons = [
         compare_variants(
             results.values(group, metric),
-            results.values(baseline, metric),
-            names=(group, baseline, metric),
-            records=(results.records(group, metric), results.records(baseline, metric)),
+            results.values(other, metric),
+            names=(group, other, metric),
+            records=(results.records(group, metric), results.records(other, metric)),
         )
         for metric in tested
-        for group in results.groups
-        if group != baseline
+        for group, other in pairs
     ]
     return correct(comparisons, {metric: bool(higher_is_better(metric)) for metric in tested})
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from hpd.experiments.experiment import SEED_PATH, Experiment, axis_values, read_experiment
+from hpd.experiments.axes import SEED_PATH, axis_values
+from hpd.experiments.experiment import Experiment, read_experiment
 from hpd.experiments.grid import group_key
 from hpd.experiments.manifest import (
     EXPERIMENT,
@@ -43,6 +44,8 @@ class Run:
     group: str
     """The variant's name: its labels."""
     seed: int
+    unit: str
+    """What runs are paired by: the seed, and the labels on the experiment's `paired` axes."""
     recipe: dict[str, Any]
     figures: dict[str, float]
     """Metric -> value of the trained student; empty while the run goes on."""
@@ -84,13 +87,20 @@ class Results:
                 found.setdefault(run.group, []).append(run)
         return found
 
-    def values(self, group: str, metric: str) -> dict[int, float]:
-        """Seed -> value."""
-        return {run.seed: run.figures[metric] for run in self.groups.get(group, []) if metric in run.figures}
+    def against(self, group: str, baseline: str | Mapping[str, str]) -> str:
+        """The group that a group is compared with: the one of this name, or the one that has these labels
+        and is otherwise equal."""
+        if isinstance(baseline, str):
+            return baseline
+        return group_key({**self.groups[group][0].axes, **baseline}, self.axes)
 
-    def records(self, group: str, metric: str) -> dict[int, dict[str, float]]:
-        """Seed -> example -> grade."""
-        return {run.seed: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
+    def values(self, group: str, metric: str) -> dict[str, float]:
+        """Unit -> value."""
+        return {run.unit: run.figures[metric] for run in self.groups.get(group, []) if metric in run.figures}
+
+    def records(self, group: str, metric: str) -> dict[str, dict[str, float]]:
+        """Unit -> example -> grade."""
+        return {run.unit: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
 
 
 def higher_is_better(metric: str) -> bool | None:
@@ -128,7 +138,7 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
     axes = tuple(
         a
         for a in (["variant"] * bool(experiment.variants) + list(experiment.axes))
-        if a not in ("seed", SEED_PATH)
+        if a not in experiment.repeats
     )
     order = _label_order(experiment)
     cells = manifest["cells"]
@@ -137,7 +147,15 @@ def _read_experiment(folder: Path, allow: Sequence[str]) -> Results:
         for path in sorted((folder / "runs").glob("*"))
         if path.name in cells and (path / "recipe.yaml").is_file()
     ]
-    runs = [_read_run(path, {axis: cells[path.name][axis] for axis in axes}, axes) for path in folders]
+    runs = [
+        _read_run(
+            path,
+            {axis: cells[path.name][axis] for axis in axes},
+            axes,
+            [cells[path.name][axis] for axis in experiment.paired],
+        )
+        for path in folders
+    ]
     runs.sort(key=lambda run: ([order[axis].get(label, 0) for axis, label in run.axes.items()], run.seed))
     teacher_file = folder / "teacher" / TEACHER_FIGURES
     teacher = json.loads(teacher_file.read_text(encoding="utf-8")) if teacher_file.is_file() else {}
@@ -183,8 +201,9 @@ def _shared_teacher(runs: Iterable[Run]) -> dict[str, float]:
     return next((run.teacher for run in runs if run.teacher), {})
 
 
-def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run:
+def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...], paired: Sequence[str] = ()) -> Run:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    seed = int(recipe.get("train", {}).get("seed", 42))
     record = _json(folder / RECORD, {})
     summary = _json(folder / "summary.json", {})
     figures = {
@@ -206,7 +225,8 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...]) -> Run
         folder=folder,
         axes=axes,
         group=group_key(axes, order) if order else recipe.get("method") or folder.name,
-        seed=int(recipe.get("train", {}).get("seed", 42)),
+        seed=seed,
+        unit=", ".join([*paired, f"seed {seed}"]),
         recipe=recipe,
         figures=figures,
         logs=JsonLines(folder / "metrics.jsonl").read() + JsonLines(folder / OWN_LOGS).read(),

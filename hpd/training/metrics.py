@@ -16,7 +16,10 @@ from hpd.methods.terms import Term
 __all__ = ["MetricSums", "add_sums", "input_tokens", "means", "reduce_sums"]
 
 # Sums with a denominator of their own, or that are no metrics.
-_SPECIAL = ("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows")
+_SPECIAL = (
+    *("tokens", "metric_tokens", "num_tokens", "labels_dropped", "support_overlap", "overlap_rows"),
+    *("clipped", "steps"),
+)
 
 
 class MetricSums:
@@ -89,6 +92,8 @@ def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
     values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
     if sums.get("overlap_rows"):
         found["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
+    if sums.get("steps"):
+        found["clipped_share"] = sums["clipped"] / sums["steps"]
     if len(terms) > 1:
         found.update({f"loss/{name}": value for name, value in values.items()})
     found["value"] = sum(term.weight * values[term.name] for term in terms)
