@@ -99,9 +99,17 @@ def product(experiment: Experiment, folder: Path) -> Iterator[tuple[dict[str, st
 
 
 def make_cell(
-    base: Mapping[str, Any], labels: dict[str, str], changes: Mapping[str, Any], folder: Path
+    base: Mapping[str, Any],
+    labels: dict[str, str],
+    changes: Mapping[str, Any],
+    folder: Path,
+    placed: Mapping[str, str] | None = None,
 ) -> Cell:
-    """The run of `labels` under `folder`: the base with its changes, checked."""
+    """The run of `labels` under `folder`: the base with its changes, checked.
+
+    Args:
+        placed: the labels that stand for `$NAME`, where they are more than those of the run's name.
+    """
     tree = copy.deepcopy(dict(base))
     # A method's parameters belong to it: another method does not inherit the base's.
     if ("method" in changes or "terms" in changes) and "method_kwargs" not in changes:
@@ -114,7 +122,7 @@ def make_cell(
         "__".join(re.sub(r"[^\w.+-]+", "-", f"{_prefix(axis)}{label}") for axis, label in labels.items())
         or "run"
     )
-    tree = _with_labels(tree, labels)
+    tree = _with_labels(tree, placed or labels)
     try:
         recipe = load_recipe({**tree, "output_dir": str(folder / name)})
     except ValueError as error:

@@ -44,8 +44,6 @@ class Run:
     group: str
     """The variant's name: its labels."""
     seed: int
-    unit: str
-    """What runs are paired by: the seed, and the labels on the experiment's `paired` axes."""
     recipe: dict[str, Any]
     figures: dict[str, float]
     """Metric -> value of the trained student; empty while the run goes on."""
@@ -58,6 +56,13 @@ class Run:
     cost: dict[str, float]
     teacher: dict[str, float]
     """Metric -> the teacher's value."""
+    paired: tuple[str, ...] = ()
+    """Its labels on the experiment's `paired` axes."""
+
+    @property
+    def unit(self) -> str:
+        """What runs are paired by: the labels on paired axes, and the seed."""
+        return ", ".join([*self.paired, f"seed {self.seed}"])
 
     @property
     def finished(self) -> bool:
@@ -203,7 +208,6 @@ def _shared_teacher(runs: Iterable[Run]) -> dict[str, float]:
 
 def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...], paired: Sequence[str] = ()) -> Run:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    seed = int(recipe.get("train", {}).get("seed", 42))
     record = _json(folder / RECORD, {})
     summary = _json(folder / "summary.json", {})
     figures = {
@@ -225,8 +229,8 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...], paired
         folder=folder,
         axes=axes,
         group=group_key(axes, order) if order else recipe.get("method") or folder.name,
-        seed=seed,
-        unit=", ".join([*paired, f"seed {seed}"]),
+        seed=int(recipe.get("train", {}).get("seed", 42)),
+        paired=tuple(paired),
         recipe=recipe,
         figures=figures,
         logs=JsonLines(folder / "metrics.jsonl").read() + JsonLines(folder / OWN_LOGS).read(),

@@ -95,7 +95,8 @@ def expand_tuning(
             settings[path] = value
             named = {name: f"{chosen:g}" for name, chosen in settings.items()}
             tried = {**changes, **replaced, **settings, SEED_PATH: seed}
-            cells.append(make_cell(base, {**group, **named, "seed": str(seed)}, tried, folder / "tune"))
+            name = {**group, **named, "seed": str(seed)}
+            cells.append(make_cell(base, name, tried, folder / "tune", placed=labels))
     require_distinct(cells)
     return cells
 
