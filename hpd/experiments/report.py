@@ -71,7 +71,7 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
     return report_on(read_results(paths, allow), baseline)
 
 
-def report_on(results: Results, baseline: str | None = None) -> Report:
+def report_on(results: Results, baseline: str | Mapping[str, str] | None = None) -> Report:
     """Evaluate what was read; see `build_report`."""
     experiment = results.experiment
     baseline = baseline or (experiment.baseline if experiment else None)

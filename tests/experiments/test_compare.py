@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -607,7 +608,7 @@ def test_the_experiment_of_the_documentation_runs_as_it_is_typed(tmp_path):
     page = (ROOT / "docs" / "experiments.md").read_text()
     path = tmp_path / "experiment.yaml"
     path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
-    assert len(expand_tuning(load_experiment(path), tmp_path)) == 3 * 4 * 2
+    assert len(all_tuning(load_experiment(path), tmp_path)) == 3 * 4 * 2
     fewer = ["tune=null", "axes.method=[hpd]", "axes.seed=[0]", "baseline=null", "own_samples=3"]
     fewer += ["budget.value=2", "set.eval.limit=3", "set.data.limit=128", f"output_dir={tmp_path / 'grid'}"]
     done = command("compare", path, *fewer)
@@ -624,7 +625,9 @@ def test_the_figures_of_several_teachers_are_their_means(tmp_path, monkeypatch):
     from hpd.files import write_json
 
     def job(teacher):
-        return Job(SimpleNamespace(teacher=SimpleNamespace(type="model", model=teacher)), {}, evals=("e",))
+        recipe: Any = SimpleNamespace(teacher=SimpleNamespace(type="model", model=teacher))
+        asked: Any = ("accuracy",)
+        return Job(recipe, {}, evals=asked)
 
     def evaluate(job, target, log):
         target.mkdir(parents=True)

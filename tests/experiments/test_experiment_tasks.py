@@ -194,7 +194,7 @@ def test_teachers_and_students_differ_and_other_writers_solve_the_same_problems(
     monkeypatch.setattr(module, "written_by", lambda teacher, tokenizer, rows: [dict(row) for row in rows])
     base = tmp_path / "base"
     recipe = load_recipe({**foreign_chains(base), "output_dir": str(tmp_path / "run")})
-    assert Path(recipe.teacher.path).is_dir()
+    assert Path(str(recipe.teacher.path)).is_dir()
     assert Path(recipe.data.path).is_file()
     weights = {path.read_bytes() for path in base.glob("*/model.safetensors")}
     teachers = {path.read_bytes() for path in base.glob("*/model/model.safetensors")}

@@ -1,5 +1,7 @@
 """What the runs of a grid are paired by, and which of them is compared with which."""
 
+from pathlib import Path
+
 import pytest
 
 from hpd.experiments.grid import group_key
@@ -13,7 +15,7 @@ def _run(variant, rows, student, seed, value):
     labels = {"variant": variant, "data.limit": rows}
     empty = {"recipe": {}, "logs": [], "records": {}, "answers": {}, "environment": {}, "cost": {}}
     return Run(
-        folder=None,
+        folder=Path("unused"),
         axes=labels,
         group=group_key(labels, AXES),
         seed=seed,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hpd.demo.build_teacher import build_tokenizer
-from hpd.demo.task import ANSWER_MARK, Operation, SolvedProblem, Style, evaluate, prompt_of
+from hpd.demo.task import ANSWER_MARK, SPLITS, Operation, SolvedProblem, Style, evaluate, prompt_of
 from hpd.experiments.tasks.chains import (
     CHOICES,
     MAX_NEW_TOKENS,
@@ -121,7 +121,7 @@ def _build_teacher(target: Path, number: int, style: Style | None) -> dict[str, 
     tokenizer.save_pretrained(target / "model")
     # The same problems for all teachers.
     rng = random.Random("chain inits")
-    found = {split: distinct_chains(rng, split, count) for split, count in NUM_ROWS.items()}
+    found = {split: distinct_chains(rng, split, NUM_ROWS[split]) for split in SPLITS}
     solved = {split: [solve(chain, rng) for chain in some] for split, some in found.items()}
     rows = target / "rows"
     write_rows(rows / "own.jsonl", written_by(teacher, tokenizer, solved["train"]))
