@@ -635,6 +635,8 @@ def test_the_figures_of_several_teachers_are_their_means(tmp_path, monkeypatch):
 
     module = __import__("sys").modules["hpd.experiments.compare"]
     monkeypatch.setattr(module, "_evaluate_teacher", evaluate)
+    for name in ("e", "alone"):
+        (tmp_path / name).mkdir()
     module._evaluate_teachers([job("one"), job("two"), job("one")], tmp_path / "e")
     assert json.loads((tmp_path / "e" / "teacher" / "figures.json").read_text()) == {"accuracy": 0.75}
     assert sorted(path.name for path in (tmp_path / "e" / "teacher").iterdir()) == ["0", "1", "figures.json"]

@@ -149,7 +149,8 @@ def test_a_grid_reads_the_cache_and_asks_its_model_about_own_samples(small, tmp_
     done = CliRunner().invoke(app, ["compare", str(experiment)])
     assert done.exit_code == 0, done.output
     figures = json.loads((tmp_path / "out/runs/hpd__seed-0/experiment.json").read_text())["figures"]
-    assert set(figures) == {"sampled_accuracy", "own_entropy", "own_forward_kl", "own_reverse_kl"}
+    own = {"own_entropy", "own_forward_kl", "own_reverse_kl"}
+    assert set(figures) == {"sampled_accuracy", "clipped_share", *own}
     curve = _rows(tmp_path / "out/runs/hpd__seed-0/own_samples.jsonl")
     assert [line["step"] for line in curve] == [0, 2]
     assert curve[0]["own_entropy"] > 0

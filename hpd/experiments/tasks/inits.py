@@ -54,7 +54,7 @@ NUM_FOREIGN_ROWS = 1000
 MOSTLY = 0.8
 """Share of the left operand first, and of equations."""
 STUDENT_STEPS = 400
-TEACHER_STEPS: dict[Style | None, int] = {"equations": 700, None: 1000}
+TEACHER_STEPS: dict[Style | None, int] = {"equations": 1400, None: 2000}
 """By the style that the teacher writes; None: both."""
 
 
