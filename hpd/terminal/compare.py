@@ -20,7 +20,7 @@ from hpd.experiments.manifest import MANIFEST, is_finished
 from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
-from hpd.experiments.tuning import all_tuning
+from hpd.experiments.tuning import all_tuning, read_choices
 from hpd.terminal.console import TerminalProgress, console
 from hpd.training.plan import plan
 
@@ -42,6 +42,13 @@ def run_compare(
     if failures:
         _show_failures(failures)
         return False
+    for choice in read_choices(experiment.folder) or ():
+        if choice.ties:
+            equal = ", ".join(f"{value:g}" for value in choice.ties)
+            console.print(
+                f"{escape(choice.group)}: {choice.path} {choice.chosen:g} was taken; {equal} did equally well.",
+                highlight=False,
+            )
     report = build_report([experiment.folder], allow=allow)
     page = write_report(report, experiment.folder / "report")
     console.print()
