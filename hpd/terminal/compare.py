@@ -46,7 +46,7 @@ def run_compare(
         if choice.ties:
             equal = ", ".join(f"{value:g}" for value in choice.ties)
             console.print(
-                f"{escape(choice.group)}: {choice.path} {choice.chosen:g} was taken; {equal} did equally well.",
+                f"{escape(choice.group)}: {choice.path} {choice.chosen:g} was taken, {equal} did as well.",
                 highlight=False,
             )
     report = build_report([experiment.folder], allow=allow)
