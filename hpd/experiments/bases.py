@@ -21,6 +21,8 @@ BASE_FOLDER = "$BASE"
 _SHORT_BASES = {
     "demo": "hpd.demo.recipe:demo_recipe",
     "chains": "hpd.experiments.tasks:chains",
+    "chain_inits": "hpd.experiments.tasks:chain_inits",
+    "foreign_chains": "hpd.experiments.tasks:foreign_chains",
     "gym_chains": "hpd.experiments.tasks:gym_chains",
     "short_answers": "hpd.experiments.tasks:short_answers",
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +14,18 @@ from hpd.experiments.bases import evaluations
 from hpd.experiments.experiment import Experiment, read_experiment
 from hpd.experiments.grid import expand
 from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
-from hpd.experiments.tuning import choose, expand_tuning, read_choices, tuning_evaluation, write_choices
+from hpd.experiments.tuning import (
+    Choice,
+    all_tuning,
+    choose,
+    chosen_values,
+    expand_tuning,
+    read_choices,
+    tuning_evaluation,
+    write_choices,
+)
 from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
-from hpd.files import JsonLines
+from hpd.files import JsonLines, write_json
 from hpd.progress import Progress
 from hpd.training.plan import plan_evals
 
@@ -63,7 +73,7 @@ def compare(
     if jobs > 1 and experiment.budget is not None and experiment.budget.type == "seconds":
         raise ValueError("A budget in seconds needs --jobs 1: runs beside each other slow each other down.")
     folder = experiment.folder
-    tuning = expand_tuning(experiment, folder)
+    tuning = all_tuning(experiment, folder)
     grid = expand(experiment, folder)
     evals = evaluations(experiment, folder)
     plan_evals(evals)  # a missing file is found before anything runs
@@ -71,28 +81,47 @@ def compare(
     if experiment.tune is not None:
         choices = read_choices(folder)
         if choices is None:
-            require_comparable(tuning, manifest, allow)
-            deciding = tuning_evaluation(experiment, folder)
-            asked = (deciding,) if deciding is not None else ()
-            work = [Job(cell.recipe, cell.axes, experiment.budget, asked) for cell in tuning]
-            failures = run_grid(work, jobs, folder, "tuning", progress)
+            choices, failures = _tune(experiment, folder, manifest, jobs, allow, progress)
             if failures:
                 return experiment, failures
-            choices = choose(experiment, tuning)
             write_choices(folder, choices)
-        grid = expand(experiment, folder, {choice.group: choice.chosen for choice in choices})
+        grid = expand(experiment, folder, chosen_values(choices))
     require_comparable(grid, manifest, allow)
-    own = experiment.own_samples, experiment.own_samples_every
+    own = experiment.own_samples, experiment.own_samples_every, experiment.entropy_tertiles
     work = [Job(cell.recipe, cell.axes, experiment.budget, evals, *own) for cell in grid]
-    _evaluate_teacher(work[0], folder)
+    _evaluate_teachers(work, folder)
     return experiment, run_grid(work, jobs, folder, "runs", progress)
+
+
+def _tune(
+    experiment: Experiment,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    jobs: int,
+    allow: Sequence[str],
+    progress: Progress,
+) -> tuple[list[Choice], list[Failure]]:
+    """The choices, path after path; or the runs that failed."""
+    assert experiment.tune is not None
+    deciding = tuning_evaluation(experiment, folder)
+    asked = (deciding,) if deciding is not None else ()
+    choices: list[Choice] = []
+    for path in experiment.tune.paths:
+        cells = expand_tuning(experiment, folder, path, chosen_values(choices))
+        require_comparable(cells, manifest, allow)
+        work = [Job(cell.recipe, cell.axes, experiment.budget, asked) for cell in cells]
+        failures = run_grid(work, jobs, folder, "tuning", progress)
+        if failures:
+            return [], failures
+        choices += choose(experiment, path, cells)
+    return choices, []
 
 
 def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, progress: Progress) -> list[Failure]:
     """Run the unfinished of `work`, `jobs` at once; a crash loses one run."""
     waiting = [job for job in work if not is_finished(job.recipe)]
     done = len(work) - len(waiting)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _threads() // jobs)
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     context = _context()
@@ -125,6 +154,12 @@ def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, progress:
     return failures
 
 
+def _threads() -> int:
+    """The threads that the runs may have together: OMP_NUM_THREADS, or one for each core."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() and int(given) else os.cpu_count() or 1
+
+
 def _context() -> Any:
     """A context that forks from a server which has imported everything: that saves seconds per run."""
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -134,14 +169,26 @@ def _context() -> Any:
     return context
 
 
-def _evaluate_teacher(job: Job, folder: Path) -> None:
-    """Evaluate the teacher once for all runs; the recipe's own eval asks it in every run."""
+def _evaluate_teachers(work: Sequence[Job], folder: Path) -> None:
+    """Evaluate each teacher once for all runs; the recipe's own eval asks it in every run. Several teachers
+    have a folder each, and the figures of all are their means."""
     target = folder / "teacher"
-    if not job.evals or not has_model(job.recipe) or (target / TEACHER_FIGURES).is_file():
+    asked = {job.recipe.teacher.model: job for job in work if job.evals and has_model(job.recipe)}
+    if not asked or (target / TEACHER_FIGURES).is_file():
         return
     (folder / "logs").mkdir(exist_ok=True)
-    log = folder / "logs" / "teacher.log"
-    job = job._replace(threads=os.cpu_count() or 1)
+    folders = [target] if len(asked) == 1 else [target / str(number) for number in range(len(asked))]
+    for job, own in zip(asked.values(), folders, strict=True):
+        _evaluate_teacher(job._replace(threads=_threads()), own, folder / "logs" / "teacher.log")
+    if len(asked) > 1:
+        found = [json.loads((own / TEACHER_FIGURES).read_text(encoding="utf-8")) for own in folders]
+        means = {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
+        write_json(target / TEACHER_FIGURES, means)
+
+
+def _evaluate_teacher(job: Job, target: Path, log: Path) -> None:
+    if (target / TEACHER_FIGURES).is_file():
+        return
     process = _context().Process(target=evaluate_teacher, args=(job, str(target), str(log)))
     process.start()
     process.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +14,21 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from hpd.config.schema import EvalConfig
 from hpd.config.yaml_file import parse_yaml, read_text
+from hpd.experiments.axes import SEED_AXES, axis_values, check_axes, paths_by_axis, seeds_of
 from hpd.methods.terms import nearest
 
 __all__ = [
-    "SEED_PATH",
     "VALIDATION_METRICS",
     "Budget",
     "Evaluation",
     "Experiment",
     "Tune",
-    "axis_label",
-    "axis_values",
     "check_evaluation",
     "load_experiment",
     "put",
     "read_experiment",
 ]
 
-SEED_PATH = "train.seed"
 VALIDATION_METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
 MIN_TUNED_VALUES = 4
 MIN_TUNED_FACTOR = 8.0
@@ -58,10 +56,10 @@ class Tune:
 
     __pydantic_config__ = _STRICT
 
-    path: str
-    """The recipe path that is tuned; a learning rate needs at least four values over a factor of 8."""
-    values: list[float]
-    """Values that are tried."""
+    paths: Mapping[str, list[float]]
+    """Recipe path -> values that are tried; a learning rate needs at least four over a factor of 8. Several
+    paths are tuned in their order: each at the choices of those before it, with those behind it at their
+    first value."""
     seeds: list[int]
     """Seeds of the tuning runs; none of them may be a seed of the grid."""
     metric: str = "loss"
@@ -70,10 +68,10 @@ class Tune:
     mode: Literal["min", "max"] = "min"
     """min: less of it is better; max: more."""
     per: list[str] | None = None
-    """Axes that get a choice of their own; null: every axis but the seed. The other axes stand at their first
-    value."""
+    """Axes that get a choice of their own; null: every axis that is not repeated over. The other axes stand
+    at their first value."""
     set: Mapping[str, Any] = field(default_factory=dict)
-    """Recipe paths replaced while tuning, such as {train.max_steps: 300}."""
+    """Recipe paths replaced while tuning, such as {train.max_steps: 300}; they go before the axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +85,12 @@ class Evaluation(EvalConfig):
 
 
 def _tune_shorthand(value: Any) -> Any:
-    """`{train.learning_rate: [...], ...}` is `{path: train.learning_rate, values: [...], ...}`."""
-    if not isinstance(value, Mapping):
+    """`{train.learning_rate: [...], ...}` is `{paths: {train.learning_rate: [...]}, ...}`."""
+    if not isinstance(value, Mapping) or "paths" in value:
         return value
-    paths = [key for key in value if "." in key]
-    if len(paths) != 1:
-        return dict(value)
-    return {**{k: v for k, v in value.items() if k != paths[0]}, "path": paths[0], "values": value[paths[0]]}
+    paths = {key: tried for key, tried in value.items() if "." in str(key)}
+    rest = {key: other for key, other in value.items() if key not in paths}
+    return {**rest, "paths": paths} if paths else rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +109,12 @@ class Experiment:
     set: Mapping[str, Any] = field(default_factory=dict)
     """Recipe paths replaced in the base, such as {train.max_steps: 500}."""
     axes: Mapping[str, list[Any] | Mapping[str, Any]] = field(default_factory=dict)
-    """`seed`, or a recipe path -> its values, or {label: value}. The grid is their product."""
+    """`seed`, or a recipe path -> its values, or {label: value}; or a name of your own -> {label: recipe
+    paths that are replaced together}, or labels alone. The grid is their product. `$NAME` in values of the
+    recipe stands for a run's label on the axis NAME of your own."""
+    paired: list[str] = field(default_factory=list)
+    """Axes that repeat every variant as the seed does, such as initialisations of student and teacher. Runs
+    are paired over them, and means, intervals and tests go over all their combinations."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """One more axis, `variant`: name -> recipe keys that replace the base's."""
     exclude: list[Mapping[str, Any]] = field(default_factory=list)
@@ -127,11 +129,15 @@ class Experiment:
     own_samples: int = 0
     """Prompts (of the recipe's eval, else of the first of evals) that the trained student continues at
     temperature 1; entropy and KLs are measured there."""
+    entropy_tertiles: bool = False
+    """Also measure both KLs of the trained student on thirds of the validation positions: those where the
+    teacher's entropy is lowest, middle and highest."""
     own_samples_every: int | None = None
     """The same before training and after every n-th step, as a curve of the report; null: after training
     only. Its time counts in a budget of seconds."""
-    baseline: str | None = None
-    """The variant that the tests compare with, as the report names it; null: no tests."""
+    baseline: str | Mapping[str, str] | None = None
+    """The variant that the tests compare with, as the report names it; or {axis: label}: each variant is
+    compared with the one that has this label and is otherwise equal to it. null: no tests."""
     metrics: list[str] = field(default_factory=lambda: ["accuracy", "forward_kl"])
     """Figures that are tested; all of them together are one family for the correction."""
     reach: Mapping[str, float] = field(default_factory=dict)
@@ -146,8 +152,13 @@ class Experiment:
 
     @property
     def seeds(self) -> list[int]:
-        """Values of the seed axis."""
-        return list(axis_values(self.axes[axis]).values()) if (axis := _seed_axis(self.axes)) else []
+        """All seeds of the grid."""
+        return seeds_of(self.axes)
+
+    @property
+    def repeats(self) -> tuple[str, ...]:
+        """The axes that repeat every variant: the seed and those of `paired`."""
+        return tuple(axis for axis in self.axes if axis in SEED_AXES or axis in self.paired)
 
 
 def read_experiment(text: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -211,36 +222,26 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
-def axis_values(values: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    """Label -> value of an axis."""
-    return dict(values) if isinstance(values, Mapping) else {axis_label(value): value for value in values}
-
-
-def axis_label(value: Any) -> str:
-    """The name of a value in run names and tables."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _seed_axis(axes: Mapping[str, Any]) -> str | None:
-    return next((axis for axis in ("seed", SEED_PATH) if axis in axes), None)
-
-
 def _cross_check(experiment: Experiment) -> None:
     axes = experiment.axes
     tune = experiment.tune
-    for axis, values in {**axes, **({"variant": experiment.variants} if experiment.variants else {})}.items():
-        if len(axis_values(values)) != len(values) or not values:
-            raise ValueError(f"The axis {axis!r} needs one or more different values, got {values!r}.")
+    placed = [experiment.base, experiment.set, axes, experiment.variants]
+    check_axes(axes, json.dumps(placed, default=str))
     if experiment.variants and ("method" in axes or "variant" in axes):
         raise ValueError("Give variants or a method axis, not both: a variant names its method.")
     known = [*axes, *(["variant"] if experiment.variants else [])]
-    for axis in [a for rule in experiment.exclude for a in rule] + list(tune.per or [] if tune else []):
+    excluded = [axis for rule in experiment.exclude for axis in rule]
+    fixed = experiment.baseline if isinstance(experiment.baseline, Mapping) else {}
+    for axis in [*excluded, *(tune.per or [] if tune else []), *experiment.paired, *fixed]:
         if axis not in known:
             raise ValueError(
-                f"exclude or tune.per names {axis!r}, which is not an axis. {nearest(axis, known)}"
+                f"baseline, exclude, paired or tune.per names {axis!r}, which is not an axis. "
+                f"{nearest(axis, known)}"
             )
+    for axis, label in fixed.items():
+        labels = list(axis_values(axes[axis]) if axis in axes else experiment.variants)
+        if label not in labels:
+            raise ValueError(f"baseline: {label!r} is no label of {axis}. {nearest(label, labels)}")
     # Files that an entry leaves open come from the base, which is not read yet.
     names = [check_evaluation({"data": "$BASE", **entry}).name for entry in experiment.evals]
     if len(set(names)) < len(names):
@@ -267,16 +268,20 @@ def _check_tuning(experiment: Experiment, tune: Tune) -> None:
         )
     if not tune.seeds:
         raise ValueError("tune.seeds is empty: give one or more seeds that the grid does not use.")
-    if tune.path in experiment.axes:
-        raise ValueError(f"{tune.path} is tuned and an axis: remove one.")
-    values = sorted(set(tune.values))
-    if tune.path == "train.learning_rate" and (
-        len(values) < MIN_TUNED_VALUES or values[-1] < MIN_TUNED_FACTOR * values[0]
-    ):
-        raise ValueError(
-            f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of {MIN_TUNED_FACTOR:g} "
-            f"(the rate moves the ranking more than the method does), got {tune.values}."
-        )
+    axis_paths = {path for paths in paths_by_axis(experiment.axes).values() for path in paths}
+    for path, tried in tune.paths.items():
+        values = sorted(set(tried))
+        if path in axis_paths:
+            raise ValueError(f"{path} is tuned and an axis: remove one.")
+        if len(values) < 2:
+            raise ValueError(f"tune: {path} needs two or more different values to choose from, got {tried}.")
+        if path == "train.learning_rate" and (
+            len(values) < MIN_TUNED_VALUES or values[-1] < MIN_TUNED_FACTOR * values[0]
+        ):
+            raise ValueError(
+                f"tune needs at least {MIN_TUNED_VALUES} learning rates over a factor of "
+                f"{MIN_TUNED_FACTOR:g} (the rate moves the ranking more than the method does), got {tried}."
+            )
     allowed = [
         *VALIDATION_METRICS,
         *dict.fromkeys(["accuracy", *(entry["name"] for entry in experiment.evals)]),

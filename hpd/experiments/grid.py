@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple
 
 from hpd.config.load import load_recipe
 from hpd.config.schema import Recipe
+from hpd.experiments.axes import SEED_PATH, axis_label, axis_values, is_recipe_path
 from hpd.experiments.bases import base_tree, fill
-from hpd.experiments.experiment import SEED_PATH, Experiment, axis_label, axis_values, put
+from hpd.experiments.experiment import Experiment, put
 
 __all__ = ["Cell", "expand", "group_key", "make_cell", "product", "require_distinct", "short", "tuned_axes"]
 
@@ -27,12 +29,15 @@ class Cell(NamedTuple):
     recipe: Recipe
 
 
-def expand(experiment: Experiment, folder: Path, tuned: Mapping[str, Any] | None = None) -> list[Cell]:
-    """The cells of the grid, each with its checked recipe.
+def expand(
+    experiment: Experiment, folder: Path, tuned: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Cell]:
+    """The cells of the grid, each with its checked recipe: all variants of the first repetition, then those
+    of the next, so that a grid that is stopped early has every variant as often.
 
     Args:
         folder: the experiment's folder; runs lie in `folder/runs`.
-        tuned: group of the `tune.per` axes (see `group_key`) -> the value chosen for it.
+        tuned: group of the `tune.per` axes (see `group_key`) -> recipe path -> the value chosen for it.
 
     Raises:
         ValueError: a recipe that is not valid, said with the cell's name; or two cells of one name.
@@ -42,19 +47,19 @@ def expand(experiment: Experiment, folder: Path, tuned: Mapping[str, Any] | None
     cells = []
     for labels, changes in product(experiment, folder):
         if tuned is not None and experiment.tune is not None:
-            changes = {**changes, experiment.tune.path: tuned[group_key(labels, per)]}
+            changes = {**changes, **tuned[group_key(labels, per)]}
         cells.append(make_cell(base, labels, changes, folder / "runs"))
     require_distinct(cells)
-    return cells
+    places = {axis: list(axis_values(experiment.axes[axis])) for axis in experiment.repeats}
+    return sorted(cells, key=lambda cell: [order.index(cell.axes[axis]) for axis, order in places.items()])
 
 
 def tuned_axes(experiment: Experiment) -> tuple[str, ...]:
     """The axes whose every combination gets a tuned value of its own."""
-    names = ["variant"] * bool(experiment.variants) + [
-        axis for axis in experiment.axes if axis not in ("seed", SEED_PATH)
-    ]
-    chosen = experiment.tune.per if experiment.tune is not None and experiment.tune.per is not None else names
-    return tuple(axis for axis in names if axis in chosen)
+    names = ["variant"] * bool(experiment.variants) + list(experiment.axes)
+    if experiment.tune is not None and experiment.tune.per is not None:
+        return tuple(axis for axis in names if axis in experiment.tune.per)
+    return tuple(axis for axis in names if axis not in experiment.repeats)
 
 
 def group_key(labels: Mapping[str, str], axes: Sequence[str]) -> str:
@@ -84,17 +89,27 @@ def product(experiment: Experiment, folder: Path) -> Iterator[tuple[dict[str, st
         changes: dict[str, Any] = {}
         for axis, label in named.items():
             value = fill(axes[axis][label], folder)
-            if axis == "variant":
+            if isinstance(value, Mapping) and (axis == "variant" or not is_recipe_path(axis)):
                 changes |= value
+            elif not is_recipe_path(axis):
+                continue  # a label alone: it stands in other values
             else:
                 changes[SEED_PATH if axis == "seed" else axis] = value
         yield named, changes
 
 
 def make_cell(
-    base: Mapping[str, Any], labels: dict[str, str], changes: Mapping[str, Any], folder: Path
+    base: Mapping[str, Any],
+    labels: dict[str, str],
+    changes: Mapping[str, Any],
+    folder: Path,
+    placed: Mapping[str, str] | None = None,
 ) -> Cell:
-    """The run of `labels` under `folder`: the base with its changes, checked."""
+    """The run of `labels` under `folder`: the base with its changes, checked.
+
+    Args:
+        placed: the labels that stand for `$NAME`, where they are more than those of the run's name.
+    """
     tree = copy.deepcopy(dict(base))
     # A method's parameters belong to it: another method does not inherit the base's.
     if ("method" in changes or "terms" in changes) and "method_kwargs" not in changes:
@@ -107,6 +122,7 @@ def make_cell(
         "__".join(re.sub(r"[^\w.+-]+", "-", f"{_prefix(axis)}{label}") for axis, label in labels.items())
         or "run"
     )
+    tree = _with_labels(tree, placed or labels)
     try:
         recipe = load_recipe({**tree, "output_dir": str(folder / name)})
     except ValueError as error:
@@ -123,6 +139,15 @@ def require_distinct(cells: Sequence[Cell]) -> None:
         raise ValueError(
             f"Two cells of the grid are called {twice!r}: give their axis labels, as in {{label: value}}."
         )
+
+
+def _with_labels(tree: dict[str, Any], labels: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe with a run's labels in place of `$NAME`, for the axes that are no recipe paths."""
+    text = json.dumps(tree)
+    for axis in sorted(labels, key=len, reverse=True):  # $rows_of before $rows
+        if not is_recipe_path(axis):
+            text = text.replace(f"${axis}", json.dumps(labels[axis])[1:-1])
+    return json.loads(text)
 
 
 def _matches(labels: Mapping[str, str], rule: Mapping[str, Any]) -> bool:

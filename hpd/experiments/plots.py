@@ -69,11 +69,15 @@ def compared_panel(
     return multiples_panel(key, title, plots, looks=looks, share_y=True, **options)
 
 
-def results_looks(results: Results, baseline: str | None) -> dict[str, Look]:
+def results_looks(results: Results, baseline: str | Mapping[str, str] | None) -> dict[str, Look]:
     """A look for every group, and for every method where groups have more to them."""
     groups = list(dict.fromkeys(run.group for run in results.runs))
     methods = list(dict.fromkeys(results.method_and_setting(group)[0] for group in groups))
-    first = results.method_and_setting(baseline)[0] if baseline in groups else baseline
+    if isinstance(baseline, Mapping):
+        first = baseline.get("variant") or baseline.get("method")
+        baseline = next((group for group in groups if results.method_and_setting(group)[0] == first), None)
+    else:
+        first = results.method_and_setting(baseline)[0] if baseline in groups else baseline
     return looks_of(groups, baseline) | looks_of(methods, first)
 
 

@@ -16,7 +16,7 @@ from hpd.estimate.cost import flops_per_token
 from hpd.evaluate import evaluate
 from hpd.experiments.bases import evaluations
 from hpd.experiments.budget import BudgetCallback
-from hpd.experiments.experiment import SEED_PATH, Budget, Evaluation, Experiment
+from hpd.experiments.experiment import Budget, Evaluation, Experiment
 from hpd.experiments.grid import Cell, group_key
 from hpd.experiments.manifest import RECORD, is_finished
 from hpd.experiments.worker import Callbacks
@@ -51,7 +51,7 @@ def predict(
     probe: bool = True,
     progress: Progress | None = None,
 ) -> list[Cost]:
-    """One line per group of cells that differ in the seed only.
+    """One line per group of cells that differ in the seed and other repetitions only.
 
     Finished runs of a group give their mean time. Without any, the first cell is run for 8 steps and 32
     answers in a temporary folder, and (seconds per step) x steps + (seconds per answer) x answers + the rest
@@ -62,7 +62,7 @@ def predict(
     evals = evaluations(experiment, folder)
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        axes = [axis for axis in cell.axes if axis not in ("seed", SEED_PATH)]
+        axes = [axis for axis in cell.axes if axis not in experiment.repeats]
         groups.setdefault(group_key(cell.axes, axes), []).append(cell)
     costs = []
     for group, members in groups.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +70,9 @@ class Report(NamedTuple):
     """Parts of files that could not be read, a sentence each."""
 
 
-def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequence[str] = ()) -> Report:
+def build_report(
+    paths: Sequence[Path], baseline: str | Mapping[str, str] | None = None, allow: Sequence[str] = ()
+) -> Report:
     """Read runs and evaluate them.
 
     Args:
@@ -84,7 +86,7 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
     return report_on(read_results(paths, allow), baseline)
 
 
-def report_on(results: Results, baseline: str | None = None) -> Report:
+def report_on(results: Results, baseline: str | Mapping[str, str] | None = None) -> Report:
     """Evaluate what was read; see `build_report`."""
     experiment = results.experiment
     baseline = baseline or (experiment.baseline if experiment else None)
@@ -113,8 +115,8 @@ def _scales(results: Results, comparisons: Sequence[VariantComparison]) -> dict[
     return {c.metric: results.scale(c.metric) for c in comparisons}
 
 
-def _compare(results: Results, baseline: str) -> list[VariantComparison]:
-    if baseline not in results.groups:
+def _compare(results: Results, baseline: str | Mapping[str, str]) -> list[VariantComparison]:
+    if isinstance(baseline, str) and baseline not in results.groups:
         if baseline in _planned_groups(results):
             return []  # its runs are still to come
         raise ValueError(
@@ -129,12 +131,10 @@ def _compare(results: Results, baseline: str) -> list[VariantComparison]:
             f"{', '.join(neutral)} is neither better high nor low, so no method wins by it: take it out of "
             "metrics."
         )
-    comparisons = [
-        _compare_one(results, group, baseline, metric)
-        for metric in tested
-        for group in results.groups
-        if group != baseline
-    ]
+    # Of a grid under way, a group's baseline may still be to come.
+    pairs = [(group, results.against(group, baseline)) for group in results.groups]
+    pairs = [(group, other) for group, other in pairs if group != other and other in results.groups]
+    comparisons = [_compare_one(results, group, other, metric) for metric in tested for group, other in pairs]
     return correct(comparisons, {metric: bool(higher_is_better(metric)) for metric in tested})
 
 
@@ -158,9 +158,10 @@ def _planned_groups(results: Results) -> set[str]:
 def _status(results: Results) -> str:
     finished = sum(run.finished for run in results.runs)
     total = len(results.manifest.get("cells", results.runs))
-    seeds = sorted({run.seed for run in results.runs if run.finished})
+    units = {run.unit for run in results.runs if run.finished}
+    noun = "repetition" if any(run.paired for run in results.runs) else "seed"
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    found = f"{_count(len(results.groups), 'method')}, {_count(len(seeds), 'seed')}"
+    found = f"{_count(len(results.groups), 'method')}, {_count(len(units), noun)}"
     damaged = f"; {_count(len(results.damages), 'damaged part')} of files left out" if results.damages else ""
     return f"{finished} of {total} runs finished, {found}; written {now}{damaged}"
 
@@ -170,7 +171,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _sections(
-    results: Results, comparisons: list[VariantComparison], metrics: Sequence[str], baseline: str | None
+    results: Results,
+    comparisons: list[VariantComparison],
+    metrics: Sequence[str],
+    baseline: str | Mapping[str, str] | None,
 ) -> list[Section]:
     looks = results_looks(results, baseline)
     scales = _scales(results, comparisons)

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from hpd.experiments.experiment import SEED_PATH, Experiment, axis_values, read_experiment
+from hpd.experiments.axes import SEED_PATH, axis_values
+from hpd.experiments.experiment import Experiment, read_experiment
 from hpd.experiments.grid import group_key, short
 from hpd.experiments.manifest import (
     EXPERIMENT,
@@ -56,6 +57,13 @@ class Run:
     cost: dict[str, float]
     teacher: dict[str, float]
     """Metric -> the teacher's value."""
+    paired: tuple[str, ...] = ()
+    """Its labels on the experiment's `paired` axes."""
+
+    @property
+    def unit(self) -> str:
+        """What runs are paired by: the labels on paired axes, and the seed."""
+        return ", ".join([*self.paired, f"seed {self.seed}"])
 
     @property
     def finished(self) -> bool:
@@ -87,13 +95,20 @@ class Results:
                 found.setdefault(run.group, []).append(run)
         return found
 
-    def values(self, group: str, metric: str) -> dict[int, float]:
-        """Seed -> value."""
-        return {run.seed: run.figures[metric] for run in self.groups.get(group, []) if metric in run.figures}
+    def against(self, group: str, baseline: str | Mapping[str, str]) -> str:
+        """The group that a group is compared with: the one of this name, or the one that has these labels
+        and is otherwise equal."""
+        if isinstance(baseline, str):
+            return baseline
+        return group_key({**self.groups[group][0].axes, **baseline}, self.axes)
 
-    def records(self, group: str, metric: str) -> dict[int, dict[str, float]]:
-        """Seed -> example -> grade."""
-        return {run.seed: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
+    def values(self, group: str, metric: str) -> dict[str, float]:
+        """Unit -> value."""
+        return {run.unit: run.figures[metric] for run in self.groups.get(group, []) if metric in run.figures}
+
+    def records(self, group: str, metric: str) -> dict[str, dict[str, float]]:
+        """Unit -> example -> grade."""
+        return {run.unit: run.records[metric] for run in self.groups.get(group, []) if metric in run.records}
 
     def method_and_setting(self, group: str) -> tuple[str, str]:
         """A group's method, and its labels on all other axes; without a method axis the group is both in
@@ -152,7 +167,7 @@ def _read_experiment(folder: Path, allow: Sequence[str], files: RunFiles) -> Res
     axes = tuple(
         a
         for a in (["variant"] * bool(experiment.variants) + list(experiment.axes))
-        if a not in ("seed", SEED_PATH)
+        if a not in experiment.repeats
     )
     order = _label_order(experiment)
     cells = manifest["cells"]
@@ -161,7 +176,16 @@ def _read_experiment(folder: Path, allow: Sequence[str], files: RunFiles) -> Res
         for path in sorted((folder / "runs").glob("*"))
         if path.name in cells and (path / "recipe.yaml").is_file()
     ]
-    runs = [_read_run(path, {axis: cells[path.name][axis] for axis in axes}, axes, files) for path in folders]
+    runs = [
+        _read_run(
+            path,
+            {axis: cells[path.name][axis] for axis in axes},
+            axes,
+            files,
+            [cells[path.name][axis] for axis in experiment.paired],
+        )
+        for path in folders
+    ]
     runs.sort(key=lambda run: ([order[axis].get(label, 0) for axis, label in run.axes.items()], run.seed))
     teacher = _numbers(files.object(folder / "teacher" / TEACHER_FIGURES))
     return Results(
@@ -212,7 +236,9 @@ def _shared_teacher(runs: Iterable[Run]) -> dict[str, float]:
     return next((run.teacher for run in runs if run.teacher), {})
 
 
-def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...], files: RunFiles) -> Run:
+def _read_run(
+    folder: Path, axes: dict[str, str], order: tuple[str, ...], files: RunFiles, paired: Sequence[str] = ()
+) -> Run:
     recipe = _whole(folder / "recipe.yaml", yaml.safe_load)
     record = files.object(folder / RECORD)
     summary = files.object(folder / "summary.json")
@@ -237,6 +263,7 @@ def _read_run(folder: Path, axes: dict[str, str], order: tuple[str, ...], files:
         axes=axes,
         group=group_key(axes, order) if order else recipe.get("method") or folder.name,
         seed=int(recipe.get("train", {}).get("seed", 42)),
+        paired=tuple(paired),
         recipe=recipe,
         figures=figures,
         logs=files.logs(folder / "metrics.jsonl") + files.logs(folder / OWN_LOGS),

@@ -173,16 +173,16 @@ def cliffs_delta(variant: Sequence[float] | Floats, baseline: Sequence[float] | 
 
 
 def compare_variants(
-    variant: Mapping[int, float],
-    baseline: Mapping[int, float],
+    variant: Mapping[str, float],
+    baseline: Mapping[str, float],
     *,
     names: tuple[str, str, str] = ("variant", "baseline", "metric"),
-    records: tuple[Mapping[int, Mapping[str, float]], Mapping[int, Mapping[str, float]]] | None = None,
+    records: tuple[Mapping[str, Mapping[str, float]], Mapping[str, Mapping[str, float]]] | None = None,
 ) -> VariantComparison:
     """One comparison, uncorrected (`p_holm` is `p_seeds`, see `correct`), on the seeds that both have.
 
     Args:
-        variant, baseline: seed -> value.
+        variant, baseline: seed (or whatever runs are paired by) -> value.
         records: seed -> example -> grade, of both; used where every common seed has the same examples.
     """
     seeds = sorted(set(variant) & set(baseline))
@@ -248,9 +248,9 @@ def _paired_t(d: Floats) -> float:
 
 
 def _example_differences(
-    seeds: Sequence[int],
-    variant: Mapping[int, Mapping[str, float]],
-    baseline: Mapping[int, Mapping[str, float]],
+    seeds: Sequence[str],
+    variant: Mapping[str, Mapping[str, float]],
+    baseline: Mapping[str, Mapping[str, float]],
 ) -> Floats | None:
     """[S, E], or None where some run lacks the records or answered other examples."""
     sides = [side.get(seed) for side in (variant, baseline) for seed in seeds]

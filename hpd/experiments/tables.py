@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpd.experiments.experiment import SEED_PATH
+from hpd.experiments.axes import SEED_PATH
 from hpd.experiments.grid import short
 from hpd.experiments.manifest import COMPARED, flatten
 from hpd.experiments.metrics import SPREAD_NOTE, Scale, higher_is_better, label, words
@@ -69,7 +69,7 @@ def run_table(results: Results) -> Table:
     rows = [
         (
             *([run.axes[axis] for axis in results.axes] or [run.group]),
-            run.seed,
+            run.unit if run.paired else run.seed,
             *(run.figures.get(metric, "") for metric in metrics),
         )
         for runs in results.groups.values()
@@ -236,15 +236,15 @@ def ablation_table(results: Results, metrics: Sequence[str]) -> Table | None:
     )
 
 
-def _switch_effect(results: Results, axis: str, on: str, off: str, metric: str) -> dict[int, list[float]]:
-    """Seed -> differences, one per combination of the other axes."""
+def _switch_effect(results: Results, axis: str, on: str, off: str, metric: str) -> dict[str, list[float]]:
+    """Unit -> differences, one per combination of the other axes."""
     others = [other for other in results.axes if other != axis]
     cells = {
-        (tuple(r.axes[o] for o in others), r.axes[axis], r.seed): r.figures[metric]
+        (tuple(r.axes[o] for o in others), r.axes[axis], r.unit): r.figures[metric]
         for r in results.runs
         if metric in r.figures
     }
-    per_seed: dict[int, list[float]] = {}
+    per_seed: dict[str, list[float]] = {}
     for (rest, switch, seed), value in cells.items():
         if switch == on and (rest, off, seed) in cells:
             per_seed.setdefault(seed, []).append(value - cells[rest, off, seed])

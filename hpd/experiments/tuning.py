@@ -11,13 +11,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpd.experiments.bases import base_tree, validation_of
-from hpd.experiments.experiment import SEED_PATH, VALIDATION_METRICS, Evaluation, Experiment, Tune, put
+from hpd.experiments.axes import SEED_PATH
+from hpd.experiments.bases import base_tree, fill, validation_of
+from hpd.experiments.experiment import VALIDATION_METRICS, Evaluation, Experiment, Tune
 from hpd.experiments.grid import Cell, group_key, make_cell, product, require_distinct, tuned_axes
 from hpd.experiments.manifest import RECORD
 from hpd.files import write_json
 
-__all__ = ["Choice", "choose", "expand_tuning", "read_choices", "tuning_evaluation", "write_choices"]
+__all__ = [
+    "Choice",
+    "all_tuning",
+    "choose",
+    "chosen_values",
+    "expand_tuning",
+    "read_choices",
+    "tuning_evaluation",
+    "write_choices",
+]
 
 TUNED = "tuned.json"
 
@@ -42,6 +52,12 @@ class Choice(NamedTuple):
         }
 
     @property
+    def ties(self) -> list[float]:
+        """Other values that did exactly as well; the smallest was taken."""
+        best = self.means[self.chosen]
+        return [value for value, mean in self.means.items() if mean == best and value != self.chosen]
+
+    @property
     def at_edge(self) -> bool:
         """True if the best value is the smallest or largest tried: a better one may lie beyond."""
         return self.chosen in (min(self.means), max(self.means))
@@ -53,16 +69,20 @@ class Choice(NamedTuple):
         return float(max(values) - min(values)) if not any(map(math.isnan, values)) else math.nan
 
 
-def expand_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
-    """The runs that choose `tune.path`: per group, value and tuning seed."""
+def expand_tuning(
+    experiment: Experiment, folder: Path, path: str, tuned: Mapping[str, Mapping[str, Any]]
+) -> list[Cell]:
+    """The runs that choose a path of `tune`: per group, value and tuning seed.
+
+    Args:
+        tuned: group -> the paths that are chosen already; the others stand at their first value.
+    """
     tune = experiment.tune
-    if tune is None:
-        return []
+    assert tune is not None
     base = base_tree(experiment, folder)
-    for path, value in tune.set.items():
-        put(base, path, value)
     base["eval"] = None  # `tuning_evaluation` asks for what the choice needs, on validation rows
     per = tuned_axes(experiment)
+    replaced = fill(dict(tune.set), folder)
     seen: set[str] = set()
     cells = []
     for labels, changes in product(experiment, folder):
@@ -70,13 +90,23 @@ def expand_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
         if (key := group_key(labels, per)) in seen:
             continue
         seen.add(key)
-        for value, seed in itertools.product(tune.values, tune.seeds):
-            tried = {**changes, tune.path: value, SEED_PATH: seed}
-            cells.append(
-                make_cell(base, {**group, tune.path: f"{value:g}", "seed": str(seed)}, tried, folder / "tune")
-            )
+        settings = {name: values[0] for name, values in tune.paths.items()} | dict(tuned.get(key, {}))
+        for value, seed in itertools.product(tune.paths[path], tune.seeds):
+            settings[path] = value
+            named = {name: f"{chosen:g}" for name, chosen in settings.items()}
+            tried = {**changes, **replaced, **settings, SEED_PATH: seed}
+            name = {**group, **named, "seed": str(seed)}
+            cells.append(make_cell(base, name, tried, folder / "tune", placed=labels))
     require_distinct(cells)
     return cells
+
+
+def all_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
+    """The tuning runs of all paths; where a path is not chosen yet, its first value stands for the choice."""
+    paths = experiment.tune.paths if experiment.tune is not None else ()
+    tuned = chosen_values(read_choices(folder) or ())
+    cells = [cell for path in paths for cell in expand_tuning(experiment, folder, path, tuned)]
+    return list({cell.name: cell for cell in cells}.values())
 
 
 def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None:
@@ -91,8 +121,16 @@ def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None
     return validation_of(experiment, folder, tune.metric)
 
 
-def choose(experiment: Experiment, cells: Sequence[Cell]) -> list[Choice]:
-    """The best value of each group by its mean over the tuning seeds.
+def chosen_values(choices: Sequence[Choice]) -> dict[str, dict[str, float]]:
+    """Group -> recipe path -> the value that was taken."""
+    found: dict[str, dict[str, float]] = {}
+    for choice in choices:
+        found.setdefault(choice.group, {})[choice.path] = choice.chosen
+    return found
+
+
+def choose(experiment: Experiment, path: str, cells: Sequence[Cell]) -> list[Choice]:
+    """The best value of a path for each group, by its mean over the tuning seeds; the smallest of equals.
 
     Raises:
         ValueError: every value of a group diverged, or a run lacks the metric.
@@ -103,8 +141,8 @@ def choose(experiment: Experiment, cells: Sequence[Cell]) -> list[Choice]:
     groups: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         found = _measured(cell, tune)
-        groups.setdefault(group_key(cell.axes, axes), {}).setdefault(cell.axes[tune.path], []).append(found)
-    return [_best(group, tune, tried) for group, tried in groups.items()]
+        groups.setdefault(group_key(cell.axes, axes), {}).setdefault(cell.axes[path], []).append(found)
+    return [_best(group, path, tune, tried) for group, tried in groups.items()]
 
 
 def write_choices(folder: Path, choices: Sequence[Choice]) -> None:
@@ -121,16 +159,16 @@ def read_choices(folder: Path) -> list[Choice] | None:
     return [Choice(**entry) for entry in entries]
 
 
-def _best(group: str, tune: Tune, tried: dict[str, list[float]]) -> Choice:
+def _best(group: str, path: str, tune: Tune, tried: dict[str, list[float]]) -> Choice:
     sign = 1.0 if tune.mode == "min" else -1.0
     finite = {
         value: sign * float(np.mean(found)) for value, found in tried.items() if np.isfinite(found).all()
     }
     if not finite:
-        raise ValueError(f"Every {tune.path} of {group} diverged on some seed: give smaller values.")
+        raise ValueError(f"Every {path} of {group} diverged on some seed: give smaller values.")
     return Choice(
         group,
-        tune.path,
+        path,
         tune.metric,
         tune.mode,
         float(min(finite, key=lambda v: (finite[v], float(v)))),

@@ -20,7 +20,8 @@ from hpd.experiments.budget import BudgetCallback
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
 from hpd.experiments.own_samples import OwnSampleCurve, own_sample_metrics
-from hpd.files import write_json
+from hpd.experiments.tertiles import tertile_metrics
+from hpd.files import JsonLines, write_json
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress, quiet_libraries
 from hpd.training.plan import plan_evals
@@ -38,6 +39,7 @@ class Job(NamedTuple):
     evals: tuple[Evaluation, ...] = ()
     own_samples: int = 0
     own_samples_every: int | None = None
+    entropy_tertiles: bool = False
     threads: int = 1
 
 
@@ -80,7 +82,7 @@ def run_job(job: Job, log: str | None = None) -> None:
         write_json(folder / "cost.json", counter.spent)
     else:
         record["cost"] = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
-    record["figures"] = _more_evaluations(job, folder)
+    record["figures"] = _clipped_share(folder) | _more_evaluations(job, folder)
     write_json(folder / RECORD, record)
 
 
@@ -91,8 +93,8 @@ def _redirect(log: str) -> None:
 
 
 def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
-    """The experiment's own evaluations of the trained student."""
-    if not job.evals and not job.own_samples:
+    """The experiment's own measures of the trained student."""
+    if not job.evals and not job.own_samples and not job.entropy_tertiles:
         return {}
     recipe = job.recipe
     tokenizer = load_tokenizer(recipe.student, "student")
@@ -102,7 +104,25 @@ def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
     figures = _ask(student, tokenizer, job.evals, folder, "student after: {}")
     if job.own_samples:
         figures |= _measure_own(job, tokenizer, device)(student)
+    if job.entropy_tertiles:
+        figures |= tertile_metrics(recipe, student.eval(), _load_teacher(job, "entropy_tertiles", device))
     return figures
+
+
+def _clipped_share(folder: Path) -> dict[str, float]:
+    """The share of all steps whose gradient was clipped."""
+    shares = [
+        log["clipped_share"] for log in JsonLines(folder / "metrics.jsonl").read() if "clipped_share" in log
+    ]
+    return {"clipped_share": round(sum(shares) / len(shares), 4)} if shares else {}
+
+
+def _load_teacher(job: Job, key: str, device: str) -> nn.Module:
+    if not has_model(job.recipe):
+        raise ValueError(
+            f"{key} needs a teacher of type model, or of type cached with the model that it is a cache of."
+        )
+    return load_model(job.recipe.teacher, "teacher").to(device).eval()  # type: ignore[arg-type]
 
 
 def _own_curve(job: Job, folder: Path) -> list[TrainerCallback]:
@@ -114,14 +134,8 @@ def _own_curve(job: Job, folder: Path) -> list[TrainerCallback]:
 
 
 def _measure_own(job: Job, tokenizer: Any, device: str) -> Callable[[torch.nn.Module], dict[str, float]]:
-    recipe = job.recipe
-    if not has_model(recipe):
-        raise ValueError(
-            "own_samples needs a teacher of type model, or of type cached with the model that it is a cache "
-            "of."
-        )
-    teacher = load_model(recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
-    source: EvalConfig | None = next(iter((*recipe.eval, *job.evals)), None)
+    teacher = _load_teacher(job, "own_samples", device)
+    source: EvalConfig | None = next(iter((*job.recipe.eval, *job.evals)), None)
     if source is None:
         raise ValueError("own_samples needs prompts: give the recipe an eval, or the experiment evals.")
     # Tokens as the student draws them: cut or sharpened, they would be another distribution's.

@@ -20,7 +20,7 @@ from hpd.experiments.manifest import MANIFEST, is_finished
 from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
-from hpd.experiments.tuning import expand_tuning
+from hpd.experiments.tuning import all_tuning, read_choices
 from hpd.terminal.console import TerminalProgress, console
 from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
@@ -43,6 +43,13 @@ def run_compare(
     if failures:
         _show_failures(failures)
         return False
+    for choice in read_choices(experiment.folder) or ():
+        if choice.ties:
+            equal = ", ".join(f"{value:g}" for value in choice.ties)
+            console.print(
+                f"{escape(choice.group)}: {choice.path} {choice.chosen:g} was taken, {equal} did as well.",
+                highlight=False,
+            )
     report = build_report([experiment.folder], allow=allow)
     page = write_report(report, experiment.folder / "report")
     console.print()
@@ -70,7 +77,7 @@ def _dry_run(path: Path, overrides: Sequence[str], jobs: int, probe: bool) -> No
     with tempfile.TemporaryDirectory() as scratch:
         # Files of a base function must exist to be checked; finished runs are looked for where they are.
         folder = experiment.folder if (experiment.folder / MANIFEST).is_file() else Path(scratch)
-        tuning = expand_tuning(experiment, folder)
+        tuning = all_tuning(experiment, folder)
         runs = expand(experiment, folder)
         _show_axes(experiment)
         costs = predict(experiment, folder, runs, probe, TerminalProgress())
@@ -87,9 +94,10 @@ def _show_axes(experiment: Experiment) -> None:
         console.print(f"  {escape(axis)}: {escape(', '.join(map(str, values)))}", highlight=False)
     if experiment.tune is not None:
         tune = experiment.tune
+        tried = (f"{path} in {', '.join(f'{v:g}' for v in values)}" for path, values in tune.paths.items())
         console.print(
             f"  tuned on {escape(tune.metric)} of validation rows, seeds {', '.join(map(str, tune.seeds))}: "
-            f"{escape(tune.path)} in {', '.join(f'{value:g}' for value in tune.values)}",
+            f"{escape('; then '.join(tried))}",
             highlight=False,
         )
     if experiment.budget is not None:

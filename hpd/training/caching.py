@@ -87,7 +87,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress |
     planned = plan(recipe)
     planned.require_sound()
     planned.say_warnings(progress)
-    trainer = _rows_trainer(planned)
+    trainer = rows_trainer(planned)
     datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
     rows = torch.utils.data.ConcatDataset(datasets)
     position_bytes = position_bytes_of(config, planned)
@@ -164,7 +164,7 @@ class _RowsTrainer(DistillTrainer):
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None: ...
 
 
-def _rows_trainer(planned: Plan) -> DistillTrainer:
+def rows_trainer(planned: Plan) -> DistillTrainer:
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(planned.student_config)
     vocab = min(config.get_text_config().vocab_size for config in planned.teacher_configs.values())

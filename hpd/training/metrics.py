@@ -28,6 +28,8 @@ _SPECIAL = (
     "overlap_rows",
     "aux_loss",
     "aux_batches",
+    "clipped",
+    "steps",
 )
 
 _ON_METRIC_ROWS = (
@@ -113,6 +115,8 @@ def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
         found["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
     if sums.get("aux_batches"):
         found["aux_loss"] = sums["aux_loss"] / sums["aux_batches"]
+    if sums.get("steps"):
+        found["clipped_share"] = sums["clipped"] / sums["steps"]
     if len(terms) > 1:
         found.update({f"loss/{name}": value for name, value in values.items()})
     found["value"] = sum(term.weight * values[term.name] for term in terms)

@@ -309,7 +309,11 @@ class DistillTrainer(MeasuredTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def end_step(self) -> None:
-        """Move what adapts by what the step showed."""
+        """Count the step, and move what adapts by what it showed."""
+        limit, norm = self.args.max_grad_norm, (self.last_step or {}).get("grad_norm")
+        clipped = norm > limit if limit and norm is not None else False
+        counted = torch.as_tensor(clipped, device=self.accelerator.device).float()
+        self.sums["train"].add({"clipped": counted, "steps": torch.ones_like(counted)})
         if self._schedule.moves:
             now = self.sums["train"].totals(self._schedule.observed)
             of_step = {name: value - self._sums_before[name] for name, value in now.items()}

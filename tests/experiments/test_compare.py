@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,12 +12,13 @@ from helpers.forked import context
 from helpers.tiny_grid import command, tiny_experiment, tiny_grid
 
 from hpd.config import load_recipe
+from hpd.experiments.axes import axis_values
 from hpd.experiments.bases import evaluations
 from hpd.experiments.compare import compare
 from hpd.experiments.experiment import Budget, load_experiment, read_experiment
 from hpd.experiments.grid import expand
 from hpd.experiments.manifest import differing_paths, require_equal_environments
-from hpd.experiments.tuning import Choice, expand_tuning
+from hpd.experiments.tuning import Choice, all_tuning, expand_tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,7 +50,8 @@ def test_the_grid_is_the_product_without_the_excluded(tmp_path):
         set={"method": "hpd", "train.warmup_steps": 3},
     )
     cells = expand(read_experiment(text), tmp_path)
-    assert [cell.name for cell in cells][:2] == ["reverse-0__mask-off__seed-0", "reverse-0__mask-off__seed-1"]
+    # A grid that is stopped early has run every variant on the first seed.
+    assert [cell.name for cell in cells][2:4] == ["reverse-1__mask-on__seed-0", "reverse-0__mask-off__seed-1"]
     assert len(cells) == 6
     last = cells[-1]
     assert last.recipe.method_kwargs == {"reverse": 1.0, "mask": True}
@@ -80,10 +83,11 @@ def test_a_method_axis_does_not_inherit_the_base_methods_parameters(tmp_path):
 def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_path):
     tune = {"train.learning_rate": [1e-3, 2e-3, 4e-3, 8e-3], "seeds": [10, 11], "metric": "forward_kl"}
     experiment = read_experiment(write(tune=tune))
-    cells = expand_tuning(experiment, tmp_path)
+    cells = expand_tuning(experiment, tmp_path, "train.learning_rate", {})
     assert len(cells) == 2 * 4 * 2
     assert {cell.recipe.train["seed"] for cell in cells} == {10, 11}
-    test = expand(experiment, tmp_path, {"hpd": 4e-3, "forward_kl": 1e-3})
+    taken = {"hpd": {"train.learning_rate": 4e-3}, "forward_kl": {"train.learning_rate": 1e-3}}
+    test = expand(experiment, tmp_path, taken)
     assert {(c.recipe.method, c.recipe.train["learning_rate"]) for c in test} == {
         ("hpd", 4e-3),
         ("forward_kl", 1e-3),
@@ -122,11 +126,73 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
         ({"own_samples_every": 5}, "own_samples is 0: say how many"),
         ({"own_samples": 5, "own_samples_every": 0}, "own_samples_every >= 1"),
         ({"base": "no.module:here"}, "is not available"),
+        ({"axes": {"metod": ["hpd", "sft"]}}, "'metod' is no recipe path. Did you mean 'method'"),
+        ({"axes": {"init": {"a": "student-0"}}}, "gives each label the recipe paths"),
+        (
+            {"axes": {"init": {"a": {"train.seed": 1}}, "seed": [0]}},
+            "'init' and 'seed' both set train.seed",
+        ),
+        ({"paired": ["init"]}, "names 'init', which is not an axis"),
+        ({"baseline": {"method": "hdp"}}, "'hdp' is no label of method. Did you mean 'hpd'"),
+        ({"tune": {"train.max_grad_norm": [1.0], "seeds": [9]}}, "two or more different values"),
+        (
+            {"tune": {"train.max_grad_norm": [1.0, 0], "train.seed": [3, 4], "seeds": [9]}},
+            "tuned and an axis",
+        ),
     ],
 )
 def test_mistakes_in_the_file(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         expand(read_experiment(write(**changes)), tmp_path)
+
+
+def test_an_axis_of_a_name_of_its_own_replaces_several_places_at_once(tmp_path):
+    axes = {
+        "writer": ["people", "teacher"],
+        "init": {"a": {"student": "s-a", "train.seed": 5}, "b": {"student": "s-b", "train.seed": 6}},
+    }
+    text = write(
+        axes=axes,
+        set={"data.path": "$BASE/$writer/$init.jsonl", "method": "hpd"},
+        paired=["init"],
+        tune={"train.max_grad_norm": [1.0, 0], "seeds": [9], "set": {"student": "$BASE/other"}},
+    )
+    experiment = read_experiment(text)
+    cells = expand(experiment, tmp_path)
+    assert experiment.seeds == [5, 6]
+    assert [cell.name for cell in cells] == [
+        "writer-people__init-a",
+        "writer-teacher__init-a",
+        "writer-people__init-b",
+        "writer-teacher__init-b",
+    ]
+    last = cells[-1].recipe
+    assert (last.student.model, last.train["seed"]) == ("s-b", 6)
+    assert last.data.path == str(tmp_path / "base" / "teacher" / "b.jsonl")
+    # Every writer gets a choice of its own, on the student of `set`; the axis that is paired over gets none.
+    tuning = expand_tuning(experiment, tmp_path, "train.max_grad_norm", {})
+    assert [cell.axes["writer"] for cell in tuning] == ["people", "people", "teacher", "teacher"]
+    assert {cell.recipe.student.model for cell in tuning} == {str(tmp_path / "base" / "other")}
+    assert tuning[-1].recipe.data.path == str(tmp_path / "base" / "teacher" / "a.jsonl")
+
+
+def test_several_settings_are_tuned_one_after_the_other(tmp_path):
+    tune = {
+        "train.learning_rate": [1e-3, 2e-3, 4e-3, 8e-3],
+        "train.max_grad_norm": [1.0, 0.1, 0],
+        "seeds": [9],
+    }
+    experiment = read_experiment(write(tune=tune))
+    first = expand_tuning(experiment, tmp_path, "train.learning_rate", {})
+    assert {cell.recipe.train["max_grad_norm"] for cell in first} == {1.0}
+    taken = {method: {"train.learning_rate": 4e-3} for method in ("hpd", "forward_kl")}
+    second = expand_tuning(experiment, tmp_path, "train.max_grad_norm", taken)
+    assert {cell.recipe.train["learning_rate"] for cell in second} == {4e-3}
+    # The run at the first value has been made already.
+    assert {cell.name for cell in first} & {cell.name for cell in second} == {
+        f"{method}__learning_rate-0.004__max_grad_norm-1__seed-9" for method in ("hpd", "forward_kl")
+    }
+    assert len(all_tuning(experiment, tmp_path)) == 2 * (4 + 2)
 
 
 def test_runs_may_differ_in_the_axes_only():
@@ -164,6 +230,8 @@ def test_choices_say_when_the_best_is_at_the_edge():
     assert not choice.at_edge
     assert choice.spread == pytest.approx(0.5)
     assert choice._replace(chosen=1e-3).at_edge
+    assert choice.ties == []
+    assert choice._replace(tried={"0.002": [0.9], "0.004": [0.9], "0.001": [1.0]}).ties == [4e-3]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
@@ -174,15 +242,28 @@ def test_experiment_files_expand(tmp_path, monkeypatch, path):
     from hpd.demo.recipe import demo_recipe
     from hpd.experiments import tasks
 
+    def cached(folder):
+        tree = demo_recipe(folder)
+        return {**tree, "teacher": {"type": "cached", "model": tree["teacher"], "path": "cache"}}
+
     for name in ("chains", "gym_chains", "short_answers"):
         monkeypatch.setattr(tasks, name, demo_recipe)
+    for name in ("chain_inits", "foreign_chains"):
+        monkeypatch.setattr(tasks, name, cached)
     experiment = load_experiment(path)
-    cells = expand(experiment, tmp_path)
     assert len(experiment.seeds) >= 3
-    assert len(cells) >= 15
+    # Repetitions differ in a folder's number: four stand for all.
+    axes = {
+        axis: dict(list(axis_values(values).items())[:4]) if axis in experiment.paired else values
+        for axis, values in experiment.axes.items()
+    }
+    experiment = dataclasses.replace(experiment, axes=axes)
+    cells = expand(experiment, tmp_path)
+    assert len(cells) >= 12
     if experiment.tune is not None:
-        assert expand_tuning(experiment, tmp_path)
-    if experiment.baseline is not None:
+        assert all_tuning(experiment, tmp_path)
+    assert "$" not in str([cell.recipe for cell in cells])
+    if isinstance(experiment.baseline, str):
         from hpd.experiments.grid import group_key
 
         axes = [axis for axis in cells[0].axes if axis != "seed"]
@@ -199,6 +280,13 @@ def test_every_cell_is_a_plain_run_folder(grid):
         record = json.loads((run / "experiment.json").read_text())
         assert {"accuracy", "own_entropy", "own_forward_kl", "own_reverse_kl"} <= set(record["figures"])
         assert record["cost"]["label_tokens"] > 0
+        logs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        shares = [log["clipped_share"] for log in logs if "clipped_share" in log]
+        assert record["figures"]["clipped_share"] == pytest.approx(sum(shares) / len(shares), abs=1e-4)
+        # Thirds of the positions on which the trainer measured the whole.
+        thirds = [record["figures"][f"forward_kl_{third}_entropy"] for third in ("low", "mid", "high")]
+        whole = json.loads((run / "summary.json").read_text())["forward_kl after"]
+        assert sum(thirds) / 3 == pytest.approx(whole, rel=0.02)
         assert (run / "records-exact-match.jsonl").is_file()
     assert len(list((grid / "tune").iterdir())) == 4
     assert json.loads((grid / "teacher" / "figures.json").read_text()).keys() == {"accuracy"}
@@ -527,7 +615,7 @@ def test_the_experiment_of_the_documentation_runs_as_it_is_typed(tmp_path):
     page = (ROOT / "docs" / "experiments.md").read_text()
     path = tmp_path / "experiment.yaml"
     path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
-    assert len(expand_tuning(load_experiment(path), tmp_path)) == 3 * 4 * 2
+    assert len(all_tuning(load_experiment(path), tmp_path)) == 3 * 4 * 2
     fewer = ["tune=null", "axes.method=[hpd]", "axes.seed=[0]", "baseline=null", "own_samples=3"]
     fewer += ["budget.value=2", "set.eval.limit=3", "set.data.limit=128", f"output_dir={tmp_path / 'grid'}"]
     done = command("compare", path, *fewer)
@@ -535,3 +623,37 @@ def test_the_experiment_of_the_documentation_runs_as_it_is_typed(tmp_path):
     record = json.loads((tmp_path / "grid" / "runs" / "hpd__seed-0" / "experiment.json").read_text())
     assert {"accuracy", "sampled_accuracy", "own_entropy"} <= set(record["figures"])
     assert json.loads((tmp_path / "grid" / "teacher" / "figures.json").read_text())["accuracy"] > 0
+
+
+def test_the_figures_of_several_teachers_are_their_means(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from hpd.experiments.worker import Job
+    from hpd.files import write_json
+
+    def job(teacher):
+        recipe: Any = SimpleNamespace(teacher=SimpleNamespace(type="model", model=teacher))
+        asked: Any = ("accuracy",)
+        return Job(recipe, {}, evals=asked)
+
+    def evaluate(job, target, log):
+        target.mkdir(parents=True)
+        write_json(target / "figures.json", {"accuracy": {"one": 0.5, "two": 1.0}[job.recipe.teacher.model]})
+
+    module = __import__("sys").modules["hpd.experiments.compare"]
+    monkeypatch.setattr(module, "_evaluate_teacher", evaluate)
+    for name in ("e", "alone"):
+        (tmp_path / name).mkdir()
+    module._evaluate_teachers([job("one"), job("two"), job("one")], tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "teacher" / "figures.json").read_text()) == {"accuracy": 0.75}
+    assert sorted(path.name for path in (tmp_path / "e" / "teacher").iterdir()) == ["0", "1", "figures.json"]
+    module._evaluate_teachers([job("one")], tmp_path / "alone")
+    assert json.loads((tmp_path / "alone" / "teacher" / "figures.json").read_text()) == {"accuracy": 0.5}
+
+
+@pytest.mark.parametrize(("given", "threads"), [("3", 3), ("", 8), ("0", 8), ("all", 8)])
+def test_threads_are_those_that_the_environment_gives(monkeypatch, given, threads):
+    module = __import__("sys").modules["hpd.experiments.compare"]
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert module._threads() == threads

@@ -1,5 +1,6 @@
 """The tasks of the experiments, made small: their files, their graders, and a grid that reads their cache."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hpd.cli import app
 from hpd.config import load_recipe
 from hpd.demo.task import SPLITS, is_correct
 from hpd.evaluate import Answer
-from hpd.experiments.tasks import ValidAnswers, chains, prepared, short, short_answers
+from hpd.experiments.tasks import ValidAnswers, chains, foreign_chains, prepared, short, short_answers
 from hpd.experiments.tasks.chains import draw_chain
 from hpd.experiments.tasks.short import right_answers
 
@@ -30,7 +31,7 @@ def small(tmp_path_factory):
             patch.setattr(owner, "TEACHER_STEPS", 60)
             patch.setattr(owner, "STUDENT_STEPS", 4)
             patch.setattr(owner, "BATCH", 16)
-        patch.setattr(module, "_CHOICES", [sizes])
+        patch.setattr(module, "CHOICES", [sizes])
         folders = {name: tmp_path_factory.mktemp(name) for name in ("chains", "short")}
         yield {
             "chains": (folders["chains"], chains(folders["chains"])),
@@ -148,7 +149,8 @@ def test_a_grid_reads_the_cache_and_asks_its_model_about_own_samples(small, tmp_
     done = CliRunner().invoke(app, ["compare", str(experiment)])
     assert done.exit_code == 0, done.output
     figures = json.loads((tmp_path / "out/runs/hpd__seed-0/experiment.json").read_text())["figures"]
-    assert set(figures) == {"sampled_accuracy", "own_entropy", "own_forward_kl", "own_reverse_kl"}
+    own = {"own_entropy", "own_forward_kl", "own_reverse_kl"}
+    assert set(figures) == {"sampled_accuracy", "clipped_share", *own}
     curve = _rows(tmp_path / "out/runs/hpd__seed-0/own_samples.jsonl")
     assert [line["step"] for line in curve] == [0, 2]
     assert curve[0]["own_entropy"] > 0
@@ -179,3 +181,47 @@ def test_own_samples_leave_training_alone_and_go_on_where_a_run_was_resumed(tmp_
     state.global_step = 3  # its checkpoint is of step 3: step 4 is done again
     curve.on_train_begin(None, state, None, model=student)
     assert [line["step"] for line in _rows(tmp_path / "own.jsonl")] == [0, 2]
+
+
+def test_teachers_and_students_differ_and_other_writers_solve_the_same_problems(tmp_path, monkeypatch):
+    module = __import__("sys").modules[foreign_chains.__module__]
+    monkeypatch.setenv("HPD_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "NUM_ROWS", {"train": 200, "validation": 10, "test": 10})
+    monkeypatch.setattr(module, "NUM_FOREIGN_ROWS", 200)
+    monkeypatch.setattr(module, "NUM_STUDENTS", 2)
+    monkeypatch.setattr(module, "STUDENT_STEPS", 1)
+    monkeypatch.setattr(module, "TEACHER_STEPS", {"equations": 1, None: 1})
+    # A teacher of one step writes nothing that ends.
+    monkeypatch.setattr(module, "written_by", lambda teacher, tokenizer, rows: [dict(row) for row in rows])
+    base = tmp_path / "base"
+    recipe = load_recipe({**foreign_chains(base), "output_dir": str(tmp_path / "run")})
+    assert Path(str(recipe.teacher.path)).is_dir()
+    assert Path(recipe.data.path).is_file()
+    weights = {path.read_bytes() for path in base.glob("*/model.safetensors")}
+    teachers = {path.read_bytes() for path in base.glob("*/model/model.safetensors")}
+    assert (len(weights), len(teachers)) == (2, 2)
+    rows = {path.stem: _rows(path) for path in (base / "teacher-0" / "rows").iterdir()}
+    assert {len(found) for found in rows.values()} == {200}
+    assert len({tuple(row["prompt"] for row in found) for found in rows.values()}) == 1
+    for found in rows.values():
+        assert all(is_correct(row["completion"], row["answer"]) for row in found)
+    rewritten = {name: sum("," not in row["completion"] for row in found) for name, found in rows.items()}
+    assert rewritten["one_sided"] == 0
+    assert 20 < rewritten["four_fifths"] < 60  # a fifth of 200, four deviations wide
+    assert 70 < rewritten["operands"] < 130
+    first = {name: _left_first(found) for name, found in rows.items()}
+    assert 0.72 < first["operands"] < 0.88
+    assert 0.42 < first["one_sided"] < 0.58
+
+
+def _left_first(rows: list[dict[str, Any]]) -> float:
+    """The share of sums in equations whose left operand is the result of the equation before."""
+    hits = []
+    for row in rows:
+        equations = row["completion"].partition("####")[0].split(",")
+        for before, now in itertools.pairwise(equations):
+            left, _, right = now.partition("=")[0].partition("+")
+            value = before.rpartition("=")[2]
+            if right and left != right:
+                hits.append(left == value)
+    return sum(hits) / len(hits)

@@ -145,6 +145,13 @@ def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
     assert log["k1_positive"] + log["suppressed"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("limit", "share"), [(1e-9, 1.0), (1e9, 0.0), (0, 0.0)])
+def test_the_share_of_clipped_steps_is_logged(pair, tmp_path, limit, share):
+    trainer = make_trainer(pair, tmp_path, max_grad_norm=limit)
+    trainer.train()
+    assert trainer.state.log_history[0]["clipped_share"] == share
+
+
 def test_weighted_terms_are_logged_one_by_one(pair, tmp_path):
     terms = [TermConfig(objective="nll", support="label"), TermConfig(objective="akl", weight=0.1)]
     trainer = make_trainer(pair, tmp_path, method=None, terms=terms)

@@ -32,6 +32,7 @@ from hpd.demo.task import (
     Operation,
     SolvedProblem,
     Split,
+    Style,
     evaluate,
     is_correct,
     operation,
@@ -43,7 +44,16 @@ from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
 from hpd.models.load import load_model, load_tokenizer
 
-__all__ = ["chains", "draw_chain", "gym_chains"]
+__all__ = [
+    "chain_tree",
+    "chains",
+    "distinct_chains",
+    "draw_chain",
+    "gym_chains",
+    "learn_chains",
+    "solve",
+    "written_by",
+]
 
 NUM_OPERATIONS = 5
 LARGEST_VALUE = 20
@@ -80,7 +90,7 @@ TEACHER_STEPS = 700
 STUDENT_STEPS = 600
 BATCH = 64
 RATE = 4e-3
-_CHOICES = [
+CHOICES = [
     NUM_OPERATIONS,
     LARGEST_VALUE,
     PRETRAINING_OPERATIONS,
@@ -97,7 +107,7 @@ _CHOICES = [
 
 def chains(folder: Path) -> dict[str, Any]:
     """The recipe of the task; see the module's text."""
-    return _recipe(folder, prepare("chains", _CHOICES, _build))
+    return _recipe(folder, prepare("chains", CHOICES, _build))
 
 
 def gym_chains(folder: Path) -> dict[str, Any]:
@@ -117,7 +127,7 @@ def gym_chains(folder: Path) -> dict[str, Any]:
         folder,
         prepare(
             "gym_chains",
-            [*_CHOICES, "in range"],
+            [*CHOICES, "in range"],
             lambda target: _build_gym(target, reasoning_gym.create_dataset),
         ),
     )
@@ -141,10 +151,11 @@ def _recipe(folder: Path, prepared: Path) -> dict[str, Any]:
         "max_new_tokens": MAX_NEW_TOKENS,
         "batch_size": 500,
     }
-    return {**_tree(folder), "teacher": copy_to(folder, prepared), "eval": evaluation}
+    return {**chain_tree(folder), "teacher": copy_to(folder, prepared), "eval": evaluation}
 
 
-def _tree(folder: Path) -> dict[str, Any]:
+def chain_tree(folder: Path) -> dict[str, Any]:
+    """The task's recipe with its live teacher, on the files of a folder."""
     return distil(
         folder,
         "student-x1",
@@ -159,45 +170,57 @@ def _tree(folder: Path) -> dict[str, Any]:
 def _build(folder: Path) -> dict[str, Any]:
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = MAX_TOKENS
-    teacher = _learn(tokenizer, TEACHER, (NUM_OPERATIONS, NUM_OPERATIONS), TEACHER_STEPS)
+    teacher = learn_chains(tokenizer, TEACHER, (NUM_OPERATIONS, NUM_OPERATIONS), TEACHER_STEPS)
     models = {"teacher": teacher}
     models |= {
-        f"student-{n}": _learn(tokenizer, s, PRETRAINING_OPERATIONS, STUDENT_STEPS)
+        f"student-{n}": learn_chains(tokenizer, s, PRETRAINING_OPERATIONS, STUDENT_STEPS)
         for n, s in STUDENTS.items()
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     rng = random.Random("chains")
-    solved = {split: [_solve(c, rng) for c in _distinct(rng, split, NUM_ROWS[split])] for split in SPLITS}
+    solved = {
+        split: [solve(c, rng) for c in distinct_chains(rng, split, NUM_ROWS[split])] for split in SPLITS
+    }
     write_rows(folder / "truth.jsonl", solved["train"])
     for split in ("train", "validation"):
-        write_rows(folder / f"{split}.jsonl", _written(teacher, tokenizer, solved[split]))
+        write_rows(folder / f"{split}.jsonl", written_by(teacher, tokenizer, solved[split]))
     write_rows(
         folder / "test.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in solved["test"]]
     )
-    return _tree(folder)
+    return chain_tree(folder)
 
 
-def _learn(tokenizer: Any, shape: Mapping[str, Any], operations: tuple[int, int], num_steps: int) -> Any:
+def learn_chains(
+    tokenizer: Any,
+    shape: Mapping[str, Any],
+    operations: tuple[int, int],
+    num_steps: int,
+    *,
+    style: Style | None = "equations",
+    seed: int = 0,
+) -> Any:
+    """A model of `shape` that learnt chains of so many operations; a style of None is either of the two."""
     config = model_config(tokenizer, shape)
     config.max_position_embeddings = MAX_TOKENS
 
     def draw(rng: random.Random) -> SolvedProblem:
-        return _solve(draw_chain(rng, "train", rng.randint(*operations)), rng)
+        return solve(draw_chain(rng, "train", rng.randint(*operations)), rng, style)
 
-    return learn(
-        config, tokenizer, draw, f"chains {operations}", num_steps=num_steps, batch_size=BATCH, rate=RATE
-    )
+    name = f"chains {operations}" + (f" {seed}" if seed else "")
+    return learn(config, tokenizer, draw, name, num_steps=num_steps, batch_size=BATCH, rate=RATE, seed=seed)
 
 
-def _solve(chain: Operation, rng: random.Random) -> SolvedProblem:
+def solve(chain: Operation, rng: random.Random, style: Style | None = "equations") -> SolvedProblem:
+    """One of the right solutions of a chain."""
     return SolvedProblem(
-        prompt=prompt_of(chain), completion=write_solution(chain, rng, "equations"), answer=str(chain.value)
+        prompt=prompt_of(chain), completion=write_solution(chain, rng, style), answer=str(chain.value)
     )
 
 
-def _distinct(rng: random.Random, split: Split, number: int) -> list[Operation]:
+def distinct_chains(rng: random.Random, split: Split, number: int) -> list[Operation]:
+    """Chains of a split, no two alike."""
     found: dict[str, Operation] = {}
     while len(found) < number:
         chain = draw_chain(rng, split)
@@ -205,7 +228,7 @@ def _distinct(rng: random.Random, split: Split, number: int) -> list[Operation]:
     return list(found.values())
 
 
-def _written(teacher: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def written_by(teacher: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One draw of the teacher per problem, wrong ones included; texts that are empty or do not come to an end
     are left out."""
     settings = GenerationSettings(max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, batch_size=400)
@@ -222,7 +245,7 @@ def _written(teacher: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) ->
 
 def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, Any]:
     copied = shutil.ignore_patterns("cache", "*.jsonl")
-    shutil.copytree(prepare("chains", _CHOICES, _build), folder, ignore=copied)
+    shutil.copytree(prepare("chains", CHOICES, _build), folder, ignore=copied)
     size = NUM_ROWS["train"]
     terms = NUM_OPERATIONS + 1
     dataset = create_dataset(
@@ -235,7 +258,7 @@ def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, An
         if all(0 <= value <= LARGEST_VALUE for value in on_the_way):
             problems[prompt] = {"prompt": prompt, "answer": item["answer"]}
     source = ModelConfig(model=str(folder / "teacher"))
-    rows = _written(
+    rows = written_by(
         load_model(source, "teacher"), load_tokenizer(source, "teacher"), list(problems.values())[:size]
     )
     splits: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
@@ -246,4 +269,4 @@ def _build_gym(folder: Path, create_dataset: Callable[..., Any]) -> dict[str, An
         write_rows(folder / f"{split}.jsonl", right[: NUM_ROWS[split]])
     asked = [{"prompt": row["prompt"], "answer": row["answer"]} for row in splits["test"]]
     write_rows(folder / "test.jsonl", asked[: NUM_ROWS["test"]])
-    return _tree(folder)
+    return chain_tree(folder)

@@ -30,14 +30,14 @@ def home() -> Path:
     return Path(os.environ.get("HPD_HOME") or Path.home() / ".cache" / "hpd")
 
 
-def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]]) -> Path:
+def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any] | None]) -> Path:
     """The folder of a task's files, made where it is missing; a half-made one is never seen.
 
     Args:
         choices: what the files follow from, as JSON; other choices make another folder.
         build: writes the files into a folder and returns the recipe whose rows and teacher are cached beside
             them (hidden states in float32: exact for every method, and no run pays for the teacher's forward
-            again).
+            again), or None where there is nothing to cache.
     """
     digest = digest_text(json.dumps(choices))[:8]
     root = home() / "tasks"
@@ -47,7 +47,9 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any]])
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as draft:
         files = Path(draft) / "files"
-        _write_cache(files, build(files))
+        recipe = build(files)
+        if recipe is not None:
+            _write_cache(files, recipe)
         try:
             os.replace(files, target)
         except OSError:
@@ -98,11 +100,15 @@ def learn(
     num_steps: int,
     batch_size: int,
     rate: float,
+    seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A model that learnt solutions with the next-token loss, each row new: AdamW, one cycle of the rate."""
+    """A model that learnt solutions with the next-token loss, each row new: AdamW, one cycle of the rate.
+
+    `seed` decides its first weights, `name` the rows.
+    """
     rng = random.Random(name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = LlamaForCausalLM(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=num_steps, pct_start=0.1)
