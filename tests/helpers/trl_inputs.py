@@ -85,8 +85,8 @@ TEMPLATES = {
     ),
     "role_capital": (
         "{{ '<|im_start|>' + ('SYSTEM' if role_capital else 'system') + '\nbe kind<|im_end|>\n' }}"
-        "{% for m in messages %}{{ '<|im_start|>' + (m['role'] | upper if role_capital else m['role']) + '\n' "
-        "+ m['content'] + '<|im_end|>\n' }}{% endfor %}" + _OPENING
+        "{% for m in messages %}{{ '<|im_start|>' + (m['role'] | upper if role_capital else m['role']) + "
+        "'\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}" + _OPENING
     ),
 }
 """Chat templates by what rows ask of them."""
@@ -95,7 +95,7 @@ _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nin
 
 
 def save_family(family: str, folder: Path, template: str | None = "") -> Path:
-    """Save a small model and its tokenizer; `template` names one of TEMPLATES, None stands for no template."""
+    """Save a small model and its tokenizer; `template` names one of TEMPLATES, None is no template."""
     tokenizer = tiny_tokenizer(leading_bos=False)
     if template != "":
         tokenizer.chat_template = None if template is None else TEMPLATES[template]

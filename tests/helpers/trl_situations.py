@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict
-from helpers.trl_inputs import SPECIAL, rows_of, save_family
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from helpers.trl_inputs import SPECIAL, rows_of, save_family
 
 __all__ = [
     "DIFFERENT",
@@ -253,8 +254,8 @@ TRAINED: dict[str, Situation] = {
 """Trained by both: the same losses, the same weights moved, the same things logged."""
 
 _FIRST_TOKEN = (
-    "differs: TRL also learns a text's first token, from the virtual ones, and divides by the count without it; the "
-    "same where the first token is no label, as in prompt-completion rows"
+    "differs: TRL also learns a text's first token, from the virtual ones, and divides by the count without "
+    "it; the same where the first token is no label, as in prompt-completion rows"
 )
 _TAGS = "differs: the model's tags are hpd and distillation"
 DIFFERENT: dict[str, tuple[Situation, str]] = {
@@ -343,8 +344,8 @@ REFUSED: dict[str, tuple[Situation, str, str]] = {
     "test_train_with_set_chat_template_from_model": (
         Situation(_TALK, "gpt_neox", None, {"chat_template_path": "FOLDER/qwen2"}),
         r"student's head has 320 tokens and the teacher's 300.*vocabulary: shared_prefix",
-        "refused: the other model's template brings tokens and pads the student's head, and the teacher's has none "
-        "for them; a template in a file, or train.vocabulary: shared_prefix",
+        "refused: the other model's template brings tokens and pads the student's head, and the teacher's "
+        "has none for them; a template in a file, or train.vocabulary: shared_prefix",
     ),
 }
 """Refused here: what is given, the message, and the reason."""

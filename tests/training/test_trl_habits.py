@@ -1,7 +1,7 @@
-"""TRL's own tests of SFTTrainer, with `DistillTrainer` in its place: method sft, the teacher a copy of the student.
+"""TRL's own tests of SFTTrainer, with `DistillTrainer` in its place: method sft, the teacher a copy.
 
-Each situation is given to both trainers in one process and compared: `DistillTrainer` against what TRL's trainer
-does, number by number. docs/compatibility.md has the table, which a test below compares with this one.
+Each situation is given to both trainers in one process, and what `DistillTrainer` does is compared with what
+TRL's trainer does, number by number. A test below compares the table of docs/compatibility.md with this one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.trl_inputs import TEMPLATES, rows_of, save_family
 from helpers.trl_situations import (
     DIFFERENT,
@@ -24,7 +23,6 @@ from helpers.trl_situations import (
     Situation,
     folder_of,
 )
-from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hpd import DistillTrainer
