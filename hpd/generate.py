@@ -15,17 +15,17 @@ from transformers import PreTrainedTokenizerBase
 from hpd.config.check import resolve
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import GenerateConfig, Recipe
+from hpd.config.secrets import redact
 from hpd.data.rows import PromptRow, load_prompts
 from hpd.data.templates import check_prompts
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 from hpd.files import JsonLines, digest_json, digest_text, write_json
 from hpd.generation.engine import encode_prompt
-from hpd.http import BadResponse, Connection, read_key
+from hpd.http import BadResponse, Connection, read_json, read_key, shown
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers import TeacherUnavailable
-from hpd.teachers.remote.dialects import read_json
 
 __all__ = ["Completion", "generate"]
 
@@ -289,7 +289,8 @@ class _ServerWriter:
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"),
             name="The teacher",
-            api_key=read_key(teacher.api_key_env),
+            api_key=read_key(teacher.api_key_env, "teacher.api_key_env"),
+            hide=redact,
             timeout_seconds=teacher.timeout_seconds,
             wait_seconds=teacher.wait_seconds,
             connections=teacher.concurrency,
@@ -324,11 +325,19 @@ class _ServerWriter:
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise BadResponse(f"not the expected fields ({type(error).__name__})") from None
             if not isinstance(text, str) or reason not in ("stop", "length"):
-                raise BadResponse(f"text of type {type(text).__name__}, finish_reason {reason!r}")
-            return Completion(text, tokens if isinstance(tokens, int) else None, reason)
+                raise BadResponse(f"text of type {type(text).__name__}, finish_reason {shown(reason)!r}")
+            return Completion(text, _told(tokens, config.max_new_tokens), reason)
 
-        return self._connection.request("POST", "/v1/completions", read, json=body, max_bytes=2**26)
+        # A token is seldom longer than this, escaped; the rest is for the fields around the text.
+        most = 2**20 + 256 * config.max_new_tokens
+        return self._connection.request("POST", "/v1/completions", read, json=body, max_bytes=most)
 
     def close(self) -> None:
         self._connection.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _told(tokens: Any, most: int) -> int | None:
+    """Tokens of a completion, where a server tells a number that they can have (the end token is one)."""
+    whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+    return tokens if whole and 0 <= tokens <= most + 1 else None

@@ -35,7 +35,6 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "cost": None,
 }
 """Table -> the columns that docs/results.md shows beside those that name the row; None: all."""
-MOST_BRANCHES = 6
 _BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -48,16 +47,6 @@ def copy_report(name: str, runs: Path) -> Report:
     # Where this machine keeps tasks concerns no reader.
     for file in (folder / "report.md", *folder.glob("data/*.csv")):
         file.write_text(file.read_text(encoding="utf-8").replace(str(home()), "$HPD_HOME"), encoding="utf-8")
-    # One figure per variant: of a large grid, the numbers in data/ are enough.
-    branches = list(folder.glob("plots/branches-*.png"))
-    if len(branches) > MOST_BRANCHES:
-        for file in branches:
-            file.unlink()
-        page = folder / "report.md"
-        lines = page.read_text(encoding="utf-8").split("\n\n")
-        page.write_text(
-            "\n\n".join(line for line in lines if "(plots/branches-" not in line), encoding="utf-8"
-        )
     return report
 
 
@@ -73,20 +62,10 @@ def table_of(report: Report, key: str) -> str:
 
 
 def verdicts_of(report: Report) -> str:
-    """Every test in one table: a row for a variant, a column for a metric; wins and losses in bold."""
-    metrics = list(dict.fromkeys(c.metric for c in report.comparisons))
-    rows: dict[str, dict[str, str]] = {}
-    for c in report.comparisons:
-        said = "no consistent win" if c.verdict == "no consistent win" else f"**{c.verdict}**"
-        p = "<0.0001" if c.p_holm < 1e-4 else f"{c.p_holm:.2g}"
-        rows.setdefault(c.variant, {})[c.metric] = f"{said} {c.difference:+.3g} (p {p})"
-    head = ["| against " + report.comparisons[0].baseline, *(metric.replace("_", " ") for metric in metrics)]
-    lines = [" | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += [
-        f"| {name} | " + " | ".join(cells.get(metric, "") for metric in metrics) + " |"
-        for name, cells in rows.items()
-    ]
-    return "\n".join(lines)
+    """Every test in one table, and before it what the seeds cannot decide."""
+    assert report.verdicts is not None
+    warnings = [f"**Warning.** {text}\n" for text in report.warnings]
+    return "\n".join([*warnings, markdown_table(report.verdicts)])
 
 
 def _axes(table: Table) -> tuple[str, ...]:

@@ -70,3 +70,25 @@ def test_no_placeholder_is_left_in_a_document():
             r"@[A-Z_]+@|\b[A-Z0-9]+_(OUTPUT|TABLE|SENTENCE|MINUTES)\b|TODO|FIXME",
             page.read_text(encoding="utf-8"),
         ), page.name
+
+
+def test_dry_runs_of_eight_formats_are_what_the_page_shows(tmp_path, monkeypatch):
+    from helpers.data_examples import EXAMPLES, PAGE, page
+    from tiny_models import tiny_pair
+
+    tiny_pair("llama", tmp_path / "pair")
+    monkeypatch.setenv("COLUMNS", "110")
+    assert len(EXAMPLES) == 8
+    assert PAGE.read_text(encoding="utf-8") == page(tmp_path)
+
+
+def test_the_experiment_of_which_method_is_one(tmp_path, monkeypatch):
+    from hpd.experiments.experiment import load_experiment
+    from hpd.experiments.grid import expand
+
+    text = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    listing = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert listing is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "which.yaml").write_text(listing[1].replace("base: recipe.yaml", "base: demo"))
+    assert len(expand(load_experiment(tmp_path / "which.yaml"), tmp_path)) == 20

@@ -260,7 +260,7 @@ def test_a_server_writes_and_right_answers_are_kept(pair, rows, tmp_path, script
 def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted, monkeypatch):
     from hpd.teachers import TeacherUnavailable
 
-    monkeypatch.setattr("hpd.http._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("hpd.http.connection._FIRST_PAUSE_SECONDS", 0.01)
     good = scripted.answer
     scripted.answer = lambda request: (
         good(request) if len(scripted.requests) <= 8 else b'{"choices": [{"text": 5}]}'

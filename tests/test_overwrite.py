@@ -102,7 +102,16 @@ def test_eval_keeps_earlier_entries(place):
 
 
 REPORT = Report(
-    "t", "", "none", [], [], [Section("s", "S", [Table("results", "", "", ("a",), [("b",)])], [])], []
+    title="t",
+    question="",
+    status="none",
+    summary="",
+    warnings=[],
+    verdicts=None,
+    comparisons=[],
+    sections=[Section("s", "S", [Table("results", "", "", ("a",), [("b",)])], [])],
+    samples=[],
+    data=[],
 )
 
 

@@ -46,6 +46,11 @@ _TEACHER_SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers
 # leading BOS.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"student": {"tie_word_embeddings": True}, "bos": False},
+    "qwen3": {"student": {"tie_word_embeddings": True}, "bos": False},
+    "qwen3_moe": {
+        "both": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "bos": False,
+    },
     "llama": {"student": {"tie_word_embeddings": True}, "bos": True},
     "mistral": {"both": {"sliding_window": None}, "bos": True},
     "gemma3_text": {

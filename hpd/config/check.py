@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,12 @@ from hpd.methods.fields import nearest
 __all__ = ["check_recipe", "check_tree", "hint_at", "resolve"]
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Recipe]:
+    """Reader and writer of recipes; making one takes 50 ms, and a grid has hundreds of recipes."""
+    return TypeAdapter(Recipe)
+
+
 def check_tree(tree: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data, checked; its stages are not looked into.
 
@@ -27,7 +34,7 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
         ValueError: as `load_recipe`.
     """
     try:
-        recipe = TypeAdapter(Recipe).validate_python(tree)
+        recipe = _adapter().validate_python(tree)
     except ValidationError as error:
         raise ValueError(_explain(error)) from None
     check_no_secrets(resolve(recipe, redacted=False))
@@ -44,7 +51,7 @@ def resolve(recipe: Recipe, redacted: bool = True) -> dict[str, Any]:
         redacted: replace secrets, which a recipe that was built in Python may hold (`load_recipe` refuses
             them).
     """
-    tree = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    tree = _adapter().dump_python(recipe, mode="json")
     return redact_tree(tree) if redacted else tree
 
 

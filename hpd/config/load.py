@@ -117,6 +117,8 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
         ValueError: two stages of one name, a stage that is not a valid recipe (with its name), or a first
             stage without a teacher to follow.
     """
+    if not recipe.stages:
+        return []
     base = resolve(replace(recipe, stages=()))
     stages: list[Stage] = []
     student = base["student"]

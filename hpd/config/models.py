@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator
 
+from hpd.http import check_url
 from hpd.methods.fields import STRICT, check_fields
 
 __all__ = ["ModelConfig", "TeacherConfig", "model_shorthand", "teacher_shorthand"]
@@ -137,10 +138,10 @@ class TeacherConfig:
     concurrency: int = 4
     """Type server: requests at once, >= 1."""
     timeout_seconds: float = 120.0
-    """Type server: longest wait for one answer, > 0."""
+    """Type server: longest time of one attempt, from looking up its name to the last byte, > 0."""
     wait_seconds: float = 600.0
     """Type server: how long a failed request is tried again before training saves a checkpoint and stops, >=
-    0."""
+    0. A request takes at most timeout_seconds + wait_seconds."""
 
     def __post_init__(self) -> None:
         check_fields(self, "teacher")
@@ -186,21 +187,7 @@ class TeacherConfig:
             )
 
     def _check_server(self) -> None:
-        try:
-            parts = urlsplit(self.url or "")
-            parts.port  # noqa: B018 (reading it checks it)
-        except ValueError as error:
-            raise ValueError(f"teacher.url is not an address: {error}.") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(
-                "teacher.url must be the server's base address, such as http://127.0.0.1:8765, without a "
-                "query."
-            )
-        if parts.username or parts.password:
-            raise ValueError(
-                "teacher.url holds a password, which run folders would keep: name an environment variable in "
-                "api_key_env."
-            )
+        check_url(self.url, "teacher.url", "teacher.api_key_env")
         # A key in the place of its variable's name is not shown: the message may end up in a log.
         if self.api_key_env is not None and not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):
             raise ValueError(
@@ -222,8 +209,8 @@ class TeacherConfig:
             "teacher",
             top_k=(self.top_k is None or self.top_k >= 1, ">= 1, or null"),
             concurrency=(self.concurrency >= 1, ">= 1"),
-            timeout_seconds=(self.timeout_seconds > 0, "> 0"),
-            wait_seconds=(self.wait_seconds >= 0, ">= 0"),
+            timeout_seconds=(0 < self.timeout_seconds < math.inf, "> 0"),
+            wait_seconds=(0 <= self.wait_seconds < math.inf, ">= 0"),
         )
 
     @property

@@ -124,7 +124,8 @@ class EvalConfig:
     """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in
     eval_gsm8k_accuracy, which train.metric_for_best_model can name."""
     preset: Literal["greedy", "paper"] | None = None
-    """greedy, or paper: temperature 0.7, top-p 0.95, several samples; null: as the task says, else greedy."""
+    """greedy, or paper: temperature 0.7, top-p 0.95, 10,240 tokens, several samples (docs/evaluation.md);
+    null: as the task says, else greedy."""
     num_samples: int | None = None
     """Answers per problem."""
     max_new_tokens: int | None = None

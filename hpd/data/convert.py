@@ -149,6 +149,12 @@ def _conversation(
             messages = [_spoken(turn) for turn in messages]
         check_types({"messages": messages}, index)
         return _split(_after(parts, messages), index, labels, prompts)
+    if kind == "sharegpt preference":
+        turns, chosen = parts["conversations"], parts["chosen"]
+        turns = [_spoken(turn) for turn in turns] if isinstance(turns, list) else turns
+        answers = [_spoken(turn) for turn in (chosen if isinstance(chosen, list) else [chosen])]
+        check_types({"prompt": turns, "completion": answers}, index)
+        return _split(_after(parts, [*turns, *answers]), index, "last_turn", prompts)
     if kind == "conversation preference":
         check_types({"completion": parts["chosen"]}, index)
         if isinstance(parts["chosen"], str):

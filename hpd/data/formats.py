@@ -19,6 +19,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "ids": ("input_ids",),
     "pair": ("prompt", "completion"),
     "messages": ("messages",),
+    "sharegpt preference": ("conversations", "chosen"),
     "sharegpt": ("conversations",),
     "instruction": ("instruction", "output"),
     "text": ("text",),
@@ -35,6 +36,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "ids": ("labels", "completion_mask", "assistant_masks", "attention_mask"),
     "pair": (*_TEMPLATE, *_BEFORE),
     "messages": (*_TEMPLATE, "system"),
+    "sharegpt preference": (*_TEMPLATE, "system", "rejected"),
     "sharegpt": (*_TEMPLATE, "system"),
     "instruction": (*_TEMPLATE, *_BEFORE, "input"),
     "text": (),
@@ -170,7 +172,7 @@ def _is_instruction(column: str | None, parts: Mapping[str, str]) -> bool:
 
 
 def _refused(kind: str, left: Sequence[str]) -> dict[str, str]:
-    whole = kind in ("messages", "sharegpt", "text", "ids", "conversation preference")
+    whole = kind in ("messages", "sharegpt", "sharegpt preference", "text", "ids", "conversation preference")
     meanings = {name: _SAME_MEANING.get(name, name) for name in left}
     return {
         name: _MEANING[meaning]

@@ -128,9 +128,25 @@ def load_preferences(config: DataConfig) -> Dataset:
             f"Preference pairs need the columns prompt, chosen and rejected, and {config.path} lacks "
             f"{', '.join(missing)} (found: {', '.join(rows.column_names)}): map them in data.columns."
         )
-    return rows.select_columns(list(given.values())).rename_columns(
+    rows = rows.select_columns(list(given.values())).rename_columns(
         {v: k for k, v in given.items() if v != k}
     )
+    return rows.map(_preference_row, fn_kwargs={"system_prompt": config.system_prompt})
+
+
+def _preference_row(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:
+    """A pair as TRL reads it.
+
+    Where both are whole dialogues and the prompt is a text, as in UltraFeedback, the prompt becomes what
+    stands before the last turn.
+    """
+    if isinstance(row["prompt"], str) and isinstance(row["chosen"], list):
+        prompt, chosen = row["chosen"][:-1], row["chosen"][-1:]
+        row = {"prompt": prompt, "chosen": chosen, "rejected": row["rejected"][-1:]}
+    prompt = row["prompt"]
+    if system_prompt and isinstance(prompt, list) and prompt[0]["role"] != "system":
+        row["prompt"] = [{"role": "system", "content": system_prompt}, *prompt]
+    return row
 
 
 def load_prompts(config: DataConfig, reference: str | None = None) -> list[PromptRow]:

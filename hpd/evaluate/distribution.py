@@ -14,18 +14,25 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.data.tokens import tokenise
+from hpd.data.rendering import tokenise
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
     RowSums,
     TextTokens,
+    answer_tokens,
     distinct_ngrams,
     longest_loop,
     repeated_ngrams,
     sum_rows,
 )
-from hpd.generation.engine import Request, TransformersEngine, encode_prompt, end_token_ids
+from hpd.generation.engine import (
+    Request,
+    TransformersEngine,
+    encode_prompt,
+    end_token_ids,
+    turns_for_template,
+)
 from hpd.generation.settings import GenerationSettings
 from hpd.models.pairing import common_vocab, first_difference
 from hpd.models.probe import probe_head
@@ -184,9 +191,13 @@ class _Reader:
         labels = [[token for token, bit in zip(*row, strict=True) if bit] for row in written]
         ends = end_token_ids(self.student, self.tokenizer) if by_student else None
         figures = _likelihood_figures(sums, metrics, with_bins=not by_student)
-        figures |= _text_figures(labels, metrics, ends)
-        distinct = _distinct(labels) if "repetition" in metrics else {}
-        return figures, {"tokens": int(sums.tokens.sum()), **lost, **distinct}
+        of_texts = {"length", "repetition"} & set(metrics)
+        answers = [answer_tokens(self.tokenizer, row) for row in labels] if of_texts else labels
+        figures |= _text_figures(labels, answers, metrics, ends)
+        distinct = _distinct(answers) if "repetition" in metrics else {}
+        thinking = sum(len(answer) < len(row) for answer, row in zip(answers, labels, strict=True))
+        thoughts = {"rows_with_thinking": thinking} if thinking else {}
+        return figures, {"tokens": int(sums.tokens.sum()), **lost, **distinct, **thoughts}
 
 
 def _report(
@@ -255,6 +266,7 @@ def _dataset_tokens(
         if settings.chat_template != "never" and tokenizer.chat_template:
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             turns = [{"role": "system", "content": system}, *turns] if system else turns
+            turns = turns_for_template(tokenizer, turns)
             row = {"prompt": turns, "completion": [{"role": "assistant", "content": completion}]}
         else:
             row = {"prompt": f"{system}\n\n{prompt}" if system else prompt, "completion": completion}
@@ -351,17 +363,20 @@ def _calibration_error(bins: Floats) -> Figure:
 
 
 def _text_figures(
-    labels: Sequence[list[int]], metrics: Sequence[str], ends: Sequence[int] | None
+    labels: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    metrics: Sequence[str],
+    ends: Sequence[int] | None,
 ) -> dict[str, Figure]:
-    """Means over rows, every row with the same weight."""
+    """Means over rows, every row with the same weight; thoughts are no part of an answer."""
     values: dict[str, list[float]] = {}
     if "length" in metrics:
-        values["tokens_per_text"] = [float(len(row)) for row in labels]
+        values["tokens_per_text"] = [float(len(row)) for row in answers]
         if ends is not None:
             values["cut_off"] = [float(row[-1] not in ends) for row in labels]
     if "repetition" in metrics:
-        values |= {f"repeated_{n}grams": [repeated_ngrams(row, n) for row in labels] for n in (1, 2, 3, 4)}
-        loops = [longest_loop(row) for row in labels]
+        values |= {f"repeated_{n}grams": [repeated_ngrams(row, n) for row in answers] for n in (1, 2, 3, 4)}
+        loops = [longest_loop(row) for row in answers]
         values["longest_loop_tokens"] = [float(loop) for loop in loops]
         values["looping"] = [float(loop > 0) for loop in loops]
     return {name: ratio(np.array(column)) for name, column in values.items()}

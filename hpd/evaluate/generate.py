@@ -43,8 +43,13 @@ class PartialAnswers:
         head, *batches = self._lines.read() or [None]
         self._begun = head == self._identity
         for batch in batches if self._begun else ():
-            answers = [Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in batch["answers"]]
-            self._batches[batch["batch"]] = answers, batch["seconds"]
+            try:
+                answers = [
+                    Answer(**{**answer, "turns": tuple(answer["turns"])}) for answer in batch["answers"]
+                ]
+                self._batches[batch["batch"]] = answers, float(batch["seconds"])
+            except (KeyError, TypeError, ValueError):
+                continue  # a damaged line: its batch is written again
 
     def __len__(self) -> int:
         """Answers that need not be generated again."""

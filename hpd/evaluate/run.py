@@ -1,6 +1,7 @@
 """Evaluation of a model on a task, and its trace in a run folder: evals.json and records-<task>.jsonl."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ class EvalResult:
     """Mean over problems of the mean over their graded samples."""
     interval: tuple[float, float]
     """95 % interval of `value`: the error from having drawn these problems and no others
-    (`mean_interval`)."""
+    (`mean_interval`). NaN, in evals.json null: one problem, and scores that are not in [0, 1]."""
     num_examples: int
     num_samples: int
     """Answers per problem."""
@@ -310,10 +311,12 @@ def write_result(folder: Path, identity: dict[str, Any], result: EvalResult) -> 
     identity."""
     own_id = eval_id(identity)
     figures = {key: value for key, value in vars(result).items() if key not in ("task", "value", "records")}
+    figures["interval"] = None if math.isnan(result.interval[0]) else result.interval
     folder.mkdir(parents=True, exist_ok=True)
 
     records = JsonLines(folder / f"records-{result.task}.jsonl")
-    others = [record for record in records.read() if record.get("eval") != own_id]
+    earlier = (record for record in records.read() if isinstance(record, dict))
+    others = [record for record in earlier if record.get("eval") != own_id]
     records.write([*others, *({"eval": own_id, **asdict(record)} for record in result.records)])
 
     write_entry(folder, identity, {result.metric: result.value, **figures, "records": records.path.name})
@@ -333,7 +336,7 @@ def _read_evals(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({error}); repair it, or move it away to start a new one."
         ) from error

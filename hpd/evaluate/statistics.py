@@ -5,8 +5,10 @@ Axes: P problems, N samples per problem; NaN is an answer that was not graded.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ __all__ = [
     "ratio",
     "resample",
     "sampling_interval",
+    "sign_flip_test",
     "wilson_interval",
 ]
 
@@ -36,6 +39,8 @@ Figure = Callable[[Floats], Floats]
 
 _Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 _RESAMPLES = 2000
+_MAX_EXACT = 16
+"""Pairs up to which every one of the 2^n sign patterns is tried."""
 _BLOCK = 200
 """Resamples held at once: with R rows they take 1.6 R kilobytes."""
 
@@ -93,9 +98,9 @@ def estimate(figure: Figure, num_rows: int, seed: int = 0) -> Estimate:
     return Estimate(float(value), *_middle(resample(figure, num_rows, seed=seed)))
 
 
-def wilson_interval(num_correct: int, num_examples: int) -> Bounds:
+def wilson_interval(num_correct: float, num_examples: float) -> Bounds:
     r"""95 % interval of a proportion k/n; unlike the normal one it stays inside [0, 1] and is not empty at 0
-    or 1.
+    or 1. Neither number need be whole: n may be an effective sample size.
 
     .. math:: \frac{k + z^2/2 \pm z \sqrt{k (n - k) / n + z^2 / 4}}{n + z^2}
 
@@ -106,7 +111,8 @@ def wilson_interval(num_correct: int, num_examples: int) -> Bounds:
         Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
     """
     centre = num_correct + _Z_95**2 / 2
-    margin = _Z_95 * math.sqrt(num_correct * (num_examples - num_correct) / num_examples + _Z_95**2 / 4)
+    product = num_correct * (num_examples - num_correct) / num_examples
+    margin = _Z_95 * math.sqrt(max(0.0, product) + _Z_95**2 / 4)
     low, high = ((centre + side) / (num_examples + _Z_95**2) for side in (-margin, margin))
     return max(0.0, low), min(1.0, high)
 
@@ -120,28 +126,72 @@ def mean_over_problems(values: Floats) -> Floats:
 
 
 def mean_interval(values: Floats) -> Bounds:
-    """95 % interval of the mean: the error from having these problems and these samples of them, and no
+    r"""95 % interval of the mean: the error from having these problems and these samples of them, and no
     others.
 
-    One 0/1 sample per problem: Wilson's. Else problems are resampled with all their samples, which carries
-    both errors (percentile bootstrap; Efron 1979).
+    Values in [0, 1]: Wilson's interval at the effective sample size P / d. The design effect d compares the
+    spread of the problems' means :math:`x_i` with that of problems that are all right or all wrong,
+
+    .. math:: d = \frac{u\, \hat d + \min(1, \max_i (x_i - m)^2 / v)}{u + 1}, \qquad
+              \hat d = \frac{\sum_i (x_i - m)^2}{(P - 1)\, v}, \qquad v = m (1 - m),
+
+    where u counts the problems that say something: those with a right sample, or those with a wrong one,
+    whichever are fewer. The second term is the furthest problem once more, at most one of the all-or-nothing
+    kind; where every answer is wrong (or right) nothing is known of d, and it is 1. Of 0/1 samples d is
+    at least 1/N, and with one sample each this is Wilson's interval of P answers. docs/evaluation.md has the
+    simulated coverage. Other values (ratings): Student's interval of the problems' means; NaN for one
+    problem.
+
+    Reference:
+        Wilson's interval with an effective sample size: Dean and Pagano, Evaluating confidence interval
+        methods for binomial proportions in clustered surveys, 2015; Korn and Graubard, 1998. The furthest
+        problem once more is this package's.
     """
     means = mean_over_problems(values)
-    if values.shape[1] == 1 and np.isin(means, (0.0, 1.0)).all():
-        return wilson_interval(int(means.sum()), len(means))
-    return _middle(resample(ratio(means), len(means)))
+    num_problems, mean = len(means), float(means.mean())
+    squares = (means - mean) ** 2
+    graded = values[~np.isnan(values)]
+    if graded.min() < 0 or graded.max() > 1:
+        if num_problems == 1:
+            return math.nan, math.nan
+        return _student(mean, float(squares.sum() / (num_problems - 1) / num_problems), num_problems - 1)
+    spread = mean * (1 - mean)
+    if spread < 1e-12 or num_problems == 1:
+        return wilson_interval(mean * num_problems, num_problems)
+    telling = min((means > 0).sum(), (means < 1).sum())
+    observed = squares.sum() / (num_problems - 1) / spread
+    effect = (telling * observed + min(1.0, squares.max() / spread)) / (telling + 1)
+    whole = bool(np.isin(graded, (0.0, 1.0)).all())
+    effect = min(1.0, max(effect, num_problems / len(graded) if whole else 0.0))
+    return wilson_interval(mean * num_problems / effect, num_problems / effect)
 
 
 def sampling_interval(values: Floats) -> Bounds:
-    """95 % interval of the mean over what another run on the same problems would draw: samples resampled
-    within problems."""
+    r"""95 % interval of the mean that ever more samples of the same problems would have.
+
+    As `mean_interval`, with the effective sample size P N / d, where d is the samples' spread within their
+    problems against m (1 - m), and one more degree of freedom of d = 1. All right or all wrong: Wilson's of
+    P N samples.
+    """
     values = values[~np.isnan(values).any(axis=1)]
     num_problems, num_samples = values.shape
+    mean = float(values.mean())
+    within = float(values.var(axis=1, ddof=1).mean())
+    freedom = num_problems * (num_samples - 1)
+    if values.min() < 0 or values.max() > 1:
+        return _student(mean, within / values.size, freedom)
+    spread = mean * (1 - mean)
+    effect = (freedom * within / spread + 1) / (freedom + 1) if spread >= 1e-12 else 1.0
+    size = values.size / min(1.0, effect)
+    return wilson_interval(mean * size, size)
 
-    def mean(*weights: Floats) -> Floats:
-        return np.sum([w @ row for w, row in zip(weights, values, strict=True)], axis=0) / values.size
 
-    return _middle(resample(mean, *[num_samples] * num_problems))
+def _student(mean: float, variance: float, freedom: int) -> Bounds:
+    """Student's 95 % interval, of the variance of a mean."""
+    from scipy.special import stdtrit  # scipy.stats would take half a second
+
+    margin = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
+    return mean - margin, mean + margin
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -188,35 +238,40 @@ class PairedDifference(NamedTuple):
     difference: float
     """Second minus first."""
     interval: Bounds
-    """95 % bootstrap interval of the difference, over problems."""
+    """95 % interval of the difference, over problems."""
     p_value: float
     """Two-sided, of no difference."""
     test: str
-    """"McNemar" (exact) or "bootstrap"."""
+    """"McNemar" (exact) or "sign flips"."""
     num_problems: int
     """Problems that are graded for both."""
 
 
 def compare_paired(first: Floats, second: Floats) -> PairedDifference:
-    """Test whether two models differ, problem by problem.
+    r"""Test whether two models differ, problem by problem.
 
     Exact McNemar where every problem has one 0/1 value: the two-sided binomial test on the problems that only
-    one of them solves. Else a paired bootstrap over problems: twice the smaller share of resamples on one
-    side of 0.
+    one of them solves. Else the paired permutation test (`sign_flip_test`). Neither finds a difference that
+    is not there more often than it says, however few the problems.
+
+    The interval is normal, with the variance of the differences :math:`d_i` taken as if the furthest from 0
+    came once more (1 where all are 0, since P equal problems do not prove the next one equal):
+
+    .. math:: \bar d \pm z \sqrt{s^2 / P}, \qquad s^2 = \frac{1}{P} \Big(\sum_i (d_i - \bar d)^2 +
+              \max_i d_i^2\Big)
 
     Args:
         first, second: [P, N] of the same problems in the same order; the numbers of samples may differ.
 
     References:
         McNemar, Note on the sampling error of the difference between correlated proportions, Psychometrika
-        1947. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 15 (achieved significance
-        level).
+        1947. Bonett and Price, Adjusted Wald confidence interval for a difference of binomial proportions
+        based on paired data, 2012, whose pseudo-pair this follows.
     """
     both = ~(np.isnan(first).all(axis=1) | np.isnan(second).all(axis=1))
     one = mean_over_problems(first[both])
     two = mean_over_problems(second[both])
     differences = two - one
-    resampled = resample(ratio(differences), len(differences))
     single = first.shape[1] == second.shape[1] == 1 and np.isin([one, two], (0.0, 1.0)).all()
     if single:
         from scipy.stats import binomtest  # half a second that only comparisons spend
@@ -225,7 +280,41 @@ def compare_paired(first: Floats, second: Floats) -> PairedDifference:
         worse = int((differences < 0).sum())
         p_value = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
     else:
-        tail = min((resampled <= 0).mean(), (resampled >= 0).mean())
-        p_value = float(min(1.0, 2 * (tail * _RESAMPLES + 1) / (_RESAMPLES + 1)))
-    test = "McNemar" if single else "bootstrap"
-    return PairedDifference(float(differences.mean()), _middle(resampled), p_value, test, len(differences))
+        p_value = sign_flip_test(differences)
+    mean = float(differences.mean())
+    furthest = float(np.square(differences).max()) or 1.0
+    variance = (float(np.square(differences - mean).sum()) + furthest) / len(differences)
+    margin = _Z_95 * math.sqrt(variance / len(differences))
+    test = "McNemar" if single else "sign flips"
+    return PairedDifference(mean, (mean - margin, mean + margin), p_value, test, len(differences))
+
+
+def sign_flip_test(
+    differences: Sequence[float] | Floats, num_resamples: int = 10_000, seed: int = 0
+) -> float:
+    """Two-sided paired permutation test of a zero mean: every pair could as well have been the other way
+    round.
+
+    Exact up to 16 pairs, where the smallest p there can be is 2^(1 - n); above, random signs and the (count +
+    1) / (draws + 1) rule. NaN for fewer than two pairs.
+
+    >>> sign_flip_test([1.0, 2.0, 3.0])
+    0.25
+    """
+    d = np.asarray(differences, dtype=float)
+    if len(d) < 2 or not np.any(d):
+        return 1.0 if len(d) >= 2 else math.nan
+    observed = abs(d.sum()) * (1 - 1e-9)  # ties by rounding count as reached
+    if len(d) <= _MAX_EXACT:
+        return float((np.abs(_all_signs(len(d)) @ d) >= observed).mean())
+    generator = np.random.default_rng(seed)
+    reached = 0
+    for start in range(0, num_resamples, _BLOCK):
+        signs = generator.choice((-1.0, 1.0), size=(min(_BLOCK, num_resamples - start), len(d)))
+        reached += int((np.abs(signs @ d) >= observed).sum())
+    return float((reached + 1) / (num_resamples + 1))
+
+
+@lru_cache(maxsize=1)
+def _all_signs(num_pairs: int) -> Floats:
+    return np.array(list(itertools.product((1.0, -1.0), repeat=num_pairs)))

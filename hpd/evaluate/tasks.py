@@ -332,14 +332,35 @@ def share_options(names: Sequence[str], options: Sequence[str]) -> dict[str, dic
     return shares
 
 
+_PAPER = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 10_240, "num_samples": 8}
 PRESETS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "num_samples": 1},
-    "paper": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 32768, "num_samples": 8},
+    "paper": _PAPER,
 }
-"""Name -> fields of `GenerationSettings`. paper: Hybrid Policy Distillation, arXiv 2604.20244."""
+"""Name -> fields of `GenerationSettings`. paper: Hybrid Policy Distillation, arXiv 2604.20244; what it does
+differently for some tasks is in `settings_for`."""
 
-_PAPER_SAMPLES = {"aime24": 32, "aime25": 32, "amc": 32}
-"""Tasks that the paper gives more than eight samples per problem."""
+_ASSISTANT = {"system_prompt": "You are a helpful assistant."}
+_COMPETITION = {"num_samples": 32}
+_CODE = PRESETS["greedy"] | _ASSISTANT
+_DIALOGUE = {"max_new_tokens": 4_096, "num_samples": 1} | _ASSISTANT
+_PAPER_BY_TASK: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("aime24", "aime25", "amc"), _COMPETITION),
+    **dict.fromkeys(("humaneval", "humaneval+", "mbpp", "mbpp+"), _CODE),
+    **dict.fromkeys(("alpaca_eval", "mt_bench", "arena_hard"), _DIALOGUE),
+}
+"""What the paper does differently for a task: more samples, greedy code, shorter dialogue. How many answers a
+judge sees it does not say: one."""
+
+
+def _preset_fields(preset: str | None, task: Task) -> dict[str, Any]:
+    if preset is None:
+        return {}
+    found = PRESETS[preset] | (_PAPER_BY_TASK.get(task.name, {}) if preset == "paper" else {})
+    if task.defaults.get("chat_template") == "never":
+        # A base model continues a text, which a system prompt would stand in front of.
+        found.pop("system_prompt", None)
+    return found
 
 
 def settings_for(task: Task, preset: str | None = None, **given: Any) -> GenerationSettings:
@@ -348,7 +369,8 @@ def settings_for(task: Task, preset: str | None = None, **given: Any) -> Generat
 
     Args:
         task: what is evaluated.
-        preset: a name of `PRESETS`.
+        preset: a name of `PRESETS`. paper: T 0.7, top-p 0.95, 10,240 tokens, 32 samples for AIME and AMC and
+            8 elsewhere; code greedy; dialogue 4,096 tokens and one sample; the last two with a system prompt.
         given: fields; None means not given. `temperature=0` alone asks for the greedy preset.
 
     Raises:
@@ -359,7 +381,5 @@ def settings_for(task: Task, preset: str | None = None, **given: Any) -> Generat
     chosen = {key: value for key, value in given.items() if value is not None}
     if preset is None and chosen.get("temperature") == 0:
         preset = "greedy"
-    fields = {**task.defaults, **PRESETS.get(preset or "", {})}
-    if preset == "paper" and task.name in _PAPER_SAMPLES:
-        fields["num_samples"] = _PAPER_SAMPLES[task.name]
+    fields = {**task.defaults, **_preset_fields(preset, task)}
     return GenerationSettings(**{**fields, **chosen})

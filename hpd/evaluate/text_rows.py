@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpd.evaluate.benchmarks.forms import chat_turns
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.generation.texts import Prompt
 
@@ -49,8 +50,11 @@ def read_text_rows(
     texts = []
     for number, row in enumerate(rows, start=1):
         prompt, completion = (row.get(name) for name in names)
-        if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-            completion = completion[-1].get("content")
+        try:
+            prompt = chat_turns(prompt) if isinstance(prompt, list) else prompt
+            completion = chat_turns(completion)[-1]["content"] if isinstance(completion, list) else completion
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{data}: row {number}: {error}; correct or remove it.") from None
         if not prompt or not isinstance(completion, str) or not completion.strip():
             raise ValueError(
                 f"{data}: row {number} has no text in {names[0]!r} or {names[1]!r}; fill or remove it."
@@ -71,13 +75,11 @@ def _column(data: str | Path, role: str, columns: list[str], given: str | None, 
 
 
 def _from_messages(messages: Any, data: str | Path, number: int) -> TextRow:
-    turns = messages if isinstance(messages, list) else []
-    if (
-        len(turns) < 2
-        or not isinstance(turns[-1], dict)
-        or turns[-1].get("role") != "assistant"
-        or not turns[-1]["content"]
-    ):
+    try:
+        turns = chat_turns(messages if isinstance(messages, list) else [])
+    except ValueError as error:
+        raise ValueError(f"{data}: row {number}: {error}; correct or remove it.") from None
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
         raise ValueError(
             f"{data}: the messages of row {number} do not end with an assistant turn; fill or remove the row."
         )

@@ -5,6 +5,7 @@ Axes: B rows of a batch, T tokens, N label positions, C positions of a chunk, V 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from hpd.batch import IGNORE_INDEX, token_batch
+from hpd.evaluate.benchmarks.answers import drop_thinking
 from hpd.losses.heads import Scores
 from hpd.losses.products import chunks, project_
 from hpd.losses.tile import sum_dtype
@@ -26,6 +29,7 @@ __all__ = [
     "NUM_BINS",
     "RowSums",
     "TextTokens",
+    "answer_tokens",
     "distinct_ngrams",
     "longest_loop",
     "repeated_ngrams",
@@ -196,6 +200,19 @@ _MAX_PERIOD_TOKENS = 256
 
 _MIN_COPIES = 3
 """Two equal words in a row are language, three are a loop."""
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """The tokens of a text behind its thoughts; none where these never end."""
+    text = tokenizer.decode(tokens)
+    answer = drop_thinking(text)
+    if answer == text:
+        return tokens
+    # The fewer tokens are left, the shorter their text; a token that holds both counts as thought.
+    start = bisect_left(
+        range(len(tokens) + 1), True, key=lambda i: len(tokenizer.decode(tokens[i:])) <= len(answer)
+    )
+    return tokens[start:]
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int) -> float:

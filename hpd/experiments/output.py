@@ -1,13 +1,14 @@
-"""The report as files: one page, Markdown, a PNG per figure and a CSV per table."""
+"""The report as files: one page, Markdown, each figure as PNG, SVG and PDF, and a CSV per table."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from hpd.experiments.figures import to_png
+from hpd.experiments.figures import FORMATS, Panel, to_files
 from hpd.experiments.pages import render_page
 from hpd.experiments.report import Report, file_name
 from hpd.experiments.table import Table, TableCell, panel_table
+from hpd.experiments.verdicts import TONES
 from hpd.files import write_atomically
 
 __all__ = ["check_target", "markdown_table", "render_markdown", "write_report"]
@@ -35,7 +36,7 @@ def check_target(folder: Path) -> None:
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Write index.html, report.md, plots/*.png and data/*.csv; return the page's path.
+    """Write index.html, report.md, plots/* and data/*.csv; return the page's path.
 
     Raises:
         ValueError: the folder holds something else than a report.
@@ -47,25 +48,29 @@ def write_report(report: Report, folder: Path) -> Path:
     page, text = (folder / name for name in _PAGES)
     write_atomically(text, render_markdown(report))
     write_atomically(page, render_page(report))
-    for section in report.sections:
-        for table in section.tables:
-            (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")
-        for panel in section.panels:
-            name = file_name(panel.key)
-            (folder / "plots" / f"{name}.png").write_bytes(to_png(panel))
-            (folder / "data" / f"{name}.csv").write_text(panel_table(panel).as_csv(), encoding="utf-8")
+    shown = [table for section in report.sections for table in section.tables]
+    panels = [panel for section in report.sections for panel in section.panels]
+    verdicts = [report.verdicts] if report.verdicts is not None else []
+    for table in (*verdicts, *shown, *report.data, *map(panel_table, panels)):
+        (folder / "data" / f"{file_name(table.key)}.csv").write_text(table.as_csv(), encoding="utf-8")
+    for panel in panels:
+        for kind, content in to_files(panel).items():
+            (folder / "plots" / f"{file_name(panel.key)}.{kind}").write_bytes(content)
     return page
 
 
 def render_markdown(report: Report) -> str:
     """The report as text; figures lie beside it in plots/."""
     parts = [f"# {_inline(report.title)}", _inline(report.question), report.status + "."]
-    parts += ["\n".join(f"* {_inline(line)}" for line in report.verdicts)] if report.verdicts else []
+    if report.verdicts is not None:
+        parts += ["## Verdicts", _inline(report.summary)]
+        parts += [f"**Warning.** {_inline(text)}" for text in report.warnings]
+        parts += [markdown_table(report.verdicts), _inline(report.verdicts.note)]
     for section in report.sections:
-        parts.append(f"## {section.title}")
+        parts += [f"## {section.title}", _inline(section.note)]
         for table in section.tables:
             parts += [markdown_table(table), _inline(table.note)]
-        parts += [f"![{_inline(panel.title)}](plots/{file_name(panel.key)}.png)" for panel in section.panels]
+        parts += map(_markdown_panel, section.panels)
     if report.samples:
         parts.append("## Sample answers")
         writers = list(dict.fromkeys(writer for sample in report.samples for writer in sample.answers))
@@ -74,6 +79,12 @@ def render_markdown(report: Report) -> str:
         ]
         parts.append(markdown_table(Table("samples", "", "", ("problem", *writers), rows)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown_panel(panel: Panel) -> str:
+    name = f"plots/{file_name(panel.key)}"
+    links = ", ".join(f"[{kind.upper()}]({name}.{kind})" for kind in FORMATS[1:])
+    return f"![{_inline(panel.title)}]({name}.{FORMATS[0]})\n\n{_inline(panel.note)} ({links})".strip()
 
 
 def _marked(text: str, correct: bool | None) -> str:
@@ -95,10 +106,16 @@ def markdown_table(table: Table) -> str:
 
 
 def _bold(cell: TableCell) -> str:
+    text = _inline(cell.text)
+    if cell.tone in ("best", "win", "loss") and cell.text:
+        text = f"**{text}**"
+    if not cell.detail:
+        return text
+    # A verdict is followed by what it rests on, a number by its interval.
     return (
-        f"**{_inline(cell.text)}**"
-        if cell.tone in ("best", "win", "loss") and cell.text
-        else _inline(cell.text)
+        f"{text}: {_inline(cell.detail)}"
+        if cell.tone in TONES.values()
+        else f"{text} ({_inline(cell.detail)})"
     )
 
 

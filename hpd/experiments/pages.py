@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -12,12 +13,12 @@ from urllib.parse import quote
 from hpd.experiments.figures import Panel, to_svg
 from hpd.experiments.report import Report, Sample, Section, file_name
 from hpd.experiments.table import Table, TableCell, panel_table
+from hpd.experiments.verdicts import TONES
 
 __all__ = ["render_page"]
 
-_LONG_LIST = 9
-_SHOWN_OF_EACH = 3
-_CHIPS = {" beats ": "win", " loses to ": "loss"}
+_CHIPS = frozenset(TONES.values())
+"""Tones whose cells are drawn as chips."""
 
 
 def render_page(report: Report, live: bool = False) -> str:
@@ -41,37 +42,34 @@ def render_page(report: Report, live: bool = False) -> str:
         question=f'<p class="question">{escape(report.question)}</p>' if report.question else "",
         status=escape(report.status),
         nav="".join(f'<a href="#{escape(key)}">{escape(title)}</a>' for key, title in links),
-        body=_verdicts(report.verdicts) + "".join(map(_section, report.sections)) + samples,
+        body=_verdicts(report) + "".join(map(_section, report.sections)) + samples,
     )
 
 
-def _verdicts(lines: list[str]) -> str:
-    if not lines:
+def _verdicts(report: Report) -> str:
+    if report.verdicts is None:
         return ""
-    tones = [next((tone for mark, tone in _CHIPS.items() if mark in line), "none") for line in lines]
-    counts = "".join(
-        f'<span class="chip {tone}">{tones.count(tone)} {words}</span>'
-        for tone, words in (("win", "better"), ("loss", "worse"), ("none", "no consistent win"))
+    counts = Counter(c.verdict for c in report.comparisons)
+    chips = "".join(
+        f'<span class="chip {tone}">{escape(verdict)}: {counts[verdict]}</span>'
+        for verdict, tone in TONES.items()
+        if counts[verdict]
     )
-    items = [f'<li class="{tone}">{escape(line)}</li>' for tone, line in zip(tones, lines, strict=True)]
-    # A long list shows the first of each kind: what was lost or not found stands as openly as what was won.
-    order = sorted(range(len(items)), key=lambda i: ("win", "loss", "none").index(tones[i]))
-    nth = {i: tones[:i].count(tones[i]) for i in order}
-    shown = [i for i in order if len(items) <= _LONG_LIST or nth[i] < _SHOWN_OF_EACH]
-    rest = [i for i in order if i not in shown]
-    first = f"<ul>{''.join(items[i] for i in shown)}</ul>"
-    more = f"<ul>{''.join(items[i] for i in rest)}</ul>"
-    if rest:
-        first += f"<details><summary>{len(rest)} more</summary>{more}</details>"
-    return f'<section id="verdicts" class="verdicts"><p>{counts}</p>{first}</section>\n'
+    warnings = "".join(
+        f'<p class="warning"><strong>Warning.</strong> {escape(text)}</p>' for text in report.warnings
+    )
+    table = _table(report.verdicts, "Verdicts")
+    return f'<section id="verdicts"><h2>Verdicts</h2><p>{chips}</p>{warnings}{table}</section>\n'
 
 
 def _section(section: Section) -> str:
+    note = f'<p class="note">{escape(section.note)}</p>' if section.note else ""
     tables = "".join(_table(table, section.title) for table in section.tables)
     panels = "".join(map(_panel, section.panels))
     if panels:
         panels = f'<div class="panels">{panels}</div>'
-    return f'<section id="{escape(section.key)}"><h2>{escape(section.title)}</h2>{tables}{panels}</section>\n'
+    body = f"<h2>{escape(section.title)}</h2>{note}{tables}{panels}"
+    return f'<section id="{escape(section.key)}">{body}</section>\n'
 
 
 def _table(table: Table, heading: str = "") -> str:
@@ -107,18 +105,19 @@ def _cell(cell: Any) -> str:
         classes = " ".join(filter(None, ("number" if number else "", cell.tone)))
         missing = isinstance(cell.sort, float) and math.isnan(cell.sort)
         key = "" if missing else escape(str(cell.sort))
-        text = (
-            f"<span>{escape(cell.text)}</span>" if cell.tone in ("win", "loss", "none") else escape(cell.text)
-        )
-        return f'<td class="{classes}" data-sort="{key}">{text}</td>'
+        text = f"<span>{escape(cell.text)}</span>" if cell.tone in _CHIPS else escape(cell.text)
+        detail = f"<small>{escape(cell.detail)}</small>" if cell.detail else ""
+        return f'<td class="{classes}" data-sort="{key}">{text}{detail}</td>'
     number = ' class="number"' if _is_number(cell) else ""
     return f"<td{number}>{escape(str(cell))}</td>"
 
 
 def _panel(panel: Panel) -> str:
     panel = panel._replace(key=file_name(panel.key))
+    note = f'<p class="note">{escape(panel.note)}</p>' if panel.note else ""
     return (
-        f'<figure id="plot-{escape(panel.key)}"><figcaption>{escape(panel.title)}</figcaption>{to_svg(panel)}'
+        f'<figure id="plot-{escape(panel.key)}"><figcaption>{escape(panel.title)}{note}</figcaption>'
+        f"{to_svg(panel)}"
         f'<details><summary>data</summary>{_table(panel_table(panel))}<p class="note">'
         f"{_download(panel_table(panel))}</p></details></figure>"
     )
@@ -131,7 +130,7 @@ def _download(table: Table) -> str:
 
 def _samples(samples: list[Sample]) -> str:
     cards = "".join(_sample(sample) for sample in samples)
-    note = "The first problems of the test file, not chosen; each variant's first seed."
+    note = "The first problems of the test file, not chosen; each method's first seed."
     return f'<section id="samples"><h2>Answers</h2><p class="note">{note}</p>{cards}</section>\n'
 
 

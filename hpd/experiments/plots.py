@@ -1,249 +1,282 @@
-"""Figures of a report: curves, tuning, differences, heat maps, scaling."""
+"""Figures of a report: curves, tuning, differences, scaling, thirds by the teacher's entropy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpd.experiments.figures import COLORS, INK, MAX_LINES, Line, Panel, label, line_panel, slug
-from hpd.experiments.results import Results, higher_is_better
-from hpd.experiments.statistics import VariantComparison, mean_interval
+from hpd.experiments.figures import COLORS, INK, OTHERS, Look, Panel, looks_of, slug
+from hpd.experiments.grid import short
+from hpd.experiments.lines import SPLIT_NOTE, Level, Line, line_panel, multiples_panel, split, split_axes
+from hpd.experiments.metrics import (
+    SPREAD_NOTE,
+    Scale,
+    higher_is_better,
+    is_entropy,
+    label,
+    over,
+    scale_of,
+    words,
+)
+from hpd.experiments.results import Results
+from hpd.experiments.statistics import VariantComparison
+from hpd.experiments.table import TableCell
 from hpd.experiments.tuning import Choice
 
-__all__ = ["curve_panels", "difference_panels", "heat_maps", "rate_panels", "scaling_panels"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-OWN_METRICS = ("own_entropy", "own_forward_kl", "own_reverse_kl")
-BRANCHES = {
-    "k1_positive": "student underestimates the label",
-    "reinforced": "reinforced",
-    "suppressed": "suppressed",
-    "punished": "draw punished",
-}
+__all__ = [
+    "compared_panel",
+    "difference_panels",
+    "level_of",
+    "numeric_axis",
+    "rate_panels",
+    "results_looks",
+    "scaling_panels",
+    "thirds_panels",
+]
 
-
-def curve_panels(results: Results) -> list[Panel]:
-    """Means over seeds of what training logs, a band from the lowest to the highest seed; and HPD's branches
-    per variant."""
-    panels = []
-    by_group: dict[str, list[list[dict[str, Any]]]] = {}
-    for run in results.runs:
-        if run.logs:
-            by_group.setdefault(run.group, []).append(run.logs)
-    shown = dict(list(by_group.items())[:MAX_LINES])
-    for metric in ("loss", "forward_kl", "reverse_kl", "student_entropy", "grad_norm", *OWN_METRICS):
-        lines = {group: line for group, logs in shown.items() if (line := _mean_line(logs, metric))}
-        if lines:
-            panels.append(
-                line_panel(
-                    f"curve-{metric}", f"{label(metric)} over training", lines, log=metric.endswith("kl")
-                )
-            )
-    for group, logs in shown.items():
-        lines = {words: line for name, words in BRANCHES.items() if (line := _mean_line(logs, name))}
-        if lines:
-            panels.append(line_panel(f"branches-{slug(group)}", f"{group}: share of label tokens", lines))
-    return panels
+_THIRDS = ("low", "mid", "high")
+_TONES = {"win": COLORS[2], "loss": COLORS[4], "no difference found": OTHERS, "too few seeds": OTHERS}
 
 
-def _mean_line(logs: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> Line:
-    """(step, mean, low, high) at the steps that every seed logged."""
-    series = [
-        {
-            log["step"]: float(log[metric])
-            for log in run
-            if ("loss" in log or metric in OWN_METRICS) and log.get(metric) is not None
-        }
-        for run in logs
+def compared_panel(
+    results: Results,
+    key: str,
+    title: str,
+    lines: Mapping[str, Line],
+    looks: Mapping[str, Look],
+    **options: Any,
+) -> Panel:
+    """Lines of methods on one axis; where axes next to the method have several settings, a plot for each, so
+    that lines of one plot differ in the method alone.
+
+    Args:
+        lines: group -> line.
+        looks: of groups and of methods (`results_looks`).
+        options: as `line_panel`.
+    """
+    plots: dict[str, dict[str, Line]] = {}
+    for group, line in lines.items():
+        method, setting = results.method_and_setting(group)
+        plots.setdefault(setting, {})[method] = line
+    if len(plots) < 2 or all(len(found) < 2 for found in plots.values()):
+        return line_panel(key, title, lines, looks=looks, **options)
+    return multiples_panel(key, title, plots, looks=looks, share_y=True, **options)
+
+
+def results_looks(results: Results, baseline: str | None) -> dict[str, Look]:
+    """A look for every group, and for every method where groups have more to them."""
+    groups = list(dict.fromkeys(run.group for run in results.runs))
+    methods = list(dict.fromkeys(results.method_and_setting(group)[0] for group in groups))
+    first = results.method_and_setting(baseline)[0] if baseline in groups else baseline
+    return looks_of(groups, baseline) | looks_of(methods, first)
+
+
+def rate_panels(choices: Sequence[Choice], looks: Mapping[str, Look]) -> list[Panel]:
+    """Per tuned setting: the metric that decided over the tried values; a ring marks the value that was
+    taken."""
+    paths = dict.fromkeys(choice.path for choice in choices)
+    panels = [
+        _rate_panel(f"robustness-{slug(short(path))}" if i else "robustness", found, looks)
+        for i, path in enumerate(paths)
+        for found in [[choice for choice in choices if choice.path == path]]
     ]
-    series = [points for points in series if points]
-    steps = sorted(set.intersection(*map(set, series))) if series else []
-    found = [(step, [points[step] for points in series]) for step in steps]
-    return [(step, float(np.mean(v)), min(v), max(v)) for step, v in found if all(map(math.isfinite, v))]
+    return [panel for panel in panels if panel is not None]
 
 
-def rate_panels(choices: Sequence[Choice]) -> list[Panel]:
-    """The metric that was tuned on over the tried values; a ring marks the one that was taken."""
-    if not choices:
-        return []
+def _rate_panel(key: str, choices: Sequence[Choice], looks: Mapping[str, Look]) -> Panel | None:
+    values = sorted({value for choice in choices for value in choice.means})
     lines: dict[str, Line] = {}
-    for choice in choices[:MAX_LINES]:
-        found = sorted((float(value), seeds) for value, seeds in choice.tried.items())
-        lines[choice.group] = [
-            (v, float(np.mean(s)), min(s), max(s)) for v, s in found if np.isfinite(s).all()
-        ]
-    first = choices[0]
-    marks = {choice.group: choice.chosen for choice in choices[:MAX_LINES]}
-    title = f"{label(first.metric)} on validation rows, by {first.path.rsplit('.', 1)[-1].replace('_', ' ')}"
-    x_label = first.path.rsplit(".", 1)[-1].replace("_", " ")
-    panel = line_panel(
-        "robustness", title, lines, x_label=x_label, log_x=True, log=first.metric.endswith("kl"), marks=marks
-    )
-    return [panel]
+    for choice in choices:
+        found = sorted((values.index(float(value)), seeds) for value, seeds in choice.tried.items())
+        points = [(v, float(np.mean(s)), min(s), max(s)) for v, s in found if np.isfinite(s).all()]
+        if points:
+            lines[choice.group] = points
+    if not lines:
+        return None
+    first, setting = choices[0], short(choices[0].path)
+    title = f"{label(first.metric)} on validation rows, by {words(setting)}"
+    note = f"Mean of {_seeds([len(s) for s in first.tried.values()])} for tuning; band: lowest to highest."
+    options: dict[str, Any] = {
+        "looks": looks_of(list(lines)) | {name: looks[name] for name in lines if name in looks},
+        "scale": scale_of(first.metric),
+        "x_label": words(setting),
+        "ticks": {place: f"{value:g}" for place, value in enumerate(values)},
+    }
+    if first.metric == "loss":  # losses of different methods have no common scale
+        return multiples_panel(
+            key, title, {name: {name: line} for name, line in lines.items()}, note=note, **options
+        )
+    marks = {choice.group: values.index(choice.chosen) for choice in choices}
+    note = f"{note} Ring: the value that was taken."
+    is_log = first.metric.endswith("kl")
+    return line_panel(key, title, lines, log=is_log, marks=marks, note=note, **options)
 
 
-def difference_panels(comparisons: Sequence[VariantComparison]) -> list[Panel]:
-    """Per metric: every variant minus the baseline with its 95 % interval."""
+def _seeds(counts: Sequence[int]) -> str:
+    fewest, most = min(counts), max(counts)
+    return f"{fewest} seed{'s' * (fewest != 1)}" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def difference_panels(comparisons: Sequence[VariantComparison], scales: Mapping[str, Scale]) -> list[Panel]:
+    """Per metric: every method minus the baseline with its 95 % interval."""
     panels = []
     for metric in dict.fromkeys(c.metric for c in comparisons):
         rows = [c for c in comparisons if c.metric == metric and not math.isnan(c.difference)]
         if rows:
-            panels.append(_difference_panel(metric, rows))
+            panels.append(_difference_panel(metric, rows, scales[metric]))
     return panels
 
 
-def _difference_panel(metric: str, rows: Sequence[VariantComparison]) -> Panel:
+def _difference_panel(metric: str, rows: Sequence[VariantComparison], scale: Scale) -> Panel:
     height = max(1.6, 0.9 + 0.24 * len(rows))
-    colors = {"win": COLORS[2], "loss": COLORS[4], "no consistent win": COLORS[9]}
+    baselines = {row.baseline for row in rows}
+    baseline = rows[0].baseline if len(baselines) == 1 else "its baseline"
+    bounds = [_ends(row, scale.factor) for row in rows]
+    found = split([(0.0, 0.0), *bounds])
 
-    def draw(axis: Any) -> None:
-        for y, row in enumerate(reversed(rows)):
-            color = colors[row.verdict]
-            if not math.isnan(row.low):
-                axis.plot([row.low, row.high], [y, y], color=color, linewidth=2.2, solid_capstyle="round")
-            axis.plot([row.difference], [y], "o", color=color, markersize=6)
-        axis.axvline(0, color=INK, linewidth=0.9)
-        axis.set_yticks(range(len(rows)), [row.variant for row in reversed(rows)])
-        axis.set_ylim(-0.6, len(rows) - 0.4)
-        axis.set_xlabel(f"difference to {rows[0].baseline}", fontsize=10)
+    def draw(figure: Figure) -> None:
+        axes = split_axes(figure, found, vertical=False)
+        for axis in axes:
+            for y, (row, ends) in enumerate(zip(reversed(rows), reversed(bounds), strict=True)):
+                color = _TONES[row.verdict]
+                axis.plot(ends, [y, y], color=color, linewidth=2.2, solid_capstyle="round")
+                fill = "none" if row.verdict == "too few seeds" else "full"
+                x, (start, end) = scale.factor * row.difference, axis.get_xlim()
+                if len(axes) == 1 or start <= x <= end:  # no half points at the split
+                    axis.plot([x], [y], "o", color=color, markersize=6, fillstyle=fill)
+            axis.axvline(0, color=INK, linewidth=0.9)
+            axis.set_ylim(-0.6, len(rows) - 0.4)
+        axes[0].set_yticks(range(len(rows)), [row.variant for row in reversed(rows)])
+        unit = ", percentage points" if scale.percent else ""
+        figure.supxlabel(f"difference to {baseline}{unit}", fontsize=10, color=INK)
 
     better = "right" if higher_is_better(metric) else "left"
-    title = f"{label(metric)}: minus {rows[0].baseline}, 95 % interval (better is {better})"
-    table = [(r.variant, r.difference, r.low, r.high, r.p_holm, r.verdict) for r in rows]
-    return Panel(
-        f"difference-{metric}",
-        title,
-        ("variant", "difference", "low", "high", "p (Holm)", "verdict"),
-        table,
-        draw,
-        height,
+    title = f"{label(metric)}: minus {baseline} (better is {better})"
+    counts = [row.num_seeds for row in rows]
+    note = (
+        f"Point: mean paired difference; bar: its 95 % interval, uncorrected, over {_seeds(counts)}. "
+        "Green: win; red: loss, both after correction; grey: no difference found; hollow: too few seeds to "
+        f"tell.{f' {SPLIT_NOTE}' if len(found.parts) > 1 else ''}"
     )
+    table = [
+        (
+            r.variant,
+            *(TableCell(scale.difference(v), v) for v in (r.difference, r.low, r.high)),
+            r.p_holm,
+            r.verdict,
+        )
+        for r in rows
+    ]
+    columns = ("method", "difference", "low", "high", "p (Holm)", "verdict")
+    return Panel(f"difference-{metric}", title, columns, table, draw, height, note)
 
 
-def heat_maps(results: Results, metrics: Sequence[str]) -> list[Panel]:
-    """The mean of each metric over every pair of numeric axes; one map per value of the other axes."""
-    axes = {axis: values for axis in results.axes if (values := _numeric(results, axis)) and len(values) > 1}
-    panels = []
-    names = list(axes)
-    for i, y_axis in enumerate(names):
-        for x_axis in names[i + 1 :]:
-            others = [axis for axis in results.axes if axis not in (x_axis, y_axis)]
-            for rest in dict.fromkeys(
-                tuple(run.axes[axis] for axis in others) for run in results.runs if run.finished
-            ):
-                fixed = dict(zip(others, rest, strict=True))
-                panels += [
-                    p for metric in metrics if (p := _heat_map(results, metric, x_axis, y_axis, axes, fixed))
-                ]
-    return panels
+def _ends(row: VariantComparison, factor: float) -> tuple[float, float]:
+    low, high = (row.difference if math.isnan(bound) else bound for bound in (row.low, row.high))
+    return factor * low, factor * high
 
 
-def _numeric(results: Results, axis: str) -> dict[str, float] | None:
+def numeric_axis(results: Results, axis: str) -> dict[str, float] | None:
+    """Label -> number, rising; None where some label is no number."""
     labels = dict.fromkeys(run.axes[axis] for run in results.runs if run.finished)
     try:
-        return dict(
-            sorted(((name, float(name.removeprefix("x"))) for name in labels), key=lambda item: item[1])
-        )
+        found = {name: float(name.removeprefix("x")) for name in labels}
     except ValueError:
         return None
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _heat_map(
-    results: Results,
-    metric: str,
-    x_axis: str,
-    y_axis: str,
-    axes: Mapping[str, Mapping[str, float]],
-    fixed: Mapping[str, str],
-) -> Panel | None:
-    xs, ys = list(axes[x_axis]), list(axes[y_axis])
-    cells: dict[tuple[str, str], list[float]] = {}
-    for run in results.runs:
-        if metric in run.figures and all(run.axes[axis] == value for axis, value in fixed.items()):
-            cells.setdefault((run.axes[y_axis], run.axes[x_axis]), []).append(run.figures[metric])
-    if len(cells) < 2:
-        return None
-    grid = np.array([[np.mean(cells[y, x]) if (y, x) in cells else math.nan for x in xs] for y in ys])
-    x_name, y_name = (axis.rsplit(".", 1)[-1].replace("_", " ") for axis in (x_axis, y_axis))
-
-    def draw(axis: Any) -> None:
-        axis.grid(False)
-        low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
-        axis.pcolormesh(
-            grid,
-            cmap="cividis" if higher_is_better(metric) else "cividis_r",
-            edgecolors="none",
-            vmin=low,
-            vmax=high,
-        )
-        for row, col in np.ndindex(*grid.shape):
-            if not math.isnan(value := grid[row, col]):
-                dark = ((value - low) / max(high - low, 1e-12) < 0.55) == bool(higher_is_better(metric))
-                axis.text(
-                    col + 0.5,
-                    row + 0.5,
-                    f"{value:.3g}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="#ffffff" if dark else "#000000",
-                )
-        axis.set_xticks(np.arange(len(xs)) + 0.5, xs)
-        axis.set_yticks(np.arange(len(ys)) + 0.5, ys)
-        axis.set_xlabel(x_name, fontsize=10)
-        axis.set_ylabel(y_name, fontsize=10)
-        axis.spines[:].set_visible(False)
-
-    rest = ", ".join(f"{axis.rsplit('.', 1)[-1]} {value}" for axis, value in fixed.items())
-    key = f"heat-{slug(metric)}-{slug(y_name)}-{slug(x_name)}" + (f"-{slug(rest)}" if rest else "")
-    rows = [(y, x, float(np.mean(v)), len(v)) for (y, x), v in cells.items()]
-    title = f"{label(metric)} over {y_name} and {x_name}" + (f" ({rest})" if rest else "")
-    return Panel(key, title, (y_name, x_name, "mean", "runs"), rows, draw)
-
-
-def scaling_panels(results: Results, metrics: Sequence[str]) -> list[Panel]:
-    """Each metric over one numeric axis, a line per combination of the others."""
+def scaling_panels(
+    results: Results, metrics: Sequence[str], looks: Mapping[str, Look] | None = None
+) -> list[Panel]:
+    """Each metric, and the student's entropy, over one numeric axis, a line per combination of the others."""
     panels = []
     for axis in results.axes:
-        values = _numeric(results, axis)
+        values = numeric_axis(results, axis)
         if values is None or len(values) < 2 or min(values.values()) <= 0:
             continue
-        others = [other for other in results.axes if other != axis]
-        for metric in metrics:
-            found: dict[str, dict[float, list[float]]] = {}
-            for run in results.runs:
-                if metric in run.figures:
-                    name = ", ".join(run.axes[other] for other in others) or label(metric)
-                    found.setdefault(name, {}).setdefault(values[run.axes[axis]], []).append(
-                        run.figures[metric]
-                    )
-            lines = {
-                name: _interval_line(points)
-                for name, points in list(found.items())[:MAX_LINES]
-                if len(points) > 1
-            }
-            if lines:
-                words = axis.rsplit(".", 1)[-1].replace("_", " ")
-                key = f"scaling-{slug(metric)}-{slug(words)}"
-                panels.append(
-                    line_panel(key, f"{label(metric)} over {words}", lines, x_label=words, log_x=True)
-                )
+        for metric in dict.fromkeys((*metrics, "student_entropy")):
+            if lines := _scaling_lines(results, axis, metric, values):
+                panels.append(_scaling_panel(results, axis, metric, lines, looks))
     return panels
 
 
-def _interval_line(points: Mapping[float, Sequence[float]]) -> Line:
-    line = []
-    for x, values in sorted(points.items()):
-        interval = mean_interval(values)
-        alone = math.isnan(interval.low)
-        line.append(
-            (
-                x,
-                interval.mean,
-                interval.mean if alone else interval.low,
-                interval.mean if alone else interval.high,
+def _scaling_lines(results: Results, axis: str, metric: str, values: Mapping[str, float]) -> dict[str, Line]:
+    others = [other for other in results.axes if other != axis]
+    found: dict[str, dict[float, list[float]]] = {}
+    for run in results.runs:
+        if metric in run.figures:
+            name = ", ".join(run.axes[other] for other in others) or words(metric)
+            points = found.setdefault(name, {}).setdefault(values[run.axes[axis]], [])
+            points.append(run.figures[metric])
+    scale = results.scale(metric)
+    return {name: _spread_line(points, scale) for name, points in found.items() if len(points) > 1}
+
+
+def _scaling_panel(
+    results: Results, axis: str, metric: str, lines: dict[str, Line], looks: Mapping[str, Look] | None
+) -> Panel:
+    options: dict[str, Any] = {
+        "looks": looks if looks and set(lines) <= set(looks) else None,
+        "scale": results.scale(metric),
+        "log": metric.endswith("kl"),
+        "x_label": words(short(axis)),
+        "log_x": True,
+        "level": level_of(results, metric),
+        "note": f"Mean over seeds; band: {SPREAD_NOTE}.",
+    }
+    key, title = f"scaling-{slug(metric)}-{slug(short(axis))}", over(metric, words(short(axis)))
+    if metric == "loss":  # losses of different methods have no common scale
+        return multiples_panel(key, title, {name: {name: line} for name, line in lines.items()}, **options)
+    return line_panel(key, title, lines, **options)
+
+
+def _spread_line(points: Mapping[float, Sequence[float]], scale: Scale) -> Line:
+    spreads = {x: scale.spread(values) for x, values in sorted(points.items())}
+    return [(x, spread.mean, spread.low, spread.high) for x, spread in spreads.items()]
+
+
+def thirds_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
+    """A KL over thirds of the positions, from those where the teacher is surest to those where it is least,
+    for every figure that the runs have in thirds."""
+    measured = dict.fromkeys(metric for run in results.runs for metric in run.figures)
+    panels = []
+    for start in [name.removesuffix("_low_entropy") for name in measured if name.endswith("_low_entropy")]:
+        names = [f"{start}_{third}_entropy" for third in _THIRDS]
+        scale = scale_of(names[0])
+        lines: dict[str, Line] = {}
+        for group in results.groups:
+            found = [list(results.values(group, name).values()) for name in names]
+            if all(found):
+                lines[group] = _spread_line(dict(enumerate(found)), scale)
+        if lines:
+            panels.append(
+                compared_panel(
+                    results,
+                    f"thirds-{slug(start)}",
+                    f"{label(start)}, by the teacher's entropy",
+                    lines,
+                    looks,
+                    scale=scale,
+                    log=True,
+                    x_label="third of the positions, by the teacher's entropy",
+                    ticks=dict(enumerate(_THIRDS)),
+                    note=f"Mean over seeds; band: {SPREAD_NOTE}.",
+                )
             )
-        )
-    return line
+    return panels
+
+
+def level_of(results: Results, metric: str) -> Level | None:
+    """The teacher's value of a metric: its accuracy, or its entropy on the validation rows."""
+    if is_entropy(metric):
+        found = [run.figures["teacher_entropy"] for run in results.runs if "teacher_entropy" in run.figures]
+        return (float(np.mean(found)), min(found), max(found)) if found else None
+    value = results.teacher.get(metric)
+    return None if value is None else (value, value, value)

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpd.experiments import tables
+from hpd.experiments.curves import NO_VALIDATION, curve_panels, validation_is_missing
 from hpd.experiments.figures import Panel
 from hpd.experiments.grid import group_key
+from hpd.experiments.heat_maps import heat_maps
+from hpd.experiments.metrics import Scale, higher_is_better
 from hpd.experiments.plots import (
-    curve_panels,
     difference_panels,
-    heat_maps,
     rate_panels,
+    results_looks,
     scaling_panels,
+    thirds_panels,
 )
-from hpd.experiments.results import Results, Run, higher_is_better, read_results
+from hpd.experiments.results import Results, Run, read_results
 from hpd.experiments.statistics import VariantComparison, compare_variants, correct
 from hpd.experiments.table import Table
+from hpd.experiments.verdicts import comparison_table, summarize, verdict_table, warnings_about
 
 __all__ = ["Report", "Sample", "Section", "build_report", "file_name", "report_on"]
 
@@ -34,6 +38,7 @@ class Section(NamedTuple):
     title: str
     tables: list[Table]
     panels: list[Panel]
+    note: str = ""
 
 
 class Sample(NamedTuple):
@@ -42,7 +47,7 @@ class Sample(NamedTuple):
     prompt: str
     reference: str
     answers: dict[str, tuple[str, bool | None]]
-    """Variant -> (text, whether it was right)."""
+    """Method -> (text, whether it was right)."""
 
 
 class Report(NamedTuple):
@@ -51,10 +56,18 @@ class Report(NamedTuple):
     title: str
     question: str
     status: str
-    verdicts: list[str]
+    summary: str
+    """The number of each verdict; empty without tests."""
+    warnings: list[str]
+    """What the seeds cannot decide."""
+    verdicts: Table | None
     comparisons: list[VariantComparison]
     sections: list[Section]
     samples: list[Sample]
+    data: list[Table]
+    """Tables that are written as CSV and not shown."""
+    damages: tuple[str, ...] = ()
+    """Parts of files that could not be read, a sentence each."""
 
 
 def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequence[str] = ()) -> Report:
@@ -62,11 +75,11 @@ def build_report(paths: Sequence[Path], baseline: str | None = None, allow: Sequ
 
     Args:
         paths: an experiment's folder, or run folders.
-        baseline: the variant that tests compare with; None takes the experiment's.
+        baseline: the method that tests compare with; None takes the experiment's.
         allow: environment fields that may differ.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_results`; or the baseline is not a variant.
+        FileNotFoundError, ValueError: see `read_results`; or the baseline is not one of its methods.
     """
     return report_on(read_results(paths, allow), baseline)
 
@@ -85,11 +98,19 @@ def report_on(results: Results, baseline: str | None = None) -> Report:
         title=results.title,
         question=experiment.question if experiment else "",
         status=_status(results),
-        verdicts=[_sentence(c, len(comparisons)) for c in comparisons],
+        summary=summarize(comparisons),
+        warnings=warnings_about(comparisons),
+        verdicts=verdict_table(comparisons, _scales(results, comparisons)),
         comparisons=comparisons,
-        sections=_sections(results, comparisons, metrics),
+        sections=_sections(results, comparisons, metrics, baseline),
         samples=_samples(results),
+        data=[tables.run_table(results)] if results.groups else [],
+        damages=results.damages,
     )
+
+
+def _scales(results: Results, comparisons: Sequence[VariantComparison]) -> dict[str, Scale]:
+    return {c.metric: results.scale(c.metric) for c in comparisons}
 
 
 def _compare(results: Results, baseline: str) -> list[VariantComparison]:
@@ -97,23 +118,19 @@ def _compare(results: Results, baseline: str) -> list[VariantComparison]:
         if baseline in _planned_groups(results):
             return []  # its runs are still to come
         raise ValueError(
-            f"The baseline {baseline!r} is not a variant. Variants: {'; '.join(results.groups)}."
+            f"The baseline {baseline!r} is not a method of this report, which has "
+            f"{'; '.join(results.groups)}."
         )
     metrics = results.experiment.metrics if results.experiment else ["accuracy", "forward_kl"]
     measured = {metric for run in results.runs for metric in run.figures}
     tested = [metric for metric in metrics if metric in measured]
     if neutral := [metric for metric in tested if higher_is_better(metric) is None]:
         raise ValueError(
-            f"{', '.join(neutral)} is neither better high nor low, so no variant wins by it: take it out of "
+            f"{', '.join(neutral)} is neither better high nor low, so no method wins by it: take it out of "
             "metrics."
         )
     comparisons = [
-        compare_variants(
-            results.values(group, metric),
-            results.values(baseline, metric),
-            names=(group, baseline, metric),
-            records=(results.records(group, metric), results.records(baseline, metric)),
-        )
+        _compare_one(results, group, baseline, metric)
         for metric in tested
         for group in results.groups
         if group != baseline
@@ -121,23 +138,21 @@ def _compare(results: Results, baseline: str) -> list[VariantComparison]:
     return correct(comparisons, {metric: bool(higher_is_better(metric)) for metric in tested})
 
 
+def _compare_one(results: Results, group: str, baseline: str, metric: str) -> VariantComparison:
+    """A comparison whose interval keeps to what the metric can differ by."""
+    scale = results.scale(metric).change
+    found = compare_variants(
+        results.values(group, metric),
+        results.values(baseline, metric),
+        names=(group, baseline, metric),
+        records=(results.records(group, metric), results.records(baseline, metric)),
+    )
+    # In this order NaN, where there is no interval, stays NaN.
+    return found._replace(low=max(found.low, scale.low), high=min(found.high, scale.high))
+
+
 def _planned_groups(results: Results) -> set[str]:
     return {group_key(axes, results.axes) for axes in results.manifest.get("cells", {}).values()}
-
-
-def _sentence(c: VariantComparison, num_tests: int) -> str:
-    metric = c.metric.replace("_", " ")
-    figures = f"{c.difference:+.3g}" + ("" if c.low != c.low else f", 95 % {c.low:.3g} to {c.high:.3g}")
-    p = (
-        ""
-        if c.p_holm != c.p_holm
-        else f", p {c.p_holm:.2g} corrected for {num_tests} test{'s' * (num_tests != 1)}"
-    )
-    seeds = f", {c.num_seeds} seed{'s' * (c.num_seeds != 1)}"
-    if c.verdict == "no consistent win":
-        return f"{c.variant} against {c.baseline} on {metric}: no consistent win ({figures}{p}{seeds})."
-    verb = "beats" if c.verdict == "win" else "loses to"
-    return f"{c.variant} {verb} {c.baseline} on {metric} ({figures}{p}{seeds})."
 
 
 def _status(results: Results) -> str:
@@ -145,47 +160,58 @@ def _status(results: Results) -> str:
     total = len(results.manifest.get("cells", results.runs))
     seeds = sorted({run.seed for run in results.runs if run.finished})
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    found = f"{len(results.groups)} variants, {len(seeds)} seeds"
-    return f"{finished} of {total} runs finished, {found}; written {now}"
+    found = f"{_count(len(results.groups), 'method')}, {_count(len(seeds), 'seed')}"
+    damaged = f"; {_count(len(results.damages), 'damaged part')} of files left out" if results.damages else ""
+    return f"{finished} of {total} runs finished, {found}; written {now}{damaged}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _sections(
-    results: Results, comparisons: list[VariantComparison], metrics: Sequence[str]
+    results: Results, comparisons: list[VariantComparison], metrics: Sequence[str], baseline: str | None
 ) -> list[Section]:
-    switches = tables.ablation_table(results, metrics)
-    tuning = tables.tuning_table(results)
-    cost = tables.cost_table(results)
+    looks = results_looks(results, baseline)
+    scales = _scales(results, comparisons)
     numeric = heat_maps(results, metrics)
+    curves = Section("curves", "Over training", [], curve_panels(results, looks))
+    if validation_is_missing(results):
+        curves = curves._replace(note=NO_VALIDATION)
     sections = [
-        Section("results", "Results", [tables.result_table(results)] if results.groups else [], []),
-        Section(
+        _section("results", "Results", results.groups and tables.result_table(results)),
+        _section(
             "tests",
-            "Who wins",
-            [tables.comparison_table(comparisons)] if comparisons else [],
-            difference_panels(comparisons),
+            "Tests",
+            comparisons and comparison_table(comparisons, scales),
+            difference_panels(comparisons, scales),
         ),
-        Section("ablation", "Switches", [switches] if switches else [], []),
-        Section("sensitivity", "Sensitivity", [], numeric),
-        Section("scaling", "Scaling", [], scaling_panels(results, metrics) if not numeric else []),
+        _section("ablation", "Switches", tables.ablation_table(results, metrics)),
+        _section("thirds", "By the teacher's entropy", None, thirds_panels(results, looks)),
+        _section("sensitivity", "Sensitivity", None, numeric),
+        _section("scaling", "Scaling", None, scaling_panels(results, metrics, looks) if not numeric else []),
         Section(
             "tuning",
-            "Robustness to the tuned setting",
-            [tuning] if tuning else [],
-            rate_panels(results.choices),
+            "Robustness to the tuned settings",
+            tables.tuning_tables(results),
+            rate_panels(results.choices, looks),
         ),
-        Section("curves", "Over training", [], curve_panels(results)),
-        Section("stability", "Stability", [tables.stability_table(results)] if results.groups else [], []),
-        Section("cost", "Cost", [cost] if cost else [], []),
-        Section("recipes", "Recipes", [tables.recipe_table(results)] if results.runs else [], []),
-        Section(
-            "environment", "Environment", [tables.environment_table(results)] if results.runs else [], []
-        ),
+        curves,
+        _section("stability", "Stability", results.groups and tables.stability_table(results)),
+        _section("cost", "Cost", tables.cost_table(results)),
+        _section("recipes", "Recipes", results.runs and tables.recipe_table(results)),
+        _section("environment", "Environment", results.runs and tables.environment_table(results)),
     ]
-    return [section for section in sections if section.tables or section.panels]
+    return [section for section in sections if section.tables or section.panels or section.note]
+
+
+def _section(key: str, title: str, table: Any, panels: Sequence[Panel] = ()) -> Section:
+    """A section with its table, if there is one."""
+    return Section(key, title, [table] if table else [], list(panels))
 
 
 def _samples(results: Results) -> list[Sample]:
-    """The first problems of the first graded metric, answered by the first seed of each variant (and the
+    """The first problems of the first graded metric, answered by the first seed of each method (and the
     teacher)."""
     graded = [
         metric
@@ -216,7 +242,8 @@ def _samples(results: Results) -> list[Sample]:
 
 def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, list):
-        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+        turns = [turn for turn in prompt if isinstance(turn, dict)]
+        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
     return str(prompt)
 
 

@@ -13,11 +13,16 @@ __all__ = ["Table", "TableCell", "number", "panel_table"]
 
 
 class TableCell(NamedTuple):
-    """A cell that sorts by something else than its text, or has a tone (win, loss, best)."""
+    """A cell that sorts by something else than its text, has a tone (win, loss, none, few, best), or more to
+    say."""
 
     text: str
     sort: float | str
     tone: str = ""
+    detail: str = ""
+    """What stands after the text, smaller."""
+    bounds: tuple[float, float] | None = None
+    """The interval around `sort`, for the CSV file."""
 
 
 class Table(NamedTuple):
@@ -30,11 +35,21 @@ class Table(NamedTuple):
     rows: list[tuple[Any, ...]]
 
     def as_csv(self) -> str:
-        """Numbers at full precision."""
+        """Numbers at full precision; a column of numbers with intervals is followed by their ends."""
+        with_ends = [any(_bounds(row[i]) for row in self.rows) for i in range(len(self.columns))]
         stream = io.StringIO(newline="")
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([[_plain(cell) for cell in row] for row in self.rows])
+        writer.writerow(
+            part
+            for name, has_ends in zip(self.columns, with_ends, strict=True)
+            for part in ((name, f"{name} low", f"{name} high") if has_ends else (name,))
+        )
+        for row in self.rows:
+            cells: list[Any] = []
+            for cell, has_ends in zip(row, with_ends, strict=True):
+                cells.append(cell)
+                cells += (_bounds(cell) or ("", "")) if has_ends else ()
+            writer.writerow(map(_plain, cells))
         return stream.getvalue()
 
 
@@ -51,6 +66,10 @@ def panel_table(panel: Panel) -> Table:
     """The numbers behind a figure."""
     rows = [tuple(number(cell, 4) if isinstance(cell, float) else cell for cell in row) for row in panel.rows]
     return Table(panel.key, panel.title, "", panel.columns, rows)
+
+
+def _bounds(cell: Any) -> tuple[float, float] | None:
+    return cell.bounds if isinstance(cell, TableCell) else None
 
 
 def _plain(cell: Any) -> Any:

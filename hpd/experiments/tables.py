@@ -9,24 +9,28 @@ from typing import Any
 import numpy as np
 
 from hpd.experiments.experiment import SEED_PATH
-from hpd.experiments.figures import label
 from hpd.experiments.grid import short
 from hpd.experiments.manifest import COMPARED, flatten
-from hpd.experiments.results import Results, Run, higher_is_better
-from hpd.experiments.statistics import VariantComparison, mean_interval, stability, steps_to
+from hpd.experiments.metrics import SPREAD_NOTE, Scale, higher_is_better, label, words
+from hpd.experiments.results import Results, Run
+from hpd.experiments.statistics import stability, steps_to
 from hpd.experiments.table import Table, TableCell, number
+from hpd.experiments.tuning import Choice
 
 __all__ = [
     "ablation_table",
     "compared_metrics",
-    "comparison_table",
     "cost_table",
     "environment_table",
     "recipe_table",
     "result_table",
+    "run_table",
     "stability_table",
-    "tuning_table",
+    "tuning_tables",
 ]
+
+CLIPPED = "clipped_share"
+"""The share of steps whose gradient was clipped: it differs between methods at equal settings."""
 
 
 def compared_metrics(results: Results) -> list[str]:
@@ -37,36 +41,45 @@ def compared_metrics(results: Results) -> list[str]:
 
 
 def result_table(results: Results) -> Table:
-    """Mean and 95 % interval over seeds, per variant and metric."""
+    """Mean and spread over seeds, per method and metric."""
     metrics = compared_metrics(results)
     best = {metric: _best(results, metric) for metric in metrics}
+    scales = {metric: results.scale(metric) for metric in metrics}
     rows = []
     for group, runs in results.groups.items():
         cells: list[Any] = [*(runs[0].axes[axis] for axis in results.axes)] or [group]
         for metric in metrics:
-            cells.append(_mean_cell(list(results.values(group, metric).values()), best[metric] == group))
+            values = list(results.values(group, metric).values())
+            cells.append(_mean_cell(values, scales[metric], best[metric] == group))
         rows.append((*cells, len(runs)))
     if results.teacher:
         width = max(len(results.axes), 1)
-        teacher = [
-            "teacher",
-            *[""] * (width - 1),
-            *(number(results.teacher.get(metric)) for metric in metrics),
-            "",
-        ]
-        rows.append(tuple(teacher))
-    columns = (*(short(axis) for axis in results.axes),) or ("variant",)
-    note = (
-        "Mean ± half of the 95 % interval over seeds (Student's t; another training run, the same test "
-        "problems). Bold: the best mean, which is not yet a finding."
-    )
-    return Table(
-        "results",
-        "Results",
-        note,
-        (*columns, *(metric.replace("_", " ") for metric in metrics), "seeds"),
-        rows,
-    )
+        figures = [results.teacher.get(metric, math.nan) for metric in metrics]
+        cells = [TableCell(scales[m].value(v), v) for m, v in zip(metrics, figures, strict=True)]
+        rows.append(("teacher", *[""] * (width - 1), *cells, ""))
+    note = f"Mean, and {SPREAD_NOTE}. Bold: the best mean, which is not yet a finding."
+    columns = tuple(map(_axis_name, results.axes)) or ("method",)
+    return Table("results", "Results", note, (*columns, *map(words, metrics), "seeds"), rows)
+
+
+def run_table(results: Results) -> Table:
+    """Every run's own figures, from which all others are made."""
+    metrics = compared_metrics(results)
+    columns = tuple(map(_axis_name, results.axes)) or ("method",)
+    rows = [
+        (
+            *([run.axes[axis] for axis in results.axes] or [run.group]),
+            run.seed,
+            *(run.figures.get(metric, "") for metric in metrics),
+        )
+        for runs in results.groups.values()
+        for run in runs
+    ]
+    return Table("runs", "Runs", "", (*columns, "seed", *map(words, metrics)), rows)
+
+
+def _axis_name(axis: str) -> str:
+    return "method" if axis == "variant" else short(axis)
 
 
 def _best(results: Results, metric: str) -> str | None:
@@ -79,79 +92,37 @@ def _best(results: Results, metric: str) -> str | None:
     return max(means, key=lambda group: means[group] if better else -means[group])
 
 
-def _mean_cell(values: Sequence[float], best: bool) -> TableCell:
-    interval = mean_interval(values)
-    if not interval.num_values:
+def _mean_cell(values: Sequence[float], scale: Scale, best: bool) -> TableCell:
+    spread = scale.spread(values)
+    if not spread.num_values:
         return TableCell("", math.nan)
-    text = number(interval.mean, 4).text
-    if not math.isnan(interval.low):
-        text += f" ± {(interval.high - interval.mean):.2g}"
-    return TableCell(text, interval.mean, "best" if best else "")
+    bounds = (spread.low, spread.high) if spread.num_values > 1 else None
+    tone = "best" if best else ""
+    return TableCell(scale.value(spread.mean), spread.mean, tone, scale.about(spread), bounds)
 
 
-def comparison_table(comparisons: Sequence[VariantComparison]) -> Table:
-    """Every test, wins and the lack of them alike."""
-    tones = {"win": "win", "loss": "loss", "no consistent win": "none"}
-    rows = [
-        (
-            c.variant,
-            c.metric.replace("_", " "),
-            TableCell(c.verdict, c.verdict, tones[c.verdict]),
-            number(c.difference),
-            TableCell("" if math.isnan(c.low) else f"{c.low:.3g} to {c.high:.3g}", c.low),
-            number(c.p_holm),
-            number(c.p_seeds),
-            number(c.p_permutation),
-            number(c.p_examples),
-            number(c.d_z),
-            number(c.delta),
-            c.num_seeds,
-            c.num_examples or "",
-        )
-        for c in comparisons
+def tuning_tables(results: Results) -> list[Table]:
+    """Per tuned setting: the values that were tried for each method, the one that was taken, and how much the
+    choice matters."""
+    paths = dict.fromkeys(choice.path for choice in results.choices)
+    return [
+        _tuning_table(results, f"tuning-{short(path)}" if i else "tuning", found)
+        for i, path in enumerate(paths)
+        for found in [[choice for choice in results.choices if choice.path == path]]
     ]
-    baseline = comparisons[0].baseline if comparisons else ""
-    seeds = max((c.num_seeds for c in comparisons), default=0)
-    floor = f" With {seeds} seeds it cannot go below {2.0 ** (1 - seeds):.2g}." if seeds > 1 else ""
-    note = (
-        f"Every variant minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below "
-        f"0.05 after Holm's correction for all {len(comparisons)} tests and a 95 % paired bootstrap interval "
-        "(over seeds and, where answers are graded, problems) without 0; all else is no consistent win. "
-        f"Permutation: signs of the seeds' differences flipped.{floor} Problems: the same over test "
-        "problems, which speaks of these trained models only. d_z: mean difference in its own standard "
-        "deviations; delta: Cliff's."
-    )
-    columns = (
-        "variant",
-        "metric",
-        "verdict",
-        "difference",
-        "95 % interval",
-        "p (Holm)",
-        "p seeds",
-        "p permutation",
-        "p problems",
-        "d_z",
-        "delta",
-        "seeds",
-        "problems",
-    )
-    return Table("tests", f"Tests against {baseline}", note, columns, rows)
 
 
-def tuning_table(results: Results) -> Table | None:
-    """Values that were tried for each variant, the one that was taken, and how much the choice matters."""
-    if not results.choices:
-        return None
-    first = results.choices[0]
-    values = sorted({float(value) for choice in results.choices for value in choice.tried})
+def _tuning_table(results: Results, key: str, choices: Sequence[Choice]) -> Table:
+    first = choices[0]
+    scale = results.scale(first.metric)
+    values = sorted({float(value) for choice in choices for value in choice.tried})
     rows = []
-    for choice in results.choices:
+    for choice in choices:
         means = choice.means
         tried = [
-            TableCell(cell.text, cell.sort, "best" if value == choice.chosen else "")
+            TableCell(scale.value(mean), mean, "best" if value == choice.chosen else "")
             for value in values
-            for cell in [number(means.get(value), 4)]
+            for mean in [means.get(value, math.nan)]
         ]
         tried = [
             TableCell("diverged", math.inf) if value in means and math.isnan(means[value]) else c
@@ -162,7 +133,7 @@ def tuning_table(results: Results) -> Table | None:
                 choice.group,
                 number(choice.chosen),
                 *tried,
-                number(choice.spread),
+                TableCell(scale.difference(choice.spread).removeprefix("+"), choice.spread),
                 "yes" if choice.at_edge else "",
             )
         )
@@ -172,17 +143,22 @@ def tuning_table(results: Results) -> Table | None:
         "results do not use. Bold: taken. Spread: worst mean minus best; small is robust. At edge: the best "
         "value is the smallest or largest tried, so a better one may lie beyond."
     )
-    columns = ("variant", "taken", *(f"{value:g}" for value in values), "spread", "at edge")
-    return Table("tuning", f"Robustness to {short(first.path).replace('_', ' ')}", note, columns, rows)
+    columns = ("method", "taken", *(f"{value:g}" for value in values), "spread", "at edge")
+    return Table(key, f"Robustness to {words(short(first.path))}", note, columns, rows)
 
 
 def stability_table(results: Results) -> Table:
-    """The smoothness of the variants' training, as means over their seeds."""
+    """The smoothness of the methods' training, as means over their seeds."""
     reach = dict(results.experiment.reach) if results.experiment else {}
+    clipped = [CLIPPED] if any(CLIPPED in run.figures for run in results.runs) else []
     rows = []
     for group, runs in results.groups.items():
         found = np.array([stability(run.logs) for run in runs], dtype=float)
         means = [number(float(column.mean())) for column in found.T]
+        for metric in clipped:
+            means.append(
+                _mean_cell(list(results.values(group, metric).values()), results.scale(metric), False)
+            )
         reached = []
         for metric, level in reach.items():
             mode = "max" if higher_is_better(metric) else "min"
@@ -197,12 +173,13 @@ def stability_table(results: Results) -> Table:
             reached.append(TableCell(text, float(np.mean(known)) if known else math.inf))
         rows.append((group, *means, *reached))
     note = (
-        "Means over seeds. Loss deviation (around its own trend) and gradient norm are of the second half of "
-        "training; a spike is a gradient norm more than 6 scaled median deviations above the running median. "
+        "Means over seeds. Loss deviation (around its own trend; comparable between seeds, not between "
+        "methods) and gradient norm are of the second half of training; a spike is a gradient norm more than "
+        "6 scaled median deviations above the running median. "
         "Entropy is the student's on teacher text, in nats."
     )
     columns = (
-        "variant",
+        "method",
         "loss deviation",
         "grad norm",
         "its deviation",
@@ -210,7 +187,8 @@ def stability_table(results: Results) -> Table:
         "entropy first",
         "entropy lowest",
         "entropy last",
-        *(f"steps to {metric.replace('_', ' ')} {level:g}" for metric, level in reach.items()),
+        *("clipped steps" for _ in clipped),
+        *(f"steps to {words(metric)} {level:g}" for metric, level in reach.items()),
     )
     return Table("stability", "Stability of training", note, columns, rows)
 
@@ -226,30 +204,34 @@ def ablation_table(results: Results, metrics: Sequence[str]) -> Table | None:
         for metric in metrics:
             per_seed = _switch_effect(results, axis, on, off, metric)
             if per_seed:
-                interval = mean_interval([float(np.mean(v)) for v in per_seed.values()])
-                bounds = "" if math.isnan(interval.low) else f"{interval.low:.3g} to {interval.high:.3g}"
+                scale = results.scale(metric).change
+                spread = scale.spread([float(np.mean(v)) for v in per_seed.values()])
                 pairs = sum(map(len, per_seed.values()))
                 rows.append(
                     (
                         short(axis),
                         f"{off} → {on}",
-                        metric.replace("_", " "),
-                        number(interval.mean),
-                        TableCell(bounds, interval.low),
+                        words(metric),
+                        TableCell(
+                            scale.difference(spread.mean),
+                            spread.mean,
+                            detail=scale.about(spread),
+                            bounds=(spread.low, spread.high),
+                        ),
                         pairs,
                     )
                 )
     if not rows:
         return None
     note = (
-        "Mean change when one switch is turned and all other axes stay, with Student's 95 % interval over "
-        "seeds (uncorrected). A run counts where its counterpart exists."
+        f"Mean change when one switch is turned and all other axes stay, and {SPREAD_NOTE}. Uncorrected. A "
+        "run counts where its counterpart exists."
     )
     return Table(
         "ablation",
         "What each switch does",
         note,
-        ("switch", "change", "metric", "effect", "95 % interval", "pairs"),
+        ("switch", "change", "metric", "effect", "pairs"),
         rows,
     )
 
@@ -270,7 +252,7 @@ def _switch_effect(results: Results, axis: str, on: str, off: str, metric: str) 
 
 
 def recipe_table(results: Results) -> Table:
-    """Recipe paths in which the variants differ; what all share is in each run folder's recipe.yaml."""
+    """Recipe paths in which the methods differ; what all share is in each run folder's recipe.yaml."""
     groups = {group: flatten(runs[0].recipe) for group, runs in _all_groups(results).items()}
     paths = dict.fromkeys(path for flat in groups.values() for path in flat)
     varying = [
@@ -282,8 +264,8 @@ def recipe_table(results: Results) -> Table:
         (group, *("" if flat.get(p) is None else str(flat.get(p)) for p in varying))
         for group, flat in groups.items()
     ]
-    note = "Every recipe key in which the variants differ, beside the seed. All other keys are equal."
-    return Table("recipes", "How the recipes differ", note, ("variant", *varying), rows)
+    note = "Every recipe key in which the methods differ, next to the seed. All other keys are equal."
+    return Table("recipes", "How the recipes differ", note, ("method", *varying), rows)
 
 
 def _all_groups(results: Results) -> dict[str, list[Run]]:
@@ -324,7 +306,7 @@ def environment_table(results: Results) -> Table:
 
 
 def cost_table(results: Results) -> Table | None:
-    """Mean spending per variant."""
+    """Mean spending per method."""
     rows: list[tuple[Any, ...]] = []
     for group, runs in results.groups.items():
         costs = [run.cost for run in runs if run.cost]
@@ -346,7 +328,7 @@ def cost_table(results: Results) -> Table | None:
         "cost",
         "What training cost",
         note,
-        ("variant", "label tokens", "trained tokens", "rollout tokens", "FLOPs", "seconds"),
+        ("method", "label tokens", "trained tokens", "rollout tokens", "FLOPs", "seconds"),
         rows,
     )
 

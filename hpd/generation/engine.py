@@ -3,9 +3,11 @@
 Axes: B batch, T time (prompt and answer), V vocabulary.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -16,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from hpd.data.templates import taken_by_template
 from hpd.generation.drawing import Draw, Sampling, warpers
 from hpd.generation.settings import GenerationSettings
-from hpd.generation.texts import Answer, Prompt, Rollout
+from hpd.generation.texts import Answer, Message, Prompt, Rollout
 
 __all__ = [
     "Engine",
@@ -25,7 +27,10 @@ __all__ = [
     "encode_prompt",
     "end_token_ids",
     "longest_first",
+    "turns_for_template",
 ]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -257,6 +262,7 @@ def encode_prompt(
                     "system_prompt is set, but a prompt has a system turn already; leave out one of them."
                 )
             turns.insert(0, {"role": "system", "content": settings.system_prompt})
+        turns = turns_for_template(tokenizer, turns)
         with taken_by_template("a prompt", turns, "model"):
             text = cast(
                 "str", tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -275,3 +281,39 @@ def encode_prompt(
     if not token_ids:
         raise ValueError(f"the prompt {prompt!r} has no tokens; every prompt needs at least one.")
     return cast("list[int]", token_ids)
+
+
+def turns_for_template(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> list[Message]:
+    """Turns as a tokenizer's template takes them: where it refuses system turns (Gemma) or leaves them out,
+    the system's text goes before the first user turn's, and a warning says so.
+    """
+    if len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+        return list(turns)
+    if _takes_system(tokenizer):
+        return list(turns)
+    _warn_of_merging(str(tokenizer.chat_template))
+    system, user, *rest = turns
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    probe = [{"role": "system", "content": "be-brief"}, {"role": "user", "content": "why"}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template raises anything
+        try:
+            tokenizer.apply_chat_template(probe[1:], tokenize=False, add_generation_prompt=True)
+        except Exception:
+            return True  # it refuses more than the system turn: its own message says what
+        return False
+    return "be-brief" in str(text)
+
+
+@lru_cache(maxsize=16)
+def _warn_of_merging(template: str) -> None:
+    """Once for each template."""
+    _LOGGER.warning(
+        "The chat template has no system turn: system texts are put before the first user turn's. (It begins "
+        "%r.)",
+        template[:60],
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from hpd.methods.prefixes import Prefixes, RolloutConfig
@@ -87,8 +88,8 @@ def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
         )
     if (
         any(term.support.given for term in terms)
-        and not rollouts.draws_student_exactly
-        and not rollouts.teacher_share
+        # A share of the teacher alone is corrected for, a reshaped student beside it is not.
+        and not replace(rollouts, teacher_share=0.0).draws_student_exactly
     ):
         warnings.warn(
             "rollouts cuts or reshapes the student's distribution, and a rollout support takes its tokens "

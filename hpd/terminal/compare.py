@@ -22,6 +22,7 @@ from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
 from hpd.experiments.tuning import expand_tuning
 from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
 
 __all__ = ["run_compare"]
@@ -45,8 +46,7 @@ def run_compare(
     report = build_report([experiment.folder], allow=allow)
     page = write_report(report, experiment.folder / "report")
     console.print()
-    for line in report.verdicts:
-        console.print(f"* {escape(line)}", highlight=False)
+    show_verdicts(report)
     console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
     return True
 

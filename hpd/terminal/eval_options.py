@@ -88,7 +88,7 @@ class TaskOptions(NamedTaskOptions):
     """Options of an evaluation on tasks of our own."""
 
     preset: Annotated[
-        str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 8 or 32 samples.")
+        str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 10,240 tokens, 8 or 32 samples.")
     ] = None
     limit_seed: Annotated[int | None, typer.Option(help="Draw the n problems with this seed instead.")] = None
     few_shot_data: Annotated[

@@ -47,7 +47,7 @@ def result_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
         low, high = result.interval
         cells = [
             _shown(result.metric, result.value),
-            f"{_shown(result.metric, low)} to {_shown(result.metric, high)}",
+            "unknown" if low != low else f"{_shown(result.metric, low)} to {_shown(result.metric, high)}",
         ]
         cells += [_shown(key, result.figures.get(key)) for key in figures]
         if differs:
@@ -55,7 +55,8 @@ def result_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
         table.add_row(escape(names[model]), *cells, f"{result.mean_tokens:.0f}", f"{result.truncated:.1%}")
     if differs:
         table.caption = (
-            "p: exact McNemar for one right or wrong answer per problem, else paired bootstrap over problems"
+            "p: exact McNemar for one right or wrong answer per problem, else signs of the problems' "
+            "differences flipped"
         )
     return table
 

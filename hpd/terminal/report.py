@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
+from rich.table import Table
 
+from hpd.experiments.figures import FORMATS
 from hpd.experiments.live import Watcher, make_server
 from hpd.experiments.manifest import MANIFEST
 from hpd.experiments.output import check_target, write_report
 from hpd.experiments.pages import render_page
-from hpd.experiments.report import build_report
+from hpd.experiments.report import Report, build_report
+from hpd.experiments.table import TableCell
 from hpd.terminal.console import console
 
-__all__ = ["run_report"]
+__all__ = ["run_report", "show_verdicts"]
+
+_STYLES = {"win": "green", "loss": "red", "few": "yellow"}
 
 
 def run_report(
@@ -29,13 +35,38 @@ def run_report(
     check_target(target)
     report = build_report(folders, baseline, allow)
     page = write_report(report, target)
-    for line in report.verdicts:
-        console.print(f"* {escape(line)}", highlight=False, soft_wrap=True)
+    for line in report.damages:
+        console.print(f"damaged: {escape(line)}", highlight=False, soft_wrap=True)
+    show_verdicts(report)
     console.print(
-        f"{report.status}\nreport: {page}, {target / 'report.md'}, plots/*.png, data/*.csv",
+        f"{report.status}\nreport: {page}, {target / 'report.md'}, "
+        f"plots/*.{{{','.join(FORMATS)}}}, data/*.csv",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def show_verdicts(report: Report) -> None:
+    """The verdicts of all tests in one table, and what the seeds cannot decide."""
+    if report.verdicts is None:
+        return
+    title = f"{report.summary}\nIn the cells: difference (95 % interval), p after correction."
+    table = Table(title=escape(title), title_justify="left", title_style="")
+    for i, column in enumerate(report.verdicts.columns):
+        table.add_column(escape(column), overflow="fold", no_wrap=False, min_width=12 if i else 8)
+    for row in report.verdicts.rows:
+        table.add_row(*map(_cell, row))
+    console.print(table)
+    for text in report.warnings:
+        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _cell(cell: Any) -> str:
+    if not isinstance(cell, TableCell):
+        return escape(str(cell))
+    style = _STYLES.get(cell.tone)
+    text = f"[{style}]{escape(cell.text)}[/]" if style else escape(cell.text)
+    return f"{text}\n{escape(cell.detail)}" if cell.detail else text
 
 
 def _serve(folders: list[Path], baseline: str | None, allow: Sequence[str], port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from hpd.http import read_key
 from hpd.teachers.remote.serve import ServeSettings, serve_model
 
 __all__ = ["run_serve"]
@@ -19,5 +20,5 @@ def run_serve(
     **settings: Any,
 ) -> None:
     """Serve a teacher until the process is told to end; the token is read from the environment."""
-    token = os.environ.get(token_env) or None
+    token = read_key(token_env, "--token-env") if os.environ.get(token_env) else None
     serve_model(model, dtype, quantization, ServeSettings(token=token, **settings), max_batch_tokens)

@@ -241,7 +241,7 @@ def _as_word(value: Any, hint: Any) -> Any:
 
 
 def label_policy(args: DistillConfig) -> str:
-    """The rule by which labels are chosen, as `hpd.data.tokens.tokenise` takes it."""
+    """The rule by which labels are chosen, as `hpd.data.rendering.tokenise` takes it."""
     if args.assistant_only_loss:
         return "assistant"
     if args.completion_only_loss is False:

@@ -1,21 +1,22 @@
-"""Every recipe parses, and trains two steps on a tiny pair of its architecture and rows of its columns."""
+"""Every recipe of recipes/ parses, and trains two steps on a tiny pair of its kind and rows of its columns.
+
+Those of recipes/paper/ are in test_paper_recipes.py.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-import torch
-import yaml
+from helpers.dialogues import ANSWERS, DIALOGUES, NUMBERS, QUESTIONS, rows
+from helpers.recipe_runs import check_mass_outside, check_run
 from tiny_models import NUM_TOKENS, tiny_pair
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import (
     CacheConfig,
@@ -33,33 +34,12 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 GENERIC = {"student": "student", "teacher": "teacher", "data": {"path": "rows.jsonl", "labels": "last_turn"}}
 
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-QUESTIONS = [f"say {number}:" for number in NUMBERS]
-ANSWERS = [f"{' '.join(NUMBERS[: i + 1])}." for i in range(len(NUMBERS))]
-DIALOGUES = [
-    [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
-]
-
-
-def _rows(**columns: list[Any]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
 # What each recipe is run on: an architecture, rows of the student's and the teacher's head, rows with the
 # dataset's columns.
-GSM8K = _rows(question=QUESTIONS, answer=ANSWERS)
-OPENR1 = _rows(problem=QUESTIONS, solution=ANSWERS, answer=list(NUMBERS), messages=DIALOGUES)
-EVOL_CODE = _rows(instruction=QUESTIONS, output=ANSWERS)
-ULTRAFEEDBACK = _rows(
-    prompt=QUESTIONS, prompt_id=list(NUMBERS), chosen=DIALOGUES, rejected=DIALOGUES, messages=DIALOGUES
-)
+GSM8K = rows(question=QUESTIONS, answer=ANSWERS)
+OPENR1 = rows(problem=QUESTIONS, solution=ANSWERS, answer=list(NUMBERS), messages=DIALOGUES)
 CASES: dict[str, tuple[str, int, int, list[dict[str, Any]]]] = {
     "gsm8k_smollm2": ("llama", NUM_TOKENS, NUM_TOKENS, GSM8K),
-    "llama3_math": ("llama", NUM_TOKENS, NUM_TOKENS, OPENR1),
-    "qwen2.5_coder": ("qwen2", 320, 328, EVOL_CODE),
-    "qwen2.5_math": ("qwen2", 320, 328, OPENR1),
-    "ultrafeedback_chat": ("qwen2", 320, 328, ULTRAFEEDBACK),
 }
 
 
@@ -81,16 +61,16 @@ def pair_of(tmp_path_factory):
 
 
 def _two_steps(
-    recipe: Any, pair: tuple[Path, Path], rows: list[dict[str, Any]], folder: Path, *more: str
+    recipe: Any, pair: tuple[Path, Path], data: list[dict[str, Any]], folder: Path, *more: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train, with models, data and sizes replaced and nothing else; the summary and the logs."""
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data), encoding="utf-8")
     student, teacher = pair
     overrides = [
         f"student={student}",
         f"teacher={teacher}",
-        f"data.path={data}",
+        f"data.path={path}",
         "data.name=null",
         "data.split=train",
         "data.limit=null",
@@ -109,31 +89,6 @@ def _two_steps(
     return summary, [json.loads(line) for line in logs]
 
 
-def _check_run(
-    summary: dict[str, Any], logs: list[dict[str, Any]], pair: tuple[Path, Path], run: Path
-) -> None:
-    """Two finite steps with their KLs, and a student that loads, generates and is not the one it started
-    from."""
-    steps = [log for log in logs if "loss" in log]
-    assert [log["step"] for log in steps] == [1, 2]
-    for log in steps:
-        assert math.isfinite(log["loss"])
-        assert math.isfinite(log["grad_norm"])
-        assert log["forward_kl"] > 0.0
-        assert log["reverse_kl"] > 0.0
-    for name in ("loss", "forward_kl", "reverse_kl"):
-        assert math.isfinite(summary[f"{name} before"])
-        assert summary[f"{name} after"] != summary[f"{name} before"]
-    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair[0], run))
-    assert type(after) is type(before)
-    assert after.get_output_embeddings().weight.shape == before.get_output_embeddings().weight.shape
-    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
-    assert all(moved)
-    tokenizer = AutoTokenizer.from_pretrained(run)
-    inputs = tokenizer("say one:", return_tensors="pt")
-    assert after.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
-
-
 def test_every_recipe_has_a_case():
     assert set(CASES) == set(RECIPES)
 
@@ -149,33 +104,18 @@ def test_recipe_is_short_and_says_what_it_reproduces(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_recipe_trains_two_steps(name, pair_of, tmp_path):
-    architecture, student_vocab, teacher_vocab, rows = CASES[name]
+    architecture, student_vocab, teacher_vocab, data = CASES[name]
     pair = pair_of(architecture, student_vocab, teacher_vocab)
-    summary, logs = _two_steps(RECIPES[name], pair, rows, tmp_path)
-    _check_run(summary, logs, pair, tmp_path / "run")
-    for log in (log for log in logs if "loss" in log):
-        if student_vocab == teacher_vocab:
-            assert "teacher_mass_outside" not in log
-        else:
-            assert 0.0 < log["teacher_mass_outside"] < 1.0
+    summary, logs = _two_steps(RECIPES[name], pair, data, tmp_path)
+    check_run(summary, logs, pair, tmp_path / "run")
+    check_mass_outside(logs, student_vocab, teacher_vocab)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "mistral"])
 def test_other_families_train_two_steps(architecture, pair_of, tmp_path):
     pair = pair_of(architecture, NUM_TOKENS, NUM_TOKENS)
     summary, logs = _two_steps(GENERIC, pair, OPENR1, tmp_path, "train.learning_rate=1e-3")
-    _check_run(summary, logs, pair, tmp_path / "run")
-
-
-def test_published_batches_are_what_the_comments_say():
-    for name, path in RECIPES.items():
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
-        if tree.get("bf16"):
-            rows = tree["per_device_train_batch_size"] * tree["gradient_accumulation_steps"]
-            assert rows * 8 == 256, name
-            assert re.search(
-                r"per_device_train_batch_size: .*# .*\b8 GPUs", path.read_text(encoding="utf-8")
-            ), name
+    check_run(summary, logs, pair, tmp_path / "run")
 
 
 # Under which names the package holds each part of a recipe.

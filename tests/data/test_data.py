@@ -9,7 +9,7 @@ from tiny_models import tiny_pair
 from transformers import AutoTokenizer
 
 from hpd.config import DataConfig, load_recipe
-from hpd.data import load_rows, measure
+from hpd.data import load_preferences, load_rows, measure
 from hpd.data.templates import check_templates
 from hpd.training.plan import plan
 
@@ -260,3 +260,23 @@ def test_a_base_model_trains_on_conversations_with_the_template_that_is_named(pa
         (tmp_path / "own.jinja").rename(pair / "student" / "chat_template.jinja")
     assert planned.tokenizer.chat_template == ALTERNATE
     planned.require_sound()
+
+
+@pytest.mark.parametrize("prompt", ["hello?", [USER]])
+@pytest.mark.parametrize("system_prompt", [None, "Be brief."])
+def test_preference_pairs_of_whole_dialogues_get_their_prompt_from_them(tmp_path, prompt, system_prompt):
+    """UltraFeedback's form: the prompt as a text, and dialogues that begin with it; and TRL's own."""
+    other = {"role": "assistant", "content": "no"}
+    head = [USER] if isinstance(prompt, str) else []
+    row = {"prompt": prompt, "chosen": [*head, ANSWER], "rejected": [*head, other], "score": 1.0}
+    path = write(tmp_path / "pairs.jsonl", [row, row])
+    rows = load_preferences(DataConfig(path=str(path), system_prompt=system_prompt))
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    assert rows[0] == {"prompt": [*system, USER], "chosen": [ANSWER], "rejected": [other]}
+    assert len(rows) == 2
+
+
+def test_preference_pairs_of_texts_stay_texts(tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    assert load_preferences(DataConfig(path=str(path)))[0] == row

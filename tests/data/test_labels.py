@@ -58,6 +58,7 @@ CASES: dict[str, Learnt] = {
     "text that is rendered already": Learnt({"text": "<|bos|>say one: one two<|im_end|>\n"}, "say one: one two<|im_end|>", "<|bos|>"),
     "a completion with its end": Learnt({"prompt": "<|bos|>say one:", "completion": " one two<|im_end|>"}, " one two<|im_end|>", "<|bos|>say one:"),
     "ShareGPT": Learnt({"conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", CHAT),
+    "ShareGPT with a chosen turn": Learnt({"conversations": [{"from": "human", "value": "say one"}], "chosen": {"from": "gpt", "value": "one two"}, "rejected": {"from": "gpt", "value": "two"}}, "one two<|im_end|>\n", CHAT),
     "ShareGPT with a system column": Learnt({"system": "be brief", "conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", TURNED),
     "conversations by role": Learnt({"conversations": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
     "pair of messages": Learnt({"prompt": [ASK], "completion": [ANSWER]}, "one two<|im_end|>\n", CHAT),

@@ -192,6 +192,9 @@ class _Alphabet:
     def __call__(self, text: str, **_) -> dict[str, list[int]]:
         return {"input_ids": [int(letter) for letter in text]}
 
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(str, tokens))
+
 
 def test_reverse_kl_on_student_texts_estimates_the_sequence_level_one() -> None:
     """All texts of a three-token model, their probabilities multiplied out, against sampled ones."""
@@ -459,3 +462,21 @@ def test_command_errors(tmp_path: Path, arguments: tuple[str, ...], message: str
     result = _eval("nowhere/model", *arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_thoughts_do_not_count_in_lengths_and_repetition(pair) -> None:
+    """One row three ways: as it is, behind thoughts, and as thoughts that never end."""
+    student, _, tokenizer = pair
+    answer = "one two three"
+    rows = [TextRow("1?", text) for text in (answer, "<think>" + "again " * 9 + "</think>" + answer)]
+    rows.append(TextRow("1?", "<think>" + "again " * 9))
+    reports = [
+        distribution_metrics(
+            student, None, tokenizer, [row], ("length", "repetition"), SETTINGS, texts=("dataset",)
+        )["dataset"]
+        for row in rows
+    ]
+    plain, thoughtful, endless = (report["tokens_per_text"]["value"] for report in reports)
+    assert plain == thoughtful > endless >= 0
+    assert reports[1]["longest_loop_tokens"]["value"] == reports[0]["longest_loop_tokens"]["value"]
+    assert [report.get("rows_with_thinking") for report in reports] == [None, 1, 1]

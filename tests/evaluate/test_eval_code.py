@@ -285,6 +285,55 @@ def test_types_that_json_loses() -> None:
     assert restore_types("Mbpp/3", [[[1]]]) == [[[1]]]
 
 
+# --- long outputs ---------------------------------------------------------------------------------
+
+LONG = {
+    "prompt": "def count(n: int, start: int):\n",
+    "entry_point": "count",
+    "canonical_solution": "    return list(range(start, start + n))\n",
+}
+LONG_ANSWERS = {
+    "the same": ("return list(range(start, start + n))", True),
+    "equal numbers of another type": ("return [float(i) for i in range(start, start + n)]", True),
+    "one wrong": (
+        "found = list(range(start, start + n)); found[99:100] = [0] * (n > 99); return found",
+        False,
+    ),
+    "too short": ("return list(range(start, start + n - 1))", False),
+    "another type": ("return tuple(range(start, start + n))", False),
+    "text of the right list": ("return str(list(range(start, start + n)))", False),
+    "digests patched": (
+        "import sys; sys.modules['wire'].digest = lambda value: 'x'; "
+        "return [0] * n if n > 99 else list(range(start, start + n))",
+        False,
+    ),
+    "nothing": ("return None", False),
+}
+
+
+def test_long_outputs_are_compared_without_leaving_the_sandboxes(tmp_path: Path) -> None:
+    inputs = [[100_000, start] for start in range(3)]
+    task = made_up(tmp_path, "humaneval+", LONG | {"base_input": [[3, 1]], "plus_input": inputs})
+    verdicts = grade(
+        task, *(f"```python\ndef count(n, start):\n    {body}\n```" for body, _ in LONG_ANSWERS.values())
+    )
+    assert [verdict.correct for verdict in verdicts] == [right for _, right in LONG_ANSWERS.values()]
+    (reference,) = task._references.values()
+    assert [kind for kind, _ in reference.result] == ["value", "digest", "digest", "digest"]
+    assert verdicts[2].detail.startswith("failed: AssertionError: input 2 of 4:")
+
+
+@pytest.mark.slow
+def test_an_output_beyond_the_longest_message(tmp_path: Path) -> None:
+    """As HumanEval/130 and Mbpp/255 have them: 90 MB as JSON."""
+    task = made_up(tmp_path, "humaneval+", LONG | {"base_input": [[3, 1]], "plus_input": [[10**7, 10**6]]})
+    bodies = [LONG_ANSWERS[name][0] for name in ("the same", "one wrong")]
+    verdicts = grade(task, *(f"```python\ndef count(n, start):\n    {body}\n```" for body in bodies))
+    assert [verdict.correct for verdict in verdicts] == [True, False]
+    (reference,) = task._references.values()
+    assert len(json.dumps(reference.result)) < 1000
+
+
 # --- the benchmarks themselves --------------------------------------------------------------------
 
 

@@ -69,6 +69,15 @@ def test_tasks(tmp_path: Path) -> None:
     assert chat.defaults["chat_template"] == "auto"
 
 
+def test_thoughts_are_no_part_of_an_answer(tmp_path: Path) -> None:
+    task = dolly(_file(tmp_path, ROWS), limit=1)
+    (example,) = task.examples()
+    texts = ["<think>Blue? No, a colour.</think>Red is a colour.", "<think>Red is a colour."]
+    closed, unclosed = task.grade([example] * 2, [Answer(text=text) for text in texts])
+    assert (closed.value, closed.detail) == (1.0, "")
+    assert (unclosed.value, unclosed.detail) == (0.0, "thoughts that never end: the answer is empty")
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -51,7 +51,7 @@ def test_models_side_by_side_with_a_paired_test(workspace):
         "pass@2",
         "maj@2",
         "6 problems, 2 samples each",
-        "paired bootstrap",
+        "signs of the problems' differences",
     ):
         assert text in done.stdout, text
     entries = json.loads((workspace / "both" / "evals.json").read_text())

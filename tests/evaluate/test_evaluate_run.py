@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from hpd.evaluate import (
 from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models
 from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
-from hpd.evaluate.tasks import build_task, task_and_settings
+from hpd.evaluate.tasks import TASKS, build_task, task_and_settings
 from hpd.generation.engine import TransformersEngine, cut_at
 from hpd.progress import Progress
 from hpd.teachers.fingerprints import quick_fingerprint
@@ -154,13 +155,35 @@ def test_system_prompt_without_a_template_is_a_paragraph(pair):
 # --- settings and tasks ---
 
 
+_PLAIN = {"system_prompt": "step by step", "max_new_tokens": 99}
+_HELPFUL = "You are a helpful assistant."
+
+
+@pytest.mark.parametrize(
+    ("names", "defaults", "want"),
+    [
+        ("aime24 aime25 amc", _PLAIN, (0.7, 0.95, 10240, 32, "step by step")),
+        ("math500 olympiadbench gpqa gsm8k", _PLAIN, (0.7, 0.95, 10240, 8, "step by step")),
+        ("humaneval humaneval+ mbpp mbpp+", {"max_new_tokens": 99}, (0.0, 1.0, 10240, 1, _HELPFUL)),
+        ("humaneval mbpp", {"chat_template": "never"}, (0.0, 1.0, 10240, 1, None)),
+        ("alpaca_eval mt_bench arena_hard", {"max_new_tokens": 99}, (0.7, 0.95, 4096, 1, _HELPFUL)),
+    ],
+)
+def test_the_preset_paper_is_the_papers(names, defaults, want):
+    for name in names.split():
+        assert name in TASKS
+        found = settings_for(SimpleNamespace(name=name, defaults=defaults), "paper")
+        fields = ("temperature", "top_p", "max_new_tokens", "num_samples", "system_prompt")
+        assert tuple(getattr(found, field) for field in fields) == want, name
+
+
 def test_what_is_given_goes_before_the_preset_before_the_task(tmp_path):
     row = {"problem": "?", "answer": "1"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     task = make_task("aime24", tmp_path / "a.jsonl")
     assert settings_for(task).max_new_tokens == 8192
     paper = settings_for(task, "paper")
-    assert (paper.temperature, paper.top_p, paper.num_samples, paper.max_new_tokens) == (0.7, 0.95, 32, 32768)
+    assert (paper.temperature, paper.top_p, paper.num_samples, paper.max_new_tokens) == (0.7, 0.95, 32, 10240)
     assert settings_for(make_task("math500", tmp_path / "a.jsonl"), "paper").num_samples == 8
     assert settings_for(task, "paper", num_samples=2, max_new_tokens=9).max_new_tokens == 9
     with pytest.raises(ValueError, match="preset must be greedy or paper"):
@@ -265,8 +288,8 @@ def test_intervals_cover_what_they_should():
         held += low <= 0.5 <= high
     assert 88 <= held <= 100
     certain = np.array([[1.0, 1.0], [0.0, 0.0]])
-    assert sampling_interval(certain) == (0.5, 0.5)  # another run of these problems would say the same
-    assert mean_interval(certain)[0] < 0.5 < mean_interval(certain)[1]
+    low, high = sampling_interval(certain)  # two equal answers to each problem make it likely, not certain
+    assert mean_interval(certain)[0] < low < 0.5 < high < mean_interval(certain)[1]
 
 
 def test_mcnemar_is_the_binomial_test_on_the_problems_that_differ():
@@ -279,11 +302,11 @@ def test_mcnemar_is_the_binomial_test_on_the_problems_that_differ():
     assert compare_paired(first, first).p_value == 1.0
 
 
-def test_the_paired_bootstrap_sees_a_small_difference_that_all_problems_share():
+def test_sign_flips_see_a_small_difference_that_all_problems_share():
     generator = np.random.default_rng(1)
     first = generator.normal(size=(50, 1)) * 10
     shifted = compare_paired(first, first + 0.5 + 0.1 * generator.normal(size=(50, 1)))
-    assert (shifted.test, shifted.p_value < 0.01) == ("bootstrap", True)
+    assert (shifted.test, shifted.p_value < 0.01) == ("sign flips", True)
     assert shifted.interval[0] < 0.5 < shifted.interval[1] < 1
     noise = compare_paired(first, first + generator.normal(size=(50, 1)))
     assert noise.p_value > 0.01

@@ -24,6 +24,7 @@ from hpd.evaluate.benchmarks.judge_prompts import (
     read_rating,
 )
 from hpd.evaluate.benchmarks.judged import alpaca_eval, arena_hard, mt_bench
+from hpd.evaluate.benchmarks.length_control import Copies, LengthControl
 from hpd.evaluate.benchmarks.win_rates import (
     length_controlled_win_rate,
     position_bias,
@@ -195,7 +196,7 @@ def test_costs(tmp_path: Path) -> None:
     [
         ({"url": "localhost:80"}, "give an address"),
         ({"url": "http://a", "concurrency": 0}, "concurrency is 0"),
-        ({"url": "http://a", "key_env": "HPD_NO_SUCH_KEY"}, "HPD_NO_SUCH_KEY is not set"),
+        ({"url": "http://a", "key_env": "HPD_NO_SUCH_KEY"}, "HPD_NO_SUCH_KEY, which is not set"),
     ],
 )
 def test_settings_errors(options: dict[str, Any], message: str) -> None:
@@ -298,9 +299,13 @@ def test_alpaca_eval(tmp_path: Path) -> None:
         assert figures["first_position_score"] == 0.5
         assert figures["order_agreement"] == 1.0
         assert figures["judge_calls"] == 16
-        assert figures["parse_failures"] == figures["instruction_difficulty_used"] == 0
+        assert figures["parse_failures"] == 0
         assert figures["judge_cost"] > 0
-        assert 0.5 < figures["length_controlled_win_rate"] <= 1
+        assert "length_controlled_win_rate" not in figures  # nobody knows how hard q0 is
+        assert (
+            "No length-controlled win rate is given: 8 of 8 instructions are not AlpacaEval's"
+            in task.notice(1)
+        )
         task.grade(examples, answers)
         assert task.summary(examples, answers, verdicts)["judge_cached"] == 16
         assert len(server.requests) == 16
@@ -350,7 +355,8 @@ def test_instruction_difficulty(tmp_path: Path) -> None:
         task = alpaca_eval(data, judge=_judge(server, tmp_path), difficulty=table)
         answers = [Answer(text="x" * (3 * n + 2)) for n in range(4)]
         figures = task.summary(task.examples(), answers, task.grade(task.examples(), answers))
-        assert figures["instruction_difficulty_used"] == 1.0
+        assert 0 < figures["length_controlled_win_rate"] < 1
+        assert "No length-controlled" not in task.notice(1)
         table.write_text("index,instruction_difficulty\n0,1\n")
         with pytest.raises(ValueError, match="no difficulty for 3 instructions"):
             alpaca_eval(data, judge=_judge(server, tmp_path), difficulty=table)
@@ -536,6 +542,11 @@ def test_position_bias_figures() -> None:
     assert position_bias([1.0, 0.0], [1.0, 0.0]) == (0.5, 1.0)
 
 
+def _alone(difficulty: np.ndarray) -> LengthControl:
+    """Without copies of the baseline."""
+    return LengthControl(difficulty, Copies(*np.zeros((3, 0))))
+
+
 def test_length_control_removes_a_preference_for_length() -> None:
     """Simulated judges whose log-odds are 0.4 plus 2 tanh(gap / std): the fit gives sigma(0.4) back, the raw
     rate does not."""
@@ -544,7 +555,7 @@ def test_length_control_removes_a_preference_for_length() -> None:
     gap = ours - theirs
     chance = 1 / (1 + np.exp(-(0.4 + 2 * np.tanh(gap / gap.std(ddof=1)))))
     wins = (generator.random(4000) < chance).astype(float)
-    found = length_controlled_win_rate(wins, ours, theirs)
+    found = length_controlled_win_rate(wins, ours, theirs, _alone(np.zeros(4000)))
     truth = 1 / (1 + np.exp(-0.4))
     assert wins.mean() > truth + 0.1
     assert abs(found.value - truth) < 3 * found.standard_error
@@ -555,13 +566,57 @@ def test_length_control_with_difficulty_and_without_spread() -> None:
     generator = np.random.default_rng(1)
     gamma = generator.normal(size=3000)
     wins = (generator.random(3000) < 1 / (1 + np.exp(-(0.2 + 1.5 * gamma)))).astype(float)
-    found = length_controlled_win_rate(wins, [10] * 3000, [10] * 3000, gamma)
+    found = length_controlled_win_rate(wins, [10] * 3000, [10] * 3000, _alone(gamma))
     assert found.coefficients["difficulty"] == pytest.approx(1.5, abs=0.2)
     assert found.coefficients["length"] == 0.0
     assert found.value == pytest.approx(wins.mean(), abs=1e-3)  # nothing to control for
-    assert (
-        length_controlled_win_rate([1.0] * 50, range(50), [9] * 50).value > 0.97
-    )  # separable data stay finite
+    won = length_controlled_win_rate([1.0] * 50, range(50), [9] * 50, _alone(np.zeros(50)))
+    assert won.value > 0.97  # separable data stay finite
+
+
+def test_replies_in_other_brackets_and_with_thoughts() -> None:
+    ratings = {"[[8.]]": 8, "Rating: [[8/10]]": 8, "**[[7.5]]**": 7.5, "[[7,5]]": 7.5, "[[ Rating: 9 ]]": 9}
+    assert {text: read_rating(text) for text in ratings} == ratings
+    assert read_rating("<think>[[3]] or [[4]]?</think>[[5]]") == 5
+    assert [read_rating(text) for text in ("[[0]]", "[[11]]", "[[8]] or [[9]]", "8", "<think>[[8]]")] == [
+        None
+    ] * 5
+    labels = {
+        "[A>B]": "A>B",
+        "[[A > B]].": "A>B",
+        "[[A≫B]]": "A>>B",
+        "[[A&gt;B]]": "A>B",
+        "[[Answer B]]": "B",
+    }
+    labels |= {"So:\n[B]\n": "B", "[[tie]]": "TIE", "[[\\text{A}]]": "A", "<think>[[A]]</think>[[B]]": "B"}
+    assert {text: read_label(text) for text in labels} == labels
+    unclear = ("[A] is short, [B] is long", "[A>B] or [B>A]", "[[A]] [[B]]", "[[A is better]]", "A>B")
+    assert [read_label(text) for text in unclear] == [None] * 5
+
+
+def test_thoughts_are_not_judged_and_have_no_length(tmp_path: Path) -> None:
+    with JudgeServer(likes_longer) as server:
+        task = alpaca_eval(_alpaca_rows(tmp_path, 4), judge=_judge(server, tmp_path))
+        texts = [f"<think>{'x' * 5000}</think>ok", "<think>never ends", "ok", "ok"]
+        answers = [Answer(text=text) for text in texts]
+        verdicts = task.grade(task.examples(), answers)
+        asked = json.dumps(server.requests)
+        assert "xxx" not in asked
+        assert "never ends" not in asked
+        assert [verdict.value for verdict in verdicts] == [0.0] * 4  # the baseline's answers are longer
+        figures = task.summary(task.examples(), answers, verdicts)
+        assert figures["unclosed_thinking"] == 1
+        assert figures["characters_per_answer"] == pytest.approx(6 / 4)
+
+
+def test_halves_of_characters_in_answers_and_replies(tmp_path: Path) -> None:
+    """No server takes them, nor may they lose an evaluation; a reply is kept as it came."""
+    with JudgeServer(lambda _, n: "\ud800?" if n % 2 == 0 else "\ud800 [[A]]") as server:
+        task = alpaca_eval(_alpaca_rows(tmp_path, 1), judge=_judge(server, tmp_path, concurrency=1))
+        (verdict,) = task.grade(task.examples(), [Answer(text="a\ud801b \0")])
+        assert verdict.value == 0.5
+        assert json.loads(verdict.detail)["judge"] == ["\ud800 [[A]]"] * 2
+        assert len(server.requests) == 4
 
 
 def test_style_control() -> None:

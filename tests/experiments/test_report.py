@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 from helpers.forked import hpd
+from helpers.grid_results import comparison
 from helpers.tiny_grid import SCRIPT, command, tiny_grid
 
 from hpd.experiments.experiment import read_experiment
-from hpd.experiments.figures import Panel, line_panel, to_png, to_svg
+from hpd.experiments.figures import FORMATS, Panel, new_axes, to_files, to_svg
 from hpd.experiments.live import Watcher, make_server
+from hpd.experiments.metrics import scale_of
 from hpd.experiments.output import render_markdown, write_report
 from hpd.experiments.pages import render_page
-from hpd.experiments.plots import heat_maps, scaling_panels
-from hpd.experiments.report import build_report
-from hpd.experiments.results import Results, Run, higher_is_better, read_results
-from hpd.experiments.tables import ablation_table
+from hpd.experiments.report import Section, build_report
+from hpd.experiments.results import read_results
+from hpd.experiments.statistics import correct
+from hpd.experiments.verdicts import comparison_table, verdict_table
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -58,13 +60,35 @@ def test_the_numbers_are_those_of_the_runs(grid):
     )
 
 
-def test_a_finding_that_two_seeds_cannot_bear_is_called_none(grid):
+def test_two_seeds_get_no_verdict_but_a_warning(grid):
     report = build_report([grid])
     assert [c.metric for c in report.comparisons] == ["accuracy", "forward_kl"]
     assert report.comparisons[0].num_examples == 6
     assert report.comparisons[0].p_permutation >= 0.5
-    assert all("2 seeds" in line for line in report.verdicts)
-    assert report.status.startswith("4 of 4 runs finished, 2 variants, 2 seeds")
+    assert {c.verdict for c in report.comparisons} == {"too few seeds"}
+    assert "2 of 2 comparisons have 2 seeds and no verdict" in report.warnings[0]
+    assert report.summary == "Against forward_kl, 2 tests, Holm's correction: too few seeds: 2."
+    assert report.status.startswith("4 of 4 runs finished, 2 methods, 2 seeds")
+
+
+def test_the_terminal_shows_one_table_and_the_warning(grid, tmp_path):
+    done = command("report", grid, "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    assert "against forward_kl" in text
+    assert "warning: 2 of 2 comparisons have 2 seeds and no verdict" in text
+    assert "plots/*.{png,svg,pdf}" in text
+    assert "no consistent win" not in text
+
+
+def test_the_runs_are_written_down_one_by_one(grid):
+    with (grid / "report" / "data" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (method, seed) for method in ("hpd", "forward_kl") for seed in "01"
+    ]
+    summary = json.loads((grid / "runs" / "hpd__seed-1" / "summary.json").read_text())
+    assert float(rows[1]["forward kl"]) == summary["forward_kl after"]
 
 
 def test_every_table_and_plot_lies_beside_the_page_as_a_file(grid):
@@ -74,11 +98,14 @@ def test_every_table_and_plot_lies_beside_the_page_as_a_file(grid):
     assert len(pictures) >= 8
     for picture in pictures:
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+        for kind in FORMATS:
+            assert 0 < (folder / picture).with_suffix(f".{kind}").stat().st_size < 300_000
         assert (folder / "data" / f"{picture.removeprefix('plots/').removesuffix('.png')}.csv").is_file()
     for title in (
         "Results",
-        "Who wins",
-        "Robustness to the tuned setting",
+        "Verdicts",
+        "Tests",
+        "Robustness to the tuned settings",
         "Over training",
         "Stability",
         "Recipes",
@@ -94,7 +121,7 @@ def test_recipes_are_compared_key_by_key(grid):
     with (grid / "report" / "data" / "recipes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["method"] for row in rows} == {"hpd", "forward_kl"}
-    assert set(rows[0]) <= {"variant", "method", "train.weight_decay"}
+    assert set(rows[0]) <= {"method", "train.weight_decay"}
 
 
 def test_text_of_models_and_users_is_escaped(grid, page):
@@ -143,78 +170,17 @@ def test_an_unfinished_run_is_counted_and_its_curve_is_drawn(grid, tmp_path):
         file.write('{"step": 99, "lo')  # a line that is being written
     report = build_report([copy])
     assert report.status.startswith("3 of 4 runs finished")
-    assert "no consistent win" in report.verdicts[0]
+    assert "too few seeds" in report.summary
     shutil.rmtree(copy / "runs")
     empty = build_report([copy])
     assert empty.status.startswith("0 of 4 runs finished")
-    assert empty.verdicts == []
+    assert empty.verdicts is None
     assert "<html" in render_page(empty)
 
 
-def synthetic(axes, value, seeds=(0, 1)):
-    """Runs whose accuracy is a function of their axes: only for what a grid of two methods does not show."""
-    runs = [
-        Run(
-            folder=None,
-            axes=labels,
-            group=", ".join(labels.values()),
-            seed=seed,
-            recipe={},
-            figures={"accuracy": value(labels, seed)},
-            logs=[],
-            records={},
-            answers={},
-            environment={},
-            cost={},
-            teacher={},
-        )
-        for labels in axes
-        for seed in seeds
-    ]
-    return Results(title="t", runs=runs, axes=tuple(axes[0]))
-
-
-def test_heat_map_and_scaling_hold_the_means():
-    axes = [
-        {"method_kwargs.reverse": r, "method_kwargs.draw_share": d}
-        for r in ("0.5", "1")
-        for d in ("0", "0.5", "1")
-    ]
-    results = synthetic(axes, lambda labels, seed: float(labels["method_kwargs.reverse"]) + seed)
-    (panel,) = heat_maps(results, ["accuracy"])
-    assert ("0.5", "0", 1.0, 2) in panel.rows
-    assert len(panel.rows) == 6
-    assert to_svg(panel).startswith("<svg role")
-    assert to_png(panel).startswith(b"\x89PNG")
-    lines = scaling_panels(
-        synthetic([{"method": m, "data.limit": n} for m in "ab" for n in ("100", "1000")], lambda a, s: s),
-        ["accuracy"],
-    )
-    assert [panel.title for panel in lines] == ["accuracy over limit"]
-    assert (
-        "a",
-        100.0,
-        0.5,
-        pytest.approx(0.5 - 6.3531, abs=1e-3),
-        pytest.approx(0.5 + 6.3531, abs=1e-3),
-    ) in lines[0].rows
-
-
-def test_ablation_is_the_paired_effect_of_each_switch():
-    axes = [{"k.mask": m, "k.reinforce": r} for m in ("off", "on") for r in ("off", "on")]
-    results = synthetic(
-        axes, lambda a, seed: 0.5 + 0.1 * (a["k.mask"] == "on") - 0.2 * (a["k.reinforce"] == "on") + seed
-    )
-    table = ablation_table(results, ["accuracy"])
-    assert table is not None
-    assert [(row[0], row[1], round(row[3].sort, 6), row[5]) for row in table.rows] == [
-        ("mask", "off → on", 0.1, 4),
-        ("reinforce", "off → on", -0.2, 4),
-    ]
-
-
 def test_figures_follow_the_colours_of_the_page():
-    def draw(axis):
+    def draw(figure):
+        (axis,) = new_axes(figure)
         axis.plot([0, 1], [0, 1], color="#3f7fc1")
         axis.set_xlabel("step <i>")
 
@@ -228,20 +194,6 @@ def test_figures_follow_the_colours_of_the_page():
     assert all(name.startswith("curve-") for name in ids)
     for used in re.findall(r'xlink:href="#([^"]+)"', svg):
         assert used in ids
-
-
-@pytest.mark.parametrize(
-    ("metric", "better"),
-    [
-        ("accuracy", True),
-        ("sampled_accuracy", True),
-        ("own_reverse_kl", False),
-        ("loss", False),
-        ("student_entropy", None),
-    ],
-)
-def test_direction_of_metrics(metric, better):
-    assert higher_is_better(metric) is better
 
 
 def test_watch_serves_this_machine_only_and_sees_new_results(grid, tmp_path):
@@ -402,7 +354,7 @@ def test_trackers_come_from_the_trainer(grid, tmp_path):
 
 
 def test_markdown_cells_cannot_start_markup(grid, tmp_path):
-    report = build_report([grid])._replace(title="a | b *c*", verdicts=["<img src=x onerror=alert(1)>"])
+    report = build_report([grid])._replace(title="a | b *c*", warnings=["<img src=x onerror=alert(1)>"])
     text = render_markdown(report)
     assert "# a \\| b \\*c\\*" in text
     assert "<img" not in text
@@ -435,24 +387,49 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
         script.main()
         text = page.read_text()
         assert text.count("<!-- table grid") == text.count("<!-- end -->") == len(blocks)
-    assert "| against forward_kl | accuracy | forward kl |" in text
+    assert "| against forward\\_kl | accuracy | forward kl |" in text
     assert "| against hpd | accuracy | forward kl |" in text
-    assert text.count("no consistent win") == 4  # two seeds bear no finding
+    assert text.count("| too few seeds: 2 seeds") == 4  # two seeds bear no finding
     assert (tmp_path / "results" / "grid" / "report.md").is_file()
     assert not (tmp_path / "results" / "grid" / "index.html").exists()
 
 
-def test_powers_of_a_logarithmic_axis_are_plain_numbers():
-    panel = line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
-    assert ">0.01<" in to_svg(panel)
-    assert "mathdefault" not in to_svg(panel)
-
-
 def test_a_dollar_in_a_name_is_no_formula():
-    def draw(axis):
+    def draw(figure):
+        (axis,) = new_axes(figure)
         axis.plot([0, 1], [0, 1], label="costs $\\frac$ more")
         axis.legend()
 
     panel = Panel("k", "title of $\\frac$", ("x",), [(0,)], draw)
-    assert to_png(panel).startswith(b"\x89PNG")
+    assert to_files(panel)["png"].startswith(b"\x89PNG")
     assert "costs $\\frac$ more" in to_svg(panel)
+
+
+def test_the_table_of_sixty_eight_tests_fits_a_laptop(grid, tmp_path, browser):
+    """1,280 px wide, nothing of the verdicts and tests lies outside; one table in place of 68 sentences."""
+    names = ["forward_kl_one_token", "reverse_kl_one_token", *(f"method_{i}" for i in range(15))]
+    metrics = ("accuracy", "sampled_accuracy", "forward_kl", "reverse_kl")
+    tests = [
+        comparison([-0.6789, -0.7123, -0.6543, -0.6999], name, metric, num_examples=500, p_examples=1e-4)
+        for metric in metrics
+        for name in names
+    ]
+    tests = correct(tests, dict.fromkeys(metrics, True))
+    scales = {metric: scale_of(metric) for metric in metrics}
+    section = Section("tests", "Tests", [comparison_table(tests, scales)], [])
+    report = build_report([grid])._replace(
+        comparisons=tests, verdicts=verdict_table(tests, scales), sections=[section]
+    )
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").write_text(render_page(report), encoding="utf-8")
+    show(browser, tmp_path, 1280)
+    cut = (
+        "return [...document.querySelectorAll('section > .scroll')]"
+        ".map(e => [e.getAttribute('aria-label'), e.scrollWidth - e.clientWidth])"
+    )
+    assert browser.execute_script(cut) == [["Verdicts", 0], ["Tests against forward_kl", 0]]
+    assert browser.execute_script("return document.querySelectorAll('#tests tbody tr').length") == 68
+    assert browser.execute_script("return document.querySelectorAll('#verdicts tbody tr').length") == 17
+    assert browser.execute_script("return document.querySelectorAll('#verdicts li').length") == 0
+    show(browser, tmp_path, PHONE_WIDTH)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= PHONE_WIDTH

@@ -13,7 +13,7 @@ from hpd.experiments.statistics import (
     correct,
     holm,
     mean_interval,
-    paired_bootstrap,
+    paired_interval,
     sign_flip_test,
     stability,
     steps_to,
@@ -82,28 +82,28 @@ def test_effect_sizes():
     assert math.isnan(cohen_dz([1.0]))
 
 
-@pytest.mark.parametrize(("num_seeds", "promised"), [(4, 0.84), (5, 0.88), (10, 0.92)])
-def test_bootstrap_covers_what_it_promises(num_seeds, promised):
-    """600 simulated experiments: how often the 95 % interval holds the true difference. It is 87, 92 and 95 %
-    (3,000 simulations), less three standard errors here."""
+@pytest.mark.parametrize("num_seeds", [3, 5, 10])
+def test_the_interval_over_seeds_covers_what_it_promises(num_seeds):
+    """600 simulated experiments: how often the 95 % interval holds the true difference (a bootstrap: 74 % of
+    them at 3 seeds); three standard errors are 0.027."""
     rng = np.random.default_rng(num_seeds)
-    hits = 0
-    for _ in range(600):
-        low, high = paired_bootstrap(rng.normal(0.3, 1.0, num_seeds), num_resamples=1000)
-        hits += low <= 0.3 <= high
-    assert promised <= hits / 600 <= 0.98
+    draws = rng.normal(0.3, 1.0, (600, num_seeds))
+    hits = [low <= 0.3 <= high for low, high in map(paired_interval, draws)]
+    assert 0.92 <= np.mean(hits) <= 0.98
+    low, high = paired_interval(draws[0])
+    assert (low, high) == pytest.approx(mean_interval(draws[0].tolist())[1:3])
 
 
-def test_hierarchical_bootstrap_covers_chance_of_seeds_and_of_examples():
+def test_the_interval_covers_chance_of_seeds_and_of_examples():
     """Grades of 60 examples by 5 seeds per side, with effects of seeds and of examples: both must be in the
     interval."""
     rng = np.random.default_rng(0)
-    hits, narrow, num_experiments = 0, 0, 300
+    hits, narrow, num_experiments = 0, 0, 1000
     for _ in range(num_experiments):
         d = 0.1 + rng.normal(0, 0.05, (5, 1)) + rng.normal(0, 0.4, (1, 60)) + rng.normal(0, 0.3, (5, 60))
-        low, high = paired_bootstrap(d, num_resamples=600)
+        low, high = paired_interval(d)
         hits += low <= 0.1 <= high
-        low, high = paired_bootstrap(d.mean(1), num_resamples=600)
+        low, high = paired_interval(d.mean(1))
         narrow += low <= 0.1 <= high
     assert hits / num_experiments >= 0.93
     assert narrow < hits  # seeds alone leave the choice of test problems out
@@ -122,7 +122,7 @@ def test_no_win_is_found_where_there_is_none():
             )._replace(low=1e-9)
             for i, row in enumerate(runs[1:])
         ]
-        tables += any(c.verdict != "no consistent win" for c in correct(comparisons, {"accuracy": True}))
+        tables += any(c.verdict != "no difference found" for c in correct(comparisons, {"accuracy": True}))
     assert tables / 100 <= 0.1
 
 
@@ -135,7 +135,7 @@ def test_verdicts_follow_the_direction_of_the_metric():
     assert [c.verdict for c in found] == ["win", "loss"]
     assert found[0].p_holm == pytest.approx(2 * found[0].p_seeds)
     few = compare_variants({0: 0.9, 1: 0.9}, {0: 0.8, 1: 0.8}, names=("a", "b", "accuracy"))
-    assert correct([few], {"accuracy": True})[0].verdict == "no consistent win"
+    assert correct([few], {"accuracy": True})[0].verdict == "too few seeds"
 
 
 def test_pairs_are_the_common_seeds_and_records_must_match():

@@ -66,8 +66,17 @@ class Problem(NamedTuple):
     def to(self, dtype: torch.dtype) -> Problem:
         return self._replace(student=cast(self.student, dtype), teacher=cast(self.teacher, dtype))
 
+    def on(self, device: str) -> Problem:
+        return Problem(
+            cast(self.student, device),
+            cast(self.teacher, device),
+            self.labels.to(device),
+            self.uniforms.to(device),
+        )
 
-def cast(scores: Scores, dtype: torch.dtype) -> Scores:
+
+def cast(scores: Scores, dtype: torch.dtype | str) -> Scores:
+    """Scores in another dtype, or on another device."""
     weight, bias = (None if x is None else x.to(dtype) for x in scores.head[:2])
     return Scores(scores.hidden.to(dtype), scores.head._replace(weight=weight, bias=bias))
 

@@ -12,11 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.teachers.remote.backend import Backend
-from hpd.teachers.remote.serve import ServeSettings, build_app
+from hpd.teachers.remote.serve import ServeSettings, make_server
 
 
 def load_backend(folder: Any, **options: Any) -> Backend:
@@ -27,8 +26,7 @@ def load_backend(folder: Any, **options: Any) -> Backend:
 @contextlib.contextmanager
 def served(backend: Backend, port: int = 0, **settings: Any) -> Iterator[str]:
     """`hpd serve-teacher` in a thread; yields its address."""
-    app = build_app(backend, ServeSettings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
+    server = make_server(backend, ServeSettings(**settings), port=port, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

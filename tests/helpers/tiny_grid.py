@@ -50,6 +50,8 @@ def tiny_experiment(folder: Path, **changes) -> Path:
                 "learning_rate": 1e-2,
                 "max_length": 64,
                 "save_strategy": "no",
+                "eval_strategy": "steps",
+                "eval_steps": 4,
                 "lr_scheduler_type": "cosine",
             },
         },

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -10,6 +11,8 @@ from tiny_models import tiny_pair
 from hpd import Objective
 from hpd.config import load_recipe
 from hpd.methods import METHODS, method_terms, name_terms
+from hpd.methods.prefixes import RolloutConfig
+from hpd.methods.regime import choose_regime
 from hpd.methods.terms import TermConfig
 from hpd.objectives import forward_kl, hpd, nll, reverse_kl
 from hpd.training.run import train
@@ -142,3 +145,22 @@ def test_a_recipe_gives_objectives_by_name():
     assert adapter.dump_python(TermConfig(objective="nll"), mode="json")["objective"] == "nll"
     with pytest.raises(ValidationError, match="valid string"):
         adapter.validate_python({"objective": forward_kl()})
+
+
+@pytest.mark.parametrize(
+    ("method", "rollouts", "biased"),
+    [
+        ("opd", {}, False),
+        ("opd", {"temperature": 0.7}, True),
+        ("minillm", {"teacher_share": 0.2}, False),
+        # The policy gradient corrects for the teacher's share, and takes the student's for plain draws.
+        ("minillm", {"teacher_share": 0.2, "temperature": 0.7}, True),
+        ("minillm", {"teacher_share": 0.2, "top_k": 10}, True),
+    ],
+)
+def test_rollouts_of_a_reshaped_student_are_said_to_bias_the_gradient(method, rollouts, biased):
+    terms = name_terms(method_terms(method, {}))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        choose_regime(method, terms, None, RolloutConfig(**rollouts), None)
+    assert ["the gradient is biased" in str(warning.message) for warning in found] == [True] * biased

@@ -6,17 +6,26 @@ from typing import NamedTuple
 
 from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, quantity, same_answer
 
-__all__ = ["drop_thinking", "final_answer", "last_math", "same_answer", "split_answers", "stated_answer"]
+__all__ = [
+    "drop_thinking",
+    "final_answer",
+    "last_math",
+    "same_answer",
+    "split_answers",
+    "stated_answer",
+    "unclosed_thinking",
+]
 
 _THINKING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷")
 _THINKING_START = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷")
 
 _MARKER = re.compile(
-    r"\banswers?\b[*_\"'`)]*\s*"
+    r"<answer>|\banswers?\b[*_\"'`)]*\s*"
     r"(?:(?:to|for|of)\b[^.:\n]{0,80}?\s)?"
     r"(?:(?:is|are|was|must be|would be|should be|will be|becomes)\b[*_]*\s*:?|:|=|(?=\n))",
     re.IGNORECASE,
 )
+_FINAL = re.compile(r"\bfinal\W{1,4}$", re.IGNORECASE)
 # A looping model repeats its marker; the answer is after one of the last.
 _MAX_MARKERS = 50
 _MAX_SENTENCE_CHARS = 1000
@@ -27,18 +36,30 @@ _SCALE_WORDS = "|".join(SCALES)
 # The look-behind keeps digits of identifiers (x2, v1.5) out, and reads the minus of 7-3 as an operator.
 _NUMBER_IN_PROSE = re.compile(
     rf"(?<![0-9A-Za-z_./)\]])[-\u2212\u2013]?[$€£¥]?"
-    rf"(?:[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|{DECIMAL}(?:/[0-9]+)?)"
+    rf"(?:[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|(?:0,[0-9]+|[0-9]+,[0-9]{{1,2}})(?![0-9,]|\.[0-9])"
+    rf"|\\[dt]?frac\s?\{{[0-9.]+\}}\s?\{{[0-9.]+\}}|{DECIMAL}(?:/[0-9]+)?)"
     rf"(?:\s?(?:{_SCALE_WORDS})(?![A-Za-z]))?"
 )
+# "the largest $n$ is 34": the formula before is what the answer is of.
+_COPULA = re.compile(
+    r"(?<!which)(?<!that)\s(?:is|are|equals)\s+(?=[-\u2212\u2013]?[$€£¥]?(?:\\\(|\\?[$]|\\[dt]?frac|[0-9.]))"
+)
 
-_BRACES = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+# x = 1 or x = 2, at the end of a text.
+_ROOTS = re.compile(
+    r"(?<![^\s:$])(([A-Za-z](?:\([a-z]\))?)\s*=\s*[-\u2212]?[0-9./]{1,20}"
+    r"(?:\s*(?:or|and)\s*(?:\2\s*=\s*)?[-\u2212]?[0-9./]{1,20}){1,9})[\s.]*$"
+)
+# Several backslashes: the text was escaped twice.
+_BRACES = re.compile(r"\\+(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
 _BARE_BOX = re.compile(r"\\boxed\s+([^\s$\\{}]+)")
 
 _FENCES = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?")
 
 _CONNECTOR = re.compile(
-    r"[\s$,;.]*(?:\\[)\]][\s,;]*)?(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
+    r"(?:\s[a-z]{2,12}(?=\sand\b))?[\s$,;.]*(?:\\[)\]][\s,;]*)?"
+    r"(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
     r"(?:\\[(\[])?\s*(?:\\quad\s*)?(?:[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*)?"
 )
 
@@ -84,6 +105,11 @@ def drop_thinking(text: str) -> str:
     return rest[: start.start()] if start else rest
 
 
+def unclosed_thinking(text: str) -> bool:
+    """True where a text is thoughts that were never closed, so that it holds no answer."""
+    return bool(text.strip()) and _THINKING_START.search(text) is not None and not drop_thinking(text).strip()
+
+
 def final_answer(text: str) -> str | None:
     r"""The final answer that a text states, as written, or None where it states none.
 
@@ -101,6 +127,8 @@ def final_answer(text: str) -> str | None:
     stated = stated_answer(text)
     if stated is not None or _scan_boxes(text)[1]:
         return stated
+    if roots := _ROOTS.search(text):
+        return roots[1]
     numbers = _NUMBER_IN_PROSE.findall(text)
     return numbers[-1] if numbers else None
 
@@ -112,10 +140,30 @@ def stated_answer(text: str) -> str | None:
     This is the rule for references: an unmarked one such as ``(3, 4)`` is an answer as a whole.
     """
     text = drop_thinking(text)
-    boxes = last_boxes(text)
+    boxes = final_boxes(text)
     if boxes:
         return ", ".join(boxes)
     return _after_hashes(text) or _after_marker(text)
+
+
+def final_boxes(text: str) -> list[str]:
+    r"""The answers of `last_boxes`; of a step only where "final answer" with a number or a formula follows.
+
+    >>> final_boxes(r"He earns \boxed{255}. The final answer is $10,455$."), final_boxes(r"\boxed{2}. Done.")
+    (['10,455'], ['2'])
+    """
+    boxes = last_boxes(text)
+    closed = _boxes(text)
+    if not closed:
+        return boxes
+    behind = text[closed[-1].end :]
+    final = [match for match in _MARKER.finditer(behind) if _FINAL.search(behind[: match.start()])]
+    if not final:
+        return boxes
+    tail = behind[final[-1].end() :]
+    found = _reduced(tail[:_MAX_SENTENCE_CHARS])
+    plain = found is not None and (quantity(found) or _strip_markup(tail).startswith(("$", r"\(", r"\[")))
+    return [found] if found is not None and plain else boxes
 
 
 def last_boxes(text: str) -> list[str]:
@@ -131,7 +179,8 @@ def last_boxes(text: str) -> list[str]:
     found = [boxes[-1]]
     for box in reversed(boxes[:-1]):
         between = text[box.end : found[0].start]
-        if box.end > found[0].start or len(between) > 60 or not _CONNECTOR.fullmatch(between):
+        joined = not between or _CONNECTOR.fullmatch(between)
+        if box.end > found[0].start or len(between) > 60 or not joined:
             break
         found.insert(0, box)
     return list(dict.fromkeys(box.content for box in found))
@@ -165,9 +214,10 @@ def split_answers(text: str) -> list[str]:
     """
     text = re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\$|\\[,;:! ]", "", text).strip()
     text = re.sub(r"\\text\s*\{\s*(and|or|,)\s*\}", r" \1 ", text)
+    text = re.sub(r"(?<=[0-9)])(and|or)(?=[A-Z(0-9])", r" \1 ", text)
     outer = re.fullmatch(r"\\\{(.*)\\\}", text, re.DOTALL)
     parts, depth, start = [], 0, 0
-    text = outer[1] if outer else text
+    text = outer[1] if outer and is_balanced(outer[1]) else text
     for match in _SEPARATOR.finditer(text):
         token = match.group()
         if token in "([{":
@@ -178,6 +228,16 @@ def split_answers(text: str) -> list[str]:
             parts.append(text[start : match.start()])
             start = match.end()
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def is_balanced(text: str) -> bool:
+    """True where no bracket closes that did not open, and none stays open."""
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _after_hashes(text: str) -> str | None:
@@ -206,7 +266,8 @@ def _only_math(line: str) -> bool:
 def _after_marker(text: str) -> str | None:
     markers = list(_MARKER.finditer(text))
     for marker in reversed(markers[-_MAX_MARKERS:]):
-        found = _reduced(text[marker.end() : marker.end() + _MAX_SENTENCE_CHARS])
+        tail = text[marker.end() : marker.end() + _MAX_SENTENCE_CHARS]
+        found = _reduced(tail.split("</answer>", 1)[0] if marker.group() == "<answer>" else tail)
         if found:
             return found
     return None
@@ -220,6 +281,9 @@ def _reduced(tail: str) -> str | None:
     sentence = _strip_markup(_SENTENCE_END.split(_first_line(tail), maxsplit=1)[0])
     formulas = list(_formulas(tail))
     limit = len(sentence) if tail.startswith(sentence) else 0
+    said = [match for match in _COPULA.finditer(tail[:limit]) if _outside(formulas, match)]
+    if said and formulas and formulas[0].end <= said[-1].start():
+        return _reduced(tail[said[-1].end() :])
     if formulas and (
         formulas[0].start == 0 or (formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail))
     ):
@@ -235,6 +299,10 @@ def _reduced(tail: str) -> str | None:
         return _with_unit(sentence, numbers[-1])
     short = len(sentence.split()) <= _MAX_WORDS
     return sentence if short and not numbers and not _NO_ANSWER.match(sentence) else None
+
+
+def _outside(formulas: list[_Span], match: re.Match[str]) -> bool:
+    return not any(formula.start < match.start() < formula.end for formula in formulas)
 
 
 def _without_prose(sentence: str) -> str:

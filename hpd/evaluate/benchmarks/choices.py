@@ -9,7 +9,7 @@ __all__ = ["chosen_letter"]
 # Behind "a" or "A" as an article comes a word; these may follow it as a letter.
 _AFTER_LETTER = (
     r"is|was|are|because|since|as|and|or|but|with|for|from|by|given|due|not|rather|over|among|would|seems|has"
-    r"|makes|matches|fits|gives|here|looks|appears|must|only|to"
+    r"|makes|matches|fits|gives|here|looks|appears|must|only|to|it"
 )
 _LETTER = (
     r"(?:[B-D](?![A-Za-z0-9'\u2019]|\s*[=+^]\s*[0-9A-Za-z]|-[0-9A-Za-z])"
@@ -28,10 +28,10 @@ _STATED = re.compile(
 )
 _PREFIX = (
     r"(?:[\s(\[:=-]|option\s|choice\s|letter\s|answer\s|therefore\b|thus\b|clearly\b|likely\b"
-    r"|indeed\b|only\b|\bis\b|,){0,8}"
+    r"|indeed\b|only\b|for sure\b|surely\b|certainly\b|definitely\b|probably\b|\bis\b|,){0,8}"
 )
 _CHOOSES = re.compile(
-    rf"\b(?:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
+    rf"\b(?i:(?:answer|option|choice)(?:\s+(?:to|for|of)\b[^.\n]{{0,60}}?)?\s*"
     rf"(?:is|would be|must be|should be|=|:|-)"
     rf"|(?:choose|chose|pick|select|go with|going with|opt for|settle on|conclude)(?:\s+that)?"
     rf"|(?:answer|option|choice)\s*\n)"
@@ -44,8 +44,10 @@ _IS_RIGHT = re.compile(
 )
 _ALONE = re.compile(rf"(?<![A-Za-z0-9'\u2019_\\^+=])\(?({_LETTER})\)?(?![A-Za-z0-9'\u2019])")
 _REFUSED_BEFORE = re.compile(
-    r"(?:\bnot|n't|n\u2019t|\bneither|\bnor|\bthan|\bover|\binstead of|\bexclude[sd]?|\beliminate[sd]?"
-    r"|\breject(?:s|ed)?|\brule[sd]? out|\bunlike)\s*(?:be\s+|is\s+)?(?:option\s+|choice\s+)?\(?$",
+    r"(?:\bnot|\bnon|n't|n\u2019t|\bneither|\bnor|\bthan|\bover|\binstead of|\bexclude[sd]?|\beliminate[sd]?"
+    r"|\breject(?:s|ed)?|\brule[sd]? out|\bunlike)\s*(?:be\s+|is\s+)?(?:option\s+|choice\s+)?"
+    r"(?:(?:\(?[A-D]\)?\s*,\s*)*\(?[A-D]\)?,?\s*(?:\bor\b|\band\b|\bnor\b)\s*)?\(?$"
+    r"|\bbetween\s+(?:\(?[A-D]\)?\s+and\s+)?\(?$",
     re.IGNORECASE,
 )
 _REFUSED_BEHIND = re.compile(
@@ -55,6 +57,8 @@ _REFUSED_BEHIND = re.compile(
     r"|isn't|isn\u2019t|aren't"
     r"|fails|can't|cannot|violates|contradicts|doesn't)"
 )
+# "A, C and D are wrong": a list, no choice.
+_GOES_ON = re.compile(r"\s*\)?\s*,\s*(?:and\s+|or\s+)?\(?[A-D]\b(?!')")
 _HASHES = re.compile(r"^#+[ \t]*(?:final\s+)?(?:answer\s*:?\s*)?(.{1,60})$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -69,11 +73,12 @@ def chosen_letter(text: str) -> str | None:
     boxes = last_boxes(text)
     if boxes:
         found = _only_letter(boxes[-1]) if len(boxes) == 1 else None
-        named = set(_ALONE.findall(_WRAPPING.sub("", " ".join(boxes))))
+        named = set(_ALONE.findall(_WRAPPING.sub("", ", ".join(boxes))))
         if found or len(named) > 1:
             return found
     plain = _WRAPPING.sub("", text)
-    if found := _only_letter(plain.strip()) if len(plain.strip()) < 200 else None:
+    found = _only_letter(plain.strip()) if len(plain.strip()) < 200 else None
+    if found and len([match for match in _CHOOSES.finditer(plain) if not _refused(plain, match)]) < 2:
         return found
     for line in reversed(_HASHES.findall(plain)[-20:]):
         if re.fullmatch(rf"\W*(?:option\s*)?{_ANY_CASE}\W*", line):
@@ -95,8 +100,11 @@ def _only_letter(text: str) -> str | None:
     if match is None or not re.match(rf"{_ANY_CASE}", match[1]):
         return None
     rest = match["rest"]
-    ends = re.match(r"\s*\)?\s*$|\s*[).\]:,;-]", rest)
-    return match[1].upper() if ends and not re.search(r"(?i)\b(?:or|and)\s+\(?[A-D]\)?\W*$", rest) else None
+    ends = re.match(r"\s*\)?\s*$|\s*[).\]:,;-]|\s*[\u3000-\u9fff\uff00-\uff65]", rest)
+    several = _GOES_ON.match(rest) or re.fullmatch(
+        r"(?i)\)?(?:\s*(?:,|,?\s*(?:or|and)\b)\s*\(?[A-D]\)?)+\W*", rest
+    )
+    return match[1].upper() if ends and not several else None
 
 
 def _refused(text: str, match: re.Match[str]) -> bool:

@@ -47,11 +47,13 @@ _STOP_IN_SCRIPT = ("\nassert ", "\nprint(", "\nif __name__", "\n# Test", "\n```"
 
 # A program may take this many times as long as the reference (EvalPlus), where that is more than the limits.
 _TIMES_REFERENCE = 4
+_TIMES_MEMORY = 2  # and hold this many times as much
 _BY_CLOCK = "[clock]"
 """Mark of a verdict that the clock gave rather than processor time, tests or the program."""
 
-# Limits of a reference: some of MBPP+ count to 10^8 on dozens of inputs.
-_REFERENCE_LIMITS = Limits(cpu_seconds=120, wall_seconds=480)
+# Limits of a reference: some of MBPP+ count to 10^8 on dozens of inputs, and Mbpp/255 returns a list of
+# 1.3 GB. The memory is EvalPlus's.
+_REFERENCE_LIMITS = Limits(cpu_seconds=120, wall_seconds=480, memory_mib=4096)
 
 _EXTRACTOR = "hpd.evaluate.benchmarks.code_worker"
 # An ordinary answer takes milliseconds; the budget of the extraction, on a busy machine, a few seconds.
@@ -59,6 +61,15 @@ _EXTRACTION_SECONDS = 30.0
 _MAX_ANSWER_CHARS = 1_000_000
 
 _ORACLE = Path(code_oracle.__file__)
+# The tests of an EvalPlus problem, behind the oracle.
+_KEEP = "result = kept_outputs(wire.by_digest(getattr(program, data[0])), *data, wire)\n"
+_COMPARE = """
+def _imports():  # the reference's, for a sandbox that must know what it will import
+    pass
+{imports}
+
+compare_outputs(wire.by_digest(getattr(program, data[0])), *data, wire)
+"""
 
 
 @dataclass(eq=False)
@@ -123,8 +134,8 @@ class CodeTask:
             completion if self.style == "completion" else {"max_new_tokens": 1024}
         )
         self._problems = {problem.id: problem for problem in self._read_problems()}
-        # Outputs and seconds by problem, as they are needed.
-        self._references: dict[str, tuple[list[Any], float]] = {}
+        # Runs of the references by problem, as they are needed; their results are those of `kept_outputs`.
+        self._references: dict[str, Outcome] = {}
 
     def examples(self) -> list[Example]:
         return [
@@ -195,26 +206,26 @@ class CodeTask:
     def _judged(self, problem: CodeProblem, source: str) -> Program:
         if problem.tests is not None:
             return Program(source=source, tests=problem.tests)
-        outputs, cpu_seconds = self._references[problem.id]
-        data = [problem.entry_point, list(problem.inputs), outputs, problem.atol]
-        tests = Tests(
-            source=f"{_ORACLE.read_text('utf-8')}\ncompare(getattr(program, data[0]), *data)\n", data=data
-        )
-        allowed = math.ceil(_TIMES_REFERENCE * cpu_seconds)
+        reference = self._references[problem.id]
+        data = [problem.entry_point, list(problem.inputs), reference.result, problem.atol, problem.solution]
+        compare = _COMPARE.format(imports=problem.imports)
+        tests = Tests(source=f"{_ORACLE.read_text('utf-8')}\n{compare}", data=data)
+        allowed = math.ceil(_TIMES_REFERENCE * reference.cpu_seconds)
         factor = max(1, allowed / self._limits.cpu_seconds)
         limits = replace(
             self._limits,
             cpu_seconds=max(self._limits.cpu_seconds, allowed),
+            memory_mib=max(self._limits.memory_mib, _TIMES_MEMORY * reference.peak_mib),
             wall_seconds=self._limits.wall_seconds * factor,
         )
         return Program(source=source, tests=tests, limits=limits)
 
     def _run_references(self, problems: Sequence[CodeProblem]) -> None:
         missing = {p.id: p for p in problems if p.tests is None and p.id not in self._references}
-        source = (
-            f"{_ORACLE.read_text('utf-8')}\nresult = reference_outputs(getattr(program, data[0]), *data)\n"
+        source = f"{_ORACLE.read_text('utf-8')}\n{_KEEP}"
+        limits = replace(
+            _REFERENCE_LIMITS, memory_mib=max(_REFERENCE_LIMITS.memory_mib, self._limits.memory_mib)
         )
-        limits = replace(_REFERENCE_LIMITS, memory_mib=self._limits.memory_mib)
         programs = [
             Program(
                 source=p.solution,
@@ -229,7 +240,7 @@ class CodeTask:
                     f"the reference solution of {id_} cannot be run: {outcome.status}, {outcome.detail}. "
                     f"Its data are damaged, or the limits are too low for it: {limits}."
                 )
-            self._references[id_] = (outcome.result, outcome.cpu_seconds)
+            self._references[id_] = outcome
 
     def _run(self, programs: Sequence[Program]) -> list[Outcome]:
         return run_many(programs, num_workers=self.num_workers, limits=self._limits)

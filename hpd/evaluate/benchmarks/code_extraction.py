@@ -146,11 +146,12 @@ def without_own_tests(program: str, entry_point: str) -> str:
         tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return program
+    trials = {name for node in tree.body for name in _bound(node) if _tries_out(node, entry_point)}
     defined = False
     dropped: set[int] = set()
     lines = program.split("\n")
     for node in tree.body:
-        if _is_test(node, entry_point if defined else None) and node.end_lineno is not None:
+        if _is_test(node, {entry_point, *trials} if defined else set()) and node.end_lineno is not None:
             numbers = range(node.lineno - 1, node.end_lineno)
             alone = not lines[node.lineno - 1][: node.col_offset].strip() and ";" not in lines[numbers[-1]]
             dropped.update(numbers if alone else ())
@@ -159,16 +160,27 @@ def without_own_tests(program: str, entry_point: str) -> str:
     return kept if dropped else program
 
 
-def _is_test(node: ast.stmt, entry_point: str | None) -> bool:
-    """True for a statement that tries a program out; `entry_point` once it is defined."""
-    if isinstance(node, ast.Assert):
+def _is_test(node: ast.stmt, names: set[str]) -> bool:
+    """True for a statement that tries a program out; `names` are those of the function, once it is defined,
+    and of what tries it out."""
+    if isinstance(node, ast.Assert) or (isinstance(node, ast.Raise) and "SystemExit" in ast.unparse(node)):
         return True
-    if isinstance(node, ast.Expr) and _called(node.value) & {"exit", "quit", "_exit"}:
+    if isinstance(node, ast.Expr) and _called(node.value) & {"exit", "quit", "_exit", "testmod"}:
+        return True
+    if isinstance(node, ast.Expr) and re.match(r"(?:unittest|pytest)\.main\(", ast.unparse(node)):
         return True
     tries = (ast.Expr, ast.Assign, ast.For, ast.While, ast.With, ast.Try)
-    if entry_point is None or not isinstance(node, tries):
+    if not names or not isinstance(node, tries):
         return False
-    return bool(_called(node) & {entry_point, "print", "input", "exit", "quit"})
+    return bool(_called(node) & (names | {"print", "input", "exit", "quit"}))
+
+
+def _tries_out(node: ast.stmt, entry_point: str) -> bool:
+    """True for a function without arguments that asserts something of the entry point or prints it."""
+    if not isinstance(node, ast.FunctionDef) or node.name == entry_point or node.args.args:
+        return False
+    checks = any(isinstance(inner, ast.Assert) for inner in ast.walk(node)) or "print" in _called(node)
+    return checks and entry_point in _called(node)
 
 
 def _called(node: ast.AST) -> set[str]:
@@ -323,6 +335,8 @@ def _readable(code: str, parser: _Parser) -> str:
     if parser.parses(code):
         return code
     plain = code.translate(_ODD_CHARACTERS)
+    if plain.lstrip().startswith(">>> "):  # a session in the interpreter
+        plain = "\n".join(line[4:] for line in plain.split("\n") if line.startswith((">>> ", "... ")))
     if plain != code and parser.parses(plain):
         return plain
     prefix = parser.longest_prefix(plain)

@@ -40,6 +40,11 @@ class CodeProblem:
     """Absolute tolerance of the comparison."""
     row: Row
 
+    @property
+    def imports(self) -> str:
+        """The reference's imports, indented."""
+        return "".join(f"    {line}\n" for line in _top_level(self.solution)[1])
+
 
 def read_problems(data: Data, limit: int | None, make: Callable[[Row], CodeProblem]) -> list[CodeProblem]:
     """Problems of a file.

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from hpd.evaluate.benchmarks.answers import drop_thinking, unclosed_thinking
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer
@@ -20,6 +21,9 @@ _TASK = "Below is an instruction that describes a task"
 _WITH_INPUT = ", paired with an input that provides further context"
 
 _REQUEST = ". Write a response that appropriately completes the request."
+
+
+_UNCLOSED = "thoughts that never end: the answer is empty"
 
 
 class RougeTask:
@@ -64,12 +68,16 @@ class RougeTask:
         return self._examples
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        """ROUGE-L of every answer, without the spaces around it, against the best of its references."""
+        """ROUGE-L of every answer, without thoughts and the spaces around it, against the best of its
+        references."""
         scores = rouge_l(
-            [answer.text.strip() for answer in answers],
+            [drop_thinking(answer.text).strip() for answer in answers],
             [example.metadata["references"] for example in examples],
         )
-        return [Verdict(correct=None, score=score) for score in scores]
+        return [
+            Verdict(correct=None, score=score, detail=_UNCLOSED if unclosed_thinking(answer.text) else "")
+            for answer, score in zip(answers, scores, strict=True)
+        ]
 
 
 def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:

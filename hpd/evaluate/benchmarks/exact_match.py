@@ -1,21 +1,28 @@
 """The task for any file of questions and answers."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from hpd.evaluate.benchmarks.answers import stated_answer
+from hpd.evaluate.benchmarks.forms import (
+    ANSWERS,
+    QUESTIONS,
+    SOLUTIONS,
+    answer_of,
+    asked_turns,
+    plain_text,
+    question_of,
+    reference_of,
+)
 from hpd.evaluate.benchmarks.grading import grade_texts
 from hpd.evaluate.benchmarks.quantities import same_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.texts import Answer, Message, Prompt
+from hpd.generation.texts import Answer, Prompt
 
-PROMPT_COLUMNS = ("prompt", "question", "problem", "instruction", "messages")
-
-ANSWER_COLUMNS = ("answer", "solution", "target", "completion")
+_QUESTIONS = ("prompt", *(name for name in QUESTIONS if name != "prompt"))
 
 
 class ExactMatch:
@@ -23,10 +30,10 @@ class ExactMatch:
 
     Args:
         data: a .jsonl, .json, .csv or .parquet file, plain or compressed (.gz).
-        prompt_column: the column of the question, text or chat messages; None takes the first of
-            `PROMPT_COLUMNS`. Of chat messages, everything after the last user turn is dropped.
-        answer_column: the column of the reference; None takes the first of `ANSWER_COLUMNS`. A reference that
-            marks its final answer (``#### 42``, a box, "the answer is") is reduced to it.
+        prompt_column: the column of the question, text or chat messages; None knows the usual forms
+            (`forms`). Of chat messages, everything after the last user turn is dropped.
+        answer_column: the column of the reference; None knows the usual forms. A reference that marks its
+            final answer (``#### 42``, a box, "the answer is") is reduced to it.
         limit: number of rows to keep from the start of the file; None keeps all.
         prompt_template: the question as the model sees it. ``{prompt}`` is the question, ``{other}`` any
             other column.
@@ -55,23 +62,25 @@ class ExactMatch:
             )
         rows = read_rows(data)[:limit]
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        answer_column = _find_column(data, "answer", columns, answer_column, ANSWER_COLUMNS)
-        fields = {column: column for column in columns if column != answer_column}
-        if "{prompt}" in prompt_template:
-            fields["prompt"] = _find_column(data, "prompt", columns, prompt_column, PROMPT_COLUMNS)
-        elif prompt_column is not None:
+        asks = "{prompt}" in prompt_template
+        if prompt_column is not None and not asks:
             raise ValueError(
                 f"prompt_column={prompt_column!r} has no effect: prompt_template={prompt_template!r} lacks "
-                f"{{prompt}}; "
-                "put {prompt} into the template, or leave out prompt_column."
+                "{prompt}; put {prompt} into the template, or leave out prompt_column."
             )
-        _check_template(prompt_template, fields)
-        question_column = fields["prompt"] if "{prompt}" in prompt_template else None
-        for column in filter(None, (question_column, answer_column)):
-            _require_values(data, rows, column)
+        for role, column in (("answer", answer_column), ("prompt", prompt_column)):
+            if column is not None:
+                _require_values(data, rows, columns, role, column)
+        answers = _all(data, rows, "answer", columns, answer_column, _answer)
+        questions = (
+            _all(data, rows, "prompt", columns, prompt_column, _question) if asks else [""] * len(rows)
+        )
+        known = {*ANSWERS, *SOLUTIONS} if answer_column is None else {answer_column.lower()}
+        fields = [column for column in columns if column.lower() not in known]
+        _check_template(prompt_template, [*fields, *(["prompt"] if asks else [])])
         self.options: Mapping[str, Any] = {
             "data": str(data),
-            "prompt_column": question_column,
+            "prompt_column": prompt_column,
             "answer_column": answer_column,
             "limit": limit,
             "prompt_template": prompt_template,
@@ -79,12 +88,12 @@ class ExactMatch:
         self._examples = tuple(
             Example(
                 id=str(row.get("id", index)),
-                prompt=_fill_template(prompt_template, fields, row),
-                answer=_reference(row[answer_column]),
-                solution=_text(row[answer_column]),
+                prompt=_fill_template(prompt_template, fields, row, question),
+                answer=reference_of(*answer),
+                solution=str(answer[0]),
                 metadata=row,
             )
-            for index, row in enumerate(rows)
+            for index, (row, question, answer) in enumerate(zip(rows, questions, answers, strict=True))
         )
 
     def examples(self) -> Sequence[Example]:
@@ -99,20 +108,46 @@ class ExactMatch:
         return same_answer(first, second)
 
 
-def _find_column(
-    data: Data, role: str, columns: Sequence[str], given: str | None, conventional: Sequence[str]
-) -> str:
-    candidates = conventional if given is None else (given,)
-    found = next((column for column in candidates if column in columns), None)
-    if found is None:
+def _question(row: Row, column: str | None) -> Prompt | None:
+    if column is None:
+        return question_of(row, _QUESTIONS)
+    value = row[column]
+    return asked_turns(value) if isinstance(value, list) else str(value)
+
+
+def _answer(row: Row, column: str | None) -> tuple[Any, bool] | None:
+    if column is None:
+        return answer_of(row)
+    value = plain_text(row[column])
+    return None if value is None else (value, False)
+
+
+def _all(
+    data: Data,
+    rows: Sequence[Row],
+    role: str,
+    columns: Sequence[str],
+    column: str | None,
+    read: Callable[[Row, str | None], Any],
+) -> list[Any]:
+    """Questions or answers of all rows."""
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append(read(row, column))
+        except ValueError as error:
+            raise ValueError(f"{data}: row {number}: {error}.") from None
+    missing = [number for number, value in enumerate(found, start=1) if value is None]
+    if missing:
         raise ValueError(
-            f"{data} has no {role} column {' | '.join(candidates)}; it has {', '.join(columns)}. Name the "
-            f"right one with {role}_column."
+            f"{data}: {len(missing)} of {len(rows)} rows have no {role} in a column that is known as one (the"
+            f" first is row {missing[0]}); the columns are {', '.join(columns)}. Name the right one with "
+            f"{role}_column, or fill or remove these rows."
         )
     return found
 
 
-def _check_template(template: str, fields: Mapping[str, str]) -> None:
+def _check_template(template: str, fields: Sequence[str]) -> None:
     r"""Every ``{word}`` must be a column; braces around anything else, as in ``\boxed{}``, are literal."""
     names = re.findall(r"\{(\w+)\}", template)
     unknown = [name for name in names if name not in fields]
@@ -123,7 +158,13 @@ def _check_template(template: str, fields: Mapping[str, str]) -> None:
         )
 
 
-def _require_values(data: Data, rows: Sequence[Row], column: str) -> None:
+def _require_values(data: Data, rows: Sequence[Row], columns: Sequence[str], role: str, column: str) -> None:
+    """Refuse a named column that is not there, or is empty in a row."""
+    if column not in columns:
+        raise ValueError(
+            f"{data} has no {role} column {column}; it has {', '.join(columns)}. Name the right one with "
+            f"{role}_column."
+        )
     values = [row.get(column) for row in rows]
     empty = [
         number
@@ -142,43 +183,11 @@ def _require_values(data: Data, rows: Sequence[Row], column: str) -> None:
         )
 
 
-def _fill_template(template: str, fields: Mapping[str, str], row: Row) -> Prompt:
-    def fill(question: str) -> str:
-        others = {
-            name: "" if row.get(column) is None else str(row[column]) for name, column in fields.items()
-        }
-        return re.sub(r"\{(\w+)\}", lambda match: (others | {"prompt": question})[match[1]], template)
+def _fill_template(template: str, fields: Sequence[str], row: Row, question: Prompt) -> Prompt:
+    def fill(text: str) -> str:
+        others = {name: "" if row.get(name) is None else str(row[name]) for name in fields}
+        return re.sub(r"\{(\w+)\}", lambda match: (others | {"prompt": text})[match[1]], template)
 
-    question = row[fields["prompt"]] if "{prompt}" in template else ""
-    if not isinstance(question, list):
-        return fill(str(question))
-    turns = _turns_to_answer(question)
-    return [*turns[:-1], {"role": "user", "content": fill(turns[-1]["content"])}]
-
-
-def _turns_to_answer(chat: list[Any]) -> list[Message]:
-    """The chat up to its last user turn."""
-    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in chat):
-        raise ValueError(f"the chat {chat!r} is not a list of turns; every turn needs a role and a content.")
-    turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in chat]
-    while turns and turns[-1]["role"] != "user":
-        turns.pop()
-    if not turns:
-        raise ValueError(f"the chat {chat!r} has no turn of role 'user'; every row needs one to answer.")
-    return turns
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and "content" in value[-1]:
-        value = value[-1]["content"]  # a completion in chat form: its last turn
-    if isinstance(value, (list, dict)):
-        raise ValueError(
-            f"the answer {value!r} is a {type(value).__name__}; exact match needs a text or a number in "
-            "every row."
-        )
-    return str(value)
-
-
-def _reference(value: Any) -> str:
-    text = _text(value)
-    return stated_answer(text) or text.strip()
+    if isinstance(question, str):
+        return fill(question)
+    return [*question[:-1], {"role": "user", "content": fill(question[-1]["content"])}]

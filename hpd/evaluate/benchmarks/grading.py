@@ -8,7 +8,7 @@ from hpd.evaluate.benchmarks.answers import (
     all_boxes,
     drop_thinking,
     final_answer,
-    last_boxes,
+    final_boxes,
     last_math,
     split_answers,
     stated_answer,
@@ -61,7 +61,7 @@ def extract(text: str, reference: str, rule: Rule) -> str | None:
     text = drop_thinking(text)
     if decide(text[:_MAX_ANSWER_CHARS], reference) and len(text) <= _MAX_ANSWER_CHARS:
         return text.strip()
-    boxes = last_boxes(text)
+    boxes = final_boxes(text)
     if rule.multiple and "####" not in text:
         lines = [line for line in text.split("\n") if r"\boxed" in line]
         listed = all_boxes(lines[-1]) if lines else []
@@ -87,7 +87,7 @@ def extract(text: str, reference: str, rule: Rule) -> str | None:
 def reference_answer(value: object) -> str:
     """The answer of a data row: what its text marks as final, or the text as a whole."""
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    return stated_answer(text) or text.strip()
+    return stated_answer(text) or re.sub(r"^\s*\\+boxed\s*\{", "", text).strip()
 
 
 def _pairs(found: str | None, reference: str, rule: Rule) -> list[AnswerPair]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +14,34 @@ from typing import Any, NamedTuple
 
 import httpx2
 
+from hpd.config.secrets import check_no_secrets, redact
 from hpd.evaluate.task import CannotGrade
-from hpd.files import JsonLines, digest_json
+from hpd.files import JsonLines, digest_json, whole_characters
 from hpd.generation.texts import Message
-from hpd.http import BadResponse, Connection, ServerUnavailable
+from hpd.http import (
+    BadResponse,
+    Connection,
+    ServerUnavailable,
+    check_url,
+    clean_key,
+    read_json,
+    read_key,
+    shown,
+)
 from hpd.progress import Progress
 
 __all__ = ["Judge", "JudgeSettings", "Ruling", "Usage", "tokens_of"]
+
+_LOGGER = logging.getLogger("hpd")
 
 _CHARACTERS_PER_TOKEN = 4
 """For estimates only; English text in current vocabularies."""
 _LONGEST_WAIT_SECONDS = 120.0
 _PATH = "/chat/completions"
+_DEFAULT_KEY_ENV = "OPENAI_API_KEY"
+_MAX_REPLY_BYTES = 16 * 2**20
+_MOST_TOKENS = 10**8
+"""Of one request; a count above is a mistake of the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +81,33 @@ class JudgeSettings:
     """Refuse to start where the estimate is above this, and stop where the sum is."""
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"judge_url is {self.url!r}; give an address such as http://localhost:8000/v1.")
-        for name in ("concurrency", "max_asks", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_url(self.url, "judge_url", "judge.key_env")
+        check_no_secrets({"judge_url": self.url, "judge_model": self.model, "judge.extra": dict(self.extra)})
+        least = {
+            "concurrency": 1,
+            "max_asks": 1,
+            "max_tokens": 1,
+            "max_retries": 0,
+            "backoff_seconds": 0.0,
+            "temperature": 0.0,
+            "price_in": 0.0,
+            "price_out": 0.0,
+            "max_cost": 0.0,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            # A price that is NaN would let every cost through.
+            if value is not None and not (_is_number(value) and low <= value < math.inf):
+                raise ValueError(f"{name} is {value}; it must be {low:g} or more.")
+        if not (_is_number(self.timeout_seconds) and 0 < self.timeout_seconds < math.inf):
+            raise ValueError(f"timeout_seconds is {self.timeout_seconds}; it must be above 0.")
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("the cost needs both prices: give price_in and price_out, per million tokens.")
         if self.max_cost is not None and self.price_in is None:
             raise ValueError(
                 "max_cost has no effect without prices: give price_in and price_out, per million tokens."
             )
-        if self.key_env is not None and not os.environ.get(self.key_env):
-            raise ValueError(
-                f"the environment variable {self.key_env} is not set; it should hold the judge's key."
-            )
+        read_key(self.key_env, "judge.key_env")
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides a verdict, for the record of an evaluation."""
@@ -134,10 +163,11 @@ class Judge:
         self.settings = settings
         self.usage = Usage()
         self._progress = progress or Progress()
+        self._usage_missing = False
         self._lock = threading.Lock()
         self._lines = JsonLines(settings.cache or _default_cache(settings.model))
         self._cache = _read_cache(self._lines)
-        self._key = os.environ.get(settings.key_env or "OPENAI_API_KEY", "")
+        self._key = _key_of(settings)
 
     @property
     def cache_file(self) -> Path:
@@ -156,15 +186,16 @@ class Judge:
         """
         connection = self._connect()
         try:
-            status = connection.attempt("GET", "/models")[0].status_code
-        except (httpx2.TransportError, OSError) as error:
+            status = connection.attempt("GET", "/models", max_bytes=_MAX_REPLY_BYTES)[0].status_code
+        except (httpx2.RequestError, httpx2.StreamError, OSError, ValueError) as error:
             raise ConnectionError(
-                f"the judge at {self.settings.url} does not answer ({error}); is it running?"
+                f"the judge at {self.settings.url} does not answer ({connection.explained(error)}); is it "
+                "running?"
             ) from None
         finally:
             connection.close()
         if status in (401, 403):
-            name = self.settings.key_env or "OPENAI_API_KEY"
+            name = self.settings.key_env or _DEFAULT_KEY_ENV
             raise ValueError(
                 f"the judge at {self.settings.url} refuses the key (status {status}); put the right one into "
                 f"{name}."
@@ -226,7 +257,7 @@ class Judge:
                 return Ruling(verdict, text, ask)
             # An empty assistant turn is refused by some servers.
             messages += [
-                {"role": "assistant", "content": text or "(no answer)"},
+                {"role": "assistant", "content": whole_characters(text) or "(no answer)"},
                 {"role": "user", "content": reminder},
             ]
         return Ruling(None, text, self.settings.max_asks)
@@ -245,9 +276,9 @@ class Judge:
             if key in self._cache:
                 self.usage.cached += 1
                 return self._cache[key]
-        text, tokens_in, tokens_out = connection.request(
-            "POST", _PATH, _read_reply, json=request, max_bytes=2**26
-        )
+        text, usage = connection.request("POST", _PATH, _read_reply, json=request, max_bytes=_MAX_REPLY_BYTES)
+        tokens_in = self._tokens(usage, "prompt_tokens", "".join(m["content"] for m in messages))
+        tokens_out = self._tokens(usage, "completion_tokens", text)
         with self._lock:
             self._cache[key] = text
             self.cache_file.parent.mkdir(parents=True, exist_ok=True)
@@ -263,12 +294,32 @@ class Judge:
             )
         return text
 
+    def _tokens(self, usage: Any, name: str, text: str) -> int:
+        """Tokens that the judge says it counted; estimated from the text where it says nothing that can be,
+        so that `max_cost` holds all the same."""
+        count = usage.get(name) if isinstance(usage, Mapping) else None
+        if isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= _MOST_TOKENS:
+            return count
+        with self._lock:
+            first, self._usage_missing = not self._usage_missing, True
+        if first:
+            _LOGGER.warning(
+                "the judge at %s says usage.%s is %s: tokens are counted from here on as %d characters each "
+                "where it gives no possible number",
+                self.settings.url,
+                name,
+                redact(shown(count)),
+                _CHARACTERS_PER_TOKEN,
+            )
+        return tokens_of(text)
+
     def _connect(self) -> Connection:
         base = self.settings.url.rstrip("/").removesuffix(_PATH)
         return Connection(
             base,
             name="The judge",
-            api_key=self._key or None,
+            api_key=self._key,
+            hide=redact,
             timeout_seconds=self.settings.timeout_seconds,
             wait_seconds=self.settings.max_retries * (self.settings.timeout_seconds + _LONGEST_WAIT_SECONDS),
             max_attempts=self.settings.max_retries + 1,
@@ -282,15 +333,30 @@ def tokens_of(text: str) -> int:
     return -(-len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def _read_reply(response: Any, content: bytes) -> tuple[str, int, int]:
-    """Reply and tokens of a chat completion."""
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _key_of(settings: JudgeSettings) -> str | None:
+    if settings.key_env is not None:
+        return read_key(settings.key_env, "judge.key_env")
+    text = os.environ.get(_DEFAULT_KEY_ENV, "")
+    return clean_key(text, f"the environment variable {_DEFAULT_KEY_ENV}") if text.strip() else None
+
+
+def _read_reply(response: Any, content: bytes) -> tuple[str, Any]:
+    """Reply and usage of a chat completion."""
+    body = read_json(content)
     try:
-        body = json.loads(content)
-        text = body["choices"][0]["message"].get("content") or ""
-        usage = body.get("usage") or {}
-        return str(text), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise BadResponse(f"not a chat completion: {content[:200]!r}") from None
+        text = body["choices"][0]["message"].get("content")
+        if isinstance(text, list):  # in parts, as some servers send it
+            text = "".join(part["text"] for part in text if part["type"] == "text")
+        usage = body.get("usage")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise BadResponse(f"not a chat completion: {shown(content[:200].decode(errors='replace'))}") from None
+    if text is not None and not isinstance(text, str):
+        raise BadResponse(f"the reply's content is of type {type(text).__name__}")
+    return text or "", usage
 
 
 def _default_cache(model: str) -> Path:

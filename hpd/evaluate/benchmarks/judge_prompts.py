@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from hpd.evaluate.benchmarks.answers import drop_thinking
 from hpd.evaluate.benchmarks.rows import read_rows
 from hpd.evaluate.benchmarks.win_rates import LABELS
-from hpd.files import digest_text
+from hpd.files import digest_text, whole_characters
 from hpd.generation.texts import Message
 
 __all__ = [
@@ -27,11 +29,24 @@ __all__ = [
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
-_BRACKETED = re.compile(r"\[\[([^\[\]\n]{1,12})\]\]")
+_BRACKETED = re.compile(r"\[\[([^\[\]\n]{1,40})\]\]")
 
-_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+_LOOSE_LABEL = re.compile(r"\[([^\[\]\n]{1,40})\]")
 
-_LOOSE_RATING = re.compile(r"\[(\d+(?:\.\d+)?)\]")
+_ONLY_ON_ITS_LINE = re.compile(r"^\W*\[([^\[\]\n]{1,40})\]\W*$", re.MULTILINE)
+
+# Markup and words around the letters, and signs that stand for > and =.
+_AROUND_LABEL = re.compile(
+    r"(?i:\\(?:text|mathbf|mathrm)|\b(?:answer|assistant|verdict|option)\b)|[\s*_$`{}:.\"']"
+)
+
+_SIGNS = {"≫": ">>", "≪": "<<", "»": ">>", "«": "<<", "＞": ">", "＜": "<", "≈": "=", "==": "=", "\\gg": ">>"}
+
+_NUMBER = r"\s*\**\s*(?:(?i:rating|score)\s*[:=]?\s*)?(\d+(?:[.,]\d*)?)\s*(?:/\s*10|(?i:out of 10))?\s*\**\s*"
+
+_RATING = re.compile(rf"\[\[{_NUMBER}\]\]")
+
+_LOOSE_RATING = re.compile(rf"\[{_NUMBER}\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +63,7 @@ class JudgePrompt:
         are."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
         filled = _PLACEHOLDER.sub(lambda match: fields.get(match[1], match[0]), self.prompt)
-        return [*turns, {"role": "user", "content": filled}]
+        return whole_characters([*turns, {"role": "user", "content": filled}])
 
     def places(self) -> set[str]:
         """Names of the places to fill."""
@@ -102,12 +117,28 @@ def read_label(text: str) -> str | None:
     """The verdict between double brackets; None where there is none, or where different ones stand side by
     side.
 
+    Without double brackets single ones count, where they hold a comparison or are alone on their line.
+
     >>> read_label("A is clearer. [[A>B]]"), read_label("[[A]] or [[B]]?"), read_label("I like both.")
     ('A>B', None, None)
+    >>> read_label("A is clearer. [A > B]."), read_label("[A] is clearer.")
+    ('A>B', None)
     """
-    labels = {match.replace(" ", "").upper() for match in _BRACKETED.findall(text)}
-    found = [label for label in labels if label in LABELS]
-    return found[0] if len(found) == 1 else None
+    text = drop_thinking(text)
+    labels = {_label(match) for match in _BRACKETED.findall(text)} - {None}
+    if not labels:
+        loose = {_label(match) for match in _LOOSE_LABEL.findall(text)} - {None}
+        labels = {label for label in loose if label and len(label) > 1 and label != "TIE"}
+        labels |= {_label(match) for match in _ONLY_ON_ITS_LINE.findall(text)} - {None}
+    return labels.pop() if len(labels) == 1 else None
+
+
+def _label(text: str) -> str | None:
+    text = html.unescape(text)
+    for sign, plain in _SIGNS.items():
+        text = text.replace(sign, plain)
+    label = _AROUND_LABEL.sub("", text).upper()
+    return label if label in LABELS else None
 
 
 def read_rating(text: str) -> float | None:
@@ -115,10 +146,14 @@ def read_rating(text: str) -> float | None:
 
     >>> read_rating("Clear and right. Rating: [[8]]"), read_rating("[[11]]"), read_rating("Rating: 8")
     (8.0, None, None)
+    >>> read_rating("[[8.]]"), read_rating("[[ 7,5/10 ]]")
+    (8.0, 7.5)
     """
-    ratings = {float(number) for number in _RATING.findall(text) or _LOOSE_RATING.findall(text)}
-    found = ratings.pop() if len(ratings) == 1 else None
-    return found if found is not None and 1 <= found <= 10 else None
+    text = drop_thinking(text)
+    found = _RATING.findall(text) or _LOOSE_RATING.findall(text)
+    ratings = {float(number.replace(",", ".")) for number in found}
+    rating = ratings.pop() if len(ratings) == 1 else None
+    return rating if rating is not None and 1 <= rating <= 10 else None
 
 
 def load_prompt(path: str | Path | None, default: JudgePrompt) -> JudgePrompt:

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from hpd.evaluate.benchmarks.judge_client import Judge
 from hpd.evaluate.benchmarks.judge_prompts import FIVE_POINTS, PREFERENCE, load_fastchat_prompts, load_prompt
-from hpd.evaluate.benchmarks.judged_tasks import Games, MTBench, PairwiseTask
+from hpd.evaluate.benchmarks.judged_tasks import Games, MTBench, PairwiseTask, SummaryFigures
+from hpd.evaluate.benchmarks.length_control import (
+    BASELINE,
+    LengthControl,
+    published_control,
+    read_control,
+)
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.benchmarks.win_rates import (
     length_controlled_win_rate,
@@ -41,8 +47,10 @@ def alpaca_eval(
         judge: who decides.
         limit: first n rows.
         baseline_column: column of the baseline's answer; None: `output_gpt4_1106_preview`, else `output`.
-        difficulty: upstream's instruction_difficulty.csv, by the rows' `idx` (or `index`); None leaves the
-            term out.
+        difficulty: the authors' df_gamed.csv, or another file of difficulties, by the rows' `idx` (or
+            `index`); None: estimates for AlpacaEval's own instructions and baseline (`length_control`). With
+            other instructions or another baseline there is no length-controlled figure then, and `notice`
+            says so.
         prompt: YAML file of a prompt of your own; None: `PREFERENCE`.
 
     Raises:
@@ -62,27 +70,62 @@ def alpaca_eval(
         )
         for n, row in enumerate(rows)
     ]
-    hardness = None if difficulty is None else _difficulty(difficulty, examples)
+    control, missing = _length_control(difficulty, examples, column)
 
+    options = {
+        "data": str(data),
+        "limit": limit,
+        "baseline_column": column,
+        "difficulty": "estimated" if difficulty is None and control else _named(difficulty),
+    }
+    asked = load_prompt(prompt, PREFERENCE)
+    figures = _alpaca_figures(examples, control)
+    defaults = {"max_new_tokens": 2048}
+    return PairwiseTask("alpaca_eval", examples, judge, asked, figures, options, defaults, missing)
+
+
+def _alpaca_figures(examples: Sequence[Example], control: LengthControl | None) -> SummaryFigures:
     def figures(
         kept: Sequence[Example], answers: Sequence[Answer], games: Sequence[Games]
     ) -> dict[str, float]:
         scores = [sum(pair.scores) / 2 for pair in games]
         lengths = [len(answer.text) for answer in answers], [len(example.answer) for example in kept]
-        gamma = None if hardness is None else [hardness[example.id] for example in kept]
-        controlled = length_controlled_win_rate(scores, *lengths, gamma)
-        return {
+        found = {
             "win_rate_standard_error": _standard_error(scores),
-            "length_controlled_win_rate": controlled.value,
-            "length_controlled_standard_error": controlled.standard_error,
-            "instruction_difficulty_used": float(hardness is not None),
             "characters_per_answer": sum(lengths[0]) / len(kept),
             "baseline_characters_per_answer": sum(lengths[1]) / len(kept),
         }
+        if control is None:
+            return found
+        places = {example.id: place for place, example in enumerate(examples)}
+        asked = control.difficulty[[places[example.id] for example in kept]]
+        controlled = length_controlled_win_rate(scores, *lengths, control._replace(difficulty=asked))
+        return found | {
+            "length_controlled_win_rate": controlled.value,
+            "length_controlled_standard_error": controlled.standard_error,
+        }
 
-    options = {"data": str(data), "limit": limit, "baseline_column": column, "difficulty": _named(difficulty)}
-    asked = load_prompt(prompt, PREFERENCE)
-    return PairwiseTask("alpaca_eval", examples, judge, asked, figures, options, {"max_new_tokens": 2048})
+    return figures
+
+
+def _length_control(
+    difficulty: str | Path | None, examples: Sequence[Example], column: str
+) -> tuple[LengthControl | None, str]:
+    """What length control needs, or None and why there is none."""
+    if difficulty is not None:
+        return read_control(difficulty, [example.id for example in examples]), ""
+    why = ""
+    if not (column.endswith(BASELINE) or all(e.metadata.get("generator") == BASELINE for e in examples)):
+        why = (
+            f"nothing says that the baseline's answers are {BASELINE}'s (a column output_{BASELINE}, or "
+            "generator in every row), and the published fit holds for no other"
+        )
+    else:
+        try:
+            return published_control([str(example.prompt) for example in examples]), ""
+        except ValueError as error:
+            why = str(error).rstrip(".")
+    return None, f" No length-controlled win rate is given: {why}."
 
 
 def arena_hard(
@@ -211,23 +254,6 @@ def _standard_error(scores: Sequence[float]) -> float:
     mean = sum(scores) / len(scores)
     variance = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
     return (variance / len(scores)) ** 0.5
-
-
-def _difficulty(path: str | Path, examples: Sequence[Example]) -> dict[str, float]:
-    rows = read_rows(path)
-    index = next((name for name in ("index", "idx", "") if name in rows[0]), None)
-    value = "instruction_difficulty"
-    if index is None or value not in rows[0]:
-        raise ValueError(
-            f"{path} needs the columns index and instruction_difficulty; it has {', '.join(rows[0])}."
-        )
-    known = {str(row[index]): float(row[value]) for row in rows}
-    missing = [example.id for example in examples if example.id not in known]
-    if missing:
-        raise ValueError(
-            f"{path} has no difficulty for {len(missing)} instructions (the first is {missing[0]})."
-        )
-    return known
 
 
 def _beside(data: Data, pattern: str, given: str | Path | None, what: str) -> Path:

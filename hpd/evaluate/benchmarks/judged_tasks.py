@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from hpd.evaluate.benchmarks.answers import drop_thinking, unclosed_thinking
 from hpd.evaluate.benchmarks.judge_client import Judge, Usage, tokens_of
 from hpd.evaluate.benchmarks.judge_prompts import JudgePrompt, read_label, read_rating
 from hpd.evaluate.benchmarks.win_rates import LABELS, position_bias
 from hpd.evaluate.task import Example, Verdict
 from hpd.generation.texts import Answer, Message
 
-__all__ = ["Games", "MTBench", "PairwiseTask"]
+__all__ = ["Games", "MTBench", "PairwiseTask", "SummaryFigures"]
 
 # For the estimate before anything is written: what judges wrote in trials with the prompts of this package,
 # rounded up.
@@ -49,6 +51,8 @@ class PairwiseTask:
         prompt: how it is asked.
         figures: what is computed beside the mean score.
         options: what decides the examples, for the record.
+        defaults: of the generation.
+        missing: a sentence on figures that are not given, for the notice.
     """
 
     metric = "win_rate"
@@ -62,6 +66,7 @@ class PairwiseTask:
         figures: SummaryFigures,
         options: Mapping[str, Any],
         defaults: Mapping[str, Any],
+        missing: str = "",
     ) -> None:
         self.name = name
         self.defaults = defaults
@@ -74,6 +79,7 @@ class PairwiseTask:
         self._judge = judge
         self._prompt = prompt
         self._figures = figures
+        self._missing = missing
         self._spent: dict[str, float] = {}
 
     def examples(self) -> Sequence[Example]:
@@ -86,11 +92,13 @@ class PairwiseTask:
             tokens_of(self._prompt.system + str(e.prompt)) + 2 * tokens_of(e.answer) for e in self._examples
         )
         return _notice(self, self._judge, 2 * num_samples * len(self._examples), 2 * num_samples * tokens) + (
-            " Answers are taken to be as long as the baseline's."
+            f" Answers are taken to be as long as the baseline's.{self._missing}"
         )
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        """The mean score of both orders, 0 to 1; no verdict where the judge gave none in one of them."""
+        """The mean score of both orders, 0 to 1; no verdict where the judge gave none in one of them.
+        Thoughts are not shown; where they never end the answer is empty."""
+        answers = [_without_thoughts(answer) for answer in answers]
         questions: list[list[Message]] = []
         for example, answer in zip(examples, answers, strict=True):
             for a, b in ((answer.text, example.answer), (example.answer, answer.text)):
@@ -119,6 +127,8 @@ class PairwiseTask:
         games = [Games.read(json.loads(verdict.detail)["labels"]) for verdict in verdicts]
         kept = [number for number, pair in enumerate(games) if pair is not None]
         figures: dict[str, float] = {"parse_failures": float(len(games) - len(kept))}
+        figures |= _unclosed(answers)
+        answers = [_without_thoughts(answer) for answer in answers]
         if kept:
             graded = [pair for pair in games if pair is not None]
             bias = position_bias([pair.scores[0] for pair in graded], [pair.scores[1] for pair in graded])
@@ -172,11 +182,12 @@ class MTBench:
         )
 
     def grade(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Verdict]:
-        """The mean rating of the turns; no verdict where the judge gave no rating for one of them."""
+        """The mean rating of the turns; no verdict where the judge gave no rating for one of them.
+        Thoughts are not shown; where they never end the answer is empty."""
         questions = [
             question
             for example, answer in zip(examples, answers, strict=True)
-            for question in self._questions(example, answer.turns)
+            for question in self._questions(example, _without_thoughts(answer).turns)
         ]
         reminder = self._prompts["single-v1"].reminder
         rulings, self._spent = _ask(self.name, self._judge, questions, read_rating, reminder)
@@ -210,7 +221,7 @@ class MTBench:
                     for group in (f"turn_{turn}", f"category_{example.metadata['category']}"):
                         groups.setdefault(group, []).append(rating)
         means = {group: sum(ratings) / len(ratings) for group, ratings in sorted(groups.items())}
-        return {"parse_failures": float(missing), **means, **self._spent}
+        return {"parse_failures": float(missing), **_unclosed(answers), **means, **self._spent}
 
     def _questions(self, example: Example, turns: Sequence[str]) -> list[list[Message]]:
         """Questions to the judge about the first turn, and about the second."""
@@ -226,6 +237,18 @@ class MTBench:
         fields |= {f"ref_answer_{number}": text for number, text in enumerate(references or (), start=1)}
         kind = "single-math-v1" if references else "single-v1"
         return [self._prompts[name].messages(**fields) for name in (kind, f"{kind}-multi-turn")]
+
+
+def _without_thoughts(answer: Answer) -> Answer:
+    turns = tuple(map(drop_thinking, answer.turns))
+    return replace(answer, text=drop_thinking(answer.text), turns=turns)
+
+
+def _unclosed(answers: Sequence[Answer]) -> dict[str, float]:
+    """How many answers (or turns) are thoughts without an end, where there are any."""
+    texts = [text for answer in answers for text in answer.turns or (answer.text,)]
+    count = sum(unclosed_thinking(text) for text in texts)
+    return {"unclosed_thinking": float(count)} if count else {}
 
 
 def _ask(

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpd.evaluate.benchmarks.forms import answer_of, question_of, reference_of
 from hpd.evaluate.benchmarks.grading import Rule, grade_texts, reference_answer
 from hpd.evaluate.benchmarks.quantities import same_answer
 from hpd.evaluate.benchmarks.rows import Data, Row, read_rows
 from hpd.evaluate.task import Example, Verdict
-from hpd.generation.texts import Answer
+from hpd.generation.texts import Answer, Prompt
 
 __all__ = [
     "BOXED",
@@ -30,19 +31,13 @@ __all__ = [
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 """The system prompt of the reference evaluation (its data files hold it)."""
 
-_QUESTIONS = ("problem", "question", "prompt", "Problem", "Question", "input", "question_concat")
-
-_ANSWERS = ("answer", "final_answer", "Answer", "target", "final_ans", "result")
-
-_SOLUTIONS = ("solution", "Solution")
-
 
 @dataclass(frozen=True, kw_only=True)
 class MathProblem:
     """One problem of a task's file."""
 
     id: str
-    question: str
+    question: Prompt
     answer: str
     solution: str
     row: Row
@@ -82,7 +77,7 @@ class MathTask:
         rows = read_rows(data)
         self.name = name
         self.defaults: Mapping[str, Any] = {"max_new_tokens": max_new_tokens, "system_prompt": BOXED}
-        if "reward_model" in rows[0]:
+        if "reward_model" in rows[0] and isinstance(rows[0].get("prompt"), list):
             found, copies, system = _upstream(data, rows)
             self.defaults = {**self.defaults, "system_prompt": system, **_several(copies)}
         else:
@@ -95,7 +90,7 @@ class MathTask:
         empty = [
             problem.id
             for problem in self._problems
-            if not problem.question.strip() or not problem.answer.strip()
+            if not str(problem.question).strip() or not problem.answer.strip()
         ]
         if empty:
             raise ValueError(
@@ -128,28 +123,37 @@ class MathTask:
 
 
 def _plain(rows: Sequence[Row]) -> Iterator[MathProblem]:
-    """A row with a question, an answer and perhaps a solution, under one of the usual names."""
+    """A row with a question, an answer and perhaps a solution, in any form that `forms` knows."""
     for index, row in enumerate(rows):
-        yield _problem(index, row, _first(row, _QUESTIONS, "question"), _first(row, _ANSWERS, "answer"))
+        try:
+            question, answer = question_of(row), answer_of(row)
+        except ValueError as error:
+            raise ValueError(f"row {index + 1}: {error}.") from None
+        if question is None or answer is None:
+            role = "question" if question is None else "answer"
+            raise ValueError(
+                f"row {index + 1} has no {role}; it has {', '.join(row)}. Known forms: problem, question, "
+                "prompt or instruction (with input) beside answer, solution, output or response; messages; "
+                'one text with both ("Question: ... Answer: ...").'
+            )
+        several = isinstance(row.get("answer"), list) and len(row["answer"]) > 1
+        rule = Rule(multiple=True) if several else None
+        yield _problem(index, row, question, reference_of(*answer), rule, str(answer[0]))
 
 
-def _problem(index: int, row: Row, question: Any, answer: Any, rule: Rule | None = None) -> MathProblem:
-    solution = next((str(row[column]) for column in _SOLUTIONS if row.get(column)), str(answer))
+def _problem(
+    index: int, row: Row, question: Any, answer: Any, rule: Rule | None = None, worked: str | None = None
+) -> MathProblem:
+    known = (row.get(name) for name in ("solution", "Solution"))
+    solution = next((str(text) for text in known if text), worked or str(answer))
     return MathProblem(
         id=str(row.get("id", row.get("ID", row.get("unique_id", index)))),
-        question=str(question).strip(),
+        question=question if isinstance(question, list) else str(question).strip(),
         answer=reference_answer(answer),
         solution=re.sub(r"<<[^<>]*>>", "", solution),  # GSM8K's calculator marks
         row=row,
         rule=rule,
     )
-
-
-def _first(row: Row, columns: Sequence[str], role: str) -> Any:
-    found = next((row[column] for column in columns if row.get(column) is not None), None)
-    if found is None:
-        raise ValueError(f"a row has no {role} ({' | '.join(columns)}); it has {', '.join(row)}.")
-    return found
 
 
 def _upstream(data: Data, rows: Sequence[Row]) -> tuple[list[MathProblem], int, str | None]:

@@ -7,10 +7,16 @@ sympy can spend hours in one C call (a power tower), where no signal reaches it;
 import json
 import logging
 import re
+import signal
 import sys
 from typing import Any
 
 _MAX_BYTES = 4 << 30  # of address space
+_CPU_SECONDS = 12.0  # of one comparison: a clock would give other verdicts on a busy machine
+
+
+class _TooLong(BaseException):
+    """Nobody between the handler and `main` may catch it."""
 
 
 def compare(gold: str, answer: str, relative: float, absolute: float) -> dict[str, Any]:
@@ -42,6 +48,17 @@ def _number(text: str) -> complex | None:
     return complex(value.evalf(15)) if value is not None else None
 
 
+def _limit_processor_time(seconds: float) -> None:
+    """Raise `_TooLong` after so much processor time of this process; 0: never."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGVTALRM, _give_up)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+
+
+def _give_up(*_: object) -> None:
+    raise _TooLong
+
+
 def main() -> None:
     logging.disable(logging.CRITICAL)
     try:
@@ -52,7 +69,11 @@ def main() -> None:
         pass
     for line in sys.stdin:
         try:
+            _limit_processor_time(_CPU_SECONDS)
             reply = compare(**json.loads(line))
+            _limit_processor_time(0)
+        except _TooLong:
+            reply = {"same": False, "how": "timeout"}
         except Exception as error:  # whatever sympy raises on what a model wrote is "not the same"
             reply = {"same": False, "how": f"{type(error).__name__}: {error}"[:200]}
         sys.stdout.write(json.dumps(reply) + "\n")

@@ -24,7 +24,7 @@ SCALES = {
 }
 """Words behind a number that multiply it; K alone is a kelvin."""
 
-INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9]+)"
+INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])|[0-9]+)"
 DECIMAL = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 
 _CHARACTERS = str.maketrans(
@@ -102,6 +102,10 @@ _UNITS = {
         "s second sec",
         "min minute mins",
         "h hour hr hrs",
+        "day days",
+        "week weeks",
+        "month months",
+        "year years yr yrs",
         "cent cents",
         "dollar dollars usd bucks",
         "euro euros eur",
@@ -111,7 +115,8 @@ _UNITS = {
     for name in names.split()
 }
 _GLUED = {
-    *["mm", "cm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "min", "hr", "mph", "degrees", "percent"]
+    *["mm", "cm", "km", "kg", "mg", "ml", "ft", "lb", "lbs", "oz", "min", "hr", "mph"],
+    *[name for name in _UNITS if len(name) > 3],
 }
 _CURRENCIES = {"$": "dollar", "€": "euro"}
 _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "cubic": "^3", "cu": "^3"}
@@ -212,13 +217,15 @@ def rounds_to(written: str, value: Fraction) -> bool:
 
 def normalise(answer: str) -> str:
     """An answer without markup, LaTeX spacing and currency signs, and with one spelling of each sign."""
-    text = answer.translate(_CHARACTERS).replace("{,}", ",").replace(r"\!", "")
+    text = re.sub(
+        r",\s*\\!\s*", ",", answer.translate(_CHARACTERS).replace("{,}", ",").replace("{-}", "-")
+    ).replace(r"\!", "")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\?[$€£¥₹]", "", text)
     text = re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " ", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|textrm|operatorname|mbox)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°", text.replace(r"\%", "%"))
-    return " ".join(text.split()).lstrip('*_`":= ').rstrip('*_`".,;: ')
+    return " ".join(text.split()).lstrip('*_`":= ').rstrip('*_`".,;: \\')
 
 
 def same_text(left: str, right: str) -> bool:

@@ -4,16 +4,15 @@ import csv
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Row: TypeAlias = dict[str, Any]
+from hpd.files import whole_characters
 
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+Row: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +58,17 @@ def read_rows(data: Data) -> list[Row]:
         )
     try:
         content = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
-        rows = _READERS[suffix[0]](content)
+        rows = [whole_characters(row) for row in _READERS[suffix[0]](content)]
+    except RecursionError:
+        raise ValueError(
+            f"{path} has a row that is nested too deeply to be read; every row must be an object of texts, "
+            "numbers and short lists: correct or remove it."
+        ) from None
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
         raise ValueError(f"{path} is not a readable {suffix[0]} file: {error}") from error
-    rows = [_whole_characters(row) for row in rows]
     if not rows:
         raise ValueError(f"{path} has no rows; give a file with at least one question and its answer.")
     return rows
-
-
-def _whole_characters(value: Any) -> Any:
-    """A row with a replacement character for each half of a surrogate pair, which no tokenizer takes."""
-    if isinstance(value, str):
-        return value if value.isascii() else _HALF_CHARACTER.sub("\ufffd", value)
-    if isinstance(value, dict):
-        return {_whole_characters(key): _whole_characters(part) for key, part in value.items()}
-    return [_whole_characters(part) for part in value] if isinstance(value, list) else value
 
 
 def _hub_rows(data: HubData) -> list[Row]:

@@ -10,8 +10,8 @@ from hpd.evaluate.benchmarks.workers import Worker
 __all__ = ["AnswerPair", "Equality", "compare_all"]
 
 _SECONDS = 20.0
-"""Limit of one comparison: more than math-verify's own limits (5 s of parsing twice, 5 s of comparing) take
-together."""
+"""Limit of one comparison by the clock, on an idle machine; the worker's own limit of processor time is
+lower."""
 _MAX_PROCESSES = 8
 
 # A process imports sympy for a second or more, in which another one compares many answers.

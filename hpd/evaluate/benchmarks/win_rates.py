@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from hpd.evaluate.benchmarks.length_control import LengthControl
 from hpd.evaluate.statistics import resample
 
 __all__ = [
@@ -53,6 +54,8 @@ STYLE_FEATURES = ("length", "headers", "lists", "bold")
 # Keeps a candidate that wins (or loses) every game finite; beside hundreds of games it moves nothing
 # (upstream: C = 100).
 _RIDGE = 0.01
+
+_COPY_WEIGHT = 0.1  # upstream: 0.2, halved for its two copies
 
 _RESAMPLES = 200
 
@@ -101,7 +104,7 @@ def length_controlled_win_rate(
     scores: Sequence[float],
     candidate_lengths: Sequence[int],
     baseline_lengths: Sequence[int],
-    difficulty: Sequence[float] | None = None,
+    control: LengthControl,
     seed: int = 0,
 ) -> WinRate:
     r"""AlpacaEval 2's win rate at equal length: a logistic regression, read with its length term set to zero.
@@ -109,39 +112,40 @@ def length_controlled_win_rate(
     .. math:: \mathrm{logit}\,P(\text{win}_x) = \theta + \phi \tanh\frac{\Delta_x}{\mathrm{std}(\Delta)} +
               \psi \gamma_x, \qquad \text{LC} = \frac{1}{Q} \sum_x \sigma(\theta + \psi \gamma_x)
 
-    with Δ the difference of the lengths in characters and γ the instruction's published difficulty.
+    with Δ the difference of the lengths in characters and γ the instruction's difficulty. The verdicts on two
+    copies of the baseline, one short and one long, are data too, without θ and with a tenth of the weight:
+    they tell what length is worth where all of a candidate's answers are shorter, or longer.
 
     Args:
         scores: of the candidate per question, in [0, 1]; fractions are fitted as such.
         candidate_lengths, baseline_lengths: characters of the answers.
-        difficulty: γ per question; None leaves the term out, which upstream does not.
+        control: difficulties and copies (`published_control`).
         seed: of the resamples behind the standard error.
 
     Reference:
-        Dubois et al., Length-Controlled AlpacaEval, 2024, arXiv 2404.04475, eq. 2. Upstream also adds two
-        length-gamed copies of the baseline as data of weight 0.2, and picks an L1 penalty by
-        cross-validation; this fit has a ridge of 0.01.
+        Dubois et al., Length-Controlled AlpacaEval, 2024, arXiv 2404.04475, eq. 2. Upstream has an L1 penalty
+        that it picks by cross-validation; this fit has a ridge of 0.01.
     """
     outcome = np.asarray(scores, float)
     gap = np.asarray(candidate_lengths, float) - np.asarray(baseline_lengths, float)
     spread = gap.std(ddof=1) if len(gap) > 1 else 0.0
-    columns = {
-        "candidate": np.ones_like(outcome),
-        "length": np.tanh(gap / spread) if spread else np.zeros_like(gap),
-    }
-    if difficulty is not None:
-        columns["difficulty"] = np.asarray(difficulty, float)
-    design = np.stack(list(columns.values()), 1)  # [Q, F]
-    neutral = design.copy()
+    length = np.tanh(gap / spread) if spread else np.zeros_like(gap)
+    copies = control.copies
+    own = np.stack([np.ones_like(outcome), length, control.difficulty], 1)  # [Q, F]
+    design = np.concatenate([own, np.stack([np.zeros_like(copies.won), copies.length, copies.difficulty], 1)])
+    outcomes = np.concatenate([outcome, copies.won])
+    neutral = own.copy()
     neutral[:, 1] = 0.0
 
     def at_equal_length(weights: Floats) -> tuple[float, Floats]:
-        beta = _fit_logistic(design, outcome, weights)
+        beta = _fit_logistic(
+            design, outcomes, np.concatenate([weights, np.full_like(copies.won, _COPY_WEIGHT)])
+        )
         return float(weights @ _sigmoid(neutral @ beta) / weights.sum()), beta
 
     value, beta = at_equal_length(np.ones_like(outcome))
     error = _standard_error(lambda weights: at_equal_length(weights)[0], len(outcome), seed)
-    return WinRate(value, error, dict(zip(columns, beta.tolist(), strict=True)))
+    return WinRate(value, error, dict(zip(("candidate", "length", "difficulty"), beta.tolist(), strict=True)))
 
 
 def style_controlled_win_rate(

@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from hpd.evaluate.sandbox import load_factor
+
 __all__ = ["Worker"]
 
 
@@ -25,9 +27,9 @@ class Worker:
         self._process = self._start()
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-        """The reply; None where the process was killed at the time limit or died of the request. The next
-        request gets a new one."""
-        reply = self._exchange(request, seconds)
+        """The reply; None where the process was killed at the time limit, which grows with the machine's
+        load, or died of the request. The next request gets a new one."""
+        reply = self._exchange(request, seconds * load_factor())
         if reply is None:
             self.close()
             self._process = self._start()

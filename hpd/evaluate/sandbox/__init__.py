@@ -1,6 +1,6 @@
 """A sandbox for Python that a model wrote: `run_program`, `run_many`, `sandbox_report`."""
 
-from hpd.evaluate.sandbox.host import run_many, run_program, sandbox_report
+from hpd.evaluate.sandbox.host import load_factor, run_many, run_program, sandbox_report
 from hpd.evaluate.sandbox.outcomes import (
     ISOLATIONS,
     Isolation,
@@ -19,6 +19,7 @@ __all__ = [
     "Program",
     "SandboxReport",
     "Tests",
+    "load_factor",
     "run_many",
     "run_program",
     "sandbox_report",

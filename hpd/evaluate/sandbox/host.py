@@ -83,6 +83,7 @@ def run_program(
         stderr=program.text("stderr"),
         seconds=time.monotonic() - start,
         cpu_seconds=program.report["cpu_seconds"],
+        peak_mib=program.report.get("peak_mib", 0),
         result=result,
         by_clock=status == "timeout" and "by the clock" in detail,
     )
@@ -134,14 +135,17 @@ def run_many(
 
 def _under_load(limits: Limits) -> Limits:
     """Limits whose clock waits as long as threads wait for a processor, on average, at this moment."""
-    processors = len(os.sched_getaffinity(0))
+    return replace(limits, wall_seconds=limits.wall_seconds * load_factor())
+
+
+def load_factor() -> float:
+    """Threads that want to run per processor, from 1 to 20; 1 where the system does not say."""
     try:
         fields = Path("/proc/loadavg").read_text("ascii").split()
         running = max(float(fields[0]), float(fields[3].partition("/")[0]))
-    except (OSError, ValueError, IndexError):
-        return limits
-    factor = min(max(1.0, running / processors), _MAX_LOAD)
-    return replace(limits, wall_seconds=limits.wall_seconds * factor)
+        return min(max(1.0, running / len(os.sched_getaffinity(0))), _MAX_LOAD)
+    except (AttributeError, OSError, ValueError, IndexError):
+        return 1.0
 
 
 @cache

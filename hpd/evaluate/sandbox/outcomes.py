@@ -62,7 +62,8 @@ class SandboxReport(NamedTuple):
 class Tests:
     """Trusted code that judges a program: it passes if it runs to its end.
 
-    It sees `program`, the program's module (attributes, calls; plain data by value, see `wire`), and `data`.
+    It sees `program`, the program's module (attributes, calls; plain data by value), `data`, and the module
+    `wire`, with which it can ask for long answers by their digests.
     What it leaves in a variable `result` comes back as `Outcome.result`.
     """
 
@@ -99,6 +100,8 @@ class Outcome:
     """By the clock, start of the sandbox included."""
     cpu_seconds: float
     """Processor time of the program."""
+    peak_mib: int = 0
+    """Most memory that the program held."""
     result: Any = None
     """Value that the tests left in `result`."""
     by_clock: bool = False

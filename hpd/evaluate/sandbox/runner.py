@@ -114,6 +114,7 @@ def _supervise(pid: int, wake: int, wall_seconds: float) -> dict[str, Any]:
         "status": status,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "wall_seconds": time.monotonic() - start,
+        "peak_mib": usage.ru_maxrss // 1024,
     }
 
 
@@ -174,6 +175,7 @@ def _run_tests(job: SandboxJob) -> None:
         names = _Names(program, job.remote_names)
         names["__name__"] = "tests"
         names["program"] = program
+        names["wire"] = wire
         names["data"] = wire.decode(job.data)
         names["__builtins__"] = builtins
         for name in job.remote_names:

@@ -10,6 +10,8 @@ plain data.
 
 import builtins
 import datetime
+import hashlib
+import itertools
 import json
 import operator
 import os
@@ -21,6 +23,9 @@ from fractions import Fraction
 from typing import Any
 
 MAX_MESSAGE_BYTES = 64 * 2**20
+LARGE_CHARS = 2**18
+"""Answers that are longer stay with the program where the tests ask for them by digest (`by_digest`)."""
+_LARGE = 1  # the place of the latest of them among the program's objects
 _LENGTH = struct.Struct("<I")
 _MAX_PLAIN_INTEGER = (
     2**63
@@ -101,7 +106,7 @@ def receive(fd: int) -> Any:
 
 def serve(namespace: Any, read_fd: int, write_fd: int) -> None:
     """Answer requests about the objects of a program until the tests are done."""
-    objects: list[Any] = [namespace]
+    objects: list[Any] = [namespace, None]
     numbers: dict[int, int] = {id(namespace): 0}
 
     def reference(value: Any) -> int:
@@ -118,10 +123,19 @@ def serve(namespace: Any, read_fd: int, write_fd: int) -> None:
         try:
             given = [decode(arg, objects.__getitem__) for arg in args]
             options = {name: decode(arg, objects.__getitem__) for name, arg in kwargs.items()}
-            reply = {"value": encode(_OPERATIONS[operation](*given, **options), reference)}
+            value = _OPERATIONS[operation](*given, **options)
+            mark = digest(value) if operation == "large call" and size(value) > LARGE_CHARS else None
+            if mark is not None:
+                objects[_LARGE] = value
+                reply = {"large": [_LARGE, mark]}
+            else:
+                reply = {"value": encode(value, reference)}
         except Exception as error:
             reply = {"error": [type(error).__name__, str(error)[:500]]}
-        send(write_fd, reply)
+        try:
+            send(write_fd, reply)
+        except ValueError as error:  # too long: the tests may go on
+            send(write_fd, {"error": ["ValueError", str(error)]})
 
 
 class Remote:
@@ -177,6 +191,64 @@ class Remote:
         return hash(self._number)
 
 
+class Large(Remote):
+    """A long answer that stayed with the program, until its next one. The digest is the program's word: one
+    that is the right answer's shows that the program has that answer."""
+
+    __slots__ = ("digest",)
+
+    def __init__(self, ask: Callable[..., Any], number: int, mark: str) -> None:
+        super().__init__(ask, number)
+        object.__setattr__(self, "digest", mark)
+
+
+def by_digest(function: Remote) -> Callable[..., Any]:
+    """A function of the program whose long answers come as `Large`."""
+    return lambda *args: function._ask("large call", function, *args)
+
+
+def value_of(answer: Any) -> Any:
+    """An answer itself.
+
+    Raises:
+        RemoteError: it is longer than a message may be.
+    """
+    return answer._ask("value", answer) if isinstance(answer, Large) else answer
+
+
+def digest(value: Any) -> str | None:
+    """A digest of how a value prints, item by item, so that it needs no second copy; None where it does not
+    print."""
+    if isinstance(value, Large):
+        return value.digest
+    found = hashlib.sha256(type(value).__name__.encode())
+    try:
+        for item in value if type(value) in (list, tuple) else [value]:
+            found.update(repr(item).encode("utf-8", "surrogatepass") + b"\n")
+    except Exception:  # an integer beyond Python's limit of decimal digits, or an object's own repr
+        return None
+    return found.hexdigest()
+
+
+def size(value: Any) -> int:
+    """About the characters of a value as text, counted up to a little above `LARGE_CHARS`."""
+    if isinstance(value, Large):
+        return 16 * LARGE_CHARS
+    total, todo = 0, [value]
+    while todo and total <= LARGE_CHARS:
+        item = todo.pop()
+        total += 8
+        if isinstance(item, (str, bytes)):
+            total += len(item)
+        elif isinstance(item, int):
+            total += item.bit_length() // 4
+        elif isinstance(item, dict):
+            todo += itertools.islice(itertools.chain(item.keys(), item.values()), LARGE_CHARS)
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            todo += itertools.islice(item, LARGE_CHARS)
+    return total
+
+
 def connect(read_fd: int, write_fd: int) -> Remote:
     """The namespace of the program that `serve` runs for at the other end."""
 
@@ -195,6 +267,9 @@ def connect(read_fd: int, write_fd: int) -> Remote:
         if "error" in reply:
             name, message = reply["error"]
             raise _exception(str(name), str(message))
+        if "large" in reply:
+            number, mark = reply["large"]
+            return Large(ask, int(number), str(mark))
         return decode(reply["value"], lambda number: Remote(ask, number))
 
     return Remote(ask, 0)
@@ -227,6 +302,8 @@ def _read_exactly(fd: int, count: int) -> bytes:
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
+    "large call": lambda function, *args: function(*args),
+    "value": lambda value: value,
     "getattr": getattr,
     "setattr": setattr,
     "getitem": operator.getitem,

@@ -8,7 +8,6 @@ Axes: N label positions, k tokens.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.http import BadResponse
+from hpd.http import BadResponse, read_json
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.teachers.remote.wire import WireRow
 
-__all__ = ["DIALECTS", "Dialect", "Place", "read_json", "read_places", "top_k_tensors"]
+__all__ = ["DIALECTS", "Dialect", "Place", "read_places", "top_k_tensors"]
 
 # A server that works in bfloat16 may say 1e-4 above zero; a mass above one by more than this is nonsense.
 _MASS_TOLERANCE = 1e-2
@@ -98,7 +97,7 @@ def _read_prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
     places: list[Place | None] = [None]
     for token, entry in zip(prompt[1:], told[1:], strict=True):
         logprobs = {int(i): _number(e["logprob"]) for i, e in entry.items()}
-        places.append(Place(logprobs, entry[str(token)].get("decoded_token")))
+        places.append(Place(logprobs, _text(entry[str(token)].get("decoded_token"))))
     return places
 
 
@@ -126,7 +125,7 @@ def _read_sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
         if token != prompt[i]:
             raise BadResponse(f"token {i} of the prompt came back as {token}")
         likeliest = {int(t): _number(v) for v, t, _ in top[i] or []}
-        places.append(Place({**likeliest, token: _number(logprob)}, text))
+        places.append(Place({**likeliest, token: _number(logprob)}, _text(text)))
     return places
 
 
@@ -137,6 +136,12 @@ def _token_id(name: str) -> int:
             "the server does not know return_tokens_as_token_ids, without which tokens are ambiguous"
         )
     return int(number)
+
+
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadResponse(f"a token's text is {value!r}")
+    return value
 
 
 def _number(value: Any) -> float:
@@ -158,14 +163,6 @@ DIALECTS: dict[str, Dialect] = {
     "echo": Dialect("/v1/completions", _echo_request, _split_choices, _read_echo),
     "sglang": Dialect("/generate", _sglang_request, _split_list, _read_sglang),
 }
-
-
-def read_json(body: bytes) -> Any:
-    """A JSON body; raises BadResponse where it is not one."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadResponse(f"{len(body)} bytes that are not JSON") from None
 
 
 def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> list[list[Place | None]]:

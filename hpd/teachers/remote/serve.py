@@ -4,12 +4,13 @@
 # imported.
 import asyncio
 import contextlib
-import hmac
 import importlib.util
 import ipaddress
+import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hpd import __version__
 from hpd.config.models import TeacherConfig
+from hpd.http import clean_key
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import quiet_libraries
 from hpd.teachers.remote.backend import Backend, Batcher, Busy, Wanted
@@ -29,7 +31,7 @@ from hpd.teachers.remote.wire import (
     read_request,
 )
 
-__all__ = ["ServeSettings", "build_app", "is_loopback", "serve", "serve_model"]
+__all__ = ["ServeSettings", "is_loopback", "make_server", "serve", "serve_model"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class ServeSettings(NamedTuple):
 
     def check(self) -> "ServeSettings":
         """Return self, or raise ValueError where the server would be open to a network without a token."""
+        if self.token is not None and clean_key(self.token, "the server's token") != self.token:
+            raise ValueError("The server's token has white space around it: remove it.")
         if self.token is not None and len(self.token) < 16:
             raise ValueError(
                 "The server's token is shorter than 16 characters: make one with `openssl rand -hex 32`."
@@ -81,17 +85,42 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def build_app(backend: Backend, settings: ServeSettings) -> Any:
-    """The application: GET /health, /v1/head, /v1/tokenizer; POST /v1/scores.
+def make_server(backend: Backend, settings: ServeSettings, **options: Any) -> Any:
+    """A uvicorn server of GET /health, /v1/head, /v1/tokenizer and POST /v1/scores.
+
+    Args:
+        backend, settings: what answers, and to whom.
+        **options: of `uvicorn.Config`, above what is set here.
 
     Raises:
         ValueError: FastAPI is not installed, or settings that `ServeSettings.check` refuses.
     """
     _require_fastapi()
+    settings.check()
+    import uvicorn
+
+    from hpd.teachers.remote.door import IDLE_SECONDS, Door
+
+    door = Door(settings.token, 4 * settings.max_waiting + 16, settings.max_body_bytes)
+    given: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,  # the door knows connections by their addresses
+        "http": door.protocol(),
+        "ws": "none",
+        "timeout_keep_alive": math.ceil(IDLE_SECONDS),
+        "timeout_graceful_shutdown": settings.graceful_seconds,
+    }
+    return uvicorn.Server(uvicorn.Config(_app(backend, settings, door), **{**given, **options}))
+
+
+def _app(backend: Backend, settings: ServeSettings, door: Any) -> Any:
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    settings.check()
     batcher = Batcher(backend, settings.max_waiting, backend.max_batch_tokens)
 
     @contextlib.asynccontextmanager
@@ -104,42 +133,47 @@ def build_app(backend: Backend, settings: ServeSettings) -> Any:
     if settings.token is None:
         # Without a token, a web page that points its own name here (DNS rebinding) must not get in.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"])
-    app.add_middleware(_BoundedBodies, limit=settings.max_body_bytes)  # type: ignore[arg-type]
-    app.include_router(_routes(backend, batcher, settings))
-    return app
+    app.include_router(_routes(backend, batcher, settings, door))
+    return door.around(app)
 
 
-def _routes(backend: Backend, batcher: Batcher, settings: ServeSettings) -> Any:
-    from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+def _routes(backend: Backend, batcher: Batcher, settings: ServeSettings, door: Any) -> Any:
+    from fastapi import APIRouter, HTTPException, Query, Request, Response
+
+    from hpd.teachers.remote.door import Payload
 
     routes = APIRouter()
+    made: dict[str, bytes] = {}
+    making = asyncio.Lock()
 
-    def may(request: Request) -> bool:
-        given = request.headers.get("authorization", "")
-        return settings.token is None or hmac.compare_digest(
-            given.encode(), f"Bearer {settings.token}".encode()
-        )
-
-    def must(request: Request) -> None:
-        if not may(request):
-            raise HTTPException(401, "wrong or missing bearer token", {"WWW-Authenticate": "Bearer"})
+    async def once(name: str, make: Callable[[], bytes]) -> bytes:
+        """The same bytes for everybody; students ask for them all at once, when training starts."""
+        async with making:
+            if name not in made:
+                made[name] = await asyncio.to_thread(make)
+            return made[name]
 
     def binary(content: bytes) -> Response:
-        return Response(content, media_type=MEDIA_TYPE, headers={FINGERPRINT_HEADER: backend.fingerprint})
+        return Payload(content, MEDIA_TYPE, {FINGERPRINT_HEADER: backend.fingerprint})
 
     @routes.get("/health")
     async def health(request: Request) -> dict[str, Any]:
-        return _health(backend, batcher, settings) if may(request) else {"status": "ok"}
+        friend = door.admits(dict(request.headers.raw))
+        return _health(backend, batcher, settings) if friend else {"status": "ok"}
 
-    @routes.get("/v1/head", dependencies=[Depends(must)])
-    def head(dtype: WireName | None = None) -> Response:
-        return binary(dump(_head_tensors(backend, WIRE_DTYPES[dtype] if dtype else None)))
+    @routes.get("/v1/head")
+    async def head(dtype: WireName | None = None) -> Response:
+        name = dtype or _dtype_name(backend)
+        return binary(
+            await once(f"head {name}", lambda: dump(_head_tensors(backend, WIRE_DTYPES.get(name or ""))))
+        )
 
-    @routes.get("/v1/tokenizer", dependencies=[Depends(must)])
-    def tokenizer() -> dict[str, Any]:
-        return _tokenizer_facts(backend.tokenizer)
+    @routes.get("/v1/tokenizer")
+    async def tokenizer() -> Response:
+        content = await once("tokenizer", lambda: json.dumps(_tokenizer_facts(backend.tokenizer)).encode())
+        return Payload(content, "application/json", {})
 
-    @routes.post("/v1/scores", dependencies=[Depends(must)])
+    @routes.post("/v1/scores")
     async def scores(
         request: Request,
         hidden: WireName | None = None,
@@ -177,7 +211,7 @@ async def _read(request: Any, backend: Backend, settings: ServeSettings) -> Scor
 
 
 async def _body(request: Any) -> bytes:
-    """The whole body, which `_BoundedBodies` has let in, refused where it takes too long."""
+    """The whole body, which the door has let in, refused where it takes too long."""
     from anyio import fail_after
     from fastapi import HTTPException
 
@@ -190,36 +224,16 @@ async def _body(request: Any) -> bytes:
         ) from None
 
 
-class _BoundedBodies:
-    """Refuses bodies that are too long, or do not say how long they are, before anything reads them (ASGI
-    middleware).
-
-    The connection is closed with the answer: what is refused must not be received all the same.
-    """
-
-    def __init__(self, app: Any, limit: int):
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        headers = dict(scope.get("headers", ()))
-        length = headers.get(b"content-length", b"0")
-        fine = b"transfer-encoding" not in headers and length.isdigit() and int(length) <= self._limit
-        if scope["type"] != "http" or fine:
-            await self._app(scope, receive, send)
-            return
-        from starlette.responses import JSONResponse
-
-        text = f"the body may have {self._limit} bytes, and needs a content-length"
-        await JSONResponse({"detail": text}, 413, {"Connection": "close"})(scope, receive, send)
-
-
 def _retry_after(batcher: Batcher) -> int:
     return max(1, math.ceil(batcher.pending / 16))
 
 
-def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict[str, Any]:
+def _dtype_name(backend: Backend) -> str | None:
     weight = backend.head.weight
+    return None if weight is None else str(weight.dtype).removeprefix("torch.")
+
+
+def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict[str, Any]:
     return {
         "status": "ok",
         "hpd": __version__,
@@ -227,7 +241,7 @@ def _health(backend: Backend, batcher: Batcher, settings: ServeSettings) -> dict
         "tokenizer": backend.tokenizer_hash,
         "vocab": backend.vocab,
         "hidden_size": backend.hidden_size,
-        "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(backend),
         "max_request_tokens": min(settings.max_request_tokens, settings.max_body_bytes // 64),
         "max_row_tokens": min(backend.max_row_tokens, settings.max_request_tokens),
         "max_top_k": _MAX_TOP_K,
@@ -268,20 +282,11 @@ def _require_fastapi() -> None:
 
 def serve(backend: Backend, settings: ServeSettings) -> None:
     """Answer until SIGTERM or Ctrl-C; requests in flight are finished first."""
-    app = build_app(backend, settings)
-    import uvicorn
-
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=settings.graceful_seconds,
-        # Connections beyond this get 503 from uvicorn itself, so that idle ones cannot use up the process.
-        limit_concurrency=4 * settings.max_waiting + 16,
-    )
+    server = make_server(backend, settings)
+    with contextlib.suppress(KeyboardInterrupt):  # raised again once everything has ended
+        server.run()
+    if not server.started:
+        raise SystemExit(3)
 
 
 def serve_model(

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hpd.batch import TokenBatch
 from hpd.config.models import TeacherConfig
-from hpd.http import Connection, read_key
+from hpd.config.secrets import redact
+from hpd.http import Connection, read_key, shown
 from hpd.losses import TeacherScores, TopKScores
 from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import CheckResult
@@ -34,6 +35,9 @@ T = TypeVar("T")
 _LOGGER = logging.getLogger("hpd")
 
 _ROWS_PER_REQUEST = 8
+
+# Bytes of an answer about one token that a server names: number, rank and text, escaped.
+_TOKEN_BYTES = 512
 
 # As many as vLLM allows unless it is started with a larger --max-logprobs.
 _DEFAULT_TOP_K = 20
@@ -91,7 +95,8 @@ class ServedTeacher(RemoteTeacher):
         self._connection = Connection(
             source.url.rstrip("/").removesuffix("/v1"),
             name="The teacher",
-            api_key=read_key(source.api_key_env),
+            api_key=read_key(source.api_key_env, "teacher.api_key_env"),
+            hide=redact,
             timeout_seconds=source.timeout_seconds,
             wait_seconds=source.wait_seconds,
             connections=source.concurrency,
@@ -243,8 +248,8 @@ class _TopKClient:
             expected, found = differing[0]
             raise ValueError(
                 f"The teacher at {self._connection.url} reads the student's token ids as other text "
-                f"({found!r} where the student has {expected!r}, {len(differing)} of {len(known)} tokens): "
-                "its tokenizer is another. Choose a teacher of the student's family."
+                f"({shown(found)!r} where the student has {expected!r}, {len(differing)} of {len(known)} "
+                "tokens): its tokenizer is another. Choose a teacher of the student's family."
             )
 
     def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
@@ -260,6 +265,7 @@ class _TopKClient:
             self._dialect.path,
             lambda _, body: read(read_places(self._dialect, body, prompts)),
             json=self._dialect.request(self._source.model, prompts, self.top_k, texts),
+            max_bytes=2**20 + _TOKEN_BYTES * (self.top_k + 2) * sum(map(len, prompts)),
         )
 
     def prepare(self, device: torch.device) -> None:

@@ -1,0 +1,355 @@
+"""Line figures: series with bands, the teacher's line, axes split where a few series stretch them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from hpd.experiments.figures import INK, Look, Panel, looks_of, new_axes
+from hpd.experiments.metrics import PLAIN, Scale
+from hpd.experiments.table import TableCell
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["SPLIT_NOTE", "Level", "Line", "Split", "line_panel", "multiples_panel", "split", "split_axes"]
+
+Line: TypeAlias = Sequence[tuple[float, float, float, float]]
+"""(x, mean, low, high) of each point."""
+Level: TypeAlias = tuple[float, float, float]
+"""The teacher's (mean, low, high); all equal for one teacher and one set of rows."""
+SPLIT_NOTE = "The axis is split and each part has its own scale."
+_STRETCH = 4.0
+"""An axis is split where all that is drawn takes this many times the room of the larger half."""
+_SMALLEST_CORE = 3
+_CORE_SHARE = 0.68
+"""Of a split axis, for the part that holds most series."""
+_OUTSIDE = 4
+"""Legend entries from which the legend stands below the figure."""
+_MULTIPLE_COLUMNS = 3
+_NAMED_ORDER, _OTHER_ORDER = 2.0, 1.5
+"""Drawing orders: named lines lie above the others, and come first in the legend."""
+
+
+class Split(NamedTuple):
+    """An axis in one part or two."""
+
+    parts: list[tuple[float, float]]
+    """Low to high."""
+    core: int
+    """The part that holds most items."""
+
+
+def split(ranges: Sequence[tuple[float, float]]) -> Split:
+    """The range of an axis, or two of them where a few items stretch it.
+
+    Items at one end are cut off if at least half of all, and three, remain and these need no more than a
+    quarter of the room; as many as can remain do.
+
+    >>> split([(0, 1), (0, 2), (1, 2), (40, 50)])
+    Split(parts=[(0, 2), (40, 50)], core=0)
+    """
+    low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
+    best = (0, Split([(low, high)], 0))
+    for sign in (1, -1):
+        # Mirrored, the items at the lower end are those at the upper one.
+        items = sorted(((a, b) if sign > 0 else (-b, -a) for a, b in ranges), key=lambda item: item[1])
+        start = min(a for a, _ in items)
+        for count in range(len(items) - 1, max(_SMALLEST_CORE, (len(items) + 1) // 2) - 1, -1):
+            core, rest = items[:count], items[count:]
+            end = core[-1][1]
+            if 0 < _STRETCH * (end - start) <= high - low:
+                away = (max(end, min(a for a, _ in rest)), rest[-1][1])
+                cut = Split([(start, end), away], 0)
+                found = cut if sign > 0 else Split([(-away[1], -away[0]), (-end, -start)], 1)
+                best = max(best, (count, found), key=lambda pair: pair[0])
+                break
+    return best[1]
+
+
+def split_axes(figure: Figure, found: Split, vertical: bool) -> list[Axes]:
+    """One axis, or two parts of one that is split, low to high.
+
+    The caller draws everything on each part.
+
+    Args:
+        vertical: the split axis is y, else x.
+    """
+    if len(found.parts) < 2:
+        return new_axes(figure)
+    figure.get_layout_engine().set(hspace=0.0, wspace=0.0, h_pad=0.02, w_pad=0.02)  # type: ignore[union-attr]
+    shares = [1 - _CORE_SHARE] * 2
+    shares[found.core] = _CORE_SHARE
+    if vertical:
+        upper, lower = new_axes(figure, 2, 1, sharex=True, height_ratios=shares[::-1])
+        upper.spines["bottom"].set_visible(False)
+        upper.tick_params(bottom=False, labelbottom=False)
+        axes, marks = [lower, upper], (((0, 1), lower), ((0, 0), upper))
+    else:
+        left, right = new_axes(figure, 1, 2, sharey=True, width_ratios=shares)
+        right.spines["left"].set_visible(False)
+        right.tick_params(left=False, labelleft=False)
+        axes, marks = [left, right], (((1, 0), left), ((0, 0), right))
+    slant = [(-1, -0.5), (1, 0.5)] if vertical else [(-0.5, -1), (0.5, 1)]
+    for (x, y), axis in marks:
+        axis.plot(
+            [x],
+            [y],
+            marker=slant,
+            markersize=9,
+            color=INK,
+            linestyle="",
+            transform=axis.transAxes,
+            clip_on=False,
+        )
+    for axis, limits in zip(axes, _padded(found), strict=True):
+        axis.set_ylim(*limits) if vertical else axis.set_xlim(*limits)
+        axis.locator_params(axis="y" if vertical else "x", nbins=4)
+    return axes
+
+
+def _padded(found: Split) -> list[tuple[float, float]]:
+    room = found.parts[found.core][1] - found.parts[found.core][0]
+    pads = [0.06 * (b - a) or 0.06 * room for a, b in found.parts]
+    (low, end), (start, high) = found.parts
+    end, start = end + pads[0], start - pads[1]
+    if start < end:  # the parts touch: the one that holds most keeps its margin
+        start = end = end if found.core == 0 else start
+    return [(low - pads[0], end), (start, high + pads[1])]
+
+
+def line_panel(
+    key: str,
+    title: str,
+    lines: Mapping[str, Line],
+    *,
+    looks: Mapping[str, Look] | None = None,
+    scale: Scale = PLAIN,
+    log: bool = False,
+    x_label: str = "step",
+    log_x: bool = False,
+    ticks: Mapping[float, str] | None = None,
+    marks: Mapping[str, float] | None = None,
+    level: Level | None = None,
+    note: str = "",
+) -> Panel:
+    """One line per name, with a band from low to high where the line has a color.
+
+    Args:
+        looks: name -> look; by default the first five names have colors.
+        scale: of the values.
+        log: a logarithmic axis where the values span more than a factor of 10.
+        ticks: names of the x values.
+        marks: name -> x of a ring on its line.
+        level: the teacher's.
+        note: the caption; what is drawn beside lines and bands is added.
+    """
+    chosen = looks or looks_of(list(lines))
+    has_markers = bool(log_x or ticks) or sum(map(len, lines.values())) < 8 * len(lines)
+    is_log = log and _spans(lines.values())
+    ranges = [_range(points, scale.factor) for points in lines.values()]
+    if level is not None:
+        ranges.append((scale.factor * level[1], scale.factor * level[2]))
+    found = Split([(0.0, 1.0)], 0) if is_log else split(ranges)
+    entries = sum(chosen[name].is_named for name in lines) + (level is not None)
+    entries += any(not chosen[name].is_named for name in lines)
+
+    def draw(figure: Figure) -> None:
+        axes = split_axes(figure, found, vertical=True)
+        for axis in axes:
+            _draw_lines(axis, lines, chosen, scale.factor, marks or {}, has_markers)
+            if level is not None:
+                _draw_level(axis, level, scale.factor)
+            if is_log:
+                _set_log(axis)
+            _set_ticks(axis, lines, log_x, ticks)
+        axes[0].set_xlabel(x_label, fontsize=10)
+        axes[-1].set_ylabel("%" if scale.percent else "", fontsize=10)
+        if len(lines) > 1 or level is not None:
+            _legend(axes[-1], entries)
+
+    notes = [note, SPLIT_NOTE if len(found.parts) > 1 else "", _level_note(level, scale)]
+    height = 3.1 + (0.2 * math.ceil(entries / 2) if entries >= _OUTSIDE else 0.0)
+    columns = ("method", x_label, "mean", "low", "high")
+    return Panel(key, title, columns, _rows(lines, scale), draw, height, " ".join(filter(None, notes)))
+
+
+def multiples_panel(
+    key: str,
+    title: str,
+    plots: Mapping[str, Mapping[str, Line]],
+    *,
+    looks: Mapping[str, Look] | None = None,
+    scale: Scale = PLAIN,
+    log: bool = False,
+    x_label: str = "step",
+    log_x: bool = False,
+    ticks: Mapping[float, str] | None = None,
+    level: Level | None = None,
+    share_y: bool = False,
+    note: str = "",
+) -> Panel:
+    """A small plot per name, in a grid, each with its own lines.
+
+    Args:
+        plots: title of a plot -> its lines.
+        looks: name of a line -> look; a plot with several grey lines gives them colors of its own.
+        log, ticks, level: as `line_panel`.
+        log_x: a logarithmic x axis.
+        share_y: one y axis for all, where their values are comparable.
+    """
+    names = {tuple(lines) for lines in plots.values()}
+    columns = min(_MULTIPLE_COLUMNS, len(plots))
+    num_rows = math.ceil(len(plots) / columns)
+    # Plots of the same lines share a legend; else a plot of several has its own.
+    shared = next(iter(names)) if len(names) == 1 else ()
+    has_legend = len(shared) > 1
+    is_log = log and _spans(line for lines in plots.values() for line in lines.values())
+
+    def draw(figure: Figure) -> None:
+        axes = new_axes(figure, num_rows, columns, sharex=True, sharey=share_y)
+        for axis in axes[len(plots) :]:
+            axis.set_visible(False)
+        for i, (axis, (name, lines)) in enumerate(zip(axes, plots.items(), strict=False)):
+            _draw_lines(axis, lines, _looks_within(lines, looks, has_legend), scale.factor, {}, bool(ticks))
+            if level is not None:
+                _draw_level(axis, level, scale.factor)
+            if is_log:
+                _set_log(axis)
+            else:
+                axis.locator_params(axis="y", nbins=4)
+            _set_ticks(axis, lines, log_x, ticks)
+            axis.set_title(name, fontsize=8, color=INK, loc="left")
+            is_last = i + columns >= len(plots)
+            axis.tick_params(labelsize=8, labelbottom=is_last)
+            axis.set_xlabel(x_label if is_last else "", fontsize=8)
+            if len(lines) > 1 and not has_legend:
+                axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
+        if has_legend:
+            _legend(axes[0], _OUTSIDE)
+
+    rows = [(name, *row) for name, lines in plots.items() for row in _rows(lines, scale)]
+    height = 0.4 + 1.25 * num_rows + (0.2 * math.ceil(len(shared) / 2) if has_legend else 0.0)
+    caption = " ".join(filter(None, [note, _level_note(level, scale)]))
+    return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, caption)
+
+
+def _spans(lines: Iterable[Line]) -> bool:
+    """True if the values are positive and span more than a factor of 10."""
+    means = [point[1] for points in lines for point in points]
+    return min(means) > 0 and max(means) > 10 * min(means)
+
+
+def _looks_within(
+    lines: Mapping[str, Line], looks: Mapping[str, Look] | None, are_shared: bool
+) -> Mapping[str, Look]:
+    """The looks that are given, unless lines of a plot with a legend of its own would be the same grey."""
+    if looks is None:
+        return looks_of(list(lines))
+    given = {name: looks[name] for name in lines}
+    is_told_apart = len(lines) == 1 or all(look.is_named for look in given.values())
+    return given if are_shared or is_told_apart else looks_of(list(lines))
+
+
+def _rows(lines: Mapping[str, Line], scale: Scale) -> list[tuple[Any, ...]]:
+    return [
+        (name, x, *(TableCell(scale.value(value), value) for value in values))
+        for name, points in lines.items()
+        for x, *values in points
+    ]
+
+
+def _range(points: Line, factor: float) -> tuple[float, float]:
+    means = [factor * point[1] for point in points]
+    return min(means), max(means)
+
+
+def _draw_lines(
+    axis: Axes,
+    lines: Mapping[str, Line],
+    looks: Mapping[str, Look],
+    factor: float,
+    marks: Mapping[str, float],
+    has_markers: bool,
+) -> None:
+    others = sum(not looks[name].is_named for name in lines)
+    word = f"{others} other{'s' * (others != 1)}"
+    for name in sorted(lines, key=lambda name: looks[name].is_named):
+        look = looks[name]
+        x, *values = zip(*lines[name], strict=True)
+        mean, low, high = ([factor * value for value in column] for column in values)
+        if look.is_named:
+            text, width = name, 1.7
+            axis.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
+        else:
+            text, width, word = word, 0.9, "_others"  # one entry of the legend stands for all
+        marker = look.marker if has_markers else ""
+        axis.plot(
+            x,
+            mean,
+            color=look.color,
+            label=text,
+            linewidth=width,
+            marker=marker,
+            markersize=4,
+            linestyle=look.dash,
+            zorder=_NAMED_ORDER if look.is_named else _OTHER_ORDER,
+        )
+        if name in marks and marks[name] in x:
+            height = mean[x.index(marks[name])]
+            axis.plot([marks[name]], [height], "o", color=look.color, markersize=9, fillstyle="none")
+
+
+def _draw_level(axis: Axes, level: Level, factor: float) -> None:
+    mean, low, high = (factor * value for value in level)
+    if high > low:
+        axis.axhspan(low, high, color=INK, alpha=0.08, linewidth=0)
+    axis.axhline(
+        mean, color=INK, linewidth=1.1, linestyle=(0, (1, 1.4)), label="teacher", zorder=_OTHER_ORDER
+    )
+
+
+def _level_note(level: Level | None, scale: Scale) -> str:
+    if level is None:
+        return ""
+    mean, low, high = level
+    differ = scale.value(low) != scale.value(high)
+    spread = f", shaded from the lowest to the highest, {scale.bounds(low, high)}" if differ else ""
+    return f"Dotted: the teacher's, {scale.value(mean)}{spread}."
+
+
+def _set_log(axis: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.yaxis.set_minor_locator(NullLocator())
+    # matplotlib writes powers as formulas, which are switched off for the sake of names.
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _set_ticks(axis: Axes, lines: Mapping[str, Line], log_x: bool, ticks: Mapping[float, str] | None) -> None:
+    places = sorted({point[0] for points in lines.values() for point in points})
+    if log_x:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    if log_x or ticks:
+        axis.set_xticks(places, [ticks[place] if ticks else f"{place:g}" for place in places], minor=False)
+
+
+def _legend(axis: Axes, count: int) -> None:
+    options: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    handles, labels = _entries(axis)
+    if count < _OUTSIDE:
+        axis.legend(handles, labels, **options)
+    else:
+        axis.figure.legend(handles, labels, loc="outside lower left", ncols=2, **options)
+
+
+def _entries(axis: Axes) -> tuple[list[Any], list[str]]:
+    """Handles and labels: named lines first, then the others and the teacher."""
+    found = list(zip(*axis.get_legend_handles_labels(), strict=True))
+    found.sort(key=lambda entry: entry[0].zorder < _NAMED_ORDER)
+    return [handle for handle, _ in found], [label for _, label in found]
