@@ -351,7 +351,10 @@ REFUSED: dict[str, tuple[Situation, str, str]] = {
 """Refused here: what is given, the message, and the reason."""
 
 _INTERNAL = "not the trainer's: a function inside TRL"
-_SEEING = "not a text distiller's; images do reach a student and a teacher that see (tests/training/test_probing.py)"
+_SEEING = (
+    "not a text distiller's; images do reach a student and a teacher that see "
+    "(tests/training/test_probing.py)"
+)
 _LIGER = "refused where liger_kernel is not installed (its layers are for accelerators)"
 _BITSANDBYTES = "needs bitsandbytes and an accelerator"
 ELSEWHERE: dict[str, tuple[int, str]] = {

@@ -129,6 +129,13 @@ def test_hpd_then_dpo_from_one_recipe(base, tmp_path, pairs):
     assert not torch.equal(weights(tmp_path / "run" / "hpd"), weights(tmp_path / "run" / "dpo"))
 
 
+def test_a_rollout_that_was_cut_makes_no_pair(base, tmp_path):
+    stage = {"name": "dpo", "method": "opd", "dpo": {"pairs": "rollouts"}, "rollouts": {"max_new_tokens": 1}}
+    recipe = load_recipe({**base, "stages": [{"name": "hpd"}, stage], "output_dir": str(tmp_path / "run")})
+    with pytest.raises(ValueError, match=r"of \d+ rollouts of the student \d+ were cut at rollouts.max_new"):
+        train(recipe)
+
+
 def test_self_distillation_in_rounds_makes_the_student_the_next_teacher(base, tmp_path):
     rounds = {"name": "round", "repeat": 2, "teacher": "previous", "method": "forward_kl"}
     run = tmp_path / "run"
