@@ -117,7 +117,7 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
     if importance and rollouts.engine == "vllm" and not rollouts.draws_student_exactly:
         raise ValueError(
             "rollouts.replay.importance compares the student with the one that wrote the text, and vLLM "
-            "gives the log-probabilities of the distribution it drew from, cut and reshaped: with engine: vllm "
+            "gives the log-probabilities of the distribution it drew from, cut and reshaped: with vLLM "
             "set temperature: 1, top_p: 1, top_k: 0, min_p: 0 and repetition_penalty: 1, or take engine: "
             "transformers, which gives the student's own."
         )
