@@ -88,9 +88,7 @@ def token_batch(
     input_ids, labels = inputs["input_ids"], inputs["labels"]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if positions is None:
-        # Counted from the first real token, so that padding on the left is a layout like the others.
-        real = torch.ones_like(input_ids) if mask is None else mask.long()
-        positions = (real.cumsum(1) - 1).clamp_min(0)
+        positions = _real_positions(torch.ones_like(input_ids) if mask is None else mask)
     targets = torch.full_like(labels, IGNORE_INDEX)
     # The token after position t is its label, unless a new row starts there.
     targets[:, :-1] = torch.where(positions[:, 1:] == 0, IGNORE_INDEX, labels[:, 1:])
@@ -113,6 +111,11 @@ def token_batch(
         (source == STUDENT).nonzero().flatten(),
         None if behavior_logprobs is None else behavior_logprobs.flatten()[index + 1],
     )
+
+
+def _real_positions(attention_mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Places counted from the first real token, so that padding on the left is a layout like the others."""
+    return (attention_mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 def _segments(input_ids: Tensor, positions: Tensor) -> Int[Tensor, "BT"]:
@@ -156,9 +159,9 @@ def _mix(x: Tensor) -> Tensor:
 class DistillCollator:
     """A collator that adds the `TokenBatch`, computed beside the data: no device synchronisation in the step.
 
-    The labels that remain are written back, so that the trainer counts exactly the label tokens that the loss
-    sums. Examples may say token by token who wrote them (`sources`) and how likely that policy found them
-    (`behavior_logprobs`).
+    Rows padded on the left get `position_ids`. The labels that remain are written back, so that the trainer
+    counts exactly the label tokens that the loss sums. Examples may say token by token who wrote them
+    (`sources`) and how likely that policy found them (`behavior_logprobs`).
 
     Args:
         inner: what pads or flattens the rows.
@@ -199,6 +202,10 @@ class DistillCollator:
         labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
         labels[batch.index + 1] = batch.labels
         inputs["labels"] = labels.view_as(inputs["labels"])
+        mask = inputs.get("attention_mask")
+        if mask is not None and "position_ids" not in inputs and not bool(mask[:, 0].all()):
+            # Models with absolute positions would count the padding.
+            inputs["position_ids"] = _real_positions(mask)
         if self.ask is not None:
             inputs["asked"] = self.ask(inputs, batch)
         # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.

@@ -105,7 +105,9 @@ class VllmRollouts:
     """vLLM through TRL's `VLLMGeneration`, colocated on the training GPUs or on a server; weights are sent
     after each update.
 
-    vLLM draws by itself: its rollouts are not a function of `uniforms`.
+    vLLM draws by itself: its rollouts are not a function of `uniforms`. TRL has it return log-probabilities
+    of the distribution that it draws from, which are the student's own only where nothing reshapes that; so
+    regimes that read them refuse other settings.
 
     Args:
         generation: a `trl.generation.vllm_generation.VLLMGeneration`, or anything with its `generate` and

@@ -22,6 +22,11 @@ __all__ = ["distillation_loss", "fused_distillation_loss"]
 
 _REDUCTIONS = ("mean", "sum")
 
+_DEFAULTS = {f.name: f.default for f in fields(TermConfig)}
+# Fields of TermConfig that say how tokens are drawn; those that are given were drawn elsewhere, from the
+# student as it is.
+_OF_DRAWING = ("draw_share", "draw_temperature", "exclude_label")
+
 
 def distillation_loss(
     student_logits: Float[Tensor, "B T V"],
@@ -46,8 +51,8 @@ def distillation_loss(
         teacher_logits: never differentiated.
         labels: token ids; `ignore_index` marks positions without a label.
         objective: a name of OBJECTIVES, "package.module:name", an `Objective`, or a factory of one.
-        draws: the student's tokens at positions 0 to T-2, instead of fresh ones from `generator`; "exact":
-            HPD's expectation over the draw.
+        draws: the student's tokens at positions 0 to T-2, drawn from its unchanged distribution, instead of
+            fresh ones from `generator`; "exact": HPD's expectation over the draw.
         vocabulary: `error` refuses unequal vocabularies; `shared_prefix` cuts both to the shorter one and
             drops labels beyond it, as `train.vocabulary` does in a recipe.
         reduction: `mean` over the label tokens, or `sum`.
@@ -59,7 +64,8 @@ def distillation_loss(
         `stats["tokens"]` and `stats["metric_tokens"]` count them.
 
     Raises:
-        ValueError: unknown name or parameter, unequal shapes or vocabularies, or a label that is no token.
+        ValueError: unknown name or parameter, one without effect, unequal shapes or vocabularies, or a label
+            that is no token.
 
     >>> import torch
     >>> student, teacher = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([[[1.0, 0.0]] * 3])
@@ -130,6 +136,7 @@ def _loss(
     if isinstance(draws, str):
         draws, params = None, {**params, "draws": draws}
     term = _term(objective, params)
+    _check_used(term, draws, generator, params)
     index, chosen = _label_positions(labels, ignore_index, student.vocab, teacher.vocab, vocabulary)
     uniforms = None
     if draws is not None:
@@ -215,6 +222,29 @@ def _term(objective: ObjectiveLike, params: dict[str, Any]) -> Term:
     if unknown := [key for key in params if key not in known]:
         raise ValueError(f"Objective {term.name!r} has no parameter {unknown[0]!r}.")
     return term.build()
+
+
+def _check_used(term: Term, draws: Tensor | None, generator: torch.Generator | None, params: Any) -> None:
+    """Refuse arguments that would change nothing."""
+    support, idle = term.support, []
+    why = f"the support {support} draws no tokens. Choose label+sampled or sampled, or"
+    if not support.draws:
+        idle = [name for name, value in (("draws", draws), ("generator", generator)) if value is not None]
+    elif draws is None and support.given:
+        raise ValueError(
+            f"The support of {term.name!r} is the tokens that the student wrote: give them as draws."
+        )
+    elif draws is not None:
+        why = "the tokens were drawn already. Leave out draws, or"
+        idle = [name for name in _OF_DRAWING if params.get(name, _DEFAULTS[name]) != _DEFAULTS[name]]
+        number = draws.shape[2] if draws.ndim > 2 else 1
+        idle += ["num_draws"] if params.get("num_draws", number) != number else []
+        idle += ["draws_of"] if support.draws_of == "teacher" and not support.importance else []
+        idle += ["generator"] if generator is not None else []
+    if not idle and "on" in params and not support.given:
+        idle, why = ["on"], "it tells whose rows a trainer learns from, and these labels have no writer:"
+    if idle:
+        raise ValueError(f"{', '.join(idle)} has no effect: {why} remove {', '.join(idle)}.")
 
 
 def _shared(student: int, teacher: int, policy: str) -> int:

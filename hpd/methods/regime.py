@@ -114,6 +114,13 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
                 "rollouts.replay.importance is a likelihood ratio: it needs strategy: policy_gradient."
             )
         return
+    if importance and rollouts.engine == "vllm" and not rollouts.draws_student_exactly:
+        raise ValueError(
+            "rollouts.replay.importance compares the student with the one that wrote the text, and vLLM "
+            "gives the log-probabilities of the distribution it drew from, cut and reshaped: with vLLM "
+            "set temperature: 1, top_p: 1, top_k: 0, min_p: 0 and repetition_penalty: 1, or take engine: "
+            "transformers, which gives the student's own."
+        )
     if importance and rollouts.teacher_share:
         raise ValueError(
             "rollouts.replay.importance and teacher_share are two ratios at once: choose one of them."

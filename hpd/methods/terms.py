@@ -102,6 +102,11 @@ class Term(NamedTuple):
                 f"Term {self.name!r} reads the label as its first column and draws after it, which {support} "
                 "does not give. Use support: label, or label+sampled."
             )
+        if self.objective.support == "label" and support.draws:
+            raise ValueError(
+                f"Term {self.name!r} reads the label alone, and {support} would draw tokens for nothing. Use "
+                "support: label."
+            )
         if domain == "label_and_vocabulary" and not (support.label and support.whole):
             raise ValueError(
                 f"Term {self.name!r} reads the label and every token, not {support}. Use support: label+full."
@@ -298,8 +303,10 @@ def _imported(name: str) -> Any:
 def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
     """`term` with those `parameters` put in that its objective takes, or that are fields of `TermConfig`."""
     taken = parameters_of(term.objective)
-    inner = {**term.kwargs, **{key: value for key, value in parameters.items() if key in taken}}
-    outer = {f.name: parameters[f.name] for f in fields(term) if f.name in parameters and f.name not in taken}
+    given = {**term.kwargs, **parameters.get("kwargs", {})}
+    inner = {**given, **{key: value for key, value in parameters.items() if key in taken}}
+    names = {f.name for f in fields(term)} & parameters.keys() - taken.keys() - {"kwargs"}
+    outer = {name: parameters[name] for name in names}
     return replace(term, kwargs=inner, **outer)
 
 

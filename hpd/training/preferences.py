@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +33,9 @@ from hpd.training.single import evaluate_task, open_together
 from hpd.training.stopping import Interrupted, Signals, ends_resumable
 
 __all__ = ["dpo_arguments", "preference_rows", "train_preferences"]
+
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class _PreferenceTrainer(Resumable, DPOTrainer):
@@ -111,11 +115,18 @@ def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset
     pairs = [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer}
         for row, answer in zip(listed, answers, strict=True)
-        if _text(row["completion"]) != _text(answer)
+        if answer is not None and _text(row["completion"]) != _text(answer)
     ]
+    if cut := answers.count(None):
+        # TRL, or the chat template, would put an end behind what has none, and training would dislike that.
+        _LOGGER.warning(
+            "dpo: %d of %d rollouts were cut at rollouts.max_new_tokens and make no pair.", cut, len(answers)
+        )
     if not pairs:
         raise ValueError(
-            "Every rollout of the student equals the dataset's completion: there is nothing to prefer."
+            f"There is nothing to prefer: of {len(answers)} rollouts of the student {cut} were cut at "
+            "rollouts.max_new_tokens, and the others equal the dataset's completions. Take dpo.pairs: data, "
+            "or a student that has learnt to end its answers."
         )
     return Dataset.from_list(pairs)
 
@@ -125,7 +136,7 @@ def _text(completion: Any) -> str:
 
 
 def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[Any]:
-    """The student's completion of every prompt, in the rows' own format."""
+    """The student's completion of every prompt, in the rows' own format; None where it did not end."""
     tokenizer: Any = planned.tokenizer
     config = planned.recipe.rollouts or RolloutConfig()
     chat = is_conversational(rows[0])
@@ -144,8 +155,13 @@ def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[An
     limit = config.max_new_tokens
     draws = uniforms(torch.arange(len(encoded)), seed=planned.args.seed, step=0, count=limit)
     written = engine.generate(encoded, [limit] * len(encoded), draws, 0)
-    texts = [tokenizer.decode(rollout.tokens, skip_special_tokens=True) for rollout in written]
-    return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    texts = [
+        tokenizer.decode(rollout.tokens, skip_special_tokens=True) if rollout.ended else None
+        for rollout in written
+    ]
+    if not chat:
+        return texts
+    return [None if text is None else [{"role": "assistant", "content": text}] for text in texts]
 
 
 def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:

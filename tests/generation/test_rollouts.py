@@ -17,7 +17,10 @@ from hpd.generation.engine import end_token_ids
 from hpd.generation.rollouts import Rollout, StudentRollouts, make_engine
 from hpd.generation.vllm_engine import VllmRollouts
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
+from hpd.methods.regime import choose_regime
+from hpd.methods.table import choose_terms
 from hpd.training.mixing import PrefixMixer, ReplayBuffer, repeated_share, rows_of
+from hpd.training.scheduled import ScheduledTerms
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +328,20 @@ def test_vllm_engine_sends_weights_once_an_update_and_cuts():
 def test_vllm_is_asked_for_with_its_extra(pair, teacher):
     with pytest.raises(ValueError, match=r"hpd\[vllm\]"):
         make(teacher, pair, engine="vllm")
+
+
+def test_reshaped_log_probabilities_of_vllm_are_no_ratio():
+    """TRL has vLLM return them of the distribution that it draws from, replay needs the student's own."""
+    terms = choose_terms("opd", {}, ())
+
+    def regime(**options):
+        rollouts = RolloutConfig(replay=ReplayConfig(importance=True), **options)
+        return choose_regime("opd", ScheduledTerms(terms).at(0.0), None, rollouts, "policy_gradient")
+
+    for changed in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match="vLLM gives the log-probabilities of the distribution it drew"):
+            regime(engine="vllm", **changed)
+    assert regime(engine="vllm").rollouts.engine == "vllm"
 
 
 # Through the trainer.

@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers.absolute_model import absolute_positions
 from helpers.trainers import make_trainer, rows
-from tiny_models import tiny_pair
+from tiny_models import tiny_pair, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
@@ -82,6 +83,42 @@ def test_a_teachers_tokenizer_may_be_given(pair, shuffled, tmp_path, form, nothi
     tokenizer = str(shuffled) if form == "path" else AutoTokenizer.from_pretrained(shuffled)
     with pytest.raises(ValueError, match="token 70 is"):
         build(str(pair[0]), str(pair[1]), tmp_path / "run", teacher_tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_a_collator_that_pads_on_the_left_keeps_the_positions(tmp_path, left):
+    """Positions of GPT-2 are absolute; no padding at all is what is right."""
+
+    def collate(examples):
+        width = max(len(example["input_ids"]) for example in examples)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        batch = {name: [] for name in fill}
+        for example in examples:
+            values = {**example, "attention_mask": [1] * len(example["input_ids"])}
+            for name, filler in fill.items():
+                gap = [filler] * (width - len(values[name]))
+                batch[name].append([*gap, *values[name]] if left else [*values[name], *gap])
+        return {name: torch.tensor(lines) for name, lines in batch.items()}
+
+    ids = [[40 + i] * (3 + 3 * i) + [50, 51, 52] for i in range(4)]
+    trainer = build(
+        absolute_positions(0),
+        absolute_positions(1),
+        tmp_path,
+        data_collator=collate,
+        processing_class=tiny_tokenizer(),
+        eval_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in ids]),
+    )
+    total = count = 0
+    with torch.no_grad():
+        for row in ids:
+            log_q, log_p = (
+                model.eval()(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+                for model in (trainer.model, trainer.teacher.model)
+            )
+            total += float((log_p.exp() * (log_p - log_q)).sum())
+            count += len(row) - 1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_what_cannot_be_compared_is_said(pair, tmp_path, caplog):

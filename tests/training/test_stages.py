@@ -1,6 +1,7 @@
 """Runs in stages: each in its folder, each resumed by itself, each starting from what the one before left."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,15 @@ def test_hpd_then_dpo_from_one_recipe(base, tmp_path, pairs):
     assert summary["stages"]["dpo"]["steps"] == 2
     assert any("rewards/margins" in log for log in logs(tmp_path / "run" / "dpo"))
     assert not torch.equal(weights(tmp_path / "run" / "hpd"), weights(tmp_path / "run" / "dpo"))
+
+
+def test_a_rollout_that_was_cut_makes_no_pair(base, tmp_path, caplog):
+    """One token of a student that has learnt nothing is the end of few answers."""
+    stage = {"name": "dpo", "method": "opd", "dpo": {"pairs": "rollouts"}, "rollouts": {"max_new_tokens": 1}}
+    recipe = load_recipe({**base, "stages": [{"name": "hpd"}, stage], "output_dir": str(tmp_path / "run")})
+    train(recipe)
+    (cut,) = re.findall(r"dpo: (\d+) of 16 rollouts were cut at rollouts.max_new_tokens", caplog.text)
+    assert 8 < int(cut) < 16
 
 
 def test_self_distillation_in_rounds_makes_the_student_the_next_teacher(base, tmp_path):
