@@ -19,7 +19,7 @@ from hpd.data.rows import PromptRow, load_prompts
 from hpd.data.templates import check_prompts
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
-from hpd.files import JsonLines, digest_json, digest_text, write_json
+from hpd.files import JsonLines, digest_json, digest_text, holding, write_json
 from hpd.generation.engine import encode_prompt
 from hpd.http import BadResponse, Connection, read_key
 from hpd.models.load import load_model, load_tokenizer
@@ -80,13 +80,22 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
 
     Raises:
         FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings
-            began.
+            began, or that another process is writing.
         TeacherUnavailable: a server stayed away; what is done is kept.
     """
     config = recipe.generate or GenerateConfig()
     output = Path(config.output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists: choose another generate.output, or replace it with --overwrite.")
+    with holding(output, is_folder=False):
+        if output.exists() and not overwrite:
+            raise ValueError(
+                f"{output} exists: choose another generate.output, or replace it with --overwrite."
+            )
+        return _generate(recipe, config, output, overwrite, progress or Progress())
+
+
+def _generate(
+    recipe: Recipe, config: GenerateConfig, output: Path, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
     rows = load_prompts(recipe.data, config.reference)
     if config.filter == "correct" and all(row.reference is None for row in rows):
         raise ValueError(
@@ -96,7 +105,7 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
     check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
     slots = [Slot(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
     part = JsonLines(output.with_name(output.name + ".part"))
-    bar = (progress or Progress()).bar("completions")
+    bar = progress.bar("completions")
     try:
         done = _begin(part, _identity(recipe, config, rows), overwrite)
         for chunk in range(-(-len(slots) // CHUNK)):

@@ -15,7 +15,7 @@ from hpd.experiments.grid import expand
 from hpd.experiments.manifest import TEACHER_FIGURES, is_finished, open_manifest, require_comparable
 from hpd.experiments.tuning import choose, expand_tuning, read_choices, tuning_evaluation, write_choices
 from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
-from hpd.files import JsonLines
+from hpd.files import JsonLines, holding
 from hpd.progress import Progress
 from hpd.training.plan import plan_evals
 
@@ -53,15 +53,27 @@ def compare(
 
     Raises:
         FileNotFoundError, ValueError: an experiment that is not valid, has changed, or compares what is not
-            comparable.
+            comparable; another process runs it.
     """
-    progress = progress or Progress()
     text = path.read_text(encoding="utf-8")
     experiment = read_experiment(text, overrides)
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}.")
     if jobs > 1 and experiment.budget is not None and experiment.budget.type == "seconds":
         raise ValueError("A budget in seconds needs --jobs 1: runs beside each other slow each other down.")
+    with holding(experiment.folder):
+        return experiment, _compare(experiment, text, overrides, jobs, allow, progress or Progress())
+
+
+def _compare(
+    experiment: Experiment,
+    text: str,
+    overrides: Sequence[str],
+    jobs: int,
+    allow: Sequence[str],
+    progress: Progress,
+) -> list[Failure]:
+    """Tune, freeze and run; returns the runs that failed."""
     folder = experiment.folder
     tuning = expand_tuning(experiment, folder)
     grid = expand(experiment, folder)
@@ -77,7 +89,7 @@ def compare(
             work = [Job(cell.recipe, cell.axes, experiment.budget, asked) for cell in tuning]
             failures = run_grid(work, jobs, folder, "tuning", progress)
             if failures:
-                return experiment, failures
+                return failures
             choices = choose(experiment, tuning)
             write_choices(folder, choices)
         grid = expand(experiment, folder, {choice.group: choice.chosen for choice in choices})
@@ -85,7 +97,7 @@ def compare(
     own = experiment.own_samples, experiment.own_samples_every
     work = [Job(cell.recipe, cell.axes, experiment.budget, evals, *own) for cell in grid]
     _evaluate_teacher(work[0], folder)
-    return experiment, run_grid(work, jobs, folder, "runs", progress)
+    return run_grid(work, jobs, folder, "runs", progress)
 
 
 def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, progress: Progress) -> list[Failure]:

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +19,7 @@ from hpd import __version__
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.config.yaml_file import read_yaml
-from hpd.files import JsonLines, write_atomically, write_json
+from hpd.files import JsonLines, empty_folder, entries, write_atomically, write_json
 from hpd.training.arguments import train_arguments
 from hpd.training.changes import Change, changes_between, raises_steps, refused
 from hpd.training.checkpoints import check_readable, newest_complete, step_of
@@ -64,7 +63,7 @@ class RunFolder:
 
     def _check(self, overwrite: bool) -> None:
         # A kill may have come before the first file was whole.
-        if not self.path.is_dir() or all(file.name.endswith(".part") for file in self.path.iterdir()):
+        if all(file.name.endswith(".part") for file in entries(self.path)):
             return
         recipe_file = self.path / "recipe.yaml"
         if not recipe_file.is_file():
@@ -126,7 +125,7 @@ class RunFolder:
             OSError: the folder cannot be written.
         """
         if self._replaces:
-            shutil.rmtree(self.path)
+            empty_folder(self.path)
             self._replaces = False
         text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
         try:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
+from hpd.files import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
@@ -50,11 +51,15 @@ def train(
         seconds.
 
     Raises:
-        FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
+        FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else, or another
+            process is writing there.
         RunStopped: SIGTERM or Ctrl-C (caught in the main thread only), a remote teacher that stays away, a
             disk that takes no more, or NaN: the steps done are saved, and the message says how to go on.
     """
-    with ends_resumable(Path(recipe.output_dir)) as signals:
+    run = Path(recipe.output_dir)
+    if run.is_file():
+        raise ValueError(f"output_dir {str(run)!r} is a file: give a folder.")
+    with ends_resumable(run) as signals, holding(run):
         if recipe.stages:
             return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
         # A key that does not exist makes another recipe of any run that the folder holds.
