@@ -25,6 +25,7 @@ from hpd.http import BadResponse, Connection, read_key
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers import TeacherUnavailable
+from hpd.teachers.fingerprints import model_fingerprint
 from hpd.teachers.remote.dialects import read_json
 
 __all__ = ["Completion", "generate"]
@@ -55,6 +56,8 @@ class Writer(Protocol):
     """Something that completes prompts."""
 
     tokenizer: PreTrainedTokenizerBase
+    fingerprint: str | None
+    """Of its weights, where they are here."""
 
     def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         """Completions of one chunk; the same whenever it is called again."""
@@ -107,7 +110,7 @@ def _generate(
     part = JsonLines(output.with_name(output.name + ".part"))
     bar = progress.bar("completions")
     try:
-        done = _begin(part, _identity(recipe, config, rows), overwrite)
+        done = _begin(part, _identity(recipe, config, rows, writer.fingerprint), overwrite)
         for chunk in range(-(-len(slots) // CHUNK)):
             if chunk not in done:
                 chosen = slots[chunk * CHUNK : (chunk + 1) * CHUNK]
@@ -126,7 +129,8 @@ def _generate(
 def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dict[int, list[Completion]]:
     """The chunks that an earlier call wrote, behind a line that says of what; begins a file without any."""
     head, *chunks = part.read() or [None]
-    if head != identity:
+    # Earlier versions did not note the weights.
+    if head is None or {**identity, **head} != identity:
         if head is not None and not overwrite:
             raise ValueError(
                 f"{part.path} holds completions of other settings, another model or other rows. Go on with "
@@ -211,7 +215,9 @@ def _row(
     }
 
 
-def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> dict[str, str]:
+def _identity(
+    recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow], weights: str | None
+) -> dict[str, str]:
     """Everything that completions depend on. Filters act at the end, so they may change between two calls."""
     tree = resolve(recipe)
     settings = {
@@ -227,7 +233,8 @@ def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow])
         "student": tree["student"],
         "prompts": [row.prompt for row in rows],
     }
-    return {"hpd generate": digest_json(facts, ensure_ascii=False)}
+    identity = {"hpd generate": digest_json(facts, ensure_ascii=False)}
+    return identity if weights is None else {**identity, "weights": weights}
 
 
 def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
@@ -277,6 +284,7 @@ class _ModelWriter:
         self._config = config
         self.tokenizer = load_tokenizer(source, "writer")
         model: Any = load_model(source, "writer")
+        self.fingerprint = model_fingerprint(model)
         if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
@@ -294,6 +302,7 @@ class _ServerWriter:
         assert teacher.url is not None
         self._config = config
         self.tokenizer = tokenizer
+        self.fingerprint = None
         self._model = teacher.model
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"),

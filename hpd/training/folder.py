@@ -198,10 +198,14 @@ class RunFolder:
             return
         before = _read_object(file, "it is written again")["fingerprint"] if file.is_file() else fingerprint
         if before != fingerprint:
-            raise ValueError(
-                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: "
-                "start the first one again, or choose another output_dir."
-            )
+            if not self._takes_changed:
+                raise ValueError(
+                    f"This run began with the teacher {before}, and the server now answers with "
+                    f"{fingerprint}: start the first one again, or choose another output_dir. To go on with "
+                    "this one, add --changed-inputs, which is noted in changes.jsonl."
+                )
+            self._changes.append(Change("teacher", before, fingerprint))
+            self._note_changes()
         self.write_json("teacher.json", {"fingerprint": fingerprint})
 
     def write_json(self, name: str, content: Any) -> None:
