@@ -154,7 +154,7 @@ def test_a_closed_terminal_saves_and_stops_or_is_not_missed(base, undisturbed, t
         assert process.is_alive()
         if select.select([ours], [], [], 0.01)[0]:
             shown += os.read(ours, 2**16)
-    assert b"training" in shown
+    assert b"student" in shown
     os.close(theirs)
     os.close(ours)
     if not ignored:

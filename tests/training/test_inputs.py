@@ -152,7 +152,7 @@ def test_the_problems_of_a_task_are_compared(place):
     done = hpd("train", "recipe.yaml", *words, cwd=place)
     assert done.returncode == 0, done.stderr
     problems.write_text('{"prompt": "one", "answer": "three"}\n')
-    assert "its problems of exact-match" in refused(place, *words, "train.max_steps=3")
+    assert "its problems of exact_match_accuracy" in refused(place, *words, "train.max_steps=3")
 
 
 def test_the_files_of_a_stream_are_compared(place):
