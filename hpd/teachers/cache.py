@@ -107,7 +107,7 @@ def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """The bytes of each position."""
-    return tensor.reshape(len(tensor), -1).view(torch.uint8)
+    return (tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]).view(torch.uint8)
 
 
 def _fill(view: memoryview, file: IO[bytes], at: int) -> None:
@@ -361,11 +361,10 @@ class Cache:
         try:
             with shard.file.open("rb", buffering=0) as file:
                 for name, (_, _, first) in shard.tensors.items():
-                    view = memoryview(_bytes_of(found[name]).numpy()).cast("B")
-                    width, done = len(view) // max(total, 1), 0
+                    rows, done = _bytes_of(found[name]).numpy(), 0
                     for start, end in spans:
-                        part = view[done * width : (done + end - start) * width]
-                        _fill(part, file, first + start * width)
+                        part = rows[done : done + end - start].reshape(-1)
+                        _fill(memoryview(part), file, first + start * rows.shape[1])
                         done += end - start
         except OSError as error:
             raise CorruptCacheError(f"{shard.file} cannot be read: {error.strerror}. {_REPAIR}") from None

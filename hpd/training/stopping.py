@@ -5,19 +5,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import distributed
 
 from hpd.progress import drop_lost_output
 from hpd.teachers import TeacherUnavailable
 from hpd.training.checkpoints import CheckpointFailed, newest_complete
 from hpd.training.nonfinite import NonFinite
 
-__all__ = ["Interrupted", "RunStopped", "Signals", "catch_signals", "ends_resumable", "stopped"]
+__all__ = [
+    "Interrupted",
+    "RunStopped",
+    "Signals",
+    "catch_signals",
+    "ends_resumable",
+    "leaving_processes",
+    "stopped",
+]
 
 # A disk that takes no more, or nothing at all.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -76,6 +88,29 @@ def ends_resumable(run: Path) -> Iterator[Signals]:
         if error.errno not in _DISK:
             raise
         raise stopped(f"{error.filename or run} could not be written: {error.strerror}.", run) from error
+
+
+@contextlib.contextmanager
+def leaving_processes() -> Iterator[None]:
+    """End the group of processes behind a program's last collective operation, on errors too.
+
+    A thread of gloo lets go of the last operation's tensors whenever it is scheduled next. After the
+    interpreter has ended that aborts the process ("terminate called without an active exception", SIGABRT),
+    which fails the whole launch. The group waits for its threads when nothing refers to it any more: a trainer
+    does, through DDP, and lives in cycles and in an error's frames.
+    """
+    try:
+        yield
+    except BaseException as error:
+        found: BaseException | None = error
+        while found is not None:
+            traceback.clear_frames(found.__traceback__)
+            found = found.__cause__ or found.__context__
+        raise
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            gc.collect()
+            distributed.destroy_process_group()
 
 
 class _Stoppable(Protocol):
