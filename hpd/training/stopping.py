@@ -96,8 +96,8 @@ def leaving_processes() -> Iterator[None]:
 
     A thread of gloo lets go of the last operation's tensors whenever it is scheduled next. After the
     interpreter has ended that aborts the process ("terminate called without an active exception", SIGABRT),
-    which fails the whole launch. The group waits for its threads when nothing refers to it any more: a trainer
-    does, through DDP, and lives in cycles and in an error's frames.
+    which fails the whole launch. The group waits for its threads when nothing refers to it any more: a
+    trainer does, through DDP, and lives in cycles and in an error's frames.
     """
     try:
         yield
