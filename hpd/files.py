@@ -222,7 +222,7 @@ def holding(target: Path, *, is_folder: bool = True) -> Iterator[None]:
         InUse: names the process, and how to free what a lost machine held; nothing was changed.
         OSError: the lock cannot be written.
     """
-    file = Path(os.path.abspath(target / LOCK if is_folder else target.with_name(f".{target.name}{LOCK}")))
+    file = Path(os.path.realpath(target / LOCK if is_folder else target.with_name(f".{target.name}{LOCK}")))
     mine = (file, threading.get_ident())
     if mine in _held or int(os.environ.get("RANK", "0")) != 0:
         yield

@@ -130,7 +130,7 @@ def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dic
     """The chunks that an earlier call wrote, behind a line that says of what; begins a file without any."""
     head, *chunks = part.read() or [None]
     # Earlier versions did not note the weights.
-    if head is None or {**identity, **head} != identity:
+    if not isinstance(head, dict) or {**identity, **head} != identity:
         if head is not None and not overwrite:
             raise ValueError(
                 f"{part.path} holds completions of other settings, another model or other rows. Go on with "
