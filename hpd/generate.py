@@ -284,7 +284,7 @@ class _ModelWriter:
         self._config = config
         self.tokenizer = load_tokenizer(source, "writer")
         model: Any = load_model(source, "writer")
-        self.fingerprint = model_fingerprint(model)
+        self.fingerprint: str | None = model_fingerprint(model)
         if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
@@ -302,7 +302,7 @@ class _ServerWriter:
         assert teacher.url is not None
         self._config = config
         self.tokenizer = tokenizer
-        self.fingerprint = None
+        self.fingerprint: str | None = None
         self._model = teacher.model
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"),

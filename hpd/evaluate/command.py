@@ -91,7 +91,8 @@ def evaluate_models(
             writes to a folder of results.
     """
     with contextlib.ExitStack() as stack:
-        for folder in {command.folder(model) for model in command.models} - {None}:
+        folders = [folder for model in command.models if (folder := command.folder(model)) is not None]
+        for folder in dict.fromkeys(folders):
             stack.enter_context(holding(folder))
         return _evaluate_models(command, progress or Progress(), done)
 

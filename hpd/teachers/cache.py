@@ -363,7 +363,7 @@ class Cache:
                 for name, (_, _, first) in shard.tensors.items():
                     rows, done = _bytes_of(found[name]).numpy(), 0
                     for start, end in spans:
-                        part = rows[done : done + end - start].reshape(-1)
+                        part: Any = rows[done : done + end - start].reshape(-1)
                         _fill(memoryview(part), file, first + start * rows.shape[1])
                         done += end - start
         except OSError as error:

@@ -35,7 +35,7 @@ __all__ = [
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-_NAMES = {
+_NAMES: dict[int, str] = {
     signal.SIGTERM: "SIGTERM",
     signal.SIGINT: "Ctrl-C",
     signal.SIGHUP: "SIGHUP (the terminal was closed)",
@@ -188,5 +188,5 @@ def catch_signals() -> Iterator[Signals]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _is_ignored(number: signal.Signals) -> bool:
+def _is_ignored(number: int) -> bool:
     return number in (signal.SIGHUP, signal.SIGUSR1) and signal.getsignal(number) is signal.SIG_IGN
