@@ -23,9 +23,11 @@ from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 from hpd.files import JsonLines, digest_json, digest_text, write_json
 from hpd.generation.engine import encode_prompt
 from hpd.http import BadResponse, Connection, read_json, read_key, shown
+from hpd.locks import holding
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers import TeacherUnavailable
+from hpd.teachers.fingerprints import model_fingerprint
 
 __all__ = ["Completion", "generate"]
 
@@ -55,6 +57,8 @@ class Writer(Protocol):
     """Something that completes prompts."""
 
     tokenizer: PreTrainedTokenizerBase
+    fingerprint: str | None
+    """Of its weights, where they are here."""
 
     def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         """Completions of one chunk; the same whenever it is called again."""
@@ -80,13 +84,22 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
 
     Raises:
         FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings
-            began.
+            began, or that another process is writing.
         TeacherUnavailable: a server stayed away; what is done is kept.
     """
     config = recipe.generate or GenerateConfig()
     output = Path(config.output)
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists: choose another generate.output, or replace it with --overwrite.")
+    with holding(output, is_folder=False):
+        if output.exists() and not overwrite:
+            raise ValueError(
+                f"{output} exists: choose another generate.output, or replace it with --overwrite."
+            )
+        return _generate(recipe, config, output, overwrite, progress or Progress())
+
+
+def _generate(
+    recipe: Recipe, config: GenerateConfig, output: Path, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
     rows = load_prompts(recipe.data, config.reference)
     if config.filter == "correct" and all(row.reference is None for row in rows):
         raise ValueError(
@@ -96,9 +109,9 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
     check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
     slots = [Slot(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
     part = JsonLines(output.with_name(output.name + ".part"))
-    bar = (progress or Progress()).bar("completions")
+    bar = progress.bar("completions")
     try:
-        done = _begin(part, _identity(recipe, config, rows), overwrite)
+        done = _begin(part, _identity(recipe, config, rows, writer.fingerprint), overwrite)
         for chunk in range(-(-len(slots) // CHUNK)):
             if chunk not in done:
                 chosen = slots[chunk * CHUNK : (chunk + 1) * CHUNK]
@@ -117,7 +130,8 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
 def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dict[int, list[Completion]]:
     """The chunks that an earlier call wrote, behind a line that says of what; begins a file without any."""
     head, *chunks = part.read() or [None]
-    if head != identity:
+    # Earlier versions did not note the weights.
+    if not isinstance(head, dict) or {**identity, **head} != identity:
         if head is not None and not overwrite:
             raise ValueError(
                 f"{part.path} holds completions of other settings, another model or other rows. Go on with "
@@ -202,7 +216,9 @@ def _row(
     }
 
 
-def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow]) -> dict[str, str]:
+def _identity(
+    recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow], weights: str | None
+) -> dict[str, str]:
     """Everything that completions depend on. Filters act at the end, so they may change between two calls."""
     tree = resolve(recipe)
     settings = {
@@ -218,7 +234,8 @@ def _identity(recipe: Recipe, config: GenerateConfig, rows: Sequence[PromptRow])
         "student": tree["student"],
         "prompts": [row.prompt for row in rows],
     }
-    return {"hpd generate": digest_json(facts, ensure_ascii=False)}
+    identity = {"hpd generate": digest_json(facts, ensure_ascii=False)}
+    return identity if weights is None else {**identity, "weights": weights}
 
 
 def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
@@ -268,6 +285,7 @@ class _ModelWriter:
         self._config = config
         self.tokenizer = load_tokenizer(source, "writer")
         model: Any = load_model(source, "writer")
+        self.fingerprint: str | None = model_fingerprint(model)
         if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
@@ -285,6 +303,7 @@ class _ServerWriter:
         assert teacher.url is not None
         self._config = config
         self.tokenizer = tokenizer
+        self.fingerprint: str | None = None
         self._model = teacher.model
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import select
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 if TYPE_CHECKING:  # `hpd report` does without the seconds that transformers takes to import
     from transformers import TrainerCallback
 
-__all__ = ["Advance", "Bar", "Progress", "quiet_libraries", "saying_warnings"]
+__all__ = ["Advance", "Bar", "Progress", "drop_lost_output", "quiet_libraries", "saying_warnings"]
 
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with (done, total) as a job proceeds."""
@@ -80,6 +82,20 @@ def saying_warnings(progress: Progress, known: Sequence[str] = ()) -> Iterator[N
         for logger, level, propagate, handlers in before:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
+
+
+def drop_lost_output() -> None:
+    """Send standard output and error nowhere, where their terminal was closed or nobody reads their pipe: a
+    long job does not end because it is not watched any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    lost = [descriptor for descriptor, _ in poll.poll(0)]  # errors and hang-ups are always told
+    if lost:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in lost:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def quiet_libraries() -> None:

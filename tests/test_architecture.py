@@ -15,6 +15,7 @@ PACKAGE = Path(hpd.__file__).parent
 # A module imports from its own package and from those before it.
 RANKS = [
     "files",
+    "locks",
     "http",
     "progress",
     "batch",

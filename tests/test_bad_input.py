@@ -81,6 +81,7 @@ def test_one_paragraph_and_nothing_left_behind(name, place, monkeypatch):
     given = arguments(case, place, folder)
     before = contents(folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("hpd.models.bounded._SECONDS", 1.0)  # of a template that never ends
     done = CliRunner().invoke(app, given, env={"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"})
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

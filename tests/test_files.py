@@ -1,12 +1,15 @@
 """Files that are whole or not there, lines that survive a kill, digests that older files hold."""
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from hpd import files
+from hpd import files, locks
 from hpd.files import (
     JsonLines,
     checksum_file,
@@ -17,6 +20,7 @@ from hpd.files import (
     write_atomically,
     write_json,
 )
+from hpd.locks import LOCK, InUse, empty_folder, entries, holding
 
 
 @pytest.mark.parametrize("content", ["é\n", "é\n".encode(), lambda draft: draft.write_bytes("é\n".encode())])
@@ -133,3 +137,173 @@ def _bytes(folder, content):
     path = folder / "bytes"
     path.write_bytes(content)
     return path
+
+
+def hold(target, is_folder, ready, end):
+    with holding(target, is_folder=is_folder):
+        ready.set()
+        end.wait(60)
+
+
+@pytest.fixture
+def holder():
+    """Starts another process that holds a place."""
+    context = multiprocessing.get_context("fork")
+    started = []
+
+    def start(target, is_folder=True):
+        ready, end = context.Event(), context.Event()
+        process = context.Process(target=hold, args=(target, is_folder, ready, end))
+        process.start()
+        started.append(process)
+        assert ready.wait(60)
+        return process, end
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_place_has_one_holder_and_its_name(tmp_path, holder, is_folder):
+    target = tmp_path / "a" / "place"
+    process, end = holder(target, is_folder)
+    message = f"place is in use: process {process.pid} on .* since 20.* \\(kill {process.pid}\\)"
+    with pytest.raises(InUse, match=message), holding(target, is_folder=is_folder):
+        pass
+    end.set()
+    process.join()
+    # Nothing was there before, and nothing is left.
+    assert not target.parent.exists()
+    with holding(target, is_folder=is_folder), holding(target, is_folder=is_folder):
+        assert target.exists() == is_folder
+    assert not target.parent.exists()
+
+
+def test_a_killed_holder_holds_nothing(tmp_path, holder):
+    process, _ = holder(tmp_path)
+    process.kill()
+    process.join()
+    assert (tmp_path / LOCK).is_file()
+    with holding(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_child_does_not_keep_the_lock_of_its_parent(tmp_path):
+    """A loader's worker outlives a killed process for seconds."""
+    script = (
+        "import os, sys, time\nfrom pathlib import Path\nfrom hpd.locks import holding\n"
+        "with holding(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n        print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    child = int(done.stdout.readline())
+    try:
+        with pytest.raises(InUse), holding(tmp_path):
+            pass
+        done.kill()
+        done.wait(60)
+        os.kill(child, 0)
+        with holding(tmp_path):
+            pass
+    finally:
+        os.kill(child, 9)
+
+
+def test_threads_are_told_apart(tmp_path):
+    found = []
+
+    def other():
+        try:
+            with holding(tmp_path):
+                found.append("held")
+        except InUse as error:
+            found.append(str(error))
+
+    with holding(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert f"process {os.getpid()} " in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "in use: process PID on .* since then"),
+        ({"started": "1"}, None),  # another process got its number
+        ({"pid": 2**22 + 1}, None),
+        ({"host": "elsewhere"}, "in use: process PID on elsewhere .* since then"),  # a container
+        ({"boot": "before"}, None),  # the machine was started again
+        ({"boot": "its own", "host": "elsewhere"}, "cannot tell whether .* delete .*lock"),
+        ({"boot": "its own", "host": "elsewhere", "job": "7", "restarts": "0"}, None),
+        ({"boot": "its own", "host": "elsewhere", "job": "7", "restarts": "1"}, "cannot tell"),
+        ({"boot": "its own", "host": "elsewhere", "job": "8", "restarts": "0"}, "cannot tell"),
+    ],
+)
+def test_who_is_named_in_a_lock_that_the_system_does_not_have(tmp_path, monkeypatch, changes, message):
+    """A file system without locks, or with locks that other machines do not see: the file decides."""
+    process = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    try:
+        note = {**locks._note(), "pid": process.pid, "started": locks._start_of(process.pid), "job": None}
+        text = json.dumps({**note, "since": "then", **changes})
+        (tmp_path / LOCK).write_text(text)
+        if message is None:
+            with holding(tmp_path):
+                pass
+            return
+        with pytest.raises(InUse, match=message.replace("PID", str(process.pid))), holding(tmp_path):
+            pass
+        assert (tmp_path / LOCK).read_text() == text
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0" * 100])
+def test_a_damaged_lock_that_nobody_has_is_in_nobodys_way(tmp_path, text):
+    (tmp_path / LOCK).write_text(text)
+    with holding(tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_the_processes_of_one_launch_are_one_holder(tmp_path, monkeypatch):
+    with holding(tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        found = []
+
+        def other():
+            with holding(tmp_path):
+                found.append(True)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert found
+
+
+def test_a_folder_is_emptied_around_its_lock(tmp_path):
+    (tmp_path / "sub" / "sub").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    with holding(tmp_path):
+        assert {path.name for path in entries(tmp_path)} == {"sub", "file", "link"}
+        empty_folder(tmp_path)
+        assert entries(tmp_path) == []
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(OSError, match="file cannot be written: .* choose another place"),
+        holding(tmp_path / "file"),
+    ):
+        pass

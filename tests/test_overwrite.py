@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.forked import start
 from helpers.tiny_grid import tiny_experiment
 from tiny_models import tiny_pair
 from typer.testing import CliRunner
@@ -16,6 +19,7 @@ from hpd.cli import app
 from hpd.experiments.output import check_target, write_report
 from hpd.experiments.report import Report, Section
 from hpd.experiments.table import Table
+from hpd.locks import holding
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +166,79 @@ def test_compare_refuses_a_folder_of_others(tmp_path, name, message):
     assert code == 2
     assert re.search(message, " ".join(text.split()))
     assert list(contents(tmp_path / "grid").values()) == [b"mine"]
+
+
+def hold(target, is_folder, ready, end):
+    with holding(target, is_folder=is_folder):
+        ready.set()
+        end.wait(120)
+
+
+@pytest.fixture
+def held():
+    """Has another process write to a place; gives its number."""
+    processes = multiprocessing.get_context("fork")
+    end, started = processes.Event(), []
+
+    def start(target, is_folder=True):
+        ready = processes.Event()
+        started.append(processes.Process(target=hold, args=(target, is_folder, ready, end)))
+        started[-1].start()
+        assert ready.wait(60)
+        return started[-1].pid
+
+    yield start
+    end.set()
+    for process in started:
+        process.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        (("train", "{}/recipe.yaml"), "run"),
+        (("train", "{}/recipe.yaml", "method=akl", "--overwrite"), "run"),
+        (("train", "{}/recipe.yaml", "output_dir={}/staged", "stages=[{name: a}]"), "staged"),
+        (("cache", "{}/recipe.yaml", "cache.path={}/cache"), "cache"),
+        (("cache", "{}/recipe.yaml", "cache.path={}/cache", "--overwrite"), "cache"),
+        (("generate", "{}/recipe.yaml", "--overwrite"), "out.jsonl"),
+        (("eval", "{}/student", "--data", "{}/problems.jsonl", "--output", "{}/ev"), "ev"),
+        (("eval", "{}/student", "--metrics", "length", "--data", "{}/rows.jsonl", "--output", "{}/ev"), "ev"),
+        (("compare", "{}/grid.yaml"), "grid"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value,
+)
+def test_what_another_process_writes_is_left_alone(place, tmp_path, held, command, target):
+    (place / "problems.jsonl").write_text('{"prompt": "add one", "answer": "two"}\n')
+    if command[0] == "compare":
+        place = tiny_experiment(tmp_path).rename(tmp_path / "grid.yaml").parent
+    is_folder = target != "out.jsonl"
+    pid = held(place / target, is_folder)
+    before = contents(place)
+    words = [word.replace("{}", str(place)) for word in command]
+    code, text = run(*words)
+    assert code == 2, text
+    assert f"{target} is in use: process {pid} on" in " ".join(text.split())
+    assert contents(place) == before
+
+
+def test_a_second_start_beside_a_live_run(place, tmp_path):
+    """The first ends as if nothing had happened."""
+    where = f"output_dir={tmp_path / 'run'}"
+    first = start("train", place / "recipe.yaml", where, "train.max_steps=60")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file():
+        assert time.monotonic() < deadline
+        assert first.is_alive()
+        time.sleep(0.01)
+    for more in ((), ("--overwrite",)):
+        code, text = run("train", place / "recipe.yaml", where, "train.max_steps=60", *more)
+        assert code == 2
+        assert f"in use: process {first.pid} on" in " ".join(text.split())
+    assert first.is_alive(), "the run was too short to be met"
+    first.join(120)
+    assert first.exitcode == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert not list(tmp_path.glob("**/.hpd.lock"))

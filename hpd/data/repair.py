@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpd.data.templates import taken_by_template
+
 __all__ = ["adds_eos", "repaired"]
 
 
@@ -71,7 +73,11 @@ def _without_ends(turns: Sequence[Any], tokenizer: Any) -> list[Any]:
     """The turns without end tokens that the template adds itself."""
     end = tokenizer.eos_token
     example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" + end}]
-    if not tokenizer.chat_template or end + end not in tokenizer.apply_chat_template(example, tokenize=False):
+    if not tokenizer.chat_template:
+        return list(turns)
+    with taken_by_template("a plain conversation", example, "student"):
+        shown = tokenizer.apply_chat_template(example, tokenize=False)
+    if end + end not in shown:
         return list(turns)
     out = []
     for turn in turns:

@@ -11,6 +11,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hpd.models.bounded import rendering
+
 __all__ = ["assistant_template", "check_prompts", "check_templates", "read_template", "taken_by_template"]
 
 # Characters of a conversation that an error shows, to find its row.
@@ -19,7 +21,7 @@ _SHOWN = 60
 
 @contextlib.contextmanager
 def taken_by_template(where: str, turns: Sequence[Mapping[str, Any]], owner: str) -> Iterator[None]:
-    """Name a conversation for whatever its template raises.
+    """Name a conversation for whatever its template raises, and bound what it takes (`rendering`).
 
     Args:
         where: which row it is.
@@ -30,7 +32,8 @@ def taken_by_template(where: str, turns: Sequence[Mapping[str, Any]], owner: str
         ValueError: with what the template said.
     """
     try:
-        yield
+        with rendering():
+            yield
     except Exception as error:
         # raise_exception, undefined names, sums of text and null: a template raises anything.
         said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -76,7 +79,8 @@ def assistant_template(tokenizer: Any) -> tuple[bool, str | None]:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        template = get_training_chat_template(tokenizer)
+        with rendering():
+            template = get_training_chat_template(tokenizer)
     except Exception:  # it renders conversations of its own, and a template raises anything
         return False, None
     return template is not None, template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hpd.evaluate.task import Notice, Task
 from hpd.evaluate.tasks import share_options
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
+from hpd.locks import holding
 from hpd.methods.terms import nearest
 from hpd.models.adapters import require_whole
 from hpd.models.load import load_config, load_model, load_tokenizer
@@ -85,9 +87,19 @@ def evaluate_models(
         done: called with each result as soon as it is there.
 
     Raises:
-        FileNotFoundError, ValueError: before any weight is loaded, where it can be known.
+        FileNotFoundError, ValueError: before any weight is loaded, where it can be known; another process
+            writes to a folder of results.
     """
-    progress = progress or Progress()
+    with contextlib.ExitStack() as stack:
+        folders = [folder for model in command.models if (folder := command.folder(model)) is not None]
+        for folder in dict.fromkeys(folders):
+            stack.enter_context(holding(folder))
+        return _evaluate_models(command, progress or Progress(), done)
+
+
+def _evaluate_models(
+    command: EvalCommand, progress: Progress, done: Callable[[str, EvalResult], None] | None
+) -> dict[str, dict[str, EvalResult]]:
     for model in command.models:
         load_config(ModelConfig(model=model), "model")
         if command.engine == "vllm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from hpd.evaluate.run import write_entry
+from hpd.locks import holding
 from hpd.models.adapters import require_whole
 
 __all__ = ["HARNESSES", "HarnessCommand", "run_harness"]
@@ -75,7 +77,8 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
     """Each model and what lm-eval finds.
 
     Raises:
-        ValueError: lm_eval is not installed, or does not know a task.
+        ValueError: lm_eval is not installed, or does not know a task; another process writes to the folder of
+            results.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--harness lm-eval needs lm-evaluation-harness: pip install 'hpd[lm-eval]'.")
@@ -90,11 +93,12 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
         raise ValueError(f"lm-eval has no task {unknown[0]!r}{where}.")
     for model in command.models:
         require_whole(model, "lm-eval")
-    for model in command.models:
-        results = _evaluate(command, model, manager)
-        if command.output is not None:
-            write_entry(command.output, command.identity(model), {"results": results})
-        yield model, results
+    with contextlib.nullcontext() if command.output is None else holding(command.output):
+        for model in command.models:
+            results = _evaluate(command, model, manager)
+            if command.output is not None:
+                write_entry(command.output, command.identity(model), {"results": results})
+            yield model, results
 
 
 def _evaluate(command: HarnessCommand, model: str, manager: Any) -> Results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from hpd.evaluate.distribution import TEXTS, WRITING, check_metrics, distributio
 from hpd.evaluate.run import write_entry
 from hpd.evaluate.text_rows import TextRow, read_text_rows
 from hpd.generation.settings import GenerationSettings
+from hpd.locks import holding
 from hpd.losses.heads import POLICIES
 from hpd.progress import Progress
 
@@ -78,17 +80,19 @@ def measure_models(
     """Each model and its report (`distribution_metrics`), which is put into evals.json.
 
     Raises:
-        FileNotFoundError, ValueError: the data cannot be read, or the models do not fit together.
+        FileNotFoundError, ValueError: the data cannot be read, the models do not fit together, or another
+            process writes to the folder of results.
     """
     rows = read_text_rows(command.data, limit=command.limit)
     teacher: Pair = (None, None)
-    if command.teacher is not None:
-        teacher = load_on_device(command.teacher, command.dtype, "teacher")
-    for model in command.models:
-        report = _measure(command, model, teacher, rows, progress)
-        if command.output is not None:
-            write_entry(command.output, command.identity(model), {"distribution": report})
-        yield model, report
+    with contextlib.nullcontext() if command.output is None else holding(command.output):
+        if command.teacher is not None:
+            teacher = load_on_device(command.teacher, command.dtype, "teacher")
+        for model in command.models:
+            report = _measure(command, model, teacher, rows, progress)
+            if command.output is not None:
+                write_entry(command.output, command.identity(model), {"distribution": report})
+            yield model, report
 
 
 # A function of its own, so that one student's weights are gone before the next one's come.

@@ -1,5 +1,6 @@
 """Evaluation of a model on a task, and its trace in a run folder: evals.json and records-<task>.jsonl."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from hpd.files import JsonLines, digest_json, write_json
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GREEDY, GenerationSettings
 from hpd.generation.texts import Answer, FinishReason, Prompt
+from hpd.locks import holding
 from hpd.progress import Advance
 
 __all__ = [
@@ -110,8 +112,7 @@ def evaluate(
 
     `evals.json` is a list with one entry per (model, task, options, settings, engine): a repeated evaluation
     replaces its own entry, all others survive. `records-<task>.jsonl` holds the records of the same
-    evaluations; its lines name their entry's id. Both are replaced atomically; two processes must not write
-    to one folder at the same time.
+    evaluations; its lines name their entry's id. Both are replaced atomically.
 
     Args:
         model, tokenizer, settings, progress: as for `generate_answers`. `settings` are taken as they are: the
@@ -121,8 +122,8 @@ def evaluate(
         name: the model's name in evals.json; None takes the path that it was loaded from.
 
     Raises:
-        ValueError: the task has no examples, or evals.json is not a list of evaluations; see also
-            `generate_answers`.
+        ValueError: the task has no examples, evals.json is not a list of evaluations, or another process is
+            writing there; see also `generate_answers`.
     """
     path = str(getattr(model, "name_or_path", ""))
     engine = TransformersEngine(model, tokenizer)
@@ -151,10 +152,24 @@ def evaluate_engine(
     examples = task.examples()
     if not examples:
         raise ValueError(f"the task {task.name!r} has no examples; give data with at least one.")
+    folder = None if output_dir is None else Path(output_dir)
     identity = identify(name, task, settings, engine.name)
+    with contextlib.nullcontext() if folder is None else holding(folder):
+        return _evaluate(engine, task, examples, settings, folder, identity, progress, fingerprint)
+
+
+def _evaluate(
+    engine: Engine,
+    task: Task,
+    examples: Sequence[Example],
+    settings: GenerationSettings,
+    folder: Path | None,
+    identity: dict[str, Any],
+    progress: Advance | None,
+    fingerprint: str | None,
+) -> EvalResult:
     partial = None
-    if output_dir is not None:
-        folder = Path(output_dir)
+    if folder is not None:
         _read_evals(folder)  # an unreadable file should stop the run before its hours of generation
         if fingerprint is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,8 +180,8 @@ def evaluate_engine(
             )
     generated = answer_examples(engine, examples, settings, progress, partial)
     result = grade_answers(task, examples, generated, settings.num_samples)
-    if output_dir is not None:
-        write_result(Path(output_dir), identity, result)
+    if folder is not None:
+        write_result(folder, identity, result)
     if partial is not None:
         partial.remove()
     return result

@@ -204,7 +204,7 @@ _MIN_COPIES = 3
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
     """The tokens of a text behind its thoughts; none where these never end."""
-    text = tokenizer.decode(tokens)
+    text = str(tokenizer.decode(tokens))
     answer = drop_thinking(text)
     if answer == text:
         return tokens

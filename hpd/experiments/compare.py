@@ -26,6 +26,7 @@ from hpd.experiments.tuning import (
 )
 from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
 from hpd.files import JsonLines, write_json
+from hpd.locks import holding
 from hpd.progress import Progress
 from hpd.training.plan import plan_evals
 
@@ -63,15 +64,27 @@ def compare(
 
     Raises:
         FileNotFoundError, ValueError: an experiment that is not valid, has changed, or compares what is not
-            comparable.
+            comparable; another process runs it.
     """
-    progress = progress or Progress()
     text = path.read_text(encoding="utf-8")
     experiment = read_experiment(text, overrides)
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}.")
     if jobs > 1 and experiment.budget is not None and experiment.budget.type == "seconds":
         raise ValueError("A budget in seconds needs --jobs 1: runs beside each other slow each other down.")
+    with holding(experiment.folder):
+        return experiment, _compare(experiment, text, overrides, jobs, allow, progress or Progress())
+
+
+def _compare(
+    experiment: Experiment,
+    text: str,
+    overrides: Sequence[str],
+    jobs: int,
+    allow: Sequence[str],
+    progress: Progress,
+) -> list[Failure]:
+    """Tune, freeze and run; returns the runs that failed."""
     folder = experiment.folder
     tuning = all_tuning(experiment, folder)
     grid = expand(experiment, folder)
@@ -83,14 +96,14 @@ def compare(
         if choices is None:
             choices, failures = _tune(experiment, folder, manifest, jobs, allow, progress)
             if failures:
-                return experiment, failures
+                return failures
             write_choices(folder, choices)
         grid = expand(experiment, folder, chosen_values(choices))
     require_comparable(grid, manifest, allow)
     own = experiment.own_samples, experiment.own_samples_every, experiment.entropy_tertiles
     work = [Job(cell.recipe, cell.axes, experiment.budget, evals, *own) for cell in grid]
     _evaluate_teachers(work, folder)
-    return experiment, run_grid(work, jobs, folder, "runs", progress)
+    return run_grid(work, jobs, folder, "runs", progress)
 
 
 def _tune(

@@ -48,7 +48,8 @@ def distillation_loss(
     Args:
         student_logits: position t predicts `labels[:, t + 1]`, as Hugging Face models return them; the
             gradient flows here.
-        teacher_logits: never differentiated.
+        teacher_logits: never differentiated. A token that is masked (-inf, or a number that stands for it)
+            has :math:`p_v = 0` and :math:`\log p_v` = -104 (`EXCLUDED_LOGPROB`), so no weight is infinite.
         labels: token ids; `ignore_index` marks positions without a label.
         objective: a name of OBJECTIVES, "package.module:name", an `Objective`, or a factory of one.
         draws: the student's tokens at positions 0 to T-2, drawn from its unchanged distribution, instead of
@@ -64,8 +65,8 @@ def distillation_loss(
         `stats["tokens"]` and `stats["metric_tokens"]` count them.
 
     Raises:
-        ValueError: unknown name or parameter, one without effect, unequal shapes or vocabularies, or a label
-            that is no token.
+        ValueError: unknown name or parameter, one without effect, unequal shapes or vocabularies, or a
+            label or draw that is no token.
 
     >>> import torch
     >>> student, teacher = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([[[1.0, 0.0]] * 3])
@@ -141,6 +142,7 @@ def _loss(
     uniforms = None
     if draws is not None:
         draws = _aligned(draws, labels)[index]
+        _check_draws(draws, _shared(student.vocab, teacher.vocab, vocabulary))
     elif term.support.num_uniforms:
         uniforms = torch.rand(
             len(index),
@@ -170,6 +172,8 @@ def _per_token(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_shapes(labels: Tensor, **scores: Tensor) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are token ids, and these are of type {labels.dtype}.")
     for role, values in scores.items():
         if values.ndim != 3 or labels.ndim != 2 or values.shape[:2] != labels.shape:
             raise ValueError(
@@ -258,6 +262,12 @@ def _shared(student: int, teacher: int, policy: str) -> int:
     return min(student, teacher)
 
 
+def _check_draws(draws: Tensor, vocab: int) -> None:
+    wrong = draws[(draws < 0) | (draws >= vocab)]
+    if len(wrong):
+        raise ValueError(f"Draw {int(wrong[0])} is no token: the vocabulary has {vocab}.")
+
+
 def _aligned(draws: Tensor, labels: Tensor) -> Int[Tensor, "BT n"]:
     """Draws of positions 0 to T-2, laid out like the flattened batch."""
     if draws.shape[:2] != (labels.shape[0], labels.shape[1] - 1):
@@ -265,5 +275,7 @@ def _aligned(draws: Tensor, labels: Tensor) -> Int[Tensor, "BT n"]:
             f"draws must be [B, T-1] or [B, T-1, n] beside labels {tuple(labels.shape)}, got "
             f"{tuple(draws.shape)}."
         )
+    if draws.is_floating_point() or draws.dtype == torch.bool:
+        raise ValueError(f"draws are token ids, and these are of type {draws.dtype}.")
     draws = draws.reshape(*draws.shape[:2], -1)
     return torch.nn.functional.pad(draws, (0, 0, 0, 1)).flatten(0, 1)

@@ -39,7 +39,7 @@ from hpd.losses.products import chunks, logits
 from hpd.losses.teacher_side import teacher_logits
 from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, weigh
 from hpd.methods.strategy import StrategyConfig
-from hpd.methods.supports import LOGPROB_FLOOR, has_ratio
+from hpd.methods.supports import LOGPROB_FLOOR, has_ratio, raise_excluded_
 from hpd.methods.terms import Term
 
 __all__ = ["Frozen", "clipped_surrogate", "discounted_returns", "policy_gradient_nll"]
@@ -176,7 +176,7 @@ class _PartData:
     def teacher_logprobs(self, chunk: slice) -> Float[Tensor, "C V"]:
         """The same of the teacher."""
         found = teacher_logits(self.teacher.at(chunk), self.labels[chunk], self.vocab, self.student.hidden)
-        return torch.log_softmax(found, -1).clamp_min(LOGPROB_FLOOR)
+        return raise_excluded_(torch.log_softmax(found, -1))
 
     def inputs(self, chunk: slice) -> TileInputs:
         draws = self.labels[chunk, None] if self.part.given else None

@@ -11,7 +11,7 @@ from hpd.losses.heads import Head, Scores, TopKScores
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import tail_mass, teacher_logits_
 from hpd.losses.tile import Sums, add, distribution_metrics, term_draws, weigh
-from hpd.methods.supports import LOGPROB_FLOOR
+from hpd.methods.supports import LOGPROB_FLOOR, raise_excluded_
 
 __all__ = ["reference_reweighted_nll"]
 
@@ -30,7 +30,7 @@ def reference_reweighted_nll(
     loss = z[:0].sum()
     for term in call.terms:
         log_q = torch.log_softmax(z / term.temperature, -1).clamp_min(LOGPROB_FLOOR)
-        log_p = torch.log_softmax(t / term.temperature, -1).clamp_min(LOGPROB_FLOOR)
+        log_p = raise_excluded_(torch.log_softmax(t / term.temperature, -1))
         fixed = log_q.detach()
         before = sums.get(f"value/{term.name}", torch.zeros(()))
         _, weights = weigh(term, log_p, fixed, fixed.exp(), call.inputs, sums)

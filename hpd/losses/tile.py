@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hpd.methods.supports import LOGPROB_FLOOR, Columns, Draws
+from hpd.methods.supports import LOGPROB_FLOOR, Columns, Draws, raise_excluded_
 from hpd.methods.terms import Term
 from hpd.objectives.estimators import kl_estimate
 from hpd.objectives.fused import FUSED, Whole
@@ -93,7 +93,7 @@ def tile_gradient_(
     log_q, log_p = student_logits, teacher_logits
     if not finite and any(term.support.whole for term in terms):
         log_q.clamp_(min=LOGPROB_FLOOR)
-        log_p.clamp_(min=LOGPROB_FLOOR)
+        raise_excluded_(log_p)
     q = torch.exp(log_q)
     if len(terms) == 1 and _on_whole_vocabulary(terms[0]):
         return _whole_gradient_(terms[0], Whole(log_p, log_q, q, inputs.labels), sums, scale)
@@ -228,7 +228,7 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sum
     """
     if not len(log_p):
         return
-    log_p.clamp_(min=LOGPROB_FLOOR)
+    raise_excluded_(log_p)
     log_q.clamp_(min=LOGPROB_FLOOR)
     # The student agrees where its likeliest token is the teacher's; one index search, which costs three
     # passes on a CPU.
@@ -302,7 +302,7 @@ def token_gradient_(
         tokens, coefficients = term.support.token_columns(
             inputs.labels, draws if term.support.draws else None
         )
-        log_p = teacher_at(tokens).to(q.dtype).clamp_min(LOGPROB_FLOOR)
+        log_p = raise_excluded_(teacher_at(tokens).to(q.dtype, copy=True))
         if given is not None and term.support.draws:
             log_q_at = (
                 torch.cat([label_logprobs, given.logprobs], 1) if term.support.label else given.logprobs

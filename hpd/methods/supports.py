@@ -20,12 +20,30 @@ from torch import Tensor
 
 from hpd.methods.sampling import inverse_cdf
 
-__all__ = ["LOGPROB_FLOOR", "Columns", "Draws", "Support", "full", "has_ratio", "label", "sampled", "top_k"]
+__all__ = [
+    "EXCLUDED_LOGPROB",
+    "LOGPROB_FLOOR",
+    "Columns",
+    "Draws",
+    "Support",
+    "full",
+    "has_ratio",
+    "label",
+    "raise_excluded_",
+    "sampled",
+    "top_k",
+]
 
 
 # Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is
 # exactly 0 in every dtype, and products with it stay finite.
 LOGPROB_FLOOR = -1e5
+# Below this no finite logit leads: a mask does (-inf, -1e9, the least number of a dtype).
+_MASKED = -5e3
+EXCLUDED_LOGPROB = -104.0
+"""A teacher's log-probability of a token that it excludes, in nats. exp() of it is still exactly 0 in
+float32, so p is 0, and log p - log q stays above -104: where the exact weight of a reverse KL is infinite, it
+is at most 105 q."""
 
 Side = Literal["teacher", "student"]
 Tail = Literal["drop", "bucket", "renormalize"]
@@ -315,6 +333,7 @@ class Support:
         if tail == "bucket":
             sides = zip(columns, (teacher, student), strict=True)
             columns = [torch.cat([column, _log_rest(side, tokens)], dim=1) for column, side in sides]
+            raise_excluded_(columns[0][:, -1:])
         coefficients = None
         if absent is not None:
             coefficients = torch.ones_like(columns[1])
@@ -335,7 +354,13 @@ class Support:
 
 def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     at_tokens = teacher.gather(1, tokens), student.gather(1, tokens)
-    return at_tokens[0].clamp_min(LOGPROB_FLOOR), at_tokens[1].clamp_min(LOGPROB_FLOOR)
+    return raise_excluded_(at_tokens[0]), at_tokens[1].clamp_min(LOGPROB_FLOOR)
+
+
+def raise_excluded_(teacher_logprobs: Tensor) -> Tensor:
+    """Give the tokens that a teacher excludes a finite log-probability, `EXCLUDED_LOGPROB`, in place; all
+    others keep theirs."""
+    return teacher_logprobs.masked_fill_(teacher_logprobs < _MASKED, EXCLUDED_LOGPROB)
 
 
 def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:

@@ -26,6 +26,7 @@ from transformers import (
 
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.models.adapters import Adapter, attach, base_with_tokenizer, find_adapter, merge
+from hpd.models.buildable import check_buildable
 
 __all__ = [
     "check_files",
@@ -74,13 +75,9 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
             "transformers knows. Give a text-generation model, or set trust_remote_code if its repository "
             "brings the code."
         )
-    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
-        raise ValueError(
-            f"The {role} {path!r} has num_hidden_layers {config.get_text_config().num_hidden_layers}: >= 1 "
-            "is needed."
-        )
     # A cache keeps no weights of its teacher.
     described = isinstance(source, TeacherConfig) and source.type == "cached"
+    check_buildable(config, source, role, is_built=not described)
     if not described and not (isinstance(source, ModelConfig) and source.init == "random"):
         check_files(path, config, role, source.allow_pickle)
     return config
@@ -319,6 +316,8 @@ def _check_header(file: Path, role: str) -> None:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(f"for the {role}'s {file}") from None
         with file.open("rb") as start:
             pointer = start.read(len(_POINTER)) == _POINTER
         what = (

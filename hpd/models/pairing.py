@@ -8,6 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from hpd.losses.heads import POLICIES
+from hpd.models.bounded import rendering
 
 __all__ = ["CheckResult", "check_pair", "check_tokens", "common_vocab", "first_difference"]
 
@@ -181,7 +182,8 @@ def _chat_template(student: Any, teacher: Any) -> CheckResult:
         )
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        by_student = student.apply_chat_template(messages, tokenize=False)
+        with rendering():
+            by_student = student.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template is a program, and raises anything
         return CheckResult(
             "error",
@@ -190,7 +192,8 @@ def _chat_template(student: Any, teacher: Any) -> CheckResult:
             f"{error}): correct it, or set train.chat_template_path.",
         )
     try:
-        by_teacher = teacher.apply_chat_template(messages, tokenize=False)
+        with rendering():
+            by_teacher = teacher.apply_chat_template(messages, tokenize=False)
     except Exception:  # as above
         return CheckResult(
             "warning", "chat template", "the teacher has no template that renders a plain conversation"

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,16 @@ _REPAIR = (
     "rest again."
 )
 
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Types of what `stored_tensors` gives, as safetensors names them."""
+
 Places: TypeAlias = npt.NDArray[np.int64]
 
 
@@ -83,12 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray[np.uint64]:
     """One 64-bit digest per block, over the bytes of all tensors at its positions."""
-    views = [
-        tensors[name].flatten(1).view(torch.uint8)
-        if tensors[name].dim() > 1
-        else tensors[name][:, None].view(torch.uint8)
-        for name in sorted(tensors)
-    ]
+    views = [_bytes_of(tensors[name]) for name in sorted(tensors)]
     found = np.empty(len(blocks), dtype=np.uint64)
     for i, block in enumerate(blocks.tolist()):
         state = xxhash.xxh3_64()
@@ -97,6 +103,24 @@ def _block_digests(tensors: Mapping[str, Tensor], blocks: Places) -> npt.NDArray
             state.update(data)
         found[i] = state.intdigest()
     return found
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of each position."""
+    return (tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]).view(torch.uint8)
+
+
+def _fill(view: memoryview, file: IO[bytes], at: int) -> None:
+    """Read into all of `view`.
+
+    Raises:
+        CorruptCacheError: the file ends before.
+    """
+    while len(view):
+        count = os.preadv(file.fileno(), [view], at)
+        if not count:
+            raise CorruptCacheError(f"{file.name} ends at byte {at:,}: it was cut. {_REPAIR}")
+        view, at = view[count:], at + count
 
 
 def save_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
@@ -200,9 +224,18 @@ def _check_digest(file: Path, digest: str) -> None:
         raise CorruptCacheError(f"{file} is damaged: it is not what was written. {_REPAIR}")
 
 
+class _Shard(NamedTuple):
+    """Where a shard's tensors lie in its file."""
+
+    file: Path
+    positions: int
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]
+    """By name: dtype, shape of a position, first byte."""
+
+
 class Cache:
-    """Reads a cache: opened shards stay mapped, nothing is kept in memory but the pages that the system
-    keeps.
+    """Reads a cache. Shards are read, not mapped: a file that is cut while it is mapped ends the process
+    (SIGBUS). The index is mapped, since all processes of a machine share it; its size is looked at before.
 
     Args:
         path: the folder.
@@ -226,7 +259,7 @@ class Cache:
         sizes = np.array([shard["positions"] for shard in self.about["shards"]])
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._first_blocks = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
-        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._shards: dict[int, _Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "about": self.about}
@@ -237,13 +270,14 @@ class Cache:
 
     @property
     def head(self) -> Head:
-        """The teacher's head, mapped from its file."""
-        tensors = _map_tensors(self.path / HEAD)
+        """The teacher's head."""
+        tensors = {name: tensor.clone() for name, tensor in _map_tensors(self.path / HEAD).items()}
         extras = self.about["head"]
         return Head(tensors["weight"], tensors.get("bias"), extras["scale"], extras["softcap"])
 
     def missing(self, keys: Places) -> npt.NDArray[np.bool_]:
         """Mark the positions that the cache does not hold."""
+        self._check_index()
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return self._keys[at] != keys
 
@@ -266,11 +300,13 @@ class Cache:
         for number in np.unique(numbers).tolist() or [0]:
             where = np.flatnonzero(numbers == number)
             rows = places[where] - self._starts[number]
-            tensors = self._open(number)
-            self._check_blocks(number, tensors, np.unique(rows // BLOCK))
+            blocks = np.unique(rows // BLOCK)
+            tensors = self._read_blocks(self._open(number), blocks)
+            self._check_blocks(number, tensors, blocks)
+            at = np.searchsorted(blocks, rows // BLOCK) * BLOCK + rows % BLOCK
             for name, tensor in tensors.items():
                 out = found.setdefault(name, tensor.new_empty(len(keys), *tensor.shape[1:]))
-                out[torch.from_numpy(where)] = tensor[torch.from_numpy(rows)]
+                out[torch.from_numpy(where)] = tensor[torch.from_numpy(at)]
         return found
 
     def verify(self) -> None:
@@ -282,20 +318,62 @@ class Cache:
         for shard in self.about["shards"]:
             _check_digest(self.path / shard["file"], shard["digest"])
 
-    def _open(self, number: int) -> dict[str, Tensor]:
+    def _check_index(self) -> None:
+        file, expected = self.path / INDEX, self.about["files"][INDEX]["bytes"]
+        found = file.stat().st_size if file.is_file() else 0
+        if found != expected:
+            raise CorruptCacheError(f"{file} has {found:,} of {expected:,} bytes: it was cut. {_REPAIR}")
+
+    def _open(self, number: int) -> _Shard:
         if number not in self._shards:
             shard = self.about["shards"][number]
             file = self.path / shard["file"]
             # The header says where tensors begin and what they are: blocks cannot tell a changed one.
             if not file.is_file() or checksum_file(file, shard["header_bytes"]) != shard["header_digest"]:
                 raise CorruptCacheError(f"{file} is missing or its header is damaged. {_REPAIR}")
-            self._shards[number] = _map_tensors(file)
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(shard["header_bytes"])[8:])
+            tensors = {
+                name: (_DTYPES[about["dtype"]], tuple(about["shape"][1:]), about["data_offsets"][0])
+                for name, about in header.items()
+                if name != "__metadata__"
+            }
+            first = {
+                name: (dtype, shape, shard["header_bytes"] + at)
+                for name, (dtype, shape, at) in tensors.items()
+            }
+            self._shards[number] = _Shard(file, shard["positions"], first)
         return self._shards[number]
+
+    def _read_blocks(self, shard: _Shard, blocks: Places) -> dict[str, Tensor]:
+        """These blocks of a shard's tensors, one after the other."""
+        # Blocks beside each other are read at once.
+        runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1)
+        spans = [
+            (int(run[0]) * BLOCK, min((int(run[-1]) + 1) * BLOCK, shard.positions))
+            for run in runs
+            if len(run)
+        ]
+        total = sum(end - start for start, end in spans)
+        found = {
+            name: torch.empty(total, *shape, dtype=dtype) for name, (dtype, shape, _) in shard.tensors.items()
+        }
+        try:
+            with shard.file.open("rb", buffering=0) as file:
+                for name, (_, _, first) in shard.tensors.items():
+                    rows, done = _bytes_of(found[name]).numpy(), 0
+                    for start, end in spans:
+                        part: Any = rows[done : done + end - start].reshape(-1)
+                        _fill(memoryview(part), file, first + start * rows.shape[1])
+                        done += end - start
+        except OSError as error:
+            raise CorruptCacheError(f"{shard.file} cannot be read: {error.strerror}. {_REPAIR}") from None
+        return found
 
     def _check_blocks(self, number: int, tensors: Mapping[str, Tensor], blocks: Places) -> None:
         """Every time that a block is read: a disk may lose a bit between two epochs."""
         expected = self._blocks[self._first_blocks[number] + blocks].view(np.uint64)
-        wrong = _block_digests(tensors, blocks) != expected
+        wrong = _block_digests(tensors, np.arange(len(blocks))) != expected
         if wrong.any():
             first = int(blocks[wrong][0]) * BLOCK
             file = self.about["shards"][number]["file"]

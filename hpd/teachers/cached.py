@@ -16,7 +16,8 @@ from torch.utils.data import get_worker_info
 
 from hpd.batch import TokenBatch
 from hpd.losses import Scores, TeacherScores, TopKScores
-from hpd.teachers.cache import Cache
+from hpd.teachers.cache import Cache, CorruptCacheError
+from hpd.teachers.errors import TeacherUnavailable
 from hpd.teachers.teacher import Teacher
 
 __all__ = ["CachedTeacher", "stored_hidden"]
@@ -37,6 +38,7 @@ class CachedTeacher(Teacher):
     """
 
     asks_ahead = True
+    may_fail = True  # a disk loses files in the middle of a run
 
     def __init__(self, path: str | Path):
         self.cache = Cache(path)
@@ -87,7 +89,7 @@ class CachedTeacher(Teacher):
 
     def ask(
         self, inputs: Mapping[str, Any], batch: TokenBatch
-    ) -> dict[str, Tensor] | Future[dict[str, Tensor]]:
+    ) -> dict[str, Tensor] | Future[dict[str, Tensor]] | CorruptCacheError:
         """Read the answers for a collated batch, beside the step: in a loader's worker here and now, else in
         a thread.
 
@@ -95,17 +97,25 @@ class CachedTeacher(Teacher):
         """
         keys = batch.keys.cpu().numpy()
         if get_worker_info() is not None:
-            return self.cache.read(keys)
+            try:
+                return self.cache.read(keys)
+            except CorruptCacheError as error:
+                return error  # for `wait`, which all processes call
         with self._lock:
             self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="hpd-cache")
         return self._pool.submit(self._read, keys)
+
+    def wait(self, handle: Any) -> None:
+        try:
+            _answer(handle)
+        except CorruptCacheError as error:
+            raise TeacherUnavailable(str(error)) from None
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores:
         found = inputs.get("asked")
         if found is None:
             found = self.cache.read(batch.keys.cpu().numpy())
-        if isinstance(found, Future):
-            found = found.result()
+        found = _answer(found)
         stored = {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
         if self._kind == "top_k":
             logprobs = stored["logprobs"].float()
@@ -124,6 +134,12 @@ class CachedTeacher(Teacher):
             if self._device.type == "cuda"
             else found
         )
+
+
+def _answer(handle: Any) -> dict[str, Tensor]:
+    if isinstance(handle, CorruptCacheError):
+        raise handle
+    return handle.result() if isinstance(handle, Future) else handle
 
 
 def stored_hidden(stored: Mapping[str, Tensor]) -> Tensor:

@@ -35,6 +35,7 @@ class _SeveralTeachers(Teacher):
         self.vocab = min((part.vocab for part in parts if part.vocab is not None), default=None)
         self.asks_ahead = any(part.asks_ahead for part in parts)
         self.remote = any(part.remote for part in parts)
+        self.may_fail = any(part.may_fail for part in parts)
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         for teacher in self.teachers.values():

@@ -38,8 +38,10 @@ class Teacher:
     """True if `ask` begins something: it runs where batches are collated, one batch ahead of the step."""
     reads_as_student: bool = False
     """True if the teacher is the student's own model, which reads whatever the student does."""
-    remote: bool = False
+    may_fail: bool = False
     """True if answers may fail to come: all processes wait for them together, at the start of a step."""
+    remote: bool = False
+    """True if a loader's workers cannot ask, which have no connection."""
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         """Place the teacher like the student."""
@@ -81,4 +83,5 @@ class RemoteTeacher(Teacher):
     """A teacher that takes its time and can fail: asked early, waited for at the start of a step."""
 
     asks_ahead = True
+    may_fail = True
     remote = True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 from collections.abc import Iterator
+from typing import IO, Any, cast
 
 import rich.progress
 from rich.console import Console, RenderableType
@@ -13,11 +15,41 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from hpd.progress import Bar, Progress
+from hpd.progress import Bar, Progress, drop_lost_output
 
 __all__ = ["TerminalProgress", "console"]
 
-console = Console()
+
+class _Output:
+    """Standard output, which a job outlives: where it is lost, nothing is shown."""
+
+    @property
+    def rich_proxied_file(self) -> _Output:
+        # While bars are shown, rich has a proxy in the place of standard output; it asks for what is behind.
+        return self
+
+    def write(self, text: str) -> int:
+        return self._try("write", text) or 0
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, name: str, *arguments: str) -> Any:
+        try:
+            return getattr(self._file, name)(*arguments)
+        except OSError:
+            drop_lost_output()
+            return None
+
+    @property
+    def _file(self) -> Any:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+console = Console(file=cast("IO[str]", _Output()))
 
 
 class TerminalProgress(Progress):

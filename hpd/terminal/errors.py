@@ -18,6 +18,12 @@ _TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later."""
 
 
+_MEMORY = (
+    "Give the process more (ulimit -v, the container's or the batch system's limit), end what else runs on "
+    "this machine, or choose a smaller model; hpd doctor says how much a run needs."
+)
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """A mistake in the input is one paragraph and exit code 2; HPD_DEBUG=1 shows where it was raised."""
@@ -27,6 +33,11 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("HPD_DEBUG"):
             raise
         _complain("error", str(error) if str(error) else type(error).__name__)
+        raise typer.Exit(2) from None
+    except MemoryError as error:
+        if os.environ.get("HPD_DEBUG"):
+            raise
+        _complain("error", f"There is not enough memory{f' ({error})' if str(error) else ''}. {_MEMORY}")
         raise typer.Exit(2) from None
     except RuntimeError as error:
         # By name: importing the classes would load transformers for every command.

@@ -23,6 +23,7 @@ from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
+from hpd.training.stopping import leaving_processes
 
 __all__ = ["run_cache", "run_generate", "run_train", "show_summary", "train_with_display"]
 
@@ -49,7 +50,8 @@ def train_with_display(
     recipe: Recipe, overwrite: bool = False, takes_changed: bool = False
 ) -> dict[str, Any]:
     """Train with bars; returns the summary of `hpd.training.run.train`."""
-    return train(recipe, overwrite=overwrite, progress=_TrainingProgress(), takes_changed=takes_changed)
+    with leaving_processes():
+        return train(recipe, overwrite=overwrite, progress=_TrainingProgress(), takes_changed=takes_changed)
 
 
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
@@ -61,7 +63,8 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
     """Write the cache of a recipe file, with a bar, and show what was written."""
     started = time.perf_counter()
-    summary = write_cache(load_recipe(path, overrides), overwrite=overwrite, progress=TerminalProgress())
+    with leaving_processes():
+        summary = write_cache(load_recipe(path, overrides), overwrite=overwrite, progress=TerminalProgress())
     seconds = time.perf_counter() - started
     if int(os.environ.get("RANK", "0")) == 0:
         done = "complete and verified, nothing to write"

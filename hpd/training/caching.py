@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from hpd.batch import TokenBatch
 from hpd.config.schema import CacheConfig, Recipe
 from hpd.files import write_atomically
+from hpd.locks import empty_folder, entries, holding
 from hpd.losses import Head, Scores, TeacherScores
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress
@@ -80,10 +81,14 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress |
 
     Raises:
         FileNotFoundError, ValueError: as `hpd.training.plan.plan`; the folder holds something else; the disk
-            cannot hold the cache.
+            cannot hold the cache; another process is writing it.
     """
-    progress = progress or Progress()
     config = _cache_config(recipe)
+    with holding(Path(config.path)):
+        return _write(recipe, config, overwrite, progress or Progress())
+
+
+def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progress) -> CacheSummary:
     planned = plan(recipe)
     planned.require_sound()
     planned.say_warnings(progress)
@@ -128,6 +133,8 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
         raise ValueError(
             "cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER."
         )
+    if Path(recipe.cache.path).is_file():
+        raise ValueError(f"cache.path {recipe.cache.path!r} is a file: give a folder.")
     if recipe.data.streaming:
         raise ValueError(
             "A stream has no end that a cache could hold: set data.streaming to false for hpd cache."
@@ -203,18 +210,14 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
 
 
 def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
-    if folder.is_file():
-        raise ValueError(f"cache.path {str(folder)!r} is a file: give a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / PLAN).is_file() and not any(
-            path.name.startswith(f".{PLAN}") for path in folder.iterdir()
-        ):
+    if found := entries(folder):
+        if not (folder / PLAN).is_file() and not any(path.name.startswith(f".{PLAN}") for path in found):
             raise ValueError(f"{folder} is not empty and no cache of hpd: choose another cache.path.")
         if overwrite:
-            shutil.rmtree(folder)
+            empty_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Ours, and those that safetensors writes through.
-    for draft in (path for path in folder.glob(".*") if path.is_file()):
+    for draft in (path for path in entries(folder) if path.name.startswith(".") and path.is_file()):
         draft.unlink()
     if not (folder / PLAN).is_file():
         write_json(folder / PLAN, target)

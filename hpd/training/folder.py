@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ from hpd.config.check import resolve
 from hpd.config.schema import Recipe
 from hpd.config.yaml_file import read_yaml
 from hpd.files import JsonLines, write_atomically, write_json
+from hpd.locks import empty_folder, entries
 from hpd.training.arguments import train_arguments
 from hpd.training.changes import Change, changes_between, raises_steps, refused
 from hpd.training.checkpoints import check_readable, newest_complete, step_of
@@ -64,7 +64,7 @@ class RunFolder:
 
     def _check(self, overwrite: bool) -> None:
         # A kill may have come before the first file was whole.
-        if not self.path.is_dir() or all(file.name.endswith(".part") for file in self.path.iterdir()):
+        if all(file.name.endswith(".part") for file in entries(self.path)):
             return
         recipe_file = self.path / "recipe.yaml"
         if not recipe_file.is_file():
@@ -126,7 +126,7 @@ class RunFolder:
             OSError: the folder cannot be written.
         """
         if self._replaces:
-            shutil.rmtree(self.path)
+            empty_folder(self.path)
             self._replaces = False
         text = yaml.safe_dump(_comparable(self.recipe), sort_keys=False, allow_unicode=True)
         try:
@@ -199,10 +199,14 @@ class RunFolder:
             return
         before = _read_object(file, "it is written again")["fingerprint"] if file.is_file() else fingerprint
         if before != fingerprint:
-            raise ValueError(
-                f"This run began with the teacher {before}, and the server now answers with {fingerprint}: "
-                "start the first one again, or choose another output_dir."
-            )
+            if not self._takes_changed:
+                raise ValueError(
+                    f"This run began with the teacher {before}, and the server now answers with "
+                    f"{fingerprint}: start the first one again, or choose another output_dir. To go on with "
+                    "this one, add --changed-inputs, which is noted in changes.jsonl."
+                )
+            self._changes.append(Change("teacher", before, fingerprint))
+            self._note_changes()
         self.write_json("teacher.json", {"fingerprint": fingerprint})
 
     def write_json(self, name: str, content: Any) -> None:

@@ -32,9 +32,9 @@ class MeasuredTrainer(GuardedTrainer):
     """Of the names that the evaluation which runs is logged under."""
 
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
-        """Why a remote teacher cannot answer about `batches`; the same on all processes, and None where it
-        has answered."""
-        if not self.teacher.remote:
+        """Why a teacher that may fail cannot answer about `batches`; the same on all processes, and None
+        where it has answered."""
+        if not self.teacher.may_fail:
             return None
         failure = None
         try:
@@ -45,7 +45,7 @@ class MeasuredTrainer(GuardedTrainer):
                 self.teacher.wait(batch["asked"])
         except TeacherUnavailable as error:
             failure = str(error)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and self.agree(failure is not None):
             failure = next((f for f in gather_object([failure]) if f is not None), None)
         return failure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +28,7 @@ from hpd.progress import Progress
 from hpd.training.adapting import lora_of
 from hpd.training.checkpoints import writing
 from hpd.training.folder import MetricsWriter, RunFolder
+from hpd.training.inputs import input_fingerprints, rows_digest
 from hpd.training.plan import Plan, plan
 from hpd.training.resumable import Resumable
 from hpd.training.single import evaluate_task, open_together
@@ -48,7 +50,9 @@ class _PreferenceTrainer(Resumable, DPOTrainer):
         return TrainOutput(self.state.global_step, float("nan"), {})
 
 
-def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress) -> dict[str, Any]:
+def train_preferences(
+    recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress, takes_changed: bool = False
+) -> dict[str, Any]:
     """Run a DPO stage from its start (or last checkpoint) to its end; returns its summary.
 
     Raises:
@@ -57,14 +61,21 @@ def train_preferences(recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress
         RunStopped: as `hpd.training.run.train`.
     """
     with ends_resumable(Path(recipe.output_dir)) as signals:
-        return _train(recipe, dpo, progress, signals)
+        return _train(recipe, dpo, progress, signals, takes_changed)
 
 
-def _train(recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals, takes_changed: bool
+) -> dict[str, Any]:
     planned = plan(recipe)
     # Preferences need no teacher.
     planned.close()
-    folder = RunFolder(recipe)
+    folder = RunFolder(recipe, takes_changed=takes_changed)
+    if int(os.environ.get("RANK", "0")) == 0:
+        found = {k: v for k, v in input_fingerprints(planned).items() if not k.startswith("teacher")}
+        if dpo.pairs == "data":
+            found["pairs"] = rows_digest(load_preferences(recipe.data))
+        folder.check_inputs(found)
     open_together(folder, planned.args)
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,11 +16,13 @@ from accelerate import PartialState
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_preferences, load_rows
+from hpd.locks import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
 from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
+from hpd.training.inputs import row_fingerprints, stage_fingerprints
 from hpd.training.plan import plan
 from hpd.training.preferences import dpo_arguments, train_preferences
 from hpd.training.single import open_together, train_single
@@ -50,11 +53,15 @@ def train(
         seconds.
 
     Raises:
-        FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else.
+        FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else, or another
+            process is writing there.
         RunStopped: SIGTERM or Ctrl-C (caught in the main thread only), a remote teacher that stays away, a
             disk that takes no more, or NaN: the steps done are saved, and the message says how to go on.
     """
-    with ends_resumable(Path(recipe.output_dir)) as signals:
+    run = Path(recipe.output_dir)
+    if run.is_file():
+        raise ValueError(f"output_dir {str(run)!r} is a file: give a folder.")
+    with ends_resumable(run) as signals, holding(run):
         if recipe.stages:
             return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
         # A key that does not exist makes another recipe of any run that the folder holds.
@@ -88,9 +95,12 @@ def train_stages(
     stages = stage_recipes(recipe)
     for stage in stages:
         check_names(stage.recipe)
-    folder = RunFolder(recipe, overwrite)
+    folder = RunFolder(recipe, overwrite, takes_changed)
     done = set() if overwrite else {stage.name for stage in stages if _summary(stage).is_file()}
-    check_stages(recipe, [stage for stage in stages if stage.name not in done])
+    # An input may change between two stages, too.
+    found = check_stages(recipe, [stage for stage in stages if stage.name not in done])
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.check_inputs(found)
     open_together(folder, train_arguments(recipe))
     processes = PartialState()
     if processes.is_main_process and not (folder.path / DATE).is_file():
@@ -136,7 +146,7 @@ def _hand_on(recipe: Recipe) -> None:
 
 def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:
     if stage.dpo is not None:
-        return train_preferences(stage.recipe, stage.dpo, progress=progress)
+        return train_preferences(stage.recipe, stage.dpo, progress=progress, takes_changed=takes_changed)
     # The first stage's summary says what the student and the teacher were before.
     return train(stage.recipe, progress=progress, baselines=is_first, takes_changed=takes_changed)
 
@@ -156,7 +166,7 @@ def _total(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {**kept, **listed[-1], "stages": dict(summaries), **seconds}
 
 
-def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
+def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, str]:
     """Check configurations, tokenizers and data of all these stages before the first of them trains or writes
     anything.
 
@@ -164,24 +174,35 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> None:
     recipe's student, which has the same tokenizer and architecture. A teacher behind a server may be started
     later: of such a stage the rows are read.
 
+    Returns:
+        Fingerprints of the inputs that do not come from other stages, by name and stage.
+
     Raises:
         ValueError: as `hpd.training.plan.plan`, with the stage's name.
     """
+    found: dict[str, str] = {}
     for number, stage in enumerate(stages):
         try:
             if number and stage.recipe.teacher.type == "server":
                 prompts = stage.recipe.choose_regime().needs_prompts_only
-                load_rows(stage.recipe.data, stage.recipe.teacher.column, prompts=prompts)
+                rows = load_rows(stage.recipe.data, stage.recipe.teacher.column, prompts=prompts)
+                found |= _of_stage(stage, row_fingerprints(rows, stage.recipe.data))
                 continue
             planned = plan(_with_what_is_there(stage.recipe, recipe))
             planned.close()
             planned.require_sound()
+            found |= _of_stage(stage, stage_fingerprints(planned, stage.recipe))
             if stage.dpo is not None:
                 dpo_arguments(planned, stage.dpo)
                 if stage.dpo.pairs == "data":
                     load_preferences(stage.recipe.data)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"stages: {stage.name}: {error}") from None
+    return found
+
+
+def _of_stage(stage: Stage, found: Mapping[str, str]) -> dict[str, str]:
+    return {f"{name} of stage {stage.name}": digest for name, digest in found.items()}
 
 
 def _with_what_is_there(stage: Recipe, recipe: Recipe) -> Recipe:

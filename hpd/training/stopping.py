@@ -5,21 +5,43 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import distributed
+
+from hpd.progress import drop_lost_output
 from hpd.teachers import TeacherUnavailable
 from hpd.training.checkpoints import CheckpointFailed, newest_complete
 from hpd.training.nonfinite import NonFinite
 
-__all__ = ["Interrupted", "RunStopped", "Signals", "catch_signals", "ends_resumable", "stopped"]
+__all__ = [
+    "Interrupted",
+    "RunStopped",
+    "Signals",
+    "catch_signals",
+    "ends_resumable",
+    "leaving_processes",
+    "stopped",
+]
 
 # A disk that takes no more, or nothing at all.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+_NAMES: dict[int, str] = {
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGHUP: "SIGHUP (the terminal was closed)",
+    signal.SIGUSR1: "SIGUSR1",
+}
+"""Signals that save and stop. SLURM sends SIGUSR1 as a warning (--signal=USR1@120)."""
 
 
 class RunStopped(RuntimeError):
@@ -68,6 +90,29 @@ def ends_resumable(run: Path) -> Iterator[Signals]:
         raise stopped(f"{error.filename or run} could not be written: {error.strerror}.", run) from error
 
 
+@contextlib.contextmanager
+def leaving_processes() -> Iterator[None]:
+    """End the group of processes behind a program's last collective operation, on errors too.
+
+    A thread of gloo lets go of the last operation's tensors whenever it is scheduled next. After the
+    interpreter has ended that aborts the process ("terminate called without an active exception", SIGABRT),
+    which fails the whole launch. The group waits for its threads when nothing refers to it any more: a
+    trainer does, through DDP, and lives in cycles and in an error's frames.
+    """
+    try:
+        yield
+    except BaseException as error:
+        found: BaseException | None = error
+        while found is not None:
+            traceback.clear_frames(found.__traceback__)
+            found = found.__cause__ or found.__context__
+        raise
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            gc.collect()
+            distributed.destroy_process_group()
+
+
 class _Stoppable(Protocol):
     def stop_cleanly(self, reason: str) -> None: ...
 
@@ -84,7 +129,8 @@ class Signals:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._trainer: _Stoppable | None = None
-        self._received: str | None = None
+        self._received = False
+        self._urged = False
 
     @contextlib.contextmanager
     def stopping(self, trainer: _Stoppable) -> Iterator[None]:
@@ -96,36 +142,51 @@ class Signals:
             self._trainer = None
 
     def handle(self, number: int, frame: Any) -> None:
-        """A second signal ends the program at once; checkpoints are then as after a kill."""
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # A forked helper (a loader's worker, a grader) inherits the handler; Ctrl-C reaches it too, and it is
-        # still needed.
+        """A second SIGTERM or Ctrl-C ends the program at once; checkpoints are then as after a kill."""
+        # A forked helper (a loader's worker, a grader) inherits the handler. What a terminal or SLURM sends
+        # to all processes reaches it too, and it is still needed.
         forked = os.getpid() != self._process
-        if forked and number == signal.SIGINT:
+        if forked and number != signal.SIGTERM:
             return
-        if forked or self._received is not None:
+        urgent = number in (signal.SIGTERM, signal.SIGINT)
+        if forked or (urgent and self._urged):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self._received = name
+        self._urged |= urgent
+        if number == signal.SIGHUP:
+            drop_lost_output()
+        if self._received:
+            return  # a shell and the system both tell of a closed terminal; SIGTERM follows SLURM's warning
+        self._received = True
+        name = _NAMES[number]
         if self._trainer is None:
             raise Interrupted(f"{name}.")
         self._trainer.stop_cleanly(f"{name}.")
-        # Not print: the handler may have interrupted one.
-        os.write(2, f"\n{name}: saving after this step; once more ends at once\n".encode())
+        with contextlib.suppress(OSError):
+            # Not print: the handler may have interrupted one.
+            os.write(
+                2, f"\n{name}: saving after this step; SIGTERM or Ctrl-C once more ends at once\n".encode()
+            )
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Signals]:
-    """Handle SIGTERM and SIGINT inside this context, if it runs in the main thread; others cannot."""
+    """Handle SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 inside this context, if it runs in the main thread; others
+    cannot. A SIGHUP that the program was started to ignore (nohup) stays ignored."""
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [number for number in _NAMES if not _is_ignored(number)]
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:
         for number, handler in before.items():
             # None: not installed from Python, and so not available.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _is_ignored(number: int) -> bool:
+    return number in (signal.SIGHUP, signal.SIGUSR1) and signal.getsignal(number) is signal.SIG_IGN

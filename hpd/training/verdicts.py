@@ -70,7 +70,28 @@ def model_verdicts(models: DescribedModels, recipe: Recipe, args: DistillConfig)
         *adapter_verdicts(recipe, models.student_config),
         *check_savable(models.student_config, generation, models.tokenizer),
         *packing_verdicts(args),
+        *_padding_verdicts(models, args),
     ]
+
+
+def _padding_verdicts(models: DescribedModels, args: DistillConfig) -> list[CheckResult]:
+    """A pad token that was added to the tokenizer and not to the models, which read it beside short rows."""
+    if args.padding_free or (args.packing and args.packing_strategy != "wrapped"):
+        return []
+    tokenizer = models.tokenizer
+    pad = tokenizer.convert_tokens_to_ids(args.pad_token) if args.pad_token else tokenizer.pad_token_id
+    configs = {"student": models.student_config, **models.teacher_configs}
+    return [
+        CheckResult(
+            "error",
+            "padding",
+            f"the pad token {tokenizer.convert_ids_to_tokens(pad)!r} has number {pad}, and the {role}'s "
+            f"embeddings have {config.get_text_config().vocab_size} rows: set train.pad_token to one of "
+            "theirs (the end token will do), or pad_token in tokenizer_config.json.",
+        )
+        for role, config in configs.items()
+        if isinstance(pad, int) and pad >= config.get_text_config().vocab_size
+    ][:1]
 
 
 def row_verdicts(

@@ -172,6 +172,19 @@ def _bigger_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tree))
 
 
+_FOREVER = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+_LOOPS = _FOREVER + b"{% for m in messages %}{{ m.content }}{% endfor %}"
+_DOUBLES = b"{% set n = namespace(x='0123456789' * 1000) %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+
+
+def _late_loop(folder: Path) -> list[str]:
+    given = _late(["system", "assistant"])(folder)
+    body = b"{% if messages[0].role == 'system' %}" + _FOREVER + b"{% endif %}"
+    model = Path(given[2].partition("=")[2])
+    (model / "chat_template.jinja").write_bytes(body + b"{% for m in messages %}{{ m.content }}{% endfor %}")
+    return [*given, "--dry-run"]
+
+
 _LAYER = "model.layers.1.mlp.up_proj.weight"
 _WRONG = {"model_type": "t5"}
 # fmt: off
@@ -190,6 +203,10 @@ TOKENIZERS: dict[str, Case] = {
     "template that refuses a late row": Case(_late(["system", "assistant"]), "Row 299 .turns: system, assistant.*user first"),
     "template that refuses a late prompt": Case(_late_prompt, "Row 299 .turns: assistant, user.*the writer's chat template.*user first"),
     "template that refuses a problem": Case(used("eval", write("chat_template.jinja", b"{{ raise_exception('no chat') }}")), "a prompt .turns: user.*no chat"),
+    "template without an end": Case(student(write("chat_template.jinja", _LOOPS), "data.format=chat", "--dry-run"), "chat template.*did not end within 1 s"),
+    "template without an end on one row": Case(_late_loop, "Row 299.*did not end within 1 s"),
+    "template that doubles a text": Case(student(write("chat_template.jinja", _DOUBLES), "data.format=chat", "--dry-run"), "chat template.*more than 1 GiB"),
+    "pad token beside the head": Case(student(edit("tokenizer_config.json", pad_token="<pad-of-nobody>"), "--dry-run"), "pad token '<pad-of-nobody>' has number 300"),
     "no such template": Case(lambda f: ["train", "{recipe}", f"train.chat_template_path={f / 'none.jinja'}"], "train.chat_template_path.*none.jinja"),
     "path of nothing": Case(lambda f: ["train", "{recipe}", f"student.tokenizer={f / 'none'}"], "tokenizer.*does not exist"),
     "path of a file": Case(lambda f: ["train", "{recipe}", "student.tokenizer={rows}"], "tokenizer.*is a file"),
@@ -209,6 +226,14 @@ CHECKPOINTS: dict[str, Case] = {
     "config says text": Case(student(edit("config.json", hidden_size="wide")), "hidden_size|wide"),
     "config says minus": Case(student(edit("config.json", num_hidden_layers=-1)), "num_hidden_layers|layers"),
     "config says nought heads": Case(student(edit("config.json", num_attention_heads=0)), "student"),
+    "config says no width": Case(student(edit("config.json", hidden_size=0), "--dry-run"), "hidden_size 0: >= 1"),
+    "config says negative width": Case(student(edit("config.json", hidden_size=-4), "--dry-run"), "hidden_size -4"),
+    "config with unknown attention": Case(student(edit("config.json", attn_implementation="nope"), "--dry-run"), "nope"),
+    "config with unknown activation": Case(student(edit("config.json", hidden_act="nope"), "--dry-run"), "nope"),
+    "config with unknown quantisation": Case(student(edit("config.json", quantization_config={"quant_method": "nope"}), "--dry-run"), "nope"),
+    "config with missing quantisation": Case(student(edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "--dry-run"), "optimum|gptq"),
+    "unknown attention": Case(lambda f: ["train", "{recipe}", "student.attn_implementation=nope", "--dry-run"], "student .*nope.*student.attn_implementation"),
+    "unknown attention of the teacher": Case(lambda f: ["train", "{recipe}", "teacher.attn_implementation=nope", "--dry-run"], "teacher .*nope.*teacher.attn_implementation"),
     "no weights": Case(student(remove("model.safetensors")), "no weights"),
     "weights cut short": Case(student(cut), "model.safetensors.*cut short or damaged"),
     "weights of zeros": Case(student(write("model.safetensors", bytes(4096))), "model.safetensors.*cut short or damaged"),

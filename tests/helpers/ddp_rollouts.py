@@ -21,6 +21,7 @@ from hpd.batch import uniforms
 from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.training.mixing import rows_of
+from hpd.training.stopping import leaving_processes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
@@ -97,13 +98,13 @@ def generate(student: str, output: Path) -> None:
             [rollout.tokens for rollout in engine.generate(prompts, [8] * len(prompts), numbers, 0)]
         )
     (output / f"fsdp-{rank}.json").write_text(json.dumps(results))
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     mode, student_path, teacher_path, out = sys.argv[1:]
     torch.set_num_threads(1)
-    if mode == "fsdp":
-        generate(student_path, Path(out))
-    else:
-        train(student_path, teacher_path, Path(out), int(mode))
+    with leaving_processes():
+        if mode == "fsdp":
+            generate(student_path, Path(out))
+        else:
+            train(student_path, teacher_path, Path(out), int(mode))

@@ -26,6 +26,7 @@ from hpd.losses import reweighted_nll
 from hpd.methods import choose_terms, name_terms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.models.forward import add_head_function, model_inputs, scores_of
+from hpd.training.stopping import leaving_processes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 GLOBAL_BATCH = 8
@@ -347,7 +348,6 @@ CHECKS = {
 if __name__ == "__main__":
     models, out, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    for check in names:
-        CHECKS[check](Path(models), Path(out))
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    with leaving_processes():
+        for check in names:
+            CHECKS[check](Path(models), Path(out))

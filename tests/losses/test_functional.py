@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import hpd
 from hpd import Head
+from hpd.methods.supports import EXCLUDED_LOGPROB
 from hpd.objectives import OBJECTIVES, forward_kl
 from hpd.objectives.fused import FUSED
 
@@ -254,6 +255,55 @@ def test_shapes_are_compared_whole(monkeypatch):
         hpd.distillation_loss(student, teacher, labels.flatten())
     with pytest.raises(ValueError, match="last dimensions must be equal"):
         hpd.fused_distillation_loss(hidden, head.T, teacher_hidden, teacher_head, labels)
+
+
+def test_labels_and_draws_are_token_ids(monkeypatch):
+    from jaxtyping import config as jaxtyping_config
+
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+    hidden, head, teacher_hidden, teacher_head, labels = batch()
+    student, teacher = hidden @ head.T, teacher_hidden @ teacher_head.T
+    with pytest.raises(ValueError, match=r"labels are token ids, .* torch.float32"):
+        hpd.distillation_loss(student, teacher, labels.float())
+    draws = torch.zeros(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"draws are token ids, .* torch.float32"):
+        hpd.distillation_loss(student, teacher, labels, draws=draws.float())
+    where = (labels[:, 1:] != -100).nonzero()[0]
+    draws[where[0], where[1]] = 37
+    with pytest.raises(ValueError, match="Draw 37 is no token: the vocabulary has 37"):
+        hpd.distillation_loss(student, teacher, labels, draws=draws)
+
+
+# f_divergence is left out: its f is the caller's own.
+NEEDED = {"abkd": {"alpha": 0.5, "beta": 0.5}, "js": {"lam": 0.5}, "taid": {"t": 0.4}}
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES.keys() - {"f_divergence"}))
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
+def test_a_token_that_the_teacher_excludes_has_a_bounded_gradient(objective, mask):
+    """Where p is 0, the weight of a reverse KL is q (log p - log q - 1) with log p = -104; the gradient of a
+    logit is q (sum of the weights) minus its own."""
+    torch.manual_seed(0)
+    student = torch.randn(1, 4, 7, requires_grad=True)
+    teacher = torch.randn(1, 4, 7)
+    teacher[..., 2:4] = mask
+    labels = torch.tensor([[0, 1, 0, 6]])
+    given = NEEDED.get(objective, {})
+    found = hpd.distillation_loss(student, teacher, labels, objective, reduction="sum", **given)
+    found.loss.backward()
+    assert torch.isfinite(found.loss)
+    assert torch.isfinite(student.grad).all()
+    # Two excluded tokens, each weight within (104 - log q + 1) q, as much again through the others' share.
+    assert student.grad.abs().max() < 2 * 110
+    if objective != "reverse_kl":
+        return
+    log_q = student.detach()[:, :-1].log_softmax(-1)
+    log_p = teacher[:, :-1].log_softmax(-1).masked_fill(teacher[:, :-1] == mask, EXCLUDED_LOGPROB)
+    q = log_q.exp()
+    weights = q * (log_p - log_q - 1)
+    expected = q * weights.sum(-1, keepdim=True) - weights
+    torch.testing.assert_close(student.grad[:, :-1], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss.detach(), (q * (log_q - log_p)).sum(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

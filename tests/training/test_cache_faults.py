@@ -14,12 +14,16 @@ import pytest
 import torch
 from helpers.cached_pairs import THREADS, files_of, make_recipe, write_here, write_in_world
 from helpers.forked import context
+from transformers import TrainerCallback
 
 from hpd.config import load_recipe
+from hpd.progress import Progress
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache, CorruptCacheError
 from hpd.training import caching as cache_writer
 from hpd.training.caching import write_cache
+from hpd.training.run import train
+from hpd.training.stopping import RunStopped
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +277,45 @@ def test_cut_and_missing_files_are_found_before_training(undisturbed, tmp_path, 
     file.unlink()
     with pytest.raises(CorruptCacheError, match=f"misses {name}"):
         CachedTeacher(tmp_path / "cache")
+
+
+class Cutting(Progress, TrainerCallback):
+    """Cuts the files of a cache that training reads from."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def callbacks(self):
+        return [self]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            for file in self.files:
+                os.truncate(file, 100)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "workers"),
+    [("shard-*.safetensors", 0), ("shard-*.safetensors", 1), ("index.*", 0), ("head.*", 0)],
+)
+def test_files_that_are_cut_in_the_middle_of_a_run_end_it_with_a_checkpoint(
+    recipe, undisturbed, tmp_path, pattern, workers
+):
+    """Not the process, as a mapped file does (SIGBUS)."""
+    shutil.copytree(undisturbed[0], tmp_path / "cache")
+    more = [f"teacher={{type: cached, path: {tmp_path / 'cache'}}}", f"output_dir={tmp_path / 'run'}"]
+    loaded = load_recipe(recipe, [*more, f"train.dataloader_num_workers={workers}", "train.max_steps=12"])
+    files = list((tmp_path / "cache").glob(pattern))
+    assert files
+    if pattern == "head.*":  # it is in memory
+        assert train(loaded, progress=Cutting(files))["steps"] == 12
+        return
+    with pytest.raises(RunStopped, match=r"it was cut\. Run hpd cache .* the checkpoint of step") as stopped:
+        train(loaded, progress=Cutting(files))
+    assert "Traceback" not in str(stopped.value)
+    for file in files:
+        shutil.copy(undisturbed[0] / file.name, file)
+    assert train(loaded)["steps"] == 12
 
 
 def test_a_damaged_cache_is_repaired_by_writing_it_again(recipe, undisturbed, tmp_path):

@@ -157,6 +157,34 @@ def test_signals_raise_tell_the_trainer_and_are_given_back():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def stop_reasons(*numbers):
+    told = []
+
+    class Trainer:
+        def stop_cleanly(self, reason):
+            told.append(reason)
+
+    with catch_signals() as signals, signals.stopping(Trainer()):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    return told
+
+
+def test_a_closed_terminal_and_a_warning_of_slurm_stop_once(capfd):
+    """A shell and the system both tell of a closed terminal, and SIGTERM follows a warning."""
+    assert stop_reasons(signal.SIGHUP, signal.SIGHUP) == ["SIGHUP (the terminal was closed)."]
+    assert stop_reasons(signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM) == ["SIGUSR1."]
+    assert "saving after this step" in capfd.readouterr().err
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_reasons(signal.SIGHUP) == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_resuming_without_a_complete_checkpoint_is_an_error(pair, tmp_path, caplog):
     checkpoint(tmp_path, 3, complete=False)
     with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="no complete checkpoint"):

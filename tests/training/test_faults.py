@@ -3,12 +3,18 @@ kind."""
 
 import json
 import os
+import pty
+import re
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers.faults import KINDS, disk, harass, left_behind, same, start
+from helpers.forked import context
 from tiny_models import tiny_pair
 
 # What each group of features keeps beside weights and optimiser.
@@ -98,20 +104,71 @@ def test_straight_equals_killed_and_resumed_bit_for_bit(base, tmp_path, name):
     same(left_behind(tmp_path / "straight"), left_behind(tmp_path / "killed"))
 
 
-def test_sigterm_saves_between_two_logs_and_the_run_goes_on_unchanged(base, tmp_path):
-    straight, stopped = (
-        recipe(base, tmp_path / which, train={"save_steps": 20}) for which in ("straight", "stopped")
-    )
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    log = folder / "log.txt"
+    assert ended(start(recipe(base, folder / "run", train={"save_steps": 20}), log)) == 0, log.read_text()
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_between_two_logs_and_the_run_goes_on_unchanged(base, undisturbed, tmp_path, number):
+    stopped = recipe(base, tmp_path / "stopped", train={"save_steps": 20})
     log = tmp_path / "log.txt"
-    assert ended(start(straight, log)) == 0, log.read_text()
     process = start(stopped, log)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and '"loss"' in metrics.read_text(), process)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     assert ended(process) == 75, log.read_text()
-    assert "SIGTERM. Training stopped: the checkpoint of step" in log.read_text()
+    assert re.search(rf"{number.name}.*\. Training stopped: the checkpoint of step", log.read_text())
     assert ended(start(stopped, log)) == 0, log.read_text()
-    same(left_behind(tmp_path / "straight"), left_behind(tmp_path / "stopped"))
+    same(left_behind(undisturbed), left_behind(tmp_path / "stopped"))
+
+
+def in_terminal(name, words):
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(terminal, descriptor)
+    os.environ.update(TERM="xterm")
+    sys.argv = ["hpd", *words]
+    from hpd.cli import main
+
+    main()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_saves_and_stops_or_is_not_missed(base, undisturbed, tmp_path, ignored):
+    """With bars on it; under nohup the run goes on without."""
+    tree = recipe(base, tmp_path / "run", train={"save_steps": 20})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    ours, theirs = pty.openpty()
+    words = ["train", str(tmp_path / "recipe.yaml")]
+    target = ignoring_hangup if ignored else in_terminal
+    process = context().Process(target=target, args=(os.ttyname(theirs), words))
+    process.start()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    shown = bytearray()
+    while not (metrics.is_file() and '"loss"' in metrics.read_text()):
+        assert process.is_alive()
+        if select.select([ours], [], [], 0.01)[0]:
+            shown += os.read(ours, 2**16)
+    assert b"student" in shown
+    os.close(theirs)
+    os.close(ours)
+    if not ignored:
+        assert ended(process) == 75
+        assert any((tmp_path / "run").glob("checkpoint-*/complete.json"))
+        assert not (tmp_path / "run" / "summary.json").exists()
+        process = start(tree, tmp_path / "log.txt")
+    assert ended(process) == 0
+    same(left_behind(undisturbed), left_behind(tmp_path / "run"))
+
+
+def ignoring_hangup(name, words):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    in_terminal(name, words)
 
 
 def check_all(base, folder, log, kills, kinds, seed):

@@ -10,7 +10,9 @@ from helpers.forked import hpd
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pair
 
+from hpd.config import load_recipe
 from hpd.files import checksum_samples
+from hpd.training.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,10 @@ def other_end(place):
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": "<|im_start|>"}))
 
 
+def other_generation(place):
+    (place / "student" / "generation_config.json").write_text('{"eos_token_id": 7}')
+
+
 CHANGES = {
     "rewritten": (
         lambda p: (p / "rows.jsonl").write_text("".join(lines(p)).replace("and", "or")),
@@ -67,6 +73,7 @@ CHANGES = {
     "cut": (lambda p: (p / "rows.jsonl").write_text("".join(lines(p)[:-2])), "training rows"),
     "teacher": (scale_teacher, "teacher"),
     "end token": (other_end, "tokenizer"),
+    "end of generation": (other_generation, "student's configuration"),
 }
 
 
@@ -98,7 +105,7 @@ def test_what_does_not_matter_may_change(place):
     (place / "run" / "inputs.json").unlink()
     assert hpd("train", "recipe.yaml", "train.max_steps=4", cwd=place).returncode == 0
     assert set(json.loads((place / "run" / "inputs.json").read_text())) == {
-        *("training rows", "tokenizer", "chat template", "teacher")
+        *("training rows", "tokenizer", "chat template", "teacher", "student's configuration")
     }
 
 
@@ -120,3 +127,80 @@ def test_samples_notice_a_file_that_was_rewritten(tmp_path):
     assert checksum_samples(file) == before
     save_file({"a": values * 1.01}, file)
     assert checksum_samples(file) != before
+
+
+def refused(place, *words):
+    done = hpd("train", "recipe.yaml", *words, cwd=place)
+    assert done.returncode == 2, done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_what_a_cache_holds_is_compared(place):
+    words = ["teacher={type: cached}", "cache.path=cache", "output_dir=of-cache"]
+    assert hpd("cache", "recipe.yaml", "cache.path=cache", cwd=place).returncode == 0
+    done = hpd("train", "recipe.yaml", *words, cwd=place)
+    assert done.returncode == 0, done.stderr
+    scale_teacher(place)
+    assert hpd("cache", "recipe.yaml", "cache.path=cache", "--overwrite", cwd=place).returncode == 0
+    assert "its teacher" in refused(place, *words, "train.max_steps=3")
+
+
+def test_the_problems_of_a_task_are_compared(place):
+    problems = place / "problems.jsonl"
+    problems.write_text('{"prompt": "one", "answer": "two"}\n')
+    words = ["eval=[{task: exact-match, data: problems.jsonl, max_new_tokens: 2}]", "output_dir=of-task"]
+    done = hpd("train", "recipe.yaml", *words, cwd=place)
+    assert done.returncode == 0, done.stderr
+    problems.write_text('{"prompt": "one", "answer": "three"}\n')
+    assert "its problems of exact_match_accuracy" in refused(place, *words, "train.max_steps=3")
+
+
+def test_the_files_of_a_stream_are_compared(place):
+    words = ["data.streaming=true", "output_dir=of-stream"]
+    done = hpd("train", "recipe.yaml", *words, cwd=place)
+    assert done.returncode == 0, done.stderr
+    CHANGES["reordered"][0](place)
+    assert "its training rows" in refused(place, *words, "train.max_steps=3")
+
+
+def test_an_input_may_not_change_between_two_stages(place):
+    """The first stage is done, and the others have not begun."""
+    pairs = [{"prompt": "a", "chosen": f" {i}", "rejected": " no"} for i in range(4)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    words = ["stages=[{name: a}, {name: b}, {name: c, dpo: {pairs: rollouts}}]", "output_dir=staged"]
+    done = hpd("train", "recipe.yaml", *words, cwd=place)
+    assert done.returncode == 0, done.stderr
+    run = place / "staged"
+    (run / "summary.json").unlink()
+    (run / "c" / "summary.json").unlink()
+    shutil.copytree(run, place / "kept")
+    shutil.rmtree(run / "b")
+    shutil.rmtree(run / "c")
+    for name in ("rewritten", "teacher"):
+        CHANGES[name][0](place)
+    text = refused(place, *words)
+    assert "training rows of stage b" in text
+    assert "teacher of stage b" in text
+    assert not (run / "b").exists()
+    # A stage that was interrupted, here that of preferences, compares its own.
+    shutil.rmtree(run)
+    shutil.copytree(place / "kept", run)
+    (run / "inputs.json").unlink()
+    assert "stages: c" not in refused(place, *words)
+    allowed = hpd("train", "recipe.yaml", *words, "--changed-inputs", cwd=place)
+    assert allowed.returncode == 0, allowed.stderr
+    assert "training rows" in (run / "c" / "changes.jsonl").read_text()
+
+
+def test_another_served_teacher_is_refused_or_noted(place):
+    recipe = load_recipe(place / "recipe.yaml", [f"output_dir={place / 'served'}"])
+    folder = RunFolder(recipe)
+    folder.open()
+    folder.keep_teacher("one")
+    RunFolder(recipe).keep_teacher("one")
+    with pytest.raises(ValueError, match=r"began with the teacher one, .* two: .* --changed-inputs"):
+        RunFolder(recipe).keep_teacher("two")
+    RunFolder(recipe, takes_changed=True).keep_teacher("two")
+    (note,) = [json.loads(line) for line in (place / "served" / "changes.jsonl").read_text().splitlines()]
+    assert note["changed"] == {"teacher": ["one", "two"]}
+    RunFolder(recipe).keep_teacher("two")
