@@ -53,7 +53,7 @@ NUM_STUDENTS = 9
 NUM_FOREIGN_ROWS = 1000
 MOSTLY = 0.8
 """Share of the left operand first, and of equations."""
-STUDENT_STEPS = 400
+STUDENT_STEPS = 600
 TEACHER_STEPS: dict[Style | None, int] = {"equations": 1400, None: 2000}
 """By the style that the teacher writes; None: both."""
 
