@@ -104,7 +104,9 @@ def expand_tuning(
 def all_tuning(experiment: Experiment, folder: Path) -> list[Cell]:
     """The tuning runs of all paths; where a path is not chosen yet, its first value stands for the choice."""
     paths = experiment.tune.paths if experiment.tune is not None else ()
-    tuned = chosen_values(read_choices(folder) or ())
+    # A folder without a manifest is somebody else's, and is refused by name later.
+    found = read_choices(folder) if (folder / "manifest.json").is_file() else None
+    tuned = chosen_values(found or ())
     cells = [cell for path in paths for cell in expand_tuning(experiment, folder, path, tuned)]
     return list({cell.name: cell for cell in cells}.values())
 

@@ -80,7 +80,7 @@ CHAT_TEMPLATE = (
         ("it fell to -3", "-3"),
         ("7-3", "3"),
         ("about 3/4 of v1.5 and x2", "3/4"),
-        ("a list: 1,2", "2"),
+        ("a list: 1,2", "1,2"),
         ("none at all", None),
         ("", None),
     ],
