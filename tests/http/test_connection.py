@@ -207,7 +207,9 @@ def test_headers_without_end_are_refused():
         ask(url, timeout_seconds=5.0)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b'{"a": 1}', mtime=0), b"\x1f\x8b\x08no gzip", b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b'{"a": 1}', mtime=0), b"\x1f\x8b\x08no gzip", b'{"a": 1}']
+)
 @pytest.mark.parametrize("name", ["gzip", "deflate", "br", "x-unknown", "gzip, gzip"])
 def test_what_nobody_asked_to_be_compressed_is_refused(content, name):
     response = body(content, f"Content-Encoding: {name}\r\n".encode())

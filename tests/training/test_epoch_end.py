@@ -105,7 +105,7 @@ EVENTS = {
 }
 
 
-QUICK = ("eval and log", "save, too")
+QUICK = ("eval and log",)
 
 
 @pytest.mark.parametrize(
