@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
@@ -311,6 +312,8 @@ class DistillTrainer(MeasuredTrainer):
     def end_step(self) -> None:
         """Count the step, and move what adapts by what it showed."""
         limit, norm = self.args.max_grad_norm, (self.last_step or {}).get("grad_norm")
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # FSDP2's is spread over the processes
         clipped = norm > limit if limit and norm is not None else False
         counted = torch.as_tensor(clipped, device=self.accelerator.device).float()
         self.sums["train"].add({"clipped": counted, "steps": torch.ones_like(counted)})
