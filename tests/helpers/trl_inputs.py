@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tiny_models import NUM_TOKENS, tiny_tokenizer
+from tiny_models import NUM_TOKENS, SHAPE, tiny_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -52,17 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """transformers' model types, and what makes each a small one."""
 
-_SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    # Far above the usual 0.02, which leaves a model of this width next to uniform.
-    "initializer_range": 0.1,
-}
+_SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, **SHAPE}
 
 _TURN = (
     "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PromptTuningConfig
 from PIL import Image
-from tiny_models import tiny_pair, tiny_tokenizer
+from tiny_models import SHAPE, tiny_pair, tiny_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,14 +42,10 @@ COMMON = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
+    **SHAPE,
     "bos_token_id": 1,
     "eos_token_id": 3,
     "pad_token_id": 0,
-    "initializer_range": 0.1,
 }
 GRIFFIN = {
     "lru_width": 32,
