@@ -118,8 +118,8 @@ def comparison_table(comparisons: Sequence[VariantComparison], scales: Mapping[s
     note = (
         f"Every method minus {baseline}, runs paired by seed. A win or loss needs a paired t-test below 0.05 "
         f"after Holm's correction for all {len(comparisons)} tests and a 95 % interval without 0. The "
-        "interval is the wider of Student's over seeds and the paired bootstrap over seeds and, where "
-        "answers are graded, test problems. Detectable: what the test finds in 80% of repeats, so corrected. "
+        "interval is Student's over seeds and, where answers are graded, over test problems too. "
+        "Detectable: what the test finds in 80% of repeats, so corrected. "
         f"Permutation: signs of the seeds' differences flipped.{floor} Over test problems: the same over "
         "problems, which speaks of these trained models only. d_z: mean difference in its own standard "
         "deviations; delta: Cliff's."
