@@ -362,7 +362,7 @@ def raise_excluded_(teacher_logprobs: Tensor) -> Tensor:
     """Give the tokens that a teacher excludes a finite log-probability, `EXCLUDED_LOGPROB`, in place; all
     others keep theirs, NaN too."""
     # One pass like a clamp; comparing and filling take eight times as long, and a mask of the same size.
-    return functional.threshold_(teacher_logprobs, _MASKED, EXCLUDED_LOGPROB)
+    return torch.threshold_(teacher_logprobs, _MASKED, EXCLUDED_LOGPROB)
 
 
 def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:

@@ -39,7 +39,6 @@ _PROBE = "import array, ctypes, decimal, hashlib, json, math, random, re; print(
 _RUNNER = Path(__file__).with_name("runner.py")
 _KEPT_OUTPUT_BYTES = 8192
 _MAX_LOAD = 20.0  # threads per processor that the clock's limit follows
-_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _GRACE_SECONDS = 60.0  # for a supervisor to start and to end on a busy machine; it is killed after that
 # The kernel enforces the limit on sampled processor time and reports an exact one, which can be less.
 _CPU_LIMIT_SLACK = 0.7
@@ -359,8 +358,8 @@ def _how_it_ended(process: _Process, limits: Limits) -> tuple[Status, str] | Non
     code = os.waitstatus_to_exitcode(report["status"])
     if code < 0 and report["cpu_seconds"] >= _CPU_LIMIT_SLACK * limits.cpu_seconds:
         return "timeout", f"more than {limits.cpu_seconds} s of processor time"
-    # The host ends a program with SIGKILL; one that crashed a moment before shows its own signal.
-    if code == 0 or (report["ended_by"] == "host" and -code not in _CRASHES):
+    # The host ends a program with SIGKILL; one that was ending by itself at that moment shows its own status.
+    if code == 0 or (report["ended_by"] == "host" and code == -signal.SIGKILL):
         return None
     if code < 0:
         return "killed", f"killed by {signal.Signals(-code).name}"
