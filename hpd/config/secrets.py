@@ -69,8 +69,8 @@ def check_no_secrets(tree: Mapping[str, Any]) -> None:
         if why:
             raise ValueError(
                 f"{_redact('.'.join(path), values)} {why}, and run folders keep recipes. Remove it: the Hub "
-                "reads HF_TOKEN (or `hf auth login`), Weights & Biases WANDB_API_KEY, and servers the variable "
-                "that their api_key_env or key_env names."
+                "reads HF_TOKEN (or `hf auth login`), Weights & Biases WANDB_API_KEY, and servers the "
+                "variable that their api_key_env or key_env names."
             )
 
 
