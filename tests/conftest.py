@@ -39,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # A trainer collects garbage at its end: half of the time of a tiny run, most of it spent on looking through
-    # the libraries and tests that were imported until now and stay.
+    # A trainer collects garbage at its end: half of the time of a tiny run, spent on looking through the
+    # libraries and tests that were imported until now and stay.
     gc.collect()
     gc.freeze()
 

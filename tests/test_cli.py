@@ -187,7 +187,7 @@ def test_methods_lists_the_table():
         (["train", "recipe.yaml", "teacher=./nowhere"], "does not exist"),
         (
             ["train", "recipe.yaml", "teacher={model: teacher, quantization: 4bit}"],
-            "pip install 'hpd[quantization]'",
+            "pip install 'hybrid-policy-distillation[quantization]'",
         ),
         (
             ["train", "recipe.yaml", "teacher=no-such-org/no-such-model"],

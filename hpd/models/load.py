@@ -216,7 +216,10 @@ def _check_folder(path: str, role: str, needs_config: bool = True) -> None:
 
 def _quantization(bits: str) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"quantization: {bits} needs bitsandbytes: pip install 'hpd[quantization]'.")
+        raise ValueError(
+            f"quantization: {bits} needs bitsandbytes: "
+            "pip install 'hybrid-policy-distillation[quantization]'."
+        )
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
