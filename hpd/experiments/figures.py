@@ -115,6 +115,9 @@ def to_files(panel: Panel) -> dict[str, bytes]:
     the page has both as text. Equal figures give equal bytes."""
     with _settings(panel.key):
         figure = _figure(panel, alone=True)
+        # Laid out once, not again for every format.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         return {kind: _save(figure, kind, facecolor="white") for kind in FORMATS}
 
 

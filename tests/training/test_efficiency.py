@@ -105,6 +105,7 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     assert growing <= on_cpu_only | of_transformers, growing
 
 
+@pytest.mark.slow
 def test_second_start_tokenises_nothing(pair, tmp_path):
     """`hpd train` twice with one cache: the second run makes no new file in it."""
     questions = [{"question": f"add {i} and {i}:", "answer": f" {2 * i}"} for i in range(40)]
