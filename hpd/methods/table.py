@@ -124,7 +124,7 @@ METHODS: dict[str, Method] = {
     "forward_kl": Method(
         summary="KL(teacher || student): the student covers every mode of the teacher",
         weight="p",
-        use="the student is large enough to cover the teacher; stable at any learning rate that SFT bears",
+        use="the student is large enough to cover the teacher",
         defaults="temperature 1",
         reference="Hinton et al. 2015, arXiv 1503.02531",
         terms=_one("forward_kl"),
@@ -196,7 +196,7 @@ METHODS: dict[str, Method] = {
     "akl": Method(
         summary="adaptive KL: both directions, mixed by where the distributions differ",
         weight="c p + (1 - c) q (log p - log q), c = gap on the teacher's head / whole gap",
-        use="when neither direction is clearly right; the sort makes it the dearest of the table",
+        use="when neither direction is clearly right; the sort makes it the slowest method in the table",
         defaults="mu 0.5",
         reference="Wu et al. 2025, arXiv 2404.02657",
         terms=_one("akl"),
@@ -284,7 +284,7 @@ METHODS: dict[str, Method] = {
             "normalised returns"
         ),
         weight="q (log p - log q) on the vocabulary, and the mean of later log-ratios at the written token",
-        use="credit for where a token leads; the dearest of the on-policy methods",
+        use="credit for where a token leads; the slowest of the on-policy methods",
         defaults="teacher's share of the sampling 0.2, clip 0.2, discount 1, length normalisation",
         reference="Gu et al. 2024, arXiv 2306.08543, eq. 3-7",
         terms=(
