@@ -1,11 +1,14 @@
-"""Files that are whole or not there, JSON Lines that a later process goes on with, and digests."""
+"""Files that are whole or not there, JSON Lines that a later process goes on with, digests, and objects that
+a file names."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -19,10 +22,15 @@ __all__ = [
     "digest_text",
     "digest_tree",
     "flush",
+    "import_named",
+    "look_beside",
     "whole_characters",
     "write_atomically",
     "write_json",
 ]
+
+_FOLDERS: list[str] = []
+"""Where files lie that name modules of their user's."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -198,3 +206,36 @@ def checksum_samples(path: Path) -> str:
         file.seek(max(0, size - block))
         state.update(file.read(block))
     return state.hexdigest()
+
+
+def look_beside(path: Path) -> None:
+    """Let `import_named` find modules in this file's folder."""
+    folder = str(path.resolve().parent)
+    if folder not in _FOLDERS:
+        _FOLDERS.append(folder)
+
+
+def import_named(name: str) -> Any:
+    """What "package.module:name" names, in an installed module or one of the working folder or of a folder
+    given to `look_beside`.
+
+    Raises:
+        ValueError: not of that form, no such module or name, or the module cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"{name!r} cannot be imported: write package.module:name.")
+    # Only for this import, and last: a folder of runs called wandb must not pass for the package.
+    added = [folder for folder in dict.fromkeys((os.getcwd(), *_FOLDERS)) if folder not in sys.path]
+    sys.path += added
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module runs its own code
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(
+            f"{name!r} cannot be imported ({said}): write package.module:name of an installed module, or of "
+            "a file in the working folder or beside the recipe."
+        ) from error
+    finally:
+        for folder in added:
+            sys.path.remove(folder)

@@ -17,6 +17,8 @@ from hpd.files import (
     digest_json,
     digest_text,
     digest_tree,
+    import_named,
+    look_beside,
     write_atomically,
     write_json,
 )
@@ -307,3 +309,33 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path):
         holding(tmp_path / "file"),
     ):
         pass
+
+
+def test_a_named_object_is_found_in_the_working_folder_and_beside_a_recipe(tmp_path, monkeypatch):
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder, module in ((here, "hpd_mine_here"), (beside, "hpd_mine_beside")):
+        folder.mkdir()
+        (folder / f"{module}.py").write_text("VALUE = 3\n")
+    monkeypatch.chdir(here)
+    before = list(sys.path)
+    assert import_named("hpd_mine_here:VALUE") == 3
+    with pytest.raises(ValueError, match="No module named 'hpd_mine_beside'.*beside the recipe"):
+        import_named("hpd_mine_beside:VALUE")
+    look_beside(beside / "recipe.yaml")
+    assert import_named("hpd_mine_beside:VALUE") == 3
+    assert sys.path == before
+
+
+def test_a_folder_does_not_hide_an_installed_package(tmp_path, monkeypatch):
+    (tmp_path / "yaml.py").write_text("safe_load = None\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "yaml", raising=False)
+    assert import_named("yaml:safe_load") is not None
+
+
+@pytest.mark.parametrize("name", ["nowhere:x", "json:nothing", "json", ":x", "hpd_broken:x"])
+def test_what_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, name):
+    (tmp_path / "hpd_broken.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        import_named(name)

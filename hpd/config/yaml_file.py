@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from hpd.files import look_beside
+
 __all__ = ["parse_yaml", "read_text", "read_yaml", "shorten"]
 
 # Values of a file once its aliases are followed. Recipes have hundreds; a few lines of nested aliases can
@@ -47,6 +49,7 @@ def read_text(path: Path, kind: str) -> str:
         known = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" YAML files there: {', '.join(known[:8])}." if known else ""
         raise FileNotFoundError(f"No {kind} at {path}.{hint}")
+    look_beside(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +13,7 @@ import yaml
 from hpd.evaluate.benchmarks.few_shot import FewShot, Subset
 from hpd.evaluate.benchmarks.rows import Data, HubData
 from hpd.evaluate.task import Task
+from hpd.files import import_named
 from hpd.generation.settings import GenerationSettings
 from hpd.progress import Progress
 
@@ -146,8 +146,7 @@ def make_task(name: str, data: str | Path | None = None, *, limit: int | None = 
 def load_factory(name: str) -> Callable[..., Task]:
     """The function that makes a task."""
     target = TASKS[name].factory if name in TASKS else name
-    module, colon, attribute = target.partition(":")
-    if not colon:
+    if ":" not in target:
         close = get_close_matches(name, TASKS, n=1)
         hint = (
             f"Did you mean {close[0]!r}?"
@@ -155,7 +154,7 @@ def load_factory(name: str) -> Callable[..., Task]:
             else f"Known: {', '.join(TASKS)}; or module:factory for your own."
         )
         raise ValueError(f"Unknown task {name!r}. {hint}")
-    return getattr(import_module(module), attribute)
+    return import_named(target)
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:

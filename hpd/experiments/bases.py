@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from hpd.config.check import resolve
 from hpd.config.load import load_recipe
 from hpd.experiments.experiment import Evaluation, Experiment, check_evaluation, put
+from hpd.files import import_named
 
 __all__ = ["BASE_FOLDER", "base_tree", "evaluations", "fill", "validation_of"]
 
@@ -119,12 +119,11 @@ def _source_tree(experiment: Experiment, folder: Path) -> dict[str, Any]:
 
 
 def _call_base(source: str, folder: Path) -> dict[str, Any]:
-    module, _, name = source.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        function = import_named(source)
+    except ValueError as error:
         raise ValueError(
-            f"base {source!r} is not available: {error}. Give demo, a recipe's path, or package.module:name."
+            f"base {source!r} is not available: {error} Or give demo, or a recipe's path."
         ) from None
     folder.mkdir(parents=True, exist_ok=True)
     return dict(function(folder))

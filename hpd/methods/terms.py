@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, cast
 
+from hpd.files import import_named
 from hpd.methods.fields import STRICT, nearest
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
@@ -254,7 +254,7 @@ def _factory(objective: ObjectiveLike) -> Callable[..., Objective]:
     found = objective
     if isinstance(objective, str):
         if ":" in objective:
-            found = _imported(objective)
+            found = import_named(objective)
         elif objective in OBJECTIVES:
             found = OBJECTIVES[objective]
         else:
@@ -281,23 +281,11 @@ def _build_objective(given: ObjectiveLike, name: str, kwargs: Mapping[str, Any])
     if missing := [key for key in required if key not in kwargs]:
         raise ValueError(f"Objective {name!r} needs {', '.join(missing)}: give them in kwargs.")
     # f_divergence takes functions, which a recipe names.
-    values = {key: _imported(v) if isinstance(v, str) and ":" in v else v for key, v in kwargs.items()}
+    values = {key: import_named(v) if isinstance(v, str) and ":" in v else v for key, v in kwargs.items()}
     objective = _factory(given)(**values)
     if not isinstance(objective, Objective):
         raise ValueError(f"{name} returned a {type(objective).__name__}, not an hpd.Objective.")
     return objective
-
-
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ValueError(f"{name!r} cannot be imported: write package.module:name.")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{name!r} cannot be imported ({error}): write package.module:name, importable from here."
-        ) from None
 
 
 def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
