@@ -19,6 +19,7 @@ from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
 from hpd.data.tokens import label_rows
 from hpd.models.forward import adapt_head
+from hpd.models.memory import own_weights
 from hpd.training.arguments import DistillConfig, check_engine, label_policy
 from hpd.training.probing import packing_verdicts, probe_student, settle
 from hpd.training.resumable import Resumable
@@ -77,6 +78,7 @@ class StudentTrainer(Resumable, SFTTrainer):
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
+        own_weights(student)
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
         self.verdicts = probe_student(student, self._base_model, self.processing_class, self.padding_free)
         """What the probes of student and teacher found."""

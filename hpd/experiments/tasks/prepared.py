@@ -60,8 +60,19 @@ def prepare(name: str, choices: Any, build: Callable[[Path], Mapping[str, Any] |
 
 def copy_to(folder: Path, prepared: Path) -> dict[str, str]:
     """Copy the files to an experiment's folder; return the teacher that reads the cache, which stays."""
-    shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns(_CACHE), dirs_exist_ok=True)
+    ignored = shutil.ignore_patterns(_CACHE)
+    shutil.copytree(prepared, folder, ignore=ignored, dirs_exist_ok=True, copy_function=_renew)
     return {"type": "cached", "model": str(folder / "teacher"), "path": str(prepared / _CACHE)}
+
+
+def _renew(source: str, target: str) -> None:
+    """Copy a file that is missing or another, as a new one: the runs of a grid may be reading the old."""
+    found = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, filter(os.path.isfile, (source, target)))]
+    if len(found) == 2 and found[0] == found[1]:
+        return
+    draft = f"{target}.{os.getpid()}.part"
+    shutil.copy2(source, draft)
+    os.replace(draft, target)
 
 
 def distil(folder: Path, student: str, **train: Any) -> dict[str, Any]:
