@@ -281,7 +281,9 @@ def test_preference_pairs_of_texts_stay_texts(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [row])
     assert load_preferences(DataConfig(path=str(path)))[0] == row
     for given in ({"format": "chat"}, {"system_prompt": "Be brief."}):
-        with pytest.raises(ValueError, match="has no effect on preference pairs.* text: write them as messages"):
+        with pytest.raises(
+            ValueError, match="has no effect on preference pairs.* text: write them as messages"
+        ):
             load_preferences(DataConfig(path=str(path), **given))
 
 
