@@ -165,7 +165,7 @@ def _checked(name: str, stage: StageConfig, tree: Mapping[str, Any]) -> Stage:
     """A stage whose recipe has this tree.
 
     Raises:
-        ValueError: what `check_tree` refuses, what has no effect in such a stage, or a teacher that the student
+        ValueError: what `check_tree` refuses, what such a stage does not read, or a teacher that the student
             is already.
     """
     recipe, rollouts = read_tree(tree), RolloutConfig()
@@ -178,9 +178,9 @@ def _checked(name: str, stage: StageConfig, tree: Mapping[str, Any]) -> Stage:
     if stage.teacher == "previous" and rests_where_equal(recipe.choose_terms()):
         what = ", ".join(term.name for term in name_terms(recipe.choose_terms()))
         raise ValueError(
-            f"teacher: previous teaches nothing here: the student starts as that very model, and where the two "
-            f"are equal {what} has no gradient. Take a method or a term that follows the labels (method: sft, "
-            "or nll among the terms), or another teacher."
+            "teacher: previous teaches nothing here: the student starts as that very model, and where the "
+            f"two are equal {what} has no gradient. Take a method or a term that follows the labels "
+            "(method: sft, or nll among the terms), or another teacher."
         )
     return Stage(name, recipe, stage.dpo, rollouts)
 

@@ -219,9 +219,9 @@ class DpoStageConfig:
     __pydantic_config__ = STRICT
 
     pairs: Literal["rollouts", "data"] = "rollouts"
-    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts, as
-    the stage's rollouts say; one cut at max_new_tokens makes no pair, since it would get an end token that it
-    does not have.
+    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts,
+    as the stage's rollouts say; one cut at max_new_tokens makes no pair, since it would get an end token that
+    it does not have.
     data: the rows have the columns prompt, chosen and rejected."""
     args: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""

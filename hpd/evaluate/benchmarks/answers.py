@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from hpd.evaluate.benchmarks.boxes import OPEN_BOX, Span, after_cut_box, closed_boxes, last_boxes
 from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, quantity, same_answer

@@ -29,7 +29,7 @@ def last_boxes(text: str) -> list[str]:
     r"""The last box of a text, and the boxes before it that "and", "or" or a comma joins to it; none where
     the last one was cut off.
 
-    >>> last_boxes(r"\boxed{1} then $x = \boxed{2}$ or $x = \boxed{3}$."), last_boxes(r"\boxed{1} or \boxed{2")
+    >>> last_boxes(r"\boxed{1} then $x = \boxed{2}$ or $x = \boxed{3}$."), last_boxes(r"\boxed{1}, \boxed{2")
     (['2', '3'], [])
     """
     if after_cut_box(text) is not None:
