@@ -1,6 +1,6 @@
-"""Agreement with the test cases of public graders: ours, and math-verify alone on the same cases.
+"""Agreement with the test cases of public graders: ours, math-verify alone and other graders on the same cases.
 
-    python scripts/grader_agreement.py            # the table and the disagreements of docs/evaluation.md
+    python scripts/grader_agreement.py            # the tables and the disagreements of docs/evaluation.md
 
 Takes about three minutes of one processor core. The cases, their sources and their licences are in
 tests/evaluate/benchmarks/.
@@ -19,6 +19,7 @@ from hpd.evaluate.benchmarks.choices import chosen_letter
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 
 CASES = Path(__file__).resolve().parents[1] / "tests/evaluate/benchmarks/agreement.jsonl"
+OTHERS = CASES.with_name("other_graders.json")
 _SECONDS = 60  # of parsing and of comparing: a busy machine must not change the figures
 
 
@@ -89,6 +90,29 @@ def is_disputed(case: Case) -> bool:
     return case.who in ("hpd", "neither")
 
 
+def other_graders(path: Path = OTHERS) -> dict[str, list[bool | None]]:
+    """Verdicts of graders that are no dependency, by name; None where a case is not for the grader."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: [None if bit == "-" else bit == "1" for bit in bits] for name, bits in found.items()}
+
+
+def table_of_others(cases: Sequence[Case], ours: Sequence[bool], theirs: Sequence[bool]) -> str:
+    """Each of the other graders on the cases that it is for, beside ours and math-verify on the same ones."""
+    lines = [
+        "| grader | cases that it is for | agrees | hpd | math-verify alone | right where the suite is "
+        "| hpd | math-verify alone |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name, verdicts in other_graders().items():
+        chosen = [index for index, verdict in enumerate(verdicts) if verdict is not None]
+        plain = [index for index in chosen if not is_disputed(cases[index])]
+        three = [[bool(verdict) for verdict in verdicts], ours, theirs]
+        counts = [str(agreeing(cases, found, chosen)) for found in three]
+        counts += [f"{agreeing(cases, found, plain)} of {len(plain)}" for found in three]
+        lines.append(f"| {name} | {len(chosen)} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
 def disagreements(cases: Sequence[Case]) -> str:
     """The cases that are marked as disagreements, alike ones of several suites in one line."""
     lines = ["| suite | reference | answer | its verdict | who is right |", "|---|---|---|---|---|"]
@@ -109,9 +133,9 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     cases = read_cases()
-    print(table(cases, our_verdicts(cases), verdicts_of_math_verify(cases)))
-    print()
-    print(disagreements(cases))
+    verdicts = our_verdicts(cases), verdicts_of_math_verify(cases)
+    for text in (table(cases, *verdicts), table_of_others(cases, *verdicts), disagreements(cases)):
+        print(text, end="\n\n")
 
 
 if __name__ == "__main__":

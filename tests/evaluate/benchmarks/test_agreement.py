@@ -31,6 +31,15 @@ def test_every_disagreement_is_listed_with_who_is_right(script):
     assert {case.who for case in cases if case.why} <= {"hpd", "suite", "neither", "by rule"}
 
 
+def test_other_graders_have_a_verdict_on_every_case_that_is_for_them(script):
+    cases = script.read_cases()
+    for name, verdicts in script.other_graders().items():
+        assert len(verdicts) == len(cases), name
+        letters = [verdict for verdict, case in zip(verdicts, cases, strict=True) if case.form == "letter"]
+        assert set(letters) == {None}
+        assert {True, False} <= set(verdicts)
+
+
 @pytest.mark.slow
 def test_verdicts_differ_from_the_suites_exactly_where_it_is_said(graded):
     cases, ours = graded
@@ -51,4 +60,6 @@ def test_no_suite_agrees_better_with_math_verify_alone(script, graded):
             index for index, case in enumerate(cases) if case.suite == suite and not script.is_disputed(case)
         ]
         assert script.agreeing(cases, ours, chosen) >= script.agreeing(cases, theirs, chosen), suite
-    assert script.table(cases, ours, theirs) in (ROOT / "docs/evaluation.md").read_text("utf-8")
+    page = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    assert script.table(cases, ours, theirs) in page
+    assert script.table_of_others(cases, ours, theirs) in page
