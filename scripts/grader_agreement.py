@@ -1,4 +1,4 @@
-"""Agreement with the test cases of public graders: ours, math-verify alone and other graders on the same cases.
+"""Agreement with the test cases of public graders: ours, math-verify alone, and others on the same cases.
 
     python scripts/grader_agreement.py            # the tables and the disagreements of docs/evaluation.md
 
@@ -99,8 +99,8 @@ def other_graders(path: Path = OTHERS) -> dict[str, list[bool | None]]:
 def table_of_others(cases: Sequence[Case], ours: Sequence[bool], theirs: Sequence[bool]) -> str:
     """Each of the other graders on the cases that it is for, beside ours and math-verify on the same ones."""
     lines = [
-        "| grader | cases that it is for | agrees | hpd | math-verify alone | right where the suite is "
-        "| hpd | math-verify alone |"
+        "| grader | cases that it is for | it | hpd | math-verify alone | it, undisputed | hpd, undisputed "
+        "| math-verify alone, undisputed |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name, verdicts in other_graders().items():
