@@ -87,7 +87,7 @@ def agreeing(cases: Sequence[Case], verdicts: Sequence[bool], chosen: Sequence[i
 
 def is_disputed(case: Case) -> bool:
     """True where the suite's verdict is not the right one."""
-    return case.who in ("hpd", "neither")
+    return case.who == "hpd"
 
 
 def other_graders(path: Path = OTHERS) -> dict[str, list[bool | None]]:

@@ -14,6 +14,8 @@ _CONNECTOR = re.compile(
     r"(?:\s[a-z]{2,12}(?=\sand\b))?[\s$,;.]*(?:\\[)\]][\s,;]*)?"
     r"(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
     r"(?:\\[(\[])?\s*(?:\\quad\s*)?(?:[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*)?"
+    # A row of signs on one line, as in \boxed{3} +++ \boxed{4}.
+    r"| *([+*=~|])\1{2,} *"
 )
 
 
