@@ -17,7 +17,7 @@ from hpd.methods.terms import Term, TermConfig
 __all__ = ["rests_where_equal"]
 
 _PROBS = (0.1, 0.2, 0.3, 0.4)
-_DRAWS = 4000
+_DRAWS = 1000
 _LEAST = 0.01
 """Of an expected gradient that is there; sums over so many equal shares of the unit interval are off by
 less."""

@@ -6,6 +6,7 @@ import torch
 from hpd import distillation_loss
 from hpd.methods import METHODS, method_terms
 from hpd.methods.rest import rests_where_equal
+from hpd.methods.schedules import Schedule
 from hpd.methods.terms import TermConfig
 
 FOLLOW_LABELS = {"sft", "seqkd", "psft", "label_forward_kl"}
@@ -36,7 +37,7 @@ def test_one_term_with_a_weight_at_any_time_is_enough():
     rest = TermConfig(objective="reverse_kl", support="rollout", on="student")
     assert rests_where_equal([rest])
     assert rests_where_equal([rest, TermConfig(objective="nll", weight=0.0)])
-    later = TermConfig(objective="nll", weight={"schedule": "linear", "start": 0.0, "end": 1.0})
+    later = TermConfig(objective="nll", weight=Schedule(schedule="linear", start=0.0, end=1.0))
     assert not rests_where_equal([rest, later])
 
 
