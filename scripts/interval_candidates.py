@@ -4,8 +4,8 @@
 
 A cell is a number of problems, samples of each, a mean, and the correlation of a problem's samples. Prints,
 for each interval, the share of cells that it covers with 0.93 to 0.97, its mean and lowest coverage, the
-share of cells below 0.915, and its mean width; then the most that any interval can reach where a problem's samples
-are all right or all wrong.
+share of cells below 0.915, and its mean width; then the most that any interval can reach where a problem's
+samples are all right or all wrong.
 
 Axes: S simulated evaluations, P problems, N samples per problem.
 """
