@@ -23,7 +23,7 @@ from lm_eval.filters.extraction import RegexFilter
 from lm_eval.tasks.hendrycks_math import utils as hendrycks
 from lm_eval.tasks.minerva_math import utils as minerva
 
-# Processor time, so that a busy machine changes no verdict; minerva_math's own limit is as long, by the clock.
+# Of processor time, so that a busy machine changes no verdict; minerva_math's own limit goes by the clock.
 _SECONDS = 5
 
 TESTS = Path(__file__).resolve().parents[1] / "tests/evaluate/benchmarks"
