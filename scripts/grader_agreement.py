@@ -96,19 +96,17 @@ def other_graders(path: Path = OTHERS) -> dict[str, list[bool | None]]:
     return {name: [None if bit == "-" else bit == "1" for bit in bits] for name, bits in found.items()}
 
 
-def table_of_others(cases: Sequence[Case], ours: Sequence[bool], theirs: Sequence[bool]) -> str:
-    """Each of the other graders on the cases that it is for, beside ours and math-verify on the same ones."""
-    lines = [
-        "| grader | cases that it is for | it | hpd | math-verify alone | it, undisputed | hpd, undisputed "
-        "| math-verify alone, undisputed |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+def table_of_others(cases: Sequence[Case]) -> str:
+    """Each of the other graders on the cases that it is for, beside ours, which differs where it is said."""
+    ours = [case.right != bool(case.why) for case in cases]
+    lines = ["| grader | cases that it is for | it | hpd | it, undisputed | hpd, undisputed |"]
+    lines.append("|---|---|---|---|---|---|")
     for name, verdicts in other_graders().items():
         chosen = [index for index, verdict in enumerate(verdicts) if verdict is not None]
         plain = [index for index in chosen if not is_disputed(cases[index])]
-        three = [[bool(verdict) for verdict in verdicts], ours, theirs]
-        counts = [str(agreeing(cases, found, chosen)) for found in three]
-        counts += [f"{agreeing(cases, found, plain)} of {len(plain)}" for found in three]
+        both = [[bool(verdict) for verdict in verdicts], ours]
+        counts = [str(agreeing(cases, found, chosen)) for found in both]
+        counts += [f"{agreeing(cases, found, plain)} of {len(plain)}" for found in both]
         lines.append(f"| {name} | {len(chosen)} | {' | '.join(counts)} |")
     return "\n".join(lines)
 
@@ -133,8 +131,8 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     cases = read_cases()
-    verdicts = our_verdicts(cases), verdicts_of_math_verify(cases)
-    for text in (table(cases, *verdicts), table_of_others(cases, *verdicts), disagreements(cases)):
+    agreement = table(cases, our_verdicts(cases), verdicts_of_math_verify(cases))
+    for text in (agreement, table_of_others(cases), disagreements(cases)):
         print(text, end="\n\n")
 
 

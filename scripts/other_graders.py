@@ -124,17 +124,17 @@ def main() -> None:
     version = importlib.metadata.version("lm_eval")
     minerva.timeout = processor_time
     graders = {
-        f"lm-eval {version} minerva_math": minerva_math,
         f"lm-eval {version} hendrycks_math": hendrycks_math,
         f"lm-eval {version} gsm8k, strict": gsm8k("strict-match"),
         f"lm-eval {version} gsm8k, flexible": gsm8k("flexible-extract"),
         "PRM800K": prm800k(Path(sys.argv[1])),
+        f"lm-eval {version} minerva_math": minerva_math,
     }
     found: dict[str, str] = {}
     for name, grader in graders.items():
         found[name] = verdicts(grader, cases)
         print(f"{name}: {found[name].count('1')} right, {found[name].count('0')} wrong", flush=True)
-    (TESTS / "other_graders.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (TESTS / "other_graders.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
