@@ -1,6 +1,6 @@
-"""Agreement with the test cases of public graders: ours, and math-verify alone on the same cases.
+"""Agreement with the test cases of public graders: ours, math-verify alone, and others on the same cases.
 
-    python scripts/grader_agreement.py            # the table and the disagreements of docs/evaluation.md
+    python scripts/grader_agreement.py            # the tables and the disagreements of docs/evaluation.md
 
 Takes about three minutes of one processor core. The cases, their sources and their licences are in
 tests/evaluate/benchmarks/.
@@ -19,6 +19,7 @@ from hpd.evaluate.benchmarks.choices import chosen_letter
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 
 CASES = Path(__file__).resolve().parents[1] / "tests/evaluate/benchmarks/agreement.jsonl"
+OTHERS = CASES.with_name("other_graders.json")
 _SECONDS = 60  # of parsing and of comparing: a busy machine must not change the figures
 
 
@@ -86,7 +87,28 @@ def agreeing(cases: Sequence[Case], verdicts: Sequence[bool], chosen: Sequence[i
 
 def is_disputed(case: Case) -> bool:
     """True where the suite's verdict is not the right one."""
-    return case.who in ("hpd", "neither")
+    return case.who == "hpd"
+
+
+def other_graders(path: Path = OTHERS) -> dict[str, list[bool | None]]:
+    """Verdicts of graders that are no dependency, by name; None where a case is not for the grader."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: [None if bit == "-" else bit == "1" for bit in bits] for name, bits in found.items()}
+
+
+def table_of_others(cases: Sequence[Case]) -> str:
+    """Each of the other graders on the cases that it is for, beside ours, which differs where it is said."""
+    ours = [case.right != bool(case.why) for case in cases]
+    lines = ["| grader | cases that it is for | it | hpd | it, undisputed | hpd, undisputed |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, verdicts in other_graders().items():
+        chosen = [index for index, verdict in enumerate(verdicts) if verdict is not None]
+        plain = [index for index in chosen if not is_disputed(cases[index])]
+        both = [[bool(verdict) for verdict in verdicts], ours]
+        counts = [str(agreeing(cases, found, chosen)) for found in both]
+        counts += [f"{agreeing(cases, found, plain)} of {len(plain)}" for found in both]
+        lines.append(f"| {name} | {len(chosen)} | {' | '.join(counts)} |")
+    return "\n".join(lines)
 
 
 def disagreements(cases: Sequence[Case]) -> str:
@@ -109,9 +131,9 @@ def _cell(text: str) -> str:
 
 def main() -> None:
     cases = read_cases()
-    print(table(cases, our_verdicts(cases), verdicts_of_math_verify(cases)))
-    print()
-    print(disagreements(cases))
+    agreement = table(cases, our_verdicts(cases), verdicts_of_math_verify(cases))
+    for text in (agreement, table_of_others(cases), disagreements(cases)):
+        print(text, end="\n\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.yaml_file import shorten
 from hpd.methods.fields import nearest
 
-__all__ = ["check_recipe", "check_tree", "hint_at", "resolve"]
+__all__ = ["check_recipe", "check_tree", "hint_at", "read_tree", "resolve"]
 
 
 @functools.cache
@@ -33,6 +33,17 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: as `load_recipe`.
     """
+    recipe = read_tree(tree)
+    check_recipe(recipe)
+    return recipe
+
+
+def read_tree(tree: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, each section checked by itself.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, what a section refuses, or a secret.
+    """
     try:
         recipe = _adapter().validate_python(tree)
     except ValidationError as error:
@@ -40,7 +51,6 @@ def check_tree(tree: Mapping[str, Any]) -> Recipe:
     check_no_secrets(resolve(recipe, redacted=False))
     if recipe.teacher.type == "cached" and recipe.teacher.path is None and recipe.cache is not None:
         recipe = replace(recipe, teacher=replace(recipe.teacher, path=recipe.cache.path))
-    check_recipe(recipe)
     return recipe
 
 

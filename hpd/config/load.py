@@ -11,10 +11,13 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import yaml
 from pydantic import TypeAdapter
 
-from hpd.config.check import check_tree, hint_at, resolve
+from hpd.config.check import check_recipe, check_tree, hint_at, read_tree, resolve
 from hpd.config.models import model_shorthand, teacher_shorthand
 from hpd.config.schema import DpoStageConfig, Recipe, StageConfig
 from hpd.config.yaml_file import read_yaml
+from hpd.methods.prefixes import RolloutConfig
+from hpd.methods.rest import rests_where_equal
+from hpd.methods.table import name_terms
 
 __all__ = ["Stage", "handed_on", "load_recipe", "stage_recipes"]
 
@@ -31,6 +34,20 @@ _OF_METHOD = {
     "strategy": None,
 }
 
+# What a stage of preferences does not read, and what it does not read of rollouts.
+_NOT_OF_PAIRS = ("teacher", "method", "method_kwargs", "terms", "prefixes", "strategy", "guards")
+_ROLLOUTS_OF_PAIRS = (
+    "engine",
+    "vllm",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "batch_size",
+)
+
 
 class Stage(NamedTuple):
     """A stage, as a run of its own."""
@@ -38,6 +55,8 @@ class Stage(NamedTuple):
     name: str
     recipe: Recipe
     dpo: DpoStageConfig | None
+    rollouts: RolloutConfig
+    """How the student writes its side of a pair (`dpo`)."""
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -126,7 +145,7 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
         tree = _changed(base, stage, student, bool(stages))
         tree["output_dir"] = str(Path(recipe.output_dir) / name)
         try:
-            stages.append(Stage(name, check_tree(tree), stage.dpo))
+            stages.append(_checked(name, stage, tree))
         except ValueError as error:
             raise ValueError(f"stages: {name}: {error}") from None
         student = {
@@ -140,6 +159,45 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
     if double := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"stages: each needs a folder of its own, and {', '.join(double)} is named twice.")
     return stages
+
+
+def _checked(name: str, stage: StageConfig, tree: Mapping[str, Any]) -> Stage:
+    """A stage whose recipe has this tree.
+
+    Raises:
+        ValueError: what `check_tree` refuses, what such a stage does not read, or a teacher that the student
+            is already.
+    """
+    recipe, rollouts = read_tree(tree), RolloutConfig()
+    if stage.dpo is not None:
+        _check_pairs(stage, stage.dpo)
+        if recipe.rollouts is not None:
+            rollouts = RolloutConfig(**{key: getattr(recipe.rollouts, key) for key in _ROLLOUTS_OF_PAIRS})
+        recipe = replace(recipe, rollouts=None)
+    check_recipe(recipe)
+    if stage.teacher == "previous" and rests_where_equal(recipe.choose_terms()):
+        what = ", ".join(term.name for term in name_terms(recipe.choose_terms()))
+        raise ValueError(
+            "teacher: previous teaches nothing here: the student starts as that very model, and where the "
+            f"two are equal {what} has no gradient. Take a method or a term that follows the labels "
+            "(method: sft, or nll among the terms), or another teacher."
+        )
+    return Stage(name, recipe, stage.dpo, rollouts)
+
+
+def _check_pairs(stage: StageConfig, dpo: DpoStageConfig) -> None:
+    """Refuse what a stage of preferences says and does not read."""
+    idle = [key for key in _NOT_OF_PAIRS if getattr(stage, key) is not None]
+    given = stage.rollouts or {}
+    if dpo.pairs == "data":
+        idle += ["rollouts"] if given else []
+    else:
+        idle += [f"rollouts.{key}" for key in given if key not in _ROLLOUTS_OF_PAIRS]
+    if idle:
+        raise ValueError(
+            f"a stage of preferences (dpo, pairs: {dpo.pairs}) learns from pairs alone and does not read "
+            f"{', '.join(idle)}: remove it."
+        )
 
 
 def handed_on(recipe: Recipe) -> Path:
@@ -173,7 +231,8 @@ def _changed(
             raise ValueError(
                 f"stages: {stage.name}: there is no stage before the first: teacher: previous needs one."
             )
-        tree["teacher"] = {"type": "model", "model": student["model"], "tokenizer": student["tokenizer"]}
+        read_alike = ("model", "tokenizer", "attn_implementation", "trust_remote_code", "allow_pickle")
+        tree["teacher"] = {"type": "model", **{key: student[key] for key in read_alike}}
     elif stage.teacher is not None:
         tree["teacher"] = stage.teacher
     return tree

@@ -219,8 +219,9 @@ class DpoStageConfig:
     __pydantic_config__ = STRICT
 
     pairs: Literal["rollouts", "data"] = "rollouts"
-    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts;
-    one cut at rollouts.max_new_tokens makes no pair, since it would get an end token that it does not have.
+    """rollouts: the dataset's completion is preferred to one that the student writes when the stage starts,
+    as the stage's rollouts say; one cut at max_new_tokens makes no pair, since it would get an end token that
+    it does not have.
     data: the rows have the columns prompt, chosen and rejected."""
     args: Mapping[str, Any] = field(default_factory=dict)
     """Fields of TRL's DPOConfig, such as beta or loss_type; those of `train` that DPOConfig has count too."""
@@ -241,7 +242,8 @@ class StageConfig:
     repeat: int = 1
     """Run it n times, one after the other (name-1, name-2, ...)."""
     teacher: Any = None
-    """Another teacher; "previous": the student that the stage before left (self-distillation in rounds)."""
+    """Another teacher; "previous": the student that the stage before left, beside which only what follows
+    labels has a gradient."""
     method: str | None = None
     """Another method; its own prefixes and strategy then count, unless given here."""
     method_kwargs: Mapping[str, Any] | None = None

@@ -118,7 +118,8 @@ def load_preferences(config: DataConfig) -> Dataset:
     """Rows with prompt, chosen and rejected, for preference optimisation.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_rows`; a column is missing.
+        FileNotFoundError, ValueError: as `load_rows`; a column is missing, or text pairs are to be what only
+            conversations are.
     """
     rows = read(config.path, config)
     wanted = ("prompt", "chosen", "rejected")
@@ -131,7 +132,26 @@ def load_preferences(config: DataConfig) -> Dataset:
     rows = rows.select_columns(list(given.values())).rename_columns(
         {v: k for k, v in given.items() if v != k}
     )
-    return rows.map(_preference_row, fn_kwargs={"system_prompt": config.system_prompt})
+    rows = rows.map(_preference_row, fn_kwargs={"system_prompt": config.system_prompt})
+    _check_preferences(rows, config)
+    return rows
+
+
+def _check_preferences(rows: Any, config: DataConfig) -> None:
+    """Refuse settings of `data` that pairs do not follow: TRL takes them as they are."""
+    texts = any(isinstance(row["prompt"], str) for row in first_rows(rows, 64))
+    asked = {
+        "data.format: chat": texts and config.format == "chat",
+        "data.system_prompt": texts and bool(config.system_prompt),
+        "data.format: plain": not texts and config.format == "plain",
+    }
+    for name, idle in asked.items():
+        if idle:
+            raise ValueError(
+                f"{name} has no effect on preference pairs, which are learnt as they are written, and those "
+                f"of {config.path} are {'text' if texts else 'messages'}: write them as "
+                f"{'messages' if texts else 'text'}, or remove it."
+            )
 
 
 def _preference_row(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:

@@ -74,11 +74,7 @@ def tertile_metrics(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> d
         raise ValueError("entropy_tertiles needs data.validation.")
     if not isinstance(data.validation, float):
         data = dataclasses.replace(data, limit=1)  # the training rows are not asked for
-    # The Trainer drops the last rows of an evaluation too where it is told to drop those of training.
-    train = {**recipe.train, "dataloader_drop_last": False}
-    loader: Any = rows_trainer(
-        plan(dataclasses.replace(recipe, data=data, train=train))
-    ).get_eval_dataloader()
+    loader: Any = rows_trainer(plan(dataclasses.replace(recipe, data=data))).get_eval_dataloader()
     found = []
     for batch in loader:
         inputs = dict(batch)

@@ -86,17 +86,18 @@ def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
         raise ValueError(
             "rollouts.truncated: mask would mask every continuation, since they end after continue_tokens."
         )
-    if (
-        any(term.support.given for term in terms)
-        # A share of the teacher alone is corrected for, a reshaped student beside it is not.
-        and not replace(rollouts, teacher_share=0.0).draws_student_exactly
-    ):
+    if any(term.support.given for term in terms) and not _draws_plainly(rollouts):
         warnings.warn(
             "rollouts cuts or reshapes the student's distribution, and a rollout support takes its tokens "
             "for plain draws: the gradient is biased. temperature: 1 with top_p: 1, top_k: 0, min_p: 0 is "
             "exact.",
             stacklevel=3,
         )
+
+
+def _draws_plainly(rollouts: RolloutConfig) -> bool:
+    """True if the student's part of the draw is its own distribution, neither cut nor reshaped."""
+    return replace(rollouts, teacher_share=0.0).draws_student_exactly
 
 
 def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
@@ -124,6 +125,13 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
     if importance and rollouts.teacher_share:
         raise ValueError(
             "rollouts.replay.importance and teacher_share are two ratios at once: choose one of them."
+        )
+    if rollouts.teacher_share and not _draws_plainly(rollouts):
+        # The ratio's denominator is (1 - a) q + a p at the written token: no cut or reshaped q.
+        raise ValueError(
+            "rollouts.teacher_share is corrected for as a share of plain draws, (1 - a) student + a teacher, "
+            "and the student's part is cut or reshaped here: with teacher_share set temperature: 1, top_p: "
+            "1, top_k: 0, min_p: 0 and repetition_penalty: 1, or remove teacher_share."
         )
     if not any(has_ratio(term.support) for term in terms):
         raise ValueError(

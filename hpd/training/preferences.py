@@ -19,7 +19,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 
 from hpd.batch import uniforms
-from hpd.config.schema import DpoStageConfig, Recipe
+from hpd.config.load import Stage
+from hpd.config.schema import DpoStageConfig
 from hpd.data.rows import load_preferences
 from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import RolloutConfig
@@ -34,7 +35,7 @@ from hpd.training.resumable import Resumable
 from hpd.training.single import evaluate_task, open_together
 from hpd.training.stopping import Interrupted, Signals, ends_resumable
 
-__all__ = ["dpo_arguments", "preference_rows", "train_preferences"]
+__all__ = ["check_pairs", "dpo_arguments", "preference_rows", "train_preferences"]
 
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,9 +51,7 @@ class _PreferenceTrainer(Resumable, DPOTrainer):
         return TrainOutput(self.state.global_step, float("nan"), {})
 
 
-def train_preferences(
-    recipe: Recipe, dpo: DpoStageConfig, *, progress: Progress, takes_changed: bool = False
-) -> dict[str, Any]:
+def train_preferences(stage: Stage, *, progress: Progress, takes_changed: bool = False) -> dict[str, Any]:
     """Run a DPO stage from its start (or last checkpoint) to its end; returns its summary.
 
     Raises:
@@ -60,13 +59,13 @@ def train_preferences(
             have.
         RunStopped: as `hpd.training.run.train`.
     """
-    with ends_resumable(Path(recipe.output_dir)) as signals:
-        return _train(recipe, dpo, progress, signals, takes_changed)
+    with ends_resumable(Path(stage.recipe.output_dir)) as signals:
+        return _train(stage, progress, signals, takes_changed)
 
 
-def _train(
-    recipe: Recipe, dpo: DpoStageConfig, progress: Progress, signals: Signals, takes_changed: bool
-) -> dict[str, Any]:
+def _train(stage: Stage, progress: Progress, signals: Signals, takes_changed: bool) -> dict[str, Any]:
+    recipe, dpo = stage.recipe, stage.dpo
+    assert dpo is not None
     planned = plan(recipe)
     # Preferences need no teacher.
     planned.close()
@@ -79,7 +78,7 @@ def _train(
     open_together(folder, planned.args)
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
-    rows = preference_rows(planned, student, dpo)
+    rows = preference_rows(planned, student, dpo, stage.rollouts)
     trainer = _PreferenceTrainer(
         model=student,
         args=dpo_arguments(planned, dpo),
@@ -107,22 +106,35 @@ def _train(
     return summary
 
 
-def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig) -> Dataset:
-    """Rows of prompt, chosen and rejected: the dataset's own, or its completions against the student's."""
-    if dpo.pairs == "data":
-        return load_preferences(planned.recipe.data)
+def check_pairs(planned: Plan, dpo: DpoStageConfig) -> None:
+    """Look at everything of a DPO stage that needs no model.
+
+    Raises:
+        ValueError: rows without the columns that `dpo.pairs` asks for, or as `dpo_arguments`.
+    """
+    dpo_arguments(planned, dpo)
     rows = planned.rows.train
-    if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
+    if dpo.pairs == "data":
+        load_preferences(planned.recipe.data)
+    elif not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
         raise ValueError(
             "dpo.pairs: rollouts needs rows with prompt and completion (no stream): give them, or pairs: "
             "data."
         )
+
+
+def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig, rollouts: RolloutConfig) -> Dataset:
+    """Rows of prompt, chosen and rejected: the dataset's own, or its completions against the student's."""
+    if dpo.pairs == "data":
+        return load_preferences(planned.recipe.data)
+    check_pairs(planned, dpo)
+    rows = cast(Dataset, planned.rows.train)
     args = planned.args
     if args.max_steps > 0:
         needed = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
         rows = rows.select(range(min(len(rows), needed)))
     listed = cast("list[dict[str, Any]]", list(rows))
-    answers = _answers(planned, student, listed)
+    answers = _answers(planned, student, listed, rollouts)
     pairs = [
         {"prompt": row["prompt"], "chosen": row["completion"], "rejected": answer}
         for row, answer in zip(listed, answers, strict=True)
@@ -146,10 +158,9 @@ def _text(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]]) -> list[Any]:
+def _answers(planned: Plan, student: Any, rows: list[dict[str, Any]], config: RolloutConfig) -> list[Any]:
     """The student's completion of every prompt, in the rows' own format; None where it did not end."""
     tokenizer: Any = planned.tokenizer
-    config = planned.recipe.rollouts or RolloutConfig()
     chat = is_conversational(rows[0])
     if chat:
         encoded: Any = [

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
-from hpd.data.rows import load_preferences, load_rows
+from hpd.data.rows import load_rows
 from hpd.locks import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
@@ -24,7 +24,7 @@ from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
 from hpd.training.inputs import row_fingerprints, stage_fingerprints
 from hpd.training.plan import plan
-from hpd.training.preferences import dpo_arguments, train_preferences
+from hpd.training.preferences import check_pairs, train_preferences
 from hpd.training.single import open_together, train_single
 from hpd.training.stopping import ends_resumable
 
@@ -146,7 +146,7 @@ def _hand_on(recipe: Recipe) -> None:
 
 def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:
     if stage.dpo is not None:
-        return train_preferences(stage.recipe, stage.dpo, progress=progress, takes_changed=takes_changed)
+        return train_preferences(stage, progress=progress, takes_changed=takes_changed)
     # The first stage's summary says what the student and the teacher were before.
     return train(stage.recipe, progress=progress, baselines=is_first, takes_changed=takes_changed)
 
@@ -193,9 +193,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, str]:
             planned.require_sound()
             found |= _of_stage(stage, stage_fingerprints(planned, stage.recipe))
             if stage.dpo is not None:
-                dpo_arguments(planned, stage.dpo)
-                if stage.dpo.pairs == "data":
-                    load_preferences(stage.recipe.data)
+                check_pairs(planned, stage.dpo)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"stages: {stage.name}: {error}") from None
     return found
@@ -212,7 +210,9 @@ def _with_what_is_there(stage: Recipe, recipe: Recipe) -> Recipe:
     if _is_to_come(stage.student.model, run):
         stage = replace(stage, student=student)
     if _is_to_come(stage.teacher.model, run):
-        teacher = replace(stage.teacher, model=student.model, tokenizer=student.tokenizer)
+        teacher = replace(
+            stage.teacher, model=student.model, tokenizer=student.tokenizer, revision=student.revision
+        )
         stage = replace(stage, teacher=teacher)
     return stage
 

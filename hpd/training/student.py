@@ -39,6 +39,16 @@ def _without_turns(args: DistillConfig) -> Iterator[None]:
         args.assistant_only_loss = asked
 
 
+@contextlib.contextmanager
+def _keeping_last_batch(args: DistillConfig) -> Iterator[None]:
+    """`dataloader_drop_last` is about steps: what is measured on held-out rows is measured on all of them."""
+    drops, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drops
+
+
 class StudentTrainer(Resumable, SFTTrainer):
     """Data, engine and files of a distilled student; the loss is a subclass's.
 
@@ -163,18 +173,19 @@ class StudentTrainer(Resumable, SFTTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        if fills_last_batch(self.args, dataset) and not (is_training and self._repeats_rows):
-            count = len(dataset)
-            dataset = fill(dataset, batch_size * self.args.world_size)
-            shuffled = is_training and self.args.train_sampling_strategy == "random"
+        with contextlib.nullcontext() if is_training else _keeping_last_batch(self.args):
+            if fills_last_batch(self.args, dataset) and not (is_training and self._repeats_rows):
+                count = len(dataset)
+                dataset = fill(dataset, batch_size * self.args.world_size)
+                shuffled = is_training and self.args.train_sampling_strategy == "random"
 
-            def order(rows: Any) -> FilledOrder:
-                return FilledOrder(count, len(rows), shuffled, self.args.data_seed)
+                def order(rows: Any) -> FilledOrder:
+                    return FilledOrder(count, len(rows), shuffled, self.args.data_seed)
 
-            sampler_fn = order
-        return super()._get_dataloader(
-            dataset, description, batch_size, sampler_fn, is_training, dataloader_key
-        )
+                sampler_fn = order
+            return super()._get_dataloader(
+                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # A template whose date the run has fixed is saved as it was.

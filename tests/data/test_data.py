@@ -280,3 +280,16 @@ def test_preference_pairs_of_texts_stay_texts(tmp_path):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write(tmp_path / "pairs.jsonl", [row])
     assert load_preferences(DataConfig(path=str(path)))[0] == row
+    for given in ({"format": "chat"}, {"system_prompt": "Be brief."}):
+        with pytest.raises(
+            ValueError, match="has no effect on preference pairs.* text: write them as messages"
+        ):
+            load_preferences(DataConfig(path=str(path), **given))
+
+
+def test_preference_pairs_of_messages_are_no_plain_text(tmp_path):
+    row = {"prompt": [USER], "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "no"}]}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    assert load_preferences(DataConfig(path=str(path), format="chat"))[0] == row
+    with pytest.raises(ValueError, match="data.format: plain has no effect on preference pairs"):
+        load_preferences(DataConfig(path=str(path), format="plain"))

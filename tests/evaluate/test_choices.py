@@ -6,6 +6,8 @@ from hpd.evaluate.benchmarks.choices import chosen_letter
 
 FORMS = [
     (r"\boxed{B}", "B"),
+    (r"\boxed{B}, the answer is B. Or rather \boxed{C", None),
+    ("\\boxed{B was meant to be a box.\nThe answer is C.", "C"),
     (r"So the answer is $\boxed{\text{B}}$.", "B"),
     (r"\boxed{\mathrm{B}}", "B"),
     (r"Thus \(\boxed{\text{Option B}}\)", "B"),

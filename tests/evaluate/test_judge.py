@@ -141,8 +141,8 @@ def test_a_refusal_is_not_retried_and_the_key_is_not_shown(tmp_path: Path, monke
         assert server.authorizations == {"Bearer sk-secret-1": 1}
         with pytest.raises(ValueError, match="refuses the key .*MY_KEY"):
             judge.check()
-        monkeypatch.setenv("OPENAI_API_KEY", "right")
-        fine = _judge(server, tmp_path)
+        monkeypatch.setenv("MY_KEY", "right")
+        fine = _judge(server, tmp_path, key_env="MY_KEY")
         fine.check()
         assert _rule(fine) == EXPECTED
     assert "sk-secret" not in str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 from helpers.judge_server import JudgeServer, likes_longer
 from helpers.raw_server import answering, dripping, raw_server
 
-from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
+from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings, _key_of
 
 QUESTION = [[{"role": "user", "content": "who wins? " * 4}]]
 KEY = "sk-canary/4f1d9c0b7a"
@@ -197,7 +197,7 @@ def test_settings_that_are_refused(options: dict[str, Any], message: str) -> Non
 def test_a_key_with_a_newline_is_cleaned_and_a_broken_one_refused(
     variable: str, tmp_path: Path, monkeypatch
 ) -> None:
-    named = {} if variable == "OPENAI_API_KEY" else {"key_env": variable}
+    named = {"key_env": variable}
     monkeypatch.setenv(variable, f"{KEY}\n")
     with JudgeServer(lambda *_: "[[A]]", key=KEY) as server:
         judge = _judge(server.url.removesuffix("/v1"), tmp_path, **named)
@@ -208,6 +208,39 @@ def test_a_key_with_a_newline_is_cleaned_and_a_broken_one_refused(
         with pytest.raises(ValueError, match=f"{variable} holds a character") as caught:
             _judge(server.url.removesuffix("/v1"), tmp_path, **named)
     assert "canary" not in str(caught.value)
+
+
+def test_openais_key_goes_to_no_other_server(tmp_path: Path, monkeypatch, caplog) -> None:
+    """Not unasked: the variable may hold a key that has nothing to do with the judge."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with JudgeServer(lambda *_: "[[A]]") as server, caplog.at_level(logging.WARNING, "hpd"):
+        assert _ask(_judge(server.url.removesuffix("/v1"), tmp_path)) == "[[A]]"
+        assert set(server.authorizations) == {None}
+    (record,) = caplog.records
+    assert "OPENAI_API_KEY is not sent" in record.message
+    assert "judge.key_env=OPENAI_API_KEY" in record.message
+    assert "canary" not in caplog.text
+    with JudgeServer(lambda *_: "[[A]]", key=KEY) as server:
+        with pytest.raises(ValueError, match="wants a key .*judge.key_env"):
+            _judge(server.url.removesuffix("/v1"), tmp_path).check()
+        _judge(server.url.removesuffix("/v1"), tmp_path, key_env="OPENAI_API_KEY").check()
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://api.openai.com/v1", True),
+        ("https://eu.api.openai.com/v1", True),
+        ("https://API.OpenAI.com:443/v1/chat/completions", True),
+        ("http://api.openai.com/v1", False),
+        ("https://api.openai.com.example.org/v1", False),
+        ("https://notapi.openai.com/v1", False),
+        ("https://example.org/api.openai.com", False),
+    ],
+)
+def test_openais_own_addresses(url: str, sent: bool, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert _key_of(JudgeSettings(url=url, model="judge")) == (KEY if sent else None)
 
 
 def test_a_wrong_key_is_said_at_once_and_never_shown(tmp_path: Path, monkeypatch, caplog) -> None:

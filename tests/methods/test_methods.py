@@ -153,9 +153,7 @@ def test_a_recipe_gives_objectives_by_name():
         ("opd", {}, False),
         ("opd", {"temperature": 0.7}, True),
         ("minillm", {"teacher_share": 0.2}, False),
-        # The policy gradient corrects for the teacher's share, and takes the student's for plain draws.
-        ("minillm", {"teacher_share": 0.2, "temperature": 0.7}, True),
-        ("minillm", {"teacher_share": 0.2, "top_k": 10}, True),
+        ("minillm", {"temperature": 0.7}, True),
     ],
 )
 def test_rollouts_of_a_reshaped_student_are_said_to_bias_the_gradient(method, rollouts, biased):
@@ -164,3 +162,16 @@ def test_rollouts_of_a_reshaped_student_are_said_to_bias_the_gradient(method, ro
         warnings.simplefilter("always")
         choose_regime(method, terms, None, RolloutConfig(**rollouts), None)
     assert ["the gradient is biased" in str(warning.message) for warning in found] == [True] * biased
+
+
+@pytest.mark.parametrize(
+    "reshaped",
+    [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 10}, {"min_p": 0.1}, {"repetition_penalty": 1.1}],
+    ids=lambda given: next(iter(given)),
+)
+def test_a_share_of_the_teacher_beside_a_reshaped_student_is_refused(reshaped):
+    """The correction takes the student's part for plain draws, so the ratio would be wrong."""
+    terms = name_terms(method_terms("minillm", {}))
+    rollouts = RolloutConfig(teacher_share=0.2, **reshaped)
+    with pytest.raises(ValueError, match="teacher_share is corrected for as a share of plain draws"):
+        choose_regime("minillm", terms, None, rollouts, None)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hpd.config import load_recipe
 from hpd.config.load import stage_recipes
+from hpd.methods.prefixes import RolloutConfig
 from hpd.progress import Progress
 from hpd.training.run import train
 
@@ -41,6 +42,7 @@ def base(tmp_path_factory):
     }
 
 
+FOLLOWS_LABELS = [{"objective": "nll"}, {"objective": "forward_kl", "weight": 0.5}]
 OPD = {"name": "opd", "method": "opd", "rollouts": {"max_new_tokens": 6}}
 
 
@@ -132,15 +134,35 @@ def test_hpd_then_dpo_from_one_recipe(base, tmp_path, pairs):
 
 def test_a_rollout_that_was_cut_makes_no_pair(base, tmp_path, caplog):
     """One token of a student that has learnt nothing is the end of few answers."""
-    stage = {"name": "dpo", "method": "opd", "dpo": {"pairs": "rollouts"}, "rollouts": {"max_new_tokens": 1}}
+    stage = {"name": "dpo", "dpo": {"pairs": "rollouts"}, "rollouts": {"max_new_tokens": 1}}
     recipe = load_recipe({**base, "stages": [{"name": "hpd"}, stage], "output_dir": str(tmp_path / "run")})
     train(recipe)
     (cut,) = re.findall(r"dpo: (\d+) of 16 rollouts were cut at rollouts.max_new_tokens", caplog.text)
     assert 8 < int(cut) < 16
 
 
+def test_a_preference_stage_takes_what_it_reads_of_the_rollouts_around_it(base):
+    """From on-policy stages: how the student writes, not what is done with its rows."""
+    around = {"max_new_tokens": 6, "temperature": 0.5, "num_rollouts": 2, "truncated": "mask"}
+    stages = [{"name": "a"}, {"name": "b", "dpo": {}, "rollouts": {"max_new_tokens": 9}}]
+    recipe = load_recipe({**base, "method": "opd", "rollouts": around, "stages": stages})
+    first, second = stage_recipes(recipe)
+    assert first.recipe.rollouts.num_rollouts == 2
+    assert second.rollouts == RolloutConfig(max_new_tokens=9, temperature=0.5)
+
+
+def test_a_round_that_follows_labels_keeps_to_its_last_student(base, tmp_path):
+    rounds = {"name": "round", "teacher": "previous", "terms": FOLLOWS_LABELS, "train": {"max_steps": 1}}
+    run = tmp_path / "run"
+    tree = {**base, "train": {**base["train"], "max_steps": 1}, "output_dir": str(run)}
+    train(load_recipe({**tree, "stages": [{"name": "first"}, rounds]}))
+    (step,) = [log for log in logs(run / "round") if "forward_kl" in log and log["step"] == 1]
+    assert step["forward_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert not torch.equal(weights(run / "first"), weights(run / "round"))
+
+
 def test_self_distillation_in_rounds_makes_the_student_the_next_teacher(base, tmp_path):
-    rounds = {"name": "round", "repeat": 2, "teacher": "previous", "method": "forward_kl"}
+    rounds = {"name": "round", "repeat": 2, "teacher": "previous", "terms": FOLLOWS_LABELS}
     run = tmp_path / "run"
     stages = stage_recipes(
         load_recipe({**base, "stages": [{"name": "first"}, rounds], "output_dir": str(run)})
@@ -183,6 +205,34 @@ def test_an_adapter_is_merged_for_the_next_stage(base, tmp_path):
         ([{"name": "a", "repeat": 0}], "repeat must be >= 1"),
         ([{"name": "a", "trian": {}}], "did you mean 'train'"),
         ([{"name": "a", "rollouts": {"max_new_tokens": 4}}], "stages: a: rollouts has no effect"),
+        *(
+            (
+                [{"name": "a"}, {"name": "b", "teacher": "previous", **change}],
+                "stages: b: teacher: previous teach",
+            )
+            for change in (
+                {},
+                {"method": "forward_kl"},
+                {"method": "opd"},
+                {"method": "minillm"},
+                {"method": "taid"},
+                {"terms": [{"objective": "reverse_kl"}, {"objective": "nll", "weight": 0}]},
+            )
+        ),
+        ([{"name": "a"}, {"name": "b", "teacher": "previous", "dpo": {}}], "stages: b: .*not read teacher"),
+        ([{"name": "a"}, {"name": "b", "method": "opd", "dpo": {}}], "stages: b: .*not read method"),
+        (
+            [{"name": "a"}, {"name": "b", "dpo": {}, "rollouts": {"num_rollouts": 2}}],
+            "stages: b: .*not read rollouts.num_rollouts",
+        ),
+        (
+            [{"name": "a"}, {"name": "b", "dpo": {}, "rollouts": {"max_new_tokens": 0}}],
+            "stages: b: rollouts.max_new_tokens must be >= 1",
+        ),
+        (
+            [{"name": "a"}, {"name": "b", "dpo": {"pairs": "data"}, "rollouts": {"max_new_tokens": 4}}],
+            "stages: b: .*pairs: data.*not read rollouts",
+        ),
     ],
 )
 def test_stages_that_make_no_sense(base, stages, message):
@@ -208,8 +258,15 @@ MISTAKES = {
         "stages: b: Every label is masked",
     ),
     "next teacher, wrong data": (
-        [{"name": "a"}, {"name": "b", "teacher": "previous", "data": {"path": "none.jsonl"}}],
+        [
+            {"name": "a"},
+            {"name": "b", "teacher": "previous", "method": "sft", "data": {"path": "none.jsonl"}},
+        ],
         "stages: b: No dataset",
+    ),
+    "no completions to prefer": (
+        [{"name": "a", "method": "opd"}, {"name": "b", "dpo": {}, "data": {"columns": {"text": "prompt"}}}],
+        "stages: b: dpo.pairs: rollouts needs rows with prompt and completion",
     ),
     "no pairs": (
         [{"name": "a"}, {"name": "b", "dpo": {"pairs": "data"}}],

@@ -109,6 +109,26 @@ def test_evaluation_is_reproducible_and_a_token_mean(pair, tmp_path):
         assert other[name] == pytest.approx(once[name], rel=1e-5), name
 
 
+def test_training_may_drop_its_last_batch_and_evaluation_sees_every_row(pair, tmp_path):
+    found = {}
+    for drops in (True, False):
+        trainer = make_trainer(
+            pair,
+            tmp_path,
+            train=rows(10),
+            evaluation=rows(7),
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            dataloader_drop_last=drops,
+        )
+        assert len(trainer.get_train_dataloader()) == (2 if drops else 3)
+        predicted = len(trainer.get_test_dataloader(trainer.eval_dataset))
+        found[drops] = trainer.evaluate()["eval_loss"], len(trainer.get_eval_dataloader()), predicted
+        assert trainer.args.dataloader_drop_last is drops
+    assert found[True] == found[False]
+    assert found[True][1:] == (2, 2)
+
+
 def test_training_draws_change_with_the_step_and_the_seed(pair, tmp_path):
     trainer = make_trainer(pair, tmp_path)
     batch = first_batch(trainer)

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
+from hpd.evaluate.benchmarks.boxes import OPEN_BOX, Span, after_cut_box, closed_boxes, last_boxes
 from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, quantity, same_answer
 
 __all__ = [
@@ -50,18 +50,7 @@ _ROOTS = re.compile(
     r"(?<![^\s:$])(([A-Za-z](?:\([a-z]\))?)\s*=\s*[-\u2212]?[0-9./]{1,20}"
     r"(?:\s*(?:or|and)\s*(?:\2\s*=\s*)?[-\u2212]?[0-9./]{1,20}){1,9})[\s.]*$"
 )
-# Several backslashes: the text was escaped twice.
-_BRACES = re.compile(r"\\+(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
-_OPEN_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{")
-_BARE_BOX = re.compile(r"\\boxed\s+([^\s$\\{}]+)")
-
 _FENCES = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?")
-
-_CONNECTOR = re.compile(
-    r"(?:\s[a-z]{2,12}(?=\sand\b))?[\s$,;.]*(?:\\[)\]][\s,;]*)?"
-    r"(?:\\text\s*\{)?\s*(?:,|;|\band\b|\bor\b)\s*(?:and\b|or\b)?\s*\}?[\s$]*"
-    r"(?:\\[(\[])?\s*(?:\\quad\s*)?(?:[A-Za-z](?:_\{?[0-9]\}?)?\s*=\s*)?"
-)
 
 _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
 
@@ -87,12 +76,6 @@ _NO_ANSWER = re.compile(
 _MAX_WORDS = 8
 
 
-class _Span(NamedTuple):
-    start: int
-    end: int
-    content: str
-
-
 def drop_thinking(text: str) -> str:
     """What follows a reasoning model's thoughts; nothing where they were never closed.
 
@@ -116,16 +99,17 @@ def final_answer(text: str) -> str | None:
     The first rule that finds something decides: the last ``\boxed{...}`` with balanced braces, or several
     that "and", "or" or a comma joins; the line after the last ``####`` that something like a number follows;
     what follows the last "answer is" or "Answer:" with something like an answer behind it; the last number.
-    Thoughts (``<think>``) are no part of the text, and a box that was cut off is no answer.
+    Thoughts (``<think>``) are no part of the text. Where the last box was cut off, nothing before it is the
+    answer, and what a later line marks as final is all that can be (`after_cut_box`).
 
     >>> final_answer("12 + 30 = 42, so she has 42 apples.")
     '42'
-    >>> final_answer(r"Thus $x = \boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
+    >>> final_answer(r"Thus $x = \boxed{\frac{1}{2}}$."), final_answer(r"So \boxed{41}. No, \boxed{4")
+    ('\\frac{1}{2}', None)
     """
     text = drop_thinking(text)
     stated = stated_answer(text)
-    if stated is not None or _scan_boxes(text)[1]:
+    if stated is not None or after_cut_box(text) is not None:
         return stated
     if roots := _ROOTS.search(text):
         return roots[1]
@@ -143,6 +127,8 @@ def stated_answer(text: str) -> str | None:
     boxes = final_boxes(text)
     if boxes:
         return ", ".join(boxes)
+    rest = after_cut_box(text)
+    text = text if rest is None else rest
     return _after_hashes(text) or _after_marker(text)
 
 
@@ -153,7 +139,7 @@ def final_boxes(text: str) -> list[str]:
     (['10,455'], ['2'])
     """
     boxes = last_boxes(text)
-    closed = _boxes(text)
+    closed = closed_boxes(text) if boxes else []
     if not closed:
         return boxes
     behind = text[closed[-1].end :]
@@ -164,31 +150,6 @@ def final_boxes(text: str) -> list[str]:
     found = _reduced(tail[:_MAX_SENTENCE_CHARS])
     plain = found is not None and (quantity(found) or _strip_markup(tail).startswith(("$", r"\(", r"\[")))
     return [found] if found is not None and plain else boxes
-
-
-def last_boxes(text: str) -> list[str]:
-    r"""The last box of a text, and the boxes before it that "and", "or" or a comma joins to it.
-
-    >>> last_boxes(r"\boxed{1} then $x = \boxed{2}$ or $x = \boxed{3}$.")
-    ['2', '3']
-    """
-    boxes = _boxes(text)
-    if not boxes:
-        bare = _BARE_BOX.findall(text)
-        return [bare[-1].rstrip(".,;:)")] if bare else []
-    found = [boxes[-1]]
-    for box in reversed(boxes[:-1]):
-        between = text[box.end : found[0].start]
-        joined = not between or _CONNECTOR.fullmatch(between)
-        if box.end > found[0].start or len(between) > 60 or not joined:
-            break
-        found.insert(0, box)
-    return list(dict.fromkeys(box.content for box in found))
-
-
-def all_boxes(text: str) -> list[str]:
-    """The different boxes of a text."""
-    return list(dict.fromkeys(box.content for box in _boxes(text)))
 
 
 def last_math(text: str) -> str | None:
@@ -288,7 +249,7 @@ def _reduced(tail: str) -> str | None:
         formulas[0].start == 0 or (formulas[0].start < limit and not _NUMBER_IN_PROSE.match(tail))
     ):
         return _joined(tail, formulas, 0)
-    if not sentence or _OPEN_BOX.search(sentence):
+    if not sentence or OPEN_BOX.search(sentence):
         return None
     if quantity(sentence):
         return sentence
@@ -301,7 +262,7 @@ def _reduced(tail: str) -> str | None:
     return sentence if short and not numbers and not _NO_ANSWER.match(sentence) else None
 
 
-def _outside(formulas: list[_Span], match: re.Match[str]) -> bool:
+def _outside(formulas: list[Span], match: re.Match[str]) -> bool:
     return not any(formula.start < match.start() < formula.end for formula in formulas)
 
 
@@ -328,29 +289,7 @@ def _strip_markup(text: str) -> str:
     return text.strip("*_` \t\r\n\u00a0")
 
 
-def _boxes(text: str) -> list[_Span]:
-    return _scan_boxes(text)[0]
-
-
-def _scan_boxes(text: str) -> tuple[list[_Span], bool]:
-    """Non-empty boxes that close, in the order in which they open, without those that hold another, and
-    whether one stays open; one pass, so nesting costs nothing."""
-    open_braces: list[tuple[int, int]] = []
-    found = []
-    for match in _BRACES.finditer(text):
-        token = match.group()
-        if token == "}":
-            box, start = open_braces.pop() if open_braces else (-1, 0)
-            content = text[start : match.start()].strip() if box >= 0 else ""
-            # A box inside of this one has closed, and is in the list, already.
-            if content and not (found and found[-1].start > box):
-                found.append(_Span(box, match.end(), content))
-        elif token.endswith("{") and token != r"\{":
-            open_braces.append((-1 if token == "{" else match.start(), match.end()))
-    return sorted(found), any(box >= 0 for box, _ in open_braces)
-
-
-def _formulas(text: str) -> Iterator[_Span]:
+def _formulas(text: str) -> Iterator[Span]:
     r"""Formulas; a dollar sign that no other one closes within its paragraph is a currency."""
     closing = {r"\(": r"\)", r"\[": r"\]", "$": "$", "$$": "$$"}
     opened: re.Match[str] | None = None
@@ -359,7 +298,7 @@ def _formulas(text: str) -> Iterator[_Span]:
         if opened is not None and closing[opened.group()] == token and _closes(text, opened, match):
             content = text[opened.end() : match.start()].strip()
             if content:
-                yield _Span(opened.start(), match.end(), content)
+                yield Span(opened.start(), match.end(), content)
             opened = None
         elif token in closing and (opened is None or opened.group() == token or "$" in opened.group()):
             opened = match
@@ -373,7 +312,7 @@ def _closes(text: str, opened: re.Match[str], match: re.Match[str]) -> bool:
     return bool(content.strip()) and "\n\n" not in content and not money
 
 
-def _joined(text: str, formulas: list[_Span], position: int, backwards: bool = False) -> str:
+def _joined(text: str, formulas: list[Span], position: int, backwards: bool = False) -> str:
     """A formula with those that "and", "or" or a comma joins to it, and the unit behind a single one."""
     chosen = [formulas[position]]
     others = reversed(formulas[:position]) if backwards else formulas[position + 1 :]

@@ -2,7 +2,8 @@
 
 import re
 
-from hpd.evaluate.benchmarks.answers import drop_thinking, last_boxes
+from hpd.evaluate.benchmarks.answers import drop_thinking
+from hpd.evaluate.benchmarks.boxes import after_cut_box, last_boxes
 
 __all__ = ["chosen_letter"]
 
@@ -70,6 +71,8 @@ def chosen_letter(text: str) -> str | None:
     ['B', 'C', 'D', None]
     """
     text = drop_thinking(text)
+    rest = after_cut_box(text)
+    text = text if rest is None else rest
     boxes = last_boxes(text)
     if boxes:
         found = _only_letter(boxes[-1]) if len(boxes) == 1 else None

@@ -135,6 +135,7 @@ def _latex(text: str) -> str:
         text = text.replace(sign, command)
     text = text.replace("\u2212", "-").replace("\u2013", "-").replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\\sqrt\s+([0-9]+|[A-Za-z])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*\[([^\[\]]+)\]\s*([0-9A-Za-z])", r"\\sqrt[\1]{\2}", text)
     text = re.sub(r"\\sqrt\s+\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\(?:mathrm|text|mathit|operatorname)\s*\{\s*([ei])\s*\}", r"\1", text)

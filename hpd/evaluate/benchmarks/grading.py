@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from hpd.evaluate.benchmarks.answers import (
-    all_boxes,
     drop_thinking,
     final_answer,
     final_boxes,
@@ -13,6 +12,7 @@ from hpd.evaluate.benchmarks.answers import (
     split_answers,
     stated_answer,
 )
+from hpd.evaluate.benchmarks.boxes import after_cut_box, all_boxes
 from hpd.evaluate.benchmarks.quantities import decide, is_words, normalise, quantity, same_text
 from hpd.evaluate.benchmarks.verifier import AnswerPair, Equality, compare_all
 from hpd.evaluate.task import Verdict
@@ -61,6 +61,8 @@ def extract(text: str, reference: str, rule: Rule) -> str | None:
     text = drop_thinking(text)
     if decide(text[:_MAX_ANSWER_CHARS], reference) and len(text) <= _MAX_ANSWER_CHARS:
         return text.strip()
+    if after_cut_box(text) is not None:
+        return stated_answer(text)
     boxes = final_boxes(text)
     if rule.multiple and "####" not in text:
         lines = [line for line in text.split("\n") if r"\boxed" in line]

@@ -54,8 +54,8 @@ class JudgeSettings:
     model: str
     """The judge's name at that endpoint."""
     key_env: str | None = None
-    """Environment variable that holds the key; None: OPENAI_API_KEY where it is set. The key is never stored
-    or shown."""
+    """Environment variable that holds the key; None: OPENAI_API_KEY for OpenAI's own address, no key for any
+    other. The key is never stored or shown."""
     temperature: float = 0.0
     max_tokens: int = 2048
     """Longest reply."""
@@ -196,10 +196,13 @@ class Judge:
             connection.close()
         if status in (401, 403):
             name = self.settings.key_env or _DEFAULT_KEY_ENV
-            raise ValueError(
-                f"the judge at {self.settings.url} refuses the key (status {status}); put the right one into "
-                f"{name}."
-            )
+            todo = f"refuses the key (status {status}); put the right one into {name}."
+            if self._key is None:
+                todo = (
+                    f"wants a key (status {status}); name the environment variable that holds it with "
+                    "judge.key_env."
+                )
+            raise ValueError(f"the judge at {self.settings.url} {todo}")
 
     def rule(
         self,
@@ -338,10 +341,28 @@ def _is_number(value: Any) -> bool:
 
 
 def _key_of(settings: JudgeSettings) -> str | None:
+    """The key that the settings name; OpenAI's goes unasked to nobody else."""
     if settings.key_env is not None:
         return read_key(settings.key_env, "judge.key_env")
     text = os.environ.get(_DEFAULT_KEY_ENV, "")
-    return clean_key(text, f"the environment variable {_DEFAULT_KEY_ENV}") if text.strip() else None
+    if not text.strip():
+        return None
+    if not _is_openai(settings.url):
+        _LOGGER.warning(
+            "%s is not sent to the judge at %s, which is not OpenAI's address: where that server takes this "
+            "key, say so with judge.key_env=%s",
+            _DEFAULT_KEY_ENV,
+            settings.url,
+            _DEFAULT_KEY_ENV,
+        )
+        return None
+    return clean_key(text, f"the environment variable {_DEFAULT_KEY_ENV}")
+
+
+def _is_openai(url: str) -> bool:
+    """True for api.openai.com and its regions (eu.api.openai.com), over TLS."""
+    parts = httpx2.URL(url)
+    return parts.scheme == "https" and f".{parts.host}".endswith(".api.openai.com")
 
 
 def _read_reply(response: Any, content: bytes) -> tuple[str, Any]:

@@ -28,7 +28,17 @@ def test_every_disagreement_is_listed_with_who_is_right(script):
     cases = script.read_cases()
     page = (ROOT / "docs/evaluation.md").read_text("utf-8")
     assert script.disagreements(cases) in page
-    assert {case.who for case in cases if case.why} <= {"hpd", "suite", "neither", "by rule"}
+    assert {case.who for case in cases if case.why} <= {"hpd", "suite", "by rule"}
+
+
+def test_other_graders_have_a_verdict_on_every_case_that_is_for_them(script):
+    cases = script.read_cases()
+    for name, verdicts in script.other_graders().items():
+        assert len(verdicts) == len(cases), name
+        letters = [verdict for verdict, case in zip(verdicts, cases, strict=True) if case.form == "letter"]
+        assert set(letters) == {None}
+        assert {True, False} <= set(verdicts)
+    assert script.table_of_others(cases) in (ROOT / "docs/evaluation.md").read_text("utf-8")
 
 
 @pytest.mark.slow
