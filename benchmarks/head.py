@@ -3,6 +3,7 @@
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
     python benchmarks/head.py --device cuda --dtype bfloat16    # an accelerator: printed, never stored
     python benchmarks/head.py --docs    # docs/performance.md from the stored result, nothing measured
+    python benchmarks/head.py --shape tiny    # in a second: whether it runs
 
 The floor is the products that no method can do without, in the same chunks: three with the student's head
 (logits, gradient of the hidden states, gradient of the head), one with the teacher's. Run it on an idle
@@ -16,7 +17,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import interleaved, machine, ratios, replace_block, spread, store_or_check, stored, table
+from timing import (
+    check_tiny,
+    interleaved,
+    machine,
+    ratios,
+    replace_block,
+    spread,
+    store_or_check,
+    stored,
+    table,
+)
 from torch import Tensor
 
 from hpd import DistillConfig
@@ -27,7 +38,8 @@ from hpd.losses.products import chunk_rows
 from hpd.methods import METHODS, method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
-SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
+SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936), "tiny": (24, 8, 12, 96)}
+STORED = ("a", "b")
 TRL = {"TRL forward KL": 0.0, "TRL JSD 0.5": 0.5, "TRL reverse KL": 1.0}
 
 
@@ -180,6 +192,7 @@ def main() -> None:
         "--docs", action="store_true", help="write the stored ratios into docs/performance.md, and stop"
     )
     options = parser.parse_args()
+    check_tiny(parser, options, options.shape == "tiny")
     if options.docs:
         replace_block("head table", tables(stored("head")))
         return
@@ -191,7 +204,7 @@ def main() -> None:
         parser.error(f"there is no accelerator here, so --device {options.device} cannot be measured.")
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"machine": machine(options.device), "ratios": {}, "seconds": {}}
-    for shape in SHAPES if options.shape == "all" else [options.shape]:
+    for shape in STORED if options.shape == "all" else [options.shape]:
         result["ratios"][shape], result["seconds"][shape] = measure(
             shape,
             options.methods.split(","),
