@@ -31,7 +31,12 @@ RUNS = {
 _OWN_TEXT_ROWS = 200
 _ROWS = 64  # of a step
 # A few rows, and answers of a few tokens.
-_TINY = ["data.limit=8", "data.validation=0.25", "train.per_device_train_batch_size=4", "train.warmup_steps=0"]
+_TINY = [
+    "data.limit=8",
+    "data.validation=0.25",
+    "train.per_device_train_batch_size=4",
+    "train.warmup_steps=0",
+]
 _TINY += ["eval.limit=2", "eval.max_new_tokens=4"]
 
 

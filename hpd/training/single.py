@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config.schema import Recipe
 from hpd.evaluate.run import evaluate
+from hpd.generation.vllm_engine import rollout_dtype
 from hpd.models.load import load_adapted, load_model
 from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
@@ -252,6 +253,11 @@ def make_trainer(
     rows: Any = trainer.train_dataset
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
+    writing_with = trainer.regime.rollouts
+    if trainer.regime.prefixes.on_policy and writing_with.engine == "vllm":
+        served = writing_with.vllm.get("mode") == "server"
+        dtype = "the server's dtype" if served else rollout_dtype(writing_with, student)
+        progress.say(f"rollouts: vLLM in {dtype}")
     return trainer
 
 

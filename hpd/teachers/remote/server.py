@@ -269,9 +269,7 @@ class _TopKClient:
     def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
         return self._request(rows, self._tensors_of(rows))
 
-    def _tensors_of(
-        self, rows: Sequence[WireRow]
-    ) -> Callable[[list[list[Place | None]]], dict[str, Tensor]]:
+    def _tensors_of(self, rows: Sequence[WireRow]) -> Callable[[list[list[Place | None]]], dict[str, Tensor]]:
         return lambda places: top_k_tensors(rows, places, self.top_k, self.vocab)
 
     def _request(
