@@ -195,7 +195,7 @@ class VllmRollouts:
 
 
 def rollout_dtype(config: RolloutConfig, student: nn.Module) -> str:
-    """The dtype that colocated vLLM computes in: `rollouts.vllm.dtype`, else that of the student's weights."""
+    """The dtype of colocated vLLM: `rollouts.vllm.dtype`, else that of the student's weights."""
     own = next(p.dtype for p in student.parameters() if p.is_floating_point())
     return str(config.vllm.get("dtype", dtype_name(own)))
 

@@ -180,8 +180,8 @@ class RolloutConfig:
     """Use rollouts again; null: every rollout is trained on once."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of TRL's VLLMGeneration: mode (colocate or server), server_base_url,
-    gpu_memory_utilization, max_model_length, tensor_parallel_size, ...; and of a colocated engine: dtype (null:
-    that of the student's weights) and enforce_eager."""
+    gpu_memory_utilization, max_model_length, tensor_parallel_size, ...; and of a colocated engine: dtype
+    (that of the student's weights without it) and enforce_eager."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -272,6 +272,6 @@ def _check_vllm(options: Mapping[str, Any]) -> None:
         )
     if taken := sorted(_TAKEN & (options.get("generation_kwargs") or {}).keys()):
         raise ValueError(
-            f"rollouts.vllm.generation_kwargs sets {', '.join(taken)}: set rollouts.temperature, top_p, top_k, "
-            "min_p, repetition_penalty and max_new_tokens; the others are hpd's."
+            f"rollouts.vllm.generation_kwargs sets {', '.join(taken)}: set rollouts.temperature, top_p, "
+            "top_k, min_p, repetition_penalty and max_new_tokens instead; the others are not to be set."
         )

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -111,7 +113,16 @@ class DistillConfig(SFTConfig):
         default=False, metadata={"help": "Skip non-finite losses when averaging."}
     )
 
+    project: str = field(
+        default="hpd", metadata={"help": "Project of the run in trackio, Weights & Biases and MLflow."}
+    )
+
+    # Not a field: what trackers are told beside the fields (`tracking.described`).
+    described = MappingProxyType[str, Any]({})
+
     def __post_init__(self) -> None:
+        if self.run_name is None and self.output_dir:
+            self.run_name = Path(self.output_dir).name
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -137,6 +148,10 @@ class DistillConfig(SFTConfig):
         super().__post_init__()
         check_settings(self)
         check_packages(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with `described`: what trackers keep as the configuration of a run."""
+        return {**super().to_dict(), **self.described}
 
 
 def as_config(args: TrainingArguments | None) -> DistillConfig:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from helpers.forked import hpd
-from helpers.servers import LlamaCppServer, PromptServer, load_backend, served
 from helpers.raw_server import answering, raw_server
+from helpers.servers import LlamaCppServer, PromptServer, load_backend, served
 from helpers.sockets import free_port, padded
 from tiny_models import tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
