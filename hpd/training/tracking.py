@@ -123,7 +123,7 @@ def _set_up(callback: Any, args: DistillConfig, state: TrainerState) -> None:
         said = " ".join(str(error).split())[:500]
         raise ValueError(
             f"train.report_to: {name} could not be started ({type(error).__name__}: {said}). Correct its "
-            "settings (environment variables, train.project, train.run_name), log in there, or remove it from "
+            "settings (environment variables, train.project, train.run_name), log in, or take it out of "
             "train.report_to."
         ) from None
 
