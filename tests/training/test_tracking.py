@@ -6,7 +6,6 @@ TensorBoard runs by default; the others where `make test-engines` installed them
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def train(place, tmp_path, monkeypatch):
     def train(tracker: str, *overrides: str, **environment: str):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        words = [f"output_dir=runs/my-run", f"train.report_to={tracker}", *overrides]
+        words = ["output_dir=runs/my-run", f"train.report_to={tracker}", *overrides]
         return hpd("train", place / "recipe.yaml", *words, cwd=tmp_path)
 
     return train
