@@ -1,4 +1,4 @@
-"""What trackers keep of a run: its name, its project, the recipe, every value; the trackers themselves, offline.
+"""What trackers keep of a run: name, project, recipe, every value. The trackers themselves, offline.
 
 TensorBoard runs by default; the others where `make test-engines` installed them.
 """
