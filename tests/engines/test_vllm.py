@@ -180,3 +180,43 @@ def test_training_from_its_log_probabilities_equals_the_live_teacher(pair, serve
         losses[name] = [log["loss"] for log in map(json.loads, lines) if "loss" in log]
     assert len(losses["live"]) == 3
     assert losses["served"] == pytest.approx(losses["live"], rel=1e-4)
+
+
+def colocated(*arguments: object) -> dict:
+    command = [sys.executable, str(ROOT / "tests/helpers/colocated.py"), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_colocated_rollouts_follow_the_weights(pair):
+    """Plain sampling: vLLM's log-probabilities are those of the student after each update."""
+    found = colocated("rollouts", pair[0], 1.0)
+    assert max(found["largest"]) < 1e-3
+    assert min(found["logprobs"]) > 12
+
+
+def test_log_probabilities_of_a_reshaped_draw_are_left_out(pair):
+    assert colocated("rollouts", pair[0], 0.5)["logprobs"] == [0, 0, 0]
+
+
+def test_importance_replay_of_its_rollouts(pair, tmp_path):
+    """Ratios against the log-probabilities that vLLM gave: the first, on the weights that wrote, is one."""
+    changes = {
+        "method": "opd",
+        "strategy": {"type": "policy_gradient"},
+        "rollouts": {
+            "engine": "vllm",
+            "max_new_tokens": 12,
+            "replay": {"capacity": 8, "importance": True},
+            "vllm": {"max_model_length": 128, "max_num_seqs": 8, "enforce_eager": True},
+        },
+    }
+    summary = colocated("train", recipe(pair, tmp_path, **changes))
+    assert summary["steps"] == 3
+    assert summary["generated tokens"] > 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    logs = [log for log in map(json.loads, lines) if "loss" in log]
+    assert len(logs) == 3
+    ratios = [value for name, value in logs[0].items() if "ratio" in name and "length" not in name]
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-3)
