@@ -1,6 +1,7 @@
 """Run by tests/engines/test_vllm.py in processes of their own: vLLM in the process of a student that changes.
 
-Usage: colocated.py rollouts STUDENT TEMPERATURE, or colocated.py train RECIPE; the last line of output is JSON.
+Usage: colocated.py rollouts STUDENT TEMPERATURE, or colocated.py train RECIPE. The last line of output is
+JSON.
 
 The CPU build of vLLM packs weights away when it has loaded them, where no new ones can be sent: here that is
 off.
