@@ -61,6 +61,14 @@ _ENGINES = (
 )
 
 
+_ACCELERATORS = "it needs two or more processes, each with an accelerator."
+_NEEDS = {
+    DistributedType.DEEPSPEED: "it needs a launcher (accelerate launch, torchrun), and on a CPU neither "
+    "train.use_cpu nor accelerate's use_cpu, which switch it off.",
+}
+"""What an engine needs to be chosen, where that is not `_ACCELERATORS`."""
+
+
 @dataclass
 class DistillConfig(SFTConfig):
     """Every setting of TRL's `SFTConfig`, and those of the distillation loss.
@@ -307,8 +315,8 @@ def _check_asked(args: Any, accelerator: Accelerator) -> None:
             raise ValueError(
                 f"{engine.value} was asked for (accelerate's configuration or train.{name or 'fsdp'}), and "
                 f"accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
-                "process(es): FSDP and DeepSpeed need two or more processes, each with an accelerator. "
-                "Launch it there, or ask for DDP (recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
+                f"process(es): {_NEEDS.get(engine, _ACCELERATORS)} Launch it so, or ask for DDP "
+                "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
             )
 
 
