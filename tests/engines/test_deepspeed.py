@@ -1,4 +1,4 @@
-"""DeepSpeed for real, on a CPU: ZeRO-2 and ZeRO-3 on two processes against one without it. `make test-engines`.
+"""DeepSpeed for real, on a CPU: ZeRO-2 and ZeRO-3 on two processes against one. `make test-engines`.
 
 Its extension for the CPU is compiled at the first start, in about a minute.
 """
