@@ -37,7 +37,7 @@ _TINY = [
     "train.per_device_train_batch_size=4",
     "train.warmup_steps=0",
 ]
-_TINY += ["eval.limit=2", "eval.max_new_tokens=4"]
+_TINY += ["train.per_device_eval_batch_size=2", "eval.limit=2", "eval.max_new_tokens=4"]
 
 
 def measure(name: str, steps: int, folder: Path, tiny: bool = False) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _program(
 
 def _write_to(stdout: str, stderr: str) -> None:
     for file, descriptor in ((stdout, 1), (stderr, 2)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
 
 
 def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:
