@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import default_logdir
 
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
@@ -73,8 +75,11 @@ class Trackers:
         self._ours = [callback for callback in self._callbacks if not _is_running(callback)]
         state = TrainerState(is_world_process_zero=int(os.environ.get("RANK", "0")) == 0)
         for callback in self._callbacks:
-            if hasattr(callback, "setup") and type(callback).__name__ in _EARLY:
+            if type(callback).__name__ in _EARLY:
                 _set_up(callback, args, state)
+            elif getattr(callback, "logging_dir", "") is None:
+                # TensorBoard's: the evaluation before training would open one below the current folder.
+                callback.logging_dir = str(Path(str(args.output_dir)) / default_logdir())  # type: ignore
 
     def join(self, trainer: Any) -> None:
         """Take the place of the callbacks that a trainer made of `report_to`."""
