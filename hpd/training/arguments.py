@@ -129,8 +129,6 @@ class DistillConfig(SFTConfig):
     described = MappingProxyType[str, Any]({})
 
     def __post_init__(self) -> None:
-        if self.run_name is None and self.output_dir:
-            self.run_name = Path(self.output_dir).name
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -245,6 +243,7 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
     if recipe.data.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("data.streaming needs train.max_steps: a stream has no known length.")
     values.setdefault("max_length", 1024)
+    values.setdefault("run_name", Path(recipe.output_dir).name)
     values["assistant_only_loss"] = True if recipe.data.labels == "assistant" else None
     values["completion_only_loss"] = None if recipe.data.labels != "all" else False
     try:
