@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -125,8 +124,8 @@ class DistillConfig(SFTConfig):
         default="hpd", metadata={"help": "Project of the run in trackio, Weights & Biases and MLflow."}
     )
 
-    # Not a field: what trackers are told beside the fields (`tracking.described`).
-    described = MappingProxyType[str, Any]({})
+    # Not to be given: what trackers are told beside the other fields (`tracking.described`).
+    described: Mapping[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
