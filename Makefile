@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-faults test-distributed test-lowest check audit lint types models bench-check gpu-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models bench-check gpu-check clean
 
 help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-faults  disturb a training run 120 times (HPD_FAULTS=n) in six ways and compare what it leaves, bit for bit"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
+	@echo "make test-engines  vLLM's CPU build, DeepSpeed and trackers for real, in an environment of their own (10 minutes)"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
@@ -65,6 +66,10 @@ audit: $(STAMP)
 # A part of the tests with the lowest versions that pyproject.toml allows; torch stays as it is (its lowest is gigabytes).
 test-lowest: $(STAMP)
 	$(BIN)/python scripts/lowest.py .venv-lowest
+
+# Engines and trackers that are large to install, for real; what cannot be installed is said and skipped.
+test-engines: $(STAMP)
+	$(BIN)/python scripts/engines.py .venv-engines
 
 # Ratios within 15 % of benchmarks/results/*.json; times themselves are not compared, so any machine of the same kind will do.
 bench-check: $(STAMP)

@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py [--axes tokens,vocabulary,hidden,chunk] [--repeats 3] [--json | --check]
     python benchmarks/growth.py --docs    # docs/performance.md from the stored result, nothing measured
+    python benchmarks/growth.py --tiny    # in a second: whether it runs
 
 HPD and forward KL beside TRL's operator, our reference and the bare products; forward and backward; medians.
 One axis moves at a time from the middle shape.
@@ -17,7 +18,17 @@ from typing import Any
 
 import torch
 from head import Problem
-from timing import RESULTS, interleaved, machine, ratios, replace_block, store_or_check, stored, table
+from timing import (
+    RESULTS,
+    check_tiny,
+    interleaved,
+    machine,
+    ratios,
+    replace_block,
+    store_or_check,
+    stored,
+    table,
+)
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 MIDDLE = {"tokens": 256, "vocabulary": 32768, "hidden": 512, "chunk": 16}
@@ -27,6 +38,8 @@ AXES = {
     "hidden": [128, 256, 512, 1024],
     "chunk": [4, 8, 16, 32],
 }
+TINY_MIDDLE = {"tokens": 8, "vocabulary": 64, "hidden": 8, "chunk": 1}
+TINY_AXES = {"tokens": [8, 16], "vocabulary": [64, 96], "hidden": [8, 12], "chunk": [1, 2]}
 LABELS = {
     "tokens": "label positions",
     "vocabulary": "vocabulary",
@@ -53,10 +66,11 @@ def candidates(point: dict[str, int], peers: bool) -> dict[str, Callable[[], Non
     }
 
 
-def measure(axis: str, repeats: int, peers: bool) -> dict[str, dict[str, list[float]]]:
+def measure(axis: str, repeats: int, peers: bool, tiny: bool = False) -> dict[str, dict[str, list[float]]]:
     """Seconds of each candidate at each point of an axis."""
+    middle, axes = (TINY_MIDDLE, TINY_AXES) if tiny else (MIDDLE, AXES)
     return {
-        str(value): interleaved(candidates({**MIDDLE, axis: value}, peers), repeats) for value in AXES[axis]
+        str(value): interleaved(candidates({**middle, axis: value}, peers), repeats) for value in axes[axis]
     }
 
 
@@ -139,7 +153,9 @@ def main() -> None:
         action="store_true",
         help="draw the plots and write the tables of the stored result, and stop",
     )
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether the script runs")
     options = parser.parse_args()
+    check_tiny(parser, options, options.tiny)
     if options.docs:
         result = stored("growth")
         for axis, medians in result["median_seconds"].items():
@@ -149,7 +165,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = {"machine": machine(), "ratios": {}, "median_seconds": {}}
     for axis in options.axes.split(","):
-        seconds = measure(axis, options.repeats, not options.check)
+        seconds = measure(axis, options.repeats, not options.check, options.tiny)
         result["median_seconds"][axis] = {
             value: {name: statistics.median(times) for name, times in at.items()}
             for value, at in seconds.items()

@@ -3,6 +3,7 @@
     python benchmarks/head.py [--shape a] [--repeats 5] [--methods hpd,akl] [--json | --check]
     python benchmarks/head.py --device cuda --dtype bfloat16    # an accelerator: printed, never stored
     python benchmarks/head.py --docs    # docs/performance.md from the stored result, nothing measured
+    python benchmarks/head.py --shape tiny    # in a second: whether it runs
 
 The floor is the products that no method can do without, in the same chunks: three with the student's head
 (logits, gradient of the hidden states, gradient of the head), one with the teacher's. Run it on an idle
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from timing import (
+    check_tiny,
     interleaved,
     machine,
     methods_to_measure,
@@ -37,7 +39,8 @@ from hpd.losses.products import chunk_rows
 from hpd.methods import method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
-SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
+SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936), "tiny": (24, 8, 12, 96)}
+STORED = ("a", "b")
 TRL = {"TRL forward KL": 0.0, "TRL JSD 0.5": 0.5, "TRL reverse KL": 1.0}
 
 
@@ -190,6 +193,7 @@ def main() -> None:
         "--docs", action="store_true", help="write the stored ratios into docs/performance.md, and stop"
     )
     options = parser.parse_args()
+    check_tiny(parser, options, options.shape == "tiny")
     if options.docs:
         replace_block("head table", tables(stored("head")))
         return
@@ -202,7 +206,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     methods = methods_to_measure("head", options.methods, options.check)
     result: dict[str, Any] = {"machine": machine(options.device), "ratios": {}, "seconds": {}}
-    for shape in SHAPES if options.shape == "all" else [options.shape]:
+    for shape in STORED if options.shape == "all" else [options.shape]:
         result["ratios"][shape], result["seconds"][shape] = measure(
             shape,
             methods,

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py [--shape a] [--methods hpd,akl] [--json | --check]
     python benchmarks/memory.py --docs    # docs/performance.md from the stored result, nothing measured
+    python benchmarks/memory.py --shape tiny    # in a moment: whether it runs
 
 The bound is what the operator must hold: gradients of head and hidden states, and two chunks of logits.
 `allocated` adds up the tensors that are alive, as an accelerator's allocator would; `resident` is the growth
@@ -12,14 +13,15 @@ A process each; Linux only.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import run
 from typing import Any
 
 import torch
-from head import SHAPES, TRL, Problem
+from head import SHAPES, STORED, TRL, Problem
 from timing import (
+    check_tiny,
     machine,
     methods_to_measure,
     replace_block,
@@ -46,7 +48,7 @@ def measure(name: str, shape: str) -> tuple[float, float]:
     problem = Problem(SHAPES[shape])
     # Threads and packing buffers, which every program with matrix products has.
     torch.mm(torch.ones(1024, SHAPES[shape][1]), torch.ones(SHAPES[shape][1], 4096))
-    run = (
+    operator = (
         problem.floor
         if name == PRODUCTS
         else problem.trl(TRL[name])
@@ -55,13 +57,13 @@ def measure(name: str, shape: str) -> tuple[float, float]:
     )
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    run()
-    run()
+    operator()
+    operator()
     resident = resident_mib("VmHWM") - before
     problem.hidden.grad = problem.weight.grad = None
     _cpu_scratch.clear()
     with LiveBytes() as live:
-        run()
+        operator()
     # The products' own chunks were made with the problem.
     kept = problem.buffers.numel() * 4 if name == PRODUCTS else 0
     return (live.peak + kept) / MIB, resident
@@ -69,7 +71,7 @@ def measure(name: str, shape: str) -> tuple[float, float]:
 
 def peaks_of(name: str, shape: str, threads: int) -> list[float]:
     command = [sys.executable, __file__, "--peak-of", name, "--shape", shape, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run(command, capture_output=True, text=True, check=True)
     return [float(figure) for figure in done.stdout.split()[-2:]]
 
 
@@ -105,6 +107,7 @@ def main() -> None:
     )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    check_tiny(parser, options, options.shape == "tiny")
     torch.set_num_threads(options.threads)
     if options.docs:
         replace_block("memory table", tables(stored("memory")))
@@ -114,7 +117,7 @@ def main() -> None:
         return
     methods = methods_to_measure("memory", options.methods, options.check)
     result: dict[str, Any] = {"machine": machine(), "bound_mib": {}, "mib": {}, "ratios": {}}
-    for shape in SHAPES if options.shape == "all" else [options.shape]:
+    for shape in STORED if options.shape == "all" else [options.shape]:
         result["bound_mib"][shape] = bound = bound_mib(Problem(SHAPES[shape]))
         names = [PRODUCTS, *methods]
         if not (options.no_peers or options.check):

@@ -2,6 +2,7 @@
 
     python benchmarks/regimes.py --steps 300    # runs, writes benchmarks/results/regimes.json, prints, draws
     python benchmarks/regimes.py --draw         # only table and picture, from the json
+    python benchmarks/regimes.py --tiny --steps 2 --folder FOLDER    # whether it runs; all of it in FOLDER
 
 Cost is the processor time of the training loop (all threads, generation and teacher included; evaluation and
 imports are not), which other work on the machine moves less than wall time.
@@ -29,9 +30,17 @@ RUNS = {
 # Rollouts on which the KL of the student's own text is measured.
 _OWN_TEXT_ROWS = 200
 _ROWS = 64  # of a step
+# A few rows, and answers of a few tokens.
+_TINY = [
+    "data.limit=8",
+    "data.validation=0.25",
+    "train.per_device_train_batch_size=4",
+    "train.warmup_steps=0",
+]
+_TINY += ["train.per_device_eval_batch_size=2", "eval.limit=2", "eval.max_new_tokens=4"]
 
 
-def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
+def measure(name: str, steps: int, folder: Path, tiny: bool = False) -> dict[str, Any]:
     """Train one recipe and measure its student."""
     from transformers import TrainerCallback
 
@@ -56,6 +65,7 @@ def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
 
     staged = name == "hpd_then_opd"
     settings = [f"train.max_steps={steps // 2 if staged else steps}", f"output_dir={folder / name}"]
+    settings += _TINY if tiny else []
     summary = train(
         load_recipe(ROOT / "recipes" / "regimes" / f"{name}.yaml", settings), overwrite=True, progress=Timed()
     )
@@ -64,14 +74,14 @@ def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
     return {
         "accuracy": summary["student after accuracy"],
         "forward_kl": summary["forward_kl after"],
-        "own_text_kl": own_text_kl(student, ROOT / "hpd" / "demo" / "teacher"),
+        "own_text_kl": own_text_kl(student, ROOT / "hpd" / "demo" / "teacher", 2 if tiny else _OWN_TEXT_ROWS),
         "generated_tokens": sum(stage.get("generated tokens", 0) for stage in stages.values()),
         "cpu_seconds": round(clock.seconds, 1),
         "wall_seconds": summary["train seconds"],
     }
 
 
-def own_text_kl(student_path: Path, teacher_path: Path) -> float:
+def own_text_kl(student_path: Path, teacher_path: Path, num_rows: int) -> float:
     """Mean KL(student || teacher) per token of text that the student writes to held-out prompts, in nats."""
     import torch
     from accelerate import Accelerator
@@ -90,7 +100,7 @@ def own_text_kl(student_path: Path, teacher_path: Path) -> float:
     file = str(ROOT / "hpd" / "demo" / "data" / "validation.jsonl.gz")
     prompts = [
         tokenizer(p)["input_ids"]
-        for p in load_dataset("json", data_files=file, split="train")["prompt"][:_OWN_TEXT_ROWS]
+        for p in load_dataset("json", data_files=file, split="train")["prompt"][:num_rows]
     ]
     engine = make_engine(
         RolloutConfig(batch_size=100), lambda: student, student, Accelerator(cpu=True), tokenizer, None
@@ -126,7 +136,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, Any]) -> None:
+def draw(results: dict[str, Any], picture: Path) -> None:
     """Cost against on-policyness, and what became of the student."""
     from matplotlib.figure import Figure
 
@@ -168,8 +178,8 @@ def draw(results: dict[str, Any]) -> None:
     for axis in (cost, *panels):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=130)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130)
 
 
 def main() -> None:
@@ -179,16 +189,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "regimes")
     parser.add_argument("--draw", action="store_true", help="Only table and picture, from the json.")
+    parser.add_argument("--runs", default=",".join(RUNS), help="Some of the recipes, with --tiny.")
+    parser.add_argument("--tiny", action="store_true", help="A few rows: whether the script runs.")
     options = parser.parse_args()
+    if not options.tiny and options.runs != ",".join(RUNS):
+        parser.error("--runs leaves recipes out, which the stored result must hold: it needs --tiny.")
+    stored, picture = RESULTS, PICTURE
+    if options.tiny:
+        stored, picture = options.folder / "regimes.json", options.folder / "regimes.png"
+        options.folder.mkdir(parents=True, exist_ok=True)
     if not options.draw:
         results: dict[str, Any] = {"steps": options.steps, "runs": {}}
-        for name in RUNS:
-            results["runs"][name] = measure(name, options.steps, options.folder)
-            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        for name in options.runs.split(","):
+            results["runs"][name] = measure(name, options.steps, options.folder, options.tiny)
+            stored.write_text(json.dumps(results, indent=2) + "\n")
             print(name, results["runs"][name], flush=True)
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(stored.read_text())
     print(table(results))
-    draw(results)
+    draw(results, picture)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import yaml
@@ -95,7 +95,7 @@ def seconds_until(stamp: Path, command: list[str], folder: Path) -> float:
     }
     with (folder / "output.txt").open("w") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=folder)
+        process = Popen(command, stdout=output, stderr=output, env=environment, cwd=folder)
         while not stamp.exists():
             if process.poll() is not None:
                 sys.exit(

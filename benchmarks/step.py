@@ -4,6 +4,7 @@ student alone.
     python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--memory]
         [--json | --check]
     python benchmarks/step.py --docs    # docs/performance.md from the stored result, nothing measured
+    python benchmarks/step.py --tiny --cached    # in seconds: whether it runs
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three
 quarters of them labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
@@ -13,17 +14,18 @@ depend on them.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from subprocess import run
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from timing import (
+    check_tiny,
     interleaved,
     machine,
     ratios,
@@ -45,22 +47,28 @@ from hpd.files import write_atomically
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard
 
-VOCAB, TOKENS, ROWS, LABELLED = 49152, 512, 2, 0.75
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 8192,
-}
+ROWS, LABELLED = 2, 0.75
+
+
+class Shape(NamedTuple):
+    """What both models and the rows are made of."""
+
+    vocab: int = 49152
+    tokens: int = 512
+    hidden: int = 576
+    intermediate: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    student_layers: int = 10
+    teacher_layers: int = 30
+
+
+TINY = Shape(64, 16, 12, 16, 3, 1, 1, 2)
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": ROWS,
     "gradient_checkpointing": False,
     "report_to": "none",
     "disable_tqdm": True,
-    "max_length": TOKENS,
     "bf16": False,
     "use_cpu": True,
     "save_strategy": "no",
@@ -68,15 +76,25 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def model(layers: int, seed: int) -> LlamaForCausalLM:
+def model(shape: Shape, layers: int, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE))
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    return LlamaForCausalLM(config)
 
 
-def rows() -> Dataset:
+def rows(shape: Shape) -> Dataset:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCAB, (ROWS, TOKENS), generator=generator).tolist()
-    start = int(TOKENS * (1 - LABELLED))
+    ids = torch.randint(shape.vocab, (ROWS, shape.tokens), generator=generator).tolist()
+    start = int(shape.tokens * (1 - LABELLED))
     return Dataset.from_list([{"input_ids": row, "labels": [-100] * start + row[start:]} for row in ids])
 
 
@@ -110,23 +128,23 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     return step
 
 
-def cached_teacher(folder: Path) -> CachedTeacher:
+def cached_teacher(shape: Shape, folder: Path) -> CachedTeacher:
     """A float32 hidden cache of the rows: the teacher's shape, random numbers."""
     collator = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
-    keys = torch.cat([keys for _, keys in collator.rows(rows())])
+    keys = torch.cat([keys for _, keys in collator.rows(rows(shape))])
     generator = torch.Generator().manual_seed(1)
     shard = {
-        "hidden": torch.randn(len(keys), SHAPE["hidden_size"], generator=generator),
+        "hidden": torch.randn(len(keys), shape.hidden, generator=generator),
         "log_z": torch.full((len(keys),), 11.0),
     }
     folder.mkdir()
     save_shard(folder, 0, shard)
-    head = {"weight": torch.randn(VOCAB, SHAPE["hidden_size"], generator=generator) * 0.02}
+    head = {"weight": torch.randn(shape.vocab, shape.hidden, generator=generator) * 0.02}
     write_atomically(folder / "head.safetensors", lambda draft: save_file(head, draft))
     about = {
         "format": FORMAT,
         "kind": "hidden",
-        "vocab": VOCAB,
+        "vocab": shape.vocab,
         "head": {"scale": 1.0, "softcap": None},
         "fingerprint": {},
     }
@@ -134,30 +152,33 @@ def cached_teacher(folder: Path) -> CachedTeacher:
     return CachedTeacher(folder)
 
 
-def candidate(name: str, folder: str) -> Callable[[], None]:
+def candidate(name: str, folder: str, shape: Shape) -> Callable[[], None]:
     """`SFTTrainer`, or a method of the table with a live teacher or a cached one."""
-    common = {"train_dataset": rows(), "processing_class": tokenizer()}
+    common = {"train_dataset": rows(shape), "processing_class": tokenizer()}
+    settings = {**SETTINGS, "output_dir": folder, "max_length": shape.tokens}
+    student = model(shape, shape.student_layers, 0)
     if name == "SFTTrainer":
-        return step_of(
-            SFTTrainer(model=model(10, 0), args=SFTConfig(output_dir=folder, **SETTINGS), **common)
-        )
+        return step_of(SFTTrainer(model=student, args=SFTConfig(**settings), **common))
     impl = "reference" if name.endswith("(reference)") else "chunked"
-    teacher = cached_teacher(Path(folder) / "cache") if name.endswith("(cached)") else model(30, 1)
+    teacher = (
+        cached_teacher(shape, Path(folder) / "cache")
+        if name.endswith("(cached)")
+        else model(shape, shape.teacher_layers, 1)
+    )
     trainer = DistillTrainer(
-        model=model(10, 0),
+        model=student,
         teacher=teacher,
         method=name.split(" ")[0],
-        args=DistillConfig(output_dir=folder, impl=impl, **SETTINGS),
+        args=DistillConfig(impl=impl, **settings),
         **common,
     )
     return step_of(trainer)
 
 
-def peak_mib(name: str) -> float:
+def peak_mib(name: str, tiny: bool) -> float:
     """Peak resident memory of a process that takes two such steps."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak-of", name], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, "--peak-of", name, *(["--tiny"] if tiny else [])]
+    done = run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
@@ -188,22 +209,25 @@ def main() -> None:
     parser.add_argument(
         "--docs", action="store_true", help="write the stored result into docs/performance.md, and stop"
     )
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether the script runs")
     options = parser.parse_args()
+    check_tiny(parser, options, options.tiny)
+    shape = TINY if options.tiny else Shape()
     if options.docs:
         replace_block("step table", tables(stored("step")))
         return
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         if options.peak_of:
-            step = candidate(options.peak_of, folder)
+            step = candidate(options.peak_of, folder, shape)
             step(), step()
             print(resident_mib("VmHWM"))
             return
         names = ["SFTTrainer", *options.methods.split(","), *(["hpd (cached)"] if options.cached else [])]
-        seconds = interleaved({name: candidate(name, folder) for name in names}, options.repeats)
+        seconds = interleaved({name: candidate(name, folder, shape) for name in names}, options.repeats)
     result = {"machine": machine(), "ratios": {"step": ratios(seconds, "SFTTrainer")}, "seconds": seconds}
-    result["peak_mib"] = {name: peak_mib(name) for name in names} if options.memory else {}
-    print(f"\nstep of {ROWS} x {TOKENS} tokens, {LABELLED:.0%} labelled, {result['machine']}\n")
+    result["peak_mib"] = {name: peak_mib(name, options.tiny) for name in names} if options.memory else {}
+    print(f"\nstep of {ROWS} x {shape.tokens} tokens, {LABELLED:.0%} labelled, {result['machine']}\n")
     print(tables(result))
     store_or_check("step", result, options.json, options.check)
 

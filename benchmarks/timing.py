@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -20,6 +21,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = RESULTS.parent.parent / "docs" / "performance.md"
 # A machine that other work shares drifts by this much between runs.
 MARGIN = 0.15
+
+
+def check_tiny(parser: argparse.ArgumentParser, options: argparse.Namespace, tiny: bool) -> None:
+    """Tiny shapes show that a script runs; their ratios say nothing."""
+    if tiny and (options.json or options.check or options.docs):
+        parser.error("tiny shapes are neither stored nor compared: leave --json, --check and --docs out.")
 
 
 def interleaved(

@@ -85,6 +85,7 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
     Raises:
         FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings
             began, or that another process is writing.
+        ValueError: a server that refuses requests, or never gave an answer that can be read.
         TeacherUnavailable: a server stayed away; what is done is kept.
     """
     config = recipe.generate or GenerateConfig()
@@ -305,6 +306,7 @@ class _ServerWriter:
         self.tokenizer = tokenizer
         self.fingerprint: str | None = None
         self._model = teacher.model
+        self._answered = False
         self._connection = Connection(
             teacher.url.rstrip("/").removesuffix("/v1"),
             name="The teacher",
@@ -341,15 +343,23 @@ class _ServerWriter:
                 text = choice["text"]
                 reason = choice["finish_reason"]
                 tokens = (found.get("usage") or {}).get("completion_tokens")
-            except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise BadResponse(f"not the expected fields ({type(error).__name__})") from None
+            except (KeyError, IndexError, TypeError, AttributeError):
+                raise BadResponse("no choices with text and finish_reason") from None
             if not isinstance(text, str) or reason not in ("stop", "length"):
                 raise BadResponse(f"text of type {type(text).__name__}, finish_reason {shown(reason)!r}")
             return Completion(text, _told(tokens, config.max_new_tokens), reason)
 
         # A token is seldom longer than this, escaped; the rest is for the fields around the text.
         most = 2**20 + 256 * config.max_new_tokens
-        return self._connection.request("POST", "/v1/completions", read, json=body, max_bytes=most)
+        try:
+            done = self._connection.request("POST", "/v1/completions", read, json=body, max_bytes=most)
+        except TeacherUnavailable as error:
+            # The same command would fail in the same way.
+            if error.final or (error.garbled and not self._answered):
+                raise ValueError(str(error)) from None
+            raise
+        self._answered = True
+        return done
 
     def close(self) -> None:
         self._connection.close()

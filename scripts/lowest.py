@@ -10,10 +10,8 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
-
-if sys.version_info >= (3, 11):
-    import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [

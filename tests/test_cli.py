@@ -243,3 +243,21 @@ def test_help_and_import_are_quick():
         "import sys, hpd, hpd.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+@pytest.mark.parametrize("folder", ["", "hpd"])
+def test_a_clone_of_the_same_name_beside_is_not_imported(tmp_path, folder):
+    """`python -m` and launchers look in the current folder first, where a clone is called as the package
+    is."""
+    (tmp_path / "hpd" / "runs").mkdir(parents=True)
+    (tmp_path / "hpd" / "docs").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hpd", "--version"],
+        cwd=tmp_path / folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hpd ")

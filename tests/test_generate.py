@@ -278,6 +278,17 @@ def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted
     assert len(lines(output)) == 10
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"text": "a"}]}'])
+def test_a_server_that_never_answers_right_is_a_mistake(pair, rows, tmp_path, scripted, monkeypatch, body):
+    """Nothing that the same command, started again by a scheduler, would change."""
+    monkeypatch.setattr("hpd.http.connection._FIRST_PAUSE_SECONDS", 0.01)
+    scripted.answer = lambda request: body
+    teacher = {"type": "server", "url": scripted.url, "model": "tiny", "wait_seconds": 60.0}
+    with pytest.raises(ValueError, match="keeps giving bad responses") as caught:
+        generate(recipe(pair, rows, tmp_path / "made.jsonl", teacher))
+    assert "Error" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -76,27 +76,39 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def tiny_pair(
-    architecture: str, folder: Path, *, student_vocab: int = NUM_TOKENS, teacher_vocab: int = NUM_TOKENS
+    architecture: str,
+    folder: Path,
+    *,
+    student_vocab: int = NUM_TOKENS,
+    teacher_vocab: int = NUM_TOKENS,
+    **shape: int,
 ) -> tuple[Path, Path]:
     """Save a student and a teacher of one family, with one tokenizer, under `folder`.
 
     Args:
         architecture: a name of ARCHITECTURES (a transformers model type).
         student_vocab, teacher_vocab: rows of each head, >= NUM_TOKENS; those beyond pad it, as in Qwen2.5.
+        shape: fields of both configurations, in place of those here.
 
     Returns:
         The two folders.
     """
     student, teacher = Path(folder) / "student", Path(folder) / "teacher"
-    tiny_model(architecture, student, vocab=student_vocab, role="student", seed=0)
-    tiny_model(architecture, teacher, vocab=teacher_vocab, role="teacher", seed=1)
+    tiny_model(architecture, student, vocab=student_vocab, role="student", seed=0, **shape)
+    tiny_model(architecture, teacher, vocab=teacher_vocab, role="teacher", seed=1, **shape)
     return student, teacher
 
 
 def tiny_model(
-    architecture: str, folder: Path, *, vocab: int = NUM_TOKENS, role: str = "student", seed: int = 0
+    architecture: str,
+    folder: Path,
+    *,
+    vocab: int = NUM_TOKENS,
+    role: str = "student",
+    seed: int = 0,
+    **shape: int,
 ) -> Path:
-    """Save one model and its tokenizer."""
+    """Save one model and its tokenizer; `shape` are fields of its configuration, in place of those here."""
     family = ARCHITECTURES[architecture]
     tokenizer = tiny_tokenizer(family["bos"])
     config = AutoConfig.for_model(
@@ -104,7 +116,7 @@ def tiny_model(
         **(_STUDENT_SHAPE if role == "student" else _TEACHER_SHAPE),
         **{"tie_word_embeddings": False, **family.get("both", {}), **family.get(role, {})},
         vocab_size=vocab,
-        **SHAPE,
+        **{**SHAPE, **shape},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from hpd.evaluate.task import Notice, Task
 from hpd.evaluate.tasks import share_options
 from hpd.generation.engine import Engine, TransformersEngine
 from hpd.generation.settings import GenerationSettings
+from hpd.generation.vllm_engine import VllmEngine, VllmOptions
 from hpd.locks import holding
 from hpd.methods.terms import nearest
 from hpd.models.adapters import require_whole
+from hpd.models.dtypes import dtype_name, loaded_dtype
 from hpd.models.load import load_config, load_model, load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers.fingerprints import quick_fingerprint
@@ -51,8 +53,8 @@ class EvalCommand:
     """As `task_and_settings` gives them."""
     engine: str = "transformers"
     """A name of `ENGINES`."""
-    tensor_parallel: int = 1
-    """vLLM only: GPUs that share a model."""
+    vllm: VllmOptions = VllmOptions()
+    """Of the engine vllm only."""
     dtype: str = "auto"
     """Of the weights."""
     output: Path | None = None
@@ -63,8 +65,12 @@ class EvalCommand:
         if self.engine not in ENGINES:
             raise ValueError(f"Unknown engine {self.engine!r}. {nearest(self.engine, list(ENGINES))}")
         check_dtype(self.dtype)
-        if self.tensor_parallel != 1 and self.engine != "vllm":
-            raise ValueError("tensor_parallel is vLLM's: it needs --engine vllm.")
+        if self.vllm != VllmOptions() and self.engine != "vllm":
+            given = [
+                field.name for field in fields(VllmOptions) if getattr(self.vllm, field.name) != field.default
+            ]
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{names}: vLLM's, and the engine is {self.engine}. It needs --engine vllm.")
         if len(set(self.models)) < len(self.models):
             raise ValueError("a model is named twice.")
 
@@ -115,6 +121,7 @@ def _evaluate_models(
     results: dict[str, dict[str, EvalResult]] = {task.name: {} for task, _ in command.tasks}
     for model in command.models:
         engine = load_engine(command, model)
+        progress.say(f"{names[model]}: {engine.name} in {engine.dtype}")
         for task, settings in command.tasks:
             result = evaluate_engine(
                 engine,
@@ -138,10 +145,9 @@ def _evaluate_models(
 def load_engine(command: EvalCommand, model: str) -> Engine:
     """The model, ready to answer."""
     if command.engine == "vllm":
-        from hpd.generation.vllm_engine import VllmEngine
-
-        tokenizer = load_tokenizer(ModelConfig(model=model), "model")
-        return VllmEngine(model, tokenizer, dtype=command.dtype, tensor_parallel_size=command.tensor_parallel)
+        source = ModelConfig(model=model, dtype=command.dtype)  # type: ignore[arg-type]
+        dtype = dtype_name(loaded_dtype(source, "model"))
+        return VllmEngine(model, load_tokenizer(source, "model"), dtype=dtype, options=command.vllm)
     return TransformersEngine(*load_on_device(model, command.dtype))
 
 

@@ -91,6 +91,8 @@ class EvalResult:
     """Share of answers cut at the length limit, 0 to 1: where it is large, the metric measures the limit."""
     tokens_per_second: float
     """Tokens written per second of generation, all rows of a batch together."""
+    dtype: str | None = None
+    """Of the weights that answered; None: not known."""
     records: tuple[Record, ...]
 
     def scores(self) -> Floats:
@@ -179,7 +181,7 @@ def _evaluate(
                 {**identity, "fingerprint": fingerprint, "prompts": prompts},
             )
     generated = answer_examples(engine, examples, settings, progress, partial)
-    result = grade_answers(task, examples, generated, settings.num_samples)
+    result = grade_answers(task, examples, generated, settings.num_samples, engine.dtype)
     if folder is not None:
         write_result(folder, identity, result)
     if partial is not None:
@@ -199,9 +201,13 @@ def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -
 
 
 def grade_answers(
-    task: Task, examples: Sequence[Example], generated: Generated, num_samples: int
+    task: Task,
+    examples: Sequence[Example],
+    generated: Generated,
+    num_samples: int,
+    dtype: str | None = None,
 ) -> EvalResult:
-    """The result that a model's answers amount to."""
+    """The result that the answers of a model in `dtype` amount to."""
     answers = generated.answers
     repeated = [example for example in examples for _ in range(num_samples)]
     verdicts = _graded(task, repeated, answers)
@@ -231,6 +237,7 @@ def grade_answers(
         mean_tokens=num_tokens / len(answers),
         truncated=sum(answer.finish_reason == "length" for answer in answers) / len(answers),
         tokens_per_second=num_tokens / generated.seconds if generated.seconds else 0.0,
+        dtype=dtype,
         records=tuple(
             _record(index % num_samples, *parts)
             for index, parts in enumerate(zip(repeated, answers, verdicts, strict=True))

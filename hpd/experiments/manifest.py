@@ -80,7 +80,7 @@ def open_manifest(
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / EXPERIMENT, text)
-        started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(path, {**found, "started": started})
         return found
     known = json.loads(path.read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ def _status(results: Results) -> str:
     total = len(results.manifest.get("cells", results.runs))
     units = {run.unit for run in results.runs if run.finished}
     noun = "repetition" if any(run.paired for run in results.runs) else "seed"
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     found = f"{_count(len(results.groups), 'method')}, {_count(len(units), noun)}"
     damaged = f"; {_count(len(results.damages), 'damaged part')} of files left out" if results.damages else ""
     return f"{finished} of {total} runs finished, {found}; written {now}{damaged}"

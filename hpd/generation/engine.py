@@ -19,6 +19,7 @@ from hpd.data.templates import taken_by_template
 from hpd.generation.drawing import Draw, Sampling, warpers
 from hpd.generation.settings import GenerationSettings
 from hpd.generation.texts import Answer, Message, Prompt, Rollout
+from hpd.models.dtypes import dtype_name
 
 __all__ = [
     "Engine",
@@ -50,6 +51,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Part of an evaluation's identity: two engines round differently."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, such as "float32"."""
         ...
 
     @property
@@ -86,6 +92,10 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self._device = device
+
+    @property
+    def dtype(self) -> str:
+        return dtype_name(next(p.dtype for p in self.model.parameters() if p.is_floating_point()))
 
     @property
     def context(self) -> int | None:

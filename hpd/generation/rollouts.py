@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from trl.models import unwrap_model_for_generation
 
 from hpd.generation.drawing import Sampling, warpers
-from hpd.generation.engine import TransformersEngine, end_token_ids, longest_first
+from hpd.generation.engine import TransformersEngine, longest_first
 from hpd.generation.texts import Rollout
-from hpd.generation.vllm_engine import VllmRollouts, require_vllm
+from hpd.generation.vllm_engine import make_vllm_rollouts
 from hpd.methods.prefixes import RolloutConfig
 
 __all__ = ["Rollout", "RolloutEngine", "StudentRollouts", "make_engine"]
@@ -119,22 +119,7 @@ def make_engine(
         ValueError: vLLM is not installed, or teacher_share without a teacher that runs beside the student.
     """
     if config.engine == "vllm":
-        require_vllm("rollouts.engine:")
-        from trl.generation.vllm_generation import VLLMGeneration
-
-        generation = VLLMGeneration(
-            base,  # type: ignore[arg-type]
-            accelerator,
-            tokenizer,  # type: ignore[arg-type]
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
-            max_completion_length=config.max_new_tokens,
-            **config.vllm,
-        )
-        return VllmRollouts(generation, accelerator, end_token_ids(base, tokenizer))
+        return make_vllm_rollouts(config, base, accelerator, tokenizer)
     if config.teacher_share and teacher is None:
         raise ValueError(
             "rollouts.teacher_share needs a teacher that runs beside the student: teacher type model."

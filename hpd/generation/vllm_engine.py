@@ -1,20 +1,30 @@
-"""Answers and rollouts by vLLM, for GPUs."""
+"""Answers and rollouts by vLLM.
 
+vLLM's own choice of a dtype ("auto") halves float32 weights, and other weights write other text: here it is
+always told the dtype.
+"""
+
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.generation.engine import Request, longest_first
+from hpd.generation.engine import Request, end_token_ids, longest_first
 from hpd.generation.settings import GenerationSettings
 from hpd.generation.texts import Answer, Rollout
+from hpd.methods.fields import check_fields
+from hpd.methods.prefixes import RolloutConfig
+from hpd.models.dtypes import dtype_name
 
-__all__ = ["VllmEngine", "VllmRollouts", "require_vllm"]
+__all__ = ["VllmEngine", "VllmOptions", "VllmRollouts", "make_vllm_rollouts", "require_vllm", "rollout_dtype"]
 
 # vLLM fills its own batches; this many at once keep it busy, and are what an interruption loses.
 _BATCHES_PER_CALL = 16
@@ -29,15 +39,48 @@ def require_vllm(option: str) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VllmOptions:
+    """Settings of the engine of `hpd eval` beside the model's; None: vLLM's own choice."""
+
+    tensor_parallel: int = 1
+    """GPUs that share a model."""
+    memory_share: float | None = None
+    """Share of a GPU's memory for weights and cache, in (0, 1]."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; None: the model's context."""
+    eager: bool = False
+    """No CUDA graphs: a faster start and less memory, slower tokens."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            "vllm",
+            tensor_parallel=(self.tensor_parallel >= 1, ">= 1"),
+            memory_share=(self.memory_share is None or 0 < self.memory_share <= 1, "in (0, 1]"),
+            max_length=(self.max_length is None or self.max_length >= 2, ">= 2"),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """As `vllm.LLM` takes them."""
+        given = {
+            "tensor_parallel_size": self.tensor_parallel,
+            "gpu_memory_utilization": self.memory_share,
+            "max_model_len": self.max_length,
+            "enforce_eager": self.eager or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
 class VllmEngine:
     """`vllm.LLM` on all GPUs of this machine: the interface of `TransformersEngine`.
 
     Args:
         model: folder or Hub id.
         tokenizer: the model's, as hpd loads it: prompts are encoded here, vLLM gets token ids.
-        dtype: of the weights.
+        dtype: of the weights, such as "float32"; vLLM's "auto" is none.
         revision: branch, tag or commit on the Hub.
-        tensor_parallel_size: GPUs that share the model.
+        options: of the engine.
 
     Raises:
         ValueError: vLLM is not installed.
@@ -50,15 +93,16 @@ class VllmEngine:
         model: str,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        dtype: str = "auto",
+        dtype: str,
         revision: str | None = None,
-        tensor_parallel_size: int = 1,
+        options: VllmOptions = VllmOptions(),
     ):
         require_vllm("--engine")
         from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.inputs import TokensPrompt  # pyright: ignore[reportMissingImports]
 
         self.tokenizer = tokenizer
+        self.dtype = dtype
         self._prompt = TokensPrompt
         self._sampling = SamplingParams
         # generation_config="vllm": what the checkpoint says about decoding is ignored, as everywhere here.
@@ -67,8 +111,8 @@ class VllmEngine:
             tokenizer=tokenizer.name_or_path,
             dtype=dtype,
             revision=revision,
-            tensor_parallel_size=tensor_parallel_size,
             generation_config="vllm",
+            **options.arguments(),
         )
 
     @property
@@ -107,20 +151,24 @@ class VllmRollouts:
     after each update.
 
     vLLM draws by itself: its rollouts are not a function of `uniforms`. TRL has it return log-probabilities
-    of the distribution that it draws from, which are the student's own only where nothing reshapes that; so
-    regimes that read them refuse other settings.
+    of the distribution that it draws from, which are the student's own only where nothing reshapes that:
+    elsewhere rollouts have none, and regimes that read them refuse such settings.
 
     Args:
         generation: a `trl.generation.vllm_generation.VLLMGeneration`, or anything with its `generate` and
             `sync_weights`.
         accelerator: of the training.
         end_ids: tokens that end a completion.
+        draws_exactly: tokens come from the student's own distribution.
     """
 
-    def __init__(self, generation: Any, accelerator: Accelerator, end_ids: Sequence[int]):
+    def __init__(
+        self, generation: Any, accelerator: Accelerator, end_ids: Sequence[int], draws_exactly: bool = True
+    ):
         self._generation = generation
         self._accelerator = accelerator
         self._end_ids = set(end_ids)
+        self._draws_exactly = draws_exactly
         self._synced: int | None = None
 
     def generate(
@@ -137,6 +185,61 @@ class VllmRollouts:
         _, tokens, logprobs, _ = self._generation.generate(prompts=filled, images=None, num_generations=1)
         rows = zip(tokens[: len(prompts)], logprobs[: len(prompts)], limits, strict=True)
         return [
-            Rollout.cut(list(ids), [float(lp[0]) for lp in lps], limit, self._end_ids)
-            for ids, lps, limit in rows
+            Rollout.cut(list(ids), self._own(logprobs), limit, self._end_ids) for ids, logprobs, limit in rows
         ]
+
+    def _own(self, logprobs: Sequence[Sequence[float | None]]) -> list[float]:
+        """Log-probabilities of tokens under the student itself; NaN where vLLM has none."""
+        if not self._draws_exactly:
+            return []
+        return [float("nan") if first is None else first for first, *_ in logprobs]
+
+
+def rollout_dtype(config: RolloutConfig, student: nn.Module) -> str:
+    """The dtype of colocated vLLM: `rollouts.vllm.dtype`, else that of the student's weights."""
+    own = next(p.dtype for p in student.parameters() if p.is_floating_point())
+    return str(config.vllm.get("dtype", dtype_name(own)))
+
+
+def make_vllm_rollouts(
+    config: RolloutConfig, student: nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+) -> VllmRollouts:
+    """vLLM as `rollouts` describes it.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
+    require_vllm("rollouts.engine:")
+    from trl.generation import vllm_generation
+
+    given = {name: value for name, value in config.vllm.items() if name not in ("dtype", "enforce_eager")}
+    engine: dict[str, Any] = {"dtype": rollout_dtype(config, student)}
+    if config.vllm.get("enforce_eager"):
+        engine["enforce_eager"] = True
+    with _starting_engines_with(vllm_generation, **engine):
+        generation = vllm_generation.VLLMGeneration(
+            student,  # type: ignore[arg-type]
+            accelerator,
+            tokenizer,  # type: ignore[arg-type]
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            max_completion_length=config.max_new_tokens,
+            **given,
+        )
+    end_ids = end_token_ids(student, tokenizer)
+    return VllmRollouts(generation, accelerator, end_ids, config.draws_student_exactly)
+
+
+@contextmanager
+def _starting_engines_with(module: Any, **arguments: Any) -> Iterator[None]:
+    """Add arguments to every engine that TRL's `module` starts: it takes no dtype, and vLLM's own choice is
+    not the student's."""
+    original = module.LLM
+    module.LLM = functools.partial(original, **arguments)
+    try:
+        yield
+    finally:
+        module.LLM = original

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import httpcore2
@@ -43,11 +43,13 @@ class ServerUnavailable(RuntimeError):
     Args:
         message: which server, and why.
         final: asking again would not help (a wrong key, a request that the server refuses).
+        garbled: it responds, each time with what cannot be right.
     """
 
-    def __init__(self, message: str, final: bool = False):
+    def __init__(self, message: str, final: bool = False, garbled: bool = False):
         super().__init__(message)
         self.final = final
+        self.garbled = garbled
 
 
 class Connection:
@@ -64,6 +66,7 @@ class Connection:
         max_attempts: of one request; None: as many as fit into `wait_seconds`.
         first_pause_seconds: before the first retry, doubled each time; None: 0.25.
         connections: kept open at once.
+        refusals: texts of a response that mean "never", whatever its status.
         failure: the class of the error for a server that is unavailable.
 
     Raises:
@@ -82,6 +85,7 @@ class Connection:
         max_attempts: int | None = None,
         first_pause_seconds: float | None = None,
         connections: int = 4,
+        refusals: Sequence[str] = (),
         failure: type[ServerUnavailable] = ServerUnavailable,
     ):
         check_url(url, f"the address of {name[0].lower()}{name[1:]}")
@@ -101,6 +105,7 @@ class Connection:
         self._max_attempts = max_attempts
         self._first_pause_seconds = first_pause_seconds
         self._failure = failure
+        self._refusals = refusals
         self._lock = threading.Lock()
         self._closing = threading.Event()
         local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
@@ -161,7 +166,7 @@ class Connection:
                 if response.status_code == 200:
                     return read(response, body)
                 reason = f"HTTP {response.status_code}: {self._quoted(body.decode(errors='replace'))}"
-                if response.status_code not in _RETRIED:
+                if response.status_code not in _RETRIED or self._refuses(reason):
                     raise self._failure(f"{self._where(path)} refuses the request: {reason}", final=True)
                 retry_after = _retry_after(response)
             except _OUR_MISTAKES as error:
@@ -175,7 +180,8 @@ class Connection:
                 bad += 1
                 reason = f"bad response: {self._quoted(str(error))}"
                 if bad >= _BAD_RESPONSES:
-                    raise self._failure(f"{self._where(path)} keeps giving bad responses: {reason}") from None
+                    message = f"{self._where(path)} keeps giving bad responses: {reason}"
+                    raise self._failure(message, garbled=True) from None
             end = min(end, time.monotonic() + self._wait_seconds)
             left = end - time.monotonic()
             spent = attempts == self._max_attempts or max(retry_after, _SHORTEST_ATTEMPT_SECONDS) >= left
@@ -225,6 +231,9 @@ class Connection:
     def explained(self, error: Exception) -> str:
         """An error in one line, without the key and other secrets."""
         return f"{type(error).__name__} {self._quoted(str(error))}".strip()
+
+    def _refuses(self, reason: str) -> bool:
+        return any(text in reason for text in self._refusals)
 
     def _quoted(self, text: str) -> str:
         for form in self._forms:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hpd.methods.fields import STRICT, check_fields
+from hpd.methods.fields import STRICT, check_fields, nearest
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.terms import Scalar
 
@@ -180,7 +180,8 @@ class RolloutConfig:
     """Use rollouts again; null: every rollout is trained on once."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of TRL's VLLMGeneration: mode (colocate or server), server_base_url,
-    gpu_memory_utilization, ..."""
+    gpu_memory_utilization, max_model_length, tensor_parallel_size, ...; and of a colocated engine: dtype
+    (that of the student's weights without it) and enforce_eager."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -209,6 +210,8 @@ class RolloutConfig:
             raise ValueError(
                 "rollouts.vllm has no effect with engine: transformers: remove it, or set engine: vllm."
             )
+        if self.engine == "vllm":
+            _check_vllm(self.vllm)
 
     @property
     def draws_student_exactly(self) -> bool:
@@ -217,4 +220,58 @@ class RolloutConfig:
             self.temperature == self.top_p == self.repetition_penalty == 1.0
             and self.top_k == 0
             and self.min_p == self.teacher_share == 0.0
+            and not self.vllm.keys() & _RESHAPING
+        )
+
+
+_COLOCATED = (
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "max_model_length",
+    "max_num_seqs",
+    "enable_sleep_mode",
+    "model_impl",
+    "trust_remote_code",
+    "dtype",
+    "enforce_eager",
+)
+_SERVED = ("server_base_url", "server_host", "server_port", "server_timeout", "group_port")
+_RESHAPING = {"structured_outputs_regex", "generation_kwargs"}
+# Of vLLM's sampling, what the fields of `rollouts` say, and what is read of every answer.
+_TAKEN = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_tokens",
+    "n",
+    "logprobs",
+    "prompt_logprobs",
+}
+
+
+def _check_vllm(options: Mapping[str, Any]) -> None:
+    """Refuse arguments that TRL's VLLMGeneration does not take, gets from elsewhere, or would ignore."""
+    mode = options.get("mode", "colocate")
+    if mode not in ("colocate", "server"):
+        raise ValueError(f"rollouts.vllm.mode is {mode!r}. Allowed: colocate, server.")
+    allowed = ("mode", *sorted(_RESHAPING), *_COLOCATED, *_SERVED)
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"rollouts.vllm has no {name!r}. {nearest(str(name), allowed)}")
+        if name in (_SERVED if mode == "colocate" else _COLOCATED):
+            other = "server" if mode == "colocate" else "colocate"
+            raise ValueError(
+                f"rollouts.vllm.{name} has no effect with mode: {mode}: remove it, or set mode: {other}"
+                f"{' (a server takes it where it is started)' if mode == 'server' else ''}."
+            )
+    if "server_base_url" in options and options.keys() & {"server_host", "server_port"}:
+        raise ValueError(
+            "rollouts.vllm.server_host and server_port have no effect beside server_base_url: give one."
+        )
+    if taken := sorted(_TAKEN & (options.get("generation_kwargs") or {}).keys()):
+        raise ValueError(
+            f"rollouts.vllm.generation_kwargs sets {', '.join(taken)}: set rollouts.temperature, top_p, "
+            "top_k, min_p, repetition_penalty and max_new_tokens instead; the others are not to be set."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, Union, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
 from hpd.files import import_named
 from hpd.methods.fields import STRICT, nearest
@@ -27,7 +27,7 @@ __all__ = [
     "with_parameters",
 ]
 
-Scalar = Union[float, Schedule]  # noqa: UP007 (pydantic reads it on Python 3.10)
+Scalar = float | Schedule
 Source = Literal["both", "dataset", "student"]
 
 

@@ -49,7 +49,8 @@ class _Output:
         return getattr(self._file, name)
 
 
-console = Console(file=cast("IO[str]", _Output()))
+# One process of a launch speaks; errors have a console of their own.
+console = Console(file=cast("IO[str]", _Output()), quiet=int(os.environ.get("RANK", "0")) != 0)
 
 
 class TerminalProgress(Progress):

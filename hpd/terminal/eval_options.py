@@ -102,6 +102,14 @@ class TaskOptions(NamedTaskOptions):
     judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers"
     tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share a model.", min=1)] = 1
+    memory_share: Annotated[
+        float | None,
+        typer.Option(help="vLLM: share of a GPU's memory, in (0, 1]; its own choice without it."),
+    ] = None
+    max_length: Annotated[
+        int | None, typer.Option(help="vLLM: most tokens of prompt and answer; else the model's context.")
+    ] = None
+    eager: Annotated[bool, typer.Option("--eager", help="vLLM: no CUDA graphs, a faster start.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)

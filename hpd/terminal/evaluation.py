@@ -12,6 +12,7 @@ from hpd.evaluate.distribution import TEXTS, WRITING
 from hpd.evaluate.harness import HarnessCommand, run_harness
 from hpd.evaluate.measure import MetricsCommand, measure_models
 from hpd.evaluate.tasks import task_and_settings
+from hpd.generation.vllm_engine import VllmOptions
 from hpd.progress import quiet_libraries
 from hpd.terminal.console import TerminalProgress, console
 from hpd.terminal.eval_options import HarnessOptions, MetricsOptions, TaskOptions
@@ -65,7 +66,12 @@ def _task_command(options: TaskOptions) -> EvalCommand:
             for section in sections
         ],
         engine=options.engine,
-        tensor_parallel=options.tensor_parallel,
+        vllm=VllmOptions(
+            tensor_parallel=options.tensor_parallel,
+            memory_share=options.memory_share,
+            max_length=options.max_length,
+            eager=options.eager,
+        ),
         dtype=options.dtype,
         output=options.output,
     )

@@ -40,7 +40,8 @@ def run_train(
         return
     planned = plan(recipe)
     text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
-    console.file.write(text)  # as it is: no wrapping, no markup
+    if not console.quiet:
+        console.file.write(text)  # as it is: no wrapping, no markup
     show_verdicts(planned.verdicts)
     show_rows(planned)
     planned.require_sound()

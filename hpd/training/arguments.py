@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -57,6 +58,14 @@ _ENGINES = (
     (DistributedType.DEEPSPEED, "ACCELERATE_USE_DEEPSPEED", "deepspeed"),
     (DistributedType.MEGATRON_LM, "ACCELERATE_USE_MEGATRON_LM", ""),
 )
+
+
+_ACCELERATORS = "it needs two or more processes, each with an accelerator."
+_NEEDS = {
+    DistributedType.DEEPSPEED: "it needs a launcher (accelerate launch, torchrun), and on a CPU neither "
+    "train.use_cpu nor accelerate's use_cpu, which switch it off.",
+}
+"""What an engine needs to be chosen, where that is not `_ACCELERATORS`."""
 
 
 @dataclass
@@ -111,6 +120,13 @@ class DistillConfig(SFTConfig):
         default=False, metadata={"help": "Skip non-finite losses when averaging."}
     )
 
+    project: str = field(
+        default="hpd", metadata={"help": "Project of the run in trackio, Weights & Biases and MLflow."}
+    )
+
+    # Not to be given: what trackers are told beside the other fields (`tracking.described`).
+    described: Mapping[str, Any] = field(default_factory=dict, init=False, repr=False)
+
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
@@ -137,6 +153,10 @@ class DistillConfig(SFTConfig):
         super().__post_init__()
         check_settings(self)
         check_packages(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with `described`: what trackers keep as the configuration of a run."""
+        return {**super().to_dict(), **self.described}
 
 
 def as_config(args: TrainingArguments | None) -> DistillConfig:
@@ -222,6 +242,7 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
     if recipe.data.streaming and values.get("max_steps", -1) <= 0:
         raise ValueError("data.streaming needs train.max_steps: a stream has no known length.")
     values.setdefault("max_length", 1024)
+    values.setdefault("run_name", Path(recipe.output_dir).name)
     values["assistant_only_loss"] = True if recipe.data.labels == "assistant" else None
     values["completion_only_loss"] = None if recipe.data.labels != "all" else False
     try:
@@ -292,8 +313,8 @@ def _check_asked(args: Any, accelerator: Accelerator) -> None:
             raise ValueError(
                 f"{engine.value} was asked for (accelerate's configuration or train.{name or 'fsdp'}), and "
                 f"accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
-                "process(es): FSDP and DeepSpeed need two or more processes, each with an accelerator. "
-                "Launch it there, or ask for DDP (recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
+                f"process(es): {_NEEDS.get(engine, _ACCELERATORS)} Launch it so, or ask for DDP "
+                "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
             )
 
 

@@ -88,7 +88,9 @@ class TaskEvaluation(Resumable):
         generated = answer_examples(engine, examples, planned.settings, progress, group=self._group())
         shared: list[Any] = [None]
         if self.is_world_process_zero():
-            result = grade_answers(planned.task, examples, generated, planned.settings.num_samples)
+            result = grade_answers(
+                planned.task, examples, generated, planned.settings.num_samples, engine.dtype
+            )
             if self._folder is not None:
                 name = f"student step {self.state.global_step}"
                 write_result(

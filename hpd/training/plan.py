@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
@@ -28,6 +27,7 @@ from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
 from hpd.training.settings import check_special_tokens
+from hpd.training.tracking import check_trackers, described
 from hpd.training.verdicts import DescribedModels, model_verdicts, pair_verdicts, row_verdicts
 
 __all__ = ["Plan", "PlannedEval", "plan", "plan_evals", "steps_of"]
@@ -117,7 +117,8 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     check_recipe(recipe)
     defaults = {} if "report_to" in recipe.train else {"report_to": "none"}
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
-    _check_loggers(args)
+    check_trackers(args)
+    args.described = described(recipe)
     models = _describe_models(recipe, args, fresh)
     prompts = recipe.choose_regime().needs_prompts_only
     rows = load_rows(_text_column(recipe.data, args), recipe.teacher.column, prompts=prompts)
@@ -210,15 +211,6 @@ def _take_templates(
         for part, name in names.items()
     )
     return rows._replace(train=train, validation=validation)
-
-
-def _check_loggers(args: DistillConfig) -> None:
-    """Refuse unknown or missing trackers, which the Trainer would notice with all models loaded."""
-    try:
-        for make in transformers.integrations.get_reporting_integration_callbacks(args.report_to):
-            make()
-    except (RuntimeError, ValueError, ImportError) as error:
-        raise ValueError(f"train.report_to: {' '.join(str(error).split())}") from None
 
 
 def _connect(

@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config.schema import Recipe
 from hpd.evaluate.run import evaluate
+from hpd.generation.vllm_engine import rollout_dtype
 from hpd.models.load import load_adapted, load_model
 from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
@@ -32,6 +33,7 @@ from hpd.training.inputs import input_fingerprints
 from hpd.training.plan import Plan
 from hpd.training.probing import check_packing
 from hpd.training.stopping import Interrupted, Signals
+from hpd.training.tracking import Trackers
 from hpd.training.trainer import DistillTrainer
 
 __all__ = ["evaluate_task", "make_trainer", "open_together", "train_single"]
@@ -93,16 +95,15 @@ def train_single(
     started = time.perf_counter()
     if int(os.environ.get("RANK", "0")) == 0:
         folder.check_inputs(input_fingerprints(planned))
+    trackers = Trackers(planned.args, project_given="project" in recipe.train)
     student = _load_student(planned)
     teacher = planned.served or load_teacher(recipe.teacher)
     # Before tasks are done for minutes; the trainer probes the rest.
     check_packing(student, teacher, planned.args)
     # Not before the models are loaded: what cannot start leaves nothing behind.
     open_together(folder, planned.args)
-    if planned.served is not None and PartialState().is_main_process:
-        folder.keep_teacher(planned.served.fingerprint)
-    if planned.date is not None and PartialState().is_main_process:
-        folder.write_json(DATE, {"date": planned.date.isoformat()})
+    if PartialState().is_main_process:
+        _note_inputs(planned, folder)
     resume = folder.checkpoint
     measured = folder.baselines()
     to_measure = resume is None and measured is None
@@ -111,6 +112,7 @@ def train_single(
         before |= _task_baselines(planned, student, teacher, folder, progress)
     with saying_warnings(progress, known=_SAID_OF_ROWS):
         trainer = make_trainer(planned, student, teacher, folder, progress)
+        trackers.join(trainer)
     before |= _loss_baselines(trainer, is_new=resume is None, to_measure=to_measure)
     if to_measure and trainer.is_world_process_zero():
         folder.write_json("baselines.json", before)
@@ -119,6 +121,7 @@ def train_single(
         trainer.train(resume_from_checkpoint=resume)
     with _keeping_steps(trainer):
         after = _finish(planned, trainer, folder, progress, before_training)
+    trackers.end()
     summary: dict[str, Any] = {"method": recipe.method or ("terms" if recipe.terms else "hpd")}
     summary |= before | after
     summary["seconds"] = round(time.perf_counter() - started, 1)
@@ -127,6 +130,14 @@ def train_single(
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _note_inputs(planned: Plan, folder: RunFolder) -> None:
+    """Keep what another day or another server would change."""
+    if planned.served is not None:
+        folder.keep_teacher(planned.served.fingerprint)
+    if planned.date is not None:
+        folder.write_json(DATE, {"date": planned.date.isoformat()})
 
 
 def _load_student(planned: Plan) -> Any:
@@ -252,6 +263,11 @@ def make_trainer(
     rows: Any = trainer.train_dataset
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("Every label is masked: no row keeps a completion token within train.max_length.")
+    writing_with = trainer.regime.rollouts
+    if trainer.regime.prefixes.on_policy and writing_with.engine == "vllm":
+        served = writing_with.vllm.get("mode") == "server"
+        dtype = "the server's dtype" if served else rollout_dtype(writing_with, student)
+        progress.say(f"rollouts: vLLM in {dtype}")
     return trainer
 
 

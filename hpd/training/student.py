@@ -188,6 +188,10 @@ class StudentTrainer(Resumable, SFTTrainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict:
+            # ZeRO-2 hands a tied head out as a copy, which would be a second tensor in the file.
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
+            state_dict = {name: t for name, t in state_dict.items() if tied.get(name) not in state_dict}
         # A template whose date the run has fixed is saved as it was.
         with own_template(self.processing_class):
             super()._save(output_dir, state_dict)

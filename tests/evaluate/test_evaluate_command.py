@@ -71,6 +71,14 @@ def test_models_side_by_side_with_a_paired_test(workspace):
             "pip install 'hybrid-policy-distillation[vllm]'",
         ),
         (["student", "--data", "problems.jsonl", "--tensor-parallel", 2], "needs --engine vllm"),
+        (
+            ["student", "--data", "problems.jsonl", "--eager", "--memory-share", 0.5],
+            "--memory-share, --eager: vLLM's, and the engine is transformers",
+        ),
+        (
+            ["student", "--data", "problems.jsonl", "--engine", "vllm", "--memory-share", 2],
+            "memory_share must be in (0, 1], got 2.0",
+        ),
         (["student", "--data", "problems.jsonl", "--teacher", "teacher"], "--teacher has no effect"),
         (["student", "--metrics", "kl", "--data", "texts.jsonl"], "give one with --teacher"),
         (

@@ -32,6 +32,7 @@ from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
 from hpd.evaluate.tasks import TASKS, build_task, task_and_settings
 from hpd.generation.engine import TransformersEngine, cut_at
+from hpd.models.load import load_model
 from hpd.progress import Progress
 from hpd.teachers.fingerprints import quick_fingerprint
 
@@ -440,14 +441,16 @@ def test_vllm_is_called_with_token_ids_and_a_seed_per_answer(monkeypatch, pair):
     import types
 
     calls: list = []
+    started: list = []
 
     class SamplingParams:
         def __init__(self, *, temperature, max_tokens, stop=None, top_p=1.0, top_k=0, seed=None):
             self.__dict__.update(locals())
 
     class LLM:
-        def __init__(self, model, *, tokenizer, dtype, revision, tensor_parallel_size, generation_config):
+        def __init__(self, model, *, generation_config, **settings):
             assert generation_config == "vllm"
+            started.append(settings)
             self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=512))
 
         def generate(self, prompts, sampling_params, *, use_tqdm):
@@ -462,10 +465,19 @@ def test_vllm_is_called_with_token_ids_and_a_seed_per_answer(monkeypatch, pair):
     module.__spec__ = types.SimpleNamespace(name="vllm")
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
-    from hpd.generation.vllm_engine import VllmEngine
+    from hpd.generation.vllm_engine import VllmEngine, VllmOptions
 
     tokenizer = pair[1]
-    engine = VllmEngine("some/model", tokenizer)
+    options = VllmOptions(memory_share=0.5, max_length=256, eager=True)
+    engine = VllmEngine("some/model", tokenizer, dtype="float32", options=options)
+    (settings,) = started
+    assert {k: v for k, v in settings.items() if k not in ("tokenizer", "revision")} == {
+        "dtype": "float32",
+        "tensor_parallel_size": 1,
+        "gpu_memory_utilization": 0.5,
+        "max_model_len": 256,
+        "enforce_eager": True,
+    }
     examples = [Example(id=prompt, prompt=prompt) for prompt in PROMPTS]
     answers = answer_examples(engine, examples, SAMPLED).answers
     assert answers == [Answer(text="x", num_tokens=2, finish_reason="length")] * 15
@@ -484,7 +496,27 @@ def test_vllm_without_vllm_says_what_to_install(pair):
     from hpd.generation.vllm_engine import VllmEngine
 
     with pytest.raises(ValueError, match=r"pip install 'hpd\[vllm\]'"):
-        VllmEngine("some/model", pair[1])
+        VllmEngine("some/model", pair[1], dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("says", [True, False])
+def test_auto_is_the_dtype_of_the_checkpoint(tmp_path, dtype, says):
+    """vLLM's own auto halves float32; and a config.json need not say."""
+    from hpd.config.models import ModelConfig
+    from hpd.models.dtypes import dtype_name, loaded_dtype
+
+    folder = tiny_model("llama", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
+    if not says:
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("dtype")
+        (folder / "config.json").write_text(json.dumps(config))
+    source = ModelConfig(model=str(folder), dtype="auto")
+    assert dtype_name(loaded_dtype(source, "model")) == dtype
+    assert next(load_model(source, "model").parameters()).dtype == getattr(torch, dtype)
+    assert loaded_dtype(ModelConfig(model=str(folder), dtype="float16"), "model") == torch.float16
 
 
 def test_generation_leaves_the_global_generators_alone(pair):

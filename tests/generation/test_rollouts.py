@@ -1,6 +1,7 @@
 """Rollouts: the same tokens whatever the batch, the same log-probabilities as in training, ends and cuts as
 stated."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from hpd.batch import DistillCollator, TokenBatch, uniforms
 from hpd.generation.engine import end_token_ids
 from hpd.generation.rollouts import Rollout, StudentRollouts, make_engine
-from hpd.generation.vllm_engine import VllmRollouts
+from hpd.generation.vllm_engine import VllmRollouts, _starting_engines_with, rollout_dtype
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.table import choose_terms
@@ -323,6 +324,70 @@ def test_vllm_engine_sends_weights_once_an_update_and_cuts():
     assert whole == Rollout([7, 8, 2], True, [-0.5, -0.25, -0.1])
     assert cut == Rollout([7, 8], False, [-0.5, -0.25])
     assert [c for c in calls if c == "sync"] == ["sync", "sync"]
+
+
+def test_log_probabilities_of_a_reshaped_draw_are_not_the_students(pair):
+    """TRL has vLLM return them after temperature and cuts."""
+    stand_in = SimpleNamespace(
+        sync_weights=lambda: None,
+        generate=lambda prompts, images, num_generations: (prompts, [[7, 2]], [[[-0.5], [None]]], None),
+    )
+    for exactly in (True, False):
+        engine = VllmRollouts(stand_in, Accelerator(cpu=True), [2], exactly)
+        (rollout,) = engine.generate([[1]], [3], torch.zeros(1, 3), 0)
+        assert rollout.tokens == [7, 2]
+        assert str(rollout.logprobs) == ("[-0.5, nan]" if exactly else "[]")
+    assert RolloutConfig(engine="vllm", vllm={"max_num_seqs": 4}).draws_student_exactly
+    assert not RolloutConfig(engine="vllm", vllm={"generation_kwargs": {"seed": 1}}).draws_student_exactly
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vllm_is_told_the_students_dtype(dtype):
+    """Its own choice halves a float32 student."""
+    student = torch.nn.Linear(2, 2, dtype=dtype)
+    assert rollout_dtype(RolloutConfig(engine="vllm"), student) == str(dtype).removeprefix("torch.")
+    asked = RolloutConfig(engine="vllm", vllm={"dtype": "float16"})
+    assert rollout_dtype(asked, student) == "float16"
+    started = []
+    trl = SimpleNamespace(LLM=lambda **settings: started.append(settings))
+    before = trl.LLM
+    with _starting_engines_with(trl, dtype="float32"):
+        trl.LLM(model="m", seed=0)
+    assert started == [{"model": "m", "seed": 0, "dtype": "float32"}]
+    assert trl.LLM is before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "clocate"}, "Allowed: colocate, server"),
+        ({"gpu_memory": 0.5}, "Did you mean 'gpu_memory_utilization'"),
+        ({"temperature": 0.5}, "rollouts.vllm has no 'temperature'"),
+        ({"server_port": 8000}, "server_port has no effect with mode: colocate"),
+        ({"mode": "server", "dtype": "float32"}, "a server takes it where it is started"),
+        (
+            {"mode": "server", "server_base_url": "http://h", "server_port": 1},
+            "no effect beside server_base_url",
+        ),
+        ({"generation_kwargs": {"temperature": 0.5, "n": 2}}, "generation_kwargs sets n, temperature"),
+    ],
+)
+def test_arguments_of_vllm_are_checked_before_anything_loads(options, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutConfig(engine="vllm", vllm=options)
+
+
+def test_every_argument_of_trls_engine_is_known():
+    """One that a later TRL brings is looked at before it is let through."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from hpd.methods import prefixes
+
+    ours = {"self", "model", "accelerator", "processing_class", "max_completion_length", "logprobs"}
+    ours |= {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+    known = {"mode", *prefixes._RESHAPING, *prefixes._COLOCATED, *prefixes._SERVED}
+    taken = set(inspect.signature(VLLMGeneration.__init__).parameters)
+    assert known - {"dtype", "enforce_eager"} == taken - ours
 
 
 def test_vllm_is_asked_for_with_its_extra(pair, teacher):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["context", "hpd", "start"]
+__all__ = ["Popen", "context", "hpd", "run", "start"]
 
 _IMPORTED = [
     "hpd.terminal.doctor",
@@ -55,9 +57,61 @@ def start(*arguments: object) -> Any:
     return process
 
 
-def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:
+class Popen:
+    """`subprocess.Popen` of a Python program, `[python, FILE, ...]` or `[python, "-m", MODULE, ...]`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        stdout: IO[str],
+        stderr: IO[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ):
+        target = (list(command[1:]), cwd, stdout.name, stderr.name, dict(env or {}))
+        self._process = context().Process(target=_program, args=target)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def run(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(command, capture_output=True, text=True, check=True)` of such a program."""
+    with tempfile.NamedTemporaryFile("r+") as stdout, tempfile.NamedTemporaryFile("r+") as stderr:
+        status = Popen(command, stdout, stderr).wait()
+        if status:
+            raise subprocess.CalledProcessError(status, command, stdout.read(), stderr.read())
+        return subprocess.CompletedProcess(command, status, stdout.read(), stderr.read())
+
+
+def _program(
+    words: list[str], cwd: Path | None, stdout: str, stderr: str, environment: dict[str, str]
+) -> None:
+    _write_to(stdout, stderr)
+    os.environ.update(environment)
+    if cwd is not None:
+        os.chdir(cwd)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _write_to(stdout: str, stderr: str) -> None:
     for file, descriptor in ((stdout, 1), (stderr, 2)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+
+
+def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:
+    _write_to(stdout, stderr)
     os.environ.update(COLUMNS="220", NO_COLOR="1", TERM="dumb")
     if cwd is not None:
         os.chdir(cwd)

@@ -192,3 +192,51 @@ class PromptServer:
             best = row.topk(request["top_logprobs_num"])
             top.append([[float(v), int(i), text([int(i)])] for v, i in zip(*best, strict=True)])
         return {"text": "", "meta_info": {"input_token_logprobs": own, "input_top_logprobs": top}}
+
+
+class LlamaCppServer(PromptServer):
+    """A tiny model behind /v1/completions as llama.cpp's server has it: it completes prompts, ignores
+    prompt_logprobs, refuses echo, and knows no /generate (tools/server of ggml-org/llama.cpp; earlier
+    versions refuse echo with status 400)."""
+
+    echo_status = 500
+
+    def reply(self, path: str, authorization: str | None, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        request = json.loads(body)
+        with self._lock:
+            self.requests.append({"path": path, **request})
+        if path != "/v1/completions":
+            return self._error(404, "File Not Found", "not_found_error")
+        if request.get("echo"):
+            return self._error(self.echo_status, "Only no echo is supported", "server_error")
+        prompt = request["prompt"]
+        choices = [
+            self._completion(index, tokens, request)
+            for index, tokens in enumerate([prompt] if isinstance(prompt[0], int) else prompt)
+        ]
+        told = {
+            "choices": choices,
+            "created": 1764150000,
+            "model": request["model"],
+            "system_fingerprint": "b7000-0123456",
+            "object": "text_completion",
+            "usage": {"completion_tokens": request["max_tokens"], "prompt_tokens": 3, "total_tokens": 4},
+            "id": "chatcmpl-0",
+            "timings": {"cache_n": 0, "prompt_n": 3},
+        }
+        return self._json(200, told)
+
+    def _completion(self, index: int, prompt: list[int], request: dict[str, Any]) -> dict[str, Any]:
+        with self._lock, torch.no_grad():
+            written = self.model.generate(
+                torch.tensor([prompt]), max_new_tokens=request["max_tokens"], do_sample=False
+            )[0, len(prompt) :]
+        text = self.tokenizer.decode(written)
+        choice = {"text": text, "index": index, "logprobs": None, "finish_reason": "length"}
+        if request.get("logprobs"):
+            token = {"id": int(written[0]), "token": text, "bytes": [], "logprob": -1.0, "top_logprobs": []}
+            choice["logprobs"] = {"content": [token]}
+        return choice
+
+    def _error(self, code: int, message: str, kind: str) -> tuple[int, dict[str, str], bytes]:
+        return self._json(code, {"error": {"code": code, "message": message, "type": kind}})

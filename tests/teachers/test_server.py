@@ -10,7 +10,9 @@ import time
 import pytest
 import torch
 import yaml
-from helpers.servers import PromptServer, load_backend, served
+from helpers.forked import hpd
+from helpers.raw_server import answering, raw_server
+from helpers.servers import LlamaCppServer, PromptServer, load_backend, served
 from helpers.sockets import free_port, padded
 from tiny_models import tiny_model, tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -305,6 +307,85 @@ def test_what_the_server_refuses_is_an_error_at_once(pair, prompts):
         top_k_teacher(url, pair)
     with prompts.running() as url, pytest.raises((ValueError, TeacherUnavailable), match="HTTP 501"):
         top_k_teacher(url, pair, protocol="hpd", model=None, top_k=None)
+
+
+# --- a server that only writes
+
+
+@pytest.fixture
+def writes_only(pair):
+    return LlamaCppServer(pair[1])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "echo_status", "message"),
+    [
+        ("openai", 500, r"no prompt_logprobs.*hpd generate, then method: sft"),
+        ("echo", 500, r"it refuses echo.*hpd generate, then method: sft"),
+        ("echo", 400, r"it refuses echo.*hpd generate, then method: sft"),
+        ("sglang", 500, r"HTTP 404"),
+    ],
+)
+def test_a_server_without_log_probabilities_of_prompts_is_no_teacher(
+    pair, writes_only, protocol, echo_status, message
+):
+    writes_only.echo_status = echo_status
+    with writes_only.running() as url, pytest.raises(ValueError, match=message) as caught:
+        top_k_teacher(url, pair, protocol=protocol, wait_seconds=60.0)
+    assert "KeyError" not in str(caught.value)
+    assert len(writes_only.requests) == 1  # final: no second attempt
+
+
+def test_it_ends_a_run_for_good_and_writes_the_data(pair, rows, writes_only, tmp_path):
+    """On the command line: exit code 2 and one sentence, before anything is loaded or written; then what the
+    sentence recommends."""
+    with writes_only.running() as url:
+        tree = {
+            "student": str(pair[0]),
+            "teacher": {"type": "server", "url": url, "model": "tiny"},
+            "method": "label_forward_kl",
+            "data": {"path": str(rows)},
+            "generate": {"output": "made.jsonl", "max_new_tokens": 4, "temperature": 0, "truncated": "keep"},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        train = hpd("train", "recipe.yaml", cwd=tmp_path)
+        assert train.returncode == 2, train.stderr
+        assert "tells no log-probabilities" in train.stderr
+        assert "Go on with" not in train.stderr
+        assert not (tmp_path / "runs").exists()
+        made = hpd("generate", "recipe.yaml", cwd=tmp_path)
+        assert made.returncode == 0, made.stderr
+    assert len((tmp_path / "made.jsonl").read_text().splitlines()) == 16
+
+
+ANSWERS_OF_OTHERS = {
+    "echo, completion only": (
+        "echo",
+        {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1.0}], "text_offset": [0]},
+    ),
+    "echo, chat's form": ("echo", {"content": [{"token": "a", "logprob": -1.0, "top_logprobs": []}]}),
+    "echo, nothing": ("echo", None),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS_OF_OTHERS)
+def test_echo_that_is_ignored_is_no_teacher(pair, prompts, name):
+    protocol, logprobs = ANSWERS_OF_OTHERS[name]
+    prompts.fault = change(lambda body: [choice.update(logprobs=logprobs) for choice in body["choices"]])
+    with prompts.running() as url, pytest.raises(ValueError, match=r"ignores echo.*hpd generate"):
+        top_k_teacher(url, pair, protocol=protocol)
+    assert len(prompts.requests) == 1
+
+
+@pytest.mark.parametrize("body", [b"<html>welcome</html>", b'{"object": "list"}', b'{"choices": 5}'])
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "hpd"])
+def test_a_probe_that_is_never_understood_is_final(pair, prompts, body, protocol):
+    """Exit code 75 would have a scheduler start it again for ever."""
+    options = {"model": None, "top_k": None} if protocol == "hpd" else {}
+    answers = raw_server(answering(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body))
+    with answers as url, pytest.raises(ValueError, match="bad responses|is not a server that") as caught:
+        top_k_teacher(url, pair, protocol=protocol, wait_seconds=60.0, **options)
+    assert "Error" not in str(caught.value)
 
 
 # --- servers that misbehave: (number of the request, right answer) -> what is sent instead

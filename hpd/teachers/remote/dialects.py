@@ -15,14 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.http import BadResponse, read_json
+from hpd.http import BadResponse, read_json, shown
 from hpd.methods.supports import LOGPROB_FLOOR
 from hpd.teachers.remote.wire import WireRow
 
-__all__ = ["DIALECTS", "Dialect", "Place", "read_places", "top_k_tensors"]
+__all__ = ["DIALECTS", "Dialect", "NoPromptLogprobs", "Place", "read_places", "top_k_tensors"]
 
 # A server that works in bfloat16 may say 1e-4 above zero; a mass above one by more than this is nonsense.
 _MASS_TOLERANCE = 1e-2
+
+
+class NoPromptLogprobs(BadResponse):
+    """The server completes prompts and says nothing about their own tokens."""
 
 
 class Place(NamedTuple):
@@ -89,11 +93,9 @@ def _split_list(response: Any, count: int) -> list[Any]:
 
 
 def _read_prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
-    told = choice["prompt_logprobs"]
+    told = choice.get("prompt_logprobs")
     if told is None:
-        raise BadResponse(
-            "no prompt_logprobs: the server ignores the field (protocol: echo may be what it understands)"
-        )
+        raise NoPromptLogprobs("no prompt_logprobs: the server ignores the field")
     places: list[Place | None] = [None]
     for token, entry in zip(prompt[1:], told[1:], strict=True):
         logprobs = {int(i): _number(e["logprob"]) for i, e in entry.items()}
@@ -103,6 +105,8 @@ def _read_prompt_logprobs(choice: Any, prompt: list[int]) -> list[Place | None]:
 
 def _read_echo(choice: Any, prompt: list[int]) -> list[Place | None]:
     told = choice["logprobs"]
+    if not told or "tokens" not in told or len(told["tokens"]) < len(prompt):
+        raise NoPromptLogprobs("logprobs of the completion at most: the server ignores echo")
     tokens, logprobs, top = (
         told[name][: len(prompt)] for name in ("tokens", "token_logprobs", "top_logprobs")
     )
@@ -117,7 +121,9 @@ def _read_echo(choice: Any, prompt: list[int]) -> list[Place | None]:
 
 
 def _read_sglang(meta: Any, prompt: list[int]) -> list[Place | None]:
-    told = meta["input_token_logprobs"]
+    told = meta.get("input_token_logprobs")
+    if told is None:
+        raise NoPromptLogprobs("no input_token_logprobs: the server ignores return_logprob")
     top = meta.get("input_top_logprobs") or [None] * len(prompt)
     places: list[Place | None] = [None]
     for i in range(1, len(prompt)):
@@ -177,9 +183,11 @@ def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> 
         return [dialect.places(part, prompt) for part, prompt in zip(told, prompts, strict=True)]
     except BadResponse:
         raise
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
+    except KeyError as error:
+        raise BadResponse(f"no field {shown(error.args[0])!r}") from None
+    except (TypeError, IndexError, AttributeError, ValueError, OverflowError) as error:
         # Foreign JSON of any shape: what is wrong is that it does not fit.
-        raise BadResponse(f"not the expected fields ({type(error).__name__}: {str(error)[:100]})") from None
+        raise BadResponse(f"not the expected fields ({shown(error)})") from None
 
 
 def top_k_tensors(

@@ -23,7 +23,7 @@ from hpd.losses import TeacherScores, TopKScores
 from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import CheckResult
 from hpd.teachers.errors import TeacherUnavailable
-from hpd.teachers.remote.dialects import DIALECTS, Place, read_places, top_k_tensors
+from hpd.teachers.remote.dialects import DIALECTS, NoPromptLogprobs, Place, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
 from hpd.teachers.remote.wire import WireRow, grouped, rows_of
 from hpd.teachers.teacher import RemoteTeacher
@@ -41,6 +41,9 @@ _TOKEN_BYTES = 512
 
 # As many as vLLM allows unless it is started with a larger --max-logprobs.
 _DEFAULT_TOP_K = 20
+
+# llama.cpp's server, whose later versions say it with status 500.
+_NO_ECHO = "Only no echo is supported"
 
 _PROBE = (
     "The 27 quick brown foxes don't jump over 1,234 lazy dogs: f(x) = x**2 + 3; déjà vu, naïve Ünïcode! "
@@ -101,6 +104,7 @@ class ServedTeacher(RemoteTeacher):
             wait_seconds=source.wait_seconds,
             connections=source.concurrency,
             failure=TeacherUnavailable,
+            refusals=[_NO_ECHO],
         )
         self._pool = ThreadPoolExecutor(source.concurrency, thread_name_prefix="teacher")
         self._client: Client = (
@@ -116,13 +120,14 @@ class ServedTeacher(RemoteTeacher):
             student: the student's tokenizer, whose token ids will be sent.
 
         Raises:
-            ValueError: the server refuses the key or the request, or is another kind of server or tokenizer.
+            ValueError: the server refuses the key or the request, or is another kind of server or tokenizer;
+                nothing that trying again would change.
             TeacherUnavailable: it does not answer within `wait_seconds`.
         """
         try:
             self._client.connect(student)
         except TeacherUnavailable as error:
-            if error.final:
+            if error.final or error.garbled:
                 raise ValueError(str(error)) from None
             raise
 
@@ -231,11 +236,20 @@ class _TopKClient:
 
     def connect(self, student: PreTrainedTokenizerBase) -> None:
         """One probe: does the server know the fields, give enough tokens, and call them by the student's
-        names?"""
+        names?
+
+        Raises:
+            TeacherUnavailable: not one of the servers that can be a teacher, or not reached.
+        """
         prompt: list[int] = student(_PROBE, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
         row = WireRow(prompt, list(range(len(prompt) - 1)))
-        self.ask([row])
-        (places,) = self._request([row], lambda places: places, texts=True)
+        try:
+            self._request([row], self._tensors_of([row]), probe=True)
+        except TeacherUnavailable as error:
+            if _NO_ECHO in str(error):
+                raise TeacherUnavailable(self._only_writes("it refuses echo"), final=True) from None
+            raise
+        (places,) = self._request([row], lambda places: places, texts=True, probe=True)
         pairs = [
             (str(student.decode([token])), place.text)
             for token, place in zip(prompt, places, strict=True)
@@ -253,19 +267,45 @@ class _TopKClient:
             )
 
     def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
-        return self._request(rows, lambda places: top_k_tensors(rows, places, self.top_k, self.vocab))
+        return self._request(rows, self._tensors_of(rows))
+
+    def _tensors_of(self, rows: Sequence[WireRow]) -> Callable[[list[list[Place | None]]], dict[str, Tensor]]:
+        return lambda places: top_k_tensors(rows, places, self.top_k, self.vocab)
 
     def _request(
-        self, rows: Sequence[WireRow], read: Callable[[list[list[Place | None]]], T], texts: bool = False
+        self,
+        rows: Sequence[WireRow],
+        read: Callable[[list[list[Place | None]]], T],
+        texts: bool = False,
+        probe: bool = False,
     ) -> T:
-        """The response about rows, as `read` understands it; what `read` refuses is asked for again."""
+        """The response about rows, as `read` understands it; what `read` refuses is asked for again, but for
+        a probe's that shows what the server is."""
         prompts = [row.tokens for row in rows]
+
+        def reading(_: Any, body: bytes) -> T:
+            try:
+                return read(read_places(self._dialect, body, prompts))
+            except NoPromptLogprobs as error:
+                if probe:
+                    raise TeacherUnavailable(self._only_writes(error), final=True) from None
+                raise
+
         return self._connection.request(
             "POST",
             self._dialect.path,
-            lambda _, body: read(read_places(self._dialect, body, prompts)),
+            reading,
             json=self._dialect.request(self._source.model, prompts, self.top_k, texts),
             max_bytes=2**20 + _TOKEN_BYTES * (self.top_k + 2) * sum(map(len, prompts)),
+        )
+
+    def _only_writes(self, why: object) -> str:
+        return (
+            f"The teacher at {self._connection.url} completes prompts, as llama.cpp's server does, and tells "
+            f"no log-probabilities of their own tokens ({why}), from which a loss is computed: it can write "
+            "training data (hpd generate, then method: sft), and for a teacher's log-probabilities serve the "
+            "model with vLLM, SGLang or hpd serve-teacher, or set teacher.protocol to another of "
+            f"{', '.join(DIALECTS)} if this server speaks it."
         )
 
     def prepare(self, device: torch.device) -> None:

@@ -1,0 +1,83 @@
+"""Every script in benchmarks/ runs, here on tiny shapes, and docs/performance.md shows what is stored."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import forked
+from helpers.cached_pairs import make_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+STORED = ("head", "growth", "memory", "step", "startup")
+ONCE = ("--repeats", "1", "--threads", "1")
+TINY = {
+    "head": (("--shape", "tiny", *ONCE), "| hpd |"),
+    "growth": (("--tiny", *ONCE), "| hidden size | bare products |"),
+    "memory": (("--shape", "tiny", "--methods", "hpd", "--no-peers", "--threads", "1"), "| hpd |"),
+    "step": (("--tiny", "--cached", "--memory", "--methods", "hpd", *ONCE), "| hpd (cached) |"),
+    "startup": (("--repeats", "1"), "| hpd train |"),
+    "cache_start": (("--repeats", "1", "--gigabytes", "0.001"), "cached, 0.00 GB: first step after"),
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script in this process; the processes that it starts are forked from one that has imported
+    all."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name, start in (("startup", "Popen"), ("memory", "run"), ("step", "run")):
+        monkeypatch.setattr(importlib.import_module(name), start, getattr(forked, start))
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_script_is_run_here():
+    tested = {*TINY, "cache", "regimes", "timing"}  # timing is what they share
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} == tested
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_it_runs(run, name):
+    arguments, shown = TINY[name]
+    assert shown in run(name, *arguments)
+
+
+def test_kinds_of_caches(run, tmp_path):
+    recipe = make_recipe(tmp_path, num_rows=8)
+    assert "| hidden int8 |" in run("cache", recipe, "--folder", tmp_path / "caches")
+
+
+def test_regimes(run, tmp_path, monkeypatch):
+    """Two stages, the second on-policy; nothing is written beside the folder that is given."""
+    monkeypatch.chdir(ROOT)
+    shown = run("regimes", "--tiny", "--steps", 2, "--runs", "hpd_then_opd", "--folder", tmp_path)
+    assert "| `hpd_then_opd`: HPD, then OPD |" in shown
+    assert (tmp_path / "regimes.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_the_page_shows_what_is_stored(run, name, tmp_path, monkeypatch):
+    timing = importlib.import_module("timing")
+    page = tmp_path / "performance.md"
+    before = timing.DOCS.read_text(encoding="utf-8")
+    page.write_text(before, encoding="utf-8")
+    monkeypatch.setattr(timing, "DOCS", page)
+    monkeypatch.setattr(importlib.import_module("growth"), "IMAGES", tmp_path)
+    run(name, "--docs")
+    assert page.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("name", ["head", "growth", "memory", "step"])
+@pytest.mark.parametrize("option", ["--json", "--check", "--docs"])
+def test_tiny_ratios_are_neither_stored_nor_compared(run, name, option):
+    with pytest.raises(SystemExit, match="2"):
+        run(name, TINY[name][0][0], *TINY[name][0][1:2], option)

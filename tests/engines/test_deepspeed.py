@@ -1,0 +1,150 @@
+"""DeepSpeed for real, on a CPU: ZeRO-2 and ZeRO-3 on two processes against one. `make test-engines`.
+
+Its extension for the CPU is compiled at the first start, in about a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import tiny_pair
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.engines
+STAGES = (2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    """Not where the file is read: a run without these tests must not skip it."""
+    pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pair whose student has a tied head, rows, a recipe, and its run in one process."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    tiny_pair("llama", folder)
+    rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch(1, recipe(folder, "one", 8))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def recipe(folder: Path, name: str, batch: int, stage: int | None = None, **train) -> Path:
+    tree = {
+        "student": str(folder / "student"),
+        "teacher": str(folder / "teacher"),
+        "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
+        "train": {
+            "max_steps": 4,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": 2,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_length": 64,
+            "metric_stride": 1,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **train,
+        },
+        "output_dir": str(folder / name),
+    }
+    if stage is not None:
+        config = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+            # torch's own Adam, as in one process.
+            "zero_allow_untested_optimizer": True,
+        }
+        tree["train"]["deepspeed"] = config
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def launch(processes: int, recipe: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+        "TERM": "dumb",
+    }
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "hpd", "train", str(recipe)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def two(request, folder):
+    """The stage and the output of its run on two processes."""
+    done = launch(2, recipe(folder, f"zero{request.param}", 4, request.param))
+    assert done.returncode == 0, done.stderr[-5000:]
+    return request.param, done
+
+
+def logs_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(ours: Path, theirs: Path) -> float:
+    weights, expected = (load_file(run / "model.safetensors") for run in (ours, theirs))
+    assert weights.keys() == expected.keys()
+    return max(float((weights[name] - expected[name]).abs().max()) for name in weights)
+
+
+def test_two_processes_equal_one(folder, two):
+    stage, _ = two
+    found = [
+        {log["step"]: log for log in logs_of(folder / name) if "loss" in log}
+        for name in (f"zero{stage}", "one")
+    ]
+    assert found[0].keys() == found[1].keys() == {1, 2, 3, 4}
+    for step, log in found[1].items():
+        for name in ("loss", "forward_kl", "reverse_kl", "student_entropy"):
+            assert found[0][step][name] == pytest.approx(log[name], abs=5e-6), (step, name)
+    assert difference(folder / f"zero{stage}", folder / "one") < 2e-5
+
+
+def test_a_tied_head_is_exported_once(folder, two):
+    stage, _ = two
+    for run in (f"zero{stage}", "one"):
+        names = load_file(folder / run / "model.safetensors").keys()
+        assert "model.embed_tokens.weight" in names
+        assert "lm_head.weight" not in names
+
+
+def test_one_process_prints_the_final_table(two):
+    _, done = two
+    assert done.stdout.count("student and metrics in") == 1
+
+
+def test_it_resumes_where_a_checkpoint_stands(folder, two):
+    stage, _ = two
+    straight, run = folder / f"zero{stage}", folder / f"resumed{stage}"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "summary.json").unlink()
+    done = launch(2, recipe(folder, f"resumed{stage}", 4, stage))
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert difference(run, straight) == 0.0
+    assert torch.equal(
+        *(torch.tensor([log["loss"] for log in logs_of(p) if "loss" in log]) for p in (run, straight))
+    )
