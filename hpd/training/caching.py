@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hpd.batch import TokenBatch
+from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import CacheConfig, Recipe
 from hpd.files import write_atomically
 from hpd.locks import empty_folder, entries, holding
@@ -339,7 +339,7 @@ def _answers(
     collated = trainer.data_collator([rows[int(layout.rows[i])] for i in chosen])
     mask = torch.from_numpy(np.concatenate([layout.masks[i] for i in chosen]))
     inputs: Any = trainer._prepare_inputs(collated)
-    batch = TokenBatch.pop(inputs)
+    inputs, batch = as_teacher_reads(inputs, TokenBatch.pop(inputs))
     assert len(mask) == len(batch.keys), "the collator keeps rows and their order"
     mask = mask.to(batch.keys.device)
     batch = batch.at(mask.nonzero().flatten())

@@ -16,6 +16,7 @@ from hpd.data.lengths import MEASURED_ROWS, Lengths, greatest_id
 from hpd.data.reading import first_rows
 from hpd.data.rendered import compare_rows
 from hpd.data.rows import Rows
+from hpd.data.teacher_rows import check_teacher_rows
 from hpd.models.ends import end_tokens
 from hpd.models.load import load_generation_config
 from hpd.models.pairing import CheckResult, check_pair
@@ -105,13 +106,28 @@ def row_verdicts(
         # TRL adds it to the generation configuration.
         ends |= frozenset([tokenizer.get_vocab()[args.eos_token]])
     looked_at = rows.train if isinstance(rows.train, Sized) else first
-    configs = {"student": models.student_config, **models.teacher_configs}
+    configs = {"student": models.student_config}
+    own: list[CheckResult] = []
+    if recipe.teacher.reads_own_rows:
+        regime = recipe.choose_regime()
+        own = check_teacher_rows(
+            rows.train,
+            tokenizer,
+            labels,
+            args.max_length,
+            models.teacher_configs,
+            regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0,
+            args.dataset_num_proc,
+        )
+    else:
+        configs |= models.teacher_configs
     return [
         *_column_verdicts(rows),
         *_length_verdicts(lengths, args),
         *_added_tokens(models, rows, labels),
         *compare_rows(first, tokenizer, labels, ends),
         *check_context(looked_at, tokenizer, labels, args.max_length, configs),
+        *own,
     ]
 
 
