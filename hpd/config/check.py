@@ -109,8 +109,7 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
     if train.get("packing") and train.get("packing_strategy", "bfd") != "bfd":
         raise ValueError(
             f"train.packing_strategy: {train['packing_strategy']} cuts rows in the middle, and {own} stand "
-            "before "
-            "whole ones: set packing_strategy: bfd."
+            "before whole ones: set packing_strategy: bfd."
         )
     if regime.rollouts.teacher_share:
         raise ValueError(

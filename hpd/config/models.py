@@ -186,8 +186,7 @@ class TeacherConfig:
         if own := [name for name, part in self.teachers.items() if part.reads_own_rows]:
             raise ValueError(
                 f"teacher.teachers.{own[0]} has a prompt of its own, and the teachers of a {self.type} "
-                "read one "
-                "row together: set teacher.prompt and teacher.system_prompt, which all of them read."
+                "read one row together: set teacher.prompt and teacher.system_prompt, which all of them read."
             )
         if self.type == "mixture" and (
             set(self.weights) != set(self.teachers) or min(self.weights.values()) <= 0

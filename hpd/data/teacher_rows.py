@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from hpd.batch import TEACHER_PREFIXES
-from hpd.data.context import context_of
 from hpd.data.lengths import MEASURED_ROWS
 from hpd.data.reading import first_rows
 from hpd.data.rendering import render
@@ -114,7 +113,7 @@ def check_teacher_rows(
     tokenizer: Any,
     labels: str,
     max_length: int | None,
-    configs: Mapping[str, Any],
+    limits: Mapping[str, int | None],
     new_tokens: int = 0,
     num_proc: int | None = None,
 ) -> list[CheckResult]:
@@ -124,7 +123,7 @@ def check_teacher_rows(
         rows: with a teacher's prompt; of a stream, the first ones are looked at.
         tokenizer, labels: as `teacher_prefix` takes them.
         max_length: tokens that the student's row keeps; None: all.
-        configs: of each teacher, by its role in messages.
+        limits: tokens that each teacher reads, by its role in messages; None: not known.
         new_tokens: that the student may write behind a prompt.
         num_proc: processes, as `train.dataset_num_proc` says.
 
@@ -154,7 +153,7 @@ def check_teacher_rows(
         f"{changed:,} of {len(lengths):,} rows have a prompt of the teacher's own; its longest row has "
         f"{max(lengths):,} tokens"
     )
-    return [CheckResult("ok", "teacher's rows", text), *_beyond(lengths, configs)]
+    return [CheckResult("ok", "teacher's rows", text), *_beyond(lengths, limits)]
 
 
 def _measured(
@@ -171,8 +170,7 @@ def _measured(
     }
 
 
-def _beyond(lengths: list[int], configs: Mapping[str, Any]) -> list[CheckResult]:
-    contexts = {role: context_of(config) for role, config in configs.items()}
+def _beyond(lengths: list[int], limits: Mapping[str, int | None]) -> list[CheckResult]:
     return [
         CheckResult(
             "error",
@@ -183,7 +181,7 @@ def _beyond(lengths: list[int], configs: Mapping[str, Any]) -> list[CheckResult]
             "or "
             "set train.max_length lower, which shortens answers.",
         )
-        for role, context in contexts.items()
+        for role, context in limits.items()
         if context is not None and max(lengths) > context
     ]
 

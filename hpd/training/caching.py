@@ -41,7 +41,12 @@ from hpd.teachers.cache import (
     save_shard,
     write_json,
 )
-from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
+from hpd.teachers.fingerprints import (
+    differences,
+    own_prompt,
+    teacher_fingerprint,
+    tokenizer_fingerprint,
+)
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
@@ -195,6 +200,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "teacher": teacher_fingerprint(teacher),
         "rows": xxhash.xxh3_128_hexdigest(np.sort(layout.keys).tobytes()),
         **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
+        **own_prompt(recipe.teacher),
     }
     return {
         "format": FORMAT,

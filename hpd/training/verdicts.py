@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.schema import Recipe
-from hpd.data.context import check_context
+from hpd.data.context import check_context, context_of
 from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.lengths import MEASURED_ROWS, Lengths, greatest_id
 from hpd.data.reading import first_rows
@@ -106,29 +107,35 @@ def row_verdicts(
         # TRL adds it to the generation configuration.
         ends |= frozenset([tokenizer.get_vocab()[args.eos_token]])
     looked_at = rows.train if isinstance(rows.train, Sized) else first
-    configs = {"student": models.student_config}
-    own: list[CheckResult] = []
-    if recipe.teacher.reads_own_rows:
-        regime = recipe.choose_regime()
-        own = check_teacher_rows(
-            rows.train,
-            tokenizer,
-            labels,
-            args.max_length,
-            models.teacher_configs,
-            regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0,
-            args.dataset_num_proc,
-        )
-    else:
-        configs |= models.teacher_configs
+    own = recipe.teacher.reads_own_rows
+    configs = {"student": models.student_config, **({} if own else models.teacher_configs)}
     return [
         *_column_verdicts(rows),
         *_length_verdicts(lengths, args),
         *_added_tokens(models, rows, labels),
         *compare_rows(first, tokenizer, labels, ends),
         *check_context(looked_at, tokenizer, labels, args.max_length, configs),
-        *own,
+        *(_own_rows(models, rows, recipe, args) if own else ()),
     ]
+
+
+def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:
+    """Look at the rows of a teacher that has a prompt of its own."""
+    regime = recipe.choose_regime()
+    limits = {role: context_of(config) for role, config in models.teacher_configs.items()}
+    if models.served is not None:
+        limits = {
+            role: min(limit or math.inf, models.served.max_row_tokens) for role, limit in limits.items()
+        }
+    return check_teacher_rows(
+        rows.train,
+        models.tokenizer,
+        label_policy(args),
+        args.max_length,
+        limits,
+        regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0,
+        args.dataset_num_proc,
+    )
 
 
 def _column_verdicts(rows: Rows) -> list[CheckResult]:
