@@ -4,7 +4,9 @@ teacher."""
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from hpd.training.caching import write_cache
 from hpd.training.mixing import rows_of
 from hpd.training.run import train
 
+ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = {
     "padded": {"per_device_train_batch_size": 4},
     "padding-free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
@@ -334,6 +337,28 @@ def test_recipes_are_refused_before_a_model_loads(recipe, tmp_path, changes, sai
     monkeypatch.setattr(single, "_load_student", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=said):
         train(load_recipe(recipe, [f"output_dir={tmp_path}", *changes]))
+
+
+@pytest.mark.parametrize("name", ["self_hint", "prompt_distillation"])
+def test_recipes_train_two_steps(name, pair, tmp_path):
+    text = json.dumps({"question": "say two", "answer": "one two"}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(text + text.replace("two", "three") * 7)
+    changes = [
+        f"student={pair[0]}",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        "data.name=null",
+        "train.max_steps=2",
+        "train.logging_steps=1",
+        "train.bf16=false",
+        "train.use_cpu=true",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    if name == "prompt_distillation":
+        changes += [f"teacher.model={pair[1]}", "data.validation=0.25"]
+    loaded = load_recipe(ROOT / "recipes/context" / f"{name}.yaml", changes)
+    assert loaded.teacher.reads_own_rows
+    assert train(loaded)["steps"] == 2
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run"))
 
 
 def test_one_context_for_all_teachers_of_a_mixture(recipe):
