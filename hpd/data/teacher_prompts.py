@@ -61,8 +61,7 @@ class TeacherContext(NamedTuple):
             if missing:
                 raise ValueError(
                     f"teacher.{field} names {', '.join(missing)}, which {where} does not have: it has the "
-                    "columns "
-                    f"{', '.join(columns)}; prompt and completion are the row's own."
+                    f"columns {', '.join(columns)}; prompt and completion are the row's own."
                 )
 
     def prompt_of(self, row: Mapping[str, Any], converted: Mapping[str, Any], index: int) -> Any:
@@ -83,8 +82,7 @@ class TeacherContext(NamedTuple):
         if prompt is None:
             raise ValueError(
                 f"Row {index} is not a prompt and its completion, so a prompt of the teacher's own has no "
-                "place "
-                "in it: set data.labels: last_turn for conversations, or map the columns prompt and "
+                "place in it: set data.labels: last_turn for conversations, or map the columns prompt and "
                 "completion."
             )
         texts = {
@@ -158,8 +156,7 @@ def _filled(field: str, text: str, values: Mapping[str, Any], index: int) -> str
         given = "empty" if value is None else f"a {type(value).__name__}"
         raise ValueError(
             f"Row {index}: teacher.{field} names {match[1]}, which is {given} there, and should be text. "
-            "Give "
-            "the row one, or write a Jinja template: {% if "
+            "Give the row one, or write a Jinja template: {% if "
             f"{match[1]} %}} ... {{% endif %}}."
         )
 

@@ -44,14 +44,12 @@ def teacher_prefix(row: Mapping[str, Any], tokenizer: Any, labels: str, index: i
     if labels == "all":
         raise ValueError(
             f"Every token of a row is learnt (data.labels: all), and a {TEACHER_PROMPT} gives the teacher "
-            "another "
-            "prompt: learn completions only (data.labels: completion)."
+            "another prompt: learn completions only (data.labels: completion)."
         )
     if prompt is None or (own is not None and isinstance(own, list) != isinstance(prompt, list)):
         raise ValueError(
             f"Row {index} has a {TEACHER_PROMPT} and no prompt of that form beside it: both are texts, or "
-            "both are "
-            "messages, in front of a completion."
+            "both are messages, in front of a completion."
         )
     student = render(row, tokenizer, labels)
     teacher = student if own is None else render({**row, "prompt": own}, tokenizer, labels)
@@ -59,15 +57,14 @@ def teacher_prefix(row: Mapping[str, Any], tokenizer: Any, labels: str, index: i
     if behind == 0:
         raise ValueError(
             f"Row {index}: the teacher's prompt has no token, so nothing stands before the answer's first: "
-            "give "
-            "teacher.prompt some text."
+            "give teacher.prompt some text."
         )
     if student.ids[start:] != teacher.ids[behind:] or student.mask[start:] != teacher.mask[behind:]:
         shown = [tokenizer.decode(ids[:_SHOWN_TOKENS]) for ids in (student.ids[start:], teacher.ids[behind:])]
         raise ValueError(
             f"Row {index}: the answer has other tokens behind the teacher's prompt than behind the "
-            "student's (it "
-            f"begins {shown[1]!r} and {shown[0]!r}), since tokens merge where prompt and answer meet. Let "
+            f"student's (it begins {shown[1]!r} and {shown[0]!r}), since tokens merge where prompt and "
+            "answer meet. Let "
             "teacher.prompt end as the student's prompt does, at the end of a token."
         )
     return TeacherPrefix(teacher.ids[:behind], start)
@@ -91,15 +88,14 @@ def check_prefixes(rows: Any, truncation_mode: str) -> None:
     if truncation_mode == "keep_end":
         raise ValueError(
             "train.truncation_mode: keep_end cuts prompts, and behind a prompt of its own the teacher's "
-            "answer "
-            "would begin elsewhere than the student's: set keep_start, and train.max_length as long as the "
+            "answer would begin elsewhere than the student's: set keep_start, and train.max_length as long "
+            "as the "
             "rows."
         )
     if isinstance(rows, Dataset) and len(rows) and not any(map(_differs, rows)):
         raise ValueError(
             f"The column {TEACHER_PROMPT} leaves every row as the student reads it, so it has no effect: "
-            "let the "
-            "teacher's prompts say something more, or remove the column."
+            "let the teacher's prompts say something more, or remove the column."
         )
 
 
@@ -145,8 +141,7 @@ def check_teacher_rows(
     if not changed:
         text = (
             "teacher.prompt and teacher.system_prompt leave every row as the student reads it, so they "
-            "have no "
-            "effect: let them say something more, or remove them."
+            "have no effect: let them say something more, or remove them."
         )
         return [CheckResult("error", "teacher's rows", text)]
     text = (
@@ -176,10 +171,9 @@ def _beyond(lengths: list[int], limits: Mapping[str, int | None]) -> list[CheckR
             "error",
             "context",
             f"{sum(length > context for length in lengths):,} rows of the {role} are longer than it reads, "
-            "with its "
-            f"own prompt (up to {max(lengths)} tokens, its context has {context}): shorten teacher.prompt, "
-            "or "
-            "set train.max_length lower, which shortens answers.",
+            f"with its own prompt (up to {max(lengths)} tokens, its context has {context}): shorten "
+            "teacher.prompt, "
+            "or set train.max_length lower, which shortens answers.",
         )
         for role, context in limits.items()
         if context is not None and max(lengths) > context

@@ -148,8 +148,7 @@ def check_writer(rows: Any, rollouts: RolloutConfig) -> None:
     if rollouts.teacher_share and TEACHER_PREFIXES in (getattr(rows, "column_names", None) or ()):
         raise ValueError(
             "rollouts.teacher_share lets the teacher write behind the student's prompt, and its rows have "
-            "another "
-            "one: set it to 0, or leave out the teacher's own prompt."
+            "another one: set it to 0, or leave out the teacher's own prompt."
         )
 
 

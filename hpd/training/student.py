@@ -107,8 +107,10 @@ class StudentTrainer(Resumable, SFTTrainer):
                         prompts=prompts,
                         num_proc=args.dataset_num_proc,
                     )
+        if dataset is None:
+            return None
         rows: Any = dataset
-        columns = () if rows is None else get_dataset_column_names(rows)
+        columns = get_dataset_column_names(rows)
         if TEACHER_PREFIXES in columns:
             check_prefixes(rows if name == "train" else None, args.truncation_mode)
             if packing:
@@ -116,8 +118,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         elif TEACHER_PROMPT in columns:
             raise ValueError(
                 f"The rows are prepared already and have a {TEACHER_PROMPT}, which would have no effect: "
-                "give them "
-                "as prompt and completion."
+                "give them as prompt and completion."
             )
         return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
 
@@ -214,11 +215,11 @@ class StudentTrainer(Resumable, SFTTrainer):
 
 def _packed(rows: Any, args: DistillConfig) -> Any:
     """Rows packed as TRL does, which would leave the teacher's prompts out."""
-    if args.packing_strategy != "bfd":
+    if args.packing_strategy != "bfd" or args.max_length is None:
         raise ValueError(
-            f"train.packing_strategy: {args.packing_strategy} cuts rows in the middle, and the prompts of "
-            "the "
-            "teacher's own stand before whole ones: set packing_strategy: bfd."
+            "Behind prompts of the teacher's own whole rows are packed, up to a length: set "
+            "train.max_length, and "
+            f"train.packing_strategy: bfd (it is {args.packing_strategy}, max_length {args.max_length})."
         )
     with global_then_local_main_first():
         rows = rows.select_columns(["input_ids", "labels", TEACHER_PREFIXES])

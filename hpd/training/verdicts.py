@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
@@ -122,20 +121,29 @@ def row_verdicts(
 def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:
     """Look at the rows of a teacher that has a prompt of its own."""
     regime = recipe.choose_regime()
-    limits = {role: context_of(config) for role, config in models.teacher_configs.items()}
+    limits: dict[str, int | None] = {
+        role: context_of(config) for role, config in models.teacher_configs.items()
+    }
     if models.served is not None:
-        limits = {
-            role: min(limit or math.inf, models.served.max_row_tokens) for role, limit in limits.items()
-        }
-    return check_teacher_rows(
-        rows.train,
-        models.tokenizer,
-        label_policy(args),
-        args.max_length,
-        limits,
-        regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0,
-        args.dataset_num_proc,
-    )
+        longest = models.served.max_row_tokens
+        limits = {role: min(limit or longest, longest) for role, limit in limits.items()}
+    new_tokens = regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0
+
+    def look_at(part: Any, new_tokens: int) -> list[CheckResult]:
+        return check_teacher_rows(
+            part,
+            models.tokenizer,
+            label_policy(args),
+            args.max_length,
+            limits,
+            new_tokens,
+            args.dataset_num_proc,
+        )
+
+    found = look_at(rows.train, new_tokens)
+    if rows.validation is not None:
+        found += [verdict for verdict in look_at(rows.validation, 0) if verdict.topic == "context"]
+    return found
 
 
 def _column_verdicts(rows: Rows) -> list[CheckResult]:
