@@ -13,11 +13,28 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["DATASET", "IGNORE_INDEX", "STUDENT", "DistillCollator", "TokenBatch", "token_batch", "uniforms"]
+__all__ = [
+    "DATASET",
+    "IGNORE_INDEX",
+    "STUDENT",
+    "TEACHER_PREFIXES",
+    "DistillCollator",
+    "TokenBatch",
+    "as_teacher_reads",
+    "teacher_inputs",
+    "token_batch",
+    "uniforms",
+]
 
 IGNORE_INDEX = -100
 DATASET, STUDENT = 0, 1
 """Who wrote a token."""
+TEACHER_PREFIXES = "teacher_prefixes"
+"""A column of rows that the teacher reads behind a prompt of its own: for each token, the tokens that the
+teacher reads instead of all that the student reads before it. Empty but at one token, the first that both
+read."""
+# Of the names in a collated batch that hold the teacher's own rows.
+_OF_TEACHER = "teacher_"
 
 _ROWS_AT_ONCE = 64
 
@@ -48,6 +65,10 @@ class TokenBatch(NamedTuple):
     """Those whose label the student wrote."""
     behavior_logprobs: Float[Tensor, "N"] | None = None
     """Log-probability of the label, in nats, under the behavior policy that wrote it; NaN: not known."""
+    teacher_index: Int[Tensor, "N"] | None = None
+    """`index` in the teacher's own rows; None: the teacher reads the student's."""
+    teacher_keys: Int[Tensor, "N"] | None = None
+    """`keys` there."""
 
     def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
         """Some positions of a batch whose rows are all the dataset's."""
@@ -59,6 +80,8 @@ class TokenBatch(NamedTuple):
             self.dropped,
             by_dataset=everything,
             by_student=everything[:0],
+            teacher_index=None if self.teacher_index is None else self.teacher_index[positions],
+            teacher_keys=None if self.teacher_keys is None else self.teacher_keys[positions],
         )
 
     @classmethod
@@ -68,6 +91,28 @@ class TokenBatch(NamedTuple):
         return cls(
             *(inputs.pop(f"label_{field}") for field in cls._fields if field not in optional), **optional
         )
+
+
+def teacher_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's own rows within a collated batch; empty where it reads the student's."""
+    return {k.removeprefix(_OF_TEACHER): value for k, value in inputs.items() if k.startswith(_OF_TEACHER)}
+
+
+def as_teacher_reads(inputs: Mapping[str, Any], batch: TokenBatch) -> tuple[dict[str, Any], TokenBatch]:
+    """A collated batch as the teacher reads it: with rows of its own where it has some.
+
+    Returns:
+        Model inputs, and the same label positions in the same order; their `index` and `keys` are those of
+        the teacher's rows.
+    """
+    if batch.teacher_index is None or batch.teacher_keys is None:
+        return dict(inputs), batch
+    own = teacher_inputs(inputs)
+    if "asked" in inputs:
+        own["asked"] = inputs["asked"]
+    return own, batch._replace(
+        index=batch.teacher_index, keys=batch.teacher_keys, teacher_index=None, teacher_keys=None
+    )
 
 
 def token_batch(
@@ -161,7 +206,8 @@ class DistillCollator:
 
     Rows padded on the left get `position_ids`. The labels that remain are written back, so that the trainer
     counts exactly the label tokens that the loss sums. Examples may say token by token who wrote them
-    (`sources`) and how likely that policy found them (`behavior_logprobs`).
+    (`sources`), how likely that policy found them (`behavior_logprobs`), and what the teacher reads before
+    them (`teacher_prefixes`); the teacher's rows are laid out as the student's.
 
     Args:
         inner: what pads or flattens the rows.
@@ -172,25 +218,51 @@ class DistillCollator:
         self.inner = inner
         self.vocab = vocab
         self.ask: Callable[[dict[str, Any], TokenBatch], Any] | None = None
-        """Begins to ask a teacher about a batch, ahead of its step; what it returns is `inputs["asked"]`."""
+        """Begins to ask a teacher about a batch as it reads it, ahead of its step; what it returns is
+        `inputs["asked"]`."""
 
     def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, Int[Tensor, "n"]]]:
-        """Each row of a prepared dataset with the keys of its label positions; no teacher is asked.
+        """Each row of a prepared dataset with the keys of its label positions, those of the teacher's row
+        where it has its own; no teacher is asked.
 
         Rows are collated many at a time: alone, each would cost most of a millisecond.
         """
         remaining = iter(dataset)
         while group := list(itertools.islice(remaining, _ROWS_AT_ONCE)):
-            inputs = self.inner(group)
-            batch = token_batch(inputs, self.vocab)
+            inputs, batch = self._collated(group)
             height, width = inputs["input_ids"].shape
             # Padded: a row each. Padding-free: one behind the other.
             lengths = [width] * height if height == len(group) else [len(row["input_ids"]) for row in group]
             ends = torch.tensor(lengths).cumsum(0)
             counts = torch.bincount(torch.searchsorted(ends, batch.index, right=True), minlength=len(group))
-            yield from zip(group, batch.keys.split(counts.tolist()), strict=True)
+            _, read = as_teacher_reads(inputs, batch)
+            yield from zip(group, read.keys.split(counts.tolist()), strict=True)
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        inputs, batch = self._collated(examples)
+        labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
+        labels[batch.index + 1] = batch.labels
+        inputs["labels"] = labels.view_as(inputs["labels"])
+        if self.ask is not None:
+            inputs["asked"] = self.ask(*as_teacher_reads(inputs, batch))
+        # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
+        inputs.update(
+            {f"label_{field}": value for field, value in batch._asdict().items() if value is not None}
+        )
+        return inputs
+
+    def _collated(self, examples: list[Any]) -> tuple[dict[str, Any], TokenBatch]:
+        """The student's rows and, beside them, the teacher's own."""
+        inputs, batch = self._of_one(examples)
+        if TEACHER_PREFIXES not in examples[0]:
+            return inputs, batch
+        own, of_teacher = self._of_one([_teacher_example(example) for example in examples])
+        assert torch.equal(of_teacher.labels, batch.labels), "both read the same completions"
+        inputs.update({_OF_TEACHER + name: value for name, value in own.items() if name != "labels"})
+        return inputs, batch._replace(teacher_index=of_teacher.index, teacher_keys=of_teacher.keys)
+
+    def _of_one(self, examples: list[Any]) -> tuple[dict[str, Any], TokenBatch]:
+        """Rows as one of the models reads them."""
         # Processors of images give a mapping of their own.
         inputs = dict(self.inner(examples))
         by_token = {
@@ -199,20 +271,29 @@ class DistillCollator:
             if name in examples[0]
         }
         batch = token_batch(inputs, self.vocab, **by_token)
-        labels = torch.full_like(inputs["labels"], IGNORE_INDEX).flatten()
-        labels[batch.index + 1] = batch.labels
-        inputs["labels"] = labels.view_as(inputs["labels"])
         mask = inputs.get("attention_mask")
         if mask is not None and "position_ids" not in inputs and not bool(mask[:, 0].all()):
             # Models with absolute positions would count the padding.
             inputs["position_ids"] = _real_positions(mask)
-        if self.ask is not None:
-            inputs["asked"] = self.ask(inputs, batch)
-        # Flat keys: the Trainer's device transfer rebuilds tuples by type and breaks named ones.
-        inputs.update(
-            {f"label_{field}": value for field, value in batch._asdict().items() if value is not None}
-        )
-        return inputs
+        return inputs, batch
+
+
+def _teacher_example(example: Mapping[str, Any]) -> dict[str, list[int]]:
+    """An example, perhaps of several packed rows, as the teacher reads it."""
+    ids, labels, prefixes = (example[name] for name in ("input_ids", "labels", TEACHER_PREFIXES))
+    out: dict[str, list[int]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    start = 0
+    for length in example.get("seq_lengths") or [len(ids)]:
+        end = start + length
+        shared = next((place for place in range(start, end) if prefixes[place]), start)
+        prefix, targets = list(prefixes[shared]), list(labels[shared:end])
+        if shared == start:
+            targets[0] = IGNORE_INDEX  # nothing predicts a row's first token for the student
+        out["input_ids"] += prefix + list(ids[shared:end])
+        out["labels"] += [IGNORE_INDEX] * len(prefix) + targets
+        out["seq_lengths"].append(len(prefix) + end - shared)
+        start = end
+    return out if "seq_lengths" in example else {k: v for k, v in out.items() if k != "seq_lengths"}
 
 
 def _laid_out(input_ids: Int[Tensor, "B T"], values: list[list[Any]]) -> Tensor:

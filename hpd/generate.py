@@ -228,7 +228,8 @@ def _identity(
         if k not in ("output", "truncated", "filter", "reference")
     }
     waits = ("concurrency", "timeout_seconds", "wait_seconds", "api_key_env")
-    teacher = {k: v for k, v in tree["teacher"].items() if k not in waits}
+    without_effect = (*waits, "prompt", "system_prompt")
+    teacher = {k: v for k, v in tree["teacher"].items() if k not in without_effect}
     facts = {
         "settings": settings,
         "teacher": teacher,
@@ -242,6 +243,11 @@ def _identity(
 def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
     """The model or server that writes, and its name."""
     teacher = recipe.teacher
+    if config.model is None and teacher.reads_own_rows:
+        raise ValueError(
+            "hpd generate has the teacher write behind the student's prompts, so teacher.prompt and "
+            "teacher.system_prompt would have no effect: remove them, or name the writer in generate.model."
+        )
     if config.model is None and teacher.type == "server":
         if teacher.protocol not in (None, "openai", "echo"):
             raise ValueError(

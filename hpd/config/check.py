@@ -17,6 +17,7 @@ from hpd.config.schema import Recipe
 from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.yaml_file import shorten
 from hpd.methods.fields import nearest
+from hpd.methods.regime import Regime
 
 __all__ = ["check_recipe", "check_tree", "hint_at", "read_tree", "resolve"]
 
@@ -89,6 +90,8 @@ def check_recipe(recipe: Recipe) -> None:
             "Routing reads the column row by row before training: set train.packing and data.streaming to "
             "false."
         )
+    if teacher.reads_own_rows:
+        _check_own_rows(recipe, regime)
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         _check_answers_anything(parts.values())
     if recipe.lora is not None and recipe.student.init == "random":
@@ -98,6 +101,31 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
+    """Refuse choices that leave no place for a prompt that the teacher alone reads."""
+    train, own = recipe.train, "teacher.prompt and teacher.system_prompt"
+    if recipe.data.labels == "all":
+        raise ValueError(
+            f"data.labels: all learns prompts too, and {own} give the teacher others: set data.labels: "
+            "completion, or last_turn for conversations."
+        )
+    if train.get("truncation_mode") == "keep_end":
+        raise ValueError(
+            f"train.truncation_mode: keep_end cuts prompts, and with {own} the teacher's answer would begin "
+            "elsewhere than the student's: set keep_start, and train.max_length as long as the rows."
+        )
+    if train.get("packing") and train.get("packing_strategy", "bfd") != "bfd":
+        raise ValueError(
+            f"train.packing_strategy: {train['packing_strategy']} cuts rows in the middle, and {own} stand "
+            "before whole ones: set packing_strategy: bfd."
+        )
+    if regime.rollouts.teacher_share:
+        raise ValueError(
+            f"rollouts.teacher_share lets the teacher write behind the student's prompt, and {own} give it "
+            "another: remove one of them."
+        )
 
 
 def _check_answers_anything(teachers: Iterable[TeacherConfig]) -> None:

@@ -105,6 +105,12 @@ class TeacherConfig:
     """Share of each teacher in a mixture, > 0; divided by their sum."""
     column: str | None = None
     """Column of the dataset that names each row's teacher (type routed)."""
+    prompt: str | None = None
+    """The prompt that the teacher reads instead of the student's, such as "{prompt}\n\nReference:
+    {solution}": {prompt} and {completion} are the row's, other names its columns; with {{ }} or {% %} a
+    Jinja template. null: the student's."""
+    system_prompt: str | None = None
+    """The system text that the teacher reads, written like `prompt`; null: the student's."""
     dtype: DType = "auto"
     """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU. Protocol hpd: of hidden
     states and head."""
@@ -157,6 +163,9 @@ class TeacherConfig:
             )
         if self.type == "self" and self.model:
             raise ValueError("teacher: self is the student itself: remove teacher.model.")
+        for name in ("prompt", "system_prompt"):
+            if (text := getattr(self, name)) is not None and not text.strip():
+                raise ValueError(f"teacher.{name} is empty: remove it, and the teacher reads the student's.")
         if self.type in ("mixture", "routed"):
             self._check_teachers()
         if self.type == "server":
@@ -173,6 +182,11 @@ class TeacherConfig:
             raise ValueError(
                 f"teacher.teachers.{served[0]} is a server, which answers for whole batches: load the model "
                 "here."
+            )
+        if own := [name for name, part in self.teachers.items() if part.reads_own_rows]:
+            raise ValueError(
+                f"teacher.teachers.{own[0]} has a prompt of its own, and the teachers of a {self.type} "
+                "read one row together: set teacher.prompt and teacher.system_prompt, which all of them read."
             )
         if self.type == "mixture" and (
             set(self.weights) != set(self.teachers) or min(self.weights.values()) <= 0
@@ -212,6 +226,11 @@ class TeacherConfig:
             timeout_seconds=(0 < self.timeout_seconds < math.inf, "> 0"),
             wait_seconds=(0 <= self.wait_seconds < math.inf, ">= 0"),
         )
+
+    @property
+    def reads_own_rows(self) -> bool:
+        """True if the teacher's prompt is not the student's."""
+        return self.prompt is not None or self.system_prompt is not None
 
     @property
     def title(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from hpd.batch import IGNORE_INDEX
 from hpd.data.checks import check_row, check_turns, check_types
 from hpd.data.formats import FORMATS, RowFormat
+from hpd.data.teacher_prompts import TEACHER_PROMPT, TeacherContext
 
 __all__ = ["convert"]
 
@@ -54,6 +55,7 @@ def convert(
     system_prompt: str | None = None,
     prompts: bool = False,
     kept: str | None = None,
+    context: TeacherContext | None = None,
     whole: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The row in a format of TRL's.
@@ -66,6 +68,7 @@ def convert(
         system_prompt: of conversations that have none.
         prompts: a prompt without a completion is enough.
         kept: a column that stays.
+        context: of a teacher that reads a prompt of its own, which becomes the column `teacher_prompt`.
         whole: the columns of rows of all formats, null where this one has none.
 
     Raises:
@@ -94,6 +97,8 @@ def convert(
             out[first] = _with_system(out[first], system_prompt)
     unanswered = prompts and out.get("completion") is None
     check_row({k: v for k, v in out.items() if not (unanswered and k == "completion")}, index, labels)
+    if context is not None:
+        out[TEACHER_PROMPT] = context.prompt_of(row, out, index)
     out = {**dict.fromkeys(whole), **out}
     return out if kept is None else {**out, kept: row[kept]}
 

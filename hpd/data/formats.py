@@ -108,7 +108,7 @@ def choose_format(
     *,
     style: str = "auto",
     ignored: Sequence[str] = (),
-    kept: str | None = None,
+    kept: Sequence[str] = (),
     prompts: bool = False,
     texts: bool = True,
 ) -> RowFormat:
@@ -119,7 +119,7 @@ def choose_format(
         columns: `data.columns`: the column of a part; it counts more than a column of the part's own name.
         style: `data.format`.
         ignored: columns that are left out on purpose.
-        kept: a column that rows keep as it is.
+        kept: columns that are read beside the row, such as the one that names its teacher.
         prompts: prompts without completions are enough.
         texts: rows may be text or token ids.
 
@@ -146,12 +146,12 @@ def choose_format(
         raise ValueError(_no_format(found, prompts))
     first = max(kinds, key=lambda kind: (sum(part in columns for part in FORMATS[kind]), -kinds.index(kind)))
     kinds.remove(first)
-    chosen, *others = (_layout(kind, parts, found, style, (*ignored, kept)) for kind in (first, *kinds))
+    chosen, *others = (_layout(kind, parts, found, style, (*ignored, *kept)) for kind in (first, *kinds))
     return chosen._replace(others=tuple(others))
 
 
 def _layout(
-    kind: str, parts: Mapping[str, str], found: Sequence[str], style: str, apart: Sequence[str | None]
+    kind: str, parts: Mapping[str, str], found: Sequence[str], style: str, apart: Sequence[str]
 ) -> RowFormat:
     """The format of this kind, and what becomes of the columns that it does not read."""
     # With data.columns, a prompt can be the instruction of rows that have an input too.

@@ -17,6 +17,7 @@ from hpd.data.formats import FORMATS, RowFormat, choose_format
 from hpd.data.mixing import mix
 from hpd.data.places import SUFFIXES, local_files
 from hpd.data.reading import first_rows, read, why_not
+from hpd.data.teacher_prompts import TEACHER_PROMPT, TeacherContext
 
 __all__ = ["PromptRow", "Rows", "format_of", "load_preferences", "load_prompts", "load_rows"]
 
@@ -46,12 +47,33 @@ class PromptRow(NamedTuple):
     """The dataset's own answer, where it has one."""
 
 
-def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = False) -> Rows:
+class _Beside(NamedTuple):
+    """What rows keep beside what the student reads."""
+
+    column: str | None
+    """Names their teacher."""
+    context: TeacherContext | None
+    """Of a teacher with a prompt of its own."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        named = () if self.context is None else self.context.columns
+        return (*named, *(() if self.column is None else (self.column,)))
+
+
+def load_rows(
+    config: DataConfig,
+    column: str | None = None,
+    context: TeacherContext | None = None,
+    *,
+    prompts: bool = False,
+) -> Rows:
     """Read the dataset and bring it into a TRL format.
 
     Args:
         config: its place, and the meaning of its columns.
         column: one more column that rows keep (it names their teacher).
+        context: of a teacher with a prompt of its own, which rows get as the column `teacher_prompt`.
         prompts: prompts without completions are enough, since the student writes every row.
 
     Raises:
@@ -59,10 +81,11 @@ def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = 
         ValueError: unreadable or empty file, unknown columns, a row without text.
     """
     datasets.disable_progress_bars()
+    beside = _Beside(column, context)
     if config.parts:
-        train, layouts, mixture = mix(config, lambda part: _read_shaped(part, column, prompts))
+        train, layouts, mixture = mix(config, lambda part: _read_shaped(part, beside, prompts))
     else:
-        train, layout = _read_shaped(config, column, prompts)
+        train, layout = _read_shaped(config, beside, prompts)
         layouts, mixture = [layout], None
     validation = None
     if isinstance(config.validation, str):
@@ -71,7 +94,7 @@ def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = 
             raise ValueError("data.validation must be a share or a file, where data has several parts.")
         split = "train" if is_file else config.validation
         other = replace(config, path=config.validation, parts=()) if is_file else config
-        validation, _ = _read_shaped(other, column, False, split, limit=False)
+        validation, _ = _read_shaped(other, beside, False, split, limit=False)
     conversational = any(
         isinstance(row.get(k), list) for row in first_rows(train, 64) for k in ("prompt", "messages")
     )
@@ -86,15 +109,15 @@ def load_rows(config: DataConfig, column: str | None = None, *, prompts: bool = 
 
 
 def _read_shaped(
-    config: DataConfig, column: str | None, prompts: bool, split: str | None = None, limit: bool = True
+    config: DataConfig, beside: _Beside, prompts: bool, split: str | None = None, limit: bool = True
 ) -> tuple[Any, RowFormat]:
     """The rows of one dataset in a format of TRL's, and their own."""
     rows = read(config.path, config, split, limit)
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
     try:
-        layout = _layout(rows, config, column, prompts)
-        return _shape(rows, layout, config, column, prompts), layout
+        layout = _layout(rows, config, beside, prompts)
+        return _shape(rows, layout, config, beside, prompts), layout
     except UnicodeDecodeError as error:
         # JSON is taken apart without a look at its text, which fails where a row is read.
         local = local_files(config.path, config.name)
@@ -191,8 +214,8 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
     if not {*config.columns, *found} & _WITH_PROMPTS:
         raise ValueError(_no_prompt(0))
     layout = choose_format(
-        found, config.columns, style=config.format, ignored=config.ignore, kept=reference, prompts=True,
-        texts=False,
+        found, config.columns, style=config.format, ignored=config.ignore,
+        kept=() if reference is None else (reference,), prompts=True, texts=False,
     )  # fmt: skip
     # What says something about the answers alone does no harm here.
     layout = layout._replace(
@@ -236,7 +259,7 @@ def format_of(rows: Any, columns: Mapping[str, str], prompts: bool) -> RowFormat
     transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
     if not found or {"input_ids", "labels"} <= {*found} or transformed:
         return None
-    return choose_format(found, columns, prompts=prompts)
+    return choose_format(found, columns, kept=[TEACHER_PROMPT], prompts=prompts)
 
 
 def _columns(rows: Any) -> list[str]:
@@ -245,7 +268,7 @@ def _columns(rows: Any) -> list[str]:
     return list(next(iter(rows), {}))
 
 
-def _layout(rows: Any, config: DataConfig, column: str | None, prompts: bool) -> RowFormat:
+def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> RowFormat:
     """The format of the rows.
 
     Raises:
@@ -253,16 +276,24 @@ def _layout(rows: Any, config: DataConfig, column: str | None, prompts: bool) ->
     """
     found = _columns(rows)
     check_columns(found)
+    column = beside.column
     if column is not None and column not in found:
         raise ValueError(
             f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}."
         )
+    if beside.context is not None:
+        beside.context.check(found, f"the dataset {config.path}")
     return choose_format(
-        found, config.columns, style=config.format, ignored=config.ignore, kept=column, prompts=prompts
+        found,
+        config.columns,
+        style=config.format,
+        ignored=config.ignore,
+        kept=beside.columns,
+        prompts=prompts,
     )
 
 
-def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None, prompts: bool) -> Any:
+def _shape(rows: Any, layout: RowFormat, config: DataConfig, beside: _Beside, prompts: bool) -> Any:
     """Every row as `convert` makes it."""
     # Formats that change from row to row are columns with nulls, whose types are seen in all rows together.
     mixes = (
@@ -279,7 +310,8 @@ def _shape(rows: Any, layout: RowFormat, config: DataConfig, column: str | None,
             "labels": config.labels,
             "system_prompt": config.system_prompt,
             "prompts": prompts,
-            "kept": column,
+            "kept": beside.column,
+            "context": beside.context,
             "whole": _columns_of(layout, config.labels, prompts) if mixes else (),
         },
         remove_columns=_columns(rows),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from hpd.data.lengths import MEASURED_ROWS, kept_part
 from hpd.data.reading import first_rows
 from hpd.data.rendering import tokenise
+from hpd.data.teacher_rows import teacher_prefix
 
 __all__ = ["Part", "row_as_learnt"]
 
@@ -20,17 +21,32 @@ class Part(NamedTuple):
 
 
 def row_as_learnt(
-    rows: Any, tokenizer: Any, labels: str, max_length: int | None, truncation_mode: str
+    rows: Any,
+    tokenizer: Any,
+    labels: str,
+    max_length: int | None,
+    truncation_mode: str,
+    *,
+    of_teacher: bool = False,
 ) -> list[Part]:
     """The first row with a label that stays, decoded from its tokens, in the order of the text.
 
     The first token is never learnt: nothing comes before it that would predict it.
+
+    Args:
+        rows: of training.
+        tokenizer, labels, max_length, truncation_mode: as training has them.
+        of_teacher: as a teacher with a prompt of its own reads the same row.
     """
-    for row in first_rows(rows, MEASURED_ROWS):
+    for index, row in enumerate(first_rows(rows, MEASURED_ROWS)):
         ids, mask = (
             kept_part(part, max_length, truncation_mode) for part in tokenise(dict(row), tokenizer, labels)
         )
         learnt = [False, *map(bool, mask[1:])]
+        if any(learnt) and of_teacher:
+            prefix = teacher_prefix(row, tokenizer, labels, index)
+            ids = [*prefix.ids, *ids[prefix.start :]]
+            learnt = [False] * len(prefix.ids) + learnt[prefix.start :]
         if any(learnt):
             return _parts(ids, learnt, tokenizer)
     return []

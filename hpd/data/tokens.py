@@ -7,10 +7,12 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from hpd.batch import IGNORE_INDEX
+from hpd.batch import IGNORE_INDEX, TEACHER_PREFIXES
 from hpd.data.convert import convert
 from hpd.data.formats import RowFormat
 from hpd.data.rendering import tokenise
+from hpd.data.teacher_prompts import TEACHER_PROMPT
+from hpd.data.teacher_rows import prefixes_of, teacher_prefix
 
 __all__ = ["label_rows"]
 
@@ -24,7 +26,7 @@ def label_rows(
     prompts: bool = False,
     num_proc: int | None = None,
 ) -> Any:
-    """Rows with `input_ids` and `labels`, uncut.
+    """Rows with `input_ids` and `labels`, uncut; with `teacher_prefixes` where they have a `teacher_prompt`.
 
     Args:
         rows: of any format.
@@ -44,12 +46,16 @@ def label_rows(
 
 def _labelled(
     row: Mapping[str, Any], index: int, layout: RowFormat, tokenizer: Any, labels: str, prompts: bool
-) -> dict[str, list[int]]:
+) -> dict[str, list[Any]]:
     converted = convert(row, index, layout, labels, prompts=prompts)
-    if "input_ids" in converted:
+    if "input_ids" in converted and TEACHER_PROMPT not in row:
         return {name: converted[name] for name in ("input_ids", "labels")}
     ids, mask = tokenise(converted, tokenizer, labels)
-    return {
+    out: dict[str, list[Any]] = {
         "input_ids": ids,
         "labels": [token if bit else IGNORE_INDEX for token, bit in zip(ids, mask, strict=True)],
     }
+    if TEACHER_PROMPT in row:
+        own = {**converted, TEACHER_PROMPT: row[TEACHER_PROMPT]}
+        out[TEACHER_PREFIXES] = prefixes_of(teacher_prefix(own, tokenizer, labels, index), len(ids))
+    return out

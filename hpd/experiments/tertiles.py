@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hpd.batch import TokenBatch
+from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import Recipe
 from hpd.models.forward import model_inputs
 from hpd.training.caching import rows_trainer
@@ -78,7 +78,11 @@ def tertile_metrics(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> d
     found = []
     for batch in loader:
         inputs = dict(batch)
-        index = TokenBatch.pop(inputs).index
-        logits = [model(**model_inputs(inputs)).logits.flatten(0, 1)[index] for model in (teacher, student)]
+        batch = TokenBatch.pop(inputs)
+        sides = ((teacher, as_teacher_reads(inputs, batch)), (student, (inputs, batch)))
+        logits = [
+            model(**model_inputs(given)).logits.flatten(0, 1)[positions.index]
+            for model, (given, positions) in sides
+        ]
         found.append(position_figures(*logits).cpu())
     return by_entropy(torch.cat(found))

@@ -23,6 +23,7 @@ from hpd.teachers.cache import read_about
 __all__ = [
     "differences",
     "model_fingerprint",
+    "own_prompt",
     "quick_fingerprint",
     "teacher_fingerprint",
     "tokenizer_fingerprint",
@@ -95,6 +96,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict
         "max_length": args.max_length,
         "truncation_mode": args.truncation_mode,
     }
+
+
+def own_prompt(teacher: TeacherConfig) -> dict[str, Any]:
+    """The prompt and the system text that a teacher reads instead of the student's; empty without them."""
+    if not teacher.reads_own_rows:
+        return {}
+    return {"teacher's prompt": [teacher.prompt, teacher.system_prompt]}
 
 
 def _content(path: str) -> str:

@@ -16,7 +16,12 @@ from hpd.losses import TeacherScores
 from hpd.models.load import load_model
 from hpd.teachers.cache import TEACHER, read_about
 from hpd.teachers.cached import CachedTeacher
-from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
+from hpd.teachers.fingerprints import (
+    differences,
+    own_prompt,
+    teacher_fingerprint,
+    tokenizer_fingerprint,
+)
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
 from hpd.teachers.teacher import RoutedScores, Teacher
@@ -43,20 +48,23 @@ def _description(teacher: TeacherConfig, recipe: Recipe) -> ModelConfig | Teache
     return teacher
 
 
-def check_caches(teacher: TeacherConfig, tokenizer: Any, args: Any) -> None:
+def check_caches(
+    teacher: TeacherConfig, tokenizer: Any, args: Any, reader: TeacherConfig | None = None
+) -> None:
     """Compare every cache among the teachers with what the recipe would write.
 
     Args:
         teacher: of the recipe.
         tokenizer: the student's, which tokenises the rows.
         args: `DistillConfig`.
+        reader: whose prompt the rows have for the teacher; None: its own.
 
     Raises:
         ValueError: there is none, it is unfinished or damaged, or it was written for something else; the text
             names what.
     """
     for part in teacher.teachers.values():
-        check_caches(part, tokenizer, args)
+        check_caches(part, tokenizer, args, teacher)
         if (
             teacher.type == "mixture"
             and part.type == "cached"
@@ -69,7 +77,8 @@ def check_caches(teacher: TeacherConfig, tokenizer: Any, args: Any) -> None:
     if teacher.type != "cached":
         return
     cached = read_about(str(teacher.path))["fingerprint"]
-    changed = differences(cached, tokenizer_fingerprint(tokenizer, args))
+    asked = {"teacher's prompt": None, **own_prompt(reader or teacher)}
+    changed = differences(cached, {**tokenizer_fingerprint(tokenizer, args), **asked})
     if teacher.model is not None:
         changed += (
             ["teacher"]

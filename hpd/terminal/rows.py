@@ -17,7 +17,17 @@ _SHOWN = 600
 
 
 def show_rows(planned: Plan) -> None:
-    """Show a row as it will be learnt, the learnt text in [[ ]], and how much of the rows is read."""
+    """Show a row as it will be learnt, the learnt text in [[ ]], as a teacher with a prompt of its own reads
+    it, and how much of the rows is read."""
+    _show_row(planned, "a row as it will be learnt ([[learnt]]):")
+    if planned.recipe.teacher.reads_own_rows:
+        _show_row(planned, "the same row as the teacher reads it ([[asked]]):", of_teacher=True)
+    console.print(
+        _counts(planned.lengths, planned.args.max_length), highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def _show_row(planned: Plan, title: str, of_teacher: bool = False) -> None:
     args = planned.args
     parts = row_as_learnt(
         planned.rows.train,
@@ -25,14 +35,14 @@ def show_rows(planned: Plan) -> None:
         label_policy(args),
         args.max_length,
         args.truncation_mode,
+        of_teacher=of_teacher,
     )
     text = Text()
     for part in parts:
         shown = _shorten(part.text)
         text.append(f"[[{shown}]]" if part.learnt else shown, style="bold green" if part.learnt else "dim")
-    console.print("a row as it will be learnt ([[learnt]]):", highlight=False, markup=False)
+    console.print(title, highlight=False, markup=False)
     console.print(text, soft_wrap=True)
-    console.print(_counts(planned.lengths, args.max_length), highlight=False, markup=False, soft_wrap=True)
 
 
 def _counts(lengths: Lengths, max_length: int | None) -> str:

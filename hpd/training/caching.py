@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hpd.batch import TokenBatch
+from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import CacheConfig, Recipe
 from hpd.files import write_atomically
 from hpd.locks import empty_folder, entries, holding
@@ -41,7 +41,12 @@ from hpd.teachers.cache import (
     save_shard,
     write_json,
 )
-from hpd.teachers.fingerprints import differences, teacher_fingerprint, tokenizer_fingerprint
+from hpd.teachers.fingerprints import (
+    differences,
+    own_prompt,
+    teacher_fingerprint,
+    tokenizer_fingerprint,
+)
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
@@ -195,6 +200,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "teacher": teacher_fingerprint(teacher),
         "rows": xxhash.xxh3_128_hexdigest(np.sort(layout.keys).tobytes()),
         **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
+        **own_prompt(recipe.teacher),
     }
     return {
         "format": FORMAT,
@@ -339,7 +345,7 @@ def _answers(
     collated = trainer.data_collator([rows[int(layout.rows[i])] for i in chosen])
     mask = torch.from_numpy(np.concatenate([layout.masks[i] for i in chosen]))
     inputs: Any = trainer._prepare_inputs(collated)
-    batch = TokenBatch.pop(inputs)
+    inputs, batch = as_teacher_reads(inputs, TokenBatch.pop(inputs))
     assert len(mask) == len(batch.keys), "the collator keeps rows and their order"
     mask = mask.to(batch.keys.device)
     batch = batch.at(mask.nonzero().flatten())

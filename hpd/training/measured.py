@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers.trainer_utils import PredictionOutput
 
-from hpd.batch import TokenBatch
+from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.methods.terms import Term
 from hpd.models.forward import model_inputs
 from hpd.teachers import TeacherUnavailable
@@ -40,7 +40,8 @@ class MeasuredTrainer(GuardedTrainer):
         try:
             for batch in batches:
                 if "asked" not in batch:
-                    batch["asked"] = self.teacher.ask(batch, TokenBatch.pop(dict(batch)))
+                    asked = as_teacher_reads(batch, TokenBatch.pop(dict(batch)))
+                    batch["asked"] = self.teacher.ask(*asked)
             for batch in batches:
                 self.teacher.wait(batch["asked"])
         except TeacherUnavailable as error:

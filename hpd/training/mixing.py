@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.batch import DATASET, IGNORE_INDEX, STUDENT, uniforms
+from hpd.batch import DATASET, IGNORE_INDEX, STUDENT, TEACHER_PREFIXES, teacher_inputs, uniforms
 from hpd.generation.rollouts import Rollout, RolloutEngine
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import ValidationRamp, value_at
@@ -42,6 +42,14 @@ class TrainingRow(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
+    teacher_prefix: list[int] | None = None
+    """Tokens that the teacher reads instead of those before the first label; None: the same ones."""
+
+    @property
+    def first_label(self) -> int:
+        """Its place; without a label, the place behind the row."""
+        places = (i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)
+        return next(places, len(self.labels))
 
 
 class RolloutRequest(NamedTuple):
@@ -58,16 +66,32 @@ class RolloutRequest(NamedTuple):
 def rows_of(inputs: Mapping[str, Tensor]) -> list[TrainingRow]:
     """Take a collated batch apart again: padded, padding-free or packed (where filling tokens are left
     out)."""
-    ids, labels = inputs["input_ids"].tolist(), inputs["labels"].tolist()
+    own = teacher_inputs(inputs)
+    read: Iterable[Any] = _by_row(own, "input_ids") if own else itertools.repeat(None)
+    student = zip(_by_row(inputs, "input_ids"), _by_row(inputs, "labels"), strict=True)
     rows = []
+    # Filling tokens behind the last row are rows of one token, which the two sides need not have as many of.
+    for (ids, labels), of_teacher in zip(student, read, strict=False):
+        if "attention_mask" not in inputs and len(ids) < 2:
+            continue
+        row = TrainingRow(ids, labels)
+        if of_teacher is not None:
+            behind = len(ids) - row.first_label
+            row = row._replace(teacher_prefix=of_teacher[: len(of_teacher) - behind] if behind else [])
+        rows.append(row)
+    return rows
+
+
+def _by_row(inputs: Mapping[str, Tensor], name: str) -> list[list[int]]:
+    """The values of each row, without padding."""
+    lines: list[list[int]] = inputs[name].tolist()
     if "attention_mask" in inputs:
-        for line, targets, mask in zip(ids, labels, inputs["attention_mask"].tolist(), strict=True):
-            kept = [i for i, bit in enumerate(mask) if bit]
-            rows.append(TrainingRow([line[i] for i in kept], [targets[i] for i in kept]))
-    else:
-        for line, targets, positions in zip(ids, labels, inputs["position_ids"].tolist(), strict=True):
-            starts = [i for i, position in enumerate(positions) if position == 0] + [len(line)]
-            rows += [TrainingRow(line[a:b], targets[a:b]) for a, b in itertools.pairwise(starts) if b - a > 1]
+        masks = inputs["attention_mask"].tolist()
+        return [list(itertools.compress(*pair)) for pair in zip(lines, masks, strict=True)]
+    rows = []
+    for line, positions in zip(lines, inputs["position_ids"].tolist(), strict=True):
+        starts = [i for i, position in enumerate(positions) if position == 0] + [len(line)]
+        rows += [line[a:b] for a, b in itertools.pairwise(starts)]
     return rows
 
 
@@ -209,10 +233,10 @@ class PrefixMixer:
         # its first token.
         labelled = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
         start = labelled[0] if self.prefixes.continue_tokens is None else labelled[int(cut * len(labelled))]
-        prefix = TrainingRow(row.input_ids[:start], row.labels[:start])
+        prefix = TrainingRow(row.input_ids[:start], row.labels[:start], row.teacher_prefix)
         limit = self.rollouts.max_prompt_tokens
         if limit is not None and self.prefixes.continue_tokens is None:
-            prefix = TrainingRow(prefix.input_ids[-limit:], prefix.labels[-limit:])
+            prefix = prefix._replace(input_ids=prefix.input_ids[-limit:], labels=prefix.labels[-limit:])
         room = self._longest() if self._max_length is None else self._max_length - len(prefix.input_ids)
         return RolloutRequest(place, prefix, min(self._longest(), room), of_tokens)
 
@@ -233,7 +257,7 @@ class PrefixMixer:
     def _student_row(self, request: RolloutRequest, rollout: Rollout) -> dict[str, list[Any]]:
         masked = self.rollouts.truncated == "mask" and not rollout.ended
         labels = [IGNORE_INDEX] * len(rollout.tokens) if masked else rollout.tokens
-        row = TrainingRow(request.prefix.input_ids + rollout.tokens, request.prefix.labels)
+        row = request.prefix._replace(input_ids=request.prefix.input_ids + rollout.tokens)
         return self._row(row, labels, rollout.logprobs)
 
     def _row(self, row: TrainingRow, new_labels: list[int], logprobs: list[float]) -> dict[str, list[Any]]:
@@ -246,6 +270,9 @@ class PrefixMixer:
         }
         if self._with_behavior_logprobs:
             out["behavior_logprobs"] = [math.nan] * len(old) + logprobs
+        if row.teacher_prefix is not None:
+            out[TEACHER_PREFIXES] = [[] for _ in row.input_ids]
+            out[TEACHER_PREFIXES][row.first_label : row.first_label + 1] = [row.teacher_prefix]
         return out
 
     def _observe(self, row: TrainingRow, rollout: Rollout) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hpd.batch import TokenBatch
+from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.files import write_json
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.products import logits
@@ -259,7 +259,7 @@ def row_likelihoods(
     for number, batch in enumerate(batches):
         inputs = prepare(dict(batch))
         positions = TokenBatch.pop(inputs)
-        scores = teacher.scores(inputs, positions)
+        scores = teacher.scores(*as_teacher_reads(inputs, positions))
         student = model(**label_inputs(inputs, positions.index), head_function=lambda scores: scores)
         assert positions.rows is not None
         for row in positions.rows.unique().tolist():

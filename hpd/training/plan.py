@@ -15,6 +15,7 @@ from hpd.config.schema import DataConfig, EvalConfig, Recipe
 from hpd.data.dates import set_date
 from hpd.data.lengths import Lengths, check_ids, measure
 from hpd.data.rows import Rows, load_rows
+from hpd.data.teacher_prompts import TeacherContext
 from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
@@ -121,7 +122,10 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     args.described = described(recipe)
     models = _describe_models(recipe, args, fresh)
     prompts = recipe.choose_regime().needs_prompts_only
-    rows = load_rows(_text_column(recipe.data, args), recipe.teacher.column, prompts=prompts)
+    teacher = recipe.teacher
+    rows = load_rows(
+        _text_column(recipe.data, args), teacher.column, TeacherContext.of(teacher), prompts=prompts
+    )
     compared = _compare(models, rows, recipe, args)
     return Plan(
         recipe,

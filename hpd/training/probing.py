@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow.compute
 from datasets import Dataset
 
+from hpd.batch import TEACHER_PREFIXES
+from hpd.methods.prefixes import RolloutConfig
 from hpd.models.forward import model_inputs
 from hpd.models.pairing import CheckResult
 from hpd.models.probe import check_savable, mend_generation, probe_head, probe_packing
@@ -19,6 +21,7 @@ __all__ = [
     "check_packing",
     "check_rows",
     "check_seen",
+    "check_writer",
     "packing_verdicts",
     "probe_student",
     "settle",
@@ -134,6 +137,19 @@ def beyond_embeddings(tokenizer: Any, token: int, role: str, limit: int) -> str:
         f"the {role} and save it (all models of a run need the token), or take the token out of rows, "
         "template and tokenizer."
     )
+
+
+def check_writer(rows: Any, rollouts: RolloutConfig) -> None:
+    """Refuse a teacher that reads prompts of its own and writes behind the student's.
+
+    Raises:
+        ValueError: both were asked for.
+    """
+    if rollouts.teacher_share and TEACHER_PREFIXES in (getattr(rows, "column_names", None) or ()):
+        raise ValueError(
+            "rollouts.teacher_share lets the teacher write behind the student's prompt, and its rows have "
+            "another one: set it to 0, or leave out the teacher's own prompt."
+        )
 
 
 def check_seen(trainer: Any, teacher: Any, reads_alone: bool) -> None:

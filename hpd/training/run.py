@@ -16,6 +16,7 @@ from accelerate import PartialState
 from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_rows
+from hpd.data.teacher_prompts import TeacherContext
 from hpd.locks import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
@@ -185,7 +186,10 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, str]:
         try:
             if number and stage.recipe.teacher.type == "server":
                 prompts = stage.recipe.choose_regime().needs_prompts_only
-                rows = load_rows(stage.recipe.data, stage.recipe.teacher.column, prompts=prompts)
+                teacher = stage.recipe.teacher
+                rows = load_rows(
+                    stage.recipe.data, teacher.column, TeacherContext.of(teacher), prompts=prompts
+                )
                 found |= _of_stage(stage, row_fingerprints(rows, stage.recipe.data))
                 continue
             planned = plan(_with_what_is_there(stage.recipe, recipe))

@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
+from hpd.batch import TEACHER_PREFIXES
 from hpd.data.dates import own_template
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
+from hpd.data.teacher_prompts import TEACHER_PROMPT
+from hpd.data.teacher_rows import check_prefixes
 from hpd.data.tokens import label_rows
 from hpd.models.forward import adapt_head
 from hpd.models.memory import own_weights
@@ -114,8 +119,26 @@ class StudentTrainer(Resumable, SFTTrainer):
                         prompts=prompts,
                         num_proc=args.dataset_num_proc,
                     )
+        if dataset is None:
+            return None
         rows: Any = dataset
+        columns = get_dataset_column_names(rows)
+        if TEACHER_PREFIXES in columns:
+            check_prefixes(rows if name == "train" else None, args.truncation_mode)
+            if packing:
+                return _packed(rows, args)
+        elif TEACHER_PROMPT in columns:
+            raise ValueError(
+                f"The rows are prepared already and have a {TEACHER_PROMPT}, which would have no effect: "
+                "give them as prompt and completion."
+            )
         return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        assert self._signature_columns is not None
+        if TEACHER_PREFIXES not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, TEACHER_PREFIXES]
 
     @property
     def is_sharded(self) -> bool:
@@ -205,6 +228,23 @@ class StudentTrainer(Resumable, SFTTrainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
             return
         super().save_model(output_dir, _internal_call)
+
+
+def _packed(rows: Any, args: DistillConfig) -> Any:
+    """Rows packed as TRL does, which would leave the teacher's prompts out."""
+    if args.packing_strategy != "bfd" or args.max_length is None:
+        raise ValueError(
+            "Behind prompts of the teacher's own whole rows are packed, up to a length: set "
+            "train.max_length, and "
+            f"train.packing_strategy: bfd (it is {args.packing_strategy}, max_length {args.max_length})."
+        )
+    with global_then_local_main_first():
+        rows = rows.select_columns(["input_ids", "labels", TEACHER_PREFIXES])
+        if args.shuffle_dataset:
+            rows = rows.shuffle(seed=args.seed)
+        options: Any = {"num_proc": args.dataset_num_proc} if isinstance(rows, Dataset) else {}
+        rows = pack_dataset(rows, args.max_length, args.packing_strategy, options)
+        return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
 
 def _read_on_every_process(args: DistillConfig) -> None:

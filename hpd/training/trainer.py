@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hpd.batch import DistillCollator, TokenBatch, uniforms
+from hpd.batch import DistillCollator, TokenBatch, as_teacher_reads, uniforms
 from hpd.config.schema import GuardsConfig
 from hpd.generation.rollouts import RolloutEngine, make_engine
 from hpd.losses import Scores, TeacherScores
@@ -37,7 +37,7 @@ from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
 from hpd.training.preflight import check_best_metric, check_call
-from hpd.training.probing import check_rows, check_seen, settle
+from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 
 __all__ = ["DistillTrainer"]
@@ -118,6 +118,7 @@ class DistillTrainer(MeasuredTrainer):
     def _take_teacher(self) -> None:
         """Place the teacher beside the student, and try it on a few tokens."""
         check_seen(self, self.teacher, self.regime.prefixes.on_policy)
+        check_writer(self.train_dataset, self.regime.rollouts)
         for rows in (self.train_dataset, self.eval_dataset):
             check_rows(
                 rows, self.processing_class, {"student": self._base_model, "teacher": self.teacher.model}
@@ -205,7 +206,7 @@ class DistillTrainer(MeasuredTrainer):
             raise ValueError("The fused loss builds no logits: call predict(), or the model itself.")
         training = self.model.training
         batch = TokenBatch.pop(inputs)
-        teacher = self.teacher.scores(inputs, batch)
+        teacher = self.teacher.scores(*as_teacher_reads(inputs, batch))
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)
         replicas = 1

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.schema import Recipe
-from hpd.data.context import check_context
+from hpd.data.context import check_context, context_of
 from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.lengths import MEASURED_ROWS, Lengths, greatest_id
 from hpd.data.reading import first_rows
 from hpd.data.rendered import compare_rows
 from hpd.data.rows import Rows
+from hpd.data.teacher_rows import check_teacher_rows
 from hpd.models.ends import end_tokens
 from hpd.models.load import load_generation_config
 from hpd.models.pairing import CheckResult, check_pair
@@ -105,14 +106,44 @@ def row_verdicts(
         # TRL adds it to the generation configuration.
         ends |= frozenset([tokenizer.get_vocab()[args.eos_token]])
     looked_at = rows.train if isinstance(rows.train, Sized) else first
-    configs = {"student": models.student_config, **models.teacher_configs}
+    own = recipe.teacher.reads_own_rows
+    configs = {"student": models.student_config, **({} if own else models.teacher_configs)}
     return [
         *_column_verdicts(rows),
         *_length_verdicts(lengths, args),
         *_added_tokens(models, rows, labels),
         *compare_rows(first, tokenizer, labels, ends),
         *check_context(looked_at, tokenizer, labels, args.max_length, configs),
+        *(_own_rows(models, rows, recipe, args) if own else ()),
     ]
+
+
+def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:
+    """Look at the rows of a teacher that has a prompt of its own."""
+    regime = recipe.choose_regime()
+    limits: dict[str, int | None] = {
+        role: context_of(config) for role, config in models.teacher_configs.items()
+    }
+    if models.served is not None:
+        longest = models.served.max_row_tokens
+        limits = {role: min(limit or longest, longest) for role, limit in limits.items()}
+    new_tokens = regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0
+
+    def look_at(part: Any, new_tokens: int) -> list[CheckResult]:
+        return check_teacher_rows(
+            part,
+            models.tokenizer,
+            label_policy(args),
+            args.max_length,
+            limits,
+            new_tokens,
+            args.dataset_num_proc,
+        )
+
+    found = look_at(rows.train, new_tokens)
+    if rows.validation is not None:
+        found += [verdict for verdict in look_at(rows.validation, 0) if verdict.topic == "context"]
+    return found
 
 
 def _column_verdicts(rows: Rows) -> list[CheckResult]:

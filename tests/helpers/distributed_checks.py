@@ -45,6 +45,11 @@ def rows(count: int) -> Dataset:
     )
 
 
+def with_hint(row: dict) -> dict:
+    """What a teacher reads that sees the answer."""
+    return {"teacher_prompt": f"answer{row['completion']}. {row['prompt']}"}
+
+
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -59,6 +64,7 @@ def make_trainer(
         if name in options
     }
     evaluation = options.pop("evaluation", 0)
+    hinted = options.pop("hinted", False)
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": GLOBAL_BATCH // accumulation // world_size(),
@@ -81,7 +87,7 @@ def make_trainer(
         model=load(pair / "student"),
         teacher=regime.pop("teacher", None) or load(pair / "teacher"),
         args=DistillConfig(output_dir=str(folder), **{**settings, **options}),
-        train_dataset=rows(count),
+        train_dataset=rows(count).map(with_hint) if hinted else rows(count),
         eval_dataset=rows(evaluation) if evaluation else None,
         processing_class=AutoTokenizer.from_pretrained(pair / "student"),
         **regime,
@@ -145,6 +151,17 @@ def rollouts(pair: Path, output: Path) -> None:
         "rollouts": RolloutConfig(max_new_tokens=5),
     }
     trained("rollouts", pair, output, count=11, max_steps=2, **options)
+
+
+def own_rows(pair: Path, output: Path) -> None:
+    """The teacher reads prompts of its own, on the dataset's rows and on the student's; the last batch is
+    uneven."""
+    options = {
+        "method": "forward_kl",
+        "prefixes": Prefixes(student=0.5),
+        "rollouts": RolloutConfig(max_new_tokens=5),
+    }
+    trained("own_rows", pair, output, count=11, max_steps=2, hinted=True, **options)
 
 
 def low_precision(pair: Path, output: Path) -> None:
@@ -333,6 +350,7 @@ CHECKS = {
         accumulated,
         uneven,
         rollouts,
+        own_rows,
         low_precision,
         self_teacher,
         cached,

@@ -197,7 +197,7 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     assert torch.equal(weights_of(run), weights_of(folder / "straight"))
 
 
-DDP = ("plain", "uneven", "rollouts", "low_precision", "self_teacher", "cached", "straight")
+DDP = ("plain", "uneven", "rollouts", "own_rows", "low_precision", "self_teacher", "cached", "straight")
 ONE = (*DDP, "fsdp2")
 # A recipe's FSDP stays in the environment, so what asks for it comes last.
 TWO = (*DDP, "accumulated", "resumed", "refusals", "fsdp2", "fully_shard")

@@ -148,9 +148,14 @@ class ServedTeacher(RemoteTeacher):
         """Fingerprint of the weights that answer, where the server tells it."""
         return self._client.fingerprint
 
+    @property
+    def max_row_tokens(self) -> int:
+        """The longest row that the server takes."""
+        return self._client.max_row_tokens
+
     def check_rows(self, max_length: int | None) -> None:
         """Raise ValueError where rows may be longer than the server takes."""
-        limit = self._client.max_row_tokens
+        limit = self.max_row_tokens
         if max_length is not None and max_length > limit:
             raise ValueError(
                 f"train.max_length is {max_length} and the teacher at {self.source.url} takes {limit} tokens "
