@@ -17,6 +17,7 @@ from hpd.config.schema import Recipe
 from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.yaml_file import shorten
 from hpd.methods.fields import nearest
+from hpd.methods.regime import Regime
 
 __all__ = ["check_recipe", "check_tree", "hint_at", "resolve"]
 
@@ -86,8 +87,26 @@ def check_recipe(recipe: Recipe) -> None:
             "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
             "lora to train all weights, or start from a pretrained student."
         )
+    if recipe.student.quantization is not None:
+        _check_quantized(recipe, regime)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+def _check_quantized(recipe: Recipe, regime: Regime) -> None:
+    """Refuse what needs whole weights of a student that has them in 4 or 8 bits."""
+    asked = f"student.quantization: {recipe.student.quantization}"
+    if recipe.lora is None:
+        raise ValueError(
+            f"{asked} freezes the student's weights, so nothing would be trained: add lora (lora: {{r: 16}}) "
+            "to train an adapter on them, or remove quantization."
+        )
+    if regime.rollouts.engine == "vllm":
+        raise ValueError(
+            f"{asked}: vLLM is sent whole weights before it writes, and an adapter merged into "
+            f"{recipe.student.quantization} would be rounded away: take rollouts.engine: transformers, or "
+            "remove quantization."
+        )
 
 
 def _check_answers_anything(teachers: Iterable[TeacherConfig]) -> None:
