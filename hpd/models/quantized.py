@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate import PartialState
@@ -85,7 +85,7 @@ def loading_options(bits: str) -> dict[str, Any]:
 
     transformers would take the current accelerator, also of a run that asks for the CPU.
     """
-    device = PartialState().device
+    device = cast(torch.device, PartialState().device)
     kind = (
         BitsAndBytesConfig(load_in_8bit=True)
         if bits == "8bit"
