@@ -100,7 +100,7 @@ def keep_layout(model: nn.Module) -> str | None:
     """Keep bitsandbytes from repacking 4-bit layers, as it does in evaluation mode on CPUs with AVX512-BF16.
 
     Repacked layers compute in bfloat16 whatever they were asked for, fail at widths that are no multiple of
-    64, and pass no gradient on, without a word: an adapter would be trained behind the last of them alone.
+    64, and pass no gradient on: an adapter would learn from what goes around them.
 
     Returns:
         The name of a layer that was repacked before.

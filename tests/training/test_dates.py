@@ -67,7 +67,7 @@ def trainer_of(pair, folder, teacher=None, **options):
 
 def printed(trainer):
     """The dates of the prepared rows."""
-    texts = trainer._tokenizer.batch_decode(trainer.train_dataset["input_ids"])
+    texts = [trainer._tokenizer.decode(ids) for ids in trainer.train_dataset["input_ids"]]
     return {text.split("Today: ")[1].partition("<|im_end|>")[0] for text in texts}
 
 
