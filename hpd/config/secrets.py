@@ -63,17 +63,18 @@ def check_no_secrets(tree: Mapping[str, Any]) -> None:
             service's key, an address with a password or a key in its query, or the value of an environment
             variable such as HF_TOKEN.
     """
+    values = _environment_secrets()
     for path, value in _leaves(tree):
-        why = _why_secret(path, value)
+        why = _why_secret(path, value, values)
         if why:
             raise ValueError(
-                f"{redact('.'.join(path))} {why}, and run folders keep recipes. Remove it: the Hub reads "
-                "HF_TOKEN (or `hf auth login`), Weights & Biases WANDB_API_KEY, and servers the variable "
-                "that their api_key_env or key_env names."
+                f"{_redact('.'.join(path), values)} {why}, and run folders keep recipes. Remove it: the Hub "
+                "reads HF_TOKEN (or `hf auth login`), Weights & Biases WANDB_API_KEY, and servers the "
+                "variable that their api_key_env or key_env names."
             )
 
 
-def _why_secret(path: Sequence[str], value: Any) -> str | None:
+def _why_secret(path: Sequence[str], value: Any, values: Sequence[str]) -> str | None:
     if any(_is_secret(name, value) for name in path):
         return "is a secret"
     text = str(value)
@@ -81,7 +82,7 @@ def _why_secret(path: Sequence[str], value: Any) -> str | None:
         return "holds an address with a user name or password"
     if _IN_QUERY.search(text):
         return "holds an address with a key in its query"
-    found = redact(text) != text or any(redact(name) != name for name in path)
+    found = any(_redact(part, values) != part for part in (text, *path))
     return "holds what looks like an access key" if found else None
 
 
@@ -100,29 +101,39 @@ def _snake(name: str) -> str:
 def redact(text: str) -> str:
     """`text` without access keys, passwords and keys in addresses, and values of secret environment
     variables."""
-    for value in _environment_secrets():
+    return _redact(text, _environment_secrets())
+
+
+def _redact(text: str, values: Sequence[str]) -> str:
+    for value in values:
         text = text.replace(value, REDACTED)
     text = _IN_QUERY.sub(rf"\g<1>{REDACTED}", _IN_URL.sub(f"{REDACTED}@", text))
     return _SHAPES.sub(REDACTED, _IN_HEADER.sub(rf"\g<1>{REDACTED}", text))
 
 
-def redact_tree(tree: Any, secret: bool = False) -> Any:
+def redact_tree(tree: Any) -> Any:
     """Plain data with every secret in it replaced."""
+    return _redact_tree(tree, False, _environment_secrets())
+
+
+def _redact_tree(tree: Any, secret: bool, values: Sequence[str]) -> Any:
     if isinstance(tree, Mapping):
         return {
-            redact(key) if isinstance(key, str) else key: redact_tree(
-                value, secret or _is_secret(str(key), value)
+            _redact(key, values) if isinstance(key, str) else key: _redact_tree(
+                value, secret or _is_secret(str(key), value), values
             )
             for key, value in tree.items()
         }
     if isinstance(tree, Sequence) and not isinstance(tree, (str, bytes)):
-        return [redact_tree(value, secret) for value in tree]
+        return [_redact_tree(value, secret, values) for value in tree]
     if secret and _holds(tree):
         return REDACTED
-    return redact(tree) if isinstance(tree, str) else tree
+    return _redact(tree, values) if isinstance(tree, str) else tree
 
 
 def _environment_secrets() -> list[str]:
+    """Values of secret variables, the longest first; read once for a whole tree, since finding them takes
+    longer than using them."""
     values = (value.strip() for name, value in os.environ.items() if _VARIABLES.search(name))
     # The path of a file of keys is none.
     found = {value for value in values if len(value) >= _LEAST and not os.path.exists(value)}

@@ -81,7 +81,10 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
             results.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--harness lm-eval needs lm-evaluation-harness: pip install 'hpd[lm-eval]'.")
+        raise ValueError(
+            "--harness lm-eval needs lm-evaluation-harness: "
+            "pip install 'hybrid-policy-distillation[lm-eval]'."
+        )
     from lm_eval.tasks import TaskManager  # type: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=str(command.include) if command.include is not None else None)

@@ -24,7 +24,8 @@ def require_vllm(option: str) -> None:
     """Raise ValueError where vLLM is not installed; `option` is what asked for it."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            f"{option} vllm needs vLLM: pip install 'hpd[vllm]' (Linux, a GPU), or use {option} transformers."
+            f"{option} vllm needs vLLM: pip install 'hybrid-policy-distillation[vllm]' (Linux, a GPU), or "
+            f"use {option} transformers."
         )
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from hpd.methods.sampling import inverse_cdf
 

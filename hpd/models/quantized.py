@@ -46,7 +46,8 @@ def check_quantizable(source: ModelConfig | TeacherConfig, config: Any, role: st
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantization: {source.quantization} needs bitsandbytes: pip install 'hpd[quantization]'."
+            f"quantization: {source.quantization} needs bitsandbytes: "
+            "pip install 'hybrid-policy-distillation[quantization]'."
         )
     if (stored := _stored(config)) is not None:
         raise ValueError(

@@ -108,9 +108,13 @@ def quantization_verdicts(recipe: Recipe, config: Any, args: DistillConfig) -> l
     share = inside / sum(parameter.numel() for parameter in model.parameters())
     text = (
         f"{share:.0%} of the student's weights are held in {bits} and frozen (not its embeddings, norms and "
-        "head); the adapter is trained in float32. Whatever reads the run afterwards puts the adapter on the "
-        "whole weights, which give slightly other logits"
+        "head); the adapter is trained in float32"
     )
+    if recipe.student.quantization is not None:
+        text += (
+            ". Whatever reads the run afterwards puts the adapter on the whole weights, which give slightly "
+            "other logits"
+        )
     return [CheckResult("ok" if share >= 0.5 else "warning", "quantization", text)]
 
 

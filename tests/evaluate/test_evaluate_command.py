@@ -66,7 +66,10 @@ def test_models_side_by_side_with_a_paired_test(workspace):
     [
         (["student", "--tasks", "gsm8j"], "Did you mean 'gsm8k'"),
         (["student", "student", "--data", "problems.jsonl"], "named twice"),
-        (["student", "--data", "problems.jsonl", "--engine", "vllm"], "pip install 'hpd[vllm]'"),
+        (
+            ["student", "--data", "problems.jsonl", "--engine", "vllm"],
+            "pip install 'hybrid-policy-distillation[vllm]'",
+        ),
         (["student", "--data", "problems.jsonl", "--tensor-parallel", 2], "needs --engine vllm"),
         (["student", "--data", "problems.jsonl", "--teacher", "teacher"], "--teacher has no effect"),
         (["student", "--metrics", "kl", "--data", "texts.jsonl"], "give one with --teacher"),

@@ -45,7 +45,7 @@ SQUARES = Tests(
     source="assert program.solve(3) == 9\nassert program.solve(4) == 16\nassert program.solve(-5) == 25"
 )
 SECRET = "token-5f2e9c"
-TIGHT = Limits(cpu_seconds=1, wall_seconds=4, memory_mib=256, output_bytes=2**18, scratch_mib=4)
+TIGHT = Limits(cpu_seconds=1, wall_seconds=2, memory_mib=256, output_bytes=2**18, scratch_mib=4)
 
 LEVELS = {**ISOLATIONS, "namespaces-alone": Isolation(namespaces=True, seccomp=False)}
 # What has a limit of its own says which.

@@ -46,7 +46,9 @@ def test_without_bitsandbytes(pair, monkeypatch, role):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     kind = ModelConfig if role == "student" else TeacherConfig
     source = kind(model=str(pair[role == "teacher"]), quantization="4bit")
-    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'hpd\[quantization\]'"):
+    with pytest.raises(
+        ValueError, match=r"needs bitsandbytes: pip install 'hybrid-policy-distillation\[quantization\]'"
+    ):
         load_config(source, role)
 
 

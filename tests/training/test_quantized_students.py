@@ -154,7 +154,10 @@ REFUSED = {
     ),
     "an adapter and self": (["student.model={run}", "teacher=self"], "or a teacher of type self"),
     "an adapter teacher": (["teacher={{model: '{run}', quantization: 4bit}}"], "would round it away"),
-    "bits": (["student.quantization=3bit"], "'student.quantization': input should be '4bit' or '8bit', got '3bit'"),
+    "bits": (
+        ["student.quantization=3bit"],
+        "'student.quantization': input should be '4bit' or '8bit', got '3bit'",
+    ),
 }
 
 

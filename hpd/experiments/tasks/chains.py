@@ -114,7 +114,7 @@ def gym_chains(folder: Path) -> dict[str, Any]:
     """The same models on reasoning-gym's `chain_sum` of six one-digit numbers.
 
     Problems that leave the teacher's range on the way are left out, and so are training rows whose answer it
-    gets wrong, as a grader would. Needs `pip install 'hpd[gym]'`.
+    gets wrong, as a grader would. Needs `pip install 'hybrid-policy-distillation[gym]'`.
 
     Raises:
         ValueError: reasoning-gym is not installed.
@@ -122,7 +122,9 @@ def gym_chains(folder: Path) -> dict[str, Any]:
     try:
         import reasoning_gym  # type: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError("This base needs reasoning-gym: pip install 'hpd[gym]'.") from None
+        raise ValueError(
+            "This base needs reasoning-gym: pip install 'hybrid-policy-distillation[gym]'."
+        ) from None
     return _recipe(
         folder,
         prepare(

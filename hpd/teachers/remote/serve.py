@@ -277,7 +277,9 @@ def _tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
 
 def _require_fastapi() -> None:
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise ValueError("hpd serve-teacher needs FastAPI and uvicorn: pip install 'hpd[serve]'.")
+        raise ValueError(
+            "hpd serve-teacher needs FastAPI and uvicorn: pip install 'hybrid-policy-distillation[serve]'."
+        )
 
 
 def serve(backend: Backend, settings: ServeSettings) -> None:
