@@ -156,7 +156,7 @@ REFUSED = {
     "an adapter teacher": (["teacher={{model: '{run}', quantization: 4bit}}"], "would round it away"),
     "bits": (
         ["student.quantization=3bit"],
-        "'student.quantization': input should be '4bit' or '8bit', got '3bit'",
+        "input should be '4bit' or '8bit', got '3bit'",
     ),
 }
 
