@@ -113,7 +113,7 @@ class _WholeWeights(torch.autograd.Function):
     backward."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, shape: tuple[int, int], keeps_inputs: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, shape: tuple[int, int], keeps_inputs: bool) -> Tensor:
         dtype = compute_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         ctx.shape, ctx.dtype, ctx.given = shape, dtype, input.dtype
         ctx.kept = input if keeps_inputs else None
