@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -270,4 +271,6 @@ def _names(text: str) -> list[str]:
 
 def main() -> None:
     """Entry point of the `hpd` script and of `python -m hpd`."""
+    # Whichever import finds it, it says there which kernels it did not find.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.exit(app())

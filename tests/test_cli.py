@@ -186,10 +186,6 @@ def test_methods_lists_the_table():
         (["train", "recipe.yaml", "teacher=."], "has no config.json"),
         (["train", "recipe.yaml", "teacher=./nowhere"], "does not exist"),
         (
-            ["train", "recipe.yaml", "teacher={model: teacher, quantization: 4bit}"],
-            "pip install 'hybrid-policy-distillation[quantization]'",
-        ),
-        (
             ["train", "recipe.yaml", "teacher=no-such-org/no-such-model"],
             "is not a folder here, and not available from the Hub",
         ),

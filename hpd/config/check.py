@@ -99,6 +99,8 @@ def check_recipe(recipe: Recipe) -> None:
             "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
             "lora to train all weights, or start from a pretrained student."
         )
+    if recipe.student.quantization is not None:
+        _check_quantized(recipe, regime)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
 
@@ -125,6 +127,22 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
         raise ValueError(
             f"rollouts.teacher_share lets the teacher write behind the student's prompt, and {own} give it "
             "another: remove one of them."
+        )
+
+
+def _check_quantized(recipe: Recipe, regime: Regime) -> None:
+    """Refuse what needs whole weights of a student that has them in 4 or 8 bits."""
+    asked = f"student.quantization: {recipe.student.quantization}"
+    if recipe.lora is None:
+        raise ValueError(
+            f"{asked} freezes the student's weights, so nothing would be trained: add lora (lora: {{r: 16}}) "
+            "to train an adapter on them, or remove quantization."
+        )
+    if regime.rollouts.engine == "vllm":
+        raise ValueError(
+            f"{asked}: vLLM is sent whole weights before it writes, and an adapter merged into "
+            f"{recipe.student.quantization} would be rounded away: take rollouts.engine: transformers, or "
+            "remove quantization."
         )
 
 

@@ -66,6 +66,9 @@ class ModelConfig:
     true}`."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only the configuration is read, the weights start from the run's seed."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the weights quantised by bitsandbytes (extra `quantization`), frozen: training needs `lora`, whose
+    adapter is trained in float32 on them (QLoRA). `dtype` is then that of embeddings, norms and head."""
     tokenizer: str | None = None
     """Tokenizer's Hub id or folder; null: the model's own."""
     revision: str | None = None
@@ -80,6 +83,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "student")
+        if self.quantization is not None and self.init == "random":
+            raise ValueError(
+                "student.quantization freezes the weights, and init: random has none worth keeping: remove "
+                "one of the two."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

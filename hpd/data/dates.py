@@ -39,25 +39,30 @@ def dated_template(template: str, date: datetime.date) -> str:
     return clock + template
 
 
-def set_date(tokenizer: Any, date: datetime.date) -> bool:
-    """Fix the date that the tokenizer's template prints; True if it prints one.
+def set_date(tokenizer: Any, date: datetime.date) -> datetime.date | None:
+    """Fix the date that the tokenizer's template prints, if it prints one and it is not fixed yet.
 
     `own_template` gives the template back.
 
     Args:
         tokenizer: the student's.
         date: the run's first day.
+
+    Returns:
+        The date that it prints; None: none.
     """
+    if (fixed := getattr(tokenizer, "template_date", None)) is not None:
+        return fixed
     own = tokenizer.chat_template
     if not prints_date(own):
-        return False
+        return None
     # TRL knows templates by their text: the variant is looked up before the date changes it.
     marks, variant = assistant_template(tokenizer)
     tokenizer.chat_template = dated_template(own, date)
     if marks and variant is not None:
         tokenizer.marked_chat_template = dated_template(variant, date)
-    tokenizer.undated_chat_template = own
-    return True
+    tokenizer.undated_chat_template, tokenizer.template_date = own, date
+    return date
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Models without data: a student and teachers of the right shapes, and their forward pass on fake tensors."""
+"""Models without data: a student and teachers of the right shapes, and their forward pass on fake tensors.
+
+Axes of a linear layer: O outputs, I inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
+from hpd.models.quantized import compute_dtype, quantized_layers, stored_bits
 
 __all__ = ["OperatorGradients", "backbone", "head_weight", "meta_model", "meta_student", "without_data"]
 
@@ -25,7 +30,11 @@ def meta_model(config: PretrainedConfig, source: ModelConfig | TeacherConfig) ->
         # Other kernels may not be installed here; like SDPA's they keep no matrix of tokens by tokens.
         options["attn_implementation"] = "eager"
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    if (bits := stored_bits(source, config)) is not None:
+        for name, layer in quantized_layers(model).items():
+            model.set_submodule(name, _Quantized(layer, bits))
+    return model
 
 
 def meta_student(recipe: Recipe, config: PretrainedConfig, checkpointing: bool) -> nn.Module:
@@ -75,6 +84,45 @@ def without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     return model
+
+
+class _Quantized(nn.Linear):
+    """What bitsandbytes makes of a linear layer: packed weights, scales, and whole weights while it runs."""
+
+    def __init__(self, layer: Any, bits: str):
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        super().__init__(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+        count = weight.numel()
+        # 4 bits: one scale for 64 numbers; 8 bits: one for each output.
+        packed, scales = (count, len(weight)) if bits == "8bit" else (-(-count // 2), -(-count // 64))
+        self.weight = nn.Parameter(torch.empty(packed, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.scales = nn.Parameter(torch.empty(scales, device="meta"), requires_grad=False)
+        self.bias = layer.bias
+        self._keeps_inputs = bits == "8bit"
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Under autocast its product runs in its own dtype, too.
+        with torch.autocast("cpu", enabled=False):
+            shape = self.out_features, self.in_features
+            out: Any = _WholeWeights.apply(input, shape, self._keeps_inputs)
+            return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _WholeWeights(torch.autograd.Function):
+    """A product with weights that are there as long as it takes, in the forward pass and again in the
+    backward."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, shape: tuple[int, int], keeps_inputs: bool) -> Tensor:
+        dtype = compute_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        ctx.shape, ctx.dtype, ctx.given = shape, dtype, input.dtype
+        ctx.kept = input if keeps_inputs else None
+        return nn.functional.linear(input.to(dtype), input.new_empty(shape, dtype=dtype)).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        weight = grad_output.new_empty(ctx.shape, dtype=ctx.dtype)
+        return (grad_output.to(ctx.dtype) @ weight).to(ctx.given), None, None
 
 
 class OperatorGradients(torch.autograd.Function):

@@ -34,7 +34,7 @@ from hpd.estimate.fake_models import (
     without_data,
 )
 from hpd.estimate.live_bytes import LiveBytes
-from hpd.estimate.sizes import head_bytes, model_bytes, optimizer_bytes, step_scratch, tensor_bytes
+from hpd.estimate.sizes import head_bytes, optimizer_bytes, step_scratch, tensor_bytes
 from hpd.losses.operator import default_chunk_bytes
 from hpd.losses.products import chunk_rows
 
@@ -140,9 +140,8 @@ class StepMemory:
         # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off.
         self._is_own_teacher = any(part.type == "self" for part in parts)
         is_copied = self._is_own_teacher and planned.recipe.lora is None
-        models = [part for part in parts if part.type == "model"]
         self._teacher_bytes = tensor_bytes(self._student.parameters()) if is_copied else 0
-        self._teacher_bytes += sum(map(model_bytes, models, self._teachers))
+        self._teacher_bytes += sum(tensor_bytes(model.parameters()) for model in self._teachers)
         self._teacher_bytes += sum(map(head_bytes, parts, configs))
         self._traced: dict[int, _Trace] = {}
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpd.config.models import TeacherConfig
 
-__all__ = ["head_bytes", "model_bytes", "optimizer_bytes", "parse_bytes", "step_scratch", "tensor_bytes"]
+__all__ = ["head_bytes", "optimizer_bytes", "parse_bytes", "step_scratch", "tensor_bytes"]
 
 _UNITS = {
     "": 1,
@@ -23,14 +23,6 @@ _UNITS = {
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of all elements."""
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def model_bytes(source: TeacherConfig, model: nn.Module) -> int:
-    """Bytes of a teacher's weights, as they are loaded."""
-    if source.quantization:
-        width = {"4bit": 0.55, "8bit": 1.05}[source.quantization]  # weights and their scales
-        return int(sum(p.numel() for p in model.parameters()) * width)
-    return tensor_bytes(model.parameters())
 
 
 def head_bytes(source: TeacherConfig, config: Any) -> int:

@@ -21,6 +21,7 @@ from hpd.generation.engine import TransformersEngine, longest_first
 from hpd.generation.texts import Rollout
 from hpd.generation.vllm_engine import make_vllm_rollouts
 from hpd.methods.prefixes import RolloutConfig
+from hpd.models.quantized import is_quantized
 
 __all__ = ["Rollout", "RolloutEngine", "StudentRollouts", "make_engine"]
 
@@ -116,9 +117,15 @@ def make_engine(
     """The engine that `config` names.
 
     Raises:
-        ValueError: vLLM is not installed, or teacher_share without a teacher that runs beside the student.
+        ValueError: vLLM is not installed or the student quantised, or teacher_share without a teacher that
+            runs beside the student.
     """
     if config.engine == "vllm":
+        if is_quantized(base):
+            raise ValueError(
+                "rollouts.engine: vllm gets whole weights, and an adapter merged into quantised ones would "
+                "be rounded away: take rollouts.engine: transformers."
+            )
         return make_vllm_rollouts(config, base, accelerator, tokenizer)
     if config.teacher_share and teacher is None:
         raise ValueError(

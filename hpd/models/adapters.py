@@ -28,6 +28,7 @@ __all__ = [
     "find_adapter",
     "has_shape_of",
     "merge",
+    "refuse_rounding",
     "require_whole",
 ]
 
@@ -78,6 +79,32 @@ def find_adapter(source: ModelConfig | TeacherConfig, role: str) -> Adapter | No
     _check_source(source, path, role)
     _check_weights(folder, path, role, source.allow_pickle)
     return Adapter(path, folder, config, replace(source, model=base, revision=config.get("revision")))
+
+
+def refuse_rounding(adapter: Adapter, config: Any, role: str) -> None:
+    """Refuse to merge an adapter into weights of 4 or 8 bits, where most of it would be lost.
+
+    Args:
+        config: the base's configuration.
+
+    Raises:
+        ValueError: the source asks for such weights, or the base is stored in them.
+    """
+    bits = adapter.base.quantization
+    if bits is not None:
+        raise ValueError(
+            f"The {role} {adapter.path!r} is an adapter, and merging into weights of {bits} would round it "
+            f"away: write a whole model with hpd export {adapter.path} --merge --output DIR, and name that "
+            "with quantization."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            adapter.explain(
+                role,
+                "That model is stored quantised, and merging would round the adapter away: name the whole "
+                "model that it was quantised from there.",
+            )
+        )
 
 
 def base_with_tokenizer(path: str, revision: str | None) -> tuple[str, str | None] | None:
@@ -236,12 +263,6 @@ def _check_source(source: ModelConfig | TeacherConfig, path: str, role: str) -> 
         raise ValueError(
             f"The {role} {path!r} is an adapter, and init: random reads a configuration only: name the base "
             "model instead, or set init: pretrained."
-        )
-    if isinstance(source, TeacherConfig) and source.quantization is not None:
-        raise ValueError(
-            f"The {role} {path!r} is an adapter, and merging into weights of {source.quantization} would "
-            f"round it away: write a whole model with hpd export {path} --merge --output DIR, and name that "
-            "with quantization."
         )
 
 

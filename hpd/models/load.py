@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,8 +23,16 @@ from transformers import (
 )
 
 from hpd.config.models import ModelConfig, TeacherConfig
-from hpd.models.adapters import Adapter, attach, base_with_tokenizer, find_adapter, merge
+from hpd.models.adapters import (
+    Adapter,
+    attach,
+    base_with_tokenizer,
+    find_adapter,
+    merge,
+    refuse_rounding,
+)
 from hpd.models.buildable import check_buildable
+from hpd.models.quantized import check_quantizable, keep_layout, loading_options
 
 __all__ = [
     "check_files",
@@ -57,10 +63,11 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     """
     path = source.model
     assert path is not None
-    if isinstance(source, TeacherConfig) and source.quantization is not None:
-        _quantization(source.quantization)
     if (adapter := find_adapter(source, role)) is not None:
-        return _of_base(adapter, role)
+        config = _of_base(adapter, role)
+        if isinstance(source, TeacherConfig):
+            refuse_rounding(adapter, config, role)
+        return config
     _check_folder(path, role)
     try:
         config = AutoConfig.from_pretrained(
@@ -69,6 +76,7 @@ def load_config(source: ModelConfig | TeacherConfig, role: str) -> Any:
     except Exception as error:  # the values in a config.json are anybody's, and so is what their checks raise
         raise ValueError(_explain(path, role, error)) from None
     _check_no_foreign_kernels(config, source, role)
+    check_quantizable(source, config, role)
     if type(config) not in AutoModelForCausalLM._model_mapping and not source.trust_remote_code:
         raise ValueError(
             f"The {role} {path!r} is a {config.model_type} model, which is not a causal language model that "
@@ -140,10 +148,11 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
     into its base.
 
     Raises:
-        ValueError: see `load_config`; missing or unreadable weights; quantisation without bitsandbytes.
+        ValueError: see `load_config`; missing or unreadable weights; an adapter to be merged into quantised
+            ones.
     """
     if (adapter := find_adapter(source, role)) is not None:
-        load_config(source, role)
+        refuse_rounding(adapter, load_config(source, role), role)
         model = merge(adapter, attach(adapter, load_model(adapter.base, role, seed), role))
         check_loaded(model, adapter.path, role, _NOTHING_AMISS)
         return model
@@ -163,8 +172,8 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
     options["use_safetensors"] = None if source.allow_pickle else True
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
-    if isinstance(source, TeacherConfig) and source.quantization is not None:
-        options["quantization_config"] = _quantization(source.quantization)
+    if source.quantization is not None:
+        options |= loading_options(source.quantization)
     try:
         # Other shapes are let through here, to be named by check_loaded.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -175,6 +184,7 @@ def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) ->
         # Weights and configuration are anybody's, and so is what they make a library raise.
         raise ValueError(_explain(str(source.model), role, error)) from None
     check_loaded(model, str(source.model), role, info)
+    keep_layout(model)
     return model.eval()
 
 
@@ -212,19 +222,6 @@ def _check_folder(path: str, role: str, needs_config: bool = True) -> None:
             f"The {role} folder {path!r} has no config.json (found: {found}): it is not a model that "
             "save_pretrained wrote."
         )
-
-
-def _quantization(bits: str) -> BitsAndBytesConfig:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"quantization: {bits} needs bitsandbytes: "
-            "pip install 'hybrid-policy-distillation[quantization]'."
-        )
-    if bits == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type="nf4"
-    )
 
 
 def _explain(path: str, role: str, error: Exception) -> str:

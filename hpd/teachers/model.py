@@ -16,6 +16,7 @@ from hpd.models.forward import add_head_function, scores_of
 from hpd.models.memory import own_weights
 from hpd.models.pairing import CheckResult
 from hpd.models.probe import probe_head, probe_packing
+from hpd.models.quantized import keep_layout
 from hpd.teachers.teacher import Teacher
 
 __all__ = ["ModelTeacher", "SelfTeacher"]
@@ -31,6 +32,7 @@ class ModelTeacher(Teacher):
 
     def __init__(self, model: nn.Module):
         own_weights(model)
+        keep_layout(model)
         self.model = add_head_function(model.requires_grad_(False).eval())
         # Read now: what engines wrap a model in has a `config` of another kind.
         self.vocab = cast(Any, model).config.get_text_config().vocab_size

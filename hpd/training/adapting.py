@@ -1,4 +1,4 @@
-"""The adapter that a recipe trains, and the one that its student may be."""
+"""The adapter that a recipe trains, the one that its student may be, and the quantised weights below it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import dataclasses
 from typing import Any
 
 import peft
+import torch
+from transformers import AutoModelForCausalLM
 
 from hpd.config.schema import Recipe
 from hpd.models.adapters import find_adapter, has_shape_of
 from hpd.models.pairing import CheckResult
+from hpd.models.quantized import quantized_layers, stored_bits
+from hpd.training.arguments import DistillConfig, engines_asked
 
-__all__ = ["adapter_verdicts", "goes_on_adapter", "lora_of"]
+__all__ = [
+    "adapter_verdicts",
+    "goes_on_adapter",
+    "lora_of",
+    "quantization_verdicts",
+    "unfit_for_quantized",
+]
 
 
 def lora_of(recipe: Recipe) -> peft.LoraConfig | None:
@@ -47,6 +57,14 @@ def adapter_verdicts(recipe: Recipe, student_config: Any) -> list[CheckResult]:
         return []
     if goes_on_adapter(recipe, student_config):
         text = f"lora has its shape: it is trained further, on the same base {adapter.base.model}"
+    elif recipe.student.quantization is not None:
+        text = (
+            f"the student {adapter.path!r} is an adapter that lora does not train further (another shape, or "
+            f"a teacher of type self), and merging it into weights of {recipe.student.quantization} would "
+            f"round it away: write a whole model with hpd export {adapter.path} --merge --output DIR, and "
+            "name that as the student."
+        )
+        return [CheckResult("error", "adapter", text)]
     elif recipe.lora is None:
         text = f"merged into its base {adapter.base.model}; all weights are trained"
     else:
@@ -55,3 +73,68 @@ def adapter_verdicts(recipe: Recipe, student_config: Any) -> list[CheckResult]:
             f"is {adapter.path}"
         )
     return [CheckResult("ok", "adapter", text)]
+
+
+def quantization_verdicts(recipe: Recipe, config: Any, args: DistillConfig) -> list[CheckResult]:
+    """How much of the student is quantised, and what of the recipe cannot go with it.
+
+    Args:
+        config: of the student (of its base, where it is an adapter).
+        args: of training.
+    """
+    bits = stored_bits(recipe.student, config)
+    if bits is None and getattr(config, "quantization_config", None) is None:
+        return []
+    problem = unfit_for_quantized(args)
+    if recipe.lora is None:
+        problem = (
+            f"the student {recipe.student.model!r} is stored quantised, and its weights cannot be trained: "
+            "add lora (lora: {r: 16}) to train an adapter on them, or name the whole model."
+        )
+    if problem is not None or bits is None:
+        return [] if problem is None else [CheckResult("error", "quantization", problem)]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.student.trust_remote_code)
+    layers = quantized_layers(model)
+    lora = recipe.lora
+    full = [name for name in (lora.modules_to_save if lora else None) or () if _names_one(name, layers)]
+    if full:
+        text = (
+            f"lora.modules_to_save names {', '.join(full)}, whose weights are held in {bits} and cannot be "
+            "trained in full: name them in lora.target_modules, or remove student.quantization."
+        )
+        return [CheckResult("error", "quantization", text)]
+    inside = sum(parameter.numel() for layer in layers.values() for parameter in layer.parameters())
+    share = inside / sum(parameter.numel() for parameter in model.parameters())
+    text = (
+        f"{share:.0%} of the student's weights are held in {bits} and frozen (not its embeddings, norms and "
+        "head); the adapter is trained in float32"
+    )
+    if recipe.student.quantization is not None:
+        text += (
+            ". Whatever reads the run afterwards puts the adapter on the whole weights, which give slightly "
+            "other logits"
+        )
+    return [CheckResult("ok" if share >= 0.5 else "warning", "quantization", text)]
+
+
+def _names_one(name: str, layers: Any) -> bool:
+    """True if peft would take the name for one of these layers."""
+    return any(f".{layer}".endswith(f".{name}") for layer in layers)
+
+
+def unfit_for_quantized(args: DistillConfig) -> str | None:
+    """What the settings of a trainer ask for that a quantised student does not have; None: nothing."""
+    if engines := engines_asked(args):
+        return (
+            f"the student is quantised, and {engines[0].value} cannot shard packed weights as it shards numbers: "
+            "launch with DDP (recipes/accelerate/ddp.yaml), where each process holds the small quantised "
+            "student whole, or remove its quantisation."
+        )
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(args, name):
+            return (
+                f"train.{name} casts the whole student for evaluations, which quantised weights cannot be: "
+                "remove it."
+            )
+    return None

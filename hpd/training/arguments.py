@@ -27,7 +27,15 @@ from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
 from hpd.training.settings import IN_RECIPES, REFUSED, check_packages, check_settings
 
-__all__ = ["DistillConfig", "as_config", "check_engine", "check_names", "label_policy", "train_arguments"]
+__all__ = [
+    "DistillConfig",
+    "as_config",
+    "check_engine",
+    "check_names",
+    "engines_asked",
+    "label_policy",
+    "train_arguments",
+]
 
 # Names that a field takes.
 _CHOICES = {"vocabulary": POLICIES, "impl": tuple(IMPLEMENTATIONS), "kl_estimator": ESTIMATORS}
@@ -303,17 +311,23 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
     _check_layout(accelerator.parallelism_config)
 
 
+def engines_asked(args: Any) -> list[DistributedType]:
+    """The engines that accelerate's configuration or TrainingArguments ask for, beside DDP."""
+    return [
+        engine
+        for engine, variable, name in _ENGINES
+        if os.environ.get(variable, "false").lower() in ("true", "1") or (name and getattr(args, name, None))
+    ]
+
+
 def _check_asked(args: Any, accelerator: Accelerator) -> None:
     got = accelerator.distributed_type
-    for engine, variable, name in _ENGINES:
-        asked = os.environ.get(variable, "false").lower() in ("true", "1") or bool(
-            name and getattr(args, name, None)
-        )
-        if asked and got != engine:
+    for asked in engines_asked(args):
+        if asked != got:
             raise ValueError(
-                f"{engine.value} was asked for (accelerate's configuration or train.{name or 'fsdp'}), and "
-                f"accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
-                f"process(es): {_NEEDS.get(engine, _ACCELERATORS)} Launch it so, or ask for DDP "
+                f"{asked.value} was asked for (accelerate's configuration, train.fsdp or train.deepspeed), "
+                f"and accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
+                f"process(es): {_NEEDS.get(asked, _ACCELERATORS)} Launch it so, or ask for DDP "
                 "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
             )
 

@@ -163,10 +163,8 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     if args.chat_template_path is not None:
         # The trainer puts it there itself, and by then every row has been looked at.
         tokenizer.chat_template = read_template(args.chat_template_path)
-    date = first_day(recipe, fresh)
-    if not set_date(tokenizer, date):
-        date = None
-    elif args.chat_template_path is not None:
+    date = set_date(tokenizer, first_day(recipe, fresh))
+    if date is not None and args.chat_template_path is not None:
         args.chat_template_path = None  # the trainer would put the template without its date
     return DescribedModels(tokenizer, student_config, configs, tokenizers, served, date)
 

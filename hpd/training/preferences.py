@@ -25,6 +25,7 @@ from hpd.data.rows import load_preferences
 from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import RolloutConfig
 from hpd.models.load import load_model
+from hpd.models.quantized import put_back, trained_data
 from hpd.progress import Progress
 from hpd.training.adapting import lora_of
 from hpd.training.checkpoints import writing
@@ -79,6 +80,7 @@ def _train(stage: Stage, progress: Progress, signals: Signals, takes_changed: bo
     started = time.perf_counter()
     student = load_model(recipe.student, "student", planned.args.seed)
     rows = preference_rows(planned, student, dpo, stage.rollouts)
+    trained = trained_data(student)
     trainer = _PreferenceTrainer(
         model=student,
         args=dpo_arguments(planned, dpo),
@@ -87,6 +89,7 @@ def _train(stage: Stage, progress: Progress, signals: Signals, takes_changed: bo
         peft_config=lora_of(recipe),
         callbacks=[MetricsWriter(folder), *progress.callbacks()],
     )
+    put_back(trainer.model, trained)
     trainer.remove_callback(PrinterCallback)
     before = time.perf_counter()
     with signals.stopping(trainer):

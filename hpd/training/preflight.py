@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import is_conversational
@@ -15,8 +16,10 @@ from hpd.config.models import ModelConfig
 from hpd.methods.fields import nearest
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair, check_tokens
+from hpd.models.quantized import is_quantized
 from hpd.teachers import Teacher
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
+from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
 from hpd.training.settings import check_special_tokens
 
@@ -47,10 +50,11 @@ def check_call(
         options: the other arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: an argument without effect, tokenizers that differ, or a special token that the tokenizer
-            lacks.
+        ValueError: an argument without effect, a quantised student without an adapter, tokenizers that
+            differ, or a special token that the tokenizer lacks.
     """
     _check_options(model, args, options)
+    _check_quantized(model, args, options)
     row = _first_row(options.get("train_dataset"))
     student = _student(model, args, options.get("processing_class"))
     if {"image", "images"} & row.keys() and student.config is not None and not _sees(student.config):
@@ -101,6 +105,25 @@ def _check_options(model: Any, args: DistillConfig, options: Mapping[str, Any]) 
                 f"{name} has no effect on a model that is loaded already: hand it to from_pretrained, or "
                 "give the model as a path."
             )
+
+
+def _check_quantized(model: Any, args: DistillConfig, options: Mapping[str, Any]) -> None:
+    """Refuse what a quantised student cannot do, before one is loaded."""
+    if isinstance(model, str):
+        quantized = options.get("quantization_config") or dict(cast(Any, args.model_init_kwargs) or {}).get(
+            "quantization_config"
+        )
+    else:
+        quantized = is_quantized(model)
+    if not quantized:
+        return
+    if options.get("peft_config") is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "The student is quantised, and its weights cannot be trained: give peft_config (LoraConfig()) to "
+            "train an adapter on them, or load it whole."
+        )
+    if (problem := unfit_for_quantized(args)) is not None:
+        raise ValueError(f"quantization: {problem}")
 
 
 def _sees(config: Any) -> bool:

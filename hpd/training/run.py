@@ -141,8 +141,15 @@ def _hand_on(recipe: Recipe) -> None:
     if recipe.lora is None or (target / "config.json").is_file():
         return
     shutil.rmtree(target, ignore_errors=True)  # half of one, which a kill left
-    adapter = replace(recipe.student, model=recipe.output_dir, init="pretrained", tokenizer=None)
-    write_merged(replace(adapter, revision=None), target, recipe.student.dtype)
+    adapter = replace(
+        recipe.student,
+        model=recipe.output_dir,
+        init="pretrained",
+        tokenizer=None,
+        revision=None,
+        quantization=None,  # the sum is taken with whole weights
+    )
+    write_merged(adapter, target, recipe.student.dtype)
 
 
 def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:

@@ -48,8 +48,6 @@ def stored_dtype(config: CacheConfig, planned: Plan) -> torch.dtype:
     teacher = planned.recipe.teacher
     if config.kind == "top_k":
         return torch.float32
-    if teacher.quantization:
-        return torch.bfloat16
     if teacher.type == "model" and teacher.dtype != "auto":
         return _DTYPES[teacher.dtype]
     if teacher.type == "self":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
 from hpd.batch import TEACHER_PREFIXES
-from hpd.data.dates import own_template
+from hpd.data.dates import own_template, set_date
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
 from hpd.data.teacher_prompts import TEACHER_PROMPT
@@ -25,7 +26,9 @@ from hpd.data.teacher_rows import check_prefixes
 from hpd.data.tokens import label_rows
 from hpd.models.forward import adapt_head
 from hpd.models.memory import own_weights
+from hpd.models.quantized import check_trainable, put_back, trained_data
 from hpd.training.arguments import DistillConfig, check_engine, label_policy
+from hpd.training.dates import own_copy
 from hpd.training.probing import packing_verdicts, probe_student, settle
 from hpd.training.resumable import Resumable
 
@@ -69,6 +72,10 @@ class StudentTrainer(Resumable, SFTTrainer):
 
     args: DistillConfig
     model: Any  # the student, perhaps as a PeftModel
+    _first_day: datetime.date
+    """The day that the run began, which its chat template prints."""
+    _day: datetime.date | None = None
+    """The same where the template prints it."""
     # The loss is already divided by the label tokens of the accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -87,10 +94,16 @@ class StudentTrainer(Resumable, SFTTrainer):
         self._prompts = prompts
         _read_on_every_process(args)
         self._labels = label_policy(args)
+        if "processing_class" in kwargs:
+            kwargs["processing_class"] = own_copy(kwargs["processing_class"], args.chat_template_path)
+        check_trainable(model)
         model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
+        trained = trained_data(model)
         # Turns are found by our own reader, whose templates and formats are more than TRL's.
         with hide_head, _without_turns(args):
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
+        check_trainable(self.model)  # loaded only now, if it was a path
+        put_back(self.model, trained)
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
         own_weights(student)
@@ -106,6 +119,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
     ) -> Any:
         """Rows of every format of docs/data.md as token ids and labels; TRL cuts, packs and shuffles them."""
+        self._day = set_date(self._tokenizer, self._first_day)
         if formatting_func is None and dataset is not None:
             field, prompts = args.dataset_text_field, self._prompts and name == "train"
             layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts)
@@ -216,7 +230,7 @@ class StudentTrainer(Resumable, SFTTrainer):
             tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", {})
             state_dict = {name: t for name, t in state_dict.items() if tied.get(name) not in state_dict}
         # A template whose date the run has fixed is saved as it was.
-        with own_template(self.processing_class):
+        with own_template(self._tokenizer):
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -31,6 +31,7 @@ from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
 from hpd.training.arguments import as_config
+from hpd.training.dates import first_day_of_folder, keep_day
 from hpd.training.guards import support_overlap
 from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
@@ -95,7 +96,8 @@ class DistillTrainer(MeasuredTrainer):
         self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
-        check_call(model, teacher, teacher_tokenizer, args, kwargs)
+        check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
+        self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
         super().__init__(
             guards or GuardsConfig(),
             model,
@@ -186,11 +188,14 @@ class DistillTrainer(MeasuredTrainer):
         Raises:
             TeacherUnavailable: a remote teacher stayed away; the steps done are saved.
             NonFinite: a loss or gradient was NaN or infinite, and the guard's policy is to stop; likewise.
+            ValueError: the checkpoint is of a run whose chat template printed another date.
         """
         if self.args.metric_for_best_model is not None and self.compute_metrics is None:
             check_best_metric(self.args, self.evaluation_names())
         self.wrap_anew()
         with self.resuming(resume_from_checkpoint, saved_by=(TeacherUnavailable, NonFinite)) as checkpoint:
+            if self._day is not None:
+                keep_day(self._day, cast(str, self.args.output_dir), checkpoint, self.is_world_process_zero())
             return super().train(checkpoint, *args, **kwargs)
         return TrainOutput(self.state.global_step, float("nan"), {})
 

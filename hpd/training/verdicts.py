@@ -22,7 +22,7 @@ from hpd.models.load import load_generation_config
 from hpd.models.pairing import CheckResult, check_pair
 from hpd.models.probe import check_savable
 from hpd.teachers.remote.server import ServedTeacher
-from hpd.training.adapting import adapter_verdicts
+from hpd.training.adapting import adapter_verdicts, quantization_verdicts
 from hpd.training.arguments import DistillConfig, label_policy
 from hpd.training.probing import beyond_embeddings, packing_verdicts
 
@@ -69,6 +69,7 @@ def model_verdicts(models: DescribedModels, recipe: Recipe, args: DistillConfig)
     generation = load_generation_config(recipe.student)
     return [
         *adapter_verdicts(recipe, models.student_config),
+        *quantization_verdicts(recipe, models.student_config, args),
         *check_savable(models.student_config, generation, models.tokenizer),
         *packing_verdicts(args),
         *_padding_verdicts(models, args),

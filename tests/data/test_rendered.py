@@ -352,7 +352,8 @@ def test_what_is_dropped_is_counted():
 
 def test_a_date_stands_still_and_is_not_saved(tmp_path):
     tokenizer = tokenizer_of(DATED)
-    assert set_date(tokenizer, datetime.date(2024, 2, 9))
+    day = datetime.date(2024, 2, 9)
+    assert set_date(tokenizer, day) == day
     assert "Today Date: 09 Feb 2024" in tokenizer.apply_chat_template([USER], tokenize=False)
     assert "09 Feb 2024" in topics(pair("one"), tokenizer)["date"]
     with own_template(tokenizer):
@@ -360,7 +361,9 @@ def test_a_date_stands_still_and_is_not_saved(tmp_path):
         tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == DATED
     assert "09 Feb 2024" in tokenizer.apply_chat_template([USER], tokenize=False)
-    assert not set_date(tokenizer_of(), datetime.date(2024, 2, 9))
+    assert set_date(tokenizer, datetime.date(2025, 1, 1)) == day  # once
+    assert "09 Feb 2024" in tokenizer.apply_chat_template([USER], tokenize=False)
+    assert set_date(tokenizer_of(), day) is None
 
 
 def test_a_run_and_a_cache_keep_their_first_day(tmp_path):

@@ -8,18 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from tiny_models import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig
 from hpd.config import load_recipe
+from hpd.estimate.fake_models import backbone
 from hpd.estimate.live_bytes import LiveBytes
 from hpd.estimate.memory import StepMemory
-from hpd.estimate.sizes import parse_bytes
+from hpd.estimate.sizes import parse_bytes, tensor_bytes
 from hpd.losses import Head, Scores, chunked, reweighted_nll
 from hpd.losses.operator import default_chunk_bytes
 from hpd.losses.products import chunk_rows
 from hpd.methods import method_terms, name_terms
+from hpd.models.load import load_model
+from hpd.training.adapting import lora_of
 from hpd.training.plan import plan
 
 MIB = 2**20
@@ -169,6 +173,44 @@ def test_what_saves_memory_is_seen(tmp_path):
     assert lora.student > plain.student
     itself = ["teacher=self", "student.init=pretrained", f"student.model={tmp_path / 'a' / 'teacher'}"]
     assert StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", itself))).predict().teacher > 0
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_weights_are_counted_as_they_are_loaded(tmp_path, bits):
+    bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    file = write_recipe(tmp_path, SIZES["activations"][0], batch=2)
+    student = str(tmp_path / "student")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student)).save_pretrained(student)
+    kind = f"quantization: {bits}"
+    overrides = [
+        f"student={{model: {student}, {kind}}}",
+        f"teacher={{model: {tmp_path / 'teacher'}, {kind}}}",
+        "lora={r: 4}",
+    ]
+    recipe = load_recipe(file, overrides)
+    step = StepMemory(plan(recipe))
+    predicted = step.predict()
+
+    def held(model):
+        scales = [
+            module.weight.quant_state.absmax if bits == "4bit" else module.weight.SCB
+            for module in model.modules()
+            if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+        ]
+        return tensor_bytes([*model.parameters(), *scales])
+
+    loaded = {role: load_model(getattr(recipe, role), role) for role in ("student", "teacher")}
+    adapted = get_peft_model(loaded["student"], lora_of(recipe)).train()
+    assert predicted.teacher == held(loaded["teacher"])
+    assert predicted.student == held(adapted)
+    whole = StepMemory(plan(load_recipe(file, ["student.init=pretrained", "lora={r: 4}"]))).predict()
+    assert predicted.student < 0.6 * whole.student
+    with LiveBytes() as live:
+        hidden = backbone(adapted, 2, step.tokens, autocast=False)
+        activations = live.now
+        hidden.sum().backward()
+    assert predicted.activations == pytest.approx(activations, rel=0.05)
+    assert predicted.backward == pytest.approx(live.peak, rel=0.3)
 
 
 @pytest.mark.parametrize("method", ["hpd", "forward_kl", "generalized_jsd"])

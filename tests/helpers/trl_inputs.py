@@ -61,7 +61,18 @@ _TURN = (
 _OPENING = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 _CALLS = "(m['content'] or '') + (('<call>' + m['tool_calls'] | tojson) if m.get('tool_calls') else '')"
 _THOUGHTS = "(('<think>' + m['thinking'] + '</think>') if m.get('thinking') else '') + m['content']"
+_PARTS = (
+    "{% macro body(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{{ part['text'] if part['type'] == 'text' else '<image>' }}{% endfor %}{% endif %}{% endmacro %}"
+)
 TEMPLATES = {
+    "parts": (
+        _PARTS
+        + "{% for m in messages %}"
+        + _TURN.replace("BODY", "body(m['content'])")
+        + "{% endfor %}"
+        + _OPENING
+    ),
     "tools": (
         "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
         "{% for m in messages %}" + _TURN.replace("BODY", _CALLS) + "{% endfor %}" + _OPENING
@@ -125,6 +136,7 @@ def _save_seeing(folder: Path) -> Path:
     """A vision-language model with its processor."""
     tokenizer = tiny_tokenizer(leading_bos=False)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATES["parts"]  # TRL hands a processor messages in parts
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id}
     config = LlavaConfig(

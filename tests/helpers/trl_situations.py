@@ -11,9 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from helpers.trl_inputs import SPECIAL, rows_of, save_family
 
@@ -51,6 +58,18 @@ def _loaded(folder: Path) -> Any:
 
 def _adapted(**options: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda folder: {"peft_config": LoraConfig(**options)}
+
+
+def _quantised(folder: Path, **options: Any) -> Any:
+    """The folder's model in 4 bits that compute in float16, as TRL's tests have it."""
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", quantization_config=kind)
+
+
+def _qlora(folder: Path) -> dict[str, Any]:
+    adapter = LoraConfig(lora_alpha=16, lora_dropout=0.1, r=8, bias="none", task_type="CAUSAL_LM")
+    return {"model": _quantised(folder), "peft_config": adapter}
 
 
 def _with_eval(rows: Any = None, **more: Any) -> Callable[[Path], dict[str, Any]]:
@@ -250,6 +269,36 @@ TRAINED: dict[str, Situation] = {
         for family in ("llama", "mistral")
         for packed in (True, False)
     },
+    "test_peft_with_quantization": Situation(
+        settings={"bf16": True},
+        options=lambda folder: {
+            "model": _quantised(folder, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"),
+            "peft_config": LoraConfig(),
+        },
+    ),
+    **{
+        f"test_sft_trainer_transformers_mp_gc_peft_qlora[{family}-{packed}-{kwargs}]": Situation(
+            family=family,
+            settings={
+                **_CHECKPOINTED,
+                "packing": packed,
+                "max_length": 128,
+                "bf16": True,
+                "gradient_checkpointing_kwargs": kwargs,
+            },
+            options=lambda folder: {**_qlora(folder), "eval_dataset": _held_out()},
+        )
+        for family in ("llama", "mistral")
+        for packed in (True, False)
+        for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True})
+    },
+    **{
+        f"test_sft_trainer_with_chat_format_qlora[{family}-{packed}]": Situation(
+            _TALK, family, settings={"packing": packed, "max_length": 128, "bf16": True}, options=_qlora
+        )
+        for family in ("llama", "mistral")
+        for packed in (True, False)
+    },
 }
 """Trained by both: the same losses, the same weights moved, the same things logged."""
 
@@ -356,7 +405,6 @@ _SEEING = (
     "(tests/training/test_probing.py)"
 )
 _LIGER = "refused where liger_kernel is not installed (its layers are for accelerators)"
-_BITSANDBYTES = "needs a quantised student, which is not built yet"
 ELSEWHERE: dict[str, tuple[int, str]] = {
     "TestDFTLoss": (1, _INTERNAL),
     "TestDataCollatorForLanguageModeling": (14, f"{_INTERNAL}, whose collator is used as it is"),
@@ -371,9 +419,6 @@ ELSEWHERE: dict[str, tuple[int, str]] = {
     "test_train_vlm_gemma_3n": (1, _SEEING),
     "test_train_with_liger": (1, _LIGER),
     "test_sft_trainer_with_liger": (4, _LIGER),
-    "test_peft_with_quantization": (1, _BITSANDBYTES),
-    "test_sft_trainer_transformers_mp_gc_peft_qlora": (12, _BITSANDBYTES),
-    "test_sft_trainer_with_chat_format_qlora": (4, _BITSANDBYTES),
     "test_sft_trainer_transformers_mp_gc_device_map": (24, "needs several accelerators"),
     "test_train_offloading": (4, "needs an accelerator, and is refused by name without one"),
 }

@@ -119,7 +119,8 @@ def _of_its_set(name: str, log: dict[str, Any]) -> str:
 
 
 def _slow(table: dict[str, Any]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in table]
+    # Of long values pytest makes ids of its own.
+    return [pytest.param(name, id=name, marks=() if name in QUICK else pytest.mark.slow) for name in table]
 
 
 @pytest.mark.parametrize("name", _slow(TRAINED))
