@@ -57,7 +57,7 @@ from hpd.training.shards import (
 )
 from hpd.training.trainer import DistillTrainer
 
-__all__ = ["CacheSummary", "write_cache"]
+__all__ = ["CacheSummary", "shards_of", "write_cache"]
 
 
 class CacheSummary(NamedTuple):
@@ -126,6 +126,11 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
             _finish(folder, planned, layout, target)
         trainer.accelerator.wait_for_everyone()
     return CacheSummary(folder, total, position_bytes, total * position_bytes, left)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """Descriptions of a cache's finished shards."""
+    return sorted(folder.glob("shard-*.json"))
 
 
 def _cache_config(recipe: Recipe) -> CacheConfig:

@@ -20,6 +20,7 @@ from hpd.locks import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
+from hpd.training.checkpoints import check_processes, newest_complete
 from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
 from hpd.training.inputs import row_fingerprints, stage_fingerprints
@@ -101,7 +102,12 @@ def train_stages(
     found = check_stages(recipe, [stage for stage in stages if stage.name not in done])
     if int(os.environ.get("RANK", "0")) == 0:
         folder.check_inputs(found)
-    open_together(folder, train_arguments(recipe))
+    args = train_arguments(recipe)
+    assert args.device is not None  # asking for it joins the processes
+    for stage in stages:
+        if not overwrite:
+            check_processes(newest_complete(Path(stage.recipe.output_dir), quiet=True), args.world_size)
+    open_together(folder, args)
     processes = PartialState()
     if processes.is_main_process and not (folder.path / DATE).is_file():
         folder.write_json(DATE, {"date": datetime.date.today().isoformat()})

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["context", "hpd", "start"]
+__all__ = ["context", "hpd", "run_words", "start"]
 
 _IMPORTED = [
     "hpd.terminal.doctor",
@@ -55,9 +55,14 @@ def start(*arguments: object) -> Any:
     return process
 
 
+def run_words(words: list[str], log: str) -> None:
+    """`hpd WORDS` in this process, which ends; what it shows is added to a file."""
+    _main(words, None, log, log)
+
+
 def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:
     for file, descriptor in ((stdout, 1), (stderr, 2)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.environ.update(COLUMNS="220", NO_COLOR="1", TERM="dumb")
     if cwd is not None:
         os.chdir(cwd)
