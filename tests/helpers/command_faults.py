@@ -1,7 +1,7 @@
 """Disturb commands again and again until they end: the harness of `helpers.faults` for whole command lines.
 
-A life is `hpd WORDS` in a session of its own, as a terminal or a batch system starts it. Lives share what they
-write to; one that ends by itself is compared by the caller with an undisturbed one.
+A life is `hpd WORDS` in a session of its own, as a terminal or a batch system starts it. Lives share what
+they write to; what is there when one ends by itself is compared with what an undisturbed one left.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from helpers.faults import Account, left_behind, limit_file_size, repair, same, spoil, without_clock
+from helpers.faults import Account, limit_file_size, repair, same, spoil, without_clock
 from helpers.forked import context, run_words
 
-__all__ = ["COMMAND_KINDS", "Command", "disturb", "files_of", "json_of", "live_command", "run_of"]
+__all__ = [
+    "COMMAND_KINDS",
+    "Command",
+    "disturb",
+    "files_of",
+    "require_no_survivors",
+    "results_of",
+    "start_command",
+]
 
 COMMAND_KINDS = (
     "SIGKILL",
@@ -195,17 +203,29 @@ def _members(sessions: set[int]) -> Iterator[str]:
 
 
 def files_of(place: Path) -> dict[str, bytes]:
-    """Every file below a place, its bytes; hidden ones too, so that no draft and no lock is left."""
+    """Every file below a place, with PLACE for its path; hidden ones too, so that no draft and no lock is
+    left."""
     files = (path for path in sorted(place.rglob("*")) if path.is_file())
-    return {str(path.relative_to(place)): path.read_bytes() for path in files}
+    return {
+        str(path.relative_to(place)): path.read_bytes().replace(os.fsencode(place), b"PLACE")
+        for path in files
+    }
 
 
-def json_of(path: Path) -> Any:
-    """A JSON file, without figures of the clock."""
-    return without_clock(json.loads(path.read_text(encoding="utf-8")))
+def results_of(place: Path) -> dict[str, Any]:
+    """The same without figures of the clock in JSON, and without checkpoints, of which a stop leaves one
+    more."""
+    return {
+        name: _parsed(name, content)
+        for name, content in files_of(place).items()
+        # The card shows seconds; the other is a pickle.
+        if "checkpoint-" not in name and not name.endswith(("README.md", "training_args.bin"))
+    }
 
 
-def run_of(folder: Path) -> dict[str, Any]:
-    """What a run of training left, with the names of its files."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {"names": names, **left_behind(folder)}
+def _parsed(name: str, content: bytes) -> Any:
+    if name.endswith(".json"):
+        return without_clock(json.loads(content))
+    if name.endswith(".jsonl"):
+        return [without_clock(json.loads(line)) for line in content.splitlines()]
+    return content

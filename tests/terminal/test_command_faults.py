@@ -16,12 +16,11 @@ from helpers.command_faults import (
     Command,
     disturb,
     files_of,
-    json_of,
     require_no_survivors,
-    run_of,
+    results_of,
     start_command,
 )
-from helpers.faults import disk
+from helpers.faults import disk, left_behind
 from helpers.tiny_grid import tiny_experiment
 from tiny_models import tiny_pair
 
@@ -75,7 +74,7 @@ def eval_command(base):
         return list(map(str, ["eval", *models, "--tasks", "exact-match,math500", *options, *drawing]))
 
     def left(place):
-        return {**files_of(place), "evals.json": json_of(place / "evals.json")}
+        return {**files_of(place), "evals.json": results_of(place)["evals.json"]}
 
     return Command(words, left)
 
@@ -87,20 +86,16 @@ def generate_command(base):
 
 
 def cache_command(base):
+    small = ["cache.dtype=float32", "cache.shard_bytes=4096"]
     return Command(
-        lambda place: [
-            "cache",
-            str(base / "recipe.yaml"),
-            f"cache={{path: {place}, dtype: float32, shard_bytes: 4096}}",
-        ],
-        files_of,
+        lambda place: ["cache", str(base / "recipe.yaml"), f"cache.path={place}", *small], files_of
     )
 
 
 def stages_command(base):
     def left(place):
-        stages = {name: run_of(place / name) for name in ("first", "second")}
-        return {**stages, "total": json_of(place / "summary.json"), "names": sorted(os.listdir(place))}
+        stages = {name: left_behind(place / name) for name in ("first", "second")}
+        return {**stages, "files": results_of(place)}
 
     return Command(lambda place: ["train", str(base / "stages.yaml"), f"output_dir={place}"], left)
 
@@ -121,10 +116,9 @@ def compare_command(base):
         return ["compare", str(experiment), f"output_dir={place}", "--jobs", "2", "--allow", "git_commit"]
 
     def left(place):
-        runs = {str(path.relative_to(place)): path.parent for path in place.glob("*/*/experiment.json")}
-        figures = {name: (run_of(run), json_of(run / "experiment.json")) for name, run in runs.items()}
-        files = {name: json_of(place / name) for name in ("tuned.json", "teacher/figures.json")}
-        return {**figures, **files, "names": sorted(name for name in files_of(place))}
+        found = results_of(place)
+        # Logs say what was disturbed; the report shows seconds.
+        return {name: None if name.split("/")[0] in ("logs", "report") else found[name] for name in found}
 
     return Command(words, left, failed=1)
 
