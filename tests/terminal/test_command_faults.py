@@ -52,17 +52,17 @@ def base(tmp_path_factory):
         },
     }
     stages = [
-        {"name": "first", "method": "hpd", "lora": {"r": 2, "lora_dropout": 0.1}},
+        {"name": "first", "method": "hpd"},
         {
             "name": "second",
             "method": "opd",
-            "lora": None,
             "prefixes": {"student": 0.5},
             "rollouts": {"max_new_tokens": 4, "replay": {"capacity": 8, "fresh": 0.5}},
         },
     ]
+    lora = {"r": 2, "lora_dropout": 0.1}  # merged between the stages
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "stages.yaml").write_text(yaml.safe_dump({**recipe, "stages": stages}))
+    (folder / "stages.yaml").write_text(yaml.safe_dump({**recipe, "stages": stages, "lora": lora}))
     return folder
 
 
