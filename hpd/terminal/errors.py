@@ -60,4 +60,5 @@ def _complain(kind: str, text: str) -> None:
     text = "".join(
         c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
     )
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False)
+    with contextlib.suppress(OSError):  # the disk that is full may be that of a log
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False)

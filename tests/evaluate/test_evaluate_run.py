@@ -28,7 +28,7 @@ from hpd.evaluate import (
     settings_for,
 )
 from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models
-from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
+from hpd.evaluate.generate import Group, PartialAnswers, answer_examples, unfinished
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
 from hpd.evaluate.tasks import TASKS, build_task, task_and_settings
 from hpd.generation.engine import TransformersEngine, cut_at

@@ -97,6 +97,7 @@ def disturb(
         assert set(codes) <= _allowed(kind, command), (kind, codes, log.read_text()[-3000:])
         if codes != [0]:
             account.kills[kind] += 1
+            account.moments["ended" if 0 in codes else "disturbed"] += 1
         if 0 in codes:
             same(expected, command.left(place), str(place))
             number += 1
@@ -120,7 +121,8 @@ def _one_life(
     if kind == "file limit":
         plan["bytes"] = draw.choice([100, 2_000, 20_000, 60_000])
     words = command.words(place)
-    process = start_command(words, log, plan)
+    # The limit holds for the log as well.
+    process = start_command(words, Path(os.devnull) if kind == "file limit" else log, plan)
     sessions.append(process.pid)
     if kind in ("none", "file limit"):
         return [_end(process)]
