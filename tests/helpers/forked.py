@@ -13,7 +13,10 @@ from typing import Any
 __all__ = ["context", "hpd", "run_words", "start"]
 
 _IMPORTED = [
+    "hpd.cli",
     "hpd.terminal.doctor",
+    "hpd.terminal.evaluation",
+    "hpd.terminal.training",
     "hpd.evaluate.tasks",
     "hpd.evaluate.command",
     "hpd.experiments.worker",

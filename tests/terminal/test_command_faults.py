@@ -127,23 +127,23 @@ COMMANDS = {
     "eval": (eval_command, 60),
     "generate": (generate_command, 60),
     "cache": (cache_command, 60),
-    "stages": (stages_command, 60),
-    "compare": (compare_command, 20),
+    "stages": (stages_command, 40),
+    "compare": (compare_command, 15),
 }
 
 
-@pytest.mark.parametrize("name", ["eval", "generate", "cache"])
-def test_a_few_faults_of_each_command(base, tmp_path, name):
-    kinds = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "two at once", "file limit")
-    account, ends = disturb(COMMANDS[name][0](base), tmp_path / "runs", tmp_path / "log.txt", 4, 1, kinds)
-    assert account.survived >= 4
+@pytest.mark.parametrize("name", ["generate", "cache"])
+def test_a_few_faults(base, tmp_path, name):
+    kinds = ("SIGKILL", "SIGTERM", "SIGINT", "two at once", "file limit")
+    account, ends = disturb(COMMANDS[name][0](base), tmp_path / "runs", tmp_path / "log.txt", 2, 1, kinds)
+    assert account.survived >= 2
     assert ends
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_faults_of_every_kind(base, tmp_path, capsys, name):
-    """HPD_FAULTS says how many of each command."""
+    """HPD_FAULTS says how many, of each command."""
     make, default = COMMANDS[name]
     faults = int(os.environ.get("HPD_FAULTS", default))
     with disk(tmp_path / "disk") as mounted:
@@ -159,8 +159,9 @@ def test_faults_of_every_kind(base, tmp_path, capsys, name):
     assert account.survived >= faults
 
 
-@pytest.mark.parametrize("name", ["eval", "generate", "cache"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("name", "number"), [("eval", signal.SIGTERM), ("generate", signal.SIGINT), ("cache", signal.SIGHUP)]
+)
 def test_a_signal_says_what_is_kept_and_what_goes_on(base, tmp_path, name, number):
     command, log = COMMANDS[name][0](base), tmp_path / "log.txt"
     place = tmp_path / "place"
