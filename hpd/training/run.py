@@ -20,7 +20,7 @@ from hpd.locks import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
-from hpd.training.checkpoints import check_processes, newest_complete
+from hpd.training.checkpoints import check_processes, newest_complete, writing
 from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
 from hpd.training.inputs import row_fingerprints, stage_fingerprints
@@ -145,9 +145,11 @@ def _hand_on(recipe: Recipe) -> None:
     target = handed_on(recipe)
     if recipe.lora is None or (target / "config.json").is_file():
         return
-    shutil.rmtree(target, ignore_errors=True)  # half of one, which a kill left
+    for half in (target, *target.parent.glob(f".{target.name}.*.part")):  # which a kill left
+        shutil.rmtree(half, ignore_errors=True)
     adapter = replace(recipe.student, model=recipe.output_dir, init="pretrained", tokenizer=None)
-    write_merged(replace(adapter, revision=None), target, recipe.student.dtype)
+    with writing(target):
+        write_merged(replace(adapter, revision=None), target, recipe.student.dtype)
 
 
 def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:

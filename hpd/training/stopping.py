@@ -75,7 +75,10 @@ def stopped(reason: str, job: str, kept: str | None, overrides: tuple[str, ...] 
 
 def _kept_by(run: Path) -> str | None:
     newest = newest_complete(run)
-    return newest and f"the checkpoint of step {newest.name.removeprefix('checkpoint-')} is in {run}"
+    if newest is not None:
+        return f"the checkpoint of step {newest.name.removeprefix('checkpoint-')} is in {run}"
+    finished = [path.parent.name for path in sorted(run.glob("*/summary.json"))]
+    return f"the finished stages ({', '.join(finished)}) are in {run}" if finished else None
 
 
 @contextlib.contextmanager
@@ -90,7 +93,7 @@ def ends_resumable(run: Path) -> Iterator[Signals]:
             yield signals
     except NonFinite as error:
         raise stopped(str(error), "Training", _kept_by(run), ("guards.non_finite=skip",)) from error
-    except (CheckpointFailed, TeacherUnavailable) as error:
+    except TeacherUnavailable as error:
         raise stopped(str(error), "Training", _kept_by(run)) from error
 
 
@@ -106,7 +109,7 @@ def ends_kept(place: Path, job: str, kept: Callable[[], str | None]) -> Iterator
     try:
         with catch_signals() as signals:
             yield signals
-    except Interrupted as error:
+    except (CheckpointFailed, Interrupted) as error:
         raise stopped(str(error), job, kept()) from error
     except OSError as error:
         if error.errno not in _DISK:
