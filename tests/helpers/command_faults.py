@@ -41,7 +41,7 @@ COMMAND_KINDS = (
 )
 # As a terminal does: to everything that was started from it.
 _TO_THE_GROUP = ("SIGINT", "SIGHUP")
-_LIFE_SECONDS = 240
+_LIFE_SECONDS = 600
 _STOPPED = (75, 128 + signal.SIGINT, -signal.SIGINT, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
 """Exit codes of what goes on; a signal that comes before a command handles any ends it as ever."""
 
