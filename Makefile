@@ -15,7 +15,7 @@ help:
 	@echo "make demo       distil a tiny model here, in minutes, without downloads"
 	@echo "make test       install and run the default tests"
 	@echo "make test-slow  the tests that take minutes"
-	@echo "make test-faults  disturb a training run 120 times (HPD_FAULTS=n) in six ways and compare what it leaves, bit for bit"
+	@echo "make test-faults  disturb training, eval, generate, cache, stages and compare (HPD_FAULTS=n times each) and compare what they leave"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
 	@echo "make test-engines  vLLM's CPU build, DeepSpeed and trackers for real, in an environment of their own (10 minutes)"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
@@ -44,7 +44,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
 
 test-faults: $(STAMP)
-	$(BIN)/python -m pytest -q tests/training/test_faults.py -m "slow or not slow"
+	$(BIN)/python -m pytest -q tests/training/test_faults.py tests/terminal/test_command_faults.py -m "slow or not slow"
 
 test-distributed: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/training/test_distributed.py tests/training/test_distributed_rollouts.py

@@ -57,7 +57,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], Any]) -
         os.chmod(draft, mode)
         flush(draft)
         os.replace(draft, path)
-    except Exception:
+    except BaseException:  # a signal's, too
         draft.unlink(missing_ok=True)
         raise
     flush(path.parent)

@@ -29,11 +29,14 @@ from hpd.progress import Progress
 from hpd.teachers import TeacherUnavailable
 from hpd.teachers.fingerprints import model_fingerprint
 
-__all__ = ["Completion", "generate"]
+__all__ = ["CHUNK", "Completion", "generate", "part_of"]
 
-# Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats
-# whole chunks.
 CHUNK = 32
+"""Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats
+whole chunks."""
+
+_REPLACES = {"replaces": True}
+"""A line of the part: an output that is there is what --overwrite gave up, or what this part has become."""
 
 
 class Completion(NamedTuple):
@@ -71,7 +74,7 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
     """Write completions for the prompts of a recipe's dataset to `generate.output`.
 
     What is done is kept in a file beside it (`.part`) that a later call goes on from; the output appears
-    whole, at the end.
+    whole, at the end, and the part goes behind it.
 
     Args:
         recipe: `data`, `teacher` and `generate` are read.
@@ -91,7 +94,7 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
     config = recipe.generate or GenerateConfig()
     output = Path(config.output)
     with holding(output, is_folder=False):
-        if output.exists() and not overwrite:
+        if output.exists() and not overwrite and _REPLACES not in part_of(output).read():
             raise ValueError(
                 f"{output} exists: choose another generate.output, or replace it with --overwrite."
             )
@@ -109,7 +112,7 @@ def _generate(
     name, writer = _writer(recipe, config)
     check_prompts([row.prompt for row in rows], writer.tokenizer, "writer")
     slots = [Slot(row, sample) for row in range(len(rows)) for sample in range(config.samples)]
-    part = JsonLines(output.with_name(output.name + ".part"))
+    part = part_of(output)
     bar = progress.bar("completions")
     try:
         done = _begin(part, _identity(recipe, config, rows, writer.fingerprint), overwrite)
@@ -123,9 +126,16 @@ def _generate(
         writer.close()
     completions = [completion for chunk in sorted(done) for completion in done[chunk]]
     made = [(slot, rows[slot.row], text) for slot, text in zip(slots, completions, strict=True)]
+    # A kill before the part is gone leaves an output of which the next call must know that it may replace it.
+    part.append(_REPLACES, durable=True)
     summary = _finish(output, made, config, name)
     part.path.unlink()
     return summary
+
+
+def part_of(output: Path) -> JsonLines:
+    """The file of what is done: a line for each chunk."""
+    return JsonLines(output.with_name(output.name + ".part"))
 
 
 def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dict[int, list[Completion]]:
@@ -139,12 +149,14 @@ def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dic
                 "those, delete it, or start again with --overwrite."
             )
         part.path.parent.mkdir(parents=True, exist_ok=True)
-        part.write([identity])
+        part.write([identity, _REPLACES] if overwrite else [identity])
         return {}
+    if overwrite:
+        part.append(_REPLACES)
     # Earlier versions wrote chunks without their numbers, in order.
     numbered = [
         (chunk["chunk"], chunk["completions"]) if isinstance(chunk, dict) else (number, chunk)
-        for number, chunk in enumerate(chunks)
+        for number, chunk in enumerate(chunk for chunk in chunks if chunk != _REPLACES)
     ]
     return {number: [Completion(*values) for values in completions] for number, completions in numbered}
 

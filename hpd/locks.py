@@ -7,9 +7,11 @@ import datetime
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ class InUse(ValueError):
 
 
 @contextlib.contextmanager
-def holding(target: Path, *, is_folder: bool = True) -> Iterator[None]:
+def holding(target: Path, *, is_folder: bool = True, patience: float = 0.0) -> Iterator[None]:
     """Be the only process that writes to a folder or file inside this context.
+
+    Drafts of `hpd.files.write_atomically` that are there are of a process that was killed, and go.
 
     The system's lock on a small file decides (`flock`), so a process that was killed holds nothing. The file
     also names the process, for messages, and where the lock cannot decide: a file system without locks, or
@@ -39,6 +43,7 @@ def holding(target: Path, *, is_folder: bool = True) -> Iterator[None]:
     Args:
         target: what is written; a folder is made if it is missing, and removed if it is left empty.
         is_folder: the lock is in `target`, else beside it.
+        patience: seconds in which another process there may end.
 
     Raises:
         InUse: names the process, and how to free what a lost machine held; nothing was changed.
@@ -53,13 +58,14 @@ def holding(target: Path, *, is_folder: bool = True) -> Iterator[None]:
     try:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            _held[mine] = _lock(file, target)
+            _held[mine] = _lock_within(file, target, patience)
         except OSError as error:
             raise OSError(
                 f"{target} cannot be written: {error.strerror}. Make it writable, make space, or choose "
                 "another place."
             ) from error
         try:
+            _remove_drafts(target, is_folder)
             yield
         finally:
             handle = _held.pop(mine, None)  # None in a forked child
@@ -86,6 +92,25 @@ def empty_folder(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _remove_drafts(target: Path, is_folder: bool) -> None:
+    folder, name = (target, "") if is_folder else (target.parent, re.escape(target.name))
+    for path in folder.glob(".*.part"):
+        if re.fullmatch(rf"\.{name}.*\.\d+\.part", path.name) and not path.is_dir():
+            with contextlib.suppress(OSError):  # a disk that is read-only
+                path.unlink()
+
+
+def _lock_within(file: Path, target: Path, patience: float) -> int:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return _lock(file, target)
+        except InUse:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(0.1)
 
 
 def _lock(file: Path, target: Path) -> int:

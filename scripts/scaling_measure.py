@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hpd.losses import reweighted_nll
 from hpd.methods import METHODS, choose_terms, name_terms
 from hpd.models.forward import add_head_function, scores_of
+from hpd.training.stopping import leaving_processes
 
 WIDTHS = (128, 256, 512)
 VOCAB, LAYERS, ROWS, LENGTH, STEPS = 8192, 4, 4, 128, 5
@@ -79,8 +80,6 @@ def measure_steps(width: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    if processes > 1:
-        distributed.destroy_process_group()
     return {
         "width": width,
         "processes": processes,
@@ -134,6 +133,7 @@ def measure_all() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = measure_steps(int(sys.argv[1]))
+    with leaving_processes():
+        found = measure_steps(int(sys.argv[1]))
     if int(os.environ.get("RANK", "0")) == 0:
         Path(sys.argv[2]).write_text(json.dumps(found))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hpd.config.models import ModelConfig
 from hpd.config.schema import EvalConfig
+from hpd.evaluate.generate import PartialAnswers
 from hpd.evaluate.run import EvalResult, evaluate_engine
 from hpd.evaluate.task import Notice, Task
 from hpd.evaluate.tasks import share_options
@@ -119,6 +120,8 @@ def _evaluate_models(
             progress.say(head if not details or details in said else f"{head}\n{details}")
             said.add(details)
     results: dict[str, dict[str, EvalResult]] = {task.name: {} for task, _ in command.tasks}
+    # Answers of a finished evaluation are kept until all are finished: the same command asks for all again.
+    partials: list[PartialAnswers] = []
     for model in command.models:
         engine = load_engine(command, model)
         progress.say(f"{names[model]}: {engine.name} in {engine.dtype}")
@@ -131,6 +134,7 @@ def _evaluate_models(
                 name=model,
                 progress=progress.bar(f"{task.name} answers of {names[model]}"),
                 fingerprint=quick_fingerprint(model, command.dtype),
+                partials=partials,
             )
             results[task.name][model] = result
             if done is not None:
@@ -139,6 +143,8 @@ def _evaluate_models(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    for partial in partials:
+        partial.remove()
     return results
 
 

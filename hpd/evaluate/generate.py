@@ -19,10 +19,12 @@ from hpd.generation.settings import GREEDY, GenerationSettings
 from hpd.generation.texts import Answer, Message, Prompt
 from hpd.progress import Advance
 
-__all__ = ["Generated", "Group", "PartialAnswers", "answer_examples", "generate_answers"]
+__all__ = ["Generated", "Group", "PartialAnswers", "answer_examples", "generate_answers", "unfinished"]
 
 
 _LOGGER = logging.getLogger(__name__)
+
+_PARTIAL = "partial-{}.jsonl"
 
 
 class PartialAnswers:
@@ -32,12 +34,13 @@ class PartialAnswers:
     line that a kill cut short is dropped.
 
     Args:
-        path: the file; made with the first batch.
+        folder: gets the file with the first batch.
+        name: tells evaluations apart.
         identity: everything that decides the answers, as JSON values.
     """
 
-    def __init__(self, path: Path, identity: Any):
-        self._lines = JsonLines(path)
+    def __init__(self, folder: Path, name: str, identity: Any):
+        self._lines = JsonLines(folder / _PARTIAL.format(name))
         self._identity = json.loads(json.dumps(identity))
         self._batches: dict[int, tuple[list[Answer], float]] = {}
         head, *batches = self._lines.read() or [None]
@@ -68,6 +71,11 @@ class PartialAnswers:
 
     def remove(self) -> None:
         self._lines.path.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files of answers that an evaluation into this folder can go on from."""
+    return sorted(folder.glob(_PARTIAL.format("*")))
 
 
 class Group(NamedTuple):

@@ -143,6 +143,7 @@ def evaluate_engine(
     name: str,
     progress: Advance | None = None,
     fingerprint: str | None = None,
+    partials: list[PartialAnswers] | None = None,
 ) -> EvalResult:
     """`evaluate` with an engine of your choice.
 
@@ -150,6 +151,8 @@ def evaluate_engine(
         fingerprint: what tells the model's weights from others of the same name. With it, finished batches
             are kept in `partial-<id>.jsonl` under `output_dir` until the evaluation is complete, and an
             interrupted one goes on.
+        partials: gets that file of a complete evaluation, which the caller removes when all that it does is
+            complete; None: it is removed at once.
     """
     examples = task.examples()
     if not examples:
@@ -157,36 +160,29 @@ def evaluate_engine(
     folder = None if output_dir is None else Path(output_dir)
     identity = identify(name, task, settings, engine.name)
     with contextlib.nullcontext() if folder is None else holding(folder):
-        return _evaluate(engine, task, examples, settings, folder, identity, progress, fingerprint)
+        partial = _partial(folder, identity, examples, fingerprint)
+        generated = answer_examples(engine, examples, settings, progress, partial)
+        result = grade_answers(task, examples, generated, settings.num_samples, engine.dtype)
+        if folder is not None:
+            write_result(folder, identity, result)
+        if partial is not None:
+            partial.remove() if partials is None else partials.append(partial)
+        return result
 
 
-def _evaluate(
-    engine: Engine,
-    task: Task,
-    examples: Sequence[Example],
-    settings: GenerationSettings,
-    folder: Path | None,
-    identity: dict[str, Any],
-    progress: Advance | None,
-    fingerprint: str | None,
-) -> EvalResult:
-    partial = None
-    if folder is not None:
-        _read_evals(folder)  # an unreadable file should stop the run before its hours of generation
-        if fingerprint is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            prompts = digest_json([(example.prompt, example.follow_ups) for example in examples])[:12]
-            partial = PartialAnswers(
-                folder / f"partial-{eval_id(identity)}.jsonl",
-                {**identity, "fingerprint": fingerprint, "prompts": prompts},
-            )
-    generated = answer_examples(engine, examples, settings, progress, partial)
-    result = grade_answers(task, examples, generated, settings.num_samples, engine.dtype)
-    if folder is not None:
-        write_result(folder, identity, result)
-    if partial is not None:
-        partial.remove()
-    return result
+def _partial(
+    folder: Path | None, identity: dict[str, Any], examples: Sequence[Example], fingerprint: str | None
+) -> PartialAnswers | None:
+    if folder is None:
+        return None
+    _read_evals(folder)  # an unreadable file should stop the run before its hours of generation
+    if fingerprint is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = digest_json([(example.prompt, example.follow_ups) for example in examples])[:12]
+    return PartialAnswers(
+        folder, eval_id(identity), {**identity, "fingerprint": fingerprint, "prompts": prompts}
+    )
 
 
 def identify(name: str, task: Task, settings: GenerationSettings, engine: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 
 from hpd.estimate.cost import FlopsPerToken
 from hpd.experiments.experiment import Budget
+from hpd.files import write_json
 
 __all__ = ["BudgetCallback"]
 
@@ -26,11 +28,13 @@ class BudgetCallback(TrainerCallback):
     Args:
         price: see `flops_per_token`.
         budget: None or type steps only count.
+        file: gets what was spent when training ends, which is before anything says that the run is finished.
     """
 
-    def __init__(self, price: FlopsPerToken, budget: Budget | None = None):
+    def __init__(self, price: FlopsPerToken, budget: Budget | None = None, file: Path | None = None):
         self._price = price
         self._budget = budget if budget is not None and budget.type != "steps" else None
+        self._file = file
         self.spent = {
             "label_tokens": 0.0,
             "trained_tokens": 0.0,
@@ -111,3 +115,5 @@ class BudgetCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._file is not None:
+            write_json(self._file, self.spent)

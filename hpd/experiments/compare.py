@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,8 +151,8 @@ def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, progress:
                 process = context.Process(
                     target=run_job, args=(job._replace(threads=threads), str(logs / f"{title}-{name}.log"))
                 )
-                process.start()
                 running[name] = (process, job)
+                process.start()
             time.sleep(_POLL_SECONDS)
             for name, (process, job) in list(running.items()):
                 if process.is_alive():
@@ -161,10 +163,24 @@ def run_grid(work: Sequence[Job], jobs: int, folder: Path, title: str, progress:
                     failures.append(_failure(name, logs / f"{title}-{name}.log", process.exitcode))
             bar(done, len(work), "\n" + "\n".join(_steps(name, job) for name, (_, job) in running.items()))
     finally:
-        for process, _ in running.values():
-            process.terminate()
-            process.join()
+        if running:
+            progress.say(f"{len(running)} under way save first; a second signal ends them at once")
+        _stop([process for process, _ in running.values()])
     return failures
+
+
+def _stop(processes: Sequence[Any]) -> None:
+    """Have runs save and stop, and wait for that.
+
+    A terminal and SLURM tell the runs themselves, too. SIGUSR1 comes on top of that; a second SIGTERM would
+    end them at once.
+    """
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+    for process in alive:
+        process.join()
 
 
 def _threads() -> int:
@@ -203,8 +219,11 @@ def _evaluate_teacher(job: Job, target: Path, log: Path) -> None:
     if (target / TEACHER_FIGURES).is_file():
         return
     process = _context().Process(target=evaluate_teacher, args=(job, str(target), str(log)))
-    process.start()
-    process.join()
+    try:
+        process.start()
+        process.join()
+    finally:
+        _stop([process])
     if not (target / TEACHER_FIGURES).is_file():
         raise ValueError(
             f"The teacher could not be evaluated: {_failure('teacher', log, process.exitcode).reason}"

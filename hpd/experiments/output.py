@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from hpd.experiments.figures import FORMATS, Panel, to_files
@@ -42,12 +44,9 @@ def write_report(report: Report, folder: Path) -> Path:
         ValueError: the folder holds something else than a report.
     """
     check_target(folder)
+    _write_pages(folder.resolve(), (render_page(report), render_markdown(report)))
     for sub in ("plots", "data"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    # First, since they are what the folder is known by if a kill comes in between.
-    page, text = (folder / name for name in _PAGES)
-    write_atomically(text, render_markdown(report))
-    write_atomically(page, render_page(report))
+        (folder / sub).mkdir(exist_ok=True)
     shown = [table for section in report.sections for table in section.tables]
     panels = [panel for section in report.sections for panel in section.panels]
     verdicts = [report.verdicts] if report.verdicts is not None else []
@@ -56,7 +55,20 @@ def write_report(report: Report, folder: Path) -> Path:
     for panel in panels:
         for kind, content in to_files(panel).items():
             (folder / "plots" / f"{file_name(panel.key)}.{kind}").write_bytes(content)
-    return page
+    return folder / _PAGES[0]
+
+
+def _write_pages(folder: Path, pages: tuple[str, str]) -> None:
+    """First and together, since they are what the folder is known by if a kill comes in between."""
+    draft = folder
+    if not folder.exists() or not any(folder.iterdir()):
+        draft = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    for name, content in zip(_PAGES, pages, strict=True):
+        write_atomically(draft / name, content)
+    if draft != folder:
+        os.replace(draft, folder)
 
 
 def render_markdown(report: Report) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +18,24 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from hpd.config.schema import EvalConfig, Recipe
 from hpd.estimate.cost import flops_per_token
-from hpd.evaluate import evaluate
+from hpd.evaluate.generate import PartialAnswers
+from hpd.evaluate.run import evaluate_engine
 from hpd.experiments.budget import BudgetCallback
 from hpd.experiments.experiment import Budget, Evaluation
 from hpd.experiments.manifest import OWN_LOGS, RECORD, TEACHER_FIGURES, fingerprints
 from hpd.experiments.own_samples import OwnSampleCurve, own_sample_metrics
 from hpd.experiments.tertiles import tertile_metrics
 from hpd.files import JsonLines, write_json
+from hpd.generation.engine import TransformersEngine
+from hpd.locks import holding
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress, quiet_libraries
+from hpd.teachers.fingerprints import model_fingerprint
 from hpd.training.plan import plan_evals
 from hpd.training.run import train
+
+_PATIENCE = 600.0
+"""Seconds in which a run of an earlier comparison may save."""
 
 __all__ = ["Callbacks", "Job", "evaluate_teacher", "has_model", "run_job"]
 
@@ -65,23 +75,30 @@ def run_job(job: Job, log: str | None = None) -> None:
     """
     if log is not None:
         _redirect(log)
+    _end_with_parent()
     torch.set_num_threads(job.threads)
     quiet_libraries()
     folder = Path(job.recipe.output_dir)
+    # A run whose comparison was killed is still saving.
+    with holding(folder, patience=_PATIENCE):
+        _run(job, folder)
+
+
+def _run(job: Job, folder: Path) -> None:
     record: dict[str, Any] = {"axes": job.axes, "fingerprints": fingerprints(job.recipe)}
-    if not (folder / "summary.json").is_file():
-        counter = BudgetCallback(flops_per_token(job.recipe), job.budget)
-        train(job.recipe, progress=Callbacks(counter, *_own_curve(job, folder)))
-        if not counter.complete:
-            assert job.budget is not None
-            raise ValueError(
-                f"{folder.name} ended with {counter.spent[job.budget.type]:g} of {job.budget.value:g} "
-                f"{job.budget.type}: train.max_steps is the ceiling of such a budget, raise it."
-            )
-        record["cost"] = counter.spent
-        write_json(folder / "cost.json", counter.spent)
+    cost = folder / "cost.json"
+    counter = BudgetCallback(flops_per_token(job.recipe), job.budget, cost)
+    if (folder / "summary.json").is_file():
+        counter.spent |= json.loads(cost.read_text(encoding="utf-8"))
     else:
-        record["cost"] = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
+        train(job.recipe, progress=Callbacks(counter, *_own_curve(job, folder)))
+    if not counter.complete:
+        assert job.budget is not None
+        raise ValueError(
+            f"{folder.name} ended with {counter.spent[job.budget.type]:g} of {job.budget.value:g} "
+            f"{job.budget.type}: train.max_steps is the ceiling of such a budget, raise it."
+        )
+    record["cost"] = counter.spent
     record["figures"] = _clipped_share(folder) | _more_evaluations(job, folder)
     write_json(folder / RECORD, record)
 
@@ -90,6 +107,19 @@ def _redirect(log: str) -> None:
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+
+
+def _end_with_parent() -> None:
+    """Stop as at SIGTERM when the comparison is gone, which nobody told this process of: it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _more_evaluations(job: Job, folder: Path) -> dict[str, float]:
@@ -150,13 +180,15 @@ def _measure_own(job: Job, tokenizer: Any, device: str) -> Callable[[torch.nn.Mo
 def evaluate_teacher(job: Job, folder: str, log: str) -> None:
     """The experiment's own evaluations of the teacher: once for a grid, since all its runs share it."""
     _redirect(log)
+    _end_with_parent()
     torch.set_num_threads(job.threads)
     quiet_libraries()
     tokenizer = load_tokenizer(job.recipe.student, "student")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_model(job.recipe.teacher, "teacher").to(device)  # type: ignore[arg-type]
-    figures = _ask(teacher, tokenizer, job.evals, Path(folder), "teacher")
-    write_json(Path(folder) / TEACHER_FIGURES, figures)
+    with holding(Path(folder), patience=_PATIENCE):
+        figures = _ask(teacher, tokenizer, job.evals, Path(folder), "teacher")
+        write_json(Path(folder) / TEACHER_FIGURES, figures)
 
 
 def has_model(recipe: Recipe) -> bool:
@@ -171,16 +203,23 @@ def _ask(
     folder: Path,
     name: str,
 ) -> dict[str, float]:
-    """The figure of each evaluation, by its name; answers and grades go to `folder`, under `name`."""
+    """The figure of each evaluation, by its name; answers and grades go to `folder`, under `name`. An
+    interrupted evaluation goes on."""
     figures = {}
+    engine = TransformersEngine(model, tokenizer)
+    weights = model_fingerprint(model)
+    partials: list[PartialAnswers] = []
     for evaluation, planned in zip(evals, plan_evals(evals), strict=True):
-        result = evaluate(
-            model,
-            tokenizer,
+        result = evaluate_engine(
+            engine,
             planned.task,
             planned.settings,
-            output_dir=folder,
+            folder,
             name=name.format(evaluation.name),
+            fingerprint=weights,
+            partials=partials,
         )
         figures[evaluation.name] = result.value
+    for partial in partials:
+        partial.remove()
     return figures

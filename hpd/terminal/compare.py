@@ -16,7 +16,7 @@ from hpd.estimate.memory import StepMemory
 from hpd.experiments.compare import Failure, compare
 from hpd.experiments.experiment import Experiment, load_experiment
 from hpd.experiments.grid import expand
-from hpd.experiments.manifest import MANIFEST, is_finished
+from hpd.experiments.manifest import MANIFEST, RECORD, is_finished
 from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
@@ -24,6 +24,7 @@ from hpd.experiments.tuning import all_tuning, read_choices
 from hpd.terminal.console import TerminalProgress, console
 from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
+from hpd.training.stopping import ends_kept
 
 __all__ = ["run_compare"]
 
@@ -37,12 +38,29 @@ def run_compare(
     if dry_run:
         _dry_run(path, overrides, jobs, probe)
         return True
+    folder = load_experiment(path, overrides).folder
     # Known before hours of runs, not behind them.
-    check_target(load_experiment(path, overrides).folder / "report")
-    experiment, failures = compare(path, overrides, jobs, allow, TerminalProgress())
-    if failures:
-        _show_failures(failures)
-        return False
+    check_target(folder / "report")
+
+    def kept() -> str | None:
+        finished = len(list(folder.glob(f"*/*/{RECORD}")))
+        return f"{finished} finished runs and what the others saved are in {folder}" if finished else None
+
+    with ends_kept(folder, "The comparison", kept):
+        experiment, failures = compare(path, overrides, jobs, allow, TerminalProgress())
+        if failures:
+            _show_failures(failures)
+            return False
+        _show_choices(experiment)
+        report = build_report([folder], allow=allow)
+        page = write_report(report, folder / "report")
+    console.print()
+    show_verdicts(report)
+    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    return True
+
+
+def _show_choices(experiment: Experiment) -> None:
     for choice in read_choices(experiment.folder) or ():
         if choice.ties:
             equal = ", ".join(f"{value:g}" for value in choice.ties)
@@ -50,12 +68,6 @@ def run_compare(
                 f"{escape(choice.group)}: {choice.path} {choice.chosen:g} was taken, {equal} did as well.",
                 highlight=False,
             )
-    report = build_report([experiment.folder], allow=allow)
-    page = write_report(report, experiment.folder / "report")
-    console.print()
-    show_verdicts(report)
-    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
-    return True
 
 
 def _show_failures(failures: Sequence[Failure]) -> None:

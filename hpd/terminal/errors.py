@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -47,6 +48,8 @@ def user_errors() -> Iterator[None]:
         again = shlex.join(["hpd", *words, *getattr(error, "overrides", ())])
         _complain("stopped", f"{error} Go on with: {again}")
         raise typer.Exit(_TRY_AGAIN) from None
+    except KeyboardInterrupt:  # before a command's own handling: while it imports what it needs
+        raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def _complain(kind: str, text: str) -> None:
@@ -57,4 +60,5 @@ def _complain(kind: str, text: str) -> None:
     text = "".join(
         c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
     )
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False)
+    with contextlib.suppress(OSError):  # the disk that is full may be that of a log
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False)

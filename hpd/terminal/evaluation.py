@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from rich.markup import escape
 
 from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models, names_of
 from hpd.evaluate.distribution import TEXTS, WRITING
+from hpd.evaluate.generate import unfinished
 from hpd.evaluate.harness import HarnessCommand, run_harness
 from hpd.evaluate.measure import MetricsCommand, measure_models
 from hpd.evaluate.tasks import task_and_settings
@@ -17,6 +20,7 @@ from hpd.progress import quiet_libraries
 from hpd.terminal.console import TerminalProgress, console
 from hpd.terminal.eval_options import HarnessOptions, MetricsOptions, TaskOptions
 from hpd.terminal.evaluation_tables import harness_table, metrics_table, result_tables
+from hpd.training.stopping import ends_kept
 
 __all__ = [
     "evaluate_with_display",
@@ -117,7 +121,14 @@ def evaluate_with_display(command: EvalCommand) -> None:
     """Answer, grade, print."""
     quiet_libraries()
     names = names_of(command.models)
-    results = evaluate_models(command, TerminalProgress())
+    folders = [folder for model in command.models if (folder := command.folder(model)) is not None]
+
+    def kept() -> str | None:
+        found = [str(folder) for folder in dict.fromkeys(folders) if unfinished(folder)]
+        return f"answers are in {', '.join(found)}" if found else None
+
+    with ends_kept(Path(*folders[:1]), "The evaluation", kept):
+        results = evaluate_models(command, TerminalProgress())
     for found in results.values():
         for table in result_tables(found, names):
             console.print(table)
@@ -126,22 +137,31 @@ def evaluate_with_display(command: EvalCommand) -> None:
                 console.print(
                     f"[yellow]{escape(names[model])}: {result.num_ungraded} answers could not be graded.[/]"
                 )
-    folders = dict.fromkeys(str(folder) for model in command.models if (folder := command.folder(model)))
     if folders:
-        console.print(f"evals.json and every answer in {', '.join(folders)}", highlight=False)
+        shown = ", ".join(map(str, dict.fromkeys(folders)))
+        console.print(f"evals.json and every answer in {shown}", highlight=False)
 
 
 def measure_with_display(command: MetricsCommand) -> None:
     """Measure each model against the teacher and show a table."""
     quiet_libraries()
-    for model, report in measure_models(command, TerminalProgress()):
-        console.print(metrics_table(Path(model).name, report))
-        if command.output is not None:
-            console.print(f"figures in {command.output / 'evals.json'}", highlight=False)
+    with _starting_again(command.output):
+        for model, report in measure_models(command, TerminalProgress()):
+            console.print(metrics_table(Path(model).name, report))
+            if command.output is not None:
+                console.print(f"figures in {command.output / 'evals.json'}", highlight=False)
 
 
 def harness_with_display(command: HarnessCommand) -> None:
     """Let the harness evaluate each model and show a table."""
     quiet_libraries()
-    for model, results in run_harness(command):
-        console.print(harness_table(Path(model).name, results))
+    with _starting_again(command.output):
+        for model, results in run_harness(command):
+            console.print(harness_table(Path(model).name, results))
+
+
+@contextlib.contextmanager
+def _starting_again(output: Path | None) -> Iterator[None]:
+    """Signals end what keeps whole results only, which the same command replaces by equal ones."""
+    with ends_kept(output or Path(), "The evaluation", lambda: None):
+        yield

@@ -15,15 +15,15 @@ from transformers import TrainerCallback
 from hpd.config.check import resolve
 from hpd.config.load import load_recipe
 from hpd.config.schema import GenerateConfig, Recipe
-from hpd.generate import generate
+from hpd.generate import CHUNK, generate, part_of
 from hpd.progress import Bar, Progress, quiet_libraries
 from hpd.terminal.console import TerminalProgress, console
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
-from hpd.training.caching import write_cache
+from hpd.training.caching import shards_of, write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
-from hpd.training.stopping import leaving_processes
+from hpd.training.stopping import ends_kept, leaving_processes
 
 __all__ = ["run_cache", "run_generate", "run_train", "show_summary", "train_with_display"]
 
@@ -38,13 +38,14 @@ def run_train(
     if not dry_run:
         show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
         return
-    planned = plan(recipe)
-    text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
-    if not console.quiet:
-        console.file.write(text)  # as it is: no wrapping, no markup
-    show_verdicts(planned.verdicts)
-    show_rows(planned)
-    planned.require_sound()
+    with leaving_processes():
+        planned = plan(recipe)
+        text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
+        if not console.quiet:
+            console.file.write(text)  # as it is: no wrapping, no markup
+        show_verdicts(planned.verdicts)
+        show_rows(planned)
+        planned.require_sound()
 
 
 def train_with_display(
@@ -64,8 +65,15 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
     """Write the cache of a recipe file, with a bar, and show what was written."""
     started = time.perf_counter()
-    with leaving_processes():
-        summary = write_cache(load_recipe(path, overrides), overwrite=overwrite, progress=TerminalProgress())
+    recipe = load_recipe(path, overrides)
+    folder = Path(recipe.cache.path if recipe.cache else "")
+
+    def kept() -> str | None:
+        done = len(shards_of(folder))
+        return f"{done:,} shards are in {folder}" if done else None
+
+    with ends_kept(folder, "Writing the cache", kept), leaving_processes():
+        summary = write_cache(recipe, overwrite=overwrite, progress=TerminalProgress())
     seconds = time.perf_counter() - started
     if int(os.environ.get("RANK", "0")) == 0:
         done = "complete and verified, nothing to write"
@@ -79,11 +87,19 @@ def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
     """Write the completions of a recipe file, with a bar, and show the summary."""
     quiet_libraries()
     recipe = load_recipe(path, overrides)
-    summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
+    output = Path((recipe.generate or GenerateConfig()).output)
+
+    def kept() -> str | None:
+        part = part_of(output)
+        done = sum("chunk" in line for line in part.read() if isinstance(line, dict))
+        return f"{done:,} chunks of {CHUNK} completions are in {part.path}" if done else None
+
+    with ends_kept(output, "Writing completions", kept):
+        summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
     console.print(
         f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
         f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
-        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
+        f"{summary['tokens']:,} tokens, in {output}",
         highlight=False,
     )
 

@@ -127,7 +127,7 @@ def unfit_for_quantized(args: DistillConfig) -> str | None:
     """What the settings of a trainer ask for that a quantised student does not have; None: nothing."""
     if engines := engines_asked(args):
         return (
-            f"the student is quantised, and {engines[0].value} cannot shard packed weights as it shards numbers: "
+            f"the student is quantised, and {engines[0].value} cannot shard packed weights: "
             "launch with DDP (recipes/accelerate/ddp.yaml), where each process holds the small quantised "
             "student whole, or remove its quantisation."
         )

@@ -50,6 +50,7 @@ from hpd.teachers.fingerprints import (
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
+from hpd.training.checkpoints import writing
 from hpd.training.plan import Plan, plan
 from hpd.training.probing import settle
 from hpd.training.shards import (
@@ -62,7 +63,7 @@ from hpd.training.shards import (
 )
 from hpd.training.trainer import DistillTrainer
 
-__all__ = ["CacheSummary", "write_cache"]
+__all__ = ["CacheSummary", "shards_of", "write_cache"]
 
 
 class CacheSummary(NamedTuple):
@@ -87,6 +88,7 @@ def write_cache(recipe: Recipe, *, overwrite: bool = False, progress: Progress |
     Raises:
         FileNotFoundError, ValueError: as `hpd.training.plan.plan`; the folder holds something else; the disk
             cannot hold the cache; another process is writing it.
+        CheckpointFailed: the disk takes no more; the shards before are kept.
     """
     config = _cache_config(recipe)
     with holding(Path(config.path)):
@@ -131,6 +133,11 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
             _finish(folder, planned, layout, target)
         trainer.accelerator.wait_for_everyone()
     return CacheSummary(folder, total, position_bytes, total * position_bytes, left)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """Descriptions of a cache's finished shards."""
+    return sorted(folder.glob("shard-*.json"))
 
 
 def _cache_config(recipe: Recipe) -> CacheConfig:
@@ -305,7 +312,8 @@ def _ask(
     )
     first = _answers(teacher, trainer, layout, rows, range(1))
     if rank == 0:
-        _save_teacher(folder, planned, first, config)
+        with writing(folder):
+            _save_teacher(folder, planned, first, config)
     counted = done
     bar = progress.bar("label positions")
     for group in (todo[i : i + world] for i in range(0, len(todo), world)):
@@ -320,9 +328,9 @@ def _ask(
                 counted += world * len(next(iter(parts[-1].values())))
                 bar(min(counted, len(layout.keys)), len(layout.keys))
         if parts:
-            save_shard(
-                folder, group[rank], {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            )
+            whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            with writing(folder):
+                save_shard(folder, group[rank], whole)
     bar(len(layout.keys), len(layout.keys))
 
 
@@ -374,4 +382,5 @@ def _finish(folder: Path, planned: Plan, layout: Layout, target: dict[str, Any])
     shards = [read_json(folder / f"shard-{number:05d}.json") for number in range(target["shards"])]
     about = {**target, **read_json(folder / "teacher.json")}
     about.pop("shards")
-    save_index(folder, layout.keys, shards, about)
+    with writing(folder):
+        save_index(folder, layout.keys, shards, about)

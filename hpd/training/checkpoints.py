@@ -23,6 +23,7 @@ from hpd.files import flush, write_json
 __all__ = [
     "CheckpointFailed",
     "CheckpointUnreadable",
+    "check_processes",
     "check_readable",
     "check_whole",
     "earlier_complete",
@@ -107,6 +108,29 @@ def newest_complete(run: Path, quiet: bool = False) -> Path | None:
                 step,
             )
     return None
+
+
+def check_processes(checkpoint: Path | None, now: int) -> None:
+    """Refuse to go on with another number of processes than before.
+
+    Args:
+        checkpoint: the one to go on from; None: there is none.
+        now: processes of this launch.
+
+    Raises:
+        ValueError: it was written by more or fewer.
+    """
+    if checkpoint is None:
+        return
+    # Each process keeps its own random numbers; one that is alone in a file without its number.
+    before = len(list(checkpoint.glob("rng_state_*.pth"))) or 1
+    if before != now:
+        raise ValueError(
+            f"{checkpoint} was written by a launch of {before} {'process' if before == 1 else 'processes'}, "
+            f"and this one has {now}: a step would see other rows, since its batch is "
+            f"per_device_train_batch_size times the processes. Go on with {before}, or start again with "
+            "--overwrite or in another output_dir."
+        )
 
 
 def earlier_complete(checkpoint: Path) -> Path | None:

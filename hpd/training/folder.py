@@ -23,7 +23,7 @@ from hpd.files import JsonLines, write_atomically, write_json
 from hpd.locks import empty_folder, entries
 from hpd.training.arguments import train_arguments
 from hpd.training.changes import Change, changes_between, raises_steps, refused
-from hpd.training.checkpoints import check_readable, newest_complete, step_of
+from hpd.training.checkpoints import check_processes, check_readable, newest_complete, step_of
 from hpd.training.inputs import changed_inputs
 
 __all__ = ["MetricsWriter", "RunFolder", "environment"]
@@ -61,6 +61,15 @@ class RunFolder:
         """The newest complete checkpoint, to resume from."""
         found = None if self._replaces else newest_complete(self.path)
         return None if found is None else str(found)
+
+    def check_processes(self, now: int) -> None:
+        """Refuse a launch of `now` processes, where the newest checkpoint was written by more or fewer.
+
+        Raises:
+            ValueError: it was.
+        """
+        if not self._replaces:
+            check_processes(newest_complete(self.path, quiet=True), now)
 
     def _check(self, overwrite: bool) -> None:
         # A kill may have come before the first file was whole.

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hpd.training.checkpoints import (
     CheckpointFailed,
+    check_processes,
     check_readable,
     check_whole,
     is_complete,
@@ -104,7 +105,7 @@ class Resumable(Trainer):
             saved_by: errors before which the steps done are saved.
 
         Raises:
-            ValueError: it is True, and there is none.
+            ValueError: it is True, and there is none; or another number of processes wrote it.
             CheckpointUnreadable: a file of it is damaged.
             CheckpointFailed: a checkpoint could not be written; the one before it is as it was.
         """
@@ -113,6 +114,7 @@ class Resumable(Trainer):
             if not checkpoint:
                 raise ValueError(f"There is no complete checkpoint in {self._run}.")
         if checkpoint:
+            check_processes(Path(checkpoint), self.args.world_size)
             check_readable(Path(checkpoint))
             self._resume_notes(Path(checkpoint))
         if self._follow is not None:

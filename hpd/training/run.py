@@ -21,6 +21,7 @@ from hpd.locks import holding
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
+from hpd.training.checkpoints import check_processes, newest_complete, writing
 from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
 from hpd.training.inputs import row_fingerprints, stage_fingerprints
@@ -102,7 +103,12 @@ def train_stages(
     found = check_stages(recipe, [stage for stage in stages if stage.name not in done])
     if int(os.environ.get("RANK", "0")) == 0:
         folder.check_inputs(found)
-    open_together(folder, train_arguments(recipe))
+    args = train_arguments(recipe)
+    assert args.device is not None  # asking for it joins the processes
+    for stage in stages:
+        if not overwrite:
+            check_processes(newest_complete(Path(stage.recipe.output_dir), quiet=True), args.world_size)
+    open_together(folder, args)
     processes = PartialState()
     if processes.is_main_process and not (folder.path / DATE).is_file():
         folder.write_json(DATE, {"date": datetime.date.today().isoformat()})
@@ -140,7 +146,8 @@ def _hand_on(recipe: Recipe) -> None:
     target = handed_on(recipe)
     if recipe.lora is None or (target / "config.json").is_file():
         return
-    shutil.rmtree(target, ignore_errors=True)  # half of one, which a kill left
+    for half in (target, *target.parent.glob(f".{target.name}.*.part")):  # which a kill left
+        shutil.rmtree(half, ignore_errors=True)
     adapter = replace(
         recipe.student,
         model=recipe.output_dir,
@@ -149,7 +156,8 @@ def _hand_on(recipe: Recipe) -> None:
         revision=None,
         quantization=None,  # the sum is taken with whole weights
     )
-    write_merged(adapter, target, recipe.student.dtype)
+    with writing(target):
+        write_merged(adapter, target, recipe.student.dtype)
 
 
 def _train_stage(stage: Stage, progress: Progress, *, is_first: bool, takes_changed: bool) -> dict[str, Any]:

@@ -87,10 +87,13 @@ def train_single(
         signals: the handler, which the trainer is told to.
 
     Raises:
-        ValueError: a model that cannot be loaded, or an adapter on layers that the student does not have.
+        ValueError: a model that cannot be loaded, an adapter on layers that the student does not have, or
+            another number of processes than before.
         Interrupted, TeacherUnavailable, OSError: as `ends_resumable` reads them.
     """
     recipe = planned.recipe
+    assert planned.args.device is not None  # asking for it joins the processes
+    folder.check_processes(planned.args.world_size)
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     if int(os.environ.get("RANK", "0")) == 0:

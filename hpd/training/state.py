@@ -27,8 +27,6 @@ __all__ = [
 
 _LOGGER = logging.getLogger(__name__)
 
-# The same on all processes.
-_SHARED = ("terms", "share", "watch")
 # What the layout before kept in trainer_state.json: "terms" and "share".
 EARLIER_NAMES = ("hpd_adaptive", "hpd_student_share")
 # Names within rows and frozen updates, before and now.
@@ -75,33 +73,28 @@ def read_state(checkpoint: Path, rank: int, device: str, names: Iterable[str], r
         required: True if nothing can go on without this process's own part.
 
     Returns:
-        Without a part of this process (the checkpoint was written by fewer), what all of them share.
+        Without a part of this process (earlier versions wrote none), what all of them share.
 
     Raises:
         CheckpointUnreadable: a file is damaged.
         ValueError: there is no part of this process, and it is required.
     """
-    file, first = _file(checkpoint, rank), _file(checkpoint, 0)
+    file = _file(checkpoint, rank)
     if file.is_file():
         saved = SavedState(file, _load(file, device))
         with reading(file):
             if lacking := [name for name in names if name not in saved.parts]:
                 raise ValueError(f"it lacks {', '.join(lacking)}")
         return saved
-    if first.is_file():
-        found = _load(first, device)
-        saved = SavedState(first, {name: found[name] for name in _SHARED if name in found})
-    else:
-        saved = _read_earlier_layout(checkpoint, rank, device, required)
+    saved = _read_earlier_layout(checkpoint, rank, device, required)
     if required and "on_policy" not in saved.parts:
         raise ValueError(
-            f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: resume "
-            "with as many processes as the checkpoint was written with, or start again with --overwrite."
+            f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: start "
+            "again with --overwrite."
         )
     if "sums" not in saved.parts:
         _LOGGER.warning(
-            "%s holds no %s (it was written by fewer processes): the next log covers the steps from here on "
-            "only.",
+            "%s holds no %s (hpd did not write it): the next log covers the steps from here on only.",
             checkpoint,
             file.name,
         )

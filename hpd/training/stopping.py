@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ __all__ = [
     "RunStopped",
     "Signals",
     "catch_signals",
+    "ends_kept",
     "ends_resumable",
     "leaving_processes",
     "stopped",
@@ -45,7 +46,7 @@ _NAMES: dict[int, str] = {
 
 
 class RunStopped(RuntimeError):
-    """The run ended before its last step, in a state that it can go on from.
+    """A run, or another long job, ended before its last step, in a state that it can go on from.
 
     Args:
         message: why, and what is kept.
@@ -57,17 +58,27 @@ class RunStopped(RuntimeError):
         self.overrides = overrides
 
 
-def stopped(reason: str, run: Path, overrides: tuple[str, ...] = ()) -> RunStopped:
-    """The error for a run that was stopped for a reason."""
-    kept = newest_complete(run)
-    what = (
-        f"the checkpoint of step {kept.name.removeprefix('checkpoint-')} is in {run}"
-        if kept
-        else "there is no checkpoint yet"
-    )
-    how = "goes on from there" if kept else "starts again"
+def stopped(reason: str, job: str, kept: str | None, overrides: tuple[str, ...] = ()) -> RunStopped:
+    """The error for a job that was stopped for a reason.
+
+    Args:
+        reason: a sentence.
+        job: what stopped, such as Training.
+        kept: what can be gone on from, and where it is; None: nothing yet.
+        overrides: as for `RunStopped`.
+    """
     same = f"the same command with {' '.join(overrides)}" if overrides else "the same command"
-    return RunStopped(f"{reason} Training stopped: {what}, and {same} {how}.", overrides)
+    how = "goes on from there" if kept else "starts again"
+    state = kept or "there is nothing to go on from yet"
+    return RunStopped(f"{reason} {job} stopped: {state}, and {same} {how}.", overrides)
+
+
+def _kept_by(run: Path) -> str | None:
+    newest = newest_complete(run)
+    if newest is not None:
+        return f"the checkpoint of step {newest.name.removeprefix('checkpoint-')} is in {run}"
+    finished = [path.parent.name for path in sorted(run.glob("*/summary.json"))]
+    return f"the finished stages ({', '.join(finished)}) are in {run}" if finished else None
 
 
 @contextlib.contextmanager
@@ -78,16 +89,33 @@ def ends_resumable(run: Path) -> Iterator[Signals]:
         RunStopped: says what is kept, and what goes on from there.
     """
     try:
-        with catch_signals() as signals:
+        with ends_kept(run, "Training", lambda: _kept_by(run)) as signals:
             yield signals
     except NonFinite as error:
-        raise stopped(str(error), run, ("guards.non_finite=skip",)) from error
-    except (CheckpointFailed, TeacherUnavailable, Interrupted) as error:
-        raise stopped(str(error), run) from error
+        raise stopped(str(error), "Training", _kept_by(run), ("guards.non_finite=skip",)) from error
+    except TeacherUnavailable as error:
+        raise stopped(str(error), "Training", _kept_by(run)) from error
+
+
+@contextlib.contextmanager
+def ends_kept(place: Path, job: str, kept: Callable[[], str | None]) -> Iterator[Signals]:
+    """Signals and a full disk end what is in this context, a job that keeps what it has done, as
+    `RunStopped`.
+
+    Args:
+        place: where the job writes.
+        job, kept: as for `stopped`.
+    """
+    try:
+        with catch_signals() as signals:
+            yield signals
+    except (CheckpointFailed, Interrupted) as error:
+        raise stopped(str(error), job, kept()) from error
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise stopped(f"{error.filename or run} could not be written: {error.strerror}.", run) from error
+        reason = f"{error.filename or place} could not be written: {error.strerror}."
+        raise stopped(reason, job, kept()) from error
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from hpd.evaluate import (
     settings_for,
 )
 from hpd.evaluate.command import EvalCommand, eval_sections, evaluate_models
-from hpd.evaluate.generate import Group, PartialAnswers, answer_examples
+from hpd.evaluate.generate import Group, PartialAnswers, answer_examples, unfinished
 from hpd.evaluate.statistics import compare_paired, majority, mean_interval, pass_at_k, sampling_interval
 from hpd.evaluate.tasks import TASKS, build_task, task_and_settings
 from hpd.generation.engine import TransformersEngine, cut_at
@@ -349,20 +349,20 @@ def test_figures_of_several_samples(pair, tmp_path):
 
 
 def test_finished_batches_are_kept_and_a_cut_line_is_dropped(tmp_path):
-    path = tmp_path / "partial.jsonl"
-    partial = PartialAnswers(path, {"model": "m", "seed": 1})
+    partial = PartialAnswers(tmp_path, "x", {"model": "m", "seed": 1})
     answers = [
         Answer(text="a\u2028b", turns=("x", "a\u2028b"), num_tokens=3, finish_reason="length"),
         Answer(text=""),
     ]
     partial.append(0, answers, 1.5)
     partial.append(1, answers[:1], 0.5)
+    (path,) = unfinished(tmp_path)
     path.write_text(path.read_text(encoding="utf-8")[:-7], encoding="utf-8")
-    again = PartialAnswers(path, {"seed": 1, "model": "m"})
+    again = PartialAnswers(tmp_path, "x", {"seed": 1, "model": "m"})
     assert (again.batch(0), again.batch(1), len(again)) == ((answers, 1.5), None, 2)
     again.append(1, answers[:1], 0.5)
-    assert PartialAnswers(path, {"model": "m", "seed": 1}).batch(1) == (answers[:1], 0.5)
-    assert len(PartialAnswers(path, {"model": "m", "seed": 2})) == 0
+    assert PartialAnswers(tmp_path, "x", {"model": "m", "seed": 1}).batch(1) == (answers[:1], 0.5)
+    assert len(PartialAnswers(tmp_path, "x", {"model": "m", "seed": 2})) == 0
 
 
 def test_a_killed_evaluation_goes_on_and_ends_the_same(folder, tmp_path):

@@ -25,12 +25,24 @@ from typing import Any
 
 from helpers.forked import context
 
-__all__ = ["Account", "disk", "harass", "left_behind", "live", "same", "start"]
+__all__ = [
+    "Account",
+    "disk",
+    "harass",
+    "left_behind",
+    "limit_file_size",
+    "live",
+    "repair",
+    "same",
+    "spoil",
+    "start",
+    "without_clock",
+]
 
 LIFE_SECONDS = 120
 KINDS = ("SIGKILL", "SIGTERM", "disk full", "file limit", "read-only", "ENOSPC in a shard")
 # Figures of a session or of the clock: nothing that training depends on.
-_OF_THE_CLOCK = ("runtime", "per_second", "train_loss", "seconds", "total_flos")
+_OF_THE_CLOCK = ("runtime", "per_second", "train_loss", "seconds", "total_flos", "started")
 
 
 @dataclass
@@ -72,11 +84,15 @@ def live(tree: dict[str, Any], log: str, plan: dict[str, Any]) -> None:
 
 def _set_up(plan: dict[str, Any]) -> None:
     if plan["kind"] == "file limit":
-        # What a quota does: a file may grow to here and no further.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (plan["bytes"], plan["bytes"]))
+        limit_file_size(plan["bytes"])
     elif plan["kind"] == "ENOSPC in a shard":
         _fail_writes_of_shards(plan["after"])
+
+
+def limit_file_size(num_bytes: int) -> None:
+    """What a quota does: a file of this process may grow to here and no further."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
 def _fail_writes_of_shards(after: int) -> None:
@@ -152,11 +168,11 @@ def _one_life(
         return _end(process), "writing"
     moment = _wait_for_moment(process, run, draw, spans)
     if kind in ("disk full", "read-only"):
-        _spoil(kind, run.parent)
+        spoil(kind, run.parent)
         try:
             return _end(process), moment
         finally:
-            _repair(kind, run.parent)
+            repair(kind, run.parent)
     if process.is_alive():
         os.kill(process.pid, getattr(signal, kind))
     return _end(process), moment
@@ -195,7 +211,8 @@ def disk(folder: Path, mebibytes: int = 256) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def _spoil(kind: str, folder: Path) -> None:
+def spoil(kind: str, folder: Path) -> None:
+    """Fill the disk that is mounted at a folder, or make it read-only."""
     if kind == "disk full":
         with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
             while True:
@@ -206,7 +223,8 @@ def _spoil(kind: str, folder: Path) -> None:
             time.sleep(0.001)
 
 
-def _repair(kind: str, folder: Path) -> None:
+def repair(kind: str, folder: Path) -> None:
+    """The opposite of `spoil`."""
     if kind == "disk full":
         (folder / "filler").unlink()
     else:
@@ -241,19 +259,26 @@ def left_behind(run: Path) -> dict[str, Any]:
         if rows is not None:
             del rows["sums"]  # with seconds
         files[path.name] = {name: saved.get(name) for name in ("on_policy", "terms", "share")}
-    logs = [_without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logs = [without_clock(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = json.loads((last / "trainer_state.json").read_text())
     kept = {key: state[key] for key in ("global_step", "epoch", "best_metric", "best_global_step")}
     return {
         **files,
         "metrics": logs,
         "state": kept,
-        "summary": _without_clock(json.loads((run / "summary.json").read_text())),
+        "summary": without_clock(json.loads((run / "summary.json").read_text())),
     }
 
 
-def _without_clock(figures: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in figures.items() if not any(word in key for word in _OF_THE_CLOCK)}
+def without_clock(value: Any) -> Any:
+    """JSON values without figures of a session or of the clock."""
+    if isinstance(value, dict):
+        return {
+            key: without_clock(part)
+            for key, part in value.items()
+            if not any(word in key for word in _OF_THE_CLOCK)
+        }
+    return [without_clock(part) for part in value] if isinstance(value, list) else value
 
 
 def same(one: Any, other: Any, where: str = "") -> None:

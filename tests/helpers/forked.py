@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["Popen", "context", "hpd", "run", "start"]
+__all__ = ["Popen", "context", "hpd", "run", "run_words", "start"]
 
 _IMPORTED = [
+    "hpd.cli",
     "hpd.terminal.doctor",
+    "hpd.terminal.evaluation",
+    "hpd.terminal.training",
     "hpd.evaluate.tasks",
     "hpd.evaluate.command",
     "hpd.experiments.worker",
@@ -108,6 +111,11 @@ def _program(
 def _write_to(stdout: str, stderr: str) -> None:
     for file, descriptor in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+
+
+def run_words(words: list[str], log: str) -> None:
+    """`hpd WORDS` in this process, which ends; what it shows is added to a file."""
+    _main(words, None, log, log)
 
 
 def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:

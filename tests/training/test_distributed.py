@@ -25,6 +25,7 @@ from hpd.config import load_recipe
 from hpd.data.samplers import FilledOrder, fill
 from hpd.training.arguments import check_engine
 from hpd.training.caching import write_cache
+from hpd.training.checkpoints import newest_complete
 from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +196,17 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     )
     assert largest_difference(ours, theirs) == 0.0
     assert torch.equal(weights_of(run), weights_of(folder / "straight"))
+    # Another number of processes would be another run: told, and nothing changed.
+    (run / "summary.json").unlink()
+    with pytest.raises(ValueError, match="written by a launch of 2 processes, and this one has 1"):
+        train(load_recipe(stopped))
+    alone = recipe_file(folder, "alone", 4, max_steps=4, save_strategy="steps", save_steps=1)
+    train(load_recipe(alone))
+    (folder / "alone" / "summary.json").unlink()
+    refused = launch(*torchrun, alone)
+    assert refused.returncode != 0
+    assert "written by a launch of 1 process, and this one has 2" in " ".join(refused.stderr.split())
+    assert newest_complete(folder / "alone").name == "checkpoint-4"
 
 
 DDP = ("plain", "uneven", "rollouts", "own_rows", "low_precision", "self_teacher", "cached", "straight")

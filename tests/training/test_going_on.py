@@ -10,6 +10,8 @@ from helpers.forked import hpd
 from safetensors.torch import load_file
 from tiny_models import tiny_pair
 
+from hpd.training.checkpoints import mark_complete, newest_complete
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -181,3 +183,18 @@ def test_stages_do_not_grow(place, tmp_path):
     assert done.returncode == 2
     assert "train.max_steps: 2 -> 4" in said(done)
     shutil.rmtree(run)
+
+
+def test_another_number_of_processes_is_refused_before_a_model_loads(place, run):
+    """A checkpoint with the files of two; test_distributed.py has one that two have written."""
+    checkpoint = newest_complete(run)
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    (checkpoint / "complete.json").unlink()
+    mark_complete(checkpoint, {"step": 4})
+    before = contents(run)
+    done = train(place, run, "train.max_steps=9")
+    assert done.returncode == 2
+    assert "was written by a launch of 2 processes, and this one has 1: a step would see" in said(done)
+    assert "student" not in done.stdout
+    assert contents(run) == before
