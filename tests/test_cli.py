@@ -45,9 +45,17 @@ def test_train_from_recipe_to_loadable_student(workspace):
     done = hpd("train", workspace / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert "forward_kl" in done.stdout
+    # Without a terminal: a line for each logging step, with its figures, and lines for every other wait.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("training ")]
+    assert [line.split()[1] for line in lines] == ["0/3", "1/3", "2/3", "3/3"]
+    assert all(word in line for line in lines[1:] for word in ("loss", "KL", "tok/s", "left"))
+    for wait in ("answers of student before 4/4", "answers of teacher 4/4", "validation 1/1"):
+        assert wait in done.stdout
+    assert "it/s" not in done.stderr  # bars of libraries
     run = workspace / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 3
+    assert 0 < summary["train seconds"] < summary["seconds"]
     assert {"forward_kl before", "forward_kl after", "student after accuracy", "teacher accuracy"} <= set(
         summary
     )

@@ -16,7 +16,7 @@ from hpd.estimate.cost import flops_per_token
 from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
-from hpd.terminal.console import console
+from hpd.terminal.console import console, show_figures
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
@@ -87,7 +87,7 @@ def diagnose(
     _show_work(planned, steps, devices, tflops)
     step = StepMemory(planned)
     needed = step.predict()
-    console.print(_table(needed, step))
+    show_figures(_table(needed, step))
     fits = budget is None or needed.total <= budget
     if budget is not None:
         _show_fit(step, needed, budget)
