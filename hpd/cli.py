@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,13 @@ from hpd import __version__
 from hpd.terminal.errors import user_errors
 from hpd.terminal.eval_options import EvalOptions, with_options
 
+_LEAST_COLUMNS = 60
+
 app = typer.Typer(
     help="Distil language models: HPD and every other method as one row of one table.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
+    # Panels cut the names of options where they are narrow; plain text wraps.
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _LEAST_COLUMNS else None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -26,6 +29,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[A.B=C]...",
+        help="Values that replace the experiment's, such as set.train.max_steps=50 (of all its runs).",
     ),
 ]
 Allow = Annotated[
@@ -47,7 +57,7 @@ def _root(
 ) -> None: ...
 
 
-@app.command()
+@app.command(epilog="Example: hpd train recipe.yaml train.max_steps=50")
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -73,7 +83,7 @@ def train(
         run_train(recipe, overrides or (), dry_run, overwrite, changed_inputs)
 
 
-@app.command()
+@app.command(epilog="Example: hpd doctor recipe.yaml --memory 24GiB")
 def doctor(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -98,7 +108,7 @@ def doctor(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: hpd cache recipe.yaml cache.path=teacher-cache")
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -114,7 +124,7 @@ def cache(
         run_cache(recipe, overrides or (), overwrite)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog="Example: hpd eval runs/mine --data test.jsonl --limit 100")
 @with_options(EvalOptions)
 def evaluate(options: EvalOptions) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
@@ -125,7 +135,7 @@ def evaluate(options: EvalOptions) -> None:
         run_eval(mode)
 
 
-@app.command(name="serve-teacher")
+@app.command(name="serve-teacher", epilog="Example: hpd serve-teacher Qwen/Qwen2.5-7B-Instruct --port 8765")
 def serve_teacher(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],
     port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8765,
@@ -163,7 +173,7 @@ def serve_teacher(
         )
 
 
-@app.command()
+@app.command(epilog="Example: hpd generate recipe.yaml generate.output=written.jsonl generate.samples=4")
 def generate(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -177,7 +187,7 @@ def generate(
         run_generate(recipe, overrides or (), overwrite)
 
 
-@app.command()
+@app.command(epilog="Example: hpd export runs/mine --merge --output models/mine")
 def export(
     model: Annotated[str, typer.Argument(help="Run folder of a recipe with lora.", show_default=False)],
     output: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
@@ -193,10 +203,10 @@ def export(
         run_export(model, merge, output, dtype)
 
 
-@app.command()
+@app.command(epilog="Example: hpd compare experiment.yaml --dry-run")
 def compare(
     experiment: Annotated[Path, typer.Argument(help="Experiment, a YAML file.", show_default=False)],
-    overrides: Overrides = None,
+    overrides: Settings = None,
     jobs: Annotated[int, typer.Option(help="Runs at once; the cores are split among them.", min=1)] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the grid and its predicted cost, run nothing of it.")
@@ -215,7 +225,7 @@ def compare(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: hpd report runs/one runs/two --output report")
 def report(
     folders: Annotated[
         list[Path],
@@ -240,16 +250,21 @@ def report(
         run_report(folders, output, baseline, _names(allow), port if watch else None)
 
 
-@app.command()
-def methods() -> None:
-    """Print the table of methods."""
+@app.command(epilog="Example: hpd methods akl")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, for everything about it.")] = None,
+) -> None:
+    """Print the table of methods, or one of them with its parameters."""
     with user_errors():
-        from hpd.terminal.methods import show_methods
+        from hpd.terminal.methods import show_method, show_methods
 
-        show_methods()
+        if name is None:
+            show_methods()
+        else:
+            show_method(name)
 
 
-@app.command()
+@app.command(epilog="Example: hpd demo method=forward_kl train.max_steps=300")
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     overrides: Overrides = None,

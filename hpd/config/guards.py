@@ -39,8 +39,8 @@ class GuardsConfig:
     repetition: Thresholds = Thresholds(warn=0.5)
     """Share of 4-grams that a rollout holds already, in [0, 1]; above."""
     entropy: Thresholds = Thresholds(warn=0.1)
-    """Entropy collapse: the student's mean entropy as a share of the teacher's on the same tokens (of the run's
-    first logged one where the teacher gives too little to know it); below."""
+    """Entropy collapse: the student's mean entropy as a share of the teacher's on the same tokens (of the
+    run's first logged one where the teacher gives too little to know it); below."""
     support_overlap: Thresholds = Thresholds()
     """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only
     if set: it multiplies both heads on every train.metric_stride-th position once more."""

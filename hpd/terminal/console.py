@@ -22,7 +22,7 @@ from rich.text import Text
 
 from hpd.progress import Bar, Progress, drop_lost_output
 
-__all__ = ["TerminalProgress", "console", "show_figures"]
+__all__ = ["TerminalProgress", "console", "remarks", "show_figures"]
 
 # Columns of a bar, and those below which it is left out.
 _BAR = 24
@@ -65,8 +65,12 @@ class _Output:
 console = Console(file=cast("IO[str]", _Output()))
 
 
+remarks = Console(stderr=True)
+"""For what is said beside an output that a program may read."""
+
+
 class TerminalProgress(Progress):
-    """Bars with the time left in a terminal, and lines with the same figures elsewhere; of the main process."""
+    """Bars with the time left in a terminal, lines with the same figures elsewhere; of the main process."""
 
     def __init__(self) -> None:
         self._shown = int(os.environ.get("RANK", "0")) == 0
@@ -149,7 +153,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Lines:
-    """A line when a job begins, whenever its figures change, twice a minute if they do not, and at its end."""
+    """A line when a job begins, at each change of its figures, twice a minute without one, and at its end."""
 
     def __init__(self, name: str):
         self._name = name
@@ -204,7 +208,7 @@ class _Display(rich.progress.Progress):
 
 
 _display = _Display(console=console)
-"""Of all bars: a terminal has one place where lines are redrawn, and a validation runs while training does."""
+"""Of all bars: a terminal has one place where lines are redrawn, and validations run inside training."""
 
 
 class _RichBar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.text import Text
 
 from hpd.data.lengths import Lengths
@@ -16,7 +17,7 @@ __all__ = ["show_rows"]
 _SHOWN = 600
 
 
-def show_rows(planned: Plan) -> None:
+def show_rows(planned: Plan, to: Console = console) -> None:
     """Show a row as it will be learnt, the learnt text in [[ ]], and how much of the rows is read."""
     args = planned.args
     parts = row_as_learnt(
@@ -30,9 +31,9 @@ def show_rows(planned: Plan) -> None:
     for part in parts:
         shown = _shorten(part.text)
         text.append(f"[[{shown}]]" if part.learnt else shown, style="bold green" if part.learnt else "dim")
-    console.print("a row as it will be learnt ([[learnt]]):", highlight=False, markup=False)
-    console.print(text, soft_wrap=True)
-    console.print(_counts(planned.lengths, args.max_length), highlight=False, markup=False, soft_wrap=True)
+    to.print("a row as it will be learnt ([[learnt]]):", highlight=False, markup=False)
+    to.print(text, soft_wrap=True)
+    to.print(_counts(planned.lengths, args.max_length), highlight=False, markup=False, soft_wrap=True)
 
 
 def _counts(lengths: Lengths, max_length: int | None) -> str:

@@ -18,7 +18,7 @@ from hpd.config.load import load_recipe
 from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import generate
 from hpd.progress import Bar, Progress, quiet_libraries
-from hpd.terminal.console import TerminalProgress, console, show_figures
+from hpd.terminal.console import TerminalProgress, console, remarks, show_figures
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import write_cache
@@ -42,8 +42,10 @@ def run_train(
     planned = plan(recipe)
     text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
     console.file.write(text)  # as it is: no wrapping, no markup
-    show_verdicts(planned.verdicts)
-    show_rows(planned)
+    console.file.flush()
+    # Beside the recipe, not in it: `hpd train recipe.yaml --dry-run > resolved.yaml` gives a recipe.
+    show_verdicts(planned.verdicts, remarks)
+    show_rows(planned, remarks)
     planned.require_sound()
 
 

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from hpd.evaluate.generate import Group, answer_examples
 from hpd.evaluate.run import EvalResult, grade_answers, identify, write_result
 from hpd.generation.engine import TransformersEngine
-from hpd.training.plan import PlannedEval
 from hpd.training.measured import MeasuredTrainer
+from hpd.training.plan import PlannedEval
 
 __all__ = ["TaskEvaluation"]
 

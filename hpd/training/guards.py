@@ -45,8 +45,8 @@ def check_metrics(
     Args:
         config: thresholds.
         logs: metrics of the step, by the names under which they are logged.
-        history: the earlier logs of the run; the first is what entropy is compared with where the teacher's is
-            not known.
+        history: the earlier logs of the run; the first is what entropy is compared with where the teacher's
+            is not known.
     """
     entropy, of_what = _relative_entropy(logs, history)
     seen = {
@@ -92,8 +92,8 @@ def _relative_entropy(
 ) -> tuple[float | None, str]:
     """The student's entropy as a share of the teacher's on the same tokens, and what it is a share of.
 
-    A student that learns gets surer, down to where its teacher is: only below that it collapses. A teacher that
-    gives a few log-probabilities has no entropy that is known; then the run's first is what there is.
+    A student that learns gets surer, down to where its teacher is: only below that it collapses. A teacher
+    that gives a few log-probabilities has no entropy that is known; then the run's first is what there is.
     """
     own = logs.get("student_entropy")
     if (teacher := logs.get("teacher_entropy")) is not None:

@@ -188,9 +188,7 @@ def _totals(trainer: DistillTrainer) -> dict[str, Any]:
     return found
 
 
-def _finish(
-    planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress
-) -> dict[str, Any]:
+def _finish(planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Evaluate the student after the last step, and save it."""
     if trainer.stop_reason is not None:
         raise Interrupted(trainer.stop_reason)

@@ -11,7 +11,7 @@ from hpd.terminal import console as module
 from hpd.terminal.console import TerminalProgress, show_figures
 
 
-@pytest.fixture()
+@pytest.fixture
 def screen(monkeypatch):
     """Replace the console by one of a kind and a width; returns what was printed on it."""
 
@@ -79,7 +79,9 @@ def table():
     for name in ("model", "accuracy", "95 % interval", "against first", "p"):
         made.add_column(name)
     made.add_row("tiny-student-of-a-long-name", "12.5%", "3.1% to 28.8%", "", "")
-    made.add_row("tiny-teacher-of-a-long-name", "100.0%", "89.1% to 100.0%", "+87.5% (76.0% to 99.0%)", "1e-8")
+    made.add_row(
+        "tiny-teacher-of-a-long-name", "100.0%", "89.1% to 100.0%", "+87.5% (76.0% to 99.0%)", "1e-8"
+    )
     return made
 
 
