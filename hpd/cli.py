@@ -12,6 +12,7 @@ import typer
 from hpd import __version__
 from hpd.terminal.errors import user_errors
 from hpd.terminal.eval_options import EvalOptions, with_options
+from hpd.terminal.slips import RecipeCommand
 
 _LEAST_COLUMNS = 60
 
@@ -57,7 +58,39 @@ def _root(
 ) -> None: ...
 
 
-@app.command(epilog="Example: hpd train recipe.yaml train.max_steps=50")
+@app.command(
+    epilog="Example: hpd init recipe.yaml --student Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-1.5B --data a/b"
+)
+def init(
+    recipe: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    student: Annotated[str | None, typer.Option(help="Model that learns: Hub id or folder.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model that it learns from.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or Hub id of the rows.")] = None,
+    method: Annotated[str | None, typer.Option(help="A name that hpd methods lists.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of the prompts, if not recognised.")
+    ] = None,
+    completion_column: Annotated[str | None, typer.Option(help="Column of the completions.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a recipe, with comments. In a terminal it asks for what the options leave out."""
+    with user_errors():
+        from hpd.terminal.init import run_init
+
+        given = {
+            "student": student,
+            "teacher": teacher,
+            "data": data,
+            "method": method,
+            "output_dir": output_dir,
+            "prompt_column": prompt_column,
+            "completion_column": completion_column,
+        }
+        run_init(recipe, given, overwrite)
+
+
+@app.command(cls=RecipeCommand, epilog="Example: hpd train recipe.yaml train.max_steps=50")
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -83,7 +116,7 @@ def train(
         run_train(recipe, overrides or (), dry_run, overwrite, changed_inputs)
 
 
-@app.command(epilog="Example: hpd doctor recipe.yaml --memory 24GiB")
+@app.command(cls=RecipeCommand, epilog="Example: hpd doctor recipe.yaml --memory 24GiB")
 def doctor(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -108,7 +141,7 @@ def doctor(
             raise typer.Exit(1)
 
 
-@app.command(epilog="Example: hpd cache recipe.yaml cache.path=teacher-cache")
+@app.command(cls=RecipeCommand, epilog="Example: hpd cache recipe.yaml cache.path=teacher-cache")
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -173,7 +206,10 @@ def serve_teacher(
         )
 
 
-@app.command(epilog="Example: hpd generate recipe.yaml generate.output=written.jsonl generate.samples=4")
+@app.command(
+    cls=RecipeCommand,
+    epilog="Example: hpd generate recipe.yaml generate.output=written.jsonl generate.samples=4",
+)
 def generate(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -203,7 +239,7 @@ def export(
         run_export(model, merge, output, dtype)
 
 
-@app.command(epilog="Example: hpd compare experiment.yaml --dry-run")
+@app.command(cls=RecipeCommand, epilog="Example: hpd compare experiment.yaml --dry-run")
 def compare(
     experiment: Annotated[Path, typer.Argument(help="Experiment, a YAML file.", show_default=False)],
     overrides: Settings = None,
@@ -264,7 +300,7 @@ def methods(
             show_method(name)
 
 
-@app.command(epilog="Example: hpd demo method=forward_kl train.max_steps=300")
+@app.command(cls=RecipeCommand, epilog="Example: hpd demo method=forward_kl train.max_steps=300")
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     overrides: Overrides = None,

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hpd.config.schema import Recipe
+from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.losses.heads import POLICIES
 from hpd.losses.operator import IMPLEMENTATIONS
@@ -179,7 +180,8 @@ def check_names(recipe: Recipe) -> None:
     names = [f.name for f in dataclasses.fields(DistillConfig) if f.init]
     for key, value in recipe.train.items():
         if key not in names:
-            close = get_close_matches(key, names, n=1)
+            slip = trainer_name(key)
+            close = [slip] if slip is not None else get_close_matches(key, names, n=1)
             hint = (
                 f"; did you mean {close[0]!r}?"
                 if close

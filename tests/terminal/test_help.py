@@ -37,7 +37,9 @@ def test_the_override_of_an_experiment_is_one():
 
     shown = re.search(r"such as (\S+=\S+)", " ".join(help_of("compare").replace("│", " ").split()))
     assert shown is not None
-    text = "name: e\nquestion: which?\nbase: demo\naxes: {method: [hpd, forward_kl], seed: [0]}\noutput_dir: e\n"
+    text = (
+        "name: e\nquestion: which?\nbase: demo\naxes: {method: [hpd, forward_kl], seed: [0]}\noutput_dir: e\n"
+    )
     assert read_experiment(text, [shown[1]]).set == {"train.max_steps": 50}
 
 
