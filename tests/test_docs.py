@@ -22,6 +22,17 @@ def test_methods_page_is_what_the_tables_say(monkeypatch):
             assert all(parameter["meaning"] for parameter in term["parameters"]), name
 
 
+def test_the_reference_and_the_schema_are_what_the_dataclasses_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_reference
+
+    assert make_reference.PAGE.read_text(encoding="utf-8") == make_reference.page()
+    assert make_reference.SCHEMA.read_text(encoding="utf-8") == make_reference.schema()
+    for section in make_reference.sections():
+        fields = set(section.__dataclass_fields__)
+        assert fields == fields & make_reference.documented(section).keys(), section
+
+
 def test_an_objective_in_fifteen_lines_followed_literally(tmp_path, monkeypatch):
     """The listing of CONTRIBUTING.md, put into a module and used as a recipe would."""
     from hpd import TermConfig

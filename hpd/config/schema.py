@@ -277,11 +277,17 @@ class Recipe:
 
     __pydantic_config__ = STRICT
 
-    student: Annotated[ModelConfig, BeforeValidator(model_shorthand)]
+    student: Annotated[
+        ModelConfig, BeforeValidator(model_shorthand, json_schema_input_type=str | ModelConfig)
+    ]
     """The model that learns; a string is its path."""
-    teacher: Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]
+    teacher: Annotated[
+        TeacherConfig, BeforeValidator(teacher_shorthand, json_schema_input_type=str | TeacherConfig)
+    ]
     """The model that is learnt from; a string is its path, or "self"."""
-    data: Annotated[DataConfig, BeforeValidator(data_shorthand)]
+    data: Annotated[
+        DataConfig, BeforeValidator(data_shorthand, json_schema_input_type=str | DataConfig | list[Any])
+    ]
     """The rows that both read."""
     method: str | None = None
     """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""
@@ -293,7 +299,10 @@ class Recipe:
     """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
     rollouts: RolloutConfig | None = None
     """Settings of the student's own writing."""
-    strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
+    strategy: Annotated[
+        StrategyConfig | None,
+        BeforeValidator(_strategy_shorthand, json_schema_input_type=str | StrategyConfig | None),
+    ] = None
     """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """Signs of trouble that warn, or stop and save."""
@@ -305,7 +314,10 @@ class Recipe:
     train: Mapping[str, Any] = field(default_factory=dict)
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as
     learning_rate."""
-    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
+    eval: Annotated[
+        tuple[EvalConfig, ...],
+        BeforeValidator(_one_or_many, json_schema_input_type=EvalConfig | list[EvalConfig] | None),
+    ] = ()
     """Tasks to run before and after training, and on the way: one task, or a list of them."""
     generate: GenerateConfig | None = None
     """Settings of `hpd generate`; null: its defaults."""
