@@ -31,7 +31,8 @@ edit.
     hpd init recipe.yaml        # a first recipe, with comments
 
 Every key can be replaced on the command line: `hpd train recipe.yaml data.limit=100 train.max_steps=50`. Keys
-that are not listed are errors. `hpd train recipe.yaml --dry-run > resolved.yaml` writes every key with its value.
+that are not listed are errors. `hpd train recipe.yaml --dry-run > resolved.yaml` writes every key with its
+value.
 
 Editors that read YAML schemas complete and check recipes with [recipe.schema.json](recipe.schema.json):
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +21,10 @@ from hpd.methods.table import METHODS
 from hpd.terminal.console import console
 
 __all__ = ["Answers", "recipe_text", "run_init"]
+
+# Columns that are read without being named, and pairs that are a prompt and a completion in other words.
+_KNOWN = {"prompt", "messages", "conversations", "text", "input_ids", "instruction", "problem"}
+_OTHER_NAMES = (("question", "answer"), ("query", "response"), ("input", "output"))
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 
@@ -114,6 +119,7 @@ def recipe_text(answers: Answers, path: Path) -> str:
     """A recipe with a comment on each line that is likely to change."""
     columns = {"prompt": answers.prompt_column, "completion": answers.completion_column}
     named = {kind: column for kind, column in columns.items() if column is not None}
+    named = named or _columns_of(answers.data)
     told = (
         f"  columns: {_written(named)}\n"
         if named
@@ -147,6 +153,21 @@ output_dir: {_written(answers.output_dir)}
 def _written(value: Any) -> str:
     """A value as YAML writes it, on one line."""
     return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10_000).strip()[1:-1]
+
+
+def _columns_of(data: str) -> dict[str, str]:
+    """Prompt and completion in a local JSON Lines file whose columns say so in other words."""
+    if not data.endswith((".jsonl", ".jsonl.gz")) or not Path(data).is_file():
+        return {}
+    try:
+        with (gzip.open if data.endswith(".gz") else open)(data, "rt", encoding="utf-8") as file:
+            row = json.loads(next(file, "{}"))
+    except (OSError, ValueError):  # hpd doctor says what is wrong with it
+        return {}
+    if not isinstance(row, dict) or row.keys() & _KNOWN:
+        return {}
+    found = [pair for pair in _OTHER_NAMES if row.keys() >= set(pair)]
+    return dict(zip(("prompt", "completion"), found[0], strict=True)) if found else {}
 
 
 def _head_sizes(model: str) -> int | None:

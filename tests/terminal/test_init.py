@@ -41,6 +41,7 @@ def test_options_make_a_recipe_that_doctor_accepts(place):
     recipe = yaml.safe_load(file.read_text())
     assert recipe["output_dir"] == str(place / "run: 1")
     assert recipe["method"] == "forward_kl"
+    assert recipe["data"]["columns"] == {"prompt": "question", "completion": "answer"}
     accepted = run("doctor", file)
     assert accepted.exit_code == 0, accepted.output
     assert run("init", file, *given(place)).exit_code == 2  # it is there
