@@ -168,6 +168,31 @@ def evaluate(options: EvalOptions) -> None:
         run_eval(mode)
 
 
+@app.command(epilog="Example: hpd chat runs/mine --temperature 0.7")
+def chat(
+    model: Annotated[str, typer.Argument(help="Run folder, folder or Hub id.", show_default=False)],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this mass.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
+    system_prompt: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Talk to a model: it answers each line of standard input."""
+    with user_errors():
+        from hpd.generation.settings import GenerationSettings
+        from hpd.terminal.chat import run_chat
+
+        settings = GenerationSettings(
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            system_prompt=system_prompt,
+            seed=seed,
+        )
+        run_chat(model, settings, dtype)
+
+
 @app.command(name="serve-teacher", epilog="Example: hpd serve-teacher Qwen/Qwen2.5-7B-Instruct --port 8765")
 def serve_teacher(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
 from hpd.experiments.tuning import all_tuning, read_choices
-from hpd.terminal.console import TerminalProgress, console, show_figures
+from hpd.terminal.console import TerminalProgress, console, show_figures, show_next
 from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
 
@@ -55,6 +56,7 @@ def run_compare(
     console.print()
     show_verdicts(report)
     console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    show_next(f"hpd report {shlex.quote(str(experiment.folder))} --watch")
     return True
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from hpd.progress import Bar, Progress, drop_lost_output
 
-__all__ = ["TerminalProgress", "console", "remarks", "show_figures"]
+__all__ = ["TerminalProgress", "console", "remarks", "show_figures", "show_next"]
 
 # Columns of a bar, and those below which it is left out.
 _BAR = 24
@@ -83,6 +83,13 @@ class TerminalProgress(Progress):
         if not self._shown:
             return super().bar(name)
         return _RichBar(name) if console.is_terminal else _Lines(name)
+
+
+def show_next(*commands: str) -> None:
+    """Name the commands that people want next, each on a line of its own."""
+    for number, command in enumerate(commands):
+        lead = "     " if number else "next:"
+        console.print(f"{lead} {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_figures(table: Table) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Sequence, Sized
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hpd.estimate.cost import flops_per_token
 from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
-from hpd.terminal.console import console, show_figures
+from hpd.terminal.console import console, show_figures, show_next
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
@@ -43,7 +44,10 @@ def run_doctor(
     path: Path, overrides: Sequence[str], memory: str | None, devices: int, tflops: float | None
 ) -> bool:
     """`diagnose` of a recipe file."""
-    return diagnose(load_recipe(path, overrides), memory, devices, tflops)
+    fits = diagnose(load_recipe(path, overrides), memory, devices, tflops)
+    if fits:
+        show_next(shlex.join(["hpd", "train", str(path), *overrides]))
+    return fits
 
 
 def diagnose(

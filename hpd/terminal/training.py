@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hpd.config.load import load_recipe
 from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import generate
 from hpd.progress import Bar, Progress, quiet_libraries
-from hpd.terminal.console import TerminalProgress, console, remarks, show_figures
+from hpd.terminal.console import TerminalProgress, console, remarks, show_figures, show_next
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import write_cache
@@ -68,7 +69,9 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
             "that, and eval names tasks.",
             highlight=False,
         )
+    folder = shlex.quote(recipe.output_dir)
     console.print(f"student and metrics in {recipe.output_dir}", highlight=False, soft_wrap=True)
+    show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl", f"hpd report {folder}")
 
 
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
@@ -82,6 +85,8 @@ def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
         if summary.written:
             done = f"{summary.written:,} positions written"
         console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False, soft_wrap=True)
+        folder = shlex.quote(str(summary.path))
+        show_next(f"hpd train {shlex.quote(str(path))} teacher.type=cached teacher.path={folder}")
 
 
 def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
@@ -89,12 +94,14 @@ def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
     quiet_libraries()
     recipe = load_recipe(path, overrides)
     summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
+    output = (recipe.generate or GenerateConfig()).output
     console.print(
         f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
         f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
-        f"{summary['tokens']:,} tokens, in {(recipe.generate or GenerateConfig()).output}",
+        f"{summary['tokens']:,} tokens, in {output}",
         highlight=False,
     )
+    show_next(f"hpd train {shlex.quote(str(path))} data.path={shlex.quote(output)}")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

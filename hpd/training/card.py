@@ -119,8 +119,8 @@ def _without_folders(tree: Any) -> Any:
 
 
 def _licence(student: str) -> str | None:
-    """The licence of the base model, where its card is on this machine: a model that is trained from it has the
-    same one, or none that could be told here."""
+    """The licence of the base model, where its card is on this machine: what is trained from it has the same
+    one, or none that could be told here."""
     card: Any = Path(student) / "README.md"
     if not card.is_file() and _is_hub_id(student):
         from huggingface_hub import try_to_load_from_cache
