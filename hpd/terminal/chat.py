@@ -70,8 +70,8 @@ def _answer(
         limit = min(limit, engine.context - len(tokens))
     if limit < 1:
         raise ValueError(
-            f"The conversation has {len(tokens)} tokens and the model reads {engine.context}: begin another one "
-            "with /new."
+            f"The conversation has {len(tokens)} tokens and the model reads {engine.context}: begin another "
+            "one with /new."
         )
     (answer,) = engine.generate([Request(tokens, (settings.seed, count, 0, 0))], settings, limit)
     return answer.text, answer.finish_reason == "stop"

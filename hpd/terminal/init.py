@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from hpd.config.yaml_file import parse_yaml
 from hpd.files import write_atomically
 from hpd.methods.fields import nearest
 from hpd.methods.table import METHODS
-from hpd.terminal.console import console
+from hpd.terminal.console import console, show_next
 
 __all__ = ["Answers", "recipe_text", "run_init"]
 
@@ -98,9 +99,8 @@ def run_init(path: Path, given: Mapping[str, str | None], overwrite: bool) -> No
     text = recipe_text(Answers(**answers), path)
     load_recipe(parse_yaml(text, str(path), "recipe", "student, teacher, data"))
     write_atomically(path, text)
-    console.print(
-        f"{path} is written.\nnext: hpd doctor {path}", highlight=False, markup=False, soft_wrap=True
-    )
+    console.print(f"{path} is written.", highlight=False, markup=False, soft_wrap=True)
+    show_next(f"hpd doctor {shlex.quote(str(path))}")
 
 
 def _asking(check: Callable[[str], str]) -> Callable[[str], str]:

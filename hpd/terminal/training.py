@@ -39,6 +39,8 @@ def run_train(
     recipe = load_recipe(path, overrides)
     if not dry_run:
         show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
+        folder = shlex.quote(recipe.output_dir)
+        show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl", f"hpd report {folder}")
         return
     planned = plan(recipe)
     text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
@@ -69,9 +71,7 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
             "that, and eval names tasks.",
             highlight=False,
         )
-    folder = shlex.quote(recipe.output_dir)
     console.print(f"student and metrics in {recipe.output_dir}", highlight=False, soft_wrap=True)
-    show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl", f"hpd report {folder}")
 
 
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
