@@ -44,7 +44,7 @@ def run_chat(model: str, settings: GenerationSettings, dtype: str) -> None:
             remarks.print(
                 f"(cut at --max-new-tokens {settings.max_new_tokens})", highlight=False, markup=False
             )
-        turns.append({"role": "assistant", "content": text})
+        turns = [*turns, {"role": "assistant", "content": text}]
 
 
 def _lines() -> Iterator[str]:
