@@ -22,7 +22,7 @@ from hpd import DistillTrainer
 from hpd.batch import TokenBatch, uniforms
 from hpd.config import Recipe, load_recipe
 from hpd.losses.products import logits
-from hpd.losses.teacher_side import log_normaliser, token_logprobs
+from hpd.losses.teacher_side import log_normalizer, token_logprobs
 from hpd.methods.sampling import inverse_cdf
 from hpd.models import load_model
 from hpd.models.forward import scores_of
@@ -67,7 +67,7 @@ def read(recipe: Recipe, teachers: dict[str, CachedTeacher]) -> Reading:
         own.append(log_q.gather(1, tokens))
         for name, teacher in teachers.items():
             scores = teacher.scores(inputs, batch)
-            log_z = log_normaliser(scores, batch.labels, scores.vocab)
+            log_z = log_normalizer(scores, batch.labels, scores.vocab)
             found[name].append(token_logprobs(scores, log_z, batch.labels, tokens))
     return Reading({name: torch.cat(parts) for name, parts in found.items()}, torch.cat(own))
 

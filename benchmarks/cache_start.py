@@ -4,7 +4,7 @@
 
 A start depends on how much the cache holds, not on what its numbers say: the teacher is one layer of random
 weights, as wide as SmolLM2-135M, over a tiny vocabulary, and rows have about as many label tokens as GSM8K's.
-The rows are tokenised already, as from the second start on; what is timed is the rest: imports, models, the
+The rows are tokenized already, as from the second start on; what is timed is the rest: imports, models, the
 cache's index, and finding every position of every row in it.
 """
 

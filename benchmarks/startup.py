@@ -4,7 +4,7 @@
     python benchmarks/startup.py --docs    # docs/performance.md from the stored result, nothing measured
 
 The same tiny student, rows, tokenizer and step for both; `hpd train` also reads a recipe, compares the pair,
-loads a teacher. Both find the rows tokenised, as from the second start on: one pair of runs before is not
+loads a teacher. Both find the rows tokenized, as from the second start on: one pair of runs before is not
 counted.
 """
 

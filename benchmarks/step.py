@@ -6,8 +6,8 @@ student alone.
     python benchmarks/step.py --docs    # docs/performance.md from the stored result, nothing measured
     python benchmarks/step.py --tiny --cached    # in seconds: whether it runs
 
-Same student (SmolLM2's shape cut to 10 layers), data, optimiser and batch: 2 rows of 512 tokens, three
-quarters of them labelled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
+Same student (SmolLM2's shape cut to 10 layers), data, optimizer and batch: 2 rows of 512 tokens, three
+quarters of them labeled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
 depend on them.
 """
 
@@ -47,7 +47,7 @@ from hpd.files import write_atomically
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard
 
-ROWS, LABELLED = 2, 0.75
+ROWS, LABELED = 2, 0.75
 
 
 class Shape(NamedTuple):
@@ -94,7 +94,7 @@ def model(shape: Shape, layers: int, seed: int) -> LlamaForCausalLM:
 def rows(shape: Shape) -> Dataset:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab, (ROWS, shape.tokens), generator=generator).tolist()
-    start = int(shape.tokens * (1 - LABELLED))
+    start = int(shape.tokens * (1 - LABELED))
     return Dataset.from_list([{"input_ids": row, "labels": [-100] * start + row[start:]} for row in ids])
 
 
@@ -106,7 +106,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def step_of(trainer: SFTTrainer) -> Callable[[], None]:
-    """One optimiser step on one batch, as the trainer's own loop does it."""
+    """One optimizer step on one batch, as the trainer's own loop does it."""
     trainer.create_optimizer()
     assert trainer.optimizer is not None
     batch = next(iter(trainer.get_train_dataloader()))
@@ -227,7 +227,7 @@ def main() -> None:
         seconds = interleaved({name: candidate(name, folder, shape) for name in names}, options.repeats)
     result = {"machine": machine(), "ratios": {"step": ratios(seconds, "SFTTrainer")}, "seconds": seconds}
     result["peak_mib"] = {name: peak_mib(name, options.tiny) for name in names} if options.memory else {}
-    print(f"\nstep of {ROWS} x {shape.tokens} tokens, {LABELLED:.0%} labelled, {result['machine']}\n")
+    print(f"\nstep of {ROWS} x {shape.tokens} tokens, {LABELED:.0%} labeled, {result['machine']}\n")
     print(tables(result))
     store_or_check("step", result, options.json, options.check)
 

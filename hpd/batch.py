@@ -182,7 +182,7 @@ def _row_keys(
 
 
 def uniforms(keys: Int[Tensor, "N"], *, seed: int, step: int, count: int) -> Float[Tensor, "N count"]:
-    """Uniforms in [0, 1) that depend on (seed, optimiser step, row, position, draw) and on nothing else.
+    """Uniforms in [0, 1) that depend on (seed, optimizer step, row, position, draw) and on nothing else.
 
     So draws are the same whatever the chunk size, packing, padding, number of processes, or point of
     resumption. Counter based (splitmix64), float64: 53 random bits.
@@ -195,14 +195,14 @@ def uniforms(keys: Int[Tensor, "N"], *, seed: int, step: int, count: int) -> Flo
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64; int64 products wrap, and the mask makes the shifts logical."""
+    """The finalizer of splitmix64; int64 products wrap, and the mask makes the shifts logical."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX_2
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 class DistillCollator:
-    """A collator that adds the `TokenBatch`, computed beside the data: no device synchronisation in the step.
+    """A collator that adds the `TokenBatch`, computed beside the data: no device synchronization in the step.
 
     Rows padded on the left get `position_ids`. The labels that remain are written back, so that the trainer
     counts exactly the label tokens that the loss sums. Examples may say token by token who wrote them

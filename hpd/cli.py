@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +13,15 @@ import typer
 from hpd import __version__
 from hpd.terminal.errors import user_errors
 from hpd.terminal.eval_options import EvalOptions, with_options
+from hpd.terminal.slips import RecipeCommand
+
+_LEAST_COLUMNS = 60
 
 app = typer.Typer(
     help="Distil language models: HPD and every other method as one row of one table.",
     no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
+    # Panels cut the names of options where they are narrow; plain text wraps.
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _LEAST_COLUMNS else None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -27,6 +31,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[A.B=C]...", help="Values that replace the recipe's, such as train.max_steps=50."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[A.B=C]...",
+        help="Values that replace the experiment's, such as set.train.max_steps=50 (of all its runs).",
     ),
 ]
 Allow = Annotated[
@@ -48,7 +59,39 @@ def _root(
 ) -> None: ...
 
 
-@app.command()
+@app.command(
+    epilog="Example: hpd init recipe.yaml --student Qwen/Qwen2.5-0.5B --teacher Qwen/Qwen2.5-1.5B --data a/b"
+)
+def init(
+    recipe: Annotated[Path, typer.Argument(help="File to write.")] = Path("recipe.yaml"),
+    student: Annotated[str | None, typer.Option(help="Model that learns: Hub id or folder.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model that it learns from.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or Hub id of the rows.")] = None,
+    method: Annotated[str | None, typer.Option(help="A name that hpd methods lists.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Run folder.")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of the prompts, if not recognized.")
+    ] = None,
+    completion_column: Annotated[str | None, typer.Option(help="Column of the completions.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a recipe, with comments. In a terminal it asks for what the options leave out."""
+    with user_errors():
+        from hpd.terminal.init import run_init
+
+        given = {
+            "student": student,
+            "teacher": teacher,
+            "data": data,
+            "method": method,
+            "output_dir": output_dir,
+            "prompt_column": prompt_column,
+            "completion_column": completion_column,
+        }
+        run_init(recipe, given, overwrite)
+
+
+@app.command(cls=RecipeCommand, epilog="Example: hpd train recipe.yaml train.max_steps=50")
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -74,7 +117,7 @@ def train(
         run_train(recipe, overrides or (), dry_run, overwrite, changed_inputs)
 
 
-@app.command()
+@app.command(cls=RecipeCommand, epilog="Example: hpd doctor recipe.yaml --memory 24GiB")
 def doctor(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -99,7 +142,7 @@ def doctor(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=RecipeCommand, epilog="Example: hpd cache recipe.yaml cache.path=teacher-cache")
 def cache(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -115,7 +158,7 @@ def cache(
         run_cache(recipe, overrides or (), overwrite)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog="Example: hpd eval runs/mine --data test.jsonl --limit 100")
 @with_options(EvalOptions)
 def evaluate(options: EvalOptions) -> None:
     """Let models answer benchmarks or a file of problems, and grade the answers."""
@@ -126,7 +169,32 @@ def evaluate(options: EvalOptions) -> None:
         run_eval(mode)
 
 
-@app.command(name="serve-teacher")
+@app.command(epilog="Example: hpd chat runs/mine --temperature 0.7")
+def chat(
+    model: Annotated[str, typer.Argument(help="Run folder, folder or Hub id.", show_default=False)],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this mass.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 512,
+    system_prompt: Annotated[str | None, typer.Option(help="System message of the conversation.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Talk to a model: it answers each line of standard input."""
+    with user_errors():
+        from hpd.generation.settings import GenerationSettings
+        from hpd.terminal.chat import run_chat
+
+        settings = GenerationSettings(
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            system_prompt=system_prompt,
+            seed=seed,
+        )
+        run_chat(model, settings, dtype)
+
+
+@app.command(name="serve-teacher", epilog="Example: hpd serve-teacher Qwen/Qwen2.5-7B-Instruct --port 8765")
 def serve_teacher(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],
     port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8765,
@@ -164,7 +232,10 @@ def serve_teacher(
         )
 
 
-@app.command()
+@app.command(
+    cls=RecipeCommand,
+    epilog="Example: hpd generate recipe.yaml generate.output=written.jsonl generate.samples=4",
+)
 def generate(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -178,7 +249,7 @@ def generate(
         run_generate(recipe, overrides or (), overwrite)
 
 
-@app.command()
+@app.command(epilog="Example: hpd export runs/mine --merge --output models/mine")
 def export(
     model: Annotated[str, typer.Argument(help="Run folder of a recipe with lora.", show_default=False)],
     output: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
@@ -194,10 +265,10 @@ def export(
         run_export(model, merge, output, dtype)
 
 
-@app.command()
+@app.command(cls=RecipeCommand, epilog="Example: hpd compare experiment.yaml --dry-run")
 def compare(
     experiment: Annotated[Path, typer.Argument(help="Experiment, a YAML file.", show_default=False)],
-    overrides: Overrides = None,
+    overrides: Settings = None,
     jobs: Annotated[int, typer.Option(help="Runs at once; the cores are split among them.", min=1)] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the grid and its predicted cost, run nothing of it.")
@@ -216,7 +287,7 @@ def compare(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: hpd report runs/one runs/two --output report")
 def report(
     folders: Annotated[
         list[Path],
@@ -241,16 +312,21 @@ def report(
         run_report(folders, output, baseline, _names(allow), port if watch else None)
 
 
-@app.command()
-def methods() -> None:
-    """Print the table of methods."""
+@app.command(epilog="Example: hpd methods akl")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, for everything about it.")] = None,
+) -> None:
+    """Print the table of methods, or one of them with its parameters."""
     with user_errors():
-        from hpd.terminal.methods import show_methods
+        from hpd.terminal.methods import show_method, show_methods
 
-        show_methods()
+        if name is None:
+            show_methods()
+        else:
+            show_method(name)
 
 
-@app.command()
+@app.command(cls=RecipeCommand, epilog="Example: hpd demo method=forward_kl train.max_steps=300")
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     overrides: Overrides = None,

@@ -88,7 +88,8 @@ def generate(recipe: Recipe, *, overwrite: bool = False, progress: Progress | No
     Raises:
         FileNotFoundError, ValueError: unreadable data, output that exists, or a part that other settings
             began, or that another process is writing.
-        ValueError: a server that refuses requests, or never gave an answer that can be read.
+        ValueError: a server that refuses requests, or never gave an answer that can be read; or no completion
+            is kept: all are cut, empty or wrong.
         TeacherUnavailable: a server stayed away; what is done is kept.
     """
     config = recipe.generate or GenerateConfig()
@@ -126,9 +127,12 @@ def _generate(
         writer.close()
     completions = [completion for chunk in sorted(done) for completion in done[chunk]]
     made = [(slot, rows[slot.row], text) for slot, text in zip(slots, completions, strict=True)]
+    dropped = _why_dropped(made, config)
+    if all(dropped):
+        raise ValueError(_nothing_left(dropped, config, part.path))
     # A kill before the part is gone leaves an output of which the next call must know that it may replace it.
     part.append(_REPLACES, durable=True)
-    summary = _finish(output, made, config, name)
+    summary = _finish(output, made, dropped, config, name)
     part.path.unlink()
     return summary
 
@@ -164,13 +168,14 @@ def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dic
 def _finish(
     output: Path,
     made: Sequence[tuple[Slot, PromptRow, Completion]],
+    dropped: Sequence[str | None],
     config: GenerateConfig,
     name: str,
 ) -> dict[str, Any]:
     """Write the output, then its summary."""
     counts = {"completions": len(made), "rows": 0, "truncated": 0, "empty": 0, "wrong": 0, "tokens": 0}
     kept = []
-    for (slot, row, completion), why in zip(made, _why_dropped(made, config), strict=True):
+    for (slot, row, completion), why in zip(made, dropped, strict=True):
         counts["tokens"] += completion.num_tokens or 0
         counts["truncated"] += completion.finish_reason == "length"
         if why in ("empty", "wrong"):
@@ -182,6 +187,21 @@ def _finish(
     summary = {**counts, "model": name, "settings": dataclasses.asdict(config)}
     write_json(output.with_name(output.name + ".summary.json"), summary)
     return summary
+
+
+def _nothing_left(dropped: Sequence[str | None], config: GenerateConfig, part: Path) -> str:
+    """The error where no completion is kept: which settings, and what to change."""
+    reasons = {
+        "truncated": f"cut at generate.max_new_tokens {config.max_new_tokens}: raise it, or keep cut "
+        "completions with generate.truncated=keep",
+        "empty": "empty: look at the prompts (hpd train --dry-run shows one) and the writer's chat template",
+        "wrong": "wrong by generate.filter correct: look at generate.reference, or set the filter to none",
+    }
+    found = [f"{dropped.count(why):,} are {text}" for why, text in reasons.items() if why in dropped]
+    return (
+        f"None of {len(dropped):,} completions is kept, so nothing is written. {'. '.join(found)}. They are "
+        f"in {part}; --overwrite begins anew with other settings."
+    )
 
 
 def _why_dropped(

@@ -105,7 +105,7 @@ class Experiment:
         """
         self._note_machine()
         self._note_teacher()
-        for seed in range(self.settings.initialisations):
+        for seed in range(self.settings.initializations):
             self._student(seed)
         seconds = 0.0
         for role, method, regime, rate, seed in self._missing():
@@ -125,7 +125,7 @@ class Experiment:
                 self._held_out,
             )
             line = {"role": role, "method": method, "regime": regime.name, "rate": rate, **found}
-            line |= {"initialisation": seed, **found["curve"][-1]}
+            line |= {"initialization": seed, **found["curve"][-1]}
             if role == "main":
                 line |= self._accuracies(model)
             seconds = round(time.monotonic() - started, 2)
@@ -137,7 +137,7 @@ class Experiment:
         """Runs that have no line: those that choose the rates first."""
 
         def key(line: dict[str, Any]) -> tuple[Any, ...]:
-            return tuple(line.get(name) for name in ("role", "method", "regime", "rate", "initialisation"))
+            return tuple(line.get(name) for name in ("role", "method", "regime", "rate", "initialization"))
 
         done = {key(line) for line in self.lines()}
         pairs = [(method, regime) for regime in self.settings.regimes for method in METHODS]
@@ -146,7 +146,7 @@ class Experiment:
                 if ("tune", method, regime.name, rate, 0) not in done:
                     yield "tune", method, regime, rate, 0
         rates = chosen_rates(self.lines(), self.settings)
-        for seed in range(self.settings.initialisations):
+        for seed in range(self.settings.initializations):
             for method, regime in pairs:
                 rate = rates[f"{method} {regime.name}"]["rate"]
                 if ("main", method, regime.name, rate, seed) not in done:
@@ -220,10 +220,10 @@ class Experiment:
             self.clock,
             lambda model: measure(model, self._held_out, self.language)["forward_kl"],
         )
-        if not any(line["role"] == "start" and line["initialisation"] == seed for line in self.lines()):
+        if not any(line["role"] == "start" and line["initialization"] == seed for line in self.lines()):
             line = {
                 "role": "start",
-                "initialisation": seed,
+                "initialization": seed,
                 "steps": state["step"],
                 "forward_kl": state["gap"],
             }
@@ -236,11 +236,11 @@ class Experiment:
         teacher = next((line for line in lines if line["role"] == "teacher"), {})
         found = verdicts(lines, teacher)
         starts = [line for line in lines if line["role"] == "start"]
-        far = [s["initialisation"] for s in starts if s["forward_kl"] > self.settings.student_gap]
+        far = [s["initialization"] for s in starts if s["forward_kl"] > self.settings.student_gap]
         text = table(lines, teacher, self.settings)
         text += (
             "\n\nNats per label token on held-out rows, low to high by the teacher's entropy; mean (range) "
-            f"over {self.settings.initialisations} initialisations. *: the best rate is at the edge of those "
+            f"over {self.settings.initializations} initializations. *: the best rate is at the edge of those "
             "tried; =: a tie, which goes to the smaller rate.\n"
         )
         if far:
@@ -267,7 +267,7 @@ def estimate(settings: Settings) -> str:
     parts = petaflops(settings, language.prompt_length + language.longest_solution, labels)
     lines = [f"{name}: {work:,.1f} PFLOP" for name, work in parts.items()]
     large = (parts["teacher"] + parts["students"]) * 1e3 / 60
-    runs = len(METHODS) * len(settings.regimes) * (len(settings.rates) + settings.initialisations)
+    runs = len(METHODS) * len(settings.regimes) * (len(settings.rates) + settings.initializations)
     steps = runs * settings.regimes[0].rows * settings.regimes[0].epochs // settings.batch
     # Small steps wait for the launch of their kernels, not for arithmetic, so they are counted in steps.
     for speed, milliseconds in ((50, 40), (100, 25), (200, 15)):

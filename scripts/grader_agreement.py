@@ -2,7 +2,7 @@
 
     python scripts/grader_agreement.py            # the tables and the disagreements of docs/evaluation.md
 
-Takes about three minutes of one processor core. The cases, their sources and their licences are in
+Takes about three minutes of one processor core. The cases, their sources and their licenses are in
 tests/evaluate/benchmarks/.
 """
 

@@ -73,10 +73,10 @@ def effect(data: Data, kind: str) -> Floats:
 
 
 def wilson(right: Floats, size: Floats) -> Bounds:
-    centre, product = right + _Z**2 / 2, np.maximum(right * (size - right) / size, 0)
+    center, product = right + _Z**2 / 2, np.maximum(right * (size - right) / size, 0)
     margin = _Z * np.sqrt(product + _Z**2 / 4)
-    return np.maximum((centre - margin) / (size + _Z**2), 0), np.minimum(
-        (centre + margin) / (size + _Z**2), 1
+    return np.maximum((center - margin) / (size + _Z**2), 0), np.minimum(
+        (center + margin) / (size + _Z**2), 1
     )
 
 
@@ -171,10 +171,10 @@ def bootstrap_t(data: Data) -> Bounds:
     weights = np.random.default_rng(1).multinomial(problems, np.full(problems, 1 / problems), size=400)
     means = values @ weights.T / problems
     spread = np.sqrt(np.maximum(values**2 @ weights.T / problems - means**2, 0))
-    centred = np.divide(
+    centered = np.divide(
         means - data.mean[:, None], spread, out=np.full_like(means, np.inf), where=spread > 1e-6
     )
-    ordered = np.sort(centred, axis=1)
+    ordered = np.sort(centered, axis=1)
     known = np.maximum(np.isfinite(ordered).sum(1), 1)
     tails = [ordered[np.arange(len(ordered)), ((known - 1) * tail).astype(int)] for tail in (0.025, 0.975)]
     deviation = values.std(1)

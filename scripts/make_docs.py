@@ -1,16 +1,19 @@
-"""Write docs/methods.md and the README's table from the package's tables, or --check them."""
+"""Write docs/methods.md, the README's table and what `hpd methods` shows, or --check them."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from hpd.methods import METHODS, Method, name_terms
 from hpd.methods.terms import SUPPORTS, TermConfig, parameters_of
 from hpd.objectives import OBJECTIVES
+from hpd.terminal.methods import FACTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
@@ -177,6 +180,46 @@ def _example(name: str) -> dict[str, float]:
     return {key: {"lam": 0.1, "alpha": 0.2, "beta": 0.7, "t": 0.5}[key] for key in needed}
 
 
+def facts() -> str:
+    """What `hpd methods` shows without the seconds that torch takes to import."""
+    found = {name: _facts_of(method) for name, method in METHODS.items()}
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
+def _facts_of(method: Method) -> dict[str, Any]:
+    terms = [
+        {"objective": str(config.objective), "support": str(term.support), "parameters": _meanings(config)}
+        for config, term in zip(method.terms, name_terms(method.terms), strict=True)
+    ]
+    written = {key: getattr(method, key) for key in ("summary", "weight", "use", "defaults", "reference")}
+    return {**written, "context": _prefixes(method), "terms": terms}
+
+
+def _meanings(term: TermConfig) -> list[dict[str, str | None]]:
+    """Each parameter of a term's objective, its default here, and what the factory's docstring says of it."""
+    found = []
+    for name, parameter in parameters_of(term.objective).items():
+        default = term.kwargs.get(name, parameter.default)
+        shown = None if default is parameter.empty else _shown(default)
+        found.append({"name": name, "default": shown, "meaning": _argument(str(term.objective), name)})
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A value as an override is written."""
+    return json.dumps(value) if isinstance(value, (bool, dict)) or value is None else str(value)
+
+
+def _argument(objective: str, name: str) -> str:
+    """The entry of `Args:` in a factory's docstring, in one line; that of `hpd` where it refers to it."""
+    for factory in (OBJECTIVES[objective], OBJECTIVES["hpd"]):
+        listed = (inspect.getdoc(factory) or "").partition("\nArgs:\n")[2].partition("\n\n")[0]
+        entry = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", listed, re.MULTILINE)
+        if entry is not None:
+            return " ".join(entry[1].split())
+    return ""
+
+
 def readme() -> str:
     """The README with its table of methods between the two marks."""
     before, mark, rest = README.read_text(encoding="utf-8").partition("<!-- methods -->\n")
@@ -191,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="Exit with 1 where a page differs.")
     check = parser.parse_args().check
-    for path, text in ((PAGE, page()), (README, readme())):
+    for path, text in ((PAGE, page()), (README, readme()), (FACTS, facts())):
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -138,7 +138,7 @@ def _load_wheel() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         }
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    # The weights are unpacked by now; save_pretrained would still refuse or mark them as quantised.
+    # The weights are unpacked by now; save_pretrained would still refuse or mark them as quantized.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

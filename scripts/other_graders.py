@@ -43,13 +43,13 @@ def gold_of(case: Case) -> str:
 
 
 def minerva_math(case: Case) -> bool | None:
-    """As the task: what "Final Answer: The final answer is" says, normalised, by sympy's difference."""
+    """As the task: what "Final Answer: The final answer is" says, normalized, by sympy's difference."""
     text = case["text"] if case["form"] == "answer" else minerva.get_unnormalized_answer(case["text"])
     return minerva.is_equiv(*map(minerva.normalize_final_answer, (text, gold_of(case))))
 
 
 def hendrycks_math(case: Case) -> bool | None:
-    """As the task: what is between the first and the last dollar sign, as a normalised text."""
+    """As the task: what is between the first and the last dollar sign, as a normalized text."""
     row = {"solution": rf"\boxed{{{gold_of(case)}}}"}
     return bool(hendrycks.process_results(row, [case["text"]])["exact_match"])
 

@@ -6,7 +6,7 @@
     cores
 
 Every number of the model is a parameter (--help); the defaults and their sources are at the head of this
-file. Times are per optimiser step. Communication that an engine overlaps with arithmetic counts only where it
+file. Times are per optimizer step. Communication that an engine overlaps with arithmetic counts only where it
 takes longer.
 """
 
@@ -47,7 +47,7 @@ class Setup:
     tokens_per_gpu: int = 16_384
     """Tokens of one GPU in one micro-batch (16 rows of 1,024)."""
     accumulation: int = 1
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimizer step."""
     label_share: float = 0.6
     """Share of the tokens that are labels, and so reach the heads."""
     engine: str = "fsdp2"
@@ -59,7 +59,7 @@ class Setup:
     rollout_share: float = 0.0
     """Share of the tokens that the student writes through vLLM in the same step."""
     global_tokens: float = 0.0
-    """Fix the tokens of an optimiser step (strong scaling); 0: tokens_per_gpu on each GPU (weak scaling)."""
+    """Fix the tokens of an optimizer step (strong scaling); 0: tokens_per_gpu on each GPU (weak scaling)."""
     gpus_per_node: int = 8
     """GPUs that NVLink joins."""
     peak_tflops: float = 989.0
@@ -94,7 +94,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Seconds of an optimiser step, by what they are spent on."""
+    """Seconds of an optimizer step, by what they are spent on."""
 
     gpus: int
     tokens: float
@@ -141,7 +141,7 @@ def flops_per_token(setup: Setup) -> float:
 
 
 def parameter_bytes(setup: Setup, gpus: int) -> float:
-    r"""Bytes that each GPU sends for student and teacher in an optimiser step.
+    r"""Bytes that each GPU sends for student and teacher in an optimizer step.
 
     All-reduce: :math:`2 (n - 1) / n` times the gradient's bytes. All-gather and reduce-scatter: :math:`(n -
     1) / n` each. DDP all-reduces float32 gradients; ZeRO-2 reduce-scatters them and all-gathers the new
@@ -214,12 +214,12 @@ def bytes_per_gpu(setup: Setup, gpus: int) -> float:
     """Bytes of weights, gradients and AdamW (float32 master weights) on each GPU, without activations."""
     student = setup.student_params
     teacher = setup.teacher_params if setup.teacher == "model" else 0.0
-    weights, gradients, optimiser = 4.0 * student, 4.0 * student, 8.0 * student
+    weights, gradients, optimizer = 4.0 * student, 4.0 * student, 8.0 * student
     if setup.engine == "ddp":
-        return weights + gradients + optimiser + 2.0 * teacher
+        return weights + gradients + optimizer + 2.0 * teacher
     if setup.engine == "zero2":
-        return 2.0 * student + (weights + gradients + optimiser) / gpus + 2.0 * teacher
-    return (weights + gradients + optimiser + 2.0 * teacher) / gpus
+        return 2.0 * student + (weights + gradients + optimizer) / gpus + 2.0 * teacher
+    return (weights + gradients + optimizer + 2.0 * teacher) / gpus
 
 
 def table(setup: Setup, gpus: Sequence[int] = GPUS) -> str:

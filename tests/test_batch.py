@@ -60,7 +60,7 @@ def layout(request: pytest.FixtureRequest) -> tuple[dict[str, Any], TokenBatch]:
     return request.param()
 
 
-def test_a_position_is_labelled_by_the_next_token(layout: tuple[dict[str, Any], TokenBatch]) -> None:
+def test_a_position_is_labeled_by_the_next_token(layout: tuple[dict[str, Any], TokenBatch]) -> None:
     inputs, batch = layout
     assert batch.labels.tolist() == [12, 13, 14, 24, 25, 26, 12, 33]
     flat = inputs["input_ids"].flatten()
@@ -241,7 +241,7 @@ def test_numbers_depend_on_seed_step_and_draw_and_on_nothing_else() -> None:
         assert abs(correlation(other, numbers)) < 4.5 / math.sqrt(numbers.numel())
 
 
-def test_neighbouring_positions_are_independent() -> None:
+def test_neighboring_positions_are_independent() -> None:
     keys = collate([{"input_ids": list(range(1, 5001)), "labels": list(range(1, 5001))}])[1].keys
     numbers = uniforms(keys, seed=0, step=0, count=2)
     assert_uniform(numbers)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -45,9 +46,17 @@ def test_train_from_recipe_to_loadable_student(workspace):
     done = hpd("train", workspace / "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert "forward_kl" in done.stdout
+    # Without a terminal: a line for each logging step, with its figures, and lines for every other wait.
+    lines = [line for line in done.stdout.splitlines() if line.startswith("training ")]
+    assert [line.split()[1] for line in lines] == ["0/3", "1/3", "2/3", "3/3"]
+    assert all(word in line for line in lines[1:] for word in ("loss", "KL", "tok/s", "left"))
+    for wait in ("answers of student before 4/4", "answers of teacher 4/4", "validation 1/1"):
+        assert wait in done.stdout
+    assert "it/s" not in done.stderr  # bars of libraries
     run = workspace / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 3
+    assert 0 < summary["train seconds"] < summary["seconds"]
     assert {"forward_kl before", "forward_kl after", "student after accuracy", "teacher accuracy"} <= set(
         summary
     )
@@ -76,8 +85,10 @@ def test_dry_run_prints_the_resolved_recipe_and_writes_nothing(workspace):
         cwd=workspace,
     )
     assert done.returncode == 0, done.stderr
-    assert "method: forward_kl" in done.stdout
-    assert "equal token maps" in done.stdout
+    resolved = yaml.safe_load(done.stdout)  # a recipe, and nothing beside it
+    assert resolved["method"] == "forward_kl"
+    assert "equal token maps" in done.stderr
+    assert "a row as it will be learned" in done.stderr
     assert not (workspace / "never").exists()
 
 
@@ -86,6 +97,10 @@ def test_cache_then_doctor_and_train_without_the_teachers_weights(workspace):
     done = hpd("cache", workspace / "recipe.yaml", f"cache.path={place}")
     assert done.returncode == 0, done.stderr
     assert "bytes each" in done.stdout
+    announced = re.search(r"; ([\d.,]+) kB to write", done.stdout)
+    assert announced is not None
+    written = sum(file.stat().st_size for file in place.iterdir() if file.suffix == ".safetensors")
+    assert float(announced[1]) * 1000 == pytest.approx(written, rel=0.1)
     assert "positions written" in done.stdout
     assert (place / "cache.json").is_file()
     settings = [
@@ -96,7 +111,7 @@ def test_cache_then_doctor_and_train_without_the_teachers_weights(workspace):
     ]
     done = hpd("train", *settings, "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "equal token maps" in done.stdout
+    assert "equal token maps" in done.stderr
     done = hpd("train", *settings, "eval=null")
     assert done.returncode == 0, done.stderr
     assert json.loads((workspace / "from-cache" / "summary.json").read_text())["steps"] == 3

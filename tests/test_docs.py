@@ -1,5 +1,6 @@
 """Documents say what is true: generated pages are current, and what readers are told to type works."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,21 @@ def test_methods_page_is_what_the_tables_say(monkeypatch):
 
     assert make_docs.PAGE.read_text(encoding="utf-8") == make_docs.page()
     assert make_docs.README.read_text(encoding="utf-8") == make_docs.readme()
+    assert make_docs.FACTS.read_text(encoding="utf-8") == make_docs.facts()
+    for name, method in json.loads(make_docs.facts()).items():
+        for term in method["terms"]:
+            assert all(parameter["meaning"] for parameter in term["parameters"]), name
+
+
+def test_the_reference_and_the_schema_are_what_the_dataclasses_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_reference
+
+    assert make_reference.PAGE.read_text(encoding="utf-8") == make_reference.page()
+    assert make_reference.SCHEMA.read_text(encoding="utf-8") == make_reference.schema()
+    for section in make_reference.sections():
+        fields = set(section.__dataclass_fields__)
+        assert fields == fields & make_reference.documented(section).keys(), section
 
 
 def test_an_objective_in_fifteen_lines_followed_literally(tmp_path, monkeypatch):

@@ -194,6 +194,16 @@ def test_filters_count_what_they_drop(pair, rows, tmp_path):
     assert all(row["finish_reason"] in ("stop", "length") for row in lines(everything))
 
 
+def test_a_file_without_a_row_is_an_error_that_names_the_setting(pair, rows, tmp_path):
+    output = tmp_path / "made.jsonl"
+    given = {"samples": 2, "max_new_tokens": 1, "truncated": "drop", "top_k": 1, "seed": 3}
+    with pytest.raises(ValueError, match=r"None of 20 .* cut at generate.max_new_tokens 1.*truncated=keep"):
+        generate(recipe(pair, rows, output, **given))
+    assert not output.exists()
+    # What was written is not lost: the same completions, kept.
+    assert generate(recipe(pair, rows, output, **{**given, "truncated": "keep"}))["rows"] == 20
+
+
 class ScriptedServer:
     """/v1/completions that answers from the token ids and the seed it gets."""
 

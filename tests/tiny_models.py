@@ -1,6 +1,6 @@
 """Tiny student-teacher pairs on disk: real architectures, a real byte-level tokenizer with a chat template.
 
-The student is random; the teacher has learnt to count a little, so that there is something to learn from it
+The student is random; the teacher has learned to count a little, so that there is something to learn from it
 within a few steps. Both differ in width and depth, as real pairs do, so that code which mixes them up fails.
 Sizes are those of a unit test; heads, tying and special tokens are those of the family.
 """

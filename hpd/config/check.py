@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from hpd.config.models import TeacherConfig
 from hpd.config.schema import Recipe
 from hpd.config.secrets import check_no_secrets, redact_tree
+from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.methods.fields import nearest
 from hpd.methods.regime import Regime
@@ -172,6 +173,8 @@ def _mistake(mistake: ErrorDetails) -> str:
     kind = mistake["type"]
     path = ".".join(str(part) for part in location if not str(part).startswith("function-"))
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        if len(location) == 1 and (field := trainer_name(path)) is not None:
+            return f"unknown key {path!r}; did you mean 'train.{field}'?"
         return f"unknown key {path!r}; {_lower(nearest(str(location[-1]), _keys_at(location[:-1])))}"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{path!r} is missing"

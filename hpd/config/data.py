@@ -39,13 +39,13 @@ class DataConfig:
     """Columns by what they are, such as {prompt: question, completion: answer}; a column that is named here
     counts, whatever others are called (docs/data.md)."""
     ignore: tuple[str, ...] = ()
-    """Columns to train without, although they change what is learnt."""
+    """Columns to train without, although they change what is learned."""
     format: Literal["auto", "chat", "plain"] = "auto"
     """chat: text prompts and completions become user and assistant messages (the student's chat template is
     applied).
     plain: text as it is. auto: as the rows are."""
     labels: Literal["completion", "assistant", "last_turn", "all"] = "completion"
-    """The tokens that are learnt. completion: the completion; of `messages` the assistant's turns, of
+    """The tokens that are learned. completion: the completion; of `messages` the assistant's turns, of
     text all; assistant: the assistant's turns, of completions too; last_turn: only the last; all: prompt
     too."""
     system_prompt: str | None = None

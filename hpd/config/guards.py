@@ -27,7 +27,7 @@ class Thresholds:
 @dataclass(frozen=True, kw_only=True)
 class GuardsConfig:
     """Signs of trouble that are watched, in the metrics of a logging step over all processes; nothing is
-    synchronised for them."""
+    synchronized for them."""
 
     __pydantic_config__ = STRICT
 
@@ -39,7 +39,8 @@ class GuardsConfig:
     repetition: Thresholds = Thresholds(warn=0.5)
     """Share of 4-grams that a rollout holds already, in [0, 1]; above."""
     entropy: Thresholds = Thresholds(warn=0.1)
-    """Entropy collapse: the student's mean entropy as a share of the run's first logged one; below."""
+    """Entropy collapse: the student's mean entropy as a share of the teacher's on the same tokens (of the
+    run's first logged one where the teacher gives too little to know it); below."""
     support_overlap: Thresholds = Thresholds()
     """Share of the student's likeliest tokens that are among the teacher's, in [0, 1]; below. Measured only
     if set: it multiplies both heads on every train.metric_stride-th position once more."""
@@ -50,8 +51,8 @@ class GuardsConfig:
     wrong."""
     non_finite: Literal["off", "warn", "stop", "skip"] = "stop"
     """Response to a loss or gradient that is NaN or infinite. stop and skip look at every step, before the
-    optimiser: stop keeps the weights, saves a checkpoint and ends the run; skip leaves the step out. Both
-    write the batch to nonfinite/. warn looks at the logged figures only, and so costs no synchronisation."""
+    optimizer: stop keeps the weights, saves a checkpoint and ends the run; skip leaves the step out. Both
+    write the batch to nonfinite/. warn looks at the logged figures only, and so costs no synchronization."""
     max_skipped_steps: int | None = None
     """Steps of the run that skip may leave out before it stops; null: 10."""
 

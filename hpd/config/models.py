@@ -67,7 +67,7 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only the configuration is read, the weights start from the run's seed."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Load the weights quantised by bitsandbytes (extra `quantization`), frozen: training needs `lora`, whose
+    """Load the weights quantized by bitsandbytes (extra `quantization`), frozen: training needs `lora`, whose
     adapter is trained in float32 on them (QLoRA). `dtype` is then that of embeddings, norms and head."""
     tokenizer: str | None = None
     """Tokenizer's Hub id or folder; null: the model's own."""
@@ -123,7 +123,7 @@ class TeacherConfig:
     """auto: as saved. The teacher is never trained, so bfloat16 is enough on a GPU. Protocol hpd: of hidden
     states and head."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Load the teacher's weights quantised by bitsandbytes (extra `quantization`)."""
+    """Load the teacher's weights quantized by bitsandbytes (extra `quantization`)."""
     tokenizer: str | None = None
     """Tokenizer to compare the student's with; null: the teacher's own."""
     revision: str | None = None

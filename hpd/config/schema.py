@@ -52,7 +52,7 @@ class CacheConfig:
     path: str
     """Folder."""
     kind: Literal["hidden", "top_k"] = "hidden"
-    """hidden: last hidden state and log-normaliser of each label position, and the head once: serves
+    """hidden: last hidden state and log-normalizer of each label position, and the head once: serves
     everything.
     top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside
     them."""
@@ -121,7 +121,7 @@ class EvalConfig:
     limit_seed: int | None = None
     """Draw the n problems with this seed instead; the same ones each time."""
     every: int | Literal["epoch"] | None = None
-    """Also in training: every n optimiser steps, or after each epoch. Logs eval_TASK_METRIC, as in
+    """Also in training: every n optimizer steps, or after each epoch. Logs eval_TASK_METRIC, as in
     eval_gsm8k_accuracy, which train.metric_for_best_model can name."""
     preset: Literal["greedy", "paper"] | None = None
     """greedy, or paper: temperature 0.7, top-p 0.95, 10,240 tokens, several samples (docs/evaluation.md);
@@ -214,7 +214,7 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DpoStageConfig:
-    """A stage of direct preference optimisation by TRL's DPOTrainer."""
+    """A stage of direct preference optimization by TRL's DPOTrainer."""
 
     __pydantic_config__ = STRICT
 
@@ -265,7 +265,7 @@ class StageConfig:
     eval: Any = None
     """Changes of eval, or other tasks."""
     dpo: DpoStageConfig | None = None
-    """Preference optimisation instead of distillation."""
+    """Preference optimization instead of distillation."""
 
     def __post_init__(self) -> None:
         if self.repeat < 1:
@@ -279,11 +279,17 @@ class Recipe:
 
     __pydantic_config__ = STRICT
 
-    student: Annotated[ModelConfig, BeforeValidator(model_shorthand)]
+    student: Annotated[
+        ModelConfig, BeforeValidator(model_shorthand, json_schema_input_type=str | ModelConfig)
+    ]
     """The model that learns; a string is its path."""
-    teacher: Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]
-    """The model that is learnt from; a string is its path, or "self"."""
-    data: Annotated[DataConfig, BeforeValidator(data_shorthand)]
+    teacher: Annotated[
+        TeacherConfig, BeforeValidator(teacher_shorthand, json_schema_input_type=str | TeacherConfig)
+    ]
+    """The model that is learned from; a string is its path, or "self"."""
+    data: Annotated[
+        DataConfig, BeforeValidator(data_shorthand, json_schema_input_type=str | DataConfig | list[Any])
+    ]
     """The rows that both read."""
     method: str | None = None
     """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""
@@ -295,7 +301,10 @@ class Recipe:
     """Shares of dataset and student text; null: the method's own, which is the dataset alone for most."""
     rollouts: RolloutConfig | None = None
     """Settings of the student's own writing."""
-    strategy: Annotated[StrategyConfig | None, BeforeValidator(_strategy_shorthand)] = None
+    strategy: Annotated[
+        StrategyConfig | None,
+        BeforeValidator(_strategy_shorthand, json_schema_input_type=str | StrategyConfig | None),
+    ] = None
     """direct or policy_gradient, with its settings; a string is its type; null: the method's own."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """Signs of trouble that warn, or stop and save."""
@@ -307,7 +316,10 @@ class Recipe:
     train: Mapping[str, Any] = field(default_factory=dict)
     """Any field of DistillConfig (that is TRL's SFTConfig and transformers' TrainingArguments), such as
     learning_rate."""
-    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(_one_or_many)] = ()
+    eval: Annotated[
+        tuple[EvalConfig, ...],
+        BeforeValidator(_one_or_many, json_schema_input_type=EvalConfig | list[EvalConfig] | None),
+    ] = ()
     """Tasks to run before and after training, and on the way: one task, or a list of them."""
     generate: GenerateConfig | None = None
     """Settings of `hpd generate`; null: its defaults."""

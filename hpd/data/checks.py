@@ -137,7 +137,7 @@ def _check_ids(row: Mapping[str, Any], index: int) -> None:
             isinstance(values, list) and all(type(value) is int for value in values)
         ):
             raise ValueError(
-                f"Row {index} has {name} that are not a list of whole numbers: tokenise them, or use text "
+                f"Row {index} has {name} that are not a list of whole numbers: tokenize them, or use text "
                 "columns."
             )
     if not ids:

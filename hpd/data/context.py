@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hpd.data.rendering import tokenise
+from hpd.data.rendering import tokenize
 from hpd.models.pairing import CheckResult
 
 __all__ = ["check_context", "context_of"]
@@ -89,10 +89,10 @@ def _longer(rows: Any, tokenizer: Any, labels: str, context: int) -> list[int]:
     """Lengths of the rows with more tokens than `context`."""
     found = []
     for row in rows:
-        # A token has a byte at least, so most rows need not be tokenised.
+        # A token has a byte at least, so most rows need not be tokenized.
         if row.get("input_ids") is None and sum(_sizes(row)) + _FRAME_BYTES < context:
             continue
-        length = len(tokenise(row, tokenizer, labels)[0])
+        length = len(tokenize(row, tokenizer, labels)[0])
         if length > context:
             found.append(length)
     return found

@@ -79,7 +79,7 @@ def convert(
         value = row.get(name)
         if not any(value is nothing or value == nothing for nothing in _NOTHING) and value not in (1, True):
             raise ValueError(
-                f"Row {index} has the column {name}, which changes what is learnt and has no place in rows "
+                f"Row {index} has the column {name}, which changes what is learned and has no place in rows "
                 f"of {' and '.join(layout.source.values())}; {remedy}. To train without it, name it in "
                 "data.ignore, or remove the column."
             )
@@ -230,7 +230,7 @@ def _spoken(turn: Any) -> Any:
 
 
 def _split(messages: list[Any], index: int, labels: str, prompts: bool) -> dict[str, Any]:
-    """Messages, or prompt and last turn where only that is learnt or written anew."""
+    """Messages, or prompt and last turn where only that is learned or written anew."""
     messages = _weighed(messages, index)
     if not messages:
         return {"messages": messages}
@@ -247,7 +247,7 @@ def _weighed(turns: Any, index: int, fixed: bool = False) -> Any:
     """Turns whose weight, if any has one, is called so and is 0 or 1.
 
     Args:
-        fixed: all of the turns are learnt, so none has the weight 0.
+        fixed: all of the turns are learned, so none has the weight 0.
     """
     if not isinstance(turns, list):
         return turns
@@ -258,7 +258,7 @@ def _weighed(turns: Any, index: int, fixed: bool = False) -> Any:
         kept = {name: value for name, value in turn.items() if name not in _WEIGHTS}
         name, weight = next(iter(given.items()), ("", None))
         if weight not in (None, 0, 1) or (fixed and weight == 0):
-            allowed = "1, since it is all that is learnt" if weight == 0 else "0 or 1"
+            allowed = "1, since it is all that is learned" if weight == 0 else "0 or 1"
             raise ValueError(
                 f"Row {index}: turn {number} has {name} {weight}, and here it can be {allowed}: correct the "
                 "row, or remove it."
@@ -279,7 +279,7 @@ def _with_system(turns: Any, text: str) -> Any:
 
 
 def _token_ids(parts: dict[str, Any], index: int, labels: str) -> dict[str, Any]:
-    """Token ids with labels, from whatever says which of them are learnt."""
+    """Token ids with labels, from whatever says which of them are learned."""
     ids = parts["input_ids"]
     if not isinstance(ids, list):
         return {"input_ids": ids}
@@ -297,9 +297,9 @@ def _token_ids(parts: dict[str, Any], index: int, labels: str) -> dict[str, Any]
     real = masks.pop("attention_mask", None) or [1] * len(ids)
     if labels == "all":
         masks.pop("completion_mask", None)
-    learnt = [all(bits) for bits in zip(*masks.values(), strict=True)] if masks else [True] * len(ids)
+    learned = [all(bits) for bits in zip(*masks.values(), strict=True)] if masks else [True] * len(ids)
     targets = list(ids) if targets is None else targets
-    targets = [target if bit else IGNORE_INDEX for target, bit in zip(targets, learnt, strict=True)]
+    targets = [target if bit else IGNORE_INDEX for target, bit in zip(targets, learned, strict=True)]
     return {
         "input_ids": [token for token, bit in zip(ids, real, strict=True) if bit],
         "labels": [target for target, bit in zip(targets, real, strict=True) if bit],

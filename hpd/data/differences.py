@@ -25,13 +25,13 @@ _DIFFERENCES = {
         "warning",
         "thoughts",
         "the chat template cuts the beginning off the answers of {share} ({example}). hpd keeps it in the "
-        "answer that is learnt, as the student would write it. If it shall not be learnt, remove it from "
+        "answer that is learned, as the student would write it. If it shall not be learned, remove it from "
         "the rows",
     ),
     "dropped": Difference(
         "warning",
         "dropped text",
-        "the chat template drops text that should be learnt from {share}: {example}. Put thoughts into the "
+        "the chat template drops text that should be learned from {share}: {example}. Put thoughts into the "
         "content as the student writes them (<think>...</think>), set data.labels: last_turn to learn the "
         "last answer whole, or choose a template that has a place for it (train.chat_template_path)",
     ),
@@ -57,14 +57,14 @@ _DIFFERENCES = {
     "empty thought": Difference(
         "warning",
         "added text",
-        "the chat template adds an empty thought to answers without one in {share}: {example} is learnt with "
-        "the answer. To make it a part of the prompt, give the rows a column chat_template_kwargs with "
+        "the chat template adds an empty thought to answers without one in {share}: {example} is learned "
+        "with the answer. To make it a part of the prompt, give the rows a column chat_template_kwargs with "
         "{{enable_thinking: false}} where the template knows it; or give the answers their thoughts",
     ),
     "added": Difference(
         "warning",
         "added text",
-        "the chat template adds text to what is learnt in {share}: {example}. Choose a template without it "
+        "the chat template adds text to what is learned in {share}: {example}. Choose a template without it "
         "(train.chat_template_path) if the student shall not write it",
     ),
     "head": Difference(
@@ -89,14 +89,14 @@ _DIFFERENCES = {
         "warning",
         "prompt and completion",
         "in {share} the last tokens of the prompt merge with the completion's first: {example} is asked "
-        "otherwise than it is learnt. End prompts on a token boundary: move a space at their end to the "
+        "otherwise than it is learned. End prompts on a token boundary: move a space at their end to the "
         "start of the completion, or use messages",
     ),
     "other prompt": Difference(
         "warning",
         "prompt and completion",
         "in {share} the chat template ends the prompt with {example} when the student is asked, and the row "
-        "that is learnt does not go on from there. Give the answers what the template begins for them (such "
+        "that is learned does not go on from there. Give the answers what the template begins for them (such "
         "as a thought), or choose another template (train.chat_template_path)",
     ),
     "date": Difference(

@@ -52,13 +52,13 @@ READ = tuple(dict.fromkeys([name for group in (*FORMATS.values(), *_TAKEN.values
 # Names of the same thing in instruction data: Dolly's and those of LLaMA-Factory and ms-swift.
 _ALIASES = {"context": "input", "response": "output", "query": "instruction"}
 
-# Columns that change what is learnt, and what to do about each where the format has no place for it.
+# Columns that change what is learned, and what to do about each where the format has no place for it.
 _MEANING = {
     "input": "it belongs to the prompt: map data.columns: {instruction: ..., input: ..., output: ...}",
     "system": "it stands before the prompt: write the rows as messages",
     "history": "it stands before the prompt: write the rows as messages",
     "tools": "a chat template shows them: write the rows as messages",
-    "weight": "rows are learnt in full or not at all: remove the rows of weight 0, and the column",
+    "weight": "rows are learned in full or not at all: remove the rows of weight 0, and the column",
     "label": "it tells good answers from bad ones: keep the rows that are true",
     "labels": "they belong to input_ids: see docs/data.md",
     "completions": "rows have one completion: make a row of each",
@@ -93,11 +93,11 @@ class RowFormat(NamedTuple):
     chat: bool
     """Text prompts and completions become messages."""
     refused: Mapping[str, str]
-    """Columns that change what is learnt and have no place here, with what to do; empty ones do no harm."""
+    """Columns that change what is learned and have no place here, with what to do; empty ones do no harm."""
     beside: tuple[str, ...]
-    """Columns that hold another form of the rows, which is not learnt."""
+    """Columns that hold another form of the rows, which is not learned."""
     unread: tuple[str, ...]
-    """Columns that say nothing about what is learnt."""
+    """Columns that say nothing about what is learned."""
     others: tuple[RowFormat, ...] = ()
     """What a row is whose columns of this format are null."""
 

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hpd.data.reading import first_rows
-from hpd.data.rendering import tokenise
+from hpd.data.rendering import tokenize
 
 __all__ = ["MEASURED_ROWS", "Cut", "Lengths", "check_ids", "greatest_id", "kept_part", "measure"]
 
@@ -66,13 +66,13 @@ def measure(
     labels: str,
     truncation_mode: str = "keep_start",
 ) -> Lengths:
-    """Tokenise the first rows as training will, to see lengths and labels before any model is loaded.
+    """Tokenize the first rows as training will, to see lengths and labels before any model is loaded.
 
     Args:
         rows: of training, in a format of TRL's.
         tokenizer: the student's.
         max_length: tokens that a row keeps; None: all.
-        labels: as `tokenise` takes them.
+        labels: as `tokenize` takes them.
         truncation_mode: keep_start or keep_end, the tokens that max_length keeps.
 
     Raises:
@@ -82,7 +82,7 @@ def measure(
     masks: list[np.ndarray] = []
     finished: list[bool] = []
     for row in first_rows(rows, MEASURED_ROWS):
-        ids, mask = tokenise(dict(row), tokenizer, labels)
+        ids, mask = tokenize(dict(row), tokenizer, labels)
         lengths.append(len(ids))
         masks.append(np.array(mask, dtype=bool))
         if truncation_mode == "keep_end" or max_length is None or len(ids) <= max_length:
@@ -146,8 +146,8 @@ def _cut(sizes: np.ndarray, labels: np.ndarray, left: np.ndarray, read: np.ndarr
 
 def greatest_id(rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, labels: str) -> int:
     """Return the greatest token id of the first rows; 0 without any."""
-    tokenised = (tokenise(dict(row), tokenizer, labels)[0] for row in first_rows(rows, MEASURED_ROWS))
-    return max((max(ids, default=0) for ids in tokenised), default=0)
+    tokenized = (tokenize(dict(row), tokenizer, labels)[0] for row in first_rows(rows, MEASURED_ROWS))
+    return max((max(ids, default=0) for ids in tokenized), default=0)
 
 
 def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
@@ -166,7 +166,7 @@ def check_ids(rows: Dataset | IterableDataset, vocab_size: int) -> None:
         if ids and max(ids) >= vocab_size:
             raise ValueError(
                 f"Row {index} has the token {max(ids)} among its input_ids, and the student's head has "
-                f"{vocab_size} tokens: the rows were tokenised for another model."
+                f"{vocab_size} tokens: the rows were tokenized for another model."
             )
 
 

@@ -84,32 +84,32 @@ def _message_differences(
     text = rendered.text or ""
     whole = row.get("messages") is not None
     turns = row["messages"] if whole else [*row["prompt"], *(row.get("completion") or ())]
-    first_learnt = 0 if whole else len(row["prompt"])
+    first_learned = 0 if whole else len(row["prompt"])
     if rendered.cut:
         yield "restored", _short(rendered.cut)
     yield from _head(row, turns, text, tokenizer)
     cursor = 0
     for number, turn in enumerate(turns):
-        if number == first_learnt:
+        if number == first_learned:
             cursor = max(cursor, rendered.begins)
-        learnt = number >= first_learnt and (
+        learned = number >= first_learned and (
             labels in ("all", "conversation") or turn.get("role") == "assistant"
         )
         answer = turn.get("role") == "assistant"
         for name, piece in _pieces(turn):
-            # Some templates print the system message elsewhere; what is learnt stands where it should.
-            where = _find(piece, text, cursor) or (None if learnt else _find(piece, text, 0))
+            # Some templates print the system message elsewhere; what is learned stands where it should.
+            where = _find(piece, text, cursor) or (None if learned else _find(piece, text, 0))
             if where is None:
                 thought = name in ("thought", *_THOUGHTS)
-                kind = "dropped" if learnt else "earlier" if answer and thought else "context"
+                kind = "dropped" if learned else "earlier" if answer and thought else "context"
                 whose = f"the {name}" if name != "content" else f"{turn['role']}:"
                 yield kind, f"{whose} {_short(piece)}"
                 continue
-            if learnt and answer and name == "content" and whole:
+            if learned and answer and name == "content" and whole:
                 yield from _lead(text[cursor : where[0]])
             if turn.get("role") not in ("system", "developer"):
                 cursor = max(cursor, where[1])
-        if learnt and answer:
+        if learned and answer:
             yield from _trimmed(turn, text)
     if not whole and row.get("completion") and not rendered.cut:
         yield from _completion_frame(row, rendered, tokenizer)
@@ -157,7 +157,7 @@ def _trimmed(turn: Mapping[str, Any], text: str) -> Iterator[tuple[str, str]]:
 
 
 def _lead(between: str) -> Iterator[tuple[str, str]]:
-    """What is learnt before an answer, in a conversation that is learnt as a whole."""
+    """What is learned before an answer, in a conversation that is learned as a whole."""
     if found := _EMPTY_THOUGHT.search(between):
         yield "empty thought", repr(found.group())
 
@@ -165,14 +165,14 @@ def _lead(between: str) -> Iterator[tuple[str, str]]:
 def _completion_frame(
     row: Mapping[str, Any], rendered: Rendering, tokenizer: Any
 ) -> Iterator[tuple[str, str]]:
-    """What is learnt around the completion's messages."""
-    learnt = (rendered.text or "")[rendered.begins :]
+    """What is learned around the completion's messages."""
+    learned = (rendered.text or "")[rendered.begins :]
     pieces = [piece for turn in row["completion"] for _, piece in _pieces(turn)]
-    places = [where for piece in pieces if (where := _find(piece, learnt, 0))]
+    places = [where for piece in pieces if (where := _find(piece, learned, 0))]
     if not places:
         return
-    before = learnt[: min(start for start, _ in places)]
-    behind = learnt[max(end for _, end in places) :]
+    before = learned[: min(start for start, _ in places)]
+    behind = learned[max(end for _, end in places) :]
     if found := _EMPTY_THOUGHT.search(before):
         yield "empty thought", repr(found.group())
         before = before.replace(found.group(), "")
@@ -231,10 +231,10 @@ def _seam(rendered: Rendering, tokenizer: Any) -> Iterator[tuple[str, str]]:
 
 def _last_token(rendered: Rendering, tokenizer: Any) -> int | None:
     """The token that a row's labels end with, but for white space behind it."""
-    learnt = [i for i, bit in zip(rendered.ids, rendered.mask, strict=True) if bit][-3:]
-    while learnt and not tokenizer.decode([learnt[-1]]).strip():
-        learnt.pop()
-    return learnt[-1] if learnt else None
+    learned = [i for i, bit in zip(rendered.ids, rendered.mask, strict=True) if bit][-3:]
+    while learned and not tokenizer.decode([learned[-1]]).strip():
+        learned.pop()
+    return learned[-1] if learned else None
 
 
 def _stops(last: Mapping[int, int], tokenizer: Any, ends: frozenset[int] | None) -> list[CheckResult]:

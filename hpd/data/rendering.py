@@ -12,14 +12,14 @@ from hpd.batch import IGNORE_INDEX
 from hpd.data.repair import adds_eos, repaired
 from hpd.data.templates import assistant_template, taken_by_template
 
-__all__ = ["Rendering", "render", "tokenise"]
+__all__ = ["Rendering", "render", "tokenize"]
 
 # Stands for the content of an answer while a template is asked for what is around it.
 _PLACE = "PLACE-OF-THE-ANSWER"
 
 
 class Rendering(NamedTuple):
-    """A row as it is learnt."""
+    """A row as it is learned."""
 
     ids: list[int]
     """Its tokens, before train.max_length."""
@@ -37,7 +37,7 @@ class Rendering(NamedTuple):
     """Text of the answer that the template leaves out; the row keeps it all the same."""
 
 
-def tokenise(row: Mapping[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
+def tokenize(row: Mapping[str, Any], tokenizer: Any, labels: str) -> tuple[list[int], list[bool]]:
     """Token ids and label mask of one row; see `render`."""
     rendered = render(row, tokenizer, labels)
     return rendered.ids, rendered.mask
@@ -120,7 +120,7 @@ def _conversation(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Render
     if not cut or turns[-1].get("weight") == 0:
         ids, mask = _assistant(turns, tokenizer, options)
         return Rendering(ids, mask, text)
-    # Up to the last answer the text is the same; the answer is learnt from where the prompt ends.
+    # Up to the last answer the text is the same; the answer is learned from where the prompt ends.
     earlier = _assistant([*turns[:-1], {**turns[-1], "weight": 0}], tokenizer, options)[1]
     ids = _ids(text, tokenizer)
     prompt = _render(turns[:-1], tokenizer, add_generation_prompt=True, **options)
@@ -145,8 +145,8 @@ def _assistant(
     else:
         ids = _ids(_render(turns, tokenizer, **options), tokenizer)
         spans = [_span(turns, place, ids, tokenizer, options) for place in places]
-    learnt = [turns[place].get("weight") != 0 for place in places]
-    if not all(learnt) and len(spans) != len(places):
+    learned = [turns[place].get("weight") != 0 for place in places]
+    if not all(learned) and len(spans) != len(places):
         raise ValueError(
             f"A conversation has {len(places)} assistant turns, of which some have weight 0, and the "
             f"student's chat template marks {len(spans)}: split the conversation, or set data.labels: "
@@ -154,7 +154,7 @@ def _assistant(
         )
     out = [False] * len(ids)
     for (start, end), bit in zip(
-        spans, learnt if len(spans) == len(places) else [True] * len(spans), strict=True
+        spans, learned if len(spans) == len(places) else [True] * len(spans), strict=True
     ):
         out[start:end] = [bit] * (end - start)
     return ids, out
@@ -220,7 +220,7 @@ def _restored(
     """The text with the whole of its last answer, where the template leaves the answer's beginning out.
 
     Templates of reasoning models cut the thought off an answer, since earlier thoughts are not shown to the
-    model again; in the answer that is learnt, the thought is the lesson.
+    model again; in the answer that is learned, the thought is the lesson.
 
     Returns:
         The text, and what the template had left out; ("text", "") where it leaves out nothing.

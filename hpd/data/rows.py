@@ -138,7 +138,7 @@ def _held_out(train: Any, layouts: Sequence[RowFormat], share: float) -> tuple[D
 
 
 def load_preferences(config: DataConfig) -> Dataset:
-    """Rows with prompt, chosen and rejected, for preference optimisation.
+    """Rows with prompt, chosen and rejected, for preference optimization.
 
     Raises:
         FileNotFoundError, ValueError: as `load_rows`; a column is missing, or text pairs are to be what only
@@ -171,7 +171,7 @@ def _check_preferences(rows: Any, config: DataConfig) -> None:
     for name, idle in asked.items():
         if idle:
             raise ValueError(
-                f"{name} has no effect on preference pairs, which are learnt as they are written, and those "
+                f"{name} has no effect on preference pairs, which are learned as they are written, and those "
                 f"of {config.path} are {'text' if texts else 'messages'}: write them as "
                 f"{'messages' if texts else 'text'}, or remove it."
             )

@@ -1,6 +1,6 @@
 """Orders of rows: the last batch of an epoch on several processes is filled with rows that have no label.
 
-Accelerate fills it with rows from the start instead, which are then learnt (and evaluated) twice, so that a
+Accelerate fills it with rows from the start instead, which are then learned (and evaluated) twice, so that a
 run would depend on the number of processes.
 """
 
@@ -101,9 +101,9 @@ class RepeatedRows(Sampler[int]):
 
     Args:
         rows: the dataset.
-        prompts: different rows of one optimiser step, over all processes.
+        prompts: different rows of one optimizer step, over all processes.
         num_rollouts: times side by side.
-        updates: optimiser steps on the same rows.
+        updates: optimizer steps on the same rows.
         seed: of the shuffling; None keeps the dataset's order.
     """
 

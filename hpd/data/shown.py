@@ -1,4 +1,4 @@
-"""A row as it will be learnt, to be looked at."""
+"""A row as it will be learned, to be looked at."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 
 from hpd.data.lengths import MEASURED_ROWS, kept_part
 from hpd.data.reading import first_rows
-from hpd.data.rendering import tokenise
+from hpd.data.rendering import tokenize
 from hpd.data.teacher_rows import teacher_prefix
 
-__all__ = ["Part", "row_as_learnt"]
+__all__ = ["Part", "row_as_learned"]
 
 
 class Part(NamedTuple):
-    """Text of a row, all of it learnt or none."""
+    """Text of a row, all of it learned or none."""
 
     text: str
-    learnt: bool
+    learned: bool
 
 
-def row_as_learnt(
+def row_as_learned(
     rows: Any,
     tokenizer: Any,
     labels: str,
@@ -31,7 +31,7 @@ def row_as_learnt(
 ) -> list[Part]:
     """The first row with a label that stays, decoded from its tokens, in the order of the text.
 
-    The first token is never learnt: nothing comes before it that would predict it.
+    The first token is never learned: nothing comes before it that would predict it.
 
     Args:
         rows: of training.
@@ -40,21 +40,21 @@ def row_as_learnt(
     """
     for index, row in enumerate(first_rows(rows, MEASURED_ROWS)):
         ids, mask = (
-            kept_part(part, max_length, truncation_mode) for part in tokenise(dict(row), tokenizer, labels)
+            kept_part(part, max_length, truncation_mode) for part in tokenize(dict(row), tokenizer, labels)
         )
-        learnt = [False, *map(bool, mask[1:])]
-        if any(learnt) and of_teacher:
+        learned = [False, *map(bool, mask[1:])]
+        if any(learned) and of_teacher:
             prefix = teacher_prefix(row, tokenizer, labels, index)
             ids = [*prefix.ids, *ids[prefix.start :]]
-            learnt = [False] * len(prefix.ids) + learnt[prefix.start :]
-        if any(learnt):
-            return _parts(ids, learnt, tokenizer)
+            learned = [False] * len(prefix.ids) + learned[prefix.start :]
+        if any(learned):
+            return _parts(ids, learned, tokenizer)
     return []
 
 
-def _parts(ids: list[int], learnt: list[bool], tokenizer: Any) -> list[Part]:
+def _parts(ids: list[int], learned: list[bool], tokenizer: Any) -> list[Part]:
     parts, start, shown = [], 0, ""
-    for bit, group in groupby(learnt):
+    for bit, group in groupby(learned):
         start += len(list(group))
         # A piece decoded by itself may lose its leading space.
         text = tokenizer.decode(ids[:start])

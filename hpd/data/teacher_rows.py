@@ -43,7 +43,7 @@ def teacher_prefix(row: Mapping[str, Any], tokenizer: Any, labels: str, index: i
     prompt, own = row.get("prompt"), row.get(TEACHER_PROMPT)
     if labels == "all":
         raise ValueError(
-            f"Every token of a row is learnt (data.labels: all), and a {TEACHER_PROMPT} gives the teacher "
+            f"Every token of a row is learned (data.labels: all), and a {TEACHER_PROMPT} gives the teacher "
             "another prompt: learn completions only (data.labels: completion)."
         )
     if prompt is None or (own is not None and isinstance(own, list) != isinstance(prompt, list)):

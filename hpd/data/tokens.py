@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from hpd.batch import IGNORE_INDEX, TEACHER_PREFIXES
 from hpd.data.convert import convert
 from hpd.data.formats import RowFormat
-from hpd.data.rendering import tokenise
+from hpd.data.rendering import tokenize
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.data.teacher_rows import prefixes_of, teacher_prefix
 
@@ -32,25 +32,25 @@ def label_rows(
         rows: of any format.
         layout: which one.
         tokenizer: the student's.
-        labels: as `tokenise` takes them.
+        labels: as `tokenize` takes them.
         prompts: prompts without completions are enough.
         num_proc: processes, as `train.dataset_num_proc` says.
 
     Raises:
-        ValueError: a row that cannot be learnt from.
+        ValueError: a row that cannot be learned from.
     """
     given = {"layout": layout, "tokenizer": tokenizer, "labels": labels, "prompts": prompts}
     options: Any = {} if isinstance(rows, IterableDataset) else {"num_proc": num_proc}
-    return rows.map(_labelled, with_indices=True, fn_kwargs=given, **options)
+    return rows.map(_labeled, with_indices=True, fn_kwargs=given, **options)
 
 
-def _labelled(
+def _labeled(
     row: Mapping[str, Any], index: int, layout: RowFormat, tokenizer: Any, labels: str, prompts: bool
 ) -> dict[str, list[Any]]:
     converted = convert(row, index, layout, labels, prompts=prompts)
     if "input_ids" in converted and TEACHER_PROMPT not in row:
         return {name: converted[name] for name in ("input_ids", "labels")}
-    ids, mask = tokenise(converted, tokenizer, labels)
+    ids, mask = tokenize(converted, tokenizer, labels)
     out: dict[str, list[Any]] = {
         "input_ids": ids,
         "labels": [token if bit else IGNORE_INDEX for token, bit in zip(ids, mask, strict=True)],

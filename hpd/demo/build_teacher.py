@@ -66,7 +66,7 @@ MAX_COMPLETION_TOKENS = 48
 def build_tokenizer() -> Any:
     """One token per character, except the answer mark, which is one token too.
 
-    Characters never merge, so a tokenised prompt is always a prefix of the tokenised prompt and completion.
+    Characters never merge, so a tokenized prompt is always a prefix of the tokenized prompt and completion.
     """
     tokenizer = Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN)

@@ -8,7 +8,7 @@ twice that, and the head's V D weights count at label positions only, which are 
     teacher   2 B_t x trained tokens + 2 V D_t x label tokens      (0 for sft, which needs none)
     rollouts  2 (B_s + V D_s) x tokens that the student reads or writes while generating
 
-Attention's products of tokens with tokens, the optimiser and the element-wise part of the loss are left out;
+Attention's products of tokens with tokens, the optimizer and the element-wise part of the loss are left out;
 all methods share them. A frozen backbone under LoRA saves a third of the student's part, which is counted as
 if it did not.
 """

@@ -74,7 +74,7 @@ class Memory(NamedTuple):
     student: int
     """Weights, in the dtype they are trained in."""
     optimizer: int
-    """The optimiser's states."""
+    """The optimizer's states."""
     teacher: int
     """Weights."""
     buffers: int
@@ -87,7 +87,7 @@ class Memory(NamedTuple):
     """The loss operator: gradients of head and hidden states, scratch, and the chunks of logits where it
     frees them."""
     backward: int
-    """Most that is alive in the backward pass or the optimiser's step: gradients, activations not yet freed,
+    """Most that is alive in the backward pass or the optimizer's step: gradients, activations not yet freed,
     temporaries."""
 
     @property

@@ -1,4 +1,4 @@
-"""Bytes of weights and optimiser states, and sizes as people write them."""
+"""Bytes of weights and optimizer states, and sizes as people write them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def optimizer_bytes(trained: Sequence[Tensor], name: str) -> int:
 
 
 def step_scratch(trained: Sequence[Tensor], name: str) -> int:
-    """Bytes of the optimiser's temporaries: two of the largest parameter; fused kernels work in place."""
+    """Bytes of the optimizer's temporaries: two of the largest parameter; fused kernels work in place."""
     if "fused" in name or "sgd" in name:
         return 0
     return 2 * max((p.numel() * p.element_size() for p in trained), default=0)

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hpd.data.rendering import tokenise
+from hpd.data.rendering import tokenize
 from hpd.evaluate.statistics import Figure, Floats, estimate, ratio
 from hpd.evaluate.text_rows import TextRow
 from hpd.evaluate.token_statistics import (
@@ -258,7 +258,7 @@ def _length_limit(student: nn.Module, teacher: nn.Module | None, max_length: int
 def _dataset_tokens(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[TextRow], settings: GenerationSettings
 ) -> list[TextTokens]:
-    """Tokenised exactly as for training: the template's own end of turn, or eos, is a label."""
+    """Tokenized exactly as for training: the template's own end of turn, or eos, is a label."""
     texts = []
     for prompt, completion in rows:
         encode_prompt(tokenizer, prompt, settings)  # refuses what the student could not be asked
@@ -270,7 +270,7 @@ def _dataset_tokens(
             row = {"prompt": turns, "completion": [{"role": "assistant", "content": completion}]}
         else:
             row = {"prompt": f"{system}\n\n{prompt}" if system else prompt, "completion": completion}
-        texts.append(TextTokens(*tokenise(row, tokenizer, "completion")))
+        texts.append(TextTokens(*tokenize(row, tokenizer, "completion")))
     return texts
 
 

@@ -110,10 +110,10 @@ def wilson_interval(num_correct: float, num_examples: float) -> Bounds:
     Reference:
         Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
     """
-    centre = num_correct + _Z_95**2 / 2
+    center = num_correct + _Z_95**2 / 2
     product = num_correct * (num_examples - num_correct) / num_examples
     margin = _Z_95 * math.sqrt(max(0.0, product) + _Z_95**2 / 4)
-    low, high = ((centre + side) / (num_examples + _Z_95**2) for side in (-margin, margin))
+    low, high = ((center + side) / (num_examples + _Z_95**2) for side in (-margin, margin))
     return max(0.0, low), min(1.0, high)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +89,11 @@ def _compare(
 ) -> list[Failure]:
     """Tune, freeze and run; returns the runs that failed."""
     folder = experiment.folder
+    progress.say(f"{experiment.name}: reading its recipes and data")
     tuning = all_tuning(experiment, folder)
     grid = expand(experiment, folder)
+    finished = sum(is_finished(cell.recipe) for cell in [*tuning, *grid])
+    progress.say(f"{len(tuning)} runs of tuning and {len(grid)} of the grid, {finished} of them finished")
     evals = evaluations(experiment, folder)
     plan_evals(evals)  # a missing file is found before anything runs
     manifest = open_manifest(folder, text, overrides, tuning, grid, allow)
@@ -104,7 +108,7 @@ def _compare(
     require_comparable(grid, manifest, allow)
     own = experiment.own_samples, experiment.own_samples_every, experiment.entropy_tertiles
     work = [Job(cell.recipe, cell.axes, experiment.budget, evals, *own) for cell in grid]
-    _evaluate_teachers(work, folder)
+    _evaluate_teachers(work, folder, progress)
     return run_grid(work, jobs, folder, "runs", progress)
 
 
@@ -198,7 +202,7 @@ def _context() -> Any:
     return context
 
 
-def _evaluate_teachers(work: Sequence[Job], folder: Path) -> None:
+def _evaluate_teachers(work: Sequence[Job], folder: Path, progress: Progress) -> None:
     """Evaluate each teacher once for all runs; the recipe's own eval asks it in every run. Several teachers
     have a folder each, and the figures of all are their means."""
     target = folder / "teacher"
@@ -207,21 +211,26 @@ def _evaluate_teachers(work: Sequence[Job], folder: Path) -> None:
         return
     (folder / "logs").mkdir(exist_ok=True)
     folders = [target] if len(asked) == 1 else [target / str(number) for number in range(len(asked))]
-    for job, own in zip(asked.values(), folders, strict=True):
-        _evaluate_teacher(job._replace(threads=_threads()), own, folder / "logs" / "teacher.log")
+    bar = progress.bar("teachers evaluated")
+    for number, (job, own) in enumerate(zip(asked.values(), folders, strict=True)):
+        waiting = functools.partial(bar, number, len(asked))
+        _evaluate_teacher(job._replace(threads=_threads()), own, folder / "logs" / "teacher.log", waiting)
+    bar(len(asked), len(asked))
     if len(asked) > 1:
         found = [json.loads((own / TEACHER_FIGURES).read_text(encoding="utf-8")) for own in folders]
         means = {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
         write_json(target / TEACHER_FIGURES, means)
 
 
-def _evaluate_teacher(job: Job, target: Path, log: Path) -> None:
+def _evaluate_teacher(job: Job, target: Path, log: Path, waiting: Callable[[], None]) -> None:
     if (target / TEACHER_FIGURES).is_file():
         return
     process = _context().Process(target=evaluate_teacher, args=(job, str(target), str(log)))
     try:
         process.start()
-        process.join()
+        while process.is_alive():
+            waiting()
+            process.join(_POLL_SECONDS)
     finally:
         _stop([process])
     if not (target / TEACHER_FIGURES).is_file():

@@ -42,7 +42,7 @@ class Budget:
     __pydantic_config__ = _STRICT
 
     type: Literal["steps", "label_tokens", "flops", "seconds"]
-    """steps: optimiser steps. label_tokens: learnt tokens. flops: counted (see `hpd.experiments.budget`).
+    """steps: optimizer steps. label_tokens: learned tokens. flops: counted (see `hpd.experiments.budget`).
     seconds: wall-clock."""
     value: float
     """The amount, > 0. All but steps need train.max_steps as a ceiling; schedules then follow the share of
@@ -113,7 +113,7 @@ class Experiment:
     paths that are replaced together}, or labels alone. The grid is their product. `$NAME` in values of the
     recipe stands for a run's label on the axis NAME of your own."""
     paired: list[str] = field(default_factory=list)
-    """Axes that repeat every variant as the seed does, such as initialisations of student and teacher. Runs
+    """Axes that repeat every variant as the seed does, such as initializations of student and teacher. Runs
     are paired over them, and means, intervals and tests go over all their combinations."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """One more axis, `variant`: name -> recipe keys that replace the base's."""

@@ -75,7 +75,7 @@ class Look(NamedTuple):
 
 
 def looks_of(names: Sequence[str], first: str | None = None) -> dict[str, Look]:
-    """A look for every name: `first` and the first others get five colors, all that follow are grey."""
+    """A look for every name: `first` and the first others get five colors, all that follow are gray."""
     order = sorted(names, key=lambda name: name != first)[:MAX_NAMED]
     styles = zip(COLORS, _DASHES, _MARKERS, strict=True)
     named = {name: Look(*style, True) for name, style in zip(order, styles, strict=False)}

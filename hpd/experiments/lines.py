@@ -195,7 +195,7 @@ def multiples_panel(
 
     Args:
         plots: title of a plot -> its lines.
-        looks: name of a line -> look; a plot with several grey lines gives them colors of its own.
+        looks: name of a line -> look; a plot with several gray lines gives them colors of its own.
         log, ticks, level: as `line_panel`.
         log_x: a logarithmic x axis.
         share_y: one y axis for all, where their values are comparable.
@@ -245,7 +245,7 @@ def _spans(lines: Iterable[Line]) -> bool:
 def _looks_within(
     lines: Mapping[str, Line], looks: Mapping[str, Look] | None, are_shared: bool
 ) -> Mapping[str, Look]:
-    """The looks that are given, unless lines of a plot with a legend of its own would be the same grey."""
+    """The looks that are given, unless lines of a plot with a legend of its own would be the same gray."""
     if looks is None:
         return looks_of(list(lines))
     given = {name: looks[name] for name in lines}

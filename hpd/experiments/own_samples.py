@@ -59,7 +59,7 @@ class OwnSampleCurve(TrainerCallback):
     Args:
         path: gets a line per measurement, the step and its figures; lines of steps that a resumed run does
             again are dropped.
-        every: optimiser steps between two measurements.
+        every: optimizer steps between two measurements.
         measure: takes the student, in evaluation mode, and returns its figures.
     """
 

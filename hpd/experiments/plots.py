@@ -165,7 +165,7 @@ def _difference_panel(metric: str, rows: Sequence[VariantComparison], scale: Sca
     counts = [row.num_seeds for row in rows]
     note = (
         f"Point: mean paired difference; bar: its 95 % interval, uncorrected, over {_seeds(counts)}. "
-        "Green: win; red: loss, both after correction; grey: no difference found; hollow: too few seeds to "
+        "Green: win; red: loss, both after correction; gray: no difference found; hollow: too few seeds to "
         f"tell.{f' {SPLIT_NOTE}' if len(found.parts) > 1 else ''}"
     )
     table = [

@@ -323,7 +323,7 @@ def _count_spikes(x: Floats, window: int = 21, threshold: float = 6.0) -> int:
     count = 0
     for i in range(4, len(x)):
         before = x[max(0, i - window) : i]
-        centre = np.median(before)
-        scale = 1.4826 * np.median(np.abs(before - centre))
-        count += bool(x[i] > centre + threshold * max(scale, 1e-3 * abs(centre)) and x[i] > 0)
+        center = np.median(before)
+        scale = 1.4826 * np.median(np.abs(before - center))
+        count += bool(x[i] > center + threshold * max(scale, 1e-3 * abs(center)) and x[i] > 0)
     return count

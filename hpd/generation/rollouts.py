@@ -38,7 +38,7 @@ class RolloutEngine(Protocol):
             prompts: token ids, at least one each.
             limits: longest continuation of each, in tokens, >= 1.
             uniforms: `[B, max(limits)]` numbers in [0, 1), float64: the randomness of each prompt's draws.
-            step: the optimiser step; weights are those after `step` updates.
+            step: the optimizer step; weights are those after `step` updates.
 
         Every process must call it at the same time, with no prompts if it has none.
         """
@@ -117,13 +117,13 @@ def make_engine(
     """The engine that `config` names.
 
     Raises:
-        ValueError: vLLM is not installed or the student quantised, or teacher_share without a teacher that
+        ValueError: vLLM is not installed or the student quantized, or teacher_share without a teacher that
             runs beside the student.
     """
     if config.engine == "vllm":
         if is_quantized(base):
             raise ValueError(
-                "rollouts.engine: vllm gets whole weights, and an adapter merged into quantised ones would "
+                "rollouts.engine: vllm gets whole weights, and an adapter merged into quantized ones would "
                 "be rounded away: take rollouts.engine: transformers."
             )
         return make_vllm_rollouts(config, base, accelerator, tokenizer)

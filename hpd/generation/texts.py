@@ -31,7 +31,7 @@ class Rollout(NamedTuple):
     tokens: list[int]
     """The end token included, where it ended by itself."""
     ended: bool
-    """False: cut at its limit, so the last token is no end and must not be learnt as one."""
+    """False: cut at its limit, so the last token is no end and must not be learned as one."""
     logprobs: list[float]
     """Of each token under the model's unmodified distribution (temperature 1, nothing cut off), in nats; none
     where tokens are not drawn (greedy)."""

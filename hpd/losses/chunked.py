@@ -21,7 +21,7 @@ from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
 from hpd.losses.products import Gradients, accumulate, chunk_rows, chunks, for_products, project_, wide
 from hpd.losses.teacher_side import (
     is_known_by_token,
-    log_normaliser,
+    log_normalizer,
     mass_outside,
     tail_mass,
     teacher_logits_,
@@ -41,7 +41,7 @@ from hpd.methods.terms import Term
 
 __all__ = ["OperatorCall", "ReweightedNLL", "compiled_reweighted_nll"]
 
-# Scratch per tile on a CPU: small beside a chunk, and large enough to amortise the start of a parallel region
+# Scratch per tile on a CPU: small beside a chunk, and large enough to amortize the start of a parallel region
 # (measured: a pass over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
 _TILE_BYTES = 8 * 2**20
 
@@ -88,7 +88,7 @@ class ReweightedNLL(torch.autograd.Function):
         row_bytes = call.vocab * dtype.itemsize
         rows = chunk_rows(len(hidden), row_bytes, call.chunk_bytes)
         buffers = _chunk_buffers(hidden, rows, call.vocab, dtype)
-        # A product of Python numbers is filled in on the device: no copy from the host, no synchronisation.
+        # A product of Python numbers is filled in on the device: no copy from the host, no synchronization.
         scale = torch.ones((), dtype=dtype, device=hidden.device) * call.scale * head.scale
         few = _reads_few_tokens(call, head)
         by_token = few and is_known_by_token(call.teacher)
@@ -127,7 +127,7 @@ class ReweightedNLL(torch.autograd.Function):
             raise RuntimeError(
                 "reweighted_nll keeps its gradients for one backward pass; compute the loss again instead."
             )
-        # A CPU can look for free whether there is anything to scale; elsewhere looking would synchronise the
+        # A CPU can look for free whether there is anything to scale; elsewhere looking would synchronize the
         # device.
         if grad_output.device.type != "cpu" or grad_output != 1.0:
             # In place: a second [V, D] buffer would double the operator's memory.
@@ -222,7 +222,7 @@ def _look_up(part: OperatorCall, teacher_logits: Float[Tensor, "C V"] | None) ->
         log_p = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
         return lambda tokens: log_p.gather(1, tokens)
     labels = part.inputs.labels
-    log_z = log_normaliser(part.teacher, labels, part.vocab)
+    log_z = log_normalizer(part.teacher, labels, part.vocab)
     return lambda tokens: token_logprobs(part.teacher, log_z, labels, tokens)
 
 

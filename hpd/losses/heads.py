@@ -72,7 +72,7 @@ class TopKScores(NamedTuple):
 
     tokens: Int[Tensor, "N k"]
     logprobs: Float[Tensor, "N k"]
-    """Nats, normalised over the whole vocabulary."""
+    """Nats, normalized over the whole vocabulary."""
     label_logprobs: Float[Tensor, "N"]
     vocab: int
     """Tokens of the teacher's vocabulary."""

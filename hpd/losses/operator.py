@@ -73,7 +73,7 @@ def reweighted_nll(
         teacher: the same, or its k likeliest tokens; never differentiated. With `log_z`, terms on the label
             and the student's draws cost no product with the teacher's head.
         labels: the token that the dataset holds at each position, each below both vocabularies.
-        terms: what is learnt, checked (`Term.check`).
+        terms: what is learned, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
@@ -119,7 +119,7 @@ def loss_by_source(
     Args:
         student, teacher: at all N positions.
         batch: says who wrote what.
-        terms: what is learnt.
+        terms: what is learned.
         uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator: as for `reweighted_nll`.
     """
     total = student.hidden.new_zeros(())

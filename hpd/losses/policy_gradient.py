@@ -52,7 +52,7 @@ old_logprobs (of a term without ratios the labels' old_logprobs only)."""
 def clipped_surrogate(
     ratio: Float[Tensor, "..."], advantages: Float[Tensor, "..."], strategy: StrategyConfig
 ) -> tuple[Float[Tensor, "..."], Bool[Tensor, "..."]]:
-    """The gain to be maximised at each token, and True where its gradient is cut off.
+    """The gain to be maximized at each token, and True where its gradient is cut off.
 
     >>> ratio, advantages = torch.tensor([1.5, 0.5]), torch.tensor([1.0, 1.0])
     >>> clipped_surrogate(ratio, advantages, StrategyConfig(type="policy_gradient"))
@@ -170,7 +170,7 @@ class _PartData:
         self.chunks = list(chunks(len(self.labels), 4 * self.vocab, chunk_bytes))
 
     def student_logprobs(self, chunk: slice) -> Float[Tensor, "C V"]:
-        """Normalised over the common vocabulary."""
+        """Normalized over the common vocabulary."""
         return torch.log_softmax(logits(self.student.at(chunk), self.vocab), -1).clamp_min(LOGPROB_FLOOR)
 
     def teacher_logprobs(self, chunk: slice) -> Float[Tensor, "C V"]:

@@ -14,7 +14,7 @@ from hpd.losses.products import for_products, logits, project_, wide
 
 __all__ = [
     "is_known_by_token",
-    "log_normaliser",
+    "log_normalizer",
     "mass_outside",
     "tail_mass",
     "teacher_logits",
@@ -84,7 +84,7 @@ def _log_outside(teacher: Scores, vocab: int, dtype: torch.dtype) -> Float[Tenso
     return torch.logsumexp(project_(for_products(Scores(hidden, head), num_extra), extra), -1)
 
 
-def log_normaliser(teacher: TeacherScores, labels: Int[Tensor, "C"], vocab: int) -> Float[Tensor, "C"]:
+def log_normalizer(teacher: TeacherScores, labels: Int[Tensor, "C"], vocab: int) -> Float[Tensor, "C"]:
     """log Z of the common vocabulary, from the stored one of the whole: what lies outside is subtracted."""
     if isinstance(teacher, TopKScores):
         log_z = torch.zeros_like(teacher.label_logprobs)
@@ -105,7 +105,7 @@ def token_logprobs(
 
     Args:
         teacher: known by token (`is_known_by_token`).
-        log_z: as `log_normaliser` gives it.
+        log_z: as `log_normalizer` gives it.
         labels: the label of each position.
         tokens: which ones.
     """

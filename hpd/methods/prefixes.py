@@ -120,7 +120,7 @@ class ReplayConfig:
     capacity: int = 1000
     """Rollouts kept on each process; the oldest leave first."""
     max_age_steps: int | None = None
-    """Rollouts older than this many optimiser steps are dropped; null: none is."""
+    """Rollouts older than this many optimizer steps are dropped; null: none is."""
     fresh: Scalar = Schedule(schedule="linear", start=1.0, end=0.0)
     """Share of the student's rows that are newly written, the others are drawn from the buffer. Until the
     buffer is full, all are new. DistiLLM's schedule falls from 1 to 0."""

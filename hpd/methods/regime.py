@@ -17,7 +17,7 @@ __all__ = ["Regime", "choose_regime"]
 
 
 class Regime(NamedTuple):
-    """The data regime and the optimisation strategy of a run."""
+    """The data regime and the optimization strategy of a run."""
 
     prefixes: Prefixes
     rollouts: RolloutConfig

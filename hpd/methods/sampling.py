@@ -25,7 +25,7 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniforms: Float[Tensor, "N n"]) -> 
     made over the vocabulary, and the same uniform gives the same token whatever else is in the batch.
 
     Args:
-        probs: non-negative, need not be normalised; a row without any mass gives token 0.
+        probs: non-negative, need not be normalized; a row without any mass gives token 0.
         uniforms: in [0, 1), float64 so that tokens rarer than float32's step can be drawn.
     """
     vocab = probs.shape[1]

@@ -1,4 +1,4 @@
-"""The optimisation strategy: weights that meet the gradient directly, or as advantages of a clipped policy
+"""The optimization strategy: weights that meet the gradient directly, or as advantages of a clipped policy
 gradient."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["StrategyConfig", "as_strategy"]
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Optimisation strategy; the fields below type are those of policy_gradient."""
+    """Optimization strategy; the fields below type are those of policy_gradient."""
 
     __pydantic_config__ = STRICT
 
@@ -26,7 +26,7 @@ class StrategyConfig:
     dual_clip: float | None = None
     """Bound c > 1 of the ratio at negative advantages; null: none."""
     updates: int = 1
-    """Optimiser steps on the same rollouts, draws and advantages."""
+    """Optimizer steps on the same rollouts, draws and advantages."""
     mean: Literal["token", "sequence"] = "token"
     """token: every label token counts the same. sequence: every row does."""
     discount: float = 0.0
@@ -35,7 +35,7 @@ class StrategyConfig:
     later_only: bool = False
     """Leave a token's own advantage out (MiniLLM: a full-vocabulary term counts it exactly)."""
     normalize_returns: bool = False
-    """Divide the sum by the number of tokens in it (MiniLLM's length normalisation)."""
+    """Divide the sum by the number of tokens in it (MiniLLM's length normalization)."""
 
     def __post_init__(self) -> None:
         check_fields(

@@ -77,7 +77,7 @@ class Columns(NamedTuple):
         * drop: :math:`q_v \sum_k w_k - w_v`;
         * bucket (column B is the whole tail): the same at the tokens, :math:`q_v \sum_k w_k - w_B\, q_v /
           q_B` beside them;
-        * renormalize (columns are normalised among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the
+        * renormalize (columns are normalized among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the
           tokens only.
 
         Args:
@@ -145,7 +145,7 @@ class Support:
     """Whose likeliest tokens."""
     tail: Tail = "bucket"
     """The rest of the vocabulary beside the top-k: `bucket` (one column that holds all of it), `renormalize`
-    (the k columns are normalised among themselves), or `drop` (nothing; no divergence unless the weights do
+    (the k columns are normalized among themselves), or `drop` (nothing; no divergence unless the weights do
     not depend on the student)."""
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class Support:
 
     @property
     def is_distribution(self) -> bool:
-        """True if the columns are a normalised distribution."""
+        """True if the columns are a normalized distribution."""
         return (self.whole and not self.label) or (self.top_k > 0 and self.tail != "drop")
 
     @property
@@ -246,7 +246,7 @@ class Support:
         """Draw tokens; a position without a draw (share, or nothing but the label to draw) repeats the label.
 
         Args:
-            logprobs: of the side that is drawn from (`draws_of`), nats, normalised.
+            logprobs: of the side that is drawn from (`draws_of`), nats, normalized.
             probs: their exponentials, which the caller has anyway.
             labels: the dataset's tokens.
             uniforms: `num_uniforms` numbers per position in [0, 1), float64.
@@ -279,7 +279,7 @@ class Support:
         """The support's columns.
 
         Args:
-            teacher_logprobs: nats, normalised over the vocabulary.
+            teacher_logprobs: nats, normalized over the vocabulary.
             student_logprobs: the same of the student.
             labels: the dataset's tokens.
             draws: as `draw` gives them; needed when the support is sampled. A draw that equals the label has

@@ -146,7 +146,7 @@ METHODS: dict[str, Method] = {
         terms=_one("symmetric_kl"),
     ),
     "generalized_jsd": Method(
-        summary="generalised Jensen-Shannon divergence; beta 0 is forward KL, 1 is reverse KL",
+        summary="generalized Jensen-Shannon divergence; beta 0 is forward KL, 1 is reverse KL",
         weight="(1 - beta) q log(m / q) at beta in (0, 1), m = beta p + (1 - beta) q",
         use="bounded loss: robust to a teacher that is sure of the wrong thing",
         defaults="beta 0.5",
@@ -170,7 +170,7 @@ METHODS: dict[str, Method] = {
         terms=_one("skew_reverse_kl"),
     ),
     "js": Method(
-        summary="Jensen-Shannon divergence as DistiLLM's code parametrises it",
+        summary="Jensen-Shannon divergence as DistiLLM's code parametrizes it",
         weight="lam q log(m / q), m = (1 - lam) p + lam q",
         use="to reproduce DistiLLM's baseline; generalized_jsd otherwise",
         defaults="lam 0.1",
@@ -230,7 +230,7 @@ METHODS: dict[str, Method] = {
     ),
     "imitkd": Method(
         summary=(
-            "imitation learning: the student's own text, labelled by the teacher's likeliest or drawn token"
+            "imitation learning: the student's own text, labeled by the teacher's likeliest or drawn token"
         ),
         weight="1[v = a] / n, a drawn from the teacher",
         use="on-policy distillation from a teacher that gives tokens only",
@@ -241,8 +241,8 @@ METHODS: dict[str, Method] = {
     ),
     "gkd": Method(
         summary=(
-            "generalised distillation: a mix of the dataset's and the student's own text under a "
-            "generalised JSD"
+            "generalized distillation: a mix of the dataset's and the student's own text under a "
+            "generalized JSD"
         ),
         weight="that of generalized_jsd",
         use="the plain on-policy baseline; prefixes.student is its lambda",
@@ -281,11 +281,11 @@ METHODS: dict[str, Method] = {
     "minillm": Method(
         summary=(
             "reverse KL of whole sequences as a policy gradient, split into an exact first step and "
-            "normalised returns"
+            "normalized returns"
         ),
         weight="q (log p - log q) on the vocabulary, and the mean of later log-ratios at the written token",
         use="credit for where a token leads; the slowest of the on-policy methods",
-        defaults="teacher's share of the sampling 0.2, clip 0.2, discount 1, length normalisation",
+        defaults="teacher's share of the sampling 0.2, clip 0.2, discount 1, length normalization",
         reference="Gu et al. 2024, arXiv 2306.08543, eq. 3-7",
         terms=(
             TermConfig(objective="reverse_kl", on="student"),

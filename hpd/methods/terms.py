@@ -121,7 +121,7 @@ class Term(NamedTuple):
             raise ValueError(
                 f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is "
                 "dropped, the sum can go below zero, and shrinking the student's mass on the support "
-                "minimises it. Use support: full, top_k with tail: bucket, or label+sampled (unbiased)."
+                "minimizes it. Use support: full, top_k with tail: bucket, or label+sampled (unbiased)."
             )
         return self
 
@@ -167,7 +167,7 @@ class TermConfig:
     top_k_of: Literal["teacher", "student"] = "teacher"
     """Whose likeliest tokens."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
-    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalised), or
+    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalized), or
     dropped."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""

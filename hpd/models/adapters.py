@@ -101,8 +101,8 @@ def refuse_rounding(adapter: Adapter, config: Any, role: str) -> None:
         raise ValueError(
             adapter.explain(
                 role,
-                "That model is stored quantised, and merging would round the adapter away: name the whole "
-                "model that it was quantised from there.",
+                "That model is stored quantized, and merging would round the adapter away: name the whole "
+                "model that it was quantized from there.",
             )
         )
 

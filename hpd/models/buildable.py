@@ -33,7 +33,7 @@ def check_buildable(config: Any, source: ModelConfig | TeacherConfig, role: str,
         is_built: False for a model that is described and never loaded.
 
     Raises:
-        ValueError: a size below one, an attention or activation that does not exist, a quantisation that is
+        ValueError: a size below one, an attention or activation that does not exist, a quantization that is
             unknown or whose package is missing.
     """
     text = config.get_text_config()
@@ -49,7 +49,7 @@ def check_buildable(config: Any, source: ModelConfig | TeacherConfig, role: str,
                 device_map=None, weights_only=True
             )
         _build(config, source)
-    except Exception as error:  # each architecture and each quantiser raises its own
+    except Exception as error:  # each architecture and each quantizer raises its own
         said = (" ".join(str(error).split()) or type(error).__name__)[:300]
         raise ValueError(
             f"The {role} {source.model!r} cannot be loaded: {said}. Correct its config.json"

@@ -1,7 +1,7 @@
 """A causal language model that hands hidden states and head to a function, inside its own forward.
 
 Whatever runs on the head must run inside the (possibly wrapped) model's forward, or the hooks of DDP and FSDP
-are bypassed: gradients go unsynchronised and sharded weights are never gathered.
+are bypassed: gradients go unsynchronized and sharded weights are never gathered.
 """
 
 from __future__ import annotations

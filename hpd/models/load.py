@@ -144,11 +144,11 @@ def load_generation_config(source: ModelConfig | TeacherConfig) -> GenerationCon
 
 
 def load_model(source: ModelConfig | TeacherConfig, role: str, seed: int = 0) -> PreTrainedModel:
-    """The model, in evaluation mode, on the CPU or where its quantisation puts it; an adapter is merged
+    """The model, in evaluation mode, on the CPU or where its quantization puts it; an adapter is merged
     into its base.
 
     Raises:
-        ValueError: see `load_config`; missing or unreadable weights; an adapter to be merged into quantised
+        ValueError: see `load_config`; missing or unreadable weights; an adapter to be merged into quantized
             ones.
     """
     if (adapter := find_adapter(source, role)) is not None:

@@ -97,7 +97,7 @@ def check_pair(
             CheckResult(
                 "ok",
                 "padding",
-                "pad and eos are the same token; labels are masked by position, so eos is still learnt",
+                "pad and eos are the same token; labels are masked by position, so eos is still learned",
             )
         )
     return verdicts

@@ -152,7 +152,7 @@ def _refused(model: nn.Module, role: str, problem: str) -> CheckResult:
     return CheckResult(
         "error",
         "packing",
-        f"the {role} ({name}) {problem}, and packed rows would change what is learnt: set train.packing, "
+        f"the {role} ({name}) {problem}, and packed rows would change what is learned: set train.packing, "
         "train.eval_packing and train.padding_free to false, or take a family that keeps rows apart "
         f"({_KEEP_APART}, ...) without prompt tuning.",
     )

@@ -34,13 +34,13 @@ TrainedData: TypeAlias = dict[nn.Parameter, Tensor]
 
 
 def check_quantizable(source: ModelConfig | TeacherConfig, config: Any, role: str) -> None:
-    """Refuse a quantisation that cannot be, before weights are read.
+    """Refuse a quantization that cannot be, before weights are read.
 
     Args:
         config: the model's.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or the weights are quantised already.
+        ValueError: bitsandbytes is not installed, or the weights are quantized already.
     """
     if source.quantization is None:
         return
@@ -51,7 +51,7 @@ def check_quantizable(source: ModelConfig | TeacherConfig, config: Any, role: st
         )
     if (stored := _stored(config)) is not None:
         raise ValueError(
-            f"The {role} {source.model!r} is stored quantised ({stored.get('quant_method')}), and "
+            f"The {role} {source.model!r} is stored quantized ({stored.get('quant_method')}), and "
             f"{role}.quantization: {source.quantization} would have no effect: remove it, or name the whole "
             "model."
         )
@@ -66,13 +66,13 @@ def stored_bits(source: ModelConfig | TeacherConfig, config: Any) -> str | None:
 
 
 def _stored(config: Any) -> Mapping[str, Any] | None:
-    """The quantisation that a configuration says its weights have."""
+    """The quantization that a configuration says its weights have."""
     found = getattr(config, "quantization_config", None)
     return found if found is None or isinstance(found, Mapping) else found.to_dict()
 
 
 def is_quantized(model: Any) -> bool:
-    """True for a model with quantised weights, by whatever method, and for its PEFT wrapper."""
+    """True for a model with quantized weights, by whatever method, and for its PEFT wrapper."""
     return getattr(model, "quantization_method", None) is not None
 
 
@@ -82,7 +82,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def loading_options(bits: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: the quantisation, and this process's own device.
+    """Arguments of `from_pretrained`: the quantization, and this process's own device.
 
     transformers would take the current accelerator, also of a run that asks for the CPU.
     """
@@ -116,7 +116,7 @@ def keep_layout(model: nn.Module) -> str | None:
 
 
 def check_trainable(model: Any) -> None:
-    """Refuse a quantised student that no gradient passes through; no other path or model is looked at.
+    """Refuse a quantized student that no gradient passes through; no other path or model is looked at.
 
     Raises:
         ValueError: it was repacked for inference on a CPU, as `keep_layout` says.
@@ -130,7 +130,7 @@ def check_trainable(model: Any) -> None:
 
 
 def quantized_layers(model: Any) -> dict[str, nn.Module]:
-    """The layers of a whole model that bitsandbytes would quantise, by name: not the head."""
+    """The layers of a whole model that bitsandbytes would quantize, by name: not the head."""
     kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     return {
         name: module
@@ -140,14 +140,14 @@ def quantized_layers(model: Any) -> dict[str, nn.Module]:
 
 
 def trained_data(model: Any) -> TrainedData:
-    """What is trained of a quantised model, to be handed to `put_back`; nothing of any other."""
+    """What is trained of a quantized model, to be handed to `put_back`; nothing of any other."""
     if isinstance(model, str) or not is_quantized(model):
         return {}
     return {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
 
 
 def put_back(model: Any, before: TrainedData) -> None:
-    """Undo the rounding to bfloat16 that TRL's trainers do to adapters on quantised weights.
+    """Undo the rounding to bfloat16 that TRL's trainers do to adapters on quantized weights.
 
     In bfloat16 an update below about 1/256 of a weight is lost; peft's own dtype is float32.
 

@@ -38,9 +38,9 @@ def abkd(alpha: float, beta: float) -> Objective:
     * alpha + beta = 0: c = abs(alpha);
     * alpha = beta = 0: :math:`D = \tfrac{1}{2} \sum_v \delta_v^2`, c = 1.
 
-    The factor c is the normalisation of ABKD's code, which divides these limits by alpha (or beta) once where
+    The factor c is the normalization of ABKD's code, which divides these limits by alpha (or beta) once where
     continuity asks for its square: on these lines the divergence jumps by c. The code's own factor is
-    negative for a negative alpha, so that it would maximise the divergence; the absolute value is ours.
+    negative for a negative alpha, so that it would maximize the divergence; the absolute value is ours.
 
     Also as in that code, the logarithm of the limit beta = 0 reads q no lower than 1e-12: below, the
     teacher's part has no gradient.

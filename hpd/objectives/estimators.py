@@ -16,7 +16,7 @@ On student-written prefixes, summing any of them over a sequence estimates the s
 
 Reference:
     Schulman, Approximating KL divergence, 2020 (k1, k2, k3); Amini, Vieira and Cotterell, Better estimation
-    of the KL divergence between language models, 2025 (Rao-Blackwellisation: the exact expectation in place
+    of the KL divergence between language models, 2025 (Rao-Blackwellization: the exact expectation in place
     of the draw).
 """
 
@@ -44,7 +44,7 @@ def kl_estimate(
 
     Args:
         estimator: one of ESTIMATORS.
-        teacher_logprobs, student_logprobs: normalised, finite.
+        teacher_logprobs, student_logprobs: normalized, finite.
         draws: tokens drawn from the student; needed by all but `exact`.
 
     Raises:

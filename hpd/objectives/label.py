@@ -62,7 +62,7 @@ def label_reverse_kl() -> Objective:
 
 
 def label_jsd(beta: float = 0.5) -> Objective:
-    r"""The label's part of the generalised Jensen-Shannon divergence.
+    r"""The label's part of the generalized Jensen-Shannon divergence.
 
     .. math:: L = \beta\, p_y \log \frac{p_y}{m_y} + (1 - \beta)\, q_y \log \frac{q_y}{m_y}, \quad
               m = \beta p + (1 - \beta) q, \qquad w_y = (1 - \beta)\, q_y (\log m_y - \log q_y)

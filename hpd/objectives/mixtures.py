@@ -24,7 +24,7 @@ def _log_mixture(teacher_logprobs: LogProbs, student_logprobs: LogProbs, teacher
 
 
 def generalized_jsd(beta: float = 0.5) -> Objective:
-    r"""Generalised Jensen-Shannon divergence, between forward and reverse KL.
+    r"""Generalized Jensen-Shannon divergence, between forward and reverse KL.
 
     .. math:: D = \beta\, KL(p \| m) + (1 - \beta)\, KL(q \| m), \quad m = \beta p + (1 - \beta) q, \qquad
               w_v = (1 - \beta)\, q_v (\log m_v - \log q_v)
@@ -67,7 +67,7 @@ def generalized_jsd(beta: float = 0.5) -> Objective:
 
 
 def js(lam: float) -> Objective:
-    r"""Skewed Jensen-Shannon divergence in DistiLLM's parametrisation: `generalized_jsd(1 - lam)`.
+    r"""Skewed Jensen-Shannon divergence in DistiLLM's parametrization: `generalized_jsd(1 - lam)`.
 
     .. math:: D = (1 - \lambda)\, KL(p \| m) + \lambda\, KL(q \| m), \quad m = (1 - \lambda) p + \lambda q
 

@@ -27,7 +27,7 @@ class CachedTeacher(Teacher):
     """Looks the label positions of a batch up by their keys, whatever the order, packing, padding or number
     of processes.
 
-    Kind hidden answers with hidden states, head and log-normaliser: exact for every objective. Kind top_k
+    Kind hidden answers with hidden states, head and log-normalizer: exact for every objective. Kind top_k
     answers with the k likeliest tokens and the label.
 
     Args:

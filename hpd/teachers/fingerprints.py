@@ -76,7 +76,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, args: Any) -> dict
     """Digests of all that turns text into tokens: the tokenizer, the chat template and the cut.
 
     Args:
-        tokenizer: the one that tokenises the rows (the student's).
+        tokenizer: the one that tokenizes the rows (the student's).
         args: `DistillConfig`.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)

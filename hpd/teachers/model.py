@@ -23,10 +23,10 @@ __all__ = ["ModelTeacher", "SelfTeacher"]
 
 
 class ModelTeacher(Teacher):
-    """A frozen causal language model: no gradient, no optimiser state, dropout off.
+    """A frozen causal language model: no gradient, no optimizer state, dropout off.
 
     Args:
-        model: any transformers causal language model, in any dtype or quantised; its parameters are frozen in
+        model: any transformers causal language model, in any dtype or quantized; its parameters are frozen in
             place.
     """
 
@@ -46,7 +46,7 @@ class ModelTeacher(Teacher):
             # of it at once.
             self.model = fsdp2_prepare_model(accelerator, self.model)
         else:
-            # A model placed by quantisation or a device map must not be moved.
+            # A model placed by quantization or a device map must not be moved.
             placed = getattr(self.model, "hf_device_map", None) or getattr(
                 self.model, "quantization_method", None
             )

@@ -55,7 +55,7 @@ def check_caches(
 
     Args:
         teacher: of the recipe.
-        tokenizer: the student's, which tokenises the rows.
+        tokenizer: the student's, which tokenizes the rows.
         args: `DistillConfig`.
         reader: whose prompt the rows have for the teacher; None: its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
 from hpd.experiments.tuning import all_tuning, read_choices
-from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.console import TerminalProgress, console, show_figures, show_next
 from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
 from hpd.training.stopping import ends_kept
@@ -57,6 +58,7 @@ def run_compare(
     console.print()
     show_verdicts(report)
     console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    show_next(f"hpd report {shlex.quote(str(folder))} --watch")
     return True
 
 
@@ -134,7 +136,7 @@ def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
             f"{cost.flops:.2g}" if known else "",
             cost.source,
         )
-    console.print(table)
+    show_figures(table)
     mean = sum(cost.seconds for cost in costs) / len(costs)
     # Those still to come; a tuning run evaluates less than a run of the grid and is taken to cost as much.
     return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Sequence, Sized
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hpd.estimate.cost import flops_per_token
 from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
-from hpd.terminal.console import console
+from hpd.terminal.console import console, show_figures, show_next
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
@@ -29,13 +30,13 @@ _GIB = 2**30
 _MIB = 2**20
 _OWNERS = {
     "student": "weights of the student",
-    "optimizer": "states of the optimiser",
+    "optimizer": "states of the optimizer",
     "teacher": "weights of the teacher",
     "buffers": "chunks of logits, kept between steps",
     "teacher_forward": "the teacher's forward pass",
     "activations": "activations of the student",
     "head": "loss operator: gradient of the head, scratch",
-    "backward": "backward pass, gradients, optimiser's step",
+    "backward": "backward pass, gradients, optimizer's step",
 }
 
 
@@ -43,7 +44,10 @@ def run_doctor(
     path: Path, overrides: Sequence[str], memory: str | None, devices: int, tflops: float | None
 ) -> bool:
     """`diagnose` of a recipe file."""
-    return diagnose(load_recipe(path, overrides), memory, devices, tflops)
+    fits = diagnose(load_recipe(path, overrides), memory, devices, tflops)
+    if fits:
+        show_next(shlex.join(["hpd", "train", str(path), *overrides]))
+    return fits
 
 
 def diagnose(
@@ -87,7 +91,7 @@ def diagnose(
     _show_work(planned, steps, devices, tflops)
     step = StepMemory(planned)
     needed = step.predict()
-    console.print(_table(needed, step))
+    show_figures(_table(needed, step))
     fits = budget is None or needed.total <= budget
     if budget is not None:
         _show_fit(step, needed, budget)

@@ -15,6 +15,14 @@ __all__ = ["EvalOptions", "HarnessOptions", "MetricsOptions", "TaskOptions", "wi
 
 Options = TypeVar("Options")
 
+# Groups of `hpd eval --help`; options without one stand first.
+_PROBLEMS = "Problems"
+_ANSWERS = "Answers"
+_SPEED = "Speed and precision"
+_JUDGE = "Judge"
+_METRICS = "Distributions instead of tasks"
+_HARNESS = "Another harness"
+
 
 def with_options(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Turn a function of a dataclass into a command with an option per field."""
@@ -44,19 +52,44 @@ class ModelOptions:
     ]
     data: Annotated[
         Path | None,
-        typer.Option(help="A file, or a folder with one subfolder per task; without it, the Hub."),
+        typer.Option(
+            help="A file, or a folder with one subfolder per task; without it, the Hub.",
+            rich_help_panel=_PROBLEMS,
+        ),
     ] = None
-    limit: Annotated[int | None, typer.Option(help="First n problems of each task only.", min=1)] = None
-    samples: Annotated[int | None, typer.Option(help="Answers per problem.", min=1)] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0.0)] = None
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens with this mass.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Draw from this many tokens; 0 is all.", min=0)] = None
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.", min=1)] = None
-    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0)] = 0
-    chat_template: Annotated[str | None, typer.Option(help="auto, never or always.")] = None
-    system_prompt: Annotated[str | None, typer.Option(help='Instead of the task\'s; "" is none.')] = None
-    batch_size: Annotated[int, typer.Option(help="Prompts generated at once.", min=1)] = 32
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    limit: Annotated[
+        int | None, typer.Option(help="First n problems of each task only.", min=1, rich_help_panel=_PROBLEMS)
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(help="Answers per problem.", min=1, rich_help_panel=_ANSWERS)
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.", min=0.0, rich_help_panel=_ANSWERS)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens with this mass.", rich_help_panel=_ANSWERS),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Draw from this many tokens; 0 is all.", min=0, rich_help_panel=_ANSWERS),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens.", min=1, rich_help_panel=_ANSWERS)
+    ] = None
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.", min=0, rich_help_panel=_ANSWERS)] = 0
+    chat_template: Annotated[
+        str | None, typer.Option(help="auto, never or always.", rich_help_panel=_ANSWERS)
+    ] = None
+    system_prompt: Annotated[
+        str | None, typer.Option(help='Instead of the task\'s; "" is none.', rich_help_panel=_ANSWERS)
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option(help="Prompts generated at once.", min=1, rich_help_panel=_SPEED)
+    ] = 32
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_SPEED)
+    ] = "auto"
     output: Annotated[
         Path | None, typer.Option(help="Folder of evals.json and every answer; resumes there.")
     ] = None
@@ -79,7 +112,10 @@ class NamedTaskOptions(ModelOptions):
         ),
     ] = "exact-match"
     few_shot: Annotated[
-        int, typer.Option(help="Worked examples in a plain-text prompt; 0 is none.", min=0)
+        int,
+        typer.Option(
+            help="Worked examples in a plain-text prompt; 0 is none.", min=0, rich_help_panel=_PROBLEMS
+        ),
     ] = 0
 
 
@@ -88,28 +124,53 @@ class TaskOptions(NamedTaskOptions):
     """Options of an evaluation on tasks of our own."""
 
     preset: Annotated[
-        str | None, typer.Option(help="greedy, or paper: T 0.7, top-p 0.95, 10,240 tokens, 8 or 32 samples.")
+        str | None,
+        typer.Option(
+            help="greedy, or paper: T 0.7, top-p 0.95, 10,240 tokens, 8 or 32 samples.",
+            rich_help_panel=_ANSWERS,
+        ),
     ] = None
-    limit_seed: Annotated[int | None, typer.Option(help="Draw the n problems with this seed instead.")] = None
+    limit_seed: Annotated[
+        int | None,
+        typer.Option(help="Draw the n problems with this seed instead.", rich_help_panel=_PROBLEMS),
+    ] = None
     few_shot_data: Annotated[
-        Path | None, typer.Option(help="Their file; without it, the task's training file.")
+        Path | None,
+        typer.Option(help="Their file; without it, the task's training file.", rich_help_panel=_PROBLEMS),
     ] = None
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="A task's option: name=value, or task.name=value."),
     ] = None
-    judge_url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint of the judge.")] = None
-    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None
-    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers"
-    tensor_parallel: Annotated[int, typer.Option(help="vLLM: GPUs that share a model.", min=1)] = 1
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint of the judge.", rich_help_panel=_JUDGE)
+    ] = None
+    judge_model: Annotated[
+        str | None, typer.Option(help="The judge's name there.", rich_help_panel=_JUDGE)
+    ] = None
+    engine: Annotated[str, typer.Option(help="transformers or vllm.", rich_help_panel=_SPEED)] = (
+        "transformers"
+    )
+    tensor_parallel: Annotated[
+        int, typer.Option(help="vLLM: GPUs that share a model.", min=1, rich_help_panel=_SPEED)
+    ] = 1
     memory_share: Annotated[
         float | None,
-        typer.Option(help="vLLM: share of a GPU's memory, in (0, 1]; its own choice without it."),
+        typer.Option(
+            help="vLLM: share of a GPU's memory, in (0, 1]; its own choice without it.",
+            rich_help_panel=_SPEED,
+        ),
     ] = None
     max_length: Annotated[
-        int | None, typer.Option(help="vLLM: most tokens of prompt and answer; else the model's context.")
+        int | None,
+        typer.Option(
+            help="vLLM: most tokens of prompt and answer; else the model's context.", rich_help_panel=_SPEED
+        ),
     ] = None
-    eager: Annotated[bool, typer.Option("--eager", help="vLLM: no CUDA graphs, a faster start.")] = False
+    eager: Annotated[
+        bool,
+        typer.Option("--eager", help="vLLM: no CUDA graphs, a faster start.", rich_help_panel=_SPEED),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +178,23 @@ class MetricsOptions(ModelOptions):
     """Options of an evaluation of distributions."""
 
     metrics: Annotated[
-        str | None, typer.Option(help="Instead of tasks: kl,entropy,... on the texts of --data.")
+        str | None,
+        typer.Option(
+            help="Instead of tasks: kl,entropy,... on the texts of --data.", rich_help_panel=_METRICS
+        ),
     ] = None
     metrics_on: Annotated[
-        str | None, typer.Option(help="Texts of --metrics: dataset, student or both (default).")
+        str | None,
+        typer.Option(
+            help="Texts of --metrics: dataset, student or both (default).", rich_help_panel=_METRICS
+        ),
     ] = None
-    teacher: Annotated[str | None, typer.Option(help="Model that --metrics compares with.")] = None
+    teacher: Annotated[
+        str | None, typer.Option(help="Model that --metrics compares with.", rich_help_panel=_METRICS)
+    ] = None
     vocabulary: Annotated[
-        str | None, typer.Option(help="Unequal heads: error (default) or shared_prefix.")
+        str | None,
+        typer.Option(help="Unequal heads: error (default) or shared_prefix.", rich_help_panel=_METRICS),
     ] = None
 
 
@@ -132,7 +202,10 @@ class MetricsOptions(ModelOptions):
 class HarnessOptions(NamedTaskOptions):
     """Options of an evaluation by another harness."""
 
-    harness: Annotated[str | None, typer.Option(help="lm-eval: run its --tasks with its own grading.")] = None
+    harness: Annotated[
+        str | None,
+        typer.Option(help="lm-eval: run its --tasks with its own grading.", rich_help_panel=_HARNESS),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from hpd.evaluate.measure import MetricsCommand, measure_models
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.vllm_engine import VllmOptions
 from hpd.progress import quiet_libraries
-from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.console import TerminalProgress, console, show_figures
 from hpd.terminal.eval_options import HarnessOptions, MetricsOptions, TaskOptions
 from hpd.terminal.evaluation_tables import harness_table, metrics_table, result_tables
 from hpd.training.stopping import ends_kept
@@ -131,7 +131,7 @@ def evaluate_with_display(command: EvalCommand) -> None:
         results = evaluate_models(command, TerminalProgress())
     for found in results.values():
         for table in result_tables(found, names):
-            console.print(table)
+            show_figures(table)
         for model, result in found.items():
             if result.num_ungraded:
                 console.print(
@@ -147,7 +147,7 @@ def measure_with_display(command: MetricsCommand) -> None:
     quiet_libraries()
     with _starting_again(command.output):
         for model, report in measure_models(command, TerminalProgress()):
-            console.print(metrics_table(Path(model).name, report))
+            show_figures(metrics_table(Path(model).name, report))
             if command.output is not None:
                 console.print(f"figures in {command.output / 'evals.json'}", highlight=False)
 
@@ -157,7 +157,7 @@ def harness_with_display(command: HarnessCommand) -> None:
     quiet_libraries()
     with _starting_again(command.output):
         for model, results in run_harness(command):
-            console.print(harness_table(Path(model).name, results))
+            show_figures(harness_table(Path(model).name, results))
 
 
 @contextlib.contextmanager

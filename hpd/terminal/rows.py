@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.text import Text
 
 from hpd.data.lengths import Lengths
-from hpd.data.shown import row_as_learnt
+from hpd.data.shown import row_as_learned
 from hpd.terminal.console import console
 from hpd.training.arguments import label_policy
 from hpd.training.plan import Plan
@@ -16,20 +17,18 @@ __all__ = ["show_rows"]
 _SHOWN = 600
 
 
-def show_rows(planned: Plan) -> None:
-    """Show a row as it will be learnt, the learnt text in [[ ]], as a teacher with a prompt of its own reads
-    it, and how much of the rows is read."""
-    _show_row(planned, "a row as it will be learnt ([[learnt]]):")
+def show_rows(planned: Plan, to: Console = console) -> None:
+    """Show a row as it will be learned, the learned text in [[ ]], as a teacher with its own prompt reads it,
+    and how much of the rows is read."""
+    _show_row(planned, "a row as it will be learned ([[learned]]):", to)
     if planned.recipe.teacher.reads_own_rows:
-        _show_row(planned, "the same row as the teacher reads it ([[asked]]):", of_teacher=True)
-    console.print(
-        _counts(planned.lengths, planned.args.max_length), highlight=False, markup=False, soft_wrap=True
-    )
+        _show_row(planned, "the same row as the teacher reads it ([[asked]]):", to, of_teacher=True)
+    to.print(_counts(planned.lengths, planned.args.max_length), highlight=False, markup=False, soft_wrap=True)
 
 
-def _show_row(planned: Plan, title: str, of_teacher: bool = False) -> None:
+def _show_row(planned: Plan, title: str, to: Console, of_teacher: bool = False) -> None:
     args = planned.args
-    parts = row_as_learnt(
+    parts = row_as_learned(
         planned.rows.train,
         planned.tokenizer,
         label_policy(args),
@@ -40,9 +39,9 @@ def _show_row(planned: Plan, title: str, of_teacher: bool = False) -> None:
     text = Text()
     for part in parts:
         shown = _shorten(part.text)
-        text.append(f"[[{shown}]]" if part.learnt else shown, style="bold green" if part.learnt else "dim")
-    console.print(title, highlight=False, markup=False)
-    console.print(text, soft_wrap=True)
+        text.append(f"[[{shown}]]" if part.learned else shown, style="bold green" if part.learned else "dim")
+    to.print(title, highlight=False, markup=False)
+    to.print(text, soft_wrap=True)
 
 
 def _counts(lengths: Lengths, max_length: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import yaml
 from rich.table import Table
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from hpd.config.check import resolve
 from hpd.config.load import load_recipe
 from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import CHUNK, generate, part_of
 from hpd.progress import Bar, Progress, quiet_libraries
-from hpd.terminal.console import TerminalProgress, console
+from hpd.terminal.console import TerminalProgress, console, remarks, show_figures, show_next
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import shards_of, write_cache
@@ -37,14 +39,18 @@ def run_train(
     recipe = load_recipe(path, overrides)
     if not dry_run:
         show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
+        folder = shlex.quote(recipe.output_dir)
+        show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl", f"hpd report {folder}")
         return
     with leaving_processes():
         planned = plan(recipe)
         text = yaml.safe_dump(resolve(recipe), sort_keys=False, allow_unicode=True)
         if not console.quiet:
             console.file.write(text)  # as it is: no wrapping, no markup
-        show_verdicts(planned.verdicts)
-        show_rows(planned)
+            console.file.flush()
+        # Beside the recipe, not in it: `hpd train recipe.yaml --dry-run > resolved.yaml` gives a recipe.
+        show_verdicts(planned.verdicts, remarks)
+        show_rows(planned, remarks)
         planned.require_sound()
 
 
@@ -58,8 +64,16 @@ def train_with_display(
 
 def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     """Show before and after, side by side, and where the student is."""
-    console.print(summary_table(summary))
-    console.print(f"student and metrics in {recipe.output_dir}", highlight=False)
+    table = summary_table(summary)
+    if table.row_count:
+        show_figures(table)
+    else:
+        console.print(
+            f"{_title(summary)}. Nothing was measured before or after: data.validation holds rows out for "
+            "that, and eval names tasks.",
+            highlight=False,
+        )
+    console.print(f"student and metrics in {recipe.output_dir}", highlight=False, soft_wrap=True)
 
 
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
@@ -79,8 +93,9 @@ def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
         done = "complete and verified, nothing to write"
         if summary.written:
             done = f"{summary.written:,} positions written"
-        console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False)
-        console.print(f"train from it with teacher.type=cached teacher.path={summary.path}", highlight=False)
+        console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False, soft_wrap=True)
+        written = shlex.quote(str(summary.path))
+        show_next(f"hpd train {shlex.quote(str(path))} teacher.type=cached teacher.path={written}")
 
 
 def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
@@ -102,14 +117,12 @@ def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
         f"{summary['tokens']:,} tokens, in {output}",
         highlight=False,
     )
+    show_next(f"hpd train {shlex.quote(str(path))} data.path={shlex.quote(str(output))}")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """The figures of a run before and after training."""
-    table = Table(
-        title=f"{summary['method']}: {summary['steps']} steps, {summary['seconds']:.0f} s",
-        title_justify="left",
-    )
+    table = Table(title=_title(summary), title_justify="left")
     table.add_column("")
     for column in ("before", "after", "teacher"):
         table.add_column(column, justify="right")
@@ -127,14 +140,24 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _title(summary: dict[str, Any]) -> str:
+    """Method, steps and times: of the steps alone, and of the whole command."""
+    return (
+        f"{summary['method']}: {summary['steps']} steps in {summary['train seconds']:,.0f} s, "
+        f"{summary['seconds']:,.0f} s with loading and evaluation"
+    )
+
+
 class _TrainingBar(TrainerCallback):
-    """Loss, KL, tokens per second and time left."""
+    """Loss, KL, tokens per second and time left of training, and how far each validation is."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._bar: Bar | None = None
         self._figures = ""
         self._last = (0.0, 0.0)
+        self._validation: Bar | None = None
+        self._batches = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -158,6 +181,18 @@ class _TrainingBar(TrainerCallback):
         if seconds > 0:
             self._figures += f"  {tokens / seconds:,.0f} tok/s"
         self._show(state)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not has_length(eval_dataloader):
+            return
+        if self._validation is None:
+            self._validation = self._progress.bar("validation")
+        self._batches += 1
+        self._validation(self._batches, len(eval_dataloader))
+        if self._batches >= len(eval_dataloader):
+            self._validation, self._batches = None, 0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is not None:

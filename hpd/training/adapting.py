@@ -1,4 +1,4 @@
-"""The adapter that a recipe trains, the one that its student may be, and the quantised weights below it."""
+"""The adapter that a recipe trains, the one that its student may be, and the quantized weights below it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def adapter_verdicts(recipe: Recipe, student_config: Any) -> list[CheckResult]:
 
 
 def quantization_verdicts(recipe: Recipe, config: Any, args: DistillConfig) -> list[CheckResult]:
-    """How much of the student is quantised, and what of the recipe cannot go with it.
+    """How much of the student is quantized, and what of the recipe cannot go with it.
 
     Args:
         config: of the student (of its base, where it is an adapter).
@@ -88,7 +88,7 @@ def quantization_verdicts(recipe: Recipe, config: Any, args: DistillConfig) -> l
     problem = unfit_for_quantized(args)
     if recipe.lora is None:
         problem = (
-            f"the student {recipe.student.model!r} is stored quantised, and its weights cannot be trained: "
+            f"the student {recipe.student.model!r} is stored quantized, and its weights cannot be trained: "
             "add lora (lora: {r: 16}) to train an adapter on them, or name the whole model."
         )
     if problem is not None or bits is None:
@@ -124,17 +124,17 @@ def _names_one(name: str, layers: Any) -> bool:
 
 
 def unfit_for_quantized(args: DistillConfig) -> str | None:
-    """What the settings of a trainer ask for that a quantised student does not have; None: nothing."""
+    """What the settings of a trainer ask for that a quantized student does not have; None: nothing."""
     if engines := engines_asked(args):
         return (
-            f"the student is quantised, and {engines[0].value} cannot shard packed weights: "
-            "launch with DDP (recipes/accelerate/ddp.yaml), where each process holds the small quantised "
-            "student whole, or remove its quantisation."
+            f"the student is quantized, and {engines[0].value} cannot shard packed weights: "
+            "launch with DDP (recipes/accelerate/ddp.yaml), where each process holds the small quantized "
+            "student whole, or remove its quantization."
         )
     for name in ("fp16_full_eval", "bf16_full_eval"):
         if getattr(args, name):
             return (
-                f"train.{name} casts the whole student for evaluations, which quantised weights cannot be: "
+                f"train.{name} casts the whole student for evaluations, which quantized weights cannot be: "
                 "remove it."
             )
     return None

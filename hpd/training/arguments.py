@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hpd.config.schema import Recipe
+from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.losses.heads import POLICIES
 from hpd.losses.operator import IMPLEMENTATIONS
@@ -118,11 +119,11 @@ class DistillConfig(SFTConfig):
     assistant_only_loss: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "null: of `messages` the assistant's turns are learnt, of other rows the completion. "
+            "help": "null: of `messages` the assistant's turns are learned, of other rows the completion. "
             "true: the assistant's turns, of completions too. false: all of `messages`."
         },
     )
-    # A check of every micro-batch's loss would synchronise the device; a non-finite loss shows at the next
+    # A check of every micro-batch's loss would synchronize the device; a non-finite loss shows at the next
     # log.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Skip non-finite losses when averaging."}
@@ -192,7 +193,7 @@ def as_config(args: TrainingArguments | None) -> DistillConfig:
     if own and type(args).__module__.startswith("trl."):
         raise ValueError(
             f"args is a {type(args).__name__}, whose {', '.join(own[:4])} would have no effect: give a "
-            "DistillConfig, and say with method, method_kwargs and prefixes what is learnt."
+            "DistillConfig, and say with method, method_kwargs and prefixes what is learned."
         )
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and f.name in names}
     return DistillConfig(**given)
@@ -207,7 +208,8 @@ def check_names(recipe: Recipe) -> None:
     names = [f.name for f in dataclasses.fields(DistillConfig) if f.init]
     for key, value in recipe.train.items():
         if key not in names:
-            close = get_close_matches(key, names, n=1)
+            slip = trainer_name(key)
+            close = [slip] if slip is not None else get_close_matches(key, names, n=1)
             hint = (
                 f"; did you mean {close[0]!r}?"
                 if close
@@ -270,7 +272,7 @@ def _as_word(value: Any, hint: Any) -> Any:
 
 
 def label_policy(args: DistillConfig) -> str:
-    """The rule by which labels are chosen, as `hpd.data.rendering.tokenise` takes it."""
+    """The rule by which labels are chosen, as `hpd.data.rendering.tokenize` takes it."""
     if args.assistant_only_loss:
         return "assistant"
     if args.completion_only_loss is False:

@@ -120,11 +120,13 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     total = len(layout.keys)
     left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
     if main:
-        _check_disk(folder, left * position_bytes, total * position_bytes, planned, config)
+        head = 0 if (folder / HEAD).is_file() else _head_bytes(planned, config)
+        _check_disk(folder, left * position_bytes + head, total * position_bytes)
+        beside = f", and the teacher's head: {_size(head)}" if head else ""
         progress.say(
             f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: "
-            f"{_size(total * position_bytes)} in {target['shards']} shards; {_size(left * position_bytes)} "
-            "to write"
+            f"{_size(total * position_bytes)} in {target['shards']} shards{beside}; "
+            f"{_size(left * position_bytes + head)} to write"
         )
     if todo or not (folder / ABOUT).is_file():
         _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
@@ -264,14 +266,16 @@ def _verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) ->
             (folder / ABOUT).unlink()
 
 
-def _check_disk(folder: Path, left: int, total: int, planned: Plan, config: CacheConfig) -> None:
-    head = 0
-    if config.kind == "hidden":
-        text = next(iter(planned.teacher_configs.values())).get_text_config()
-        head = (
-            text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
-        )
-    free, needed = shutil.disk_usage(folder).free, left + head
+def _head_bytes(planned: Plan, config: CacheConfig) -> int:
+    """Size of the output head, which a cache of hidden states keeps once."""
+    if config.kind != "hidden":
+        return 0
+    text = next(iter(planned.teacher_configs.values())).get_text_config()
+    return text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
+
+
+def _check_disk(folder: Path, needed: int, total: int) -> None:
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
             f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has "

@@ -9,7 +9,7 @@ from hpd.config.yaml_file import shorten
 
 __all__ = ["Change", "changes_between", "raises_steps", "refused"]
 
-# Sections that say nothing about what is learnt.
+# Sections that say nothing about what is learned.
 _FREE = ("guards", "generate", "cache")
 
 # Fields of `train` that say when something is written down, and for whom.

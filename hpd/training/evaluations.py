@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from transformers import TrainerCallback
 from hpd.evaluate.generate import Group, answer_examples
 from hpd.evaluate.run import EvalResult, grade_answers, identify, write_result
 from hpd.generation.engine import TransformersEngine
+from hpd.training.measured import MeasuredTrainer
 from hpd.training.plan import PlannedEval
-from hpd.training.resumable import Resumable
 
 __all__ = ["TaskEvaluation"]
 
 
-class TaskEvaluation(Resumable):
+class TaskEvaluation(MeasuredTrainer):
     """Mixed into a trainer, adds tasks to its evaluation, each at its own steps.
 
     Their metrics are logged like any other, so every tracker has them, and `metric_for_best_model` can name
@@ -52,7 +53,9 @@ class TaskEvaluation(Resumable):
         due = self._due
         self.drop_evaluation()
         for planned in due:
+            began = time.perf_counter()
             metrics |= self._run_task(planned)
+            self.evaluation_seconds += time.perf_counter() - began
         return metrics
 
     def evaluation_names(self) -> set[str]:

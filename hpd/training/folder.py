@@ -22,6 +22,7 @@ from hpd.config.yaml_file import read_yaml
 from hpd.files import JsonLines, write_atomically, write_json
 from hpd.locks import empty_folder, entries
 from hpd.training.arguments import train_arguments
+from hpd.training.card import card_of
 from hpd.training.changes import Change, changes_between, raises_steps, refused
 from hpd.training.checkpoints import check_processes, check_readable, newest_complete, step_of
 from hpd.training.inputs import changed_inputs
@@ -100,7 +101,7 @@ class RunFolder:
         others = refused(self._changes, before, now, may_raise=not self.recipe.stages)
         if not others:
             return
-        train_arguments(self.recipe)  # a misspelt key is that before it is another recipe
+        train_arguments(self.recipe)  # a misspelled key is that before it is another recipe
         listed = "; ".join(map(str, others[:_NAMED])) + ("; ..." if others[_NAMED:] else "")
         raise ValueError(
             f"{self.path} holds a run of another recipe ({listed}; before -> now). Choose another output_dir "
@@ -122,7 +123,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds this run, finished, and no checkpoint to do more steps from "
                 "(train.save_strategy says what is kept). Start another run from its student (student: "
-                f"{self.path}, another output_dir), whose optimiser and learning rate begin anew, or repeat "
+                f"{self.path}, another output_dir), whose optimizer and learning rate begin anew, or repeat "
                 "this one with --overwrite."
             )
 
@@ -224,19 +225,8 @@ class RunFolder:
 
     def write_card(self, summary: dict[str, Any]) -> None:
         """Write the model card of the trained student, with the recipe that made it."""
-        student = self.recipe.student.model
-        teacher = self.recipe.teacher.title
-        method = self.recipe.method or ("hpd" if not self.recipe.terms else "a sum of terms")
-        rows = "\n".join(
-            f"| {name} | {value} |" for name, value in summary.items() if isinstance(value, (int, float, str))
-        )
         recipe = (self.path / "recipe.yaml").read_text(encoding="utf-8")
-        text = (
-            f"---\nlibrary_name: transformers\nbase_model: {student}\ntags: [hpd, distillation]\n---\n\n"
-            f"# {self.path.name}\n\n{student} distilled from {teacher} with {method} "
-            f"([hpd](https://arxiv.org/abs/2604.20244) {__version__}).\n\n"
-            f"| measure | value |\n|---|---|\n{rows}\n\n```yaml\n{recipe}```\n"
-        )
+        text = card_of(self.recipe, self.path.name, summary, recipe).text()
         write_atomically(self.path / "README.md", text)
 
 

@@ -76,10 +76,10 @@ class GuardedTrainer(StudentTrainer):
         return grad_norm
 
     def end_step(self) -> None:
-        """Follow a step that is done but for its optimiser's part."""
+        """Follow a step that is done but for its optimizer's part."""
 
     def _undo_step(self, finding: NonFiniteFinding, record: StepRecord) -> None:
-        """Write down a step that is not finite and take it back, before the optimiser's.
+        """Write down a step that is not finite and take it back, before the optimizer's.
 
         Raises:
             NonFinite: training does not go on without it.
@@ -103,7 +103,7 @@ class GuardedTrainer(StudentTrainer):
                 "rows": rows,
             },
         )
-        self.model.zero_grad(set_to_none=True)  # an optimiser passes over a parameter without gradient
+        self.model.zero_grad(set_to_none=True)  # an optimizer passes over a parameter without gradient
         if not finding.skip:
             self.put_state(record.before)
             raise NonFinite(text)

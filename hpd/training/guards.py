@@ -23,7 +23,7 @@ _TEXTS = {
     "length_ratio": (1.0, "rollouts are {:.2f} x as long as the data"),
     "truncated": (1.0, "{:.0%} of the rollouts are cut at their limit"),
     "repetition": (1.0, "{:.0%} of the rollouts' 4-grams repeat themselves"),
-    "entropy": (-1.0, "entropy fell to {:.0%} of what it was"),
+    "entropy": (-1.0, "the student's entropy is {:.0%} of {}"),
     "support_overlap": (-1.0, "{:.0%} of the student's likeliest tokens are the teacher's"),
     "negative_divergence": (-1.0, "a KL of {:.2e} nats is below zero"),
 }
@@ -45,16 +45,15 @@ def check_metrics(
     Args:
         config: thresholds.
         logs: metrics of the step, by the names under which they are logged.
-        history: the earlier logs of the run; the first is what entropy is compared with.
+        history: the earlier logs of the run; the first is what entropy is compared with where the teacher's
+            is not known.
     """
-    first = next(
-        (log["student_entropy"] for log in history if log.get("student_entropy")), logs.get("student_entropy")
-    )
+    entropy, of_what = _relative_entropy(logs, history)
     seen = {
         "length_ratio": logs.get("rollouts/length_ratio"),
         "truncated": logs.get("rollouts/truncated"),
         "repetition": logs.get("rollouts/repetition"),
-        "entropy": _share(logs.get("student_entropy"), first),
+        "entropy": entropy,
         "support_overlap": logs.get("support_overlap"),
         "negative_divergence": min(
             (logs[name] for name in ("forward_kl", "reverse_kl") if name in logs), default=None
@@ -72,7 +71,7 @@ def check_metrics(
         )
         for level, bound in levels:
             if bound is not None and sign * value > sign * bound:
-                findings.append(Finding(guard, level, f"{text.format(value)} (threshold {bound:g})"))
+                findings.append(Finding(guard, level, f"{text.format(value, of_what)} (threshold {bound:g})"))
                 break
     return findings
 
@@ -88,8 +87,19 @@ def _non_finite(config: GuardsConfig, logs: Mapping[str, float]) -> list[Finding
     return [Finding("non_finite", level, f"{' and '.join(names)} not finite")] if names else []
 
 
-def _share(value: float | None, first: float | None) -> float | None:
-    return value / first if value is not None and first else None
+def _relative_entropy(
+    logs: Mapping[str, float], history: Sequence[Mapping[str, Any]]
+) -> tuple[float | None, str]:
+    """The student's entropy as a share of the teacher's on the same tokens, and what it is a share of.
+
+    A student that learns gets surer, down to where its teacher is: only below that it collapses. A teacher
+    that gives a few log-probabilities has no entropy that is known; then the run's first is what there is.
+    """
+    own = logs.get("student_entropy")
+    if (teacher := logs.get("teacher_entropy")) is not None:
+        return (own / teacher if own is not None and teacher else None), "the teacher's"
+    first = next((log["student_entropy"] for log in history if log.get("student_entropy")), own)
+    return (own / first if own is not None and first else None), "what it was at the run's start"
 
 
 @torch.no_grad()

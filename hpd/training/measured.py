@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ class MeasuredTrainer(GuardedTrainer):
     terms: tuple[Term, ...]
     sums: dict[str, MetricSums]
     """Of training since the last log, and of the evaluation that runs."""
+    evaluation_seconds: float = 0.0
+    """Time that evaluations took since the trainer was made."""
     _step: StepState
     _prefix: str = "eval"
     """Of the names that the evaluation which runs is logged under."""
@@ -106,7 +109,11 @@ class MeasuredTrainer(GuardedTrainer):
     ) -> dict[str, float]:
         """As in transformers; an adaptive share of rollouts follows the loss."""
         self._prefix = metric_key_prefix
+        began = time.perf_counter()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        # Several sets come back here one by one.
+        if not isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            self.evaluation_seconds += time.perf_counter() - began
         if self._step.ramp is not None and "eval_loss" in metrics:
             self._step.ramp.update(metrics["eval_loss"])
         return metrics

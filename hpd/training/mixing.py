@@ -38,7 +38,7 @@ _NGRAM_TOKENS = 4
 
 
 class TrainingRow(NamedTuple):
-    """A row of the dataset as training sees it: tokenised, cut, labelled."""
+    """A row of the dataset as training sees it: tokenized, cut, labeled."""
 
     input_ids: list[int]
     labels: list[int]
@@ -104,7 +104,7 @@ def repeated_share(tokens: Sequence[int]) -> float:
 class PrefixMixer:
     """Replaces rows of a step's batches by the student's own.
 
-    Which rows, where they are cut and what is drawn depends on (seed, optimiser step, content of the row,
+    Which rows, where they are cut and what is drawn depends on (seed, optimizer step, content of the row,
     number among equal rows of the step) alone: not on world size, accumulation, batch order or the point of
     resumption.
 
@@ -116,7 +116,7 @@ class PrefixMixer:
         seed: of the run.
         max_length: longest row, in tokens; None: only the rollout's own limits.
         on_dataset: True if any term learns from the dataset's tokens; otherwise they are no labels.
-        num_updates: optimiser steps per batch of rollouts.
+        num_updates: optimizer steps per batch of rollouts.
         collective: True if other processes wait for this one to generate.
         with_behavior_logprobs: True if rows carry the log-probabilities of those who wrote them.
     """
@@ -156,11 +156,11 @@ class PrefixMixer:
         return self.prefixes.student_share(progress) if self.ramp is None else self.ramp.share
 
     def __call__(self, batches: Sequence[dict[str, Any]], step: int, progress: float) -> list[dict[str, Any]]:
-        """The batches of an optimiser step, some rows written by the student.
+        """The batches of an optimizer step, some rows written by the student.
 
         Args:
             batches: collated, one a micro-batch.
-            step: the optimiser step, counted from 0.
+            step: the optimizer step, counted from 0.
             progress: share of the training steps that lie behind.
         """
         if step % self._num_updates == 0 or self._current is None:
@@ -231,8 +231,8 @@ class PrefixMixer:
     def _request(self, place: int, row: TrainingRow, cut: float, of_tokens: Tensor) -> RolloutRequest:
         # A token is a label only where something stands before it, so a row of text alone is continued from
         # its first token.
-        labelled = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
-        start = labelled[0] if self.prefixes.continue_tokens is None else labelled[int(cut * len(labelled))]
+        labeled = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
+        start = labeled[0] if self.prefixes.continue_tokens is None else labeled[int(cut * len(labeled))]
         prefix = TrainingRow(row.input_ids[:start], row.labels[:start], row.teacher_prefix)
         limit = self.rollouts.max_prompt_tokens
         if limit is not None and self.prefixes.continue_tokens is None:
@@ -348,7 +348,7 @@ class Stored(NamedTuple):
     row: dict[str, list[Any]]
     """As the collator takes it."""
     step: int
-    """The optimiser step whose weights wrote it."""
+    """The optimizer step whose weights wrote it."""
 
 
 class ReplayBuffer:

@@ -1,4 +1,4 @@
-"""NaN and infinity, looked for at every optimiser step: what was found, whose it is, and the batch kept."""
+"""NaN and infinity, looked for at every optimizer step: what was found, whose it is, and the batch kept."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ class StepRecord:
 
 
 class NonFiniteWatch:
-    """Decides about every optimiser step from its losses, gradient norm and teacher.
+    """Decides about every optimizer step from its losses, gradient norm and teacher.
 
-    Flags are collected on the device; reading them before the optimiser's step is the one synchronisation,
+    Flags are collected on the device; reading them before the optimizer's step is the one synchronization,
     and only the policies `stop` and `skip` ask for it (several processes also reduce three numbers).
 
     Args:
@@ -109,7 +109,7 @@ class NonFiniteWatch:
     def check(
         self, losses: Sequence[Tensor], norm: Any, teacher_finite: Sequence[Tensor]
     ) -> NonFiniteFinding | None:
-        """Decide about a step before its optimiser's.
+        """Decide about a step before its optimizer's.
 
         Args:
             losses: of its micro-batches.

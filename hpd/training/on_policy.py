@@ -40,7 +40,7 @@ _SUMS = (
 
 
 class StepState:
-    """The state of an optimiser step beside the model: rollouts, and the frozen part of repeated updates.
+    """The state of an optimizer step beside the model: rollouts, and the frozen part of repeated updates.
 
     Args:
         regime: prefixes, rollouts and strategy.
@@ -113,7 +113,7 @@ class StepState:
         return RepeatedRows(rows, completions // num_rollouts, num_rollouts, regime.strategy.updates, seed)
 
     def begin(self, batches: Sequence[dict[str, Any]], step: int, progress: float) -> list[dict[str, Any]]:
-        """The micro-batches of an optimiser step, before their labels are counted.
+        """The micro-batches of an optimizer step, before their labels are counted.
 
         Args:
             batches: of the dataset, collated.

@@ -238,7 +238,7 @@ def _check_evals(evals: tuple[PlannedEval, ...], args: DistillConfig) -> tuple[P
 
 
 def steps_of(planned: Plan) -> int | None:
-    """Optimiser steps that the run will take on one process; None for a stream without max_steps."""
+    """Optimizer steps that the run will take on one process; None for a stream without max_steps."""
     args = planned.args
     rows = planned.rows.train
     if args.max_steps > 0:

@@ -1,4 +1,4 @@
-"""A stage of preference optimisation (DPO) on the distilled student, by TRL's DPOTrainer."""
+"""A stage of preference optimization (DPO) on the distilled student, by TRL's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def preference_rows(planned: Plan, student: Any, dpo: DpoStageConfig, rollouts: 
         raise ValueError(
             f"There is nothing to prefer: of {len(answers)} rollouts of the student {cut} were cut at "
             "rollouts.max_new_tokens, and the others equal the dataset's completions. Take dpo.pairs: data, "
-            "or a student that has learnt to end its answers."
+            "or a student that has learned to end its answers."
         )
     return Dataset.from_list(pairs)
 

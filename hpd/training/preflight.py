@@ -50,7 +50,7 @@ def check_call(
         options: the other arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: an argument without effect, a quantised student without an adapter, tokenizers that
+        ValueError: an argument without effect, a quantized student without an adapter, tokenizers that
             differ, or a special token that the tokenizer lacks.
     """
     _check_options(model, args, options)
@@ -108,7 +108,7 @@ def _check_options(model: Any, args: DistillConfig, options: Mapping[str, Any]) 
 
 
 def _check_quantized(model: Any, args: DistillConfig, options: Mapping[str, Any]) -> None:
-    """Refuse what a quantised student cannot do, before one is loaded."""
+    """Refuse what a quantized student cannot do, before one is loaded."""
     if isinstance(model, str):
         quantized = options.get("quantization_config") or dict(cast(Any, args.model_init_kwargs) or {}).get(
             "quantization_config"
@@ -119,7 +119,7 @@ def _check_quantized(model: Any, args: DistillConfig, options: Mapping[str, Any]
         return
     if options.get("peft_config") is None and not isinstance(model, PeftModel):
         raise ValueError(
-            "The student is quantised, and its weights cannot be trained: give peft_config (LoraConfig()) to "
+            "The student is quantized, and its weights cannot be trained: give peft_config (LoraConfig()) to "
             "train an adapter on them, or load it whole."
         )
     if (problem := unfit_for_quantized(args)) is not None:

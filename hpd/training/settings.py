@@ -93,7 +93,7 @@ _OF_OPTIMIZERS = {
     "optimi": ("stable_adamw",),
     "torchdistx": ("adamw_anyprecision",),
 }
-"""Importable packages, by what begins the name of an optimiser that needs them ("bnb": what is in it)."""
+"""Importable packages, by what begins the name of an optimizer that needs them ("bnb": what is in it)."""
 
 _ON_PYPI = {
     "galore_torch": "galore-torch",

@@ -119,12 +119,15 @@ def train_single(
     before |= _loss_baselines(trainer, is_new=resume is None, to_measure=to_measure)
     if to_measure and trainer.is_world_process_zero():
         folder.write_json("baselines.json", before)
-    before_training = time.perf_counter()
+    train_began, evaluated = time.perf_counter(), trainer.evaluation_seconds
     with signals.stopping(trainer), saying_warnings(progress):
         trainer.train(resume_from_checkpoint=resume)
+    trained = time.perf_counter() - train_began - (trainer.evaluation_seconds - evaluated)
     with _keeping_steps(trainer):
-        after = _finish(planned, trainer, folder, progress, before_training)
+        after = _finish(planned, trainer, folder, progress)
     trackers.end()
+    # Of this life of the run: without what was evaluated before, on the way and behind.
+    after["train seconds"] = round(trained, 1)
     summary: dict[str, Any] = {"method": recipe.method or ("terms" if recipe.terms else "hpd")}
     summary |= before | after
     summary["seconds"] = round(time.perf_counter() - started, 1)
@@ -173,7 +176,7 @@ def _loss_baselines(trainer: DistillTrainer, is_new: bool, to_measure: bool) -> 
         is_new: there is no checkpoint to go on from.
         to_measure: nothing was measured by an earlier life of the run either.
     """
-    # FSDP2 and DeepSpeed take the student over together with its optimiser, when training starts.
+    # FSDP2 and DeepSpeed take the student over together with its optimizer, when training starts.
     trainer.args.eval_on_start = trainer.eval_dataset is not None and is_new and _is_sharded(trainer)
     if trainer.eval_dataset is None or not is_new or _is_sharded(trainer):
         return {}
@@ -199,9 +202,7 @@ def _totals(trainer: DistillTrainer) -> dict[str, Any]:
     return found
 
 
-def _finish(
-    planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress, started: float
-) -> dict[str, Any]:
+def _finish(planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Evaluate the student after the last step, and save it."""
     if trainer.stop_reason is not None:
         raise Interrupted(trainer.stop_reason)
@@ -210,7 +211,6 @@ def _finish(
         first = [log for log in trainer.state.log_history if log["step"] == 0 and "eval_loss" in log]
         found |= {f"{k} before": v for log in first[:1] for k, v in _eval_metrics(log).items()}
         found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
-    found["train seconds"] = round(time.perf_counter() - started, 1)
     with writing(folder.path):
         trainer.save_model()
     student = trainer.accelerator.unwrap_model(trainer.model)

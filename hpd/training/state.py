@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 # What the layout before kept in trainer_state.json: "terms" and "share".
 EARLIER_NAMES = ("hpd_adaptive", "hpd_student_share")
 # Names within rows and frozen updates, before and now.
-_RENAMED = {"behaviour": "behavior_logprobs", "old": "old_logprobs"}
+_RENAMED = {"behavior": "behavior_logprobs", "old": "old_logprobs"}
 
 
 class SavedState(NamedTuple):
@@ -41,7 +41,7 @@ class SavedState(NamedTuple):
 
 
 def follow_schedule(scheduler: Any, optimizer: Any) -> None:
-    """Take the next step at the rate of a schedule over another number of steps; the optimiser's state holds
+    """Take the next step at the rate of a schedule over another number of steps; the optimizer's state holds
     that of the old one.
 
     Args:

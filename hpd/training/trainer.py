@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -17,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hpd.batch import DistillCollator, TokenBatch, as_teacher_reads, uniforms
 from hpd.config.schema import GuardsConfig
+from hpd.files import write_atomically
 from hpd.generation.rollouts import RolloutEngine, make_engine
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.by_source import label_gaps
@@ -31,6 +33,7 @@ from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
 from hpd.training.arguments import as_config
+from hpd.training.card import Card
 from hpd.training.dates import first_day_of_folder, keep_day
 from hpd.training.guards import support_overlap
 from hpd.training.measured import MeasuredTrainer
@@ -96,6 +99,7 @@ class DistillTrainer(MeasuredTrainer):
         self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
+        self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
         self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
         super().__init__(
@@ -116,6 +120,30 @@ class DistillTrainer(MeasuredTrainer):
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._introduce_rows()
         self._set_up_state()
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write README.md into the output folder; transformers calls it whenever it saves there.
+
+        Args:
+            model_name: the model's name; None: the folder's.
+            dataset_name: a data set's id on the Hub.
+            tags: not read; a card of hpd has its own.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        teacher = getattr(self.teacher.model, "config", None)
+        card = Card(
+            name=model_name or folder.name,
+            student=str(getattr(self._base_model.config, "_name_or_path", "") or "a student"),
+            teacher=str(getattr(teacher, "_name_or_path", "") or type(self.teacher).__name__),
+            method=self._method_name,
+            datasets=(dataset_name,) if dataset_name else (),
+            adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+        )
+        write_atomically(folder / "README.md", card.text())
 
     def _take_teacher(self) -> None:
         """Place the teacher beside the student, and try it on a few tokens."""

@@ -160,7 +160,7 @@ def _unread_columns(layout: RowFormat) -> list[CheckResult]:
         names = " and ".join(layout.source[part] for part in FORMATS[layout.kind])
         text = (
             f"rows are read from {names}; {', '.join(layout.beside)} may hold another form of them, and has "
-            "no effect: if that is what should be learnt, map it in data.columns"
+            "no effect: if that is what should be learned, map it in data.columns"
         )
         verdicts.append(CheckResult("warning", "columns", text))
     if layout.unread:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from evidence.settings import METHODS, Settings
 
 Figures = Mapping[tuple[str, str], Mapping[str, float]]
-"""Figures of one initialisation, by method and regime; those of the teacher under ("teacher", "")."""
+"""Figures of one initialization, by method and regime; those of the teacher under ("teacher", "")."""
 
 
 class Prediction(NamedTuple):
-    """A statement that a number decides, for each initialisation by itself."""
+    """A statement that a number decides, for each initialization by itself."""
 
     text: str
     margin: Callable[[Figures], float]
@@ -101,16 +101,16 @@ def _runs(lines: list[dict[str, Any]], *wanted: str) -> list[dict[str, Any]]:
 
 
 def verdicts(lines: list[dict[str, Any]], teacher: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Each prediction with its margin for every initialisation whose runs are all there."""
-    by_initialisation: dict[int, dict[tuple[str, str], Mapping[str, float]]] = {}
+    """Each prediction with its margin for every initialization whose runs are all there."""
+    by_initialization: dict[int, dict[tuple[str, str], Mapping[str, float]]] = {}
     for line in lines:
         if line["role"] == "main":
-            of = by_initialisation.setdefault(line["initialisation"], {("teacher", ""): teacher})
+            of = by_initialization.setdefault(line["initialization"], {("teacher", ""): teacher})
             of[line["method"], line["regime"]] = line
     found = []
     for prediction in PREDICTIONS:
         margins = []
-        for of in by_initialisation.values():
+        for of in by_initialization.values():
             try:
                 margins.append(round(prediction.margin(of), 5))
             except KeyError:
@@ -120,16 +120,16 @@ def verdicts(lines: list[dict[str, Any]], teacher: Mapping[str, float]) -> list[
 
 
 def _verdict(margins: list[float]) -> str:
-    """Few initialisations: only what all of them say is said."""
+    """Few initializations: only what all of them say is said."""
     if not margins:
         return "not run"
     if all(margin > 0 for margin in margins):
-        return "holds in each initialisation"
-    return "fails in each initialisation" if all(margin <= 0 for margin in margins) else "undecided"
+        return "holds in each initialization"
+    return "fails in each initialization" if all(margin <= 0 for margin in margins) else "undecided"
 
 
 def table(lines: list[dict[str, Any]], teacher: Mapping[str, float], settings: Settings) -> str:
-    """Mean and range over initialisations of every method and regime, the teacher's line first."""
+    """Mean and range over initializations of every method and regime, the teacher's line first."""
     rates = chosen_rates(lines, settings)
     rows = [["teacher", "", *(_number(teacher[key]) if key in teacher else "" for key in COLUMNS)]]
     for regime in settings.regimes:

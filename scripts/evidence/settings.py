@@ -11,7 +11,7 @@ METHODS = ("sft", "masked_sft", "hpd", "forward_kl", "hpd_full")
 """Names of hpd's table of methods."""
 WHOLE_VOCABULARY = ("forward_kl", "hpd_full")
 TUNING_ORDER = 100
-"""Seed of the order of rows while the rate is chosen; that of a main run is its initialisation's number."""
+"""Seed of the order of rows while the rate is chosen; that of a main run is its initialization's number."""
 
 
 class Regime(NamedTuple):
@@ -42,7 +42,7 @@ class Settings:
     """Forward KL on validation rows, nats per label token."""
     look_every: int = 50
     """Pretraining steps between two looks at the clock, the loss and the gap."""
-    initialisations: int = 3
+    initializations: int = 3
     regimes: tuple[Regime, ...] = (Regime("repeated", 500, 20), Regime("single", 10_000, 1))
     batch: int = 25
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
@@ -67,7 +67,7 @@ TINY = Settings(
     teacher_steps=400,
     student_steps=100,
     look_every=20,
-    initialisations=2,
+    initializations=2,
     regimes=(Regime("repeated", 20, 8), Regime("single", 160, 1)),
     batch=10,
     rates=(1e-3, 3e-3),
@@ -91,15 +91,15 @@ def petaflops(settings: Settings, tokens: int, labels: float) -> dict[str, float
         return factor * rows * (shape.body_weights * tokens + shape.width * settings.vocab * labels) / 1e15
 
     passes = settings.regimes[0].rows * settings.regimes[0].epochs
-    runs = len(METHODS) * len(settings.regimes) * (len(settings.rates) + settings.initialisations)
+    runs = len(METHODS) * len(settings.regimes) * (len(settings.rates) + settings.initializations)
     answers = settings.problems * (1 + 2 * settings.samples)
-    main_runs = len(METHODS) * len(settings.regimes) * settings.initialisations
+    main_runs = len(METHODS) * len(settings.regimes) * settings.initializations
     # Beside the student's own six: the product of stored hidden states with the teacher's head.
     teacher_head = 2 * passes * settings.teacher.width * settings.vocab * labels / 1e15
     looks = settings.points * work(settings.student, settings.validation, 2)
     return {
         "teacher": work(settings.teacher, settings.teacher_steps * settings.pretrain_batch, 6),
-        "students": settings.initialisations
+        "students": settings.initializations
         * work(settings.student, settings.student_steps * settings.pretrain_batch, 6),
         "cache": work(settings.teacher, max(r.rows for r in settings.regimes) + settings.validation, 2),
         "runs": runs * (work(settings.student, passes, 6) + teacher_head + looks)

@@ -156,7 +156,7 @@ PROBLEMS: dict[str, Case] = {
     "ragged csv": Case(problems(b"prompt,answer\na,b,c\n", name="p.csv"), "more fields than the header"),
     "unknown suffix": Case(problems(_PROBLEM, name="p.txt"), "unknown format"),
     "unknown task": Case(problems(_PROBLEM, "--tasks", "gsm9k"), "gsm9k.*gsm8k"),
-    "unknown option": Case(problems(_PROBLEM, "-o", "colour=red"), "colour"),
+    "unknown option": Case(problems(_PROBLEM, "-o", "color=red"), "color"),
     "unknown preset": Case(problems(_PROBLEM, "--preset", "best"), "best"),
     "unknown engine": Case(problems(_PROBLEM, "--engine", "steam"), "Unknown engine 'steam'"),
     "unknown metric": Case(problems(b'{"prompt": "a", "completion": "b"}\n', "--metrics", "klm", "--teacher", "{teacher}"), "klm"),

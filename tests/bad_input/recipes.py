@@ -77,7 +77,7 @@ RECIPES: dict[str, Case] = {
     "negative accumulation": Case(recipe_with("train.gradient_accumulation_steps=-2"), "gradient_accumulation_steps.*>= 1"),
     "no steps": Case(recipe_with("train.max_steps=-1", "train.num_train_epochs=0"), "num_train_epochs.*> 0"),
     "max_length zero": Case(recipe_with("train.max_length=0"), "train.max_length.*>= 2"),
-    "unknown optimiser": Case(recipe_with("train.optim=adamm"), "train.optim|adamm"),
+    "unknown optimizer": Case(recipe_with("train.optim=adamm"), "train.optim|adamm"),
     "unknown schedule": Case(recipe_with("train.lr_scheduler_type=cosinus"), "lr_scheduler_type|cosinus"),
     "unknown logger": Case(recipe_with("train.report_to=wandbb"), "wandbb"),
     "logger that is not installed": Case(recipe_with("train.report_to=comet_ml"), "comet"),

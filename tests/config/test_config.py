@@ -56,6 +56,8 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
     [
         ({"student": {"modle": "x"}}, "unknown key 'student.modle'; did you mean 'model'"),
         ({"techer": "x"}, "unknown key 'techer'; did you mean 'teacher'"),
+        ({"lr": 1e-3}, "unknown key 'lr'; did you mean 'train.learning_rate'"),
+        ({"max_steps": 5}, "unknown key 'max_steps'; did you mean 'train.max_steps'"),
         ({"data": {}}, "data.path is empty: give a path"),
         ({"student": {"model": "x", "dtype": "float33"}}, "student.dtype.*bfloat16.*got 'float33'"),
         ({"method": "hdp"}, "Unknown method 'hdp'. Did you mean 'hpd'"),

@@ -168,7 +168,7 @@ def test_the_preset_goes_into_a_recipe():
 # ---- two steps of each kind
 
 OPENR1 = rows(problem=QUESTIONS, messages=DIALOGUES)
-LABELLED = rows(
+LABELED = rows(
     prompt=[dialogue[:1] for dialogue in DIALOGUES], completion=[dialogue[1:] for dialogue in DIALOGUES]
 )
 PREFERENCES = rows(prompt=QUESTIONS, chosen=DIALOGUES, rejected=DIALOGUES[::-1], messages=DIALOGUES)
@@ -176,9 +176,9 @@ PREFERENCES = rows(prompt=QUESTIONS, chosen=DIALOGUES, rejected=DIALOGUES[::-1],
 TRAINED = {
     "math_qwen_1.5b": ("qwen2", 320, 328, OPENR1),
     "math_llama_1b": ("llama", NUM_TOKENS, NUM_TOKENS, OPENR1),
-    "code_qwen": ("qwen2", 320, 328, LABELLED),
+    "code_qwen": ("qwen2", 320, 328, LABELED),
     "math_then_opd": ("qwen2", 320, 328, OPENR1),
-    "dpo": ("qwen2", 320, 328, LABELLED),
+    "dpo": ("qwen2", 320, 328, LABELED),
     "qwen3_moe": ("qwen3", NUM_TOKENS, NUM_TOKENS, OPENR1),
 }
 

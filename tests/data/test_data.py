@@ -107,7 +107,7 @@ def test_streaming_reads_lazily(tmp_path):
         ),
     ],
 )
-def test_rows_that_cannot_be_learnt_from(tmp_path, rows, options, message):
+def test_rows_that_cannot_be_learned_from(tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
         load_rows(config(write(tmp_path / "r.jsonl", rows), **options))
 

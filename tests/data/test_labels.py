@@ -25,7 +25,7 @@ AGAIN, SECOND = {"role": "user", "content": "say two"}, {"role": "assistant", "c
 LONG = "say one: " * 60
 
 
-class Learnt(NamedTuple):
+class Learned(NamedTuple):
     """A row, its recipe, the text before the first label, and the text that carries labels."""
 
     row: dict[str, Any]
@@ -41,44 +41,44 @@ IDS = [1, 20, 21, 3]  # <|bos|>12<|im_end|>
 TURNED = "<|bos|><|im_start|>system\nbe brief<|im_end|>\n" + CHAT.removeprefix("<|bos|>")
 
 # fmt: off
-CASES: dict[str, Learnt] = {
-    "mapped columns, others later": Learnt({"question": "QQQ", "answer": "AAA", "completion": "CCC", "prompt": "PPP"}, "AAA<|im_end|>", "<|bos|>QQQ", MAPPED),
-    "mapped columns, others first": Learnt({"prompt": "PPP", "completion": "CCC", "question": "QQQ", "answer": "AAA"}, "AAA<|im_end|>", "<|bos|>QQQ", MAPPED),
-    "mapped prompt, another of its name": Learnt({"question": "say one: ", "answer": "one two", "prompt": "PPP"}, " one two<|im_end|>", None, MAPPED),
-    "mapped text beside messages": Learnt({"messages": [ASK, ANSWER], "body": "one"}, "one<|im_end|>", "<|bos|>", {"columns": {"text": "body"}}),
-    "messages": Learnt({"messages": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
-    "messages, all of them": Learnt({"messages": [ASK, ANSWER]}, CHAT.removeprefix("<|bos|>") + "one two<|im_end|>\n", "<|bos|>", {"labels": "all"}),
-    "two turns": Learnt({"messages": [ASK, ANSWER, AGAIN, SECOND]}, "one two<|im_end|>two three<|im_end|>", CHAT, {"labels": "assistant"}),
-    "last of two turns": Learnt({"messages": [ASK, ANSWER, AGAIN, SECOND]}, "two three<|im_end|>\n", None, {"labels": "last_turn"}),
-    "a turn of weight 0": Learnt({"messages": [ASK, {**ANSWER, "weight": 0}, AGAIN, {**SECOND, "weight": 1}]}, "two three<|im_end|>"),
-    "a turn that is not to be trained": Learnt({"messages": [ASK, ANSWER, AGAIN, {**SECOND, "train": False}]}, "one two<|im_end|>", CHAT),
-    "prompt and messages": Learnt({"prompt": "say one", "prompt_id": "x", "messages": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
-    "preferences and messages": Learnt({"prompt": "say one", "messages": [ASK, ANSWER], "chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>", CHAT),
-    "messages as JSON": Learnt({"messages": json.dumps([ASK, ANSWER])}, "one two<|im_end|>", CHAT),
-    "text that is rendered already": Learnt({"text": "<|bos|>say one: one two<|im_end|>\n"}, "say one: one two<|im_end|>", "<|bos|>"),
-    "a completion with its end": Learnt({"prompt": "<|bos|>say one:", "completion": " one two<|im_end|>"}, " one two<|im_end|>", "<|bos|>say one:"),
-    "ShareGPT": Learnt({"conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", CHAT),
-    "ShareGPT with a chosen turn": Learnt({"conversations": [{"from": "human", "value": "say one"}], "chosen": {"from": "gpt", "value": "one two"}, "rejected": {"from": "gpt", "value": "two"}}, "one two<|im_end|>\n", CHAT),
-    "ShareGPT with a system column": Learnt({"system": "be brief", "conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", TURNED),
-    "conversations by role": Learnt({"conversations": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
-    "pair of messages": Learnt({"prompt": [ASK], "completion": [ANSWER]}, "one two<|im_end|>\n", CHAT),
-    "pair with a system column": Learnt({"system": "be brief", "prompt": "say one", "completion": "one two"}, "one two<|im_end|>\n", TURNED),
-    "pair with a history": Learnt({"history": [["say two", "two three"]], "prompt": "say one", "completion": "one two"}, "one two<|im_end|>\n", "<|bos|><|im_start|>user\nsay two<|im_end|>\n<|im_start|>assistant\ntwo three<|im_end|>\n" + CHAT.removeprefix("<|bos|>")),
-    "alpaca": Learnt({"instruction": "add", "input": "one two", "output": "three"}, "three<|im_end|>\n", "<|bos|><|im_start|>user\nadd\none two<|im_end|>\n<|im_start|>assistant\n"),
-    "alpaca without an input": Learnt({"instruction": "say one", "input": "", "output": "one two", "text": "### say one"}, "one two<|im_end|>\n", CHAT),
-    "alpaca as text": Learnt({"instruction": "add", "input": "one two", "output": "three"}, "three<|im_end|>", "<|bos|>add\none two\n", {"format": "plain"}),
-    "alpaca, mapped": Learnt({"instruction": "add", "input": "one two", "output": "three"}, "three<|im_end|>\n", "<|bos|><|im_start|>user\nadd\none two<|im_end|>\n<|im_start|>assistant\n", {"columns": {"prompt": "instruction", "completion": "output"}}),
-    "Dolly": Learnt({"instruction": "add", "context": "one two", "response": "three", "category": "sums"}, "three<|im_end|>\n", "<|bos|><|im_start|>user\nadd\none two<|im_end|>\n<|im_start|>assistant\n"),
-    "chosen and rejected": Learnt({"chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>\n", CHAT),
-    "prompt beside whole answers": Learnt({"prompt": "say one", "chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>\n", CHAT),
-    "a good answer": Learnt({"prompt": "say one: ", "completion": "one two", "label": True}, " one two<|im_end|>"),
-    "text beside a prompt": Learnt({"prompt": "say one: ", "text": "say one: one two"}, "say one: one two<|im_end|>", "<|bos|>"),
-    "ids": Learnt({"input_ids": IDS}, "12<|im_end|>", "<|bos|>"),
-    "ids and labels": Learnt({"input_ids": IDS, "labels": [-100, -100, 21, 3]}, "2<|im_end|>", "<|bos|>1"),
-    "ids and a completion mask": Learnt({"input_ids": IDS, "completion_mask": [0, 0, 1, 1]}, "2<|im_end|>", "<|bos|>1"),
-    "ids and an assistant mask": Learnt({"input_ids": IDS, "assistant_masks": [0, 0, 1, 0]}, "2", "<|bos|>1"),
-    "ids with padding": Learnt({"input_ids": [0, 0, *IDS], "attention_mask": [0, 0, 1, 1, 1, 1]}, "12<|im_end|>", "<|bos|>"),
-    "the end of a long row": Learnt({"prompt": LONG, "completion": "one two"}, " one two<|im_end|>", None, {}, {"truncation_mode": "keep_end", "max_length": 32}),
+CASES: dict[str, Learned] = {
+    "mapped columns, others later": Learned({"question": "QQQ", "answer": "AAA", "completion": "CCC", "prompt": "PPP"}, "AAA<|im_end|>", "<|bos|>QQQ", MAPPED),
+    "mapped columns, others first": Learned({"prompt": "PPP", "completion": "CCC", "question": "QQQ", "answer": "AAA"}, "AAA<|im_end|>", "<|bos|>QQQ", MAPPED),
+    "mapped prompt, another of its name": Learned({"question": "say one: ", "answer": "one two", "prompt": "PPP"}, " one two<|im_end|>", None, MAPPED),
+    "mapped text beside messages": Learned({"messages": [ASK, ANSWER], "body": "one"}, "one<|im_end|>", "<|bos|>", {"columns": {"text": "body"}}),
+    "messages": Learned({"messages": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
+    "messages, all of them": Learned({"messages": [ASK, ANSWER]}, CHAT.removeprefix("<|bos|>") + "one two<|im_end|>\n", "<|bos|>", {"labels": "all"}),
+    "two turns": Learned({"messages": [ASK, ANSWER, AGAIN, SECOND]}, "one two<|im_end|>two three<|im_end|>", CHAT, {"labels": "assistant"}),
+    "last of two turns": Learned({"messages": [ASK, ANSWER, AGAIN, SECOND]}, "two three<|im_end|>\n", None, {"labels": "last_turn"}),
+    "a turn of weight 0": Learned({"messages": [ASK, {**ANSWER, "weight": 0}, AGAIN, {**SECOND, "weight": 1}]}, "two three<|im_end|>"),
+    "a turn that is not to be trained": Learned({"messages": [ASK, ANSWER, AGAIN, {**SECOND, "train": False}]}, "one two<|im_end|>", CHAT),
+    "prompt and messages": Learned({"prompt": "say one", "prompt_id": "x", "messages": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
+    "preferences and messages": Learned({"prompt": "say one", "messages": [ASK, ANSWER], "chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>", CHAT),
+    "messages as JSON": Learned({"messages": json.dumps([ASK, ANSWER])}, "one two<|im_end|>", CHAT),
+    "text that is rendered already": Learned({"text": "<|bos|>say one: one two<|im_end|>\n"}, "say one: one two<|im_end|>", "<|bos|>"),
+    "a completion with its end": Learned({"prompt": "<|bos|>say one:", "completion": " one two<|im_end|>"}, " one two<|im_end|>", "<|bos|>say one:"),
+    "ShareGPT": Learned({"conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", CHAT),
+    "ShareGPT with a chosen turn": Learned({"conversations": [{"from": "human", "value": "say one"}], "chosen": {"from": "gpt", "value": "one two"}, "rejected": {"from": "gpt", "value": "two"}}, "one two<|im_end|>\n", CHAT),
+    "ShareGPT with a system column": Learned({"system": "be brief", "conversations": [{"from": "human", "value": "say one"}, {"from": "gpt", "value": "one two"}]}, "one two<|im_end|>", TURNED),
+    "conversations by role": Learned({"conversations": [ASK, ANSWER]}, "one two<|im_end|>", CHAT),
+    "pair of messages": Learned({"prompt": [ASK], "completion": [ANSWER]}, "one two<|im_end|>\n", CHAT),
+    "pair with a system column": Learned({"system": "be brief", "prompt": "say one", "completion": "one two"}, "one two<|im_end|>\n", TURNED),
+    "pair with a history": Learned({"history": [["say two", "two three"]], "prompt": "say one", "completion": "one two"}, "one two<|im_end|>\n", "<|bos|><|im_start|>user\nsay two<|im_end|>\n<|im_start|>assistant\ntwo three<|im_end|>\n" + CHAT.removeprefix("<|bos|>")),
+    "alpaca": Learned({"instruction": "add", "input": "one two", "output": "three"}, "three<|im_end|>\n", "<|bos|><|im_start|>user\nadd\none two<|im_end|>\n<|im_start|>assistant\n"),
+    "alpaca without an input": Learned({"instruction": "say one", "input": "", "output": "one two", "text": "### say one"}, "one two<|im_end|>\n", CHAT),
+    "alpaca as text": Learned({"instruction": "add", "input": "one two", "output": "three"}, "three<|im_end|>", "<|bos|>add\none two\n", {"format": "plain"}),
+    "alpaca, mapped": Learned({"instruction": "add", "input": "one two", "output": "three"}, "three<|im_end|>\n", "<|bos|><|im_start|>user\nadd\none two<|im_end|>\n<|im_start|>assistant\n", {"columns": {"prompt": "instruction", "completion": "output"}}),
+    "Dolly": Learned({"instruction": "add", "context": "one two", "response": "three", "category": "sums"}, "three<|im_end|>\n", "<|bos|><|im_start|>user\nadd\none two<|im_end|>\n<|im_start|>assistant\n"),
+    "chosen and rejected": Learned({"chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>\n", CHAT),
+    "prompt beside whole answers": Learned({"prompt": "say one", "chosen": [ASK, ANSWER], "rejected": [ASK, SECOND]}, "one two<|im_end|>\n", CHAT),
+    "a good answer": Learned({"prompt": "say one: ", "completion": "one two", "label": True}, " one two<|im_end|>"),
+    "text beside a prompt": Learned({"prompt": "say one: ", "text": "say one: one two"}, "say one: one two<|im_end|>", "<|bos|>"),
+    "ids": Learned({"input_ids": IDS}, "12<|im_end|>", "<|bos|>"),
+    "ids and labels": Learned({"input_ids": IDS, "labels": [-100, -100, 21, 3]}, "2<|im_end|>", "<|bos|>1"),
+    "ids and a completion mask": Learned({"input_ids": IDS, "completion_mask": [0, 0, 1, 1]}, "2<|im_end|>", "<|bos|>1"),
+    "ids and an assistant mask": Learned({"input_ids": IDS, "assistant_masks": [0, 0, 1, 0]}, "2", "<|bos|>1"),
+    "ids with padding": Learned({"input_ids": [0, 0, *IDS], "attention_mask": [0, 0, 1, 1, 1, 1]}, "12<|im_end|>", "<|bos|>"),
+    "the end of a long row": Learned({"prompt": LONG, "completion": "one two"}, " one two<|im_end|>", None, {}, {"truncation_mode": "keep_end", "max_length": 32}),
 }
 # fmt: on
 
@@ -105,7 +105,7 @@ def recipe_for(pair, folder: Path, rows: list[dict[str, Any]], **more: Any):
     return load_recipe(tree)
 
 
-def learnt(trainer: DistillTrainer) -> tuple[str, str]:
+def learned(trainer: DistillTrainer) -> tuple[str, str]:
     """The text that carries labels in the first batch's first row, and what stands before it."""
     batch = next(iter(trainer.get_train_dataloader()))
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
@@ -133,12 +133,12 @@ def trainer_for(pair, planned_args, rows, tokenizer) -> DistillTrainer:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_learnt(pair, tmp_path, name):
+def test_what_is_learned(pair, tmp_path, name):
     case = CASES[name]
     recipe = recipe_for(pair, tmp_path, [case.row] * 2, data=case.data, train=case.train)
     planned = plan(recipe)
     trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
-    found, before = learnt(trainer)
+    found, before = learned(trainer)
     assert found == case.learn
     assert case.before is None or before == case.before
     tokens = [sum(label != IGNORE_INDEX for label in row["labels"][1:]) for row in trainer.train_dataset]
@@ -154,7 +154,7 @@ def test_python_reads_the_same_rows(pair, tmp_path, name):
     )
     tokenizer = plan(recipe_for(pair, tmp_path, [{"prompt": "a", "completion": "b"}])).tokenizer
     trainer = trainer_for(pair, args, Dataset.from_list([case.row] * 2), tokenizer)
-    assert learnt(trainer)[0] == case.learn
+    assert learned(trainer)[0] == case.learn
 
 
 THINKS = (
@@ -179,16 +179,16 @@ THOUGHT = "<think>\ncount\n</think>\n\none two"
         ),
     ],
 )
-def test_a_thought_that_the_template_cuts_is_learnt(pair, tmp_path, row, labels, learn):
+def test_a_thought_that_the_template_cuts_is_learned(pair, tmp_path, row, labels, learn):
     template = tmp_path / "thinks.jinja"
     template.write_text(THINKS)
     options = {"data": {"labels": labels}, "train": {"chat_template_path": str(template)}}
     planned = plan(recipe_for(pair, tmp_path, [row] * 2, **options))
     trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
-    assert learnt(trainer)[0] == f"{learn}count\n</think>\n\none two<|im_end|>"
+    assert learned(trainer)[0] == f"{learn}count\n</think>\n\none two<|im_end|>"
 
 
-def test_a_template_without_marks_is_learnt_turn_by_turn(pair, tmp_path):
+def test_a_template_without_marks_is_learned_turn_by_turn(pair, tmp_path):
     template = tmp_path / "plain.jinja"
     template.write_text(
         "{{ bos_token }}{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
@@ -199,7 +199,7 @@ def test_a_template_without_marks_is_learnt_turn_by_turn(pair, tmp_path):
         options = {"data": {"labels": labels}, "train": {"chat_template_path": str(template)}}
         planned = plan(recipe_for(pair, tmp_path, [row] * 2, **options))
         trainer = trainer_for(pair, planned.args, planned.rows.train, planned.tokenizer)
-        assert learnt(trainer)[0] == "one two<|im_end|>" * 2
+        assert learned(trainer)[0] == "one two<|im_end|>" * 2
 
 
 def test_a_template_that_renders_turns_anew_is_refused(pair, tmp_path):

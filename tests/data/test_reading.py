@@ -123,7 +123,7 @@ ASK, ANSWER = {"role": "user", "content": "say one"}, {"role": "assistant", "con
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**ROW, "input": "3 4"}, "Row 0 has the column input, which changes what is learnt"),
+        ({**ROW, "input": "3 4"}, "Row 0 has the column input, which changes what is learned"),
         ({**ROW, "label": False}, "Row 0 has the column label.*keep the rows that are true"),
         ({**ROW, "weight": 0.5}, "Row 0 has the column weight.*data.ignore"),
         ({**ROW, "completion_mask": [0, 1]}, "Row 0 has the column completion_mask.*input_ids"),
@@ -135,13 +135,13 @@ ASK, ANSWER = {"role": "user", "content": "say one"}, {"role": "assistant", "con
         ({"messages": [{**ASK, "weight": 1}, ANSWER]}, "Row 0: turn 0 has weight 1.*assistant's turns"),
         (
             {"prompt": [ASK], "completion": [{**ANSWER, "weight": 0}]},
-            "turn 0 has weight 0.*all that is learnt",
+            "turn 0 has weight 0.*all that is learned",
         ),
         ({**ROW, "history": "earlier"}, "Row 0 has a history that is not a list"),
         ({**ROW, "system": 3}, "Row 0 has a system that is not text"),
     ],
 )
-def test_a_column_that_changes_what_is_learnt_is_refused_where_it_has_no_place(tmp_path, row, message):
+def test_a_column_that_changes_what_is_learned_is_refused_where_it_has_no_place(tmp_path, row, message):
     (tmp_path / "r.jsonl").write_text(lines(row))
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "r.jsonl")

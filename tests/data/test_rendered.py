@@ -21,7 +21,7 @@ from hpd.data.dates import own_template, set_date
 from hpd.data.rendered import compare_rows
 from hpd.data.rendering import render
 from hpd.data.repair import repaired
-from hpd.data.shown import row_as_learnt
+from hpd.data.shown import row_as_learned
 from hpd.progress import Progress
 from hpd.teachers.cache import write_json
 from hpd.training.caching import write_cache
@@ -85,7 +85,7 @@ def tokenizer_of(template=None, bos=True):
     return tokenizer
 
 
-def learnt(rendered, tokenizer):
+def learned(rendered, tokenizer):
     """The text of the labels; the first token is none, since nothing predicts it."""
     labels = list(zip(rendered.ids, rendered.mask, strict=True))[1:]
     return tokenizer.decode([token for token, bit in labels if bit])
@@ -123,15 +123,15 @@ def recipe_of(tmp_path, rows, template=None, data=None, train=None, name="run", 
 
 
 def rows_that_train(trainer_rows, tokenizer):
-    """The learnt text of each row that a trainer has prepared."""
+    """The learned text of each row that a trainer has prepared."""
     return [tokenizer.decode([i for i in row["labels"][1:] if i != -100]) for row in trainer_rows]
 
 
 @pytest.mark.parametrize("labels", ["completion", "last_turn"])
-def test_thoughts_that_a_template_cuts_are_learnt(labels):
+def test_thoughts_that_a_template_cuts_are_learned(labels):
     tokenizer = tokenizer_of(R1)
     rendered = render(pair(THOUGHT), tokenizer, labels)
-    assert learnt(rendered, tokenizer) == "count\n</think>\n\none two<|im_end|>"
+    assert learned(rendered, tokenizer) == "count\n</think>\n\none two<|im_end|>"
     assert rendered.text.startswith(rendered.prompt)
     assert "cuts the beginning" in topics(pair(THOUGHT), tokenizer)["thoughts"]
 
@@ -159,7 +159,7 @@ def test_an_answer_that_a_template_rewrites_is_not_put_back():
     assert rendered.cut == ""
     assert "ONE TWO" in rendered.text
     found = compare_rows([pair("one two")], tokenizer, "completion")
-    assert any("should be learnt" in v.text and "'one two'" in v.text for v in found)
+    assert any("should be learned" in v.text and "'one two'" in v.text for v in found)
 
 
 def test_a_system_message_without_a_place():
@@ -181,7 +181,7 @@ def test_empty_thoughts_are_named_unless_the_prompt_has_them():
     assert topics(pair(THOUGHT), tokenizer) == {}
     asked = {**pair("one two"), "chat_template_kwargs": {"enable_thinking": False}}
     assert topics(asked, tokenizer) == {}
-    assert learnt(render(asked, tokenizer, "completion"), tokenizer) == "one two<|im_end|>\n"
+    assert learned(render(asked, tokenizer, "completion"), tokenizer) == "one two<|im_end|>\n"
 
 
 def test_a_default_system_prompt():
@@ -210,7 +210,7 @@ def test_tokens_that_merge_across_the_seam():
     tokenizer = tokenizer_of()
     row = {"prompt": "say one: ", "completion": "one two"}
     rendered = render(row, tokenizer, "completion")
-    assert learnt(rendered, tokenizer) == " one two<|im_end|>"
+    assert learned(rendered, tokenizer) == " one two<|im_end|>"
     assert "merge" in topics(row, tokenizer)["prompt and completion"]
     assert topics({"prompt": "say one:", "completion": " one two"}, tokenizer) == {}
 
@@ -237,7 +237,7 @@ def test_prompts_completions_and_messages_with_begin_and_end_tokens():
     row = {"prompt": "<|bos|>say one:", "completion": " one<|im_end|><|im_end|>\n"}
     rendered = render(repaired(row, tokenizer), tokenizer, "completion")
     assert tokenizer.decode(rendered.ids) == "<|bos|>say one: one<|im_end|>"
-    assert learnt(rendered, tokenizer) == " one<|im_end|>"
+    assert learned(rendered, tokenizer) == " one<|im_end|>"
     assert topics(row, tokenizer).keys() == {"begin token", "end token"}
     turns = repaired(pair("one<|im_end|>"), tokenizer)
     assert render(turns, tokenizer, "completion").text.count("one<|im_end|><|im_end|>") == 0
@@ -253,7 +253,7 @@ def test_a_tokenizer_that_adds_the_end_itself():
         assert rendered.ids.count(tokenizer.eos_token_id) == 1
         assert rendered.ids[-1] == tokenizer.eos_token_id
         assert rendered.mask[-1]
-    assert learnt(rendered, tokenizer) == " one<|im_end|>"
+    assert learned(rendered, tokenizer) == " one<|im_end|>"
 
 
 def test_rows_that_need_nothing_are_left_alone():
@@ -321,9 +321,9 @@ def test_the_end_of_long_rows_is_measured_as_it_is_trained():
     assert lengths.ends_with_eos == 1.0
     assert lengths.cut.cut_rows == 3
     assert lengths.cut.cut_labels == 0
-    (before, after) = row_as_learnt(rows, tokenizer, "completion", 32, "keep_end")
-    assert (after.text, after.learnt) == (" one two<|im_end|>", True)
-    assert not before.learnt
+    (before, after) = row_as_learned(rows, tokenizer, "completion", 32, "keep_end")
+    assert (after.text, after.learned) == (" one two<|im_end|>", True)
+    assert not before.learned
     with pytest.raises(ValueError, match="Every label is masked"):
         measure(rows, tokenizer, 32, "completion", "keep_start")
 

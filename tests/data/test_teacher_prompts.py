@@ -124,7 +124,7 @@ def test_without_a_prompt_of_its_own_the_teacher_reads_the_students(tokenizer):
     [
         ({"text": "say two"}, "x", "completion", "no prompt of that form"),
         (CHAT, "x", "completion", "both are texts, or both are messages"),
-        (TEXT, "x", "all", "Every token of a row is learnt"),
+        (TEXT, "x", "all", "Every token of a row is learned"),
         # The tokenizer has a token for "one".
         (
             {"prompt": "say:", "completion": "ne two"},

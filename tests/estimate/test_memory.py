@@ -176,7 +176,7 @@ def test_what_saves_memory_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_quantised_weights_are_counted_as_they_are_loaded(tmp_path, bits):
+def test_quantized_weights_are_counted_as_they_are_loaded(tmp_path, bits):
     bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     file = write_recipe(tmp_path, SIZES["activations"][0], batch=2)
     student = str(tmp_path / "student")

@@ -19,7 +19,7 @@ from hpd.generation.settings import GenerationSettings
 from hpd.generation.texts import Answer
 
 ROWS = [
-    {"instruction": "Name a colour.", "input": "", "output": "Red is a colour."},
+    {"instruction": "Name a color.", "input": "", "output": "Red is a color."},
     {"instruction": "Add.", "input": "1 and 2", "output": ["three", "3"]},
 ]
 
@@ -61,18 +61,18 @@ def test_tasks(tmp_path: Path) -> None:
     first, second = task.examples()
     assert second.prompt == alpaca_prompt("Add.", "1 and 2")
     assert "### Input:" not in first.prompt
-    verdicts = task.grade([first, second], [Answer(text="  red is a colour\n"), Answer(text="3")])
+    verdicts = task.grade([first, second], [Answer(text="  red is a color\n"), Answer(text="3")])
     assert [verdict.value for verdict in verdicts] == [1.0, 1.0]
     assert {verdict.correct for verdict in verdicts} == {None}
     chat = dolly(_file(tmp_path, ROWS), template="chat", limit=2)
-    assert [example.prompt for example in chat.examples()] == ["Name a colour.", "Add.\n\n1 and 2"]
+    assert [example.prompt for example in chat.examples()] == ["Name a color.", "Add.\n\n1 and 2"]
     assert chat.defaults["chat_template"] == "auto"
 
 
 def test_thoughts_are_no_part_of_an_answer(tmp_path: Path) -> None:
     task = dolly(_file(tmp_path, ROWS), limit=1)
     (example,) = task.examples()
-    texts = ["<think>Blue? No, a colour.</think>Red is a colour.", "<think>Red is a colour."]
+    texts = ["<think>Blue? No, a color.</think>Red is a color.", "<think>Red is a color."]
     closed, unclosed = task.grade([example] * 2, [Answer(text=text) for text in texts])
     assert (closed.value, closed.detail) == (1.0, "")
     assert (unclosed.value, unclosed.detail) == (0.0, "thoughts that never end: the answer is empty")

@@ -413,7 +413,7 @@ def test_gsm8k_grades_its_own_solutions(shared: Path) -> None:
     wrong = sum(
         _grade(task, example, str(other.metadata["answer"])).correct for example, other in pairwise(examples)
     )
-    assert wrong < len(examples) / 20  # neighbours with the same answer by chance
+    assert wrong < len(examples) / 20  # neighbors with the same answer by chance
 
 
 def test_math500_references_are_taken_as_a_whole(shared: Path) -> None:
@@ -501,7 +501,7 @@ def test_greedy_ignores_the_checkpoints_decoding_and_restores_it(
 ) -> None:
     settings = GenerationSettings(max_new_tokens=16)
     plain = generate_answers(model, tokenizer, PROMPTS, settings)
-    favourite = max(
+    favorite = max(
         range(3, len(tokenizer)), key=lambda token: sum(tokenizer.decode([token]) in g.text for g in plain)
     )
     theirs = GenerationConfig(
@@ -511,7 +511,7 @@ def test_greedy_ignores_the_checkpoints_decoding_and_restores_it(
         top_k=7,
         repetition_penalty=3.0,
         max_length=9,
-        suppress_tokens=[favourite],
+        suppress_tokens=[favorite],
         eos_token_id=tokenizer.eos_token_id,
     )
     model.generation_config = theirs

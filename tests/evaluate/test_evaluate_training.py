@@ -137,7 +137,7 @@ def test_the_checkpoint_that_does_best_on_a_task_is_kept(workspace, monkeypatch)
     ("fields", "training", "message"),
     [
         ({"data": "missing.jsonl"}, {}, "no data file missing.jsonl"),
-        ({"options": {"colour": 1}}, {}, "has no option 'colour'"),
+        ({"options": {"color": 1}}, {}, "has no option 'color'"),
         ({"limit_seed": 1}, {}, "limit_seed has no effect"),
         ({}, {"metric_for_best_model": "exact_match_accuracy"}, "has no `every`"),
         ({"num_samples": 3}, {}, "would write the same answer 3 times"),

@@ -89,7 +89,7 @@ def test_trouble_is_retried(tmp_path: Path, trouble: int | str) -> None:
         assert judge.usage.retries == len(server.requests) - 6 > 0
 
 
-def test_retry_after_is_honoured(tmp_path: Path) -> None:
+def test_retry_after_is_honored(tmp_path: Path) -> None:
     headers = {"Retry-After": "1"}
     with JudgeServer(likes_longer, status=lambda n: 429 if n == 0 else None, headers=headers) as server:
         start = time.monotonic()

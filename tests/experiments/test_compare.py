@@ -19,6 +19,7 @@ from hpd.experiments.experiment import Budget, load_experiment, read_experiment
 from hpd.experiments.grid import expand
 from hpd.experiments.manifest import differing_paths, require_equal_environments
 from hpd.experiments.tuning import Choice, all_tuning, expand_tuning
+from hpd.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -636,18 +637,26 @@ def test_the_figures_of_several_teachers_are_their_means(tmp_path, monkeypatch):
         asked: Any = ("accuracy",)
         return Job(recipe, {}, evals=asked)
 
-    def evaluate(job, target, log):
+    def evaluate(job, target, log, waiting):
+        waiting()
         target.mkdir(parents=True)
         write_json(target / "figures.json", {"accuracy": {"one": 0.5, "two": 1.0}[job.recipe.teacher.model]})
+
+    shown = []
+
+    class Bars(Progress):
+        def bar(self, name):
+            return lambda done, total, note="": shown.append((name, done, total))
 
     module = __import__("sys").modules["hpd.experiments.compare"]
     monkeypatch.setattr(module, "_evaluate_teacher", evaluate)
     for name in ("e", "alone"):
         (tmp_path / name).mkdir()
-    module._evaluate_teachers([job("one"), job("two"), job("one")], tmp_path / "e")
+    module._evaluate_teachers([job("one"), job("two"), job("one")], tmp_path / "e", Bars())
     assert json.loads((tmp_path / "e" / "teacher" / "figures.json").read_text()) == {"accuracy": 0.75}
+    assert shown == [("teachers evaluated", done, 2) for done in range(3)]
     assert sorted(path.name for path in (tmp_path / "e" / "teacher").iterdir()) == ["0", "1", "figures.json"]
-    module._evaluate_teachers([job("one")], tmp_path / "alone")
+    module._evaluate_teachers([job("one")], tmp_path / "alone", Bars())
     assert json.loads((tmp_path / "alone" / "teacher" / "figures.json").read_text()) == {"accuracy": 0.5}
 
 

@@ -49,7 +49,7 @@ def test_a_split_axis_shows_every_line_in_its_part_and_says_so():
     assert len(drawn(line_panel("k", "t", dict(list(lines.items())[:3]))).axes) == 1
 
 
-def test_five_lines_have_colors_and_the_rest_is_grey_with_one_entry_in_the_legend():
+def test_five_lines_have_colors_and_the_rest_is_gray_with_one_entry_in_the_legend():
     names = [f"m{i}" for i in range(9)]
     looks = looks_of(names, first="m7")
     assert [name for name in names if looks[name].is_named] == ["m0", "m1", "m2", "m3", "m7"]
@@ -78,7 +78,7 @@ def test_shares_are_drawn_in_percent_and_written_as_they_are():
     assert panel.rows[0][2] == ("50.0%", 0.5, "", "", None)
 
 
-def test_each_small_plot_has_its_own_axis_and_grey_lines_of_one_plot_are_told_apart():
+def test_each_small_plot_has_its_own_axis_and_gray_lines_of_one_plot_are_told_apart():
     looks = looks_of([f"m{i}" for i in range(8)])
     plots = {"small": {"m0": flat(0.1)}, "large": {"m6": flat(90.0), "m7": flat(91.0)}}
     small, large = (axis for axis in drawn(multiples_panel("k", "t", plots, looks=looks)).axes)

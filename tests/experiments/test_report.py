@@ -178,7 +178,7 @@ def test_an_unfinished_run_is_counted_and_its_curve_is_drawn(grid, tmp_path):
     assert "<html" in render_page(empty)
 
 
-def test_figures_follow_the_colours_of_the_page():
+def test_figures_follow_the_colors_of_the_page():
     def draw(figure):
         (axis,) = new_axes(figure)
         axis.plot([0, 1], [0, 1], color="#3f7fc1")

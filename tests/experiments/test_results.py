@@ -39,7 +39,7 @@ def results():
     return Results(title="t", runs=runs, axes=AXES)
 
 
-def test_runs_of_one_seed_and_several_initialisations_are_all_kept(results):
+def test_runs_of_one_seed_and_several_initializations_are_all_kept(results):
     found = results.values("hpd, limit=100", "accuracy")
     assert found == pytest.approx(
         {"s0, seed 0": 0.1, "s0, seed 1": 0.11, "s1, seed 0": 0.15, "s1, seed 1": 0.16}

@@ -84,7 +84,7 @@ def disturb(
     began = time.monotonic()
     assert _end(start_command(command.words(folder / "undisturbed"), log)) == 0, log.read_text()[-3000:]
     expected = command.left(folder / "undisturbed")
-    # How long a life takes, learnt on the way.
+    # How long a life takes, learned on the way.
     span, number = time.monotonic() - began, 0
     while True:
         kind = draw.choice(kinds) if account.survived < faults else "none"

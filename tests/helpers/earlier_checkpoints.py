@@ -12,7 +12,7 @@ from hpd.training.checkpoints import mark_complete
 
 __all__ = ["rewrite_as_earlier"]
 
-_EARLIER = {"behavior_logprobs": "behaviour", "old_logprobs": "old"}
+_EARLIER = {"behavior_logprobs": "behavior", "old_logprobs": "old"}
 
 
 def rewrite_as_earlier(checkpoint: Path) -> None:

@@ -130,7 +130,7 @@ def harass(
     """
     draw, account, number = random.Random(seed), Account(), 0
     target: dict[str, Any] = {**tree, "output_dir": str(folder / "run-0")}
-    # How long a life takes to its first step and to its end, learnt on the way.
+    # How long a life takes to its first step and to its end, learned on the way.
     spans = [2.0, 6.0]
     while True:
         kind = draw.choice(kinds) if account.survived < kills else "none"
@@ -241,7 +241,7 @@ def _end(process: Any) -> int:
 
 
 def left_behind(run: Path) -> dict[str, Any]:
-    """What must be the same: weights, the last checkpoint's optimiser and schedule, the metrics and the
+    """What must be the same: weights, the last checkpoint's optimizer and schedule, the metrics and the
     summary."""
     import torch
     from safetensors.torch import load_file

@@ -25,7 +25,7 @@ ALLOWED_SKIPS = {
     f"{_EVALUATE}/test_evaluate.py::test_math500_references_are_taken_as_a_whole": _DATA,
     f"{_EVALUATE}/test_judge.py::test_the_public_files_load": _DATA,
     # Packages made for accelerators.
-    "tests/training/test_combinations.py::test_optimisers_of_the_trainer_train": "which is not installed",
+    "tests/training/test_combinations.py::test_optimizers_of_the_trainer_train": "which is not installed",
     # What an unprivileged container or user may not do.
     f"{_EVALUATE}/test_sandbox.py::test_scratch_folder": "files need namespaces",
     f"{_EVALUATE}/test_sandbox.py::test_hostile_programs_of_an_ordinary_user": "",

@@ -79,7 +79,7 @@ def first_batch(trainer):
 
 
 def gradient(trainer, batches=None):
-    """Gradient of one global batch, without an optimiser."""
+    """Gradient of one global batch, without an optimizer."""
     trainer.model.zero_grad()
     batches = batches if batches is not None else list(trainer.get_train_dataloader())
     count = sum(b["labels"][:, 1:].ne(-100).sum() for b in batches)

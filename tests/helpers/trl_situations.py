@@ -60,7 +60,7 @@ def _adapted(**options: Any) -> Callable[[Path], dict[str, Any]]:
     return lambda folder: {"peft_config": LoraConfig(**options)}
 
 
-def _quantised(folder: Path, **options: Any) -> Any:
+def _quantized(folder: Path, **options: Any) -> Any:
     """The folder's model in 4 bits that compute in float16, as TRL's tests have it."""
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16, **options)
@@ -69,7 +69,7 @@ def _quantised(folder: Path, **options: Any) -> Any:
 
 def _qlora(folder: Path) -> dict[str, Any]:
     adapter = LoraConfig(lora_alpha=16, lora_dropout=0.1, r=8, bias="none", task_type="CAUSAL_LM")
-    return {"model": _quantised(folder), "peft_config": adapter}
+    return {"model": _quantized(folder), "peft_config": adapter}
 
 
 def _with_eval(rows: Any = None, **more: Any) -> Callable[[Path], dict[str, Any]]:
@@ -80,7 +80,7 @@ def _held_out() -> Dataset:
     return rows_of("standard_language_modeling", "test")
 
 
-def _tokenised(folder: Path) -> Dataset:
+def _tokenized(folder: Path) -> Dataset:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     return rows_of("standard_language_modeling").map(
         lambda row: tokenizer(row["text"]), remove_columns=["text"]
@@ -204,7 +204,7 @@ TRAINED: dict[str, Situation] = {
         for name, options in (("peft_config_and_", _adapted()), ("", lambda folder: {}))
     },
     "test_train_with_non_chatml_conversational_data": Situation("from_value"),
-    "test_train_with_pretokenized_data": Situation(_tokenised),
+    "test_train_with_pretokenized_data": Situation(_tokenized),
     "test_train_with_iterable_dataset": Situation(_streamed(_LANGUAGE)),
     "test_train_padding_free": Situation(settings={"padding_free": True, "max_length": None}),
     **{
@@ -272,7 +272,7 @@ TRAINED: dict[str, Situation] = {
     "test_peft_with_quantization": Situation(
         settings={"bf16": True},
         options=lambda folder: {
-            "model": _quantised(folder, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"),
+            "model": _quantized(folder, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4"),
             "peft_config": LoraConfig(),
         },
     ),

@@ -187,7 +187,7 @@ def test_shared_prefix_drops_labels_beyond():
     assert int(output.stats["tokens"]) == int(((labels[:, 1:] != -100) & (labels[:, 1:] < 30)).sum())
 
 
-def test_head_extras_are_honoured():
+def test_head_extras_are_honored():
     hidden, head, teacher_hidden, teacher_head, labels = batch()
     bias = torch.linspace(-1, 1, 37, dtype=torch.float64)
     capped = 5.0 * torch.tanh(0.3 * (hidden @ head.T + bias) / 5.0)

@@ -1,4 +1,4 @@
-"""Teachers that are known by their normaliser or at their likeliest tokens, against the whole
+"""Teachers that are known by their normalizer or at their likeliest tokens, against the whole
 distribution."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def top_k_of(given: Problem, k: int) -> Any:
 @TERM_CASES
 @pytest.mark.parametrize("teacher_vocab", [255, 290, 200])
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
-def test_a_known_normaliser_changes_nothing(terms: Any, teacher_vocab: int, extras: dict[str, Any]) -> None:
+def test_a_known_normalizer_changes_nothing(terms: Any, teacher_vocab: int, extras: dict[str, Any]) -> None:
     bias = torch.linspace(-1, 1, teacher_vocab, dtype=torch.float64) if extras else None
     given = problem(255, teacher_vocab=teacher_vocab, teacher_head={"bias": bias, **extras})
     assert_equal(
@@ -43,7 +43,7 @@ def test_a_known_normaliser_changes_nothing(terms: Any, teacher_vocab: int, extr
     )
 
 
-def test_a_known_normaliser_saves_the_teacher_s_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_normalizer_saves_the_teacher_s_product(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(601)
     rows: list[int] = []
     project = side.project_

@@ -93,7 +93,7 @@ def test_inverse_cdf_reaches_tokens_rarer_than_a_float32_step() -> None:
     assert inverse_cdf(probs, torch.tensor([[0.5, 1 - 1e-10]], dtype=torch.float64)).tolist() == [[0, 1]]
 
 
-def test_inverse_cdf_does_not_ask_for_normalised_rows_or_any_mass() -> None:
+def test_inverse_cdf_does_not_ask_for_normalized_rows_or_any_mass() -> None:
     probs, numbers = log_distribution(5, 300, 5).exp(), uniform_numbers(5, 4)
     assert torch.equal(inverse_cdf(probs * 8.0, numbers), inverse_cdf(probs, numbers))
     assert inverse_cdf(torch.zeros(2, 300), uniform_numbers(2, 3)).tolist() == [[0] * 3] * 2

@@ -197,13 +197,13 @@ def test_the_adapter_on_the_head_learns_and_its_base_does_not(inputs: dict[str, 
     terms = name_terms(method_terms("sft", {}))
     function = lambda given: reweighted_nll(given, given, labels, terms).loss  # noqa: E731
     fused(**inputs, label_index=INDEX, head_function=function).backward()
-    learnt = set()
+    learned = set()
     for (name, mine), other in zip(fused.named_parameters(), plain.parameters(), strict=True):
         assert (mine.grad is None) == (not mine.requires_grad), name
         if mine.grad is not None:
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
-            learnt |= {part for part in ("lm_head", "q_proj") if part in name and mine.grad.abs().max() > 0}
-    assert learnt == {"lm_head", "q_proj"}
+            learned |= {part for part in ("lm_head", "q_proj") if part in name and mine.grad.abs().max() > 0}
+    assert learned == {"lm_head", "q_proj"}
 
 
 def test_two_adapters_on_the_head_add_up() -> None:

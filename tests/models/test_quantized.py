@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes holds in 4 or 8 bits: what is quantised, and that gradients pass it rightly."""
+"""Weights that bitsandbytes holds in 4 or 8 bits: what is quantized, and that gradients pass it rightly."""
 
 import copy
 import sys
@@ -112,7 +112,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_that_are_quantised(family, bnb, tmp_path):
+def test_the_layers_that_are_quantized(family, bnb, tmp_path):
     shape = {**SHAPE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = AutoConfig.for_model(
         family, vocab_size=300, **(shape if family != "gpt2" else {}), **FAMILIES[family]
@@ -126,10 +126,10 @@ def test_the_layers_that_are_quantised(family, bnb, tmp_path):
     assert found
 
 
-def test_weights_that_are_stored_quantised(pair, bnb, tmp_path):
+def test_weights_that_are_stored_quantized(pair, bnb, tmp_path):
     load_model(ModelConfig(model=str(pair[0]), quantization="4bit"), "student").save_pretrained(tmp_path)
     config = load_config(ModelConfig(model=str(tmp_path)), "student")
     assert stored_bits(ModelConfig(model=str(tmp_path)), config) == "4bit"
-    with pytest.raises(ValueError, match="is stored quantised .* would have no effect: remove it"):
+    with pytest.raises(ValueError, match="is stored quantized .* would have no effect: remove it"):
         load_config(ModelConfig(model=str(tmp_path), quantization="8bit"), "student")
     assert stored_bits(ModelConfig(model="x"), copy.copy(AutoConfig.from_pretrained(pair[0]))) is None

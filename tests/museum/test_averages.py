@@ -223,8 +223,8 @@ def test_last_batch_is_filled_with_copies():
     dataset = Dataset.from_list([{"input_ids": [i, i], "labels": [-100, i]} for i in range(5)])
 
     def measure():
-        learnt = [label for row in samplers.fill(dataset, 4)["labels"] for label in row if label != -100]
-        return sorted(learnt), list(range(5))
+        learned = [label for row in samplers.fill(dataset, 4)["labels"] for label in row if label != -100]
+        return sorted(learned), list(range(5))
 
     def mutate(patch):
         def repeated(original):

@@ -14,7 +14,7 @@ VOCAB = 9
 
 
 def sides(seed=0, spread=1.0) -> tuple[Tensor, Tensor]:
-    """Logits of student and teacher at five positions, of which four are labelled."""
+    """Logits of student and teacher at five positions, of which four are labeled."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = spread * torch.randn(2, 1, 5, VOCAB, dtype=torch.float64, generator=generator)
     return student.requires_grad_(), teacher
@@ -146,7 +146,7 @@ def test_softened_gradient_misses_a_power_of_the_temperature():
     temperature = 1000.0
 
     def measure():
-        # Hinton's limit: times T^2, the gradient becomes that of half the squared distance of the centred
+        # Hinton's limit: times T^2, the gradient becomes that of half the squared distance of the centered
         # logits, whatever T is.
         found = ours(student, teacher, "forward_kl", temperature=temperature)[1] * temperature**2
         gap = (student - teacher).detach()
@@ -199,7 +199,7 @@ def test_clamp_at_zero_takes_the_gradient_away():
         student[:, 1] = 3.0 * teacher[:, 1]  # surer than the teacher of its likeliest token
 
     def measure():
-        # At every labelled position the distributions differ, so every one has a gradient.
+        # At every labeled position the distributions differ, so every one has a gradient.
         found = ours(student, teacher, "forward_kl", support="top_k", top_k=1)[1][0, :-1]
         return (found.abs().amax(-1) > 1e-6).double(), torch.ones(4)
 

@@ -1,4 +1,4 @@
-"""Bugs of labels: which tokens are learnt."""
+"""Bugs of labels: which tokens are learned."""
 
 import torch
 from helpers.museum import exhibit, swap
@@ -22,7 +22,7 @@ ROWS = [
 ]
 
 
-def relabelled(change):
+def relabeled(change):
     """A mutant of `token_batch` that sees other labels."""
 
     def make(original):
@@ -36,7 +36,7 @@ def relabelled(change):
     return lambda patch: swap(patch, "hpd.batch:token_batch", make)
 
 
-def learnt_of_the_dataset():
+def learned_of_the_dataset():
     """Labels of two rows whose end token also pads, and those that are right."""
     return TokenBatch.pop(COLLATE(ROWS)).labels.tolist(), [3, END, 4, 5, 6, END]
 
@@ -45,14 +45,14 @@ def test_end_token_that_also_pads_is_no_label():
     def without_pads(ids, labels):
         return labels.masked_fill(ids == PAD, -100)
 
-    exhibit(learnt_of_the_dataset, relabelled(without_pads))
+    exhibit(learned_of_the_dataset, relabeled(without_pads))
 
 
-def test_padding_is_learnt():
+def test_padding_is_learned():
     def copied(ids, labels):
         return torch.where((labels == -100) & (torch.arange(ids.shape[1]) > 2), ids, labels)
 
-    exhibit(learnt_of_the_dataset, relabelled(copied))
+    exhibit(learned_of_the_dataset, relabeled(copied))
 
 
 class Writer:
@@ -66,7 +66,7 @@ class Writer:
         ]
 
 
-def learnt_of_a_rollout():
+def learned_of_a_rollout():
     """Labels of a row that the student wrote, and those that are right."""
     mixer = PrefixMixer(
         Prefixes(student=1.0), RolloutConfig(max_new_tokens=5), COLLATE, Writer, seed=0, max_length=32
@@ -86,20 +86,20 @@ def test_students_own_end_token_is_no_label():
 
         swap(patch, "hpd.generation.texts:Rollout.cut", without_its_end)
 
-    exhibit(learnt_of_a_rollout, mutate)
+    exhibit(learned_of_a_rollout, mutate)
 
 
-def test_what_follows_the_students_end_token_is_learnt():
+def test_what_follows_the_students_end_token_is_learned():
     def mutate(patch):
         def uncut(original):
             return classmethod(lambda cls, tokens, logprobs, limit, end_ids: cls(tokens, True, logprobs))
 
         swap(patch, "hpd.generation.texts:Rollout.cut", uncut)
 
-    exhibit(learnt_of_a_rollout, mutate)
+    exhibit(learned_of_a_rollout, mutate)
 
 
-def test_prompt_of_a_rollout_is_learnt():
+def test_prompt_of_a_rollout_is_learned():
     def mutate(patch):
         def all_that_was_generated(original):
             def student_row(self, request, rollout):
@@ -110,7 +110,7 @@ def test_prompt_of_a_rollout_is_learnt():
 
         swap(patch, "hpd.training.mixing:PrefixMixer._student_row", all_that_was_generated)
 
-    exhibit(learnt_of_a_rollout, mutate)
+    exhibit(learned_of_a_rollout, mutate)
 
 
 def test_token_that_joins_prompt_and_completion_is_no_label(pair, tmp_path):
@@ -141,12 +141,12 @@ def test_sequence_begins_twice(pair, tmp_path):
         return [ids.count(tokenizer.bos_token_id) for ids in (prompt, row)], [1, 1]
 
     def mutate(patch):
-        def rendered_and_then_tokenised(original):
+        def rendered_and_then_tokenized(original):
             def encode(tokenizer, prompt, settings):
                 return tokenizer(tokenizer.decode(original(tokenizer, prompt, settings)))["input_ids"]
 
             return encode
 
-        swap(patch, "hpd.generation.engine:encode_prompt", rendered_and_then_tokenised)
+        swap(patch, "hpd.generation.engine:encode_prompt", rendered_and_then_tokenized)
 
     exhibit(measure, mutate)

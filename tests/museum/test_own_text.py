@@ -1,4 +1,4 @@
-"""Bugs of on-policy text: drawn tokens, their likelihoods, and what is learnt from them."""
+"""Bugs of on-policy text: drawn tokens, their likelihoods, and what is learned from them."""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Bugs of positions: what is read at t and learnt at t + 1."""
+"""Bugs of positions: what is read at t and learned at t + 1."""
 
 import torch
 from accelerate import Accelerator

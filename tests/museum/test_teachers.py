@@ -78,7 +78,7 @@ def test_teacher_learns_too(pair, tmp_path):
         before = copy.deepcopy(trainer.teacher.model.state_dict())
         gradient(trainer)
         teacher = list(trainer.teacher.model.parameters())
-        # Whoever hands all parameters with a gradient to an optimiser moves the teacher.
+        # Whoever hands all parameters with a gradient to an optimizer moves the teacher.
         torch.optim.SGD(teacher, lr=1.0).step()
         after = trainer.teacher.model.state_dict()
         asks = any(p.requires_grad for p in teacher)

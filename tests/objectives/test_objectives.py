@@ -373,7 +373,7 @@ def test_distribution_objectives_look_at_other_columns(case: Case) -> None:
 def test_drop_safe_means_weights_without_the_student(case: Case) -> None:
     objective, (teacher, student), (_, other) = case.make(), logprobs(rows=20), logprobs(rows=20, seed=1)
     same = torch.equal(objective.weights(teacher, student), objective.weights(teacher, other))
-    # t = 1 needs no student either, but normalises over its columns.
+    # t = 1 needs no student either, but normalizes over its columns.
     assert objective.drop_safe == (same and case.domain != "distribution")
 
 

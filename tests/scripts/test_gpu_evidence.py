@@ -214,24 +214,24 @@ def test_tertiles_are_thirds_by_the_teachers_entropy():
 
 
 def _lines(**better: float) -> list[dict[str, Any]]:
-    """Runs of one initialisation whose figures are all 1 but those named METHOD_REGIME."""
+    """Runs of one initialization whose figures are all 1 but those named METHOD_REGIME."""
     names = ("forward_kl", "forward_kl_low", "forward_kl_middle", "forward_kl_high", "student_entropy")
     return [
-        {"role": "main", "method": method, "regime": regime, "initialisation": 0, "rate": 0.1}
+        {"role": "main", "method": method, "regime": regime, "initialization": 0, "rate": 0.1}
         | dict.fromkeys(names, better.get(f"{method}_{regime}", 1.0))
         for method in METHODS
         for regime in ("repeated", "single")
     ]
 
 
-def test_predictions_are_judged_by_every_initialisation():
+def test_predictions_are_judged_by_every_initialization():
     teacher = {"student_entropy": 1.5}
     of = {v["prediction"]: v for v in verdicts(_lines(hpd_repeated=0.5), teacher)}
     entropy, nearer = (of[PREDICTIONS[i].text] for i in (0, 1))
-    assert (entropy["margins"], entropy["verdict"]) == ([0.5], "holds in each initialisation")
-    assert (nearer["margins"], nearer["verdict"]) == ([0.5], "holds in each initialisation")
-    assert of[PREDICTIONS[3].text]["verdict"] == "fails in each initialisation"
-    second = [line | {"initialisation": 1} for line in _lines(hpd_repeated=1.5)]
+    assert (entropy["margins"], entropy["verdict"]) == ([0.5], "holds in each initialization")
+    assert (nearer["margins"], nearer["verdict"]) == ([0.5], "holds in each initialization")
+    assert of[PREDICTIONS[3].text]["verdict"] == "fails in each initialization"
+    second = [line | {"initialization": 1} for line in _lines(hpd_repeated=1.5)]
     both = {v["prediction"]: v for v in verdicts([*_lines(hpd_repeated=0.5), *second], teacher)}
     assert both[PREDICTIONS[1].text] == {
         "prediction": PREDICTIONS[1].text,

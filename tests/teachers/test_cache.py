@@ -277,7 +277,7 @@ def other_teacher(recipe, tmp_path):
 def test_what_a_cache_was_not_written_for_is_named(recipe, cache, tmp_path, change, message):
     changes = change(recipe, tmp_path)
     cached = load_recipe(recipe, [*changes, "teacher.type=cached", f"output_dir={tmp_path / 'run'}"])
-    # Other rows are found when they are tokenised, everything else before a weight is loaded.
+    # Other rows are found when they are tokenized, everything else before a weight is loaded.
     check = train if change is other_rows else plan
     with pytest.raises(ValueError, match=message):
         check(cached)

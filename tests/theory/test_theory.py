@@ -239,7 +239,7 @@ def test_masked_sft_is_convex_in_the_logits() -> None:
 
 @LABELS
 def test_the_teachers_probability_as_a_weight_rests_at_the_product(labels: Tensor) -> None:
-    """p squared, normalised, where the labels are the teacher's."""
+    """p squared, normalized, where the labels are the teacher's."""
     product = labels * TEACHER / (labels * TEACHER).sum()
     weights = weights_of("label_forward_kl")
     assert force(weights, TEACHER, product, labels).abs().max() < 1e-15

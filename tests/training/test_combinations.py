@@ -85,7 +85,7 @@ BITS = {"adamw_8bit": "bitsandbytes", "paged_adamw_8bit": "bitsandbytes", "adamw
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", *BITS])
-def test_optimisers_of_the_trainer_train(pair, tmp_path, optim):
+def test_optimizers_of_the_trainer_train(pair, tmp_path, optim):
     if optim in BITS and importlib.util.find_spec(BITS[optim]) is None:
         pytest.skip(f"{optim} needs {BITS[optim]}, which is not installed")
     trainer = make_trainer(pair, tmp_path, optim=optim, max_steps=2, learning_rate=1e-3, metric_stride=1)

@@ -1,4 +1,4 @@
-"""What a step and a start must not do: wait for the device, tokenise twice, mix lengths when asked not to."""
+"""What a step and a start must not do: wait for the device, tokenize twice, mix lengths when asked not to."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_second_start_tokenises_nothing(pair, tmp_path):
+def test_second_start_tokenizes_nothing(pair, tmp_path):
     """`hpd train` twice with one cache: the second run makes no new file in it."""
     questions = [{"question": f"add {i} and {i}:", "answer": f" {2 * i}"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

@@ -17,7 +17,7 @@ from helpers.faults import KINDS, disk, harass, left_behind, same, start
 from helpers.forked import context
 from tiny_models import tiny_pair
 
-# What each group of features keeps beside weights and optimiser.
+# What each group of features keeps beside weights and optimizer.
 FEATURES = {
     "hpd": {"method": "hpd"},
     "taid": {"method": "taid"},

@@ -57,6 +57,19 @@ def test_thresholds(logs, expected):
     assert found(ALL, logs, [{"loss": 3.0}, {"student_entropy": 2.0}, {"student_entropy": 0.1}]) == expected
 
 
+def test_entropy_collapses_below_the_teachers_and_not_on_the_way_to_it():
+    config = GuardsConfig(entropy=Thresholds(warn=0.5))
+    history = [{"student_entropy": 3.0}]
+    assert found(config, {"student_entropy": 0.1, "teacher_entropy": 0.08}, history) == []
+    assert found(config, {"student_entropy": 0.05, "teacher_entropy": 0.08}, history) == []
+    ((guard, _, text),) = check_metrics(config, {"student_entropy": 0.03, "teacher_entropy": 0.08}, history)
+    assert guard == "entropy"
+    assert "38% of the teacher's" in text
+    # A teacher that gives the label's log-probability only has no entropy that is known.
+    ((_, _, text),) = check_metrics(config, {"student_entropy": 0.6}, history)
+    assert "20% of what it was at the run's start" in text
+
+
 def test_switched_off():
     off = GuardsConfig(
         non_finite="off", **{n: Thresholds() for n in ("length_ratio", "truncated", "repetition", "entropy")}

@@ -130,7 +130,7 @@ class Copier(Teacher):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_copy_the_hint_is_learnt_as_its_enumeration_says(tmp_path, tmp_path_factory, layout):
+def test_copy_the_hint_is_learned_as_its_enumeration_says(tmp_path, tmp_path_factory, layout):
     """All hints of two letters, the same student's prompt for each: the student cannot see the hint, so the
     expected gradient is that of the forward KL to the mixture over hints, which is enumerated here."""
     pair = tiny_pair("qwen2", tmp_path_factory.mktemp("pair"))  # no begin token: a hint begins the row

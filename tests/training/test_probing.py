@@ -432,7 +432,7 @@ def test_a_generation_configuration_that_cannot_be_written_is_repaired_at_save(p
     )
     recipe = write_recipe(tmp_path, (student, pair[1]), ", save_steps: 1")
     assert main(["train", str(recipe), "--dry-run"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().err.split())
     assert "the student's generation_config.json has temperature: 0.9, top_p: 0.6" in shown
     assert main(["train", str(recipe)]) == 0
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):

@@ -127,7 +127,7 @@ def test_eval_reads_a_run(place, tmp_path):
     assert (tmp_path / "out" / "evals.json").is_file()
 
 
-def test_the_dry_run_says_what_is_quantised(place):
+def test_the_dry_run_says_what_is_quantized(place):
     verdicts = [v for v in plan(recipe_with(place)).verdicts if v.topic == "quantization"]
     assert [v.level for v in verdicts] == ["ok"]
     # Both layers' projections of the student; not embeddings (tied), norms.
@@ -289,7 +289,7 @@ def test_a_cache_of_the_run_is_of_the_merged_model(place, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def quantised(folder, **options):
+def quantized(folder, **options):
     kind = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
@@ -309,7 +309,7 @@ def python_trainer(place, folder, model, **options):
 
 
 def test_from_python_adapters_stay_as_they_are(place, tmp_path):
-    adapted = get_peft_model(quantised(place / "student"), LoraConfig(init_lora_weights=False))
+    adapted = get_peft_model(quantized(place / "student"), LoraConfig(init_lora_weights=False))
     before = {n: p.detach().clone() for n, p in adapted.named_parameters() if p.requires_grad}
     trainer = python_trainer(place, tmp_path, adapted)
     for name, parameter in trainer.model.named_parameters():
@@ -321,13 +321,13 @@ def test_from_python_adapters_stay_as_they_are(place, tmp_path):
 
 
 def test_from_python_a_fresh_adapter_is_float32(place, tmp_path):
-    trainer = python_trainer(place, tmp_path, quantised(place / "student"), peft_config=LoraConfig())
+    trainer = python_trainer(place, tmp_path, quantized(place / "student"), peft_config=LoraConfig())
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_from_python_a_quantised_student_needs_an_adapter(place, tmp_path, monkeypatch):
+def test_from_python_a_quantized_student_needs_an_adapter(place, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="give peft_config"):
-        python_trainer(place, tmp_path, quantised(place / "student"))
+        python_trainer(place, tmp_path, quantized(place / "student"))
     monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", None)
     with pytest.raises(ValueError, match="give peft_config"):
         python_trainer(

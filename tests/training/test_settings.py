@@ -130,7 +130,7 @@ def test_a_package_behind_a_setting_is_missed_before_anything_loads(options, pac
 @pytest.mark.parametrize(
     "optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"]
 )
-def test_optimisers_of_torch_need_no_package(optim, monkeypatch):
+def test_optimizers_of_torch_need_no_package(optim, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert DistillConfig(output_dir="run", optim=optim, **CPU).optim == optim
 

@@ -133,7 +133,7 @@ def test_hpd_then_dpo_from_one_recipe(base, tmp_path, pairs):
 
 
 def test_a_rollout_that_was_cut_makes_no_pair(base, tmp_path, caplog):
-    """One token of a student that has learnt nothing is the end of few answers."""
+    """One token of a student that has learned nothing is the end of few answers."""
     stage = {"name": "dpo", "dpo": {"pairs": "rollouts"}, "rollouts": {"max_new_tokens": 1}}
     recipe = load_recipe({**base, "stages": [{"name": "hpd"}, stage], "output_dir": str(tmp_path / "run")})
     train(recipe)

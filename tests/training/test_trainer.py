@@ -239,7 +239,7 @@ LONG_CHAT = [*CHAT, {"role": "user", "content": "say two"}, {"role": "assistant"
         ([{"input_ids": [5, 6, 7, 8]}] * 8, {}),
         ([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 8, {}),
     ],
-    ids=["text", "messages", "assistant-only", "conversation", "pretokenised", "pretokenised-labels"],
+    ids=["text", "messages", "assistant-only", "conversation", "pretokenized", "pretokenized-labels"],
 )
 def test_dataset_formats(pair, tmp_path, train, options):
     trainer = make_trainer(pair, tmp_path, train=train, **options)

@@ -11,7 +11,7 @@ from math_verify import parse, verify
 from sympy import Basic, Expr, Float, I, Rational, Set
 
 from hpd.evaluate.benchmarks.answers import is_balanced, split_answers
-from hpd.evaluate.benchmarks.quantities import decide, normalise, quantity, rounds_to
+from hpd.evaluate.benchmarks.quantities import decide, normalize, quantity, rounds_to
 
 __all__ = ["number", "same_mathematics"]
 
@@ -313,7 +313,7 @@ def _rounded(gold: str, answer: str, left: Expr, right: Expr) -> bool:
     if not (left.is_real and right.is_real) or (left > 0) != (right > 0):
         return False
     for text, other in ((gold, right), (answer, left)):
-        decimal = _PLAIN_DECIMAL.fullmatch(normalise(text))
+        decimal = _PLAIN_DECIMAL.fullmatch(normalize(text))
         power = Fraction(10) ** int(decimal[2] or decimal[3] or 0) if decimal else Fraction(1)
         if decimal and rounds_to(decimal[1], Fraction(str(abs(other).evalf(_DIGITS))) / power):
             return True

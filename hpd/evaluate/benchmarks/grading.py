@@ -13,7 +13,7 @@ from hpd.evaluate.benchmarks.answers import (
     stated_answer,
 )
 from hpd.evaluate.benchmarks.boxes import after_cut_box, all_boxes
-from hpd.evaluate.benchmarks.quantities import decide, is_words, normalise, quantity, same_text
+from hpd.evaluate.benchmarks.quantities import decide, is_words, normalize, quantity, same_text
 from hpd.evaluate.benchmarks.verifier import AnswerPair, Equality, compare_all
 from hpd.evaluate.task import Verdict
 
@@ -78,7 +78,7 @@ def extract(text: str, reference: str, rule: Rule) -> str | None:
     if stated is not None:
         return stated
     clause = re.split(r"[,.;:!\n]", text.strip(), maxsplit=1)[0]
-    if is_words(normalise(f"{reference} word")) and same_text(normalise(clause), normalise(reference)):
+    if is_words(normalize(f"{reference} word")) and same_text(normalize(clause), normalize(reference)):
         return clause  # "Yes, it is."
     plain = final_answer(text)
     formula = last_math(text) if plain is not None or r"\boxed" not in text else None
@@ -121,7 +121,7 @@ def _cheap(pair: AnswerPair) -> Equality | None:
     if len(pair.answer) > _MAX_ANSWER_CHARS:
         return Equality(False, "too long")
     same = decide(pair.gold, pair.answer)
-    if same is None and gold and not re.search(r"[0-9\\πe]", normalise(pair.answer)):
+    if same is None and gold and not re.search(r"[0-9\\πe]", normalize(pair.answer)):
         return Equality(False, "no number")
     if same or not (gold and answer):
         return None if same is None else Equality(same, "same" if same else "different")

@@ -141,7 +141,7 @@ class Quantity(NamedTuple):
 
 
 def same_answer(first: str, second: str) -> bool:
-    r"""True if two answers are the same after normalisation; symmetric.
+    r"""True if two answers are the same after normalization; symmetric.
 
     Numbers are compared as exact rationals: ``1,234`` = ``$1234.00``, ``1\frac{3}{4}`` = ``7/4`` = ``1.75``.
     A unit counts only where both have one: ``42 apples`` = ``42``, ``5 m`` != ``5 km``. Anything else is
@@ -159,7 +159,7 @@ def decide(first: str, second: str) -> bool | None:
     left, right = quantity(first), quantity(second)
     if left and right:
         return _same_quantity(left, right)
-    texts = normalise(first), normalise(second)
+    texts = normalize(first), normalize(second)
     if same_text(*texts):
         return True
     for number, other in ((left, texts[1]), (right, texts[0])):
@@ -182,7 +182,7 @@ def quantity(answer: str) -> Quantity | None:
     """The value and the unit of an answer that is nothing but a number, perhaps with a unit; else None."""
     if len(answer) > 4 * _MAX_QUANTITY_CHARS:
         return None
-    text = normalise(answer)
+    text = normalize(answer)
     if text.casefold() in _NUMBER_WORDS:
         return Quantity(Fraction(_NUMBER_WORDS[text.casefold()]), "")
     match = _NUMBER.match(text) if len(text) <= _MAX_QUANTITY_CHARS else None
@@ -215,7 +215,7 @@ def rounds_to(written: str, value: Fraction) -> bool:
     return Fraction(-1, 2) <= beyond < 1
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """An answer without markup, LaTeX spacing and currency signs, and with one spelling of each sign."""
     text = re.sub(
         r",\s*\\!\s*", ",", answer.translate(_CHARACTERS).replace("{,}", ",").replace("{-}", "-")
@@ -229,7 +229,7 @@ def normalise(answer: str) -> str:
 
 
 def same_text(left: str, right: str) -> bool:
-    """Equality of normalised texts; case counts where it may be mathematics (Δ and δ, N and n)."""
+    """Equality of normalized texts; case counts where it may be mathematics (Δ and δ, N and n)."""
     if "\\" not in left + right and re.search(r"[A-Za-z]{2}|^\W*[A-Ea-e]\W*$", left):
         left, right = left.casefold(), right.casefold()
     # A space between digits separates numbers: "1 1/2" is not "11/2".
@@ -238,7 +238,7 @@ def same_text(left: str, right: str) -> bool:
 
 
 def is_words(text: str) -> bool:
-    """True for a normalised text that is language, which math-verify would read as a product of letters."""
+    """True for a normalized text that is language, which math-verify would read as a product of letters."""
     names = r"(?:a|arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|infinity|inf|pi)"
     return (
         re.fullmatch(r"[A-Za-z][A-Za-z\s'\u2019,.!?-]*", text) is not None

@@ -166,7 +166,7 @@ def style_controlled_win_rate(
 
     Reference:
         Li et al., From Crowdsourced Data to High-Quality Benchmarks (Arena-Hard), 2024; style control as in
-        arena-hard-auto. Upstream centres the covariates over all models of its leaderboard; one candidate
+        arena-hard-auto. Upstream centers the covariates over all models of its leaderboard; one candidate
         alone would lose its own mean style to that, so here zero stays where the styles are equal.
     """
     question, outcome, weight = (np.array(column) for column in zip(*games, strict=True))

@@ -2,7 +2,7 @@
 it.
 
 Runs as a script of its own with an empty environment and without site-packages, so it imports the standard
-library and its neighbours only. The supervisor (trusted, in the host's process table) kills the process at
+library and its neighbors only. The supervisor (trusted, in the host's process table) kills the process at
 the wall-clock limit, or as soon as the host closes standard input, which it also does by dying. In a process
 namespace the kernel then kills all the rest.
 """

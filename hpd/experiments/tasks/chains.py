@@ -2,7 +2,7 @@
 
 ``6+8-9+4-3+7=`` is answered by ``6+8=14,14-9=5,4+5=9,9-3=6,7+6=13#### 13``. The order of the equations is
 fixed, that of a sum's operands is not, so the text has entropy and the answer has none. It is the demo's
-family with longer chains, without parentheses. As in practice, the student has learnt something before:
+family with longer chains, without parentheses. As in practice, the student has learned something before:
 chains of 1 to 3 operations, and how a solution is written; it stops after three of the five equations, and
 distillation teaches it to go on.
 
@@ -58,7 +58,7 @@ __all__ = [
 NUM_OPERATIONS = 5
 LARGEST_VALUE = 20
 PRETRAINING_OPERATIONS = (1, 3)
-"""Operations of the chains that the students have learnt."""
+"""Operations of the chains that the students have learned."""
 NUM_ROWS = {"train": 12000, "validation": 400, "test": 500}
 MAX_TOKENS = 80
 MAX_NEW_TOKENS = 48
@@ -203,7 +203,7 @@ def learn_chains(
     style: Style | None = "equations",
     seed: int = 0,
 ) -> Any:
-    """A model of `shape` that learnt chains of so many operations; a style of None is either of the two."""
+    """A model of `shape` that learned chains of so many operations; a style of None is either of the two."""
     config = model_config(tokenizer, shape)
     config.max_position_embeddings = MAX_TOKENS
 

@@ -113,7 +113,7 @@ def learn(
     rate: float,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """A model that learnt solutions with the next-token loss, each row new: AdamW, one cycle of the rate.
+    """A model that learned solutions with the next-token loss, each row new: AdamW, one cycle of the rate.
 
     `seed` decides its first weights, `name` the rows.
     """

@@ -5,7 +5,7 @@
 the right answers, so a student that covers its teacher spreads over all of them and one that seeks modes
 settles on some: the difference between the two directions of KL that one-answer tasks cannot show. The
 teacher is a 2-layer transformer trained on that distribution; `report.json` says how far from it it stayed.
-The student has learnt half of the task.
+The student has learned half of the task.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The log-probabilities of a prompt in the protocols of vLLM, SGLang and plain echo: requests, responses.
 
 All three answer, for each token of a prompt, its own log-probability and those of the k likeliest tokens at
-its place. A row of label positions becomes a prompt of token ids, so no text is tokenised twice.
+its place. A row of label positions becomes a prompt of token ids, so no text is tokenized twice.
 
 Axes: N label positions, k tokens.
 """

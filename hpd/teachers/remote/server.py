@@ -347,5 +347,5 @@ def _why_not(term: Term, top_k: int) -> str | None:
     if support.top_k > top_k:
         return f"reads {support.top_k} tokens"
     if term.temperature != 1.0:
-        return f"softens by temperature {term.temperature:g}, which normalises over the whole vocabulary"
+        return f"softens by temperature {term.temperature:g}, which normalizes over the whole vocabulary"
     return None
