@@ -200,7 +200,7 @@ def _nothing_left(dropped: Sequence[str | None], config: GenerateConfig, part: P
     found = [f"{dropped.count(why):,} are {text}" for why, text in reasons.items() if why in dropped]
     return (
         f"None of {len(dropped):,} completions is kept, so nothing is written. {'. '.join(found)}. They are "
-        f"in {part}; --overwrite begins anew with other settings."
+        f"in {part}; --overwrite begins again with other settings."
     )
 
 

@@ -230,7 +230,7 @@ def _spoken(turn: Any) -> Any:
 
 
 def _split(messages: list[Any], index: int, labels: str, prompts: bool) -> dict[str, Any]:
-    """Messages, or prompt and last turn where only that is learned or written anew."""
+    """Messages, or prompt and last turn where only that is learned or written again."""
     messages = _weighed(messages, index)
     if not messages:
         return {"messages": messages}

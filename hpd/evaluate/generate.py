@@ -30,7 +30,7 @@ _PARTIAL = "partial-{}.jsonl"
 class PartialAnswers:
     """A JSON Lines file: what the evaluation is, then one line per finished batch.
 
-    A file of another evaluation (another model, other weights, prompts or settings) is started anew; a last
+    A file of another evaluation (another model, other weights, prompts or settings) is started again; a last
     line that a kill cut short is dropped.
 
     Args:

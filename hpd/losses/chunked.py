@@ -162,7 +162,7 @@ def _chunk_buffers(like: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> F
     size = 2 * rows * vocab
     if not _cpu_scratch:
         # glibc returns freed memory to the system by a threshold that the largest block freed so far sets;
-        # this one raises it above what the tiles use, whose pages would otherwise be cleared anew at every
+        # this one raises it above what the tiles use, whose pages would otherwise be cleared again at every
         # operation.
         torch.empty(31 * 2**20, dtype=torch.uint8)
     if dtype not in _cpu_scratch or _cpu_scratch[dtype].numel() < size:

@@ -9,7 +9,7 @@ rollouts are new, and :math:`r = q / q_{old}` the token's likelihood ratio, the 
           \text{but never above } -c A \text{ where } A < 0 \text{ (dual clip)}
 
 At r = 1 its gradient is that of the direct strategy, :math:`-A \nabla \log q`. Terms on whole distributions
-(full, top_k) have no token to take a ratio of: their weights are computed anew at every update.
+(full, top_k) have no token to take a ratio of: their weights are computed again at every update.
 
 Unlike the reference's verl recipe, the draw for a label is compared with that label and not with the token
 before it.

@@ -124,7 +124,7 @@ def check_trainable(model: Any) -> None:
     if isinstance(model, nn.Module) and (name := keep_layout(model)) is not None:
         raise ValueError(
             f"The student has run on the CPU before, and bitsandbytes has repacked its 4-bit layers ({name}) "
-            "into a form that passes no gradient on: load it anew, and give it to the trainer before it is "
+            "into a form that passes no gradient on: load it again, and give it to the trainer before it is "
             "run."
         )
 

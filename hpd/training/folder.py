@@ -123,7 +123,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds this run, finished, and no checkpoint to do more steps from "
                 "(train.save_strategy says what is kept). Start another run from its student (student: "
-                f"{self.path}, another output_dir), whose optimizer and learning rate begin anew, or repeat "
+                f"{self.path}, another output_dir), whose optimizer and learning rate begin again, or repeat "
                 "this one with --overwrite."
             )
 

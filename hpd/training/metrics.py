@@ -62,7 +62,7 @@ class MetricSums:
         return reduce_sums(self._accelerator, self._sums, names)
 
     def read(self) -> dict[str, float]:
-        """All sums over all processes; they begin anew."""
+        """All sums over all processes; they begin again."""
         names = sorted(self._sums)
         if self._accelerator.num_processes > 1:
             # Every process must bring the same names: a rank may have seen no label, and then lacks some.

@@ -107,7 +107,7 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
 
     Args:
         recipe: of the run.
-        fresh: the run begins anew, whatever its folder holds.
+        fresh: the run begins again, whatever its folder holds.
 
     Raises:
         FileNotFoundError, ValueError: with one paragraph that says what was given, what is allowed and what

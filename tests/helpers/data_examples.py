@@ -1,6 +1,6 @@
 """Eight datasets in eight formats and what `hpd train --dry-run` says of each, as docs/data.md shows it.
 
-python tests/helpers/data_examples.py    writes that part of the page anew
+python tests/helpers/data_examples.py    writes that part of the page again
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def section(folder: Path) -> str:
 
 
 def page(folder: Path) -> str:
-    """The whole page, with its dry runs made anew."""
+    """The whole page, with its dry runs made again."""
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     return "".join([before, begin, section(folder), end, after])
