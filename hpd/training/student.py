@@ -181,7 +181,7 @@ class StudentTrainer(Resumable, SFTTrainer):
 
         return balance
 
-    def wrap_anew(self) -> None:
+    def wrap_again(self) -> None:
         """Have training wrap a student that an evaluation before it has prepared.
 
         The Trainer prepares it there without DistributedDataParallel and marks it as prepared, after which

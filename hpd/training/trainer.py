@@ -220,7 +220,7 @@ class DistillTrainer(MeasuredTrainer):
         """
         if self.args.metric_for_best_model is not None and self.compute_metrics is None:
             check_best_metric(self.args, self.evaluation_names())
-        self.wrap_anew()
+        self.wrap_again()
         with self.resuming(resume_from_checkpoint, saved_by=(TeacherUnavailable, NonFinite)) as checkpoint:
             if self._day is not None:
                 keep_day(self._day, cast(str, self.args.output_dir), checkpoint, self.is_world_process_zero())
