@@ -1,5 +1,4 @@
-"""`hpd generate`: a model writes completions for prompts, in the training format. Resumable, atomic, the same
-every time."""
+"""`hpd generate`: completions for prompts, in the training format. Resumable, atomic, the same every time."""
 
 from __future__ import annotations
 
@@ -22,6 +21,7 @@ from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 from hpd.files import JsonLines, digest_json, digest_text, write_json
 from hpd.generation.engine import encode_prompt
+from hpd.generation.texts import Completion
 from hpd.http import BadResponse, Connection, read_json, read_key, shown
 from hpd.locks import holding
 from hpd.models.load import load_model, load_tokenizer
@@ -29,7 +29,7 @@ from hpd.progress import Progress
 from hpd.teachers import TeacherUnavailable
 from hpd.teachers.fingerprints import model_fingerprint
 
-__all__ = ["CHUNK", "Completion", "generate", "part_of"]
+__all__ = ["CHUNK", "generate", "part_of"]
 
 CHUNK = 32
 """Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats
@@ -37,16 +37,6 @@ whole chunks."""
 
 _REPLACES = {"replaces": True}
 """A line of the part: an output that is there is what --overwrite gave up, or what this part has become."""
-
-
-class Completion(NamedTuple):
-    """One text that a model wrote."""
-
-    text: str
-    num_tokens: int | None
-    """Tokens written, the end token included; None where a server does not say."""
-    finish_reason: str
-    """stop, or length where it was cut."""
 
 
 class Slot(NamedTuple):

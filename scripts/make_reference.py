@@ -113,8 +113,8 @@ def page() -> str:
 
 
 def _train() -> str:
-    own = [f for f in dataclasses.fields(DistillConfig) if f.name in vars(DistillConfig)["__annotations__"]]
-    rows = [f"| `{f.name}` | `{json.dumps(f.default)}` | {_cell(f.metadata['help'])} |" for f in own]
+    own = [f for f in dataclasses.fields(DistillConfig) if f.init and f.name in DistillConfig.__annotations__]
+    rows = [f"| `{f.name}` | {_default(f)} | {_cell(f.metadata['help'])} |" for f in own]
     return _TRAIN + "\n".join(rows) + "\n"
 
 

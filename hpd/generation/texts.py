@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = ["Answer", "FinishReason", "Message", "Prompt", "Rollout"]
+__all__ = ["Answer", "Completion", "FinishReason", "Message", "Prompt", "Rollout"]
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | list[Message]
@@ -42,3 +42,13 @@ class Rollout(NamedTuple):
         end = next((i + 1 for i, token in enumerate(tokens[:limit]) if token in end_ids), None)
         size = limit if end is None else end
         return cls(tokens[:size], end is not None, logprobs[:size])
+
+
+class Completion(NamedTuple):
+    """One text that a model wrote."""
+
+    text: str
+    num_tokens: int | None
+    """Tokens written, the end token included; None where a server does not say."""
+    finish_reason: str
+    """stop, or length where it was cut."""

@@ -129,9 +129,7 @@ def train_single(
     # Of this life of the run: without what was evaluated before, on the way and behind.
     after["train seconds"] = round(trained, 1)
     summary: dict[str, Any] = {"method": recipe.method or ("terms" if recipe.terms else "hpd")}
-    summary |= before | after
-    summary["seconds"] = round(time.perf_counter() - started, 1)
-    summary |= _totals(trainer)
+    summary |= before | after | {"seconds": round(time.perf_counter() - started, 1)} | _totals(trainer)
     if trainer.is_world_process_zero():
         folder.write_card(summary)
         folder.write_json("summary.json", summary)

@@ -495,7 +495,7 @@ def test_vllm_is_called_with_token_ids_and_a_seed_per_answer(monkeypatch, pair):
 def test_vllm_without_vllm_says_what_to_install(pair):
     from hpd.generation.vllm_engine import VllmEngine
 
-    with pytest.raises(ValueError, match=r"pip install 'hpd\[vllm\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'hybrid-policy-distillation\[vllm\]'"):
         VllmEngine("some/model", pair[1], dtype="float32")
 
 

@@ -266,7 +266,9 @@ def test_batches_come_apart_into_their_rows(padding_free):
     )
     given = [([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])]
     batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in given])
-    assert [tuple(row) for row in rows_of(batch)] == given
+    assert [tuple(row) for row in rows_of(batch)] == [
+        (*row, None) for row in given
+    ]  # no prompt of the teacher's
 
 
 def test_replay_books_age_capacity_and_survives_a_checkpoint():
@@ -391,7 +393,7 @@ def test_every_argument_of_trls_engine_is_known():
 
 
 def test_vllm_is_asked_for_with_its_extra(pair, teacher):
-    with pytest.raises(ValueError, match=r"hpd\[vllm\]"):
+    with pytest.raises(ValueError, match=r"distillation\[vllm\]"):
         make(teacher, pair, engine="vllm")
 
 
