@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models bench-check gpu-check clean
 
 help:
-	@echo "make demo       distil a tiny model here, in minutes, without downloads"
+	@echo "make demo       distill a tiny model here, in minutes, without downloads"
 	@echo "make test       install and run the default tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-faults  disturb training, eval, generate, cache, stages and compare (HPD_FAULTS=n times each) and compare what they leave"

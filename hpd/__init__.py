@@ -1,4 +1,4 @@
-"""Distil language models: every method one row of one table, one fused operator, Hybrid Policy Distillation
+"""Distill language models: every method one row of one table, one fused operator, Hybrid Policy Distillation
 exact."""
 
 from importlib import import_module

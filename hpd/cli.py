@@ -18,7 +18,7 @@ from hpd.terminal.slips import RecipeCommand
 _LEAST_COLUMNS = 60
 
 app = typer.Typer(
-    help="Distil language models: HPD and every other method as one row of one table.",
+    help="Distill language models: HPD and every other method as one row of one table.",
     no_args_is_help=True,
     # Panels cut the names of options where they are narrow; plain text wraps.
     rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _LEAST_COLUMNS else None,
@@ -109,8 +109,8 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Distil a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint, a
-    finished one where the recipe has more steps or epochs."""
+    """Distill a student from a teacher. An unfinished run in output_dir is resumed from its last checkpoint,
+    a finished one where the recipe has more steps or epochs."""
     with user_errors():
         from hpd.terminal.training import run_train
 
@@ -334,7 +334,7 @@ def demo(
         bool, typer.Option("--overwrite", help="Delete an existing demo run first.")
     ] = False,
 ) -> None:
-    """Distil a tiny model on this machine, without any download, and show what changed."""
+    """Distill a tiny model on this machine, without any download, and show what changed."""
     with user_errors():
         from hpd.terminal.demo import run_demo
 

@@ -49,7 +49,7 @@ from evidence.training import (  # noqa: E402
     Rows,
     accuracies,
     cache,
-    distil,
+    distill,
     drawn,
     measure,
     precision,
@@ -113,7 +113,7 @@ class Experiment:
             self.clock.need(1.5 * seconds)
             started = time.monotonic()
             order = TUNING_ORDER if role == "tune" else seed
-            model, found = distil(
+            model, found = distill(
                 self._student(seed)["model"],
                 method,
                 regime,

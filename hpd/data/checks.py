@@ -30,7 +30,7 @@ def check_columns(columns: list[str]) -> None:
     """Refuse what the student would be trained without."""
     if media := [name for name in columns if name in _OTHER_MEDIA]:
         raise ValueError(
-            f"The dataset has the column {media[0]}, and hpd distils text only: remove rows and column that "
+            f"The dataset has the column {media[0]}, and hpd distills text only: remove rows and column that "
             "need it."
         )
 
@@ -118,7 +118,7 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
         if parts:
             kind = parts[0].get("type") if isinstance(parts[0], Mapping) else type(parts[0]).__name__
             raise ValueError(
-                f"{where} holds a part of type {kind}, and hpd distils text only: remove the row."
+                f"{where} holds a part of type {kind}, and hpd distills text only: remove the row."
             )
         if not isinstance(content, (str, list, type(None))):
             raise ValueError(

@@ -24,7 +24,7 @@ _SAMPLES = 4
 
 
 def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
-    """Distil the packaged pair and show what changed; returns the run's summary."""
+    """Distill the packaged pair and show what changed; returns the run's summary."""
     recipe = load_recipe(demo_recipe(output_dir), overrides)
     console.print(
         "A 0.8 M-parameter teacher solves chains of arithmetic in writing. A student 8 times smaller, from "

@@ -48,7 +48,7 @@ __all__ = ["DistillTrainer"]
 
 
 class DistillTrainer(MeasuredTrainer):
-    """Distil `teacher` into `model`.
+    """Distill `teacher` into `model`.
 
     The loss is the sum over label tokens divided by the label tokens of the whole global batch (all
     processes, all accumulation steps), so that the gradient does not depend on how the batch was split.

@@ -268,7 +268,7 @@ def accuracies(
     return found
 
 
-def distil(
+def distill(
     start: dict[str, Tensor],
     method: str,
     regime: Regime,

@@ -35,7 +35,7 @@ RECIPES: dict[str, Case] = {
     "a folder": Case(lambda folder: ["train", str(folder)], "is a folder.*give the YAML file"),
     "empty file": Case(text(b""), "holds no mapping"),
     "a list": Case(text(b"- student\n- teacher\n"), "holds no mapping"),
-    "a sentence": Case(text(b"distil this please\n"), "holds no mapping"),
+    "a sentence": Case(text(b"distill this please\n"), "holds no mapping"),
     "broken yaml": Case(text(b"student: [a,\n"), "is not valid YAML.*line 2"),
     "tabs": Case(text(b"student:\n\tmodel: a\n"), "is not valid YAML.*line 2"),
     "control characters": Case(text(GOOD + b"method: \x00hpd\n"), "is not valid YAML"),

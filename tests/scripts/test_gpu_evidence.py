@@ -24,7 +24,7 @@ from evidence.training import (
     OutOfTimeError,
     accuracies,
     cache,
-    distil,
+    distill,
     drawn,
     measure,
     pretrain,
@@ -185,7 +185,7 @@ def test_a_part_of_the_experiment_on_a_small_model(tmp_path):
 
     start = Decoder(SMALL.student, SMALL.vocab, 1)
     before = measure(start, held_out, LANGUAGE)
-    student, found = distil(
+    student, found = distill(
         start.state_dict(), "hpd_full", SMALL.regimes[0], 1e-2, 0, SMALL, LANGUAGE, rows, held_out
     )
     assert [point["epoch"] for point in found["curve"]] == [2.0, 4.0]

@@ -41,7 +41,7 @@ from hpd.demo.task import (
     write_solution,
 )
 from hpd.evaluate import GenerationSettings, generate_answers
-from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
+from hpd.experiments.tasks.prepared import copy_to, distill, learn, prepare, write_rows
 from hpd.models.load import load_model, load_tokenizer
 
 __all__ = [
@@ -158,7 +158,7 @@ def _recipe(folder: Path, prepared: Path) -> dict[str, Any]:
 
 def chain_tree(folder: Path) -> dict[str, Any]:
     """The task's recipe with its live teacher, on the files of a folder."""
-    return distil(
+    return distill(
         folder,
         "student-x1",
         max_steps=200,

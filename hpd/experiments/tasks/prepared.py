@@ -20,7 +20,7 @@ from hpd.demo.task import SolvedProblem
 from hpd.files import JsonLines, digest_text
 from hpd.training.caching import write_cache
 
-__all__ = ["copy_to", "distil", "home", "learn", "prepare", "write_rows"]
+__all__ = ["copy_to", "distill", "home", "learn", "prepare", "write_rows"]
 
 _CACHE = "cache"
 
@@ -75,7 +75,7 @@ def _renew(source: str, target: str) -> None:
     os.replace(draft, target)
 
 
-def distil(folder: Path, student: str, **train: Any) -> dict[str, Any]:
+def distill(folder: Path, student: str, **train: Any) -> dict[str, Any]:
     """The recipe of a prepared folder with its live teacher; `train` says what is the task's own."""
     shared = {
         "learning_rate": 2e-3,

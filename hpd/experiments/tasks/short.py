@@ -22,7 +22,7 @@ import torch
 from hpd.demo.build_teacher import IGNORED, build_tokenizer, encode_rows, model_config
 from hpd.demo.task import SPLITS, SolvedProblem, Split, split_of
 from hpd.evaluate import Answer, ExactMatch, Example, GenerationSettings, Verdict, generate_answers
-from hpd.experiments.tasks.prepared import copy_to, distil, learn, prepare, write_rows
+from hpd.experiments.tasks.prepared import copy_to, distill, learn, prepare, write_rows
 from hpd.files import write_json
 
 __all__ = ["ValidAnswers", "right_answers", "short_answers"]
@@ -106,7 +106,7 @@ def short_answers(folder: Path) -> dict[str, Any]:
 
 
 def _tree(folder: Path) -> dict[str, Any]:
-    return distil(
+    return distill(
         folder,
         "student",
         max_steps=200,
