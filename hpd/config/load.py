@@ -113,10 +113,13 @@ def _read_value(key: Sequence[str], text: str) -> Any:
         is_word = isinstance(value, bool) and text.strip().lower() not in ("true", "false")
         return text.strip() if is_word else value
     hint = hint_at(key)
-    # Lists, mappings and null are what they look like; a section's short form is not asked for a number.
+    # Lists and null are what they look like; a section's short form is not asked for a number. A mapping is
+    # text where nothing else is taken: a prompt is often `Answer: ...` or `{question}`.
     is_scalar = isinstance(value, (bool, int, float, datetime.date))
-    takes_text = hint is str or str in get_args(hint) or get_origin(hint) is Literal
-    is_text = is_scalar and takes_text and not _fits(value, hint) and _fits(text.strip(), hint)
+    only_text = set(get_args(hint) or (hint,)) <= {str, type(None)}
+    takes_text = only_text or str in get_args(hint) or get_origin(hint) is Literal
+    may_be_text = (takes_text and is_scalar) or (only_text and isinstance(value, dict))
+    is_text = may_be_text and not _fits(value, hint) and _fits(text.strip(), hint)
     return text.strip() if is_text else value
 
 

@@ -38,23 +38,14 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def _without_turns(args: DistillConfig) -> Iterator[None]:
-    """TRL looks for the assistant's turns in rows of one format, and for a template that it knows."""
-    asked, args.assistant_only_loss = args.assistant_only_loss, False
+def _switched_off(args: DistillConfig, name: str) -> Iterator[None]:
+    """A switch that the parent class would read otherwise than we do is off inside."""
+    asked = getattr(args, name)
+    setattr(args, name, False)
     try:
         yield
     finally:
-        args.assistant_only_loss = asked
-
-
-@contextlib.contextmanager
-def _keeping_last_batch(args: DistillConfig) -> Iterator[None]:
-    """`dataloader_drop_last` is about steps: what is measured on held-out rows is measured on all of them."""
-    drops, args.dataloader_drop_last = args.dataloader_drop_last, False
-    try:
-        yield
-    finally:
-        args.dataloader_drop_last = drops
+        setattr(args, name, asked)
 
 
 class StudentTrainer(Resumable, SFTTrainer):
@@ -100,7 +91,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         model, peft_config, hide_head = adapt_head(model, peft_config, args.seed)
         trained = trained_data(model)
         # Turns are found by our own reader, whose templates and formats are more than TRL's.
-        with hide_head, _without_turns(args):
+        with hide_head, _switched_off(args, "assistant_only_loss"):
             super().__init__(model, args=args, peft_config=peft_config, **kwargs)  # type: ignore[arg-type]
         check_trainable(self.model)  # loaded only now, if it was a path
         put_back(self.model, trained)
@@ -210,7 +201,11 @@ class StudentTrainer(Resumable, SFTTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> Any:
-        with contextlib.nullcontext() if is_training else _keeping_last_batch(self.args):
+        # dataloader_drop_last is about steps: what is measured on held-out rows is measured on all of them.
+        keeping = (
+            contextlib.nullcontext() if is_training else _switched_off(self.args, "dataloader_drop_last")
+        )
+        with keeping:
             if fills_last_batch(self.args, dataset) and not (is_training and self._repeats_rows):
                 count = len(dataset)
                 dataset = fill(dataset, batch_size * self.args.world_size)

@@ -254,6 +254,8 @@ def test_recipe_classes_are_frozen():
         ("output_dir=2024", lambda r: r.output_dir, "2024"),
         ("data.streaming=yes", lambda r: r.data.streaming, True),
         ("data.streaming=no", lambda r: r.data.streaming, False),
+        ("data.system_prompt=Answer: shortly", lambda r: r.data.system_prompt, "Answer: shortly"),
+        ("teacher.prompt={question}", lambda r: r.teacher.prompt, "{question}"),
         ("method_kwargs.reinforce=no", lambda r: r.method_kwargs["reinforce"], False),
     ],
 )
