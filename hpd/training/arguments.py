@@ -32,6 +32,7 @@ __all__ = [
     "DistillConfig",
     "as_config",
     "check_engine",
+    "check_launched",
     "check_names",
     "engines_asked",
     "label_policy",
@@ -296,6 +297,7 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         ValueError: another engine than asked for; FSDP 1, Megatron-LM, context or sequence parallelism.
     """
     got = accelerator.distributed_type
+    check_launched(accelerator.num_processes)
     _check_asked(args, accelerator)
     if got == DistributedType.MEGATRON_LM:
         raise ValueError(
@@ -311,6 +313,22 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         if deepspeed.zero_stage == 3:
             _check_zero3(deepspeed.deepspeed_config["zero_optimization"], recomputes)
     _check_layout(accelerator.parallelism_config)
+
+
+def check_launched(num_processes: int) -> None:
+    """Refuse processes that a launcher started together and that do not know of each other: each would train
+    on all rows, into one folder.
+
+    Raises:
+        ValueError: fewer processes are joined than the launcher started.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched > num_processes:
+        raise ValueError(
+            f"The launcher started {launched} processes, and each would train alone on all rows: "
+            "without an accelerator they are joined only with train.use_cpu: true "
+            "(recipes/accelerate/cpu.yaml). Set it, or start one process."
+        )
 
 
 def engines_asked(args: Any) -> list[DistributedType]:

@@ -25,6 +25,7 @@ from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
 from hpd.training.adapting import goes_on_adapter, lora_of
+from hpd.training.arguments import check_launched
 from hpd.training.checkpoints import writing
 from hpd.training.dates import DATE
 from hpd.training.evaluations import TaskEvaluation
@@ -87,12 +88,12 @@ def train_single(
         signals: the handler, which the trainer is told to.
 
     Raises:
-        ValueError: a model that cannot be loaded, an adapter on layers that the student does not have, or
-            another number of processes than before.
+        ValueError: a model or adapter that cannot be loaded; processes not joined, or not as many as before.
         Interrupted, TeacherUnavailable, OSError: as `ends_resumable` reads them.
     """
     recipe = planned.recipe
     assert planned.args.device is not None  # asking for it joins the processes
+    check_launched(planned.args.world_size)
     folder.check_processes(planned.args.world_size)
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe
 from hpd.data.samplers import FilledOrder, fill
-from hpd.training.arguments import check_engine
+from hpd.training.arguments import check_engine, check_launched
 from hpd.training.caching import write_cache
 from hpd.training.checkpoints import newest_complete
 from hpd.training.run import train
@@ -165,6 +165,25 @@ def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
     summaries = [json.loads((run / "summary.json").read_text()) for run in (two, one)]
     assert summaries[0].keys() == summaries[1].keys()
     assert summaries[0]["steps"] == summaries[1]["steps"] == 2
+
+
+def test_processes_that_are_not_joined_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launched(2)
+    with pytest.raises(ValueError, match="started 2 processes.*use_cpu"):
+        check_launched(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator joins the processes by itself")
+def test_a_launch_on_cpus_without_use_cpu_leaves_nothing_behind(folder):
+    recipe = recipe_file(folder, "apart", 4, use_cpu=False)
+    done = launch(
+        "accelerate.commands.launch", "--config_file", CONFIGS / "cpu.yaml", "-m", "hpd", "train", recipe
+    )
+    assert done.returncode != 0
+    assert "each would train alone" in " ".join(done.stderr.split())
+    assert not (folder / "apart").exists()
 
 
 @pytest.mark.slow
