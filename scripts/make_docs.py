@@ -1,4 +1,4 @@
-"""Write docs/methods.md, the README's table and what `hpd methods` shows, or --check them."""
+"""Write docs/methods.md and what `hpd methods` shows, or --check them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from hpd.terminal.methods import FACTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
-README = ROOT / "README.md"
 COSTS = ROOT / "benchmarks" / "results" / "head.json"
 
 _HEAD = """# Methods
@@ -73,7 +72,7 @@ terms:
 
 Each term is logged by itself as `loss/NAME`.
 
-`on: dataset` or `on: student` lets a term learn from one writer's text only ([regimes.md](regimes.md)).
+`on: dataset` or `on: student` lets a term learn from one writer's text only ([on-policy](guides/on-policy.md)).
 
 ## Schedules
 
@@ -98,12 +97,14 @@ terms: [{objective: "my_module:chi_square"}]
 
 In Python (`TermConfig`, `distillation_loss`) the objective or its factory itself will do as well.
 
-[CONTRIBUTING.md](../CONTRIBUTING.md) shows one in 15 lines. For an f-divergence two functions of r = p/q are
-enough:
+[Add an objective](guides/extend/objective.md) shows one and how to test it. For an f-divergence two functions of
+r = p/q are enough:
 
 ```yaml
 terms: [{objective: f_divergence, kwargs: {f: "my_module:f", df: "my_module:df"}}]
 ```
+
+Next: [metrics and log keys](reference/metrics.md)
 """
 
 
@@ -220,21 +221,11 @@ def _argument(objective: str, name: str) -> str:
     return ""
 
 
-def readme() -> str:
-    """The README with its table of methods between the two marks."""
-    before, mark, rest = README.read_text(encoding="utf-8").partition("<!-- methods -->\n")
-    _, end, after = rest.partition("<!-- end -->")
-    rows = [f"| `{name}` | {method.summary} |" for name, method in METHODS.items()]
-    return "".join(
-        [before, mark, "\n".join(["| method | what it learns |", "|---|---|", *rows]), "\n", end, after]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="Exit with 1 where a page differs.")
     check = parser.parse_args().check
-    for path, text in ((PAGE, page()), (README, readme()), (FACTS, facts())):
+    for path, text in ((PAGE, page()), (FACTS, facts())):
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -299,7 +299,7 @@ def plot(path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    axes.set_title("A model, not a measurement: H100, assumptions in docs/scaling.md", fontsize=9)
+    axes.set_title("A model, not a measurement: H100, assumptions in docs/evidence/scaling.md", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

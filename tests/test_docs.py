@@ -15,7 +15,6 @@ def test_methods_page_is_what_the_tables_say(monkeypatch):
     import make_docs
 
     assert make_docs.PAGE.read_text(encoding="utf-8") == make_docs.page()
-    assert make_docs.README.read_text(encoding="utf-8") == make_docs.readme()
     assert make_docs.FACTS.read_text(encoding="utf-8") == make_docs.facts()
     for name, method in json.loads(make_docs.facts()).items():
         for term in method["terms"]:
@@ -102,7 +101,7 @@ def test_the_experiment_of_which_method_is_one(tmp_path, monkeypatch):
     from hpd.experiments.experiment import load_experiment
     from hpd.experiments.grid import expand
 
-    text = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/start/which-method.md").read_text(encoding="utf-8")
     listing = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert listing is not None
     monkeypatch.chdir(tmp_path)

@@ -37,7 +37,7 @@ class DataConfig:
     """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Columns by what they are, such as {prompt: question, completion: answer}; a column that is named here
-    counts, whatever others are called (docs/data.md)."""
+    counts, whatever others are called (docs/guides/data.md)."""
     ignore: tuple[str, ...] = ()
     """Columns to train without, although they change what is learned."""
     format: Literal["auto", "chat", "plain"] = "auto"

@@ -111,7 +111,7 @@ class EvalConfig:
     __pydantic_config__ = STRICT
 
     task: str = "exact-match"
-    """A name of TASKS (docs/evaluation.md), or module:factory for your own."""
+    """A name of TASKS (docs/guides/evaluate.md), or module:factory for your own."""
     data: str = ""
     """Its file, or a folder with one subfolder per task; empty: its data set on the Hub."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class EvalConfig:
     """Also in training: every n optimizer steps, or after each epoch. Logs eval_TASK_METRIC, as in
     eval_gsm8k_accuracy, which train.metric_for_best_model can name."""
     preset: Literal["greedy", "paper"] | None = None
-    """greedy, or paper: temperature 0.7, top-p 0.95, 10,240 tokens, several samples (docs/evaluation.md);
+    """greedy, or paper: temperature 0.7, top-p 0.95, 10,240 tokens, several samples (docs/guides/evaluate.md);
     null: as the task says, else greedy."""
     num_samples: int | None = None
     """Answers per problem."""

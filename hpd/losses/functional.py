@@ -102,7 +102,8 @@ def fused_distillation_loss(
         student_hidden: last hidden states, after the final norm; the gradient flows here and to the head.
         student_head: the output projection: an `nn.Linear` such as `model.lm_head`, its weight, or a `Head`
             with bias, logit scale and softcap, as `hpd.losses.head_of(model)` finds them.
-        teacher_hidden, teacher_head: the same of the teacher; never differentiated.
+        teacher_hidden: the teacher's, never differentiated.
+        teacher_head: the teacher's projection, in one of the same forms.
 
     The other arguments, the result and the errors are those of `distillation_loss`.
     """

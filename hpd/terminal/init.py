@@ -130,10 +130,10 @@ def recipe_text(answers: Answers, path: Path) -> str:
     differ = None not in heads and heads[0] != heads[1]
     return f"""\
 # Written by hpd init. Check it with `hpd doctor {path}`, then `hpd train {path}`.
-# Every key: docs/recipe-reference.md. Any value can be replaced on the command line, as train.max_steps=50.
+# Every key: docs/reference/recipe.md. Any value can be replaced on the command line, as train.max_steps=50.
 student: {_written(answers.student)}   # the model that learns: a Hub id or a folder
 teacher: {_written(answers.teacher)}   # the model that it learns from
-method: {answers.method}   # `hpd methods` lists them, docs/which-method.md helps to choose
+method: {answers.method}   # `hpd methods` lists them, docs/start/which-method.md helps to choose
 data:
   path: {_written(answers.data)}
 {told}  validation: 0.05   # share of the rows that are held out, to measure on

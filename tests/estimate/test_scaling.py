@@ -115,4 +115,4 @@ def test_the_script_explains_and_computes():
 
 
 def test_the_document_shows_what_the_script_computes():
-    assert scaling.summary() in (SCRIPT.parents[1] / "docs/scaling.md").read_text()
+    assert scaling.summary() in (SCRIPT.parents[1] / "docs/evidence/scaling.md").read_text()

@@ -238,7 +238,7 @@ def test_gsm8k_verdicts_of_stored_model_samples(shared):
     ]
     assert (len(samples), len(models)) == (2640, 4)
     assert sum(sample["is_correct"] for _, sample in samples) == 986
-    assert not differing  # docs/evaluation.md says so
+    assert not differing  # docs/evidence/grading.md says so
 
 
 @pytest.mark.parametrize(

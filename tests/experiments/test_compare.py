@@ -612,8 +612,8 @@ def test_the_grid_of_a_base_with_eval_runs(tmp_path):
 
 
 def test_the_experiment_of_the_documentation_runs_as_it_is_typed(tmp_path):
-    """docs/experiments.md's own file (`base: demo`), cut to one run of two steps by overrides."""
-    page = (ROOT / "docs" / "experiments.md").read_text()
+    """docs/guides/compare.md's own file (`base: demo`), cut to one run of two steps by overrides."""
+    page = (ROOT / "docs/guides/compare.md").read_text()
     path = tmp_path / "experiment.yaml"
     path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
     assert len(all_tuning(load_experiment(path), tmp_path)) == 3 * 4 * 2

@@ -1,4 +1,4 @@
-"""Eight datasets in eight formats and what `hpd train --dry-run` says of each, as docs/data.md shows it.
+"""Eight datasets in eight formats and what `hpd train --dry-run` says of each, as docs/guides/data.md shows it.
 
 python tests/helpers/data_examples.py    writes that part of the page again
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "data.md"
+PAGE = ROOT / "docs/guides/data.md"
 BEGIN, END = "<!-- dry runs -->\n", "<!-- end of dry runs -->\n"
 
 

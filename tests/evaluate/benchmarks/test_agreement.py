@@ -26,7 +26,7 @@ def graded(script):
 
 def test_every_disagreement_is_listed_with_who_is_right(script):
     cases = script.read_cases()
-    page = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    page = (ROOT / "docs/evidence/grading.md").read_text("utf-8")
     assert script.disagreements(cases) in page
     assert {case.who for case in cases if case.why} <= {"hpd", "suite", "by rule"}
 
@@ -38,7 +38,7 @@ def test_other_graders_have_a_verdict_on_every_case_that_is_for_them(script):
         letters = [verdict for verdict, case in zip(verdicts, cases, strict=True) if case.form == "letter"]
         assert set(letters) == {None}
         assert {True, False} <= set(verdicts)
-    assert script.table_of_others(cases) in (ROOT / "docs/evaluation.md").read_text("utf-8")
+    assert script.table_of_others(cases) in (ROOT / "docs/evidence/grading.md").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -61,4 +61,4 @@ def test_no_suite_agrees_better_with_math_verify_alone(script, graded):
             index for index, case in enumerate(cases) if case.suite == suite and not script.is_disputed(case)
         ]
         assert script.agreeing(cases, ours, chosen) >= script.agreeing(cases, theirs, chosen), suite
-    assert script.table(cases, ours, theirs) in (ROOT / "docs/evaluation.md").read_text("utf-8")
+    assert script.table(cases, ours, theirs) in (ROOT / "docs/evidence/grading.md").read_text("utf-8")

@@ -1,5 +1,5 @@
 """Three hundred shapes of answers as models write them; the rules behind the verdicts are in
-docs/evaluation.md, "Math: what counts as right"."""
+docs/evidence/grading.md, "Math: what counts as right"."""
 
 import pytest
 
