@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,10 @@ PAGES = [
 ]
 BLOCK = re.compile(r"(<!-- terminal: (.*?) -->\n```console\n)(.*?)(```\n<!-- end -->)", re.DOTALL)
 _ROWS = 2_000
+"""Of the training file."""
 _LINES = 2_000
+"""That the terminal remembers."""
+_ROWS_SHOWN = 50
 
 
 def prepare(folder: Path) -> None:
@@ -87,7 +91,9 @@ def run(command: str, folder: Path, columns: int | None) -> str:
         shown, code = _in_terminal(command, folder, environment, columns)
     if code not in (0, 2):
         raise RuntimeError(f"{command} ended with exit code {code}:\n{shown}")
-    return shown.replace(f"{folder}/", "").replace(str(folder), ".")
+    for place in (folder, ROOT):
+        shown = shown.replace(f"{place}/", "").replace(str(place), ".")
+    return shown
 
 
 def _in_terminal(command: str, folder: Path, environment: dict[str, str], columns: int) -> tuple[str, int]:
@@ -95,11 +101,12 @@ def _in_terminal(command: str, folder: Path, environment: dict[str, str], column
     screen = pyte.Screen(columns, _LINES)
     stream = pyte.ByteStream(screen)
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (_ROWS_SHOWN, columns))
     process = subprocess.Popen(
-        ["sh", "-c", f"stty rows 50 columns {columns}; {command}"],
+        ["sh", "-c", command],
         cwd=folder,
         env=environment,
-        stdin=slave,
+        stdin=subprocess.DEVNULL,  # a command that asks would wait for an answer
         stdout=slave,
         stderr=slave,
         start_new_session=True,

@@ -39,7 +39,7 @@ def test_an_objective_in_fifteen_lines_followed_literally(tmp_path, monkeypatch)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     listing = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert listing is not None
-    code = "\n".join(line[3:] for line in listing[1].splitlines())
+    code = listing[1]
     assert len(code.strip().splitlines()) <= 15
     (tmp_path / "my_module.py").write_text("from hpd import Objective\n\n\n" + code)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -40,8 +40,7 @@ def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = 
     console.print(f"\ntraining curves: {picture}", highlight=False)
     console.print(
         "next: the same run with another method  [bold]hpd demo --overwrite method=forward_kl[/]\n"
-        "      your own pair                     [bold]hpd doctor recipes/gsm8k_smollm2.yaml[/]  (make "
-        "models fetches it)\n"
+        "      your own pair                     [bold]hpd init recipe.yaml[/]\n"
         "      every method                      [bold]hpd methods[/]",
         highlight=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from hpd.evaluate.measure import MetricsCommand, measure_models
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.vllm_engine import VllmOptions
 from hpd.progress import quiet_libraries
-from hpd.terminal.console import TerminalProgress, console, show_figures
+from hpd.terminal.console import TerminalProgress, console, show_figures, show_next
 from hpd.terminal.eval_options import HarnessOptions, MetricsOptions, TaskOptions
 from hpd.terminal.evaluation_tables import harness_table, metrics_table, result_tables
 from hpd.training.stopping import ends_kept
@@ -140,6 +141,7 @@ def evaluate_with_display(command: EvalCommand) -> None:
     if folders:
         shown = ", ".join(map(str, dict.fromkeys(folders)))
         console.print(f"evals.json and every answer in {shown}", highlight=False)
+    show_next(f"hpd chat {shlex.quote(str(command.models[-1]))}")
 
 
 def measure_with_display(command: MetricsCommand) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from hpd.config.models import ModelConfig
 from hpd.models.export import write_merged
 from hpd.progress import quiet_libraries
-from hpd.terminal.console import console
+from hpd.terminal.console import console, show_next
 
 __all__ = ["run_export"]
 
@@ -27,3 +28,5 @@ def run_export(model: str, merges: bool, output: Path, dtype: Any) -> None:
     quiet_libraries()
     written = write_merged(ModelConfig(model=model), output, dtype)
     console.print(f"{model} merged into its base: {output} ({written})", highlight=False, markup=False)
+    folder = shlex.quote(str(output))
+    show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hpd.experiments.output import check_target, write_report
 from hpd.experiments.pages import render_page
 from hpd.experiments.report import Report, build_report
 from hpd.experiments.table import TableCell
-from hpd.terminal.console import console
+from hpd.terminal.console import console, show_next
 
 __all__ = ["run_report", "show_verdicts"]
 
@@ -44,6 +45,9 @@ def run_report(
         highlight=False,
         soft_wrap=True,
     )
+    given = ["--baseline", baseline] if baseline is not None else []
+    given += ["--allow", ",".join(allow)] if allow else []
+    show_next(f"{shlex.join(['hpd', 'report', *map(str, folders), *given])} --watch")
 
 
 def show_verdicts(report: Report) -> None:

@@ -73,3 +73,4 @@ def test_an_evaluation_finds_the_task_in_the_working_folder(tmp_path, monkeypatc
     done = CliRunner().invoke(app, ["eval", *arguments])
     assert done.exit_code == 0, done.output
     assert "letters" in done.output
+    assert f"next: hpd chat {student}" in done.output

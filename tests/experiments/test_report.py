@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from helpers.browser import set_view, start_browser
 from helpers.forked import hpd
 from helpers.grid_results import comparison
 from helpers.tiny_grid import SCRIPT, command, tiny_grid
@@ -27,10 +28,6 @@ from hpd.experiments.results import read_results
 from hpd.experiments.statistics import correct
 from hpd.experiments.verdicts import comparison_table, verdict_table
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-DRIVER = shutil.which("chromedriver")
 PHONE_WIDTH = 390
 
 
@@ -79,6 +76,7 @@ def test_the_terminal_shows_one_table_and_the_warning(grid, tmp_path):
     assert "warning: 2 of 2 comparisons have 2 seeds and no verdict" in text
     assert "plots/*.{png,svg,pdf}" in text
     assert "no consistent win" not in text
+    assert f"next: hpd report {grid} --watch" in done.output
 
 
 def test_the_runs_are_written_down_one_by_one(grid):
@@ -145,6 +143,7 @@ def test_plain_run_folders_get_a_report_and_a_baseline(grid, tmp_path):
     assert done.exit_code == 0, done.output
     assert "against forward_kl" in done.output or " forward_kl" in done.output
     assert (tmp_path / "out" / "index.html").is_file()
+    assert "--baseline" in done.output.partition("next: ")[2]
     assert command("report", *runs, "--baseline", "nobody").exit_code == 2
     assert command("report", grid / "runs").exit_code == 2
 
@@ -240,37 +239,13 @@ def test_watch_command_prints_its_address(grid):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver on this machine: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver = start_browser(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
 
 
 def show(browser, grid, width=1200, scheme="light"):
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
+    set_view(browser, width, scheme=scheme)
     browser.get((grid / "report" / "index.html").as_uri())
 
 

@@ -78,6 +78,7 @@ def test_export_merges_what_peft_computes(place, tmp_path):
     out = tmp_path / "whole"
     done = hpd("export", place / "mine", "--merge", "--output", out)
     assert done.returncode == 0, done.stderr
+    assert f"next: hpd chat {out}" in done.stdout
     expected = adapter_logits(place, place / "mine")
     assert (logits_of(place / "student") - expected).abs().max() > 0.05
     torch.testing.assert_close(logits_of(out), expected, rtol=1e-5, atol=2e-5)
