@@ -241,9 +241,9 @@ def table(setup: Setup, gpus: Sequence[int] = GPUS) -> str:
 
 
 CASES: dict[str, Setup] = {
-    "DDP, teacher beside the student": Setup(engine="ddp"),
+    "DDP, teacher with the student": Setup(engine="ddp"),
     "FSDP2, teacher sharded": Setup(engine="fsdp2"),
-    "ZeRO-2, teacher beside the student": Setup(engine="zero2"),
+    "ZeRO-2, teacher with the student": Setup(engine="zero2"),
     "FSDP2, 72B teacher": Setup(
         engine="fsdp2",
         teacher_params=72.7e9,
