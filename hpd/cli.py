@@ -105,7 +105,7 @@ def train(
         bool,
         typer.Option(
             "--changed-inputs",
-            help="Go on although data, teacher or tokenizer are others now than when the run began.",
+            help="Continue although data, teacher or tokenizer have changed since the run began.",
         ),
     ] = False,
 ) -> None:
@@ -207,7 +207,7 @@ def serve_teacher(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="4bit or 8bit (extra quantization).")] = None,
     max_waiting: Annotated[
-        int, typer.Option(help="Requests that may wait; one more is sent away for a while.", min=1)
+        int, typer.Option(help="Requests that may wait; one more is told to try again (503).", min=1)
     ] = 64,
     max_batch_tokens: Annotated[
         int, typer.Option(help="Tokens of one forward, padding included.", min=1)
@@ -241,7 +241,7 @@ def generate(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")] = False,
 ) -> None:
-    """Let the teacher (or generate.model) write completions for the recipe's prompts. Goes on where it was
+    """Let the teacher (or generate.model) write completions for the recipe's prompts. Resumes where it was
     interrupted."""
     with user_errors():
         from hpd.terminal.training import run_generate
@@ -301,7 +301,7 @@ def report(
     ] = None,
     allow: Allow = "",
     watch: Annotated[
-        bool, typer.Option("--watch", help="Serve the page on this machine and renew it while runs go on.")
+        bool, typer.Option("--watch", help="Serve the page on this machine and renew it while runs continue.")
     ] = False,
     port: Annotated[int, typer.Option(help="Port of --watch; 0 takes a free one.", min=0, max=65535)] = 8642,
 ) -> None:

@@ -234,7 +234,7 @@ def import_named(name: str) -> Any:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
             f"{name!r} cannot be imported ({said}): write package.module:name of an installed module, or of "
-            "a file in the working folder or beside the recipe."
+            "a file in the working folder or next to the recipe."
         ) from error
     finally:
         for folder in added:

@@ -139,8 +139,8 @@ def _begin(part: JsonLines, identity: Mapping[str, str], overwrite: bool) -> dic
     if not isinstance(head, dict) or {**identity, **head} != identity:
         if head is not None and not overwrite:
             raise ValueError(
-                f"{part.path} holds completions of other settings, another model or other rows. Go on with "
-                "those, delete it, or start again with --overwrite."
+                f"{part.path} holds completions of other settings, another model or other rows. Continue "
+                "with those, delete it, or start again with --overwrite."
             )
         part.path.parent.mkdir(parents=True, exist_ok=True)
         part.write([identity, _REPLACES] if overwrite else [identity])

@@ -1,6 +1,6 @@
 """Agreement with the test cases of public graders: ours, math-verify alone, and others on the same cases.
 
-    python scripts/grader_agreement.py            # the tables and the disagreements of docs/evidence/grading.md
+    python scripts/grader_agreement.py            # tables and disagreements of docs/evidence/grading.md
 
 Takes about three minutes of one processor core. The cases, their sources and their licenses are in
 tests/evaluate/benchmarks/.

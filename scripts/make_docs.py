@@ -29,10 +29,10 @@ In a recipe: `method: NAME`, parameters under `method_kwargs`. On the command li
 method=NAME method_kwargs.PARAMETER=VALUE`. In Python: `DistillTrainer(..., method="NAME",
 method_kwargs={...})`. [Which method?](start/which-method.md) helps to choose.
 
-Every method runs through the same operator. The loss is `- sum w(v) log q(v)` over the support, w a constant for
-the gradient; p is the teacher, q the student, y the label, a a token drawn from the student,
-k = q (log p - log q). [How the loss is computed](concepts/loss.md) says more. `python scripts/make_docs.py` writes
-this page from `METHODS` and `OBJECTIVES`.
+Every method runs through the same operator. The loss is `- sum w(v) log q(v)` over the support, w a constant
+for the gradient; p is the teacher, q the student, y the label, a a token drawn from the student,
+k = q (log p - log q). [How the loss is computed](concepts/loss.md) says more. `python scripts/make_docs.py`
+writes this page from `METHODS` and `OBJECTIVES`.
 
 **Needs** is what the teacher must give at each label position: the label's log-probability (in text that the
 student wrote, the label is the written token), that of a token which student or teacher draws, or the whole
@@ -87,7 +87,8 @@ terms:
 
 Each term is logged by itself as `loss/NAME`.
 
-`on: dataset` or `on: student` lets a term learn from one writer's text only ([on-policy](guides/on-policy.md)).
+`on: dataset` or `on: student` lets a term learn from one writer's text only
+([on-policy](guides/on-policy.md)).
 
 ## Schedules
 
@@ -112,8 +113,8 @@ terms: [{objective: "my_module:chi_square"}]
 
 In Python (`TermConfig`, `distillation_loss`) the objective or its factory itself will do as well.
 
-[Add an objective](guides/extend/objective.md) shows one and how to test it. For an f-divergence two functions of
-r = p/q are enough:
+[Add an objective](guides/extend/objective.md) shows one and how to test it. For an f-divergence two
+functions of r = p/q are enough:
 
 ```yaml
 terms: [{objective: f_divergence, kwargs: {f: "my_module:f", df: "my_module:df"}}]
@@ -134,8 +135,9 @@ def page() -> str:
         columns = "| method | needs | support | text, strategy | loss time |"
         tables += [f"**{title}**", "", columns, "|---|---|---|---|---|", *rows, ""]
     note = (
-        "**Loss time** is that of the operator (both heads, forward and backward) with forward_kl = 1: measured (CPU),\n"
-        "[Speed and memory](performance.md). A step also holds the forward passes of both models, which are longer.\n"
+        "**Loss time** is that of the operator (both heads, forward and backward) with forward_kl = 1: measured\n"
+        "(CPU), [Speed and memory](performance.md). A step also holds the forward passes of both models, which\n"
+        "are longer.\n"
         if costs
         else ""
     )

@@ -1,4 +1,4 @@
-"""Write docs/reference/recipe.md and docs/reference/recipe.schema.json from a recipe's dataclasses, or --check them."""
+"""Write docs/reference/recipe.md and recipe.schema.json from a recipe's dataclasses, or --check them."""
 
 from __future__ import annotations
 

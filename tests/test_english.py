@@ -1,5 +1,6 @@
 """American spelling and plain words, in what people read: pages, docstrings, help and messages."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -75,7 +76,32 @@ def test_sentences_of_a_page(path):
     assert [text[m.start() - 30 : m.end() + 30] for m in SENTENCES.finditer(text)] == []
 
 
-@pytest.mark.parametrize("text", ["a loss that is no distance", "84 %", "it goes on", "beside it", "it has not one"])
+SAID = ("CheckResult", "warn", "warning", "Verdict", "print", "say")
+"""Calls whose texts people read, besides what is raised."""
+
+
+def messages(source: str) -> list[str]:
+    """The texts of a module's errors, warnings and lines in a terminal."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name = getattr(getattr(node, "func", None), "id", getattr(getattr(node, "func", None), "attr", ""))
+        if isinstance(node, ast.Raise) or name in SAID:
+            found += [
+                n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
+    return found
+
+
+def test_sentences_of_messages():
+    said = [(path, text) for path in ROOT.glob("hpd/**/*.py") for text in messages(path.read_text("utf-8"))]
+    assert len(said) > 1000
+    assert [(path.name, text) for path, text in said if SENTENCES.search(text)] == []
+    assert SENTENCES.search(messages('raise ValueError(f"{x} is no token.")')[0])
+
+
+@pytest.mark.parametrize(
+    "text", ["a loss that is no distance", "84 %", "it goes on", "beside it", "it has not one"]
+)
 def test_the_list_of_sentences_finds_what_it_is_for(text):
     assert SENTENCES.search(text)
     assert not SENTENCES.search(sentences_of(f"`{text}`"))

@@ -319,7 +319,7 @@ def test_a_named_object_is_found_in_the_working_folder_and_beside_a_recipe(tmp_p
     monkeypatch.chdir(here)
     before = list(sys.path)
     assert import_named("hpd_mine_here:VALUE") == 3
-    with pytest.raises(ValueError, match="No module named 'hpd_mine_beside'.*beside the recipe"):
+    with pytest.raises(ValueError, match="No module named 'hpd_mine_beside'.*next to the recipe"):
         import_named("hpd_mine_beside:VALUE")
     look_beside(beside / "recipe.yaml")
     assert import_named("hpd_mine_beside:VALUE") == 3

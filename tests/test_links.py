@@ -10,7 +10,11 @@ PAGES = sorted(
     {
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
-        *(p for name in ("recipes", "experiments", "examples", "tests") for p in ROOT.glob(f"{name}/**/*.md")),
+        *(
+            p
+            for name in ("recipes", "experiments", "examples", "tests")
+            for p in ROOT.glob(f"{name}/**/*.md")
+        ),
     }
 )
 NAMED = re.compile(r"\bdocs/[\w/-]+\.(?:md|json|png)\b")
@@ -50,14 +54,18 @@ def test_links_of_a_page(page):
     assert broken(page, page.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("text", ["[a](missing.md)", "[a](README.md#missing)", "![a](docs/images/missing.png)"])
+@pytest.mark.parametrize(
+    "text", ["[a](missing.md)", "[a](README.md#missing)", "![a](docs/images/missing.png)"]
+)
 def test_a_broken_link_is_found(text):
     assert len(broken(ROOT / "README.md", text)) == 1
 
 
 def test_every_page_that_code_names_is_there():
     folders = ("hpd", "scripts", "benchmarks", "recipes", "experiments", "examples")
-    files = [p for folder in folders for p in ROOT.glob(f"{folder}/**/*") if p.suffix in (".py", ".md", ".yaml")]
+    files = [
+        p for folder in folders for p in ROOT.glob(f"{folder}/**/*") if p.suffix in (".py", ".md", ".yaml")
+    ]
     named = {(name, file) for file in files for name in NAMED.findall(file.read_text(encoding="utf-8"))}
     assert len(named) > 20
     missing = [f"{file.relative_to(ROOT)}: {name}" for name, file in named if not (ROOT / name).exists()]

@@ -1,4 +1,4 @@
-"""What pages tell readers to type: commands with options that exist, listings that parse, and code that runs."""
+"""What pages tell readers to type: commands with options that exist, listings that parse, code that runs."""
 
 import ast
 import json
@@ -28,7 +28,12 @@ def options():
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     named = {
-        name: {form for p in command.params if p.param_type_name == "option" for form in (*p.opts, *p.secondary_opts)}
+        name: {
+            form
+            for p in command.params
+            if p.param_type_name == "option"
+            for form in (*p.opts, *p.secondary_opts)
+        }
         for name, command in commands.items()
     }
     return {name: forms | {"--help", "-h"} for name, forms in named.items()}

@@ -92,5 +92,5 @@ class DataConfig:
             if part.parts or part.validation is not None or part.streaming or part.labels != "completion":
                 raise ValueError(
                     "data.parts: validation, streaming and labels are of all parts together: write them "
-                    f"beside parts (data: {{parts: [...], labels: ...}}), not in the entry {part.path!r}."
+                    f"next to parts (data: {{parts: [...], labels: ...}}), not in the entry {part.path!r}."
                 )

@@ -97,7 +97,7 @@ class TeacherConfig:
     __pydantic_config__ = STRICT
 
     type: Literal["model", "self", "cached", "server", "mixture", "routed"] = "model"
-    """model: a frozen model beside the student. self: the student as it was before training (adapter off, or
+    """model: a frozen model next to the student. self: the student as it was before training (adapter off, or
     a copy). cached: what `hpd cache` wrote. server: a model that answers over HTTP. mixture: a weighted
     mixture of teachers. routed: each row has one of several teachers."""
     model: str | None = None

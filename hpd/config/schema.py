@@ -54,7 +54,7 @@ class CacheConfig:
     kind: Literal["hidden", "top_k"] = "hidden"
     """hidden: last hidden state and log-normalizer of each label position, and the head once: serves
     everything.
-    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate beside
+    top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate next to
     them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8
@@ -92,7 +92,7 @@ class LoraConfig:
     """Module names, or all-linear (every linear layer but the head). Naming lm_head puts an adapter on the
     head."""
     modules_to_save: list[str] | None = None
-    """Modules trained in full beside the adapter."""
+    """Modules trained in full with the adapter."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -124,8 +124,8 @@ class EvalConfig:
     """Also in training: every n optimizer steps, or after each epoch. Logs eval_TASK_METRIC, as in
     eval_gsm8k_accuracy, which train.metric_for_best_model can name."""
     preset: Literal["greedy", "paper"] | None = None
-    """greedy, or paper: temperature 0.7, top-p 0.95, 10,240 tokens, several samples (docs/guides/evaluate.md);
-    null: as the task says, else greedy."""
+    """greedy, or paper: temperature 0.7, top-p 0.95, 10,240 tokens, several samples
+    (docs/guides/evaluate.md); null: as the task says, else greedy."""
     num_samples: int | None = None
     """Answers per problem."""
     max_new_tokens: int | None = None
@@ -242,7 +242,7 @@ class StageConfig:
     repeat: int = 1
     """Run it n times, one after the other (name-1, name-2, ...)."""
     teacher: Any = None
-    """Another teacher; "previous": the student that the stage before left, beside which only what follows
+    """Another teacher; "previous": the student that the stage before left, next to which only what follows
     labels has a gradient."""
     method: str | None = None
     """Another method; its own prefixes and strategy then count, unless given here."""

@@ -96,14 +96,14 @@ _DIFFERENCES = {
         "warning",
         "prompt and completion",
         "in {share} the chat template ends the prompt with {example} when the student is asked, and the row "
-        "that is learned does not go on from there. Give the answers what the template begins for them (such "
-        "as a thought), or choose another template (train.chat_template_path)",
+        "that is learned does not continue from there. Give the answers what the template begins for them "
+        "(such as a thought), or choose another template (train.chat_template_path)",
     ),
     "date": Difference(
         "warning",
         "date",
         "the chat template prints today's date ({example}): every row has that of the run's first day, also "
-        "where the run goes on later or trains from a cache. Set data.system_prompt or another template "
+        "where the run is resumed later or trains from a cache. Set data.system_prompt or another template "
         "(train.chat_template_path) if the student shall not learn it",
     ),
 }

@@ -132,7 +132,7 @@ def _template(field: str, text: str) -> tuple[Template, frozenset[str]]:
         names = meta.find_undeclared_variables(environment.parse(text))
         return environment.from_string(text), frozenset(names - environment.globals.keys())
     except TemplateError as error:
-        raise ValueError(f"teacher.{field} is no Jinja template: {error}. Correct it.") from None
+        raise ValueError(f"teacher.{field} is not a Jinja template: {error}. Correct it.") from None
 
 
 def _names(field: str, text: str) -> set[str]:

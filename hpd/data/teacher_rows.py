@@ -48,7 +48,7 @@ def teacher_prefix(row: Mapping[str, Any], tokenizer: Any, labels: str, index: i
         )
     if prompt is None or (own is not None and isinstance(own, list) != isinstance(prompt, list)):
         raise ValueError(
-            f"Row {index} has a {TEACHER_PROMPT} and no prompt of that form beside it: both are texts, or "
+            f"Row {index} has a {TEACHER_PROMPT} and no prompt of that form with it: both are texts, or "
             "both are messages, in front of a completion."
         )
     student = render(row, tokenizer, labels)

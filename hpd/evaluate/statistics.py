@@ -138,8 +138,8 @@ def mean_interval(values: Floats) -> Bounds:
     where u counts the problems that say something: those with a right sample, or those with a wrong one,
     whichever are fewer. The second term is the furthest problem once more, at most one of the all-or-nothing
     kind; where every answer is wrong (or right) nothing is known of d, and it is 1. Of 0/1 samples d is
-    at least 1/N, and with one sample each this is Wilson's interval of P answers. docs/evidence/grading.md has the
-    simulated coverage. Other values (ratings): Student's interval of the problems' means; NaN for one
+    at least 1/N, and with one sample each this is Wilson's interval of P answers. docs/evidence/grading.md
+    has the simulated coverage. Other values (ratings): Student's interval of the problems' means; NaN for one
     problem.
 
     Reference:

@@ -74,7 +74,7 @@ def compare(
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}.")
     if jobs > 1 and experiment.budget is not None and experiment.budget.type == "seconds":
-        raise ValueError("A budget in seconds needs --jobs 1: runs beside each other slow each other down.")
+        raise ValueError("A budget in seconds needs --jobs 1: runs next to each other slow each other down.")
     with holding(experiment.folder):
         return experiment, _compare(experiment, text, overrides, jobs, allow, progress or Progress())
 

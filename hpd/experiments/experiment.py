@@ -241,7 +241,7 @@ def _cross_check(experiment: Experiment) -> None:
     for axis, label in fixed.items():
         labels = list(axis_values(axes[axis]) if axis in axes else experiment.variants)
         if label not in labels:
-            raise ValueError(f"baseline: {label!r} is no label of {axis}. {nearest(label, labels)}")
+            raise ValueError(f"baseline: {label!r} is not a label of {axis}. {nearest(label, labels)}")
     # Files that an entry leaves open come from the base, which is not read yet.
     names = [check_evaluation({"data": "$BASE", **entry}).name for entry in experiment.evals]
     if len(set(names)) < len(names):

@@ -63,7 +63,7 @@ class RunFiles:
             )
         good = [value for value in values if isinstance(value, dict) and isinstance(value.get("id"), str)]
         odd = [number for number, value in enumerate(values, start=1) if value not in good]
-        self._note(path, [f"entry {number} is no evaluation with an id (left out)" for number in odd])
+        self._note(path, [f"entry {number} is not an evaluation with an id (left out)" for number in odd])
         return good
 
     def lines(self, path: Path) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def _parse(content: bytes) -> Any:
     try:
         return whole_characters(json.loads(content.decode("utf-8")))
     except UnicodeDecodeError as error:
-        raise _Unreadable(f"is no UTF-8 text (byte {error.start + 1})") from None
+        raise _Unreadable(f"is not UTF-8 text (byte {error.start + 1})") from None
     except RecursionError:
         raise _Unreadable("is nested too deeply") from None
     except json.JSONDecodeError as error:

@@ -129,6 +129,6 @@ def make_engine(
         return make_vllm_rollouts(config, base, accelerator, tokenizer)
     if config.teacher_share and teacher is None:
         raise ValueError(
-            "rollouts.teacher_share needs a teacher that runs beside the student: teacher type model."
+            "rollouts.teacher_share needs a teacher that runs next to the student: teacher type model."
         )
     return StudentRollouts(student, accelerator, tokenizer, config, teacher)

@@ -66,7 +66,7 @@ def distillation_loss(
 
     Raises:
         ValueError: unknown name or parameter, one without effect, unequal shapes or vocabularies, or a
-            label or draw that is no token.
+            label or draw that is not a token.
 
     >>> import torch
     >>> student, teacher = torch.zeros(1, 3, 2, requires_grad=True), torch.tensor([[[1.0, 0.0]] * 3])
@@ -214,8 +214,8 @@ def _label_positions(
     wrong = chosen[(chosen < 0) | (chosen >= known)]
     if len(wrong):
         raise ValueError(
-            f"Label {int(wrong[0])} is no token: the vocabulary has {known}. Mark positions without a label "
-            f"with ignore_index ({ignore_index})."
+            f"Label {int(wrong[0])} is not a token: the vocabulary has {known}. Mark positions without a "
+            f"label with ignore_index ({ignore_index})."
         )
     within = chosen < shared
     return index[within], chosen[within]
@@ -266,14 +266,14 @@ def _shared(student: int, teacher: int, policy: str) -> int:
 def _check_draws(draws: Tensor, vocab: int) -> None:
     wrong = draws[(draws < 0) | (draws >= vocab)]
     if len(wrong):
-        raise ValueError(f"Draw {int(wrong[0])} is no token: the vocabulary has {vocab}.")
+        raise ValueError(f"Draw {int(wrong[0])} is not a token: the vocabulary has {vocab}.")
 
 
 def _aligned(draws: Tensor, labels: Tensor) -> Int[Tensor, "BT n"]:
     """Draws of positions 0 to T-2, laid out like the flattened batch."""
     if draws.shape[:2] != (labels.shape[0], labels.shape[1] - 1):
         raise ValueError(
-            f"draws must be [B, T-1] or [B, T-1, n] beside labels {tuple(labels.shape)}, got "
+            f"draws must be [B, T-1] or [B, T-1, n] for labels {tuple(labels.shape)}, got "
             f"{tuple(draws.shape)}."
         )
     if draws.is_floating_point() or draws.dtype == torch.bool:

@@ -15,7 +15,7 @@ __all__ = ["Prefixes", "ReplayConfig", "RolloutConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class Prefixes:
-    """The dial from offline to on-policy: which share of the rows the student continues by itself.
+    """From offline to on-policy: which share of the rows the student continues by itself.
 
     >>> Prefixes(dataset=0.75).student_share(0.0)
     0.25
@@ -268,7 +268,7 @@ def _check_vllm(options: Mapping[str, Any]) -> None:
             )
     if "server_base_url" in options and options.keys() & {"server_host", "server_port"}:
         raise ValueError(
-            "rollouts.vllm.server_host and server_port have no effect beside server_base_url: give one."
+            "rollouts.vllm.server_host and server_port have no effect with server_base_url: give one."
         )
     if taken := sorted(_TAKEN & (options.get("generation_kwargs") or {}).keys()):
         raise ValueError(

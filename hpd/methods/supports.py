@@ -144,7 +144,7 @@ class Support:
     top_k_of: Side = "teacher"
     """Whose likeliest tokens."""
     tail: Tail = "bucket"
-    """The rest of the vocabulary beside the top-k: `bucket` (one column that holds all of it), `renormalize`
+    """The rest of the vocabulary next to the top-k: `bucket` (one column that holds all of it), `renormalize`
     (the k columns are normalized among themselves), or `drop` (nothing; no divergence unless the weights do
     not depend on the student)."""
 

@@ -188,7 +188,7 @@ METHODS: dict[str, Method] = {
     "abkd": Method(
         summary="alpha-beta divergence: two exponents weigh hardness and confidence",
         weight="q^beta (p^alpha - q^alpha) / alpha",
-        use="a family between the KLs with two dials, when there is budget to tune them",
+        use="a family between the KLs with two parameters, when there is budget to tune them",
         defaults="alpha 0.2, beta 0.7",
         reference="Wang et al. 2025, arXiv 2505.04560",
         terms=_one("abkd", alpha=0.2, beta=0.7),

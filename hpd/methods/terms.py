@@ -167,7 +167,7 @@ class TermConfig:
     top_k_of: Literal["teacher", "student"] = "teacher"
     """Whose likeliest tokens."""
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
-    """The rest of the vocabulary beside the top-k: one bucket, none of it (the k are renormalized), or
+    """The rest of the vocabulary next to the top-k: one bucket, none of it (the k are renormalized), or
     dropped."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""

@@ -194,7 +194,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
             total = read_json(folder / PLAN)["shards"]
             raise ValueError(
                 f"The cache {folder} is unfinished ({done} of {total} shards): run hpd cache with its recipe "
-                "again, it goes on where it stopped."
+                "again, it resumes where it stopped."
             )
         raise ValueError(
             f"There is no cache at {folder}: write one with hpd cache RECIPE cache.path={folder}."

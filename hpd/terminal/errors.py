@@ -1,4 +1,4 @@
-"""Mistakes of users, and stops that go on later, as one paragraph and an exit code."""
+"""Mistakes of users, and stops that are resumed later, as one paragraph and an exit code."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def user_errors() -> Iterator[None]:
             raise
         words = [word for word in sys.argv[1:] if word != "--overwrite"]
         again = shlex.join(["hpd", *words, *getattr(error, "overrides", ())])
-        _complain("stopped", f"{error} Go on with: {again}")
+        _complain("stopped", f"{error} Resume with: {again}")
         raise typer.Exit(_TRY_AGAIN) from None
     except KeyboardInterrupt:  # before a command's own handling: while it imports what it needs
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -61,4 +61,7 @@ def _complain(kind: str, text: str) -> None:
         c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(redact(text).split())
     )
     with contextlib.suppress(OSError):  # the disk that is full may be that of a log
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind}:[/] {escape(text)}", highlight=False)
+        to = Console(stderr=True)
+        # Broken between words in a terminal, and one line in a log.
+        line = f"[bold red]{kind}:[/] {escape(text)}"
+        to.print(line, highlight=False, soft_wrap=not to.is_terminal)

@@ -58,6 +58,7 @@ def result_table(results: Mapping[str, EvalResult], names: Mapping[str, str]) ->
             "p: exact McNemar for one right or wrong answer per problem, else signs of the problems' "
             "differences flipped"
         )
+        table.caption_justify = "left"
     return table
 
 

@@ -23,7 +23,8 @@ def show_rows(planned: Plan, to: Console = console) -> None:
     _show_row(planned, "a row as it will be learned ([[learned]]):", to)
     if planned.recipe.teacher.reads_own_rows:
         _show_row(planned, "the same row as the teacher reads it ([[asked]]):", to, of_teacher=True)
-    to.print(_counts(planned.lengths, planned.args.max_length), highlight=False, markup=False, soft_wrap=True)
+    counts = _counts(planned.lengths, planned.args.max_length)
+    to.print(counts, highlight=False, markup=False, soft_wrap=not to.is_terminal)
 
 
 def _show_row(planned: Plan, title: str, to: Console, of_teacher: bool = False) -> None:

@@ -128,7 +128,7 @@ def check_processes(checkpoint: Path | None, now: int) -> None:
         raise ValueError(
             f"{checkpoint} was written by a launch of {before} {'process' if before == 1 else 'processes'}, "
             f"and this one has {now}: a step would see other rows, since its batch is "
-            f"per_device_train_batch_size times the processes. Go on with {before}, or start again with "
+            f"per_device_train_batch_size times the processes. Continue with {before}, or start again with "
             "--overwrite or in another output_dir."
         )
 
@@ -234,7 +234,7 @@ def reading(file: Path) -> Iterator[None]:
         folder = file.parent
         before = earlier_complete(folder)
         way = (
-            f"go on from the one before, {before.name}"
+            f"resume from the one before, {before.name}"
             if before is not None
             else "begin again with the first step, since there is none before it"
         )

@@ -83,7 +83,7 @@ def keep_day(day: datetime.date, run: str, checkpoint: str | None, is_main: bool
         began = _read(before / DATE) if (before / DATE).is_file() else None
         if began is None:
             _LOGGER.warning(
-                "The chat template prints the date, and %s, whose checkpoint training goes on from, has no "
+                "The chat template prints the date, and %s, whose checkpoint training resumes from, has no "
                 "%s: rows are rendered with %s, and may have been with another day.",
                 *(before, DATE, day),
             )

@@ -105,8 +105,8 @@ class RunFolder:
         listed = "; ".join(map(str, others[:_NAMED])) + ("; ..." if others[_NAMED:] else "")
         raise ValueError(
             f"{self.path} holds a run of another recipe ({listed}; before -> now). Choose another output_dir "
-            "for this one, or go on with the run's own recipe, in which only guards, logging and saving may "
-            "change and train.max_steps or train.num_train_epochs may grow. (--overwrite deletes the run.)"
+            "for this one, or continue with the run's own recipe, in which only guards, logging and saving "
+            "may change and train.max_steps or train.num_train_epochs grow. (--overwrite deletes the run.)"
         )
 
     def _check_more(self, is_longer: bool, newest: Path | None) -> None:
@@ -115,7 +115,7 @@ class RunFolder:
             more = (
                 ""
                 if self.recipe.stages
-                else "Go on with more steps or epochs (a larger train.max_steps or train.num_train_epochs), "
+                else "Continue with more steps or epochs (larger train.max_steps or train.num_train_epochs), "
             )
             other = "choose another output_dir, or repeat it with --overwrite."
             raise ValueError(f"{self.path} holds this run, finished. {more or 'To repeat it, '}{other}")
@@ -174,7 +174,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} began with other data than there is now: its {' and '.join(changed)} changed, "
                 "though the recipe names the same. Put back what was there, or choose another output_dir. To "
-                "go on with what is there now, add --changed-inputs, which is noted in changes.jsonl."
+                "continue with what is there now, add --changed-inputs, which is noted in changes.jsonl."
             )
         self._changes += [Change(name, before[name], found[name]) for name in changed]
 
@@ -212,8 +212,8 @@ class RunFolder:
             if not self._takes_changed:
                 raise ValueError(
                     f"This run began with the teacher {before}, and the server now answers with "
-                    f"{fingerprint}: start the first one again, or choose another output_dir. To go on with "
-                    "this one, add --changed-inputs, which is noted in changes.jsonl."
+                    f"{fingerprint}: start the first one again, or choose another output_dir. To continue "
+                    "with this one, add --changed-inputs, which is noted in changes.jsonl."
                 )
             self._changes.append(Change("teacher", before, fingerprint))
             self._note_changes()

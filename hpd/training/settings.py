@@ -77,7 +77,7 @@ IN_RECIPES: Mapping[str, str] = {
     "do_train": "hpd train trains anyway; remove it",
     "do_eval": "set train.eval_strategy and data.validation instead",
     "do_predict": "set eval instead, whose tasks are done after training",
-    "resume_from_checkpoint": "hpd train goes on from the newest checkpoint of output_dir; remove it",
+    "resume_from_checkpoint": "hpd train resumes from the newest checkpoint of output_dir; remove it",
     "local_rank": "accelerate launch and torchrun tell each process its place; remove it",
 }
 """Fields that have their place elsewhere in a recipe, which loads model, tokenizer and rows itself."""

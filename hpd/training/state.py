@@ -89,7 +89,7 @@ def read_state(checkpoint: Path, rank: int, device: str, names: Iterable[str], r
     saved = _read_earlier_layout(checkpoint, rank, device, required)
     if required and "on_policy" not in saved.parts:
         raise ValueError(
-            f"{checkpoint} holds no {file.name}, which replay and repeated updates need to go on: start "
+            f"{checkpoint} holds no {file.name}, which replay and repeated updates need to continue: start "
             "again with --overwrite."
         )
     if "sums" not in saved.parts:

@@ -68,8 +68,8 @@ def stopped(reason: str, job: str, kept: str | None, overrides: tuple[str, ...] 
         overrides: as for `RunStopped`.
     """
     same = f"the same command with {' '.join(overrides)}" if overrides else "the same command"
-    how = "goes on from there" if kept else "starts again"
-    state = kept or "there is nothing to go on from yet"
+    how = "resumes from there" if kept else "starts again"
+    state = kept or "there is nothing to resume from yet"
     return RunStopped(f"{reason} {job} stopped: {state}, and {same} {how}.", overrides)
 
 

@@ -92,7 +92,7 @@ def test_rows_that_cannot_be_filled_are_named(context, row, said):
             TeacherContext(None, "{{ solution }}"),
             "teacher.system_prompt names solution.*columns question, hint",
         ),
-        (TeacherContext("{% if hint %}"), "no Jinja template"),
+        (TeacherContext("{% if hint %}"), "not a Jinja template"),
     ],
 )
 def test_templates_are_checked_before_any_row(context, said):

@@ -391,7 +391,7 @@ def test_arena_hard(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="question u1 has no answer in"):
             arena_hard(tmp_path / "question.jsonl", judge=_judge(server, tmp_path))
         (tmp_path / "answer_base.jsonl").unlink()
-        with pytest.raises(FileNotFoundError, match="the baseline's answers must be beside"):
+        with pytest.raises(FileNotFoundError, match="the baseline's answers must be next to"):
             arena_hard(tmp_path / "question.jsonl", judge=_judge(server, tmp_path))
 
 

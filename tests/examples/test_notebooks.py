@@ -30,7 +30,9 @@ def test_a_notebook_is_one(path):
         allowed = {"id", "cell_type", "metadata", "source"}
         if cell["cell_type"] == "code":
             allowed |= {"execution_count", "outputs"}
-            assert [output["output_type"] for output in cell["outputs"] if output["output_type"] == "error"] == []
+            assert [
+                output["output_type"] for output in cell["outputs"] if output["output_type"] == "error"
+            ] == []
         assert set(cell) == allowed
     for code in cells(path):
         ast.parse(code)
@@ -43,7 +45,9 @@ def test_a_notebook_is_one(path):
 @pytest.mark.parametrize("path", ON_A_LAPTOP, ids=lambda path: path.stem)
 def test_what_a_laptop_runs_shows_its_outputs(path):
     tree = json.loads(path.read_text(encoding="utf-8"))
-    shown = [cell for cell in tree["cells"] if cell["cell_type"] == "code" and "print(" in "".join(cell["source"])]
+    shown = [
+        cell for cell in tree["cells"] if cell["cell_type"] == "code" and "print(" in "".join(cell["source"])
+    ]
     assert shown
     assert all(cell["outputs"] for cell in shown)
 
@@ -77,7 +81,10 @@ def test_a_notebook_runs(path, tmp_path):
     assert done.returncode == 0, done.stderr
     tree = json.loads(path.read_text(encoding="utf-8"))
     shown = [
-        "".join(output["text"]) for cell in tree["cells"] for output in cell.get("outputs", ()) if "text" in output
+        "".join(output["text"])
+        for cell in tree["cells"]
+        for output in cell.get("outputs", ())
+        if "text" in output
     ]
     figures = re.compile(r"[-+]?\d[\d.e+-]*")
     expected = [figures.sub("#", line) for text in shown for line in text.splitlines() if "####" not in line]

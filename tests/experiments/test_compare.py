@@ -127,14 +127,14 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
         ({"own_samples_every": 5}, "own_samples is 0: say how many"),
         ({"own_samples": 5, "own_samples_every": 0}, "own_samples_every >= 1"),
         ({"base": "no.module:here"}, "is not available"),
-        ({"axes": {"metod": ["hpd", "sft"]}}, "'metod' is no recipe path. Did you mean 'method'"),
+        ({"axes": {"metod": ["hpd", "sft"]}}, "'metod' is not a recipe path. Did you mean 'method'"),
         ({"axes": {"init": {"a": "student-0"}}}, "gives each label the recipe paths"),
         (
             {"axes": {"init": {"a": {"train.seed": 1}}, "seed": [0]}},
             "'init' and 'seed' both set train.seed",
         ),
         ({"paired": ["init"]}, "names 'init', which is not an axis"),
-        ({"baseline": {"method": "hdp"}}, "'hdp' is no label of method. Did you mean 'hpd'"),
+        ({"baseline": {"method": "hdp"}}, "'hdp' is not a label of method. Did you mean 'hpd'"),
         ({"tune": {"train.max_grad_norm": [1.0], "seeds": [9]}}, "two or more different values"),
         (
             {"tune": {"train.max_grad_norm": [1.0, 0], "train.seed": [3, 4], "seeds": [9]}},

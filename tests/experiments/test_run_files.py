@@ -35,7 +35,7 @@ def run(tmp_path):
     [
         (b'{"step": 3, "loss": 1.', "line 3 cannot be read at column"),
         (b"\x00\x00\x00\x00\n", "line 3 cannot be read"),
-        (b"\xff\xfe\x80 binary\n", "line 3 is no UTF-8 text"),
+        (b"\xff\xfe\x80 binary\n", "line 3 is not UTF-8 text"),
         (b"[1, 2]\n", "line 3 holds a list, not an object"),
         (b'"text"\n', "line 3 holds a text"),
         (b"7\n", "line 3 holds a number"),
@@ -98,10 +98,10 @@ def test_empty_files_are_a_run_that_began(run):
         ),
         (
             b'[{"id": "a1", "model": "student after", "records": "records-x.jsonl"}, 7]',
-            "entry 2 is no eval",
+            "entry 2 is not an eval",
             1,
         ),
-        (b'[{"id": 5, "model": "student after"}]', "entry 1 is no evaluation with an id", 0),
+        (b'[{"id": 5, "model": "student after"}]', "entry 1 is not an evaluation with an id", 0),
         (b'[{"id": "a1", "model": "student after", "records": 7}]', None, 0),
         (b'[{"id": "a1", "model": "student after", "records": "../../etc/passwd"}]', None, 0),
     ],

@@ -104,7 +104,7 @@ def test_teacher_mixture_is_the_mixture(pair, teacher):
             with torch.no_grad():
                 p, q = (m(input_ids=ids).logits[0, -1].softmax(-1) for m in (teacher, student))
             assert token == int(inverse_cdf((0.3 * p + 0.7 * q)[None], draws[None, step, None]))
-    with pytest.raises(ValueError, match="teacher that runs beside"):
+    with pytest.raises(ValueError, match="teacher that runs next to"):
         make(student, pair, None, teacher_share=0.3)
 
 
@@ -369,7 +369,7 @@ def test_vllm_is_told_the_students_dtype(dtype):
         ({"mode": "server", "dtype": "float32"}, "a server takes it where it is started"),
         (
             {"mode": "server", "server_base_url": "http://h", "server_port": 1},
-            "no effect beside server_base_url",
+            "no effect with server_base_url",
         ),
         ({"generation_kwargs": {"temperature": 0.5, "n": 2}}, "generation_kwargs sets n, temperature"),
     ],

@@ -1,4 +1,4 @@
-"""Eight datasets in eight formats and what `hpd train --dry-run` says of each, as docs/guides/data.md shows it.
+"""Eight datasets in eight formats and what `hpd train --dry-run` says of each, as the page shows it.
 
 python tests/helpers/data_examples.py    writes that part of the page again
 """

@@ -235,7 +235,7 @@ def test_unequal_shapes_are_named(monkeypatch):
 def test_a_label_that_is_no_token_is_refused(label, vocabulary):
     hidden, head, teacher_hidden, teacher_head, labels = batch()
     labels[0, 3] = label
-    with pytest.raises(ValueError, match=f"Label {label} is no token: the vocabulary has 37"):
+    with pytest.raises(ValueError, match=f"Label {label} is not a token: the vocabulary has 37"):
         hpd.distillation_loss(
             hidden @ head.T, teacher_hidden @ teacher_head.T, labels, "forward_kl", vocabulary=vocabulary
         )
@@ -270,7 +270,7 @@ def test_labels_and_draws_are_token_ids(monkeypatch):
         hpd.distillation_loss(student, teacher, labels, draws=draws.float())
     where = (labels[:, 1:] != -100).nonzero()[0]
     draws[where[0], where[1]] = 37
-    with pytest.raises(ValueError, match="Draw 37 is no token: the vocabulary has 37"):
+    with pytest.raises(ValueError, match="Draw 37 is not a token: the vocabulary has 37"):
         hpd.distillation_loss(student, teacher, labels, draws=draws)
 
 

@@ -351,7 +351,7 @@ def test_it_ends_a_run_for_good_and_writes_the_data(pair, rows, writes_only, tmp
         train = hpd("train", "recipe.yaml", cwd=tmp_path)
         assert train.returncode == 2, train.stderr
         assert "tells no log-probabilities" in train.stderr
-        assert "Go on with" not in train.stderr
+        assert "Resume with" not in train.stderr
         assert not (tmp_path / "runs").exists()
         made = hpd("generate", "recipe.yaml", cwd=tmp_path)
         assert made.returncode == 0, made.stderr
@@ -694,7 +694,7 @@ def test_key_is_in_no_file_and_no_output_and_the_command_says_how_to_go_on(
         )
         stopped = run(CANARY)
         assert stopped.exit_code == 75, stopped.output
-        assert f"Go on with: hpd train {tmp_path / 'recipe.yaml'}" in stopped.output
+        assert f"Resume with: hpd train {tmp_path / 'recipe.yaml'}" in stopped.output
         assert "key [key] is over its limit" in stopped.output
         assert list((tmp_path / "run").glob("checkpoint-*"))
         server.fault = None

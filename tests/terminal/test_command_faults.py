@@ -178,5 +178,5 @@ def test_a_signal_says_what_is_kept_and_what_goes_on(base, tmp_path, name, numbe
     assert process.exitcode == 75, said
     why = {"SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C", "SIGHUP": r"SIGHUP \(the terminal was closed\)"}
     kept = rf"{why[number.name]}\. [^.]* stopped: .* in {re.escape(str(place))}"
-    assert re.search(kept + rf".* the same command goes on from there\. Go on with: hpd {name}", said), said
+    assert re.search(kept + rf".* the same command resumes from there\. Resume with: hpd {name}", said), said
     require_no_survivors([process.pid])

@@ -144,8 +144,8 @@ def test_logging_and_guards_may_change(place, run):
         (["train.max_steps=2"], "train.max_steps: 4 -> 2"),
         (["train.max_steps=8", "train.seed=3"], "(train.seed: not given -> 3;"),
         (["train.lerning_rate=2"], "did you mean 'learning_rate'"),
-        ([], "finished. Go on with more steps"),
-        (["train.logging_steps=2"], "finished. Go on with more steps"),
+        ([], "finished. Continue with more steps"),
+        (["train.logging_steps=2"], "finished. Continue with more steps"),
     ],
 )
 def test_another_recipe_is_refused_by_its_keys(place, changes, message):

@@ -242,7 +242,7 @@ class Judge:
                     raise CannotGrade(str(error)) from None
                 # Every reply so far is on disk, also of verdicts that were still under way.
                 kept = f"{len(rulings)} of {len(questions)} verdicts are in {self.cache_file}"
-                raise ConnectionError(f"{error}; {kept}; run it again to go on.") from None
+                raise ConnectionError(f"{error}; {kept}; run it again to continue.") from None
             finally:
                 connection.close()
                 self.usage.retries += connection.num_retries
@@ -292,8 +292,8 @@ class Judge:
             cost = self.settings.cost(self.usage.tokens_in, self.usage.tokens_out)
         if cost is not None and self.settings.max_cost is not None and cost > self.settings.max_cost:
             raise CannotGrade(
-                f"the judge has cost {cost:.2f}, above max_cost={self.settings.max_cost:g}; raise it to go "
-                "on."
+                f"the judge has cost {cost:.2f}, above max_cost={self.settings.max_cost:g}; raise it to "
+                "continue."
             )
         return text
 

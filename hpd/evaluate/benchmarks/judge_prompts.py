@@ -168,7 +168,7 @@ def load_prompt(path: str | Path | None, default: JudgePrompt) -> JudgePrompt:
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if (
         not isinstance(content, dict)
         or "prompt" not in content

@@ -263,7 +263,7 @@ def _beside(data: Data, pattern: str, given: str | Path | None, what: str) -> Pa
     found = sorted(folder.glob(pattern))
     if not found:
         raise FileNotFoundError(
-            f"{folder} holds no {pattern}: {what} must be beside {Path(str(data)).name}, or be named."
+            f"{folder} holds no {pattern}: {what} must be next to {Path(str(data)).name}, or be named."
         )
     return found[0]
 

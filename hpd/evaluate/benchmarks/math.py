@@ -133,7 +133,7 @@ def _plain(rows: Sequence[Row]) -> Iterator[MathProblem]:
             role = "question" if question is None else "answer"
             raise ValueError(
                 f"row {index + 1} has no {role}; it has {', '.join(row)}. Known forms: problem, question, "
-                "prompt or instruction (with input) beside answer, solution, output or response; messages; "
+                "prompt or instruction (with input), with answer, solution, output or response; messages; "
                 'one text with both ("Question: ... Answer: ...").'
             )
         several = isinstance(row.get("answer"), list) and len(row["answer"]) > 1

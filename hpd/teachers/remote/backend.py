@@ -55,7 +55,7 @@ class Backend:
         if has_own_logits(model):
             raise ValueError(
                 f"The teacher's head ({type(model).__name__}) is more than a product, a scale and a cap, and "
-                "a server hands out hidden states and head: load this teacher beside the student "
+                "a server hands out hidden states and head: load this teacher next to the student "
                 "(teacher.type: model)."
             )
         self.tokenizer = tokenizer
