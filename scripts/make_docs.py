@@ -135,9 +135,9 @@ def page() -> str:
         columns = "| method | needs | support | text, strategy | loss time |"
         tables += [f"**{title}**", "", columns, "|---|---|---|---|---|", *rows, ""]
     note = (
-        "**Loss time** is that of the operator (both heads, forward and backward) with forward_kl = 1: measured\n"
-        "(CPU), [Speed and memory](performance.md). A step also holds the forward passes of both models, which\n"
-        "are longer.\n"
+        "**Loss time** is that of the operator (both heads, forward and backward), forward_kl = 1: measured\n"
+        "(CPU), [Speed and memory](performance.md). A step also holds the forward passes of both models,\n"
+        "which are longer.\n"
         if costs
         else ""
     )

@@ -84,8 +84,8 @@ def check_axes(axes: Mapping[str, Any], read: str) -> None:
         if not right:
             raise ValueError(
                 f"The axis {axis!r} is not a recipe path. {nearest(axis, known)} An axis of your own name "
-                "gives each label the recipe paths that it replaces, as in {a: {student.model: ...}, b: ...}, or "
-                f"has labels alone, which then stand where other values say ${axis}."
+                "gives each label the recipe paths that it replaces, as in {a: {student.model: ...}, b: ...}, "
+                f"or has labels alone, which then stand where other values say ${axis}."
             )
     owner: dict[str, str] = {}
     for axis, paths in paths_by_axis(axes).items():

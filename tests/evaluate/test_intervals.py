@@ -138,7 +138,7 @@ def test_the_paired_interval_holds_a_difference_and_is_not_empty():
 @pytest.mark.slow
 def test_coverage_over_the_whole_grid(capsys):
     """The table of docs/evidence/grading.md. What lies outside of 0.93 to 0.97 is the discreteness of few
-    problems (Wilson's own interval covers 0.90 to 0.99 at 10) and caution where all samples might hang together."""
+    problems (Wilson's interval covers 0.90 to 0.99 at 10) and caution where samples might hang together."""
     generator = np.random.default_rng(8)
     found = {}
     for size, num_samples, mean in GRID:
