@@ -83,8 +83,8 @@ def check_axes(axes: Mapping[str, Any], read: str) -> None:
             right = f"${axis}" in read
         if not right:
             raise ValueError(
-                f"The axis {axis!r} is not a recipe path. {nearest(axis, known)} An axis of your own name "
-                "gives each label the recipe paths that it replaces, as in {a: {student.model: ...}, b: ...}, "
+                f"The axis {axis!r} is not a recipe path. {nearest(axis, known)} An axis of your own "
+                "name gives each label the paths that it replaces, as in {a: {student.model: ...}, b: ...}, "
                 f"or has labels alone, which then stand where other values say ${axis}."
             )
     owner: dict[str, str] = {}
