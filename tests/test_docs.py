@@ -1,10 +1,13 @@
 """Documents say what is true: generated pages are current, and what readers are told to type works."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +33,31 @@ def test_the_reference_and_the_schema_are_what_the_dataclasses_say(monkeypatch):
     for section in make_reference.sections():
         fields = set(section.__dataclass_fields__)
         assert fields == fields & make_reference.documented(section).keys(), section
+
+
+def test_commands_and_tasks_are_what_the_tables_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_pages
+
+    assert make_pages.COMMANDS.read_text(encoding="utf-8") == make_pages.commands_page()
+    assert make_pages.TASK_PAGE.read_text(encoding="utf-8") == make_pages.tasks_page()
+    assert "--dry-run" in make_pages.commands_page()
+    assert make_pages.tasks_page().count("\n| `") == len(make_pages.TASKS)
+
+
+@pytest.mark.slow
+def test_pages_show_what_their_commands_print():
+    """Every command below `<!-- terminal: -->`, run again: the same lines, figures aside."""
+    pytest.importorskip("pyte", reason="pip install -e .[dev]")
+    done = subprocess.run(
+        [sys.executable, "scripts/make_outputs.py", "--check"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_objective_in_fifteen_lines_followed_literally(tmp_path, monkeypatch):
