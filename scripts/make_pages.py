@@ -43,8 +43,8 @@ Every benchmark that `hpd eval` and a recipe's `eval` know, where its problems a
 
 `--data DIR` looks below `DIR` for the files of the table, in their order. Without it the Hub's data set is
 read; none of these downloads was made for this page. `-o NAME=VALUE` sets an option, and
-[Evaluate](../guides/evaluate.md) says how answers are written and graded. `python scripts/make_pages.py` writes
-this page from `TASKS`.
+[Evaluate](../guides/evaluate.md) says how answers are written and graded. `python scripts/make_pages.py`
+writes this page from `TASKS`.
 
 | task | file below `DIR` | on the Hub | options |
 |---|---|---|---|

@@ -25,8 +25,8 @@ SCHEMA = ROOT / "docs/reference/recipe.schema.json"
 
 _HEAD = """# Recipe
 
-Every key of a recipe, its values and its default. `python scripts/make_reference.py` writes this page from the
-dataclasses in `hpd/config` and `hpd/methods`.
+Every key of a recipe, its values and its default. `python scripts/make_reference.py` writes this page from
+the dataclasses in `hpd/config` and `hpd/methods`.
 
     hpd init recipe.yaml        # a first recipe, with comments
 
