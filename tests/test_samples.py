@@ -129,6 +129,26 @@ def test_the_task_of_the_page_grades(tmp_path):
     assert [verdict.correct for verdict in verdicts] == [True, False]
 
 
+def test_the_teacher_of_the_page_is_the_example(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "extensions"))
+    from smoothed import Smoothed
+
+    scope: dict = {}
+    exec(compile(listings("docs/guides/extend/teacher.md")[0], "teacher.md", "exec"), scope)
+    student = SimpleNamespace(get_output_embeddings=lambda: torch.nn.Linear(2, 7))
+    batch = SimpleNamespace(labels=torch.tensor([3, 0]))
+    answers = []
+    for kind in (Smoothed, scope["Smoothed"]):
+        teacher = kind(epsilon=0.2)
+        teacher.prepare(student, SimpleNamespace(unwrap_model=lambda model: model))
+        answers.append(teacher.scores({}, batch).hidden)
+    sys.modules.pop("smoothed", None)
+    torch.testing.assert_close(*answers)
+    torch.testing.assert_close(answers[0].exp().sum(-1), torch.ones(2))
+
+
 def test_the_losses_of_the_first_page_run():
     """README's functions, with tensors in the places of its names."""
     from types import SimpleNamespace

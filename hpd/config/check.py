@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from hpd.config.schema import Recipe
 from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
+from hpd.files import import_named
 from hpd.methods.fields import nearest
 from hpd.methods.regime import Regime
 
@@ -86,6 +88,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(
                 f"{where}: self would distill from random weights: give a teacher model, or init: pretrained."
             )
+    if teacher.type == "object":
+        _check_object(teacher)
     if teacher.type == "routed" and (recipe.train.get("packing") or recipe.data.streaming):
         raise ValueError(
             "Routing reads the column row by row before training: set train.packing and data.streaming to "
@@ -194,6 +198,18 @@ def _mistake(mistake: ErrorDetails) -> str:
 
 def _lower(sentence: str) -> str:
     return sentence[0].lower() + sentence[1:]
+
+
+def _check_object(teacher: TeacherConfig) -> None:
+    """Refuse a teacher of one's own that cannot be called as the recipe says; it is not called yet."""
+    made = import_named(str(teacher.object))
+    try:
+        inspect.signature(made).bind(**teacher.kwargs)
+    except (TypeError, ValueError) as error:  # not callable, too: TypeError
+        raise ValueError(
+            f"teacher.object {teacher.object!r} cannot be called with teacher.kwargs "
+            f"{{{', '.join(teacher.kwargs)}}}: {error}."
+        ) from error
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

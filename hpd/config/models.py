@@ -20,7 +20,14 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Types of teacher that read a field; the fields that are not named here are for all.
 _ANY_BUT_SERVER = ("model", "self", "cached", "mixture", "routed")
+_ANY_BUT_OBJECT = (*_ANY_BUT_SERVER, "server")
 _READ_BY = {
+    "model": _ANY_BUT_OBJECT,
+    "dtype": _ANY_BUT_OBJECT,
+    "tokenizer": _ANY_BUT_OBJECT,
+    "revision": _ANY_BUT_OBJECT,
+    "object": ("object",),
+    "kwargs": ("object",),
     "quantization": ("model", "cached"),
     "attn_implementation": _ANY_BUT_SERVER,
     "trust_remote_code": _ANY_BUT_SERVER,
@@ -46,10 +53,12 @@ def model_shorthand(value: Any) -> Any:
 
 
 def teacher_shorthand(value: Any) -> Any:
-    """A teacher as a mapping; text is its model, or "self"."""
-    if isinstance(value, str):
-        return {"type": "self"} if value == "self" else {"type": "model", "model": value}
-    return value
+    """A teacher as a mapping; text is its model, "self", or the "module:name" of one of your own."""
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        return {"type": "object", "object": value}
+    return {"type": "self"} if value == "self" else {"type": "model", "model": value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +105,18 @@ class TeacherConfig:
 
     __pydantic_config__ = STRICT
 
-    type: Literal["model", "self", "cached", "server", "mixture", "routed"] = "model"
+    type: Literal["model", "self", "cached", "server", "mixture", "routed", "object"] = "model"
     """model: a frozen model next to the student. self: the student as it was before training (adapter off, or
     a copy). cached: what `hpd cache` wrote. server: a model that answers over HTTP. mixture: a weighted
-    mixture of teachers. routed: each row has one of several teachers."""
+    mixture of teachers. routed: each row has one of several teachers. object: a `Teacher` of your own."""
     model: str | None = None
     """Hub id or local folder, also of an adapter; required by type model. Type cached: may stay, the cache
     must then be of this model. Type server: the name that the server knows the model by."""
+    object: str | None = None
+    """Type object: "module:name" of a class or function that returns an `hpd.teachers.Teacher`; a module is
+    looked for as that of an objective. It speaks the student's vocabulary."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Type object: arguments of the class or function."""
     path: str | None = None
     """Folder of a cache (type cached); null: cache.path."""
     teachers: Mapping[str, Annotated[TeacherConfig, BeforeValidator(teacher_shorthand)]] = field(
@@ -169,6 +183,10 @@ class TeacherConfig:
             raise ValueError(
                 "teacher.model is missing: give a Hub id or folder, or teacher: self for self-distillation."
             )
+        if self.type == "object" and not self.object:
+            raise ValueError(
+                "teacher.object is missing: module:name of a class that is an hpd.teachers.Teacher."
+            )
         if self.type == "self" and self.model:
             raise ValueError("teacher: self is the student itself: remove teacher.model.")
         for name in ("prompt", "system_prompt"):
@@ -190,6 +208,11 @@ class TeacherConfig:
             raise ValueError(
                 f"teacher.teachers.{served[0]} is a server, which answers for whole batches: load the model "
                 "here."
+            )
+        if made := [name for name, part in self.teachers.items() if part.type == "object"]:
+            raise ValueError(
+                f"teacher.teachers.{made[0]} is an object of your own, and a {self.type} takes models and "
+                "caches: let the object ask the others itself."
             )
         if own := [name for name, part in self.teachers.items() if part.reads_own_rows]:
             raise ValueError(
@@ -245,6 +268,8 @@ class TeacherConfig:
         """The teacher as a person would call it."""
         if self.type == "self":
             return "itself (self-distillation)"
+        if self.type == "object":
+            return f"the object {self.object}"
         if self.type == "cached":
             return f"the cache {self.path}"
         if self.teachers:

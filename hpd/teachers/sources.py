@@ -12,6 +12,7 @@ from torch import nn
 from hpd.batch import TokenBatch
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
+from hpd.files import import_named
 from hpd.losses import TeacherScores
 from hpd.models.load import load_model
 from hpd.teachers.cache import TEACHER, read_about
@@ -39,7 +40,7 @@ def described_by(recipe: Recipe) -> dict[str, ModelConfig | TeacherConfig]:
 
 
 def _description(teacher: TeacherConfig, recipe: Recipe) -> ModelConfig | TeacherConfig:
-    if teacher.type == "self":
+    if teacher.type in ("self", "object"):
         return recipe.student
     if teacher.type == "cached":
         return replace(
@@ -96,10 +97,13 @@ def load_teacher(teacher: TeacherConfig) -> Teacher:
     """The teacher, its weights loaded where it has any.
 
     Raises:
-        ValueError: see `load_model` and `CachedTeacher`.
+        ValueError: see `load_model` and `CachedTeacher`; or an object that fails to be made or is not a
+            teacher.
     """
     if teacher.type == "self":
         return SelfTeacher()
+    if teacher.type == "object":
+        return _of_your_own(teacher)
     if teacher.type == "cached":
         return CachedTeacher(str(teacher.path))
     parts = {name: load_teacher(part) for name, part in teacher.teachers.items()}
@@ -108,6 +112,21 @@ def load_teacher(teacher: TeacherConfig) -> Teacher:
     if teacher.type == "routed":
         return RoutedTeacher(parts, str(teacher.column))
     return ModelTeacher(load_model(teacher, "teacher"))
+
+
+def _of_your_own(teacher: TeacherConfig) -> Teacher:
+    """The teacher that a recipe names by its module."""
+    try:
+        made = import_named(str(teacher.object))(**teacher.kwargs)
+    except Exception as error:  # a module runs its own code
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"teacher.object {teacher.object!r} could not be made: {said}.") from error
+    if not isinstance(made, Teacher):
+        raise ValueError(
+            f"teacher.object {teacher.object!r} gave a {type(made).__name__}: derive it from "
+            "hpd.teachers.Teacher, whose method scores(inputs, batch) answers about label positions."
+        )
+    return made
 
 
 def as_teacher(teacher: Any, trust_remote_code: bool = False) -> Teacher:

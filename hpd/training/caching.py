@@ -157,6 +157,11 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
         raise ValueError(
             "hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model."
         )
+    if recipe.teacher.type == "object":
+        raise ValueError(
+            "hpd cache asks models, and the teacher is an object of your own: train with it, or let it keep "
+            "its answers itself."
+        )
     if recipe.teacher.type == "routed":
         raise ValueError(
             "A cache has one teacher: write one for each, and route rows to teachers of type cached."

@@ -31,8 +31,8 @@ def input_fingerprints(planned: Plan) -> dict[str, str]:
     """A digest of each input of a run, by the name that messages give it; no weights are loaded.
 
     Files of weights, and those of a stream, are sampled: their sizes, headers and blocks all over them, which
-    any training moves. Left out are streams of the Hub, served teachers (`RunFolder.keep_teacher`), and the
-    weights of a student that come from the checkpoint.
+    any training moves. Left out are streams of the Hub, served teachers (`RunFolder.keep_teacher`), objects
+    of your own, and the weights of a student that come from the checkpoint.
     """
     recipe = planned.recipe
     found = row_fingerprints(planned.rows, recipe.data)
@@ -42,7 +42,7 @@ def input_fingerprints(planned: Plan) -> dict[str, str]:
     tokens = tokenizer_fingerprint(planned.tokenizer, planned.args)
     found |= {name: tokens[name] for name in ("tokenizer", "chat template")}
     found["student's configuration"] = _configuration_digest(recipe.student, planned.student_config)
-    if recipe.teacher.type != "server":
+    if recipe.teacher.type not in ("server", "object"):
         for role, source in described_by(recipe).items():
             is_self = source is recipe.student
             found["student" if is_self else role] = _model_digest(source, planned.teacher_configs[role])

@@ -1,4 +1,4 @@
-"""The example of an objective and a task of one's own, run as its page says."""
+"""The example of an objective, a teacher and a task of one's own, run as its page says."""
 
 import json
 import sys
@@ -36,14 +36,14 @@ def test_its_weight_is_the_gradient_of_its_value(chi_square):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_a_run_finds_both_beside_the_recipe(tmp_path, monkeypatch):
-    student, teacher = tiny_pair("llama", tmp_path)
+def test_a_run_finds_all_three_next_to_the_recipe(tmp_path, monkeypatch):
+    student, _ = tiny_pair("llama", tmp_path)
     rows = [{"prompt": f"say {i}:", "completion": f" {i}"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
     changes = [
         f"student={student}",
-        f"teacher={teacher}",
+        "teacher=smoothed:Smoothed",
         "data.path=rows.jsonl",
         "train={max_steps: 2, per_device_train_batch_size: 4, gradient_checkpointing: false, max_length: 32}",
         f"eval.data={FOLDER / 'words.jsonl'}",
