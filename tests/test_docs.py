@@ -96,19 +96,19 @@ def test_readme_commands_exist():
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         ROOT / "recipes" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
     ]
     for page in pages:
         text = page.read_text(encoding="utf-8")
         # Commands stand at the start of a line of a listing, in backticks, or behind another command.
-        for command in re.findall(r"(?:^ {4}|^|`|&& )hpd ([a-z-]+)", text, re.MULTILINE):
+        for command in re.findall(r"(?:^ {4}|^\$ |^|`|&& )hpd ([a-z][a-z-]*)", text, re.MULTILINE):
             assert command in commands, f"{page.name}: hpd {command}"
         for target in re.findall(r"(?:^ {4}|^|`|&& )make ([a-z-]+)", text, re.MULTILINE):
             assert target in targets, f"{page.name}: make {target}"
 
 
 def test_no_placeholder_is_left_in_a_document():
-    for page in [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         assert not re.search(
             r"@[A-Z_]+@|\b[A-Z0-9]+_(OUTPUT|TABLE|SENTENCE|MINUTES)\b|TODO|FIXME",
             page.read_text(encoding="utf-8"),

@@ -70,7 +70,7 @@ def test_the_head_says_what_it_can_and_cannot_reproduce(name):
     assert re.search(r"^# Can: .{30,}", head, re.MULTILINE)
     assert re.search(r"^# Cannot: .{30,}", head, re.MULTILINE)
     assert len(text.splitlines()) <= 50
-    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/evidence/paper.md").read_text(encoding="utf-8")
     assert f"`{name}`" in page
 
 
