@@ -121,7 +121,7 @@ def own_text_kl(student_path: Path, teacher_path: Path, num_rows: int) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table of docs/guides/on-policy.md."""
+    """The table of docs/evidence/on-policy.md."""
     lines = [
         "| recipe | accuracy | KL(teacher, student), held-out text | KL(student, teacher), own text | tokens "
         "written | CPU s |",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs/guides/data.md"
+PAGE = ROOT / "docs/reference/data-examples.md"
 BEGIN, END = "<!-- dry runs -->\n", "<!-- end of dry runs -->\n"
 
 
