@@ -35,6 +35,16 @@ def test_the_reference_and_the_schema_are_what_the_dataclasses_say(monkeypatch):
         assert fields == fields & make_reference.documented(section).keys(), section
 
 
+def test_the_first_page_names_every_method_once():
+    from hpd import METHODS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Its {len(METHODS)} methods" in text
+    listed = text.partition("\n## Methods\n")[2].partition("\n## ")[0]
+    named = re.findall(r"`([a-z_0-9]+)`", listed.partition("* **")[2])
+    assert sorted(named) == sorted(METHODS)
+
+
 def test_commands_and_tasks_are_what_the_tables_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import make_pages
