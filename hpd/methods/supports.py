@@ -257,15 +257,34 @@ class Support:
         if self.exclude_label:
             probs = probs.scatter(1, target, 0.0)
         tokens = inverse_cdf(probs, uniforms[:, : self.draws])
-        mass = probs.gather(1, tokens)
+        log_total = torch.log(probs.sum(-1, keepdim=True)) if self.exclude_label else None
+        return self.as_draws(tokens, probs.gather(1, tokens), labels, uniforms, log_total)
+
+    def as_draws(
+        self,
+        tokens: Int[Tensor, "N n"],
+        mass: Float[Tensor, "N n"],
+        labels: Int[Tensor, "N"],
+        uniforms: Float[Tensor, "N u"],
+        log_total: Float[Tensor, "N 1"] | None = None,
+    ) -> Draws:
+        """Drawn tokens with their log-probabilities, and the label where there is nothing drawn.
+
+        Args:
+            tokens: as drawn.
+            mass: their probabilities, up to the factor exp(`log_total`).
+            labels, uniforms: as for `draw`.
+            log_total: None: the probabilities sum to one.
+        """
         drawn = torch.log(mass)
-        if self.exclude_label:
-            drawn = drawn - torch.log(probs.sum(-1, keepdim=True))
+        if log_total is not None:
+            drawn = drawn - log_total
         skip = mass <= 0
         if self.share < 1.0:
             skip = skip | (uniforms[:, self.draws, None] >= self.share)
             drawn = drawn + math.log(self.share) if self.share else drawn
         if self.label:
+            target = labels[:, None]
             tokens, drawn = torch.where(skip, target, tokens), torch.where(skip, 0.0, drawn)
         return Draws(tokens, drawn)
 
