@@ -251,14 +251,13 @@ class Support:
             labels: the dataset's tokens.
             uniforms: `num_uniforms` numbers per position in [0, 1), float64.
         """
-        target = labels[:, None]
         if self.temperature != 1.0:
             probs = torch.softmax(logprobs / self.temperature, -1)
         if self.exclude_label:
-            probs = probs.scatter(1, target, 0.0)
+            probs = probs.scatter(1, labels[:, None], 0.0)
+            probs = probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
         tokens = inverse_cdf(probs, uniforms[:, : self.draws])
-        log_total = torch.log(probs.sum(-1, keepdim=True)) if self.exclude_label else None
-        return self.as_draws(tokens, probs.gather(1, tokens), labels, uniforms, log_total)
+        return self.as_draws(tokens, probs.gather(1, tokens), labels, uniforms)
 
     def as_draws(
         self,
@@ -266,26 +265,14 @@ class Support:
         mass: Float[Tensor, "N n"],
         labels: Int[Tensor, "N"],
         uniforms: Float[Tensor, "N u"],
-        log_total: Float[Tensor, "N 1"] | None = None,
     ) -> Draws:
-        """Drawn tokens with their log-probabilities, and the label where there is nothing drawn.
-
-        Args:
-            tokens: as drawn.
-            mass: their probabilities, up to the factor exp(`log_total`).
-            labels, uniforms: as for `draw`.
-            log_total: None: the probabilities sum to one.
-        """
-        drawn = torch.log(mass)
-        if log_total is not None:
-            drawn = drawn - log_total
-        skip = mass <= 0
+        """Drawn tokens and their probabilities (`mass`), with the label where nothing is drawn."""
+        drawn, skip = torch.log(mass), mass <= 0
         if self.share < 1.0:
             skip = skip | (uniforms[:, self.draws, None] >= self.share)
             drawn = drawn + math.log(self.share) if self.share else drawn
         if self.label:
-            target = labels[:, None]
-            tokens, drawn = torch.where(skip, target, tokens), torch.where(skip, 0.0, drawn)
+            tokens, drawn = torch.where(skip, labels[:, None], tokens), torch.where(skip, 0.0, drawn)
         return Draws(tokens, drawn)
 
     def columns(
