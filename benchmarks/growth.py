@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from head import Problem
+from peers import peers
 from timing import (
     RESULTS,
     check_tiny,
@@ -48,7 +49,7 @@ LABELS = {
 }
 
 
-def candidates(point: dict[str, int], peers: bool) -> dict[str, Callable[[], None]]:
+def candidates(point: dict[str, int], others: bool) -> dict[str, Callable[[], None]]:
     problem = Problem(
         (point["tokens"], point["hidden"], point["hidden"], point["vocabulary"]),
         chunk_bytes=point["chunk"] * 2**20,
@@ -58,19 +59,19 @@ def candidates(point: dict[str, int], peers: bool) -> dict[str, Callable[[], Non
         "hpd": problem.operator("hpd"),
         "forward_kl": problem.operator("forward_kl"),
     }
-    if not peers:
+    if not others:
         return ours
     return ours | {
-        "TRL forward KL": problem.trl(0.0),
+        "TRL forward KL": peers(problem)[0]["TRL forward KL"],
         "reference forward_kl": problem.operator("forward_kl", "reference"),
     }
 
 
-def measure(axis: str, repeats: int, peers: bool, tiny: bool = False) -> dict[str, dict[str, list[float]]]:
+def measure(axis: str, repeats: int, others: bool, tiny: bool = False) -> dict[str, dict[str, list[float]]]:
     """Seconds of each candidate at each point of an axis."""
     middle, axes = (TINY_MIDDLE, TINY_AXES) if tiny else (MIDDLE, AXES)
     return {
-        str(value): interleaved(candidates({**middle, axis: value}, peers), repeats) for value in axes[axis]
+        str(value): interleaved(candidates({**middle, axis: value}, others), repeats) for value in axes[axis]
     }
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peers import peers
 from timing import (
     check_tiny,
     interleaved,
@@ -31,24 +32,22 @@ from timing import (
 )
 from torch import Tensor
 
-from hpd import DistillConfig
 from hpd.batch import uniforms
 from hpd.losses import Head, Scores, reweighted_nll
-from hpd.losses.operator import default_chunk_bytes
-from hpd.losses.products import chunk_rows
+from hpd.losses.operator import METRIC_STRIDE, default_chunk_bytes
+from hpd.losses.products import add_product_, chunk_rows, product_
 from hpd.methods import method_terms, name_terms
 
 # label positions, hidden size of student and teacher, vocabulary
-SHAPES = {"a": (1024, 576, 576, 49152), "b": (512, 896, 1536, 151936), "tiny": (24, 8, 12, 96)}
+SHAPES = {
+    "a": (1024, 576, 576, 49152),
+    "b": (512, 896, 1536, 151936),
+    "small": (256, 256, 256, 16384),
+    "tiny": (24, 8, 12, 96),
+    # A batch of a 1.5B student and a 7B teacher, for a GPU.
+    "large": (8192, 1536, 3584, 151936),
+}
 STORED = ("a", "b")
-TRL = {"TRL forward KL": 0.0, "TRL JSD 0.5": 0.5, "TRL reverse KL": 1.0}
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
 
 
 class Problem:
@@ -63,16 +62,16 @@ class Problem:
         dtype: torch.dtype = torch.float32,
     ):
         num_tokens, student, teacher, vocab = shape
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*size, generator=generator) * scale).to(device, dtype)
+            return (torch.randn(*size, generator=generator, device=device) * scale).to(dtype)
 
         self.hidden = normal(num_tokens, student).requires_grad_()
         self.weight = normal(vocab, student, scale=student**-0.5).requires_grad_()
         self.teacher_hidden = normal(num_tokens, teacher)
         self.teacher_weight = normal(vocab, teacher, scale=teacher**-0.5)
-        self.labels = torch.randint(vocab, (num_tokens,), generator=generator).to(device)
+        self.labels = torch.randint(vocab, (num_tokens,), generator=generator, device=device)
         self.uniforms = uniforms(torch.arange(num_tokens), seed=0, step=0, count=1).to(device)
         self.chunk_bytes = chunk_bytes or default_chunk_bytes(device)
         self.rows = chunk_rows(num_tokens, 4 * vocab, self.chunk_bytes)
@@ -85,16 +84,11 @@ class Problem:
         for start in range(0, len(hidden), self.rows):
             chunk = slice(start, start + self.rows)
             student, teacher = self.buffers[:, : len(hidden[chunk])]
-            _product(hidden[chunk], weight.T, student)
-            _product(self.teacher_hidden[chunk], self.teacher_weight.T, teacher)
+            product_(hidden[chunk], weight.T, student)
+            product_(self.teacher_hidden[chunk], self.teacher_weight.T, teacher)
             gradient = student.to(hidden.dtype)
-            _product(gradient, weight, grad_hidden[chunk])
-            if start == 0:
-                _product(gradient.T, hidden[chunk], grad_weight)
-            elif hidden.dtype == torch.float32:
-                grad_weight.addmm_(gradient.T, hidden[chunk])
-            else:
-                grad_weight += torch.mm(gradient.T, hidden[chunk], out_dtype=torch.float32)
+            product_(gradient, weight, grad_hidden[chunk])
+            (product_ if start == 0 else add_product_)(gradient.T, hidden[chunk], grad_weight)
 
     def operator(self, method: str, impl: str = "chunked") -> Callable[[], None]:
         terms = name_terms(method_terms(method, {}))
@@ -110,20 +104,8 @@ class Problem:
                 scale=1 / len(self.labels),
                 impl=impl,
                 chunk_bytes=self.chunk_bytes,
-                metric_stride=DistillConfig.metric_stride,
+                metric_stride=METRIC_STRIDE,
             ).loss.backward()
-
-        return run
-
-    def trl(self, beta: float) -> Callable[[], None]:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-        def run() -> None:
-            self.hidden.grad = self.weight.grad = None
-            divergence, _ = ChunkedDivergenceFunction.apply(
-                self.hidden, self.weight, None, self.teacher_hidden, self.teacher_weight, None, beta
-            )
-            divergence.mean().backward()
 
         return run
 
@@ -132,7 +114,7 @@ def measure(
     shape: str,
     methods: list[str],
     repeats: int,
-    peers: bool,
+    others: bool,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
@@ -142,8 +124,11 @@ def measure(
         "floor": problem.floor,
         **{m: problem.operator(m) for m in methods},
     }
-    if peers:
-        candidates |= {name: problem.trl(beta) for name, beta in TRL.items()}
+    if others:
+        found, left_out = peers(problem)
+        for name, why in left_out.items():
+            print(f"left out: {name} ({why})")
+        candidates |= found
         candidates["reference forward_kl"] = problem.operator("forward_kl", "reference")
     seconds = interleaved(candidates, repeats, device)
     return ratios(seconds, "floor"), seconds
@@ -184,7 +169,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--no-peers", action="store_true", help="leave out TRL's operator and the reference")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="leave out other people's operators and the reference"
+    )
     parser.add_argument(
         "--json", action="store_true", help="store the ratios in benchmarks/results/head.json"
     )

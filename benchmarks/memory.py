@@ -19,7 +19,8 @@ from subprocess import run
 from typing import Any
 
 import torch
-from head import SHAPES, STORED, TRL, Problem
+from head import SHAPES, STORED, Problem
+from peers import peers
 from timing import (
     check_tiny,
     machine,
@@ -48,13 +49,11 @@ def measure(name: str, shape: str) -> tuple[float, float]:
     problem = Problem(SHAPES[shape])
     # Threads and packing buffers, which every program with matrix products has.
     torch.mm(torch.ones(1024, SHAPES[shape][1]), torch.ones(SHAPES[shape][1], 4096))
-    operator = (
-        problem.floor
-        if name == PRODUCTS
-        else problem.trl(TRL[name])
-        if name in TRL
-        else problem.operator(*name.split(" "))
-    )
+    others, _ = peers(problem)
+    if name == PRODUCTS:
+        operator = problem.floor
+    else:
+        operator = others[name] if name in others else problem.operator(*name.split(" "))
     before = resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     operator()
@@ -121,7 +120,7 @@ def main() -> None:
         result["bound_mib"][shape] = bound = bound_mib(Problem(SHAPES[shape]))
         names = [PRODUCTS, *methods]
         if not (options.no_peers or options.check):
-            names += [*TRL, "forward_kl reference"]
+            names += [*peers(Problem(SHAPES["tiny"]))[0], "forward_kl reference"]
         peaks = {name: peaks_of(name, shape, options.threads) for name in names}
         result["mib"][shape] = peaks
         result["ratios"][shape] = {name: allocated / bound for name, (allocated, _) in peaks.items()}

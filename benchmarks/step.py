@@ -50,20 +50,29 @@ from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard
 ROWS, LABELED = 2, 0.75
 
 
+class Body(NamedTuple):
+    """One model's shape."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    tied: bool = True
+    dtype: torch.dtype = torch.float32
+
+
 class Shape(NamedTuple):
     """What both models and the rows are made of."""
 
-    vocab: int = 49152
-    tokens: int = 512
-    hidden: int = 576
-    intermediate: int = 1536
-    heads: int = 9
-    kv_heads: int = 3
-    student_layers: int = 10
-    teacher_layers: int = 30
+    vocab: int
+    tokens: int
+    student: Body
+    teacher: Body
 
 
-TINY = Shape(64, 16, 12, 16, 3, 1, 1, 2)
+SMOLLM2 = Shape(49152, 512, Body(10, 576, 1536, 9, 3), Body(30, 576, 1536, 9, 3))
+TINY = Shape(64, 16, Body(1, 12, 16, 3, 1), Body(2, 12, 16, 3, 1))
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": ROWS,
     "gradient_checkpointing": False,
@@ -76,19 +85,23 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def model(shape: Shape, layers: int, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
+def config(shape: Shape, body: Body) -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=body.layers,
         vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True,
+        hidden_size=body.hidden,
+        intermediate_size=body.intermediate,
+        num_attention_heads=body.heads,
+        num_key_value_heads=body.kv_heads,
+        tie_word_embeddings=body.tied,
         max_position_embeddings=8192,
     )
-    return LlamaForCausalLM(config)
+
+
+def model(shape: Shape, body: Body, seed: int, device: str = "cpu") -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config(shape, body), dtype=body.dtype)
 
 
 def rows(shape: Shape) -> Dataset:
@@ -107,7 +120,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def step_of(trainer: SFTTrainer) -> Callable[[], None]:
     """One optimizer step on one batch, as the trainer's own loop does it."""
+    # What `train` does first: without it nothing runs in mixed precision, and no activation is recomputed.
+    if trainer.args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     assert trainer.optimizer is not None
     batch = next(iter(trainer.get_train_dataloader()))
     count = batch["labels"][:, 1:].ne(-100).sum()
@@ -129,17 +146,18 @@ def step_of(trainer: SFTTrainer) -> Callable[[], None]:
 
 
 def cached_teacher(shape: Shape, folder: Path) -> CachedTeacher:
-    """A float32 hidden cache of the rows: the teacher's shape, random numbers."""
+    """A hidden cache of the rows: the teacher's shape, random numbers, in its dtype."""
     collator = DistillCollator(DataCollatorForLanguageModeling(pad_token_id=0))
     keys = torch.cat([keys for _, keys in collator.rows(rows(shape))])
     generator = torch.Generator().manual_seed(1)
     shard = {
-        "hidden": torch.randn(len(keys), shape.hidden, generator=generator),
+        "hidden": torch.randn(len(keys), shape.teacher.hidden, generator=generator).to(shape.teacher.dtype),
         "log_z": torch.full((len(keys),), 11.0),
     }
     folder.mkdir()
     save_shard(folder, 0, shard)
-    head = {"weight": torch.randn(shape.vocab, shape.hidden, generator=generator) * 0.02}
+    weight = torch.randn(shape.vocab, shape.teacher.hidden, generator=generator) * 0.02
+    head = {"weight": weight.to(shape.teacher.dtype)}
     write_atomically(folder / "head.safetensors", lambda draft: save_file(head, draft))
     about = {
         "format": FORMAT,
@@ -152,24 +170,34 @@ def cached_teacher(shape: Shape, folder: Path) -> CachedTeacher:
     return CachedTeacher(folder)
 
 
-def candidate(name: str, folder: str, shape: Shape) -> Callable[[], None]:
-    """`SFTTrainer`, or a method of the table with a live teacher or a cached one."""
+def candidate(
+    name: str, folder: str, shape: Shape, device: str = "cpu", **changed: Any
+) -> Callable[[], None]:
+    """`SFTTrainer`, or a method of the table with a live teacher or a cached one.
+
+    Args:
+        name: METHOD, `METHOD (cached)`, `METHOD (reference)` or `SFTTrainer`.
+        folder: of the run.
+        shape: of both models and the rows.
+        device: that both models are made on.
+        changed: settings of the trainer that differ from SETTINGS.
+    """
     common = {"train_dataset": rows(shape), "processing_class": tokenizer()}
-    settings = {**SETTINGS, "output_dir": folder, "max_length": shape.tokens}
-    student = model(shape, shape.student_layers, 0)
+    settings = {**SETTINGS, "output_dir": folder, "max_length": shape.tokens, **changed}
+    student = model(shape, shape.student, 0, device)
     if name == "SFTTrainer":
         return step_of(SFTTrainer(model=student, args=SFTConfig(**settings), **common))
     impl = "reference" if name.endswith("(reference)") else "chunked"
     teacher = (
         cached_teacher(shape, Path(folder) / "cache")
         if name.endswith("(cached)")
-        else model(shape, shape.teacher_layers, 1)
+        else model(shape, shape.teacher, 1, device)
     )
     trainer = DistillTrainer(
         model=student,
         teacher=teacher,
         method=name.split(" ")[0],
-        args=DistillConfig(impl=impl, **settings),
+        args=DistillConfig(**{"impl": impl, **settings}),
         **common,
     )
     return step_of(trainer)
@@ -212,7 +240,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether the script runs")
     options = parser.parse_args()
     check_tiny(parser, options, options.tiny)
-    shape = TINY if options.tiny else Shape()
+    shape = TINY if options.tiny else SMOLLM2
     if options.docs:
         replace_block("step table", tables(stored("step")))
         return

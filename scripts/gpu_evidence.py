@@ -3,6 +3,7 @@
     python scripts/gpu_evidence.py --output runs/gpu_evidence --minutes 9    # again until it is done
     python scripts/gpu_evidence.py --output runs/tiny --tiny                 # a dry run on a CPU, a minute
     python scripts/gpu_evidence.py --estimate                                # work and time, nothing is run
+    python scripts/gpu_evidence.py --output runs/gpu_evidence --plot .       # pictures; needs matplotlib
 
 A teacher of 98 M weights learns made word problems from scratch, and three smaller students begin to. Then
 five methods teach each student from the teacher's stored answers: on 500 rows seen 20 times, and on 10,000
@@ -287,10 +288,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="end this call after so many")
     parser.add_argument("--tiny", action="store_true", help="a stand-in of everything, for a CPU")
     parser.add_argument("--estimate", action="store_true", help="print the work, and stop")
+    parser.add_argument("--plot", type=Path, help="draw the curves of --output into a folder, and stop")
     options = parser.parse_args()
     settings = TINY if options.tiny else FULL
     if options.estimate:
         print(estimate(settings))
+        return 0
+    if options.plot:
+        from evidence.figure import draw
+
+        print(*draw(JsonLines(options.output / "results.jsonl").read()[1:], settings, options.plot), sep="\n")
         return 0
     accelerated = torch.cuda.is_available()
     if not (accelerated or options.tiny):

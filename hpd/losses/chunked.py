@@ -19,6 +19,13 @@ from torch import Tensor
 
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
 from hpd.losses.products import Gradients, accumulate, chunk_rows, chunks, for_products, project_, wide
+from hpd.losses.softmax import (
+    BlockSoftmax,
+    InPlaceSoftmax,
+    StudentSoftmax,
+    compiled,
+    log_normalizer_by_blocks,
+)
 from hpd.losses.teacher_side import (
     is_known_by_token,
     log_normalizer,
@@ -33,9 +40,10 @@ from hpd.losses.tile import (
     TileInputs,
     add,
     distribution_metrics,
+    normalized_gradient_,
     read_few_tokens,
     tile_gradient_,
-    token_gradient_,
+    token_gradient,
 )
 from hpd.methods.terms import Term
 
@@ -58,8 +66,8 @@ class OperatorCall(NamedTuple):
     chunk_bytes: int
     metric_stride: int
     vocab: int
-    tile_gradient: Callable[..., Tensor] = tile_gradient_
-    """The arithmetic between the products, where both distributions are at hand."""
+    compiled: bool = False
+    """The passes between the products through torch.compile."""
 
     def at(self, chunk: slice) -> OperatorCall:
         """The call at some of the positions."""
@@ -92,24 +100,25 @@ class ReweightedNLL(torch.autograd.Function):
         scale = torch.ones((), dtype=dtype, device=hidden.device) * call.scale * head.scale
         few = _reads_few_tokens(call, head)
         by_token = few and is_known_by_token(call.teacher)
-        finite = _has_finite_logits(call, student.head)
-        tile_gradient = call.tile_gradient
-        if head.softcap is not None:
-            tile_gradient = functools.partial(_gradient_through_softcap_, tile_gradient, head.softcap)
+        tile_gradient = _tile_gradient(call, student.head, dtype)
         for chunk in chunks(len(hidden), row_bytes, rows * row_bytes):
             part, scores = call.at(chunk), student.at(chunk)
             logits = project_(scores, buffers[0, : len(scores.hidden)])
             teacher_logits = _observe(part, logits, buffers[1, : len(logits)], chunk.start, by_token, sums)
             if few:
-                token_gradient_(logits, _look_up(part, teacher_logits), part.inputs, terms, sums, scale)
+                softmax = _softmax(part, logits, student.head)
+                teacher_at = _look_up(part, teacher_logits)
+                gradient = token_gradient(softmax, teacher_at, part.inputs, terms, sums, scale)
             else:
                 assert teacher_logits is not None
-                for tile in _tiles(logits):
-                    inputs = part.inputs.rows(tile)
-                    tile_gradient(logits[tile], teacher_logits[tile], inputs, terms, sums, scale, finite)
+                parts = [
+                    tile_gradient(logits[at], teacher_logits[at], part.inputs.rows(at), terms, sums, scale)
+                    for at in _tiles(logits, call.compiled)
+                ]
+                gradient = parts[0] if call.compiled else logits
             add(sums, tokens=torch.ones_like(logits[:, 0]))
             if any(buffer is not None for buffer in gradients):
-                accumulate(logits, scores.hidden, student.head.weight, gradients, chunk)
+                accumulate(gradient, scores.hidden, student.head.weight, gradients, chunk)
         ctx.gradients = [
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
             for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
@@ -174,9 +183,36 @@ def _reads_few_tokens(call: OperatorCall, head: Head) -> bool:
     """True if the terms are served by single log-probabilities of both models."""
     # The slope of a softcap needs the logits beside their gradient: a second chunk, so such heads go tile by
     # tile.
-    if head.softcap is not None or not read_few_tokens(call.terms, call.inputs.kl_estimator):
-        return False
-    return call.tile_gradient is tile_gradient_ or is_known_by_token(call.teacher)
+    return head.softcap is None and read_few_tokens(call.terms, call.inputs.kl_estimator)
+
+
+def _softmax(part: OperatorCall, logits: Float[Tensor, "C V"], head: Head) -> StudentSoftmax:
+    labels, draws = part.inputs.labels, part.inputs.draws
+    if part.compiled:
+        return BlockSoftmax(logits, labels, draws, _gradient_dtype(head, logits.dtype))
+    return InPlaceSoftmax(logits, labels, draws)
+
+
+def _tile_gradient(call: OperatorCall, head: Head, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The arithmetic between the products, where both distributions are at hand.
+
+    In place, one tile after the other, or compiled: then a new tensor, for a whole chunk.
+    """
+    finite = _has_finite_logits(call, head)
+    if call.compiled:
+        # The slope of a softcap still multiplies it.
+        given = dtype if head.softcap is not None else _gradient_dtype(head, dtype)
+        function = functools.partial(_compiled_gradient, finite=finite, dtype=given)
+    else:
+        function = functools.partial(tile_gradient_, finite=finite)
+    if head.softcap is None:
+        return function
+    return functools.partial(_gradient_through_softcap_, function, head.softcap)
+
+
+def _gradient_dtype(head: Head, logits: torch.dtype) -> torch.dtype:
+    """The dtype that the products read the gradient in."""
+    return logits if head.weight is None else head.weight.dtype
 
 
 def _has_finite_logits(call: OperatorCall, head: Head) -> bool:
@@ -212,13 +248,16 @@ def _observe(
             found = teacher_logits[rows]
         else:
             found = teacher_logits_(part.ready.at(rows), labels, buffer[: len(labels)])
-        _metrics(found, logits[rows], labels, sums)
+        _metrics(found, logits[rows], labels, sums, part.compiled)
     return teacher_logits
 
 
 def _look_up(part: OperatorCall, teacher_logits: Float[Tensor, "C V"] | None) -> TeacherAt:
-    """The teacher's log-probabilities of given tokens; its logits are overwritten."""
+    """The teacher's log-probabilities of given tokens; its logits may be overwritten."""
     if teacher_logits is not None:
+        if part.compiled:
+            log_z = log_normalizer_by_blocks(teacher_logits)
+            return lambda tokens: teacher_logits.gather(1, tokens) - log_z
         log_p = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
         return lambda tokens: log_p.gather(1, tokens)
     labels = part.inputs.labels
@@ -234,22 +273,37 @@ def _gradient_through_softcap_(
     return tile_gradient(logits, *rest).mul_(slope)
 
 
-def _tiles(logits: Float[Tensor, "C V"]) -> Iterator[slice]:
-    """Tile by tile; on devices without a CPU's caches the chunk is one tile."""
+def _tiles(logits: Float[Tensor, "C V"], whole: bool = False) -> Iterator[slice]:
+    """Tile by tile; on devices without a CPU's caches, or where it is to be `whole`, the chunk is one."""
     size, vocab = logits.shape
     row_bytes = vocab * logits.element_size()
-    return chunks(size, row_bytes, _TILE_BYTES if logits.device.type == "cpu" else size * row_bytes)
+    whole = whole or logits.device.type != "cpu"
+    return chunks(size, row_bytes, size * row_bytes if whole else _TILE_BYTES)
 
 
-def _metrics(teacher_logits: Tensor, logits: Tensor, labels: Tensor, sums: Sums) -> None:
+def _metrics(teacher_logits: Tensor, logits: Tensor, labels: Tensor, sums: Sums, is_compiled: bool) -> None:
     """Metrics of the full distributions at the chosen positions of a chunk.
 
     They are taken together: spread over the chunk's tiles they would be slivers, and starting a parallel
     region for each costs more than the arithmetic.
     """
+    if is_compiled:
+        _merge(sums, compiled(_metric_sums)(teacher_logits, logits, labels))
+        return
     for rows in _tiles(logits):
-        log_p, log_q = (torch.log_softmax(side[rows], -1) for side in (teacher_logits, logits))
-        distribution_metrics(log_p, log_q, labels[rows], sums)
+        _merge(sums, _metric_sums(teacher_logits[rows], logits[rows], labels[rows]))
+
+
+def _metric_sums(teacher_logits: Tensor, logits: Tensor, labels: Tensor) -> Sums:
+    sums: Sums = {}
+    log_p, log_q = (torch.log_softmax(side, -1) for side in (teacher_logits, logits))
+    distribution_metrics(log_p, log_q, labels, sums)
+    return sums
+
+
+def _merge(sums: Sums, more: Sums) -> None:
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def compiled_reweighted_nll(
@@ -265,42 +319,40 @@ def compiled_reweighted_nll(
     The first call with new terms compiles (seconds to a minute); a schedule that changes an objective's
     parameter makes new terms at every step, and is better served by `chunked`.
     """
-    call = call._replace(tile_gradient=_compiled_tile_gradient_)
+    call = call._replace(compiled=True)
     return ReweightedNLL.apply(hidden, weight, bias, head, call, sums)  # type: ignore[return-value]
 
 
-def _compiled_tile_gradient_(
+def _compiled_gradient(
     student_logits: Tensor,
     teacher_logits: Tensor,
     inputs: TileInputs,
     terms: Sequence[Term],
     sums: Sums,
     scale: Tensor,
-    finite: bool = False,
+    *,
+    finite: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    gradient, values = _kernel()(student_logits, teacher_logits, inputs, terms, scale, finite)
-    student_logits.copy_(gradient)
-    for name, value in values.items():
-        sums[name] = sums[name] + value if name in sums else value
-    return student_logits
+    log_z = [log_normalizer_by_blocks(logits) for logits in (student_logits, teacher_logits)]
+    pair = student_logits, teacher_logits
+    gradient, values = compiled(_gradient_of_logits)(*pair, *log_z, inputs, terms, scale, finite, dtype)
+    _merge(sums, values)
+    return gradient
 
 
-@functools.cache
-def _kernel() -> Callable[..., Any]:
-    """One compiled function; the compiler keeps a version for each list of terms."""
-
-    def kernel(
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        inputs: TileInputs,
-        terms: Sequence[Term],
-        scale: Tensor,
-        finite: bool,
-    ) -> tuple[Tensor, Sums]:
-        sums: Sums = {}
-        gradient = tile_gradient_(
-            student_logits.clone(), teacher_logits.clone(), inputs, terms, sums, scale, finite
-        )
-        return gradient, sums
-
-    return torch.compile(kernel, dynamic=True)
+def _gradient_of_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_log_z: Tensor,
+    teacher_log_z: Tensor,
+    inputs: TileInputs,
+    terms: Sequence[Term],
+    scale: Tensor,
+    finite: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Sums]:
+    sums: Sums = {}
+    log_q, log_p = student_logits - student_log_z, teacher_logits - teacher_log_z
+    gradient = normalized_gradient_(log_q, log_p, inputs, terms, sums, scale, finite)
+    return gradient.to(dtype), sums

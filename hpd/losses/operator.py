@@ -18,7 +18,18 @@ from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import Sums, TileInputs
 from hpd.methods.terms import Term, num_uniforms
 
-__all__ = ["IMPLEMENTATIONS", "LossOutput", "default_chunk_bytes", "loss_by_source", "reweighted_nll"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "METRIC_STRIDE",
+    "LossOutput",
+    "default_chunk_bytes",
+    "loss_by_source",
+    "reweighted_nll",
+]
+
+METRIC_STRIDE = 16
+"""In training, metrics of the full distributions are taken at every 16th position where nothing else is
+asked for."""
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
     "reference": reference_reweighted_nll,

@@ -17,10 +17,12 @@ from hpd.losses.heads import Scores
 __all__ = [
     "Gradients",
     "accumulate",
+    "add_product_",
     "chunk_rows",
     "chunks",
     "for_products",
     "logits",
+    "product_",
     "project_",
     "wide",
 ]
@@ -80,7 +82,7 @@ def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:
     if head.weight is None:
         out.copy_(hidden[:, : out.shape[1]])
     else:
-        _product(hidden, head.weight.t(), out)
+        product_(hidden, head.weight.t(), out)
     if head.bias is not None:
         out.add_(head.bias)
     if head.scale != 1.0:
@@ -100,7 +102,7 @@ def accumulate(
     """The chunk's part of the gradients: overwritten in the first chunk, added in the others."""
     vocab = gradient.shape[1]
     if gradients.bias is not None:
-        gradients.bias[:vocab] += gradient.sum(0)
+        gradients.bias[:vocab] += gradient.sum(0, dtype=gradients.bias.dtype)
     if weight is None:
         if gradients.hidden is not None:
             gradients.hidden[chunk, :vocab] = gradient
@@ -108,29 +110,39 @@ def accumulate(
     if hidden.dtype != gradient.dtype:
         gradient = gradient.to(hidden.dtype)
     if gradients.hidden is not None:
-        _product(gradient, weight, gradients.hidden[chunk])
+        product_(gradient, weight, gradients.hidden[chunk])
     if gradients.weight is not None:
         target = gradients.weight[:vocab]
         if chunk.start == 0:
-            _product(gradient.t(), hidden, target)
-        elif gradient.dtype == target.dtype:
-            target.addmm_(gradient.t(), hidden)
+            product_(gradient.t(), hidden, target)
         else:
-            target.add_(_wide_product(gradient.t(), hidden, target.dtype))
+            add_product_(gradient.t(), hidden, target)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def product_(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`a @ b` into `out`, which may be wider than both."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
+    elif _widens(a, out):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload]
     else:
-        out.copy_(_wide_product(a, b, out.dtype))
+        out.copy_(torch.mm(a, b))
 
 
-def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    if a.is_cuda and dtype == torch.float32:
-        # bfloat16 operands, float32 result: the accumulator is not rounded on its way out.
-        return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload]
-    return torch.mm(a, b)
+def add_product_(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Add `a @ b` to `out`, which may be wider than both."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif _widens(a, out):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload]
+    else:
+        out.add_(torch.mm(a, b))
+
+
+def _widens(a: Tensor, out: Tensor) -> bool:
+    """True where products of low precision are written in float32: the accumulator is not rounded on its way
+    out, and no copy is made."""
+    return a.is_cuda and out.dtype == torch.float32
 
 
 def logits(scores: Scores, vocab: int | None = None) -> Float[Tensor, "N V"]:

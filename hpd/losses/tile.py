@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpd.losses.softmax import StudentSoftmax
 from hpd.methods.supports import LOGPROB_FLOOR, Columns, Draws, raise_excluded_
 from hpd.methods.terms import Term
 from hpd.objectives.estimators import kl_estimate
@@ -24,11 +25,12 @@ __all__ = [
     "TileInputs",
     "add",
     "distribution_metrics",
+    "normalized_gradient_",
     "read_few_tokens",
     "sum_dtype",
     "term_draws",
     "tile_gradient_",
-    "token_gradient_",
+    "token_gradient",
     "weigh",
     "weigh_columns",
 ]
@@ -90,7 +92,19 @@ def tile_gradient_(
     """
     torch.log_softmax(student_logits, -1, out=student_logits)
     torch.log_softmax(teacher_logits, -1, out=teacher_logits)
-    log_q, log_p = student_logits, teacher_logits
+    return normalized_gradient_(student_logits, teacher_logits, inputs, terms, sums, scale, finite)
+
+
+def normalized_gradient_(
+    log_q: Float[Tensor, "R V"],
+    log_p: Float[Tensor, "R V"],
+    inputs: TileInputs,
+    terms: Sequence[Term],
+    sums: Sums,
+    scale: Float[Tensor, ""],
+    finite: bool = False,
+) -> Float[Tensor, "R V"]:
+    """`tile_gradient_` from log-probabilities (nats), in the place of the student's."""
     if not finite and any(term.support.whole for term in terms):
         log_q.clamp_(min=LOGPROB_FLOOR)
         raise_excluded_(log_p)
@@ -116,7 +130,7 @@ def tile_gradient_(
         sparse.append((columns.tokens, at_tokens * factor))
         if beside is not None:
             dense.append((beside, factor))
-    gradient = torch.mul(q, mass, out=student_logits)
+    gradient = torch.mul(q, mass, out=log_q)
     for values, factor in dense:
         gradient.addcmul_(values, factor)
     for tokens, values in sparse:
@@ -260,64 +274,50 @@ TeacherAt = Callable[[Int[Tensor, "C n"]], Float[Tensor, "C n"]]
 
 
 def read_few_tokens(terms: Sequence[Term], kl_estimator: str = "exact") -> bool:
-    """True if `token_gradient_` can serve the terms; the others need both distributions side by side."""
+    """True if `token_gradient` can serve the terms; the others need both distributions side by side."""
     return kl_estimator == "exact" and all(
         term.temperature == 1.0 and term.support.is_few_tokens for term in terms
     )
 
 
-def token_gradient_(
-    student_logits: Float[Tensor, "C V"],
+def token_gradient(
+    student: StudentSoftmax,
     teacher_at: TeacherAt,
     inputs: TileInputs,
     terms: Sequence[Term],
     sums: Sums,
     scale: Float[Tensor, ""],
 ) -> Float[Tensor, "C V"]:
-    r"""`tile_gradient_` for terms that read a few tokens only.
+    r"""The gradient of `tile_gradient_`, for terms that read a few tokens only.
 
     Args:
-        student_logits: scratch, and the result.
+        student: its softmax; used up.
         teacher_at: the teacher's log-probabilities of given tokens.
         inputs, terms, sums, scale: as there.
     """
     labels = inputs.labels[:, None]
-    log_q = torch.log_softmax(student_logits, -1, out=student_logits)
-    label_logprobs = log_q.gather(1, labels)
-    given = None if inputs.draws is None else Draws(inputs.draws, log_q.gather(1, inputs.draws))
-    q = log_q.exp_()
-
-    def student_at(tokens: Tensor) -> Tensor:
-        # A drawn token has mass, so that its logarithm is exact; the label's may have underflowed and was
-        # kept.
-        return torch.where(tokens == labels, label_logprobs, torch.log(q.gather(1, tokens)))
-
-    mass = q.new_zeros(len(q), 1)
+    mass = torch.zeros_like(labels, dtype=student.dtype)
     updates = []
     for term in terms:
-        draws = given
-        if term.support.draws and draws is None:
-            assert inputs.uniforms is not None, "a sampled support needs uniforms or draws"
-            draws = term.support.draw(q, q, inputs.labels, inputs.uniforms)
-        tokens, coefficients = term.support.token_columns(
-            inputs.labels, draws if term.support.draws else None
-        )
-        log_p = raise_excluded_(teacher_at(tokens).to(q.dtype, copy=True))
-        if given is not None and term.support.draws:
-            log_q_at = (
-                torch.cat([label_logprobs, given.logprobs], 1) if term.support.label else given.logprobs
-            )
-        else:
-            log_q_at = student_at(tokens)
-        columns = Columns(log_p, log_q_at.clamp_min(LOGPROB_FLOOR), tokens, coefficients)
-        weights = weigh_columns(term, columns, sums)
+        draws = None
         if term.support.draws:
-            assert draws is not None
+            draws = student.given
+            if draws is None:
+                assert inputs.uniforms is not None, "a sampled support needs uniforms or draws"
+                draws = student.draw(term.support, inputs.uniforms)
+        tokens, coefficients = term.support.token_columns(inputs.labels, draws)
+        log_p = raise_excluded_(teacher_at(tokens).to(student.dtype, copy=True))
+        if draws is not None and student.given is not None:
+            log_q = student.given.logprobs
+            if term.support.label:
+                log_q = torch.cat([student.logprobs(labels), log_q], 1)
+        else:
+            log_q = student.logprobs(tokens)
+        columns = Columns(log_p, log_q.clamp_min(LOGPROB_FLOOR), tokens, coefficients)
+        weights = weigh_columns(term, columns, sums)
+        if draws is not None:
             watch_draws(term, draws.tokens, inputs, sums)
         factor = term.weight * scale
         mass = mass + factor * weights.sum(-1, keepdim=True)
         updates.append((tokens, weights * -factor))
-    gradient = q.mul_(mass)
-    for tokens, values in updates:
-        gradient.scatter_add_(1, tokens, values)
-    return gradient
+    return student.gradient(mass, updates)

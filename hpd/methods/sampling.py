@@ -5,11 +5,13 @@ Axes: N label positions, n draws, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["inverse_cdf"]
+__all__ = ["block_tokens", "inverse_cdf", "inverse_cdf_of_blocks"]
 
 # Tokens per block of the two-level search: about sqrt(V), so that searching the block sums and searching
 # inside one block cost the same.
@@ -28,16 +30,38 @@ def inverse_cdf(probs: Float[Tensor, "N V"], uniforms: Float[Tensor, "N n"]) -> 
         probs: non-negative, need not be normalized; a row without any mass gives token 0.
         uniforms: in [0, 1), float64 so that tokens rarer than float32's step can be drawn.
     """
-    vocab = probs.shape[1]
-    size = min(_BLOCK_TOKENS, vocab)
-    whole = vocab - vocab % size
+    size = block_tokens(probs.shape[1])
+    whole = probs.shape[1] - probs.shape[1] % size
     sums = probs[:, :whole].unflatten(1, (-1, size)).sum(-1)  # [N, blocks]
-    if whole < vocab:
+    if whole < probs.shape[1]:
         sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], dim=1)
-    dtype = torch.float32 if probs.device.type == "mps" else torch.float64  # MPS has no float64
+    return inverse_cdf_of_blocks(sums, lambda tokens: probs.gather(1, tokens), probs.shape[1], uniforms)
+
+
+def block_tokens(vocab: int) -> int:
+    """Tokens of a block; the last block has what is left."""
+    return min(_BLOCK_TOKENS, vocab)
+
+
+def inverse_cdf_of_blocks(
+    sums: Float[Tensor, "N b"],
+    probs_at: Callable[[Int[Tensor, "N k"]], Float[Tensor, "N k"]],
+    vocab: int,
+    uniforms: Float[Tensor, "N n"],
+) -> Int[Tensor, "N n"]:
+    """`inverse_cdf` where the sums of the blocks are known, and the probabilities of any tokens.
+
+    Args:
+        sums: mass of each block of `block_tokens` tokens.
+        probs_at: the probabilities of some tokens.
+        vocab: V.
+        uniforms: as there.
+    """
+    size = block_tokens(vocab)
+    dtype = torch.float32 if sums.device.type == "mps" else torch.float64  # MPS has no float64
     block, rest = _search(sums.to(dtype), uniforms.to(dtype))
-    tokens = block[..., None] * size + torch.arange(size, device=probs.device)  # [N, n, block]
-    inside = probs.gather(1, tokens.clamp_max(vocab - 1).flatten(1)).view(tokens.shape)
+    tokens = block[..., None] * size + torch.arange(size, device=sums.device)  # [N, n, block]
+    inside = probs_at(tokens.clamp_max(vocab - 1).flatten(1)).view(tokens.shape)
     inside = torch.where(tokens < vocab, inside, 0.0)
     offset, _ = _search(inside.flatten(0, 1).to(dtype), rest.reshape(-1, 1))
     return block * size + offset.view_as(block)

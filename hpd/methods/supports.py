@@ -251,22 +251,28 @@ class Support:
             labels: the dataset's tokens.
             uniforms: `num_uniforms` numbers per position in [0, 1), float64.
         """
-        target = labels[:, None]
         if self.temperature != 1.0:
             probs = torch.softmax(logprobs / self.temperature, -1)
         if self.exclude_label:
-            probs = probs.scatter(1, target, 0.0)
+            probs = probs.scatter(1, labels[:, None], 0.0)
+            probs = probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(probs.dtype).tiny)
         tokens = inverse_cdf(probs, uniforms[:, : self.draws])
-        mass = probs.gather(1, tokens)
-        drawn = torch.log(mass)
-        if self.exclude_label:
-            drawn = drawn - torch.log(probs.sum(-1, keepdim=True))
-        skip = mass <= 0
+        return self.as_draws(tokens, probs.gather(1, tokens), labels, uniforms)
+
+    def as_draws(
+        self,
+        tokens: Int[Tensor, "N n"],
+        mass: Float[Tensor, "N n"],
+        labels: Int[Tensor, "N"],
+        uniforms: Float[Tensor, "N u"],
+    ) -> Draws:
+        """Drawn tokens and their probabilities (`mass`), with the label where nothing is drawn."""
+        drawn, skip = torch.log(mass), mass <= 0
         if self.share < 1.0:
             skip = skip | (uniforms[:, self.draws, None] >= self.share)
             drawn = drawn + math.log(self.share) if self.share else drawn
         if self.label:
-            tokens, drawn = torch.where(skip, target, tokens), torch.where(skip, 0.0, drawn)
+            tokens, drawn = torch.where(skip, labels[:, None], tokens), torch.where(skip, 0.0, drawn)
         return Draws(tokens, drawn)
 
     def columns(

@@ -262,7 +262,10 @@ def _distance(given: Float[Tensor, "T V"], expected: Float[Tensor, "T V"]) -> fl
 
 
 def _rounding(values: Tensor) -> float:
-    """The distance that the dtype of logits accounts for."""
+    """The distance that the precision of logits accounts for: that of their dtype, or of a coarser one that
+    they were computed in and widened from, as mixed precision does with what a model returns."""
     # TensorFloat-32, where it is allowed, keeps three digits.
     least = 1e-4 if torch.get_float32_matmul_precision() == "highest" else 1e-3
-    return least + 0.75 * torch.finfo(values.dtype).eps
+    coarse = (torch.bfloat16, torch.float16)
+    dtype = next((d for d in coarse if torch.equal(values.to(d).to(values.dtype), values)), values.dtype)
+    return least + 0.75 * torch.finfo(dtype).eps

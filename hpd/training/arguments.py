@@ -23,7 +23,7 @@ from hpd.config.schema import Recipe
 from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.losses.heads import POLICIES
-from hpd.losses.operator import IMPLEMENTATIONS
+from hpd.losses.operator import IMPLEMENTATIONS, METRIC_STRIDE
 from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
 from hpd.training.settings import IN_RECIPES, REFUSED, check_packages, check_settings
@@ -104,7 +104,7 @@ class DistillConfig(SFTConfig):
         },
     )
     metric_stride: int = field(
-        default=16,
+        default=METRIC_STRIDE,
         metadata={
             "help": "KLs, entropies and agreement on every n-th label position while training (evaluation "
             "uses all); 0 turns them off. They are the only part of HPD that costs passes over the "

@@ -45,7 +45,7 @@ class Settings:
     initializations: int = 3
     regimes: tuple[Regime, ...] = (Regime("repeated", 500, 20), Regime("single", 10_000, 1))
     batch: int = 25
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
     warmup: int = 20
     points: int = 10
     """Looks at the validation rows during a run: the curves."""

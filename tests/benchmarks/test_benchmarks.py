@@ -12,13 +12,17 @@ from helpers.cached_pairs import make_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-STORED = ("head", "growth", "memory", "step", "startup")
+STORED = ("head", "growth", "memory", "step", "startup", "gpu_check")
 ONCE = ("--repeats", "1", "--threads", "1")
 TINY = {
     "head": (("--shape", "tiny", *ONCE), "| hpd |"),
     "growth": (("--tiny", *ONCE), "| hidden size | bare products |"),
     "memory": (("--shape", "tiny", "--methods", "hpd", "--no-peers", "--threads", "1"), "| hpd |"),
     "step": (("--tiny", "--cached", "--memory", "--methods", "hpd", *ONCE), "| hpd (cached) |"),
+    "gpu_check": (
+        ("--tiny", "--repeats", "1", "--parts", "operator,chunks,step"),
+        "`hpd doctor` predicts: hpd",
+    ),
     "startup": (("--repeats", "1"), "| hpd train |"),
     "cache_start": (("--repeats", "1", "--gigabytes", "0.001"), "cached, 0.00 GB: first step after"),
 }
@@ -41,7 +45,7 @@ def run(monkeypatch, capsys):
 
 
 def test_every_script_is_run_here():
-    tested = {*TINY, "cache", "regimes", "timing"}  # timing is what they share
+    tested = {*TINY, "cache", "regimes", "timing", "peers"}  # the last two are what they share
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == tested
 
 

@@ -16,20 +16,28 @@ import sys
 import torch
 from helpers.problems import TERMS, assert_equal, compute, problem
 
-given = problem(601).to(torch.float32)
-compiled = compute(given, TERMS[sys.argv[1]], rows=5, impl="compiled")
+_, name, device, dtype = sys.argv
+given = problem(601).to(getattr(torch, dtype)).on(device)
+compiled = compute(given, TERMS[name], rows=5, impl="compiled")
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-assert_equal(compiled, compute(given, TERMS[sys.argv[1]], rows=5), rtol=1e-4, atol=1e-5)
+tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-3)
+assert_equal(compiled, compute(given, TERMS[name], rows=5), **tolerance)
 """
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("hpd", "generalized_jsd", "sum")]
+    ("device", "dtype"),
+    [
+        pytest.param("cpu", "float32", marks=pytest.mark.slow),
+        pytest.param("cuda", "float32", marks=pytest.mark.gpu),
+        pytest.param("cuda", "bfloat16", marks=pytest.mark.gpu),
+    ],
 )
-def test_compiled_is_chunked(name: str) -> None:
+@pytest.mark.parametrize("name", ["hpd", "generalized_jsd", "sum"])
+def test_compiled_is_chunked(name: str, device: str, dtype: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, name],
+        [sys.executable, "-c", SCRIPT, name, device, dtype],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -152,6 +154,20 @@ def test_rounding_is_no_finding(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
     assert probe_head(model, "student").level == ("ok" if simple else "warning")
     assert probe_packing(model, "student").level == ("ok" if apart else "error")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mpt"])
+def test_mixed_precision_is_no_finding(family: str, dtype: torch.dtype) -> None:
+    """It widens what a model returns, so the dtype of the logits no longer tells how they were rounded."""
+    _, simple, _ = FAMILIES[family]
+    model = add_head_function(tiny(family, dtype))
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert prepared(input_ids=torch.tensor([[5, 9]])).logits.dtype == torch.float32
+    assert probe_head(prepared, "teacher").level == ("ok" if simple else "warning")
 
 
 def test_the_verdicts_name_the_model_and_what_to_do() -> None:

@@ -242,14 +242,16 @@ def test_predictions_are_judged_by_every_initialization():
 
 
 def test_a_tie_of_rates_goes_to_the_smaller_one_and_is_said():
+    low, middle, high = 1e-4, 3e-4, 1e-3
+    settings = dataclasses.replace(FULL, rates=(low, middle, high))
+
     def tuned(*values: float) -> dict[str, Any]:
         lines = [
             {"role": "tune", "method": "hpd", "regime": "single", "rate": rate, "forward_kl": value}
-            for rate, value in zip(FULL.rates, values, strict=False)
+            for rate, value in zip(settings.rates, values, strict=False)
         ]
-        return chosen_rates(lines, FULL)
+        return chosen_rates(lines, settings)
 
-    low, middle, high = FULL.rates
     assert tuned(1.0, 0.5) == {}
     assert tuned(1.0, 0.5, 0.7) == {"hpd single": {"rate": middle, "tie": False, "at_edge": False}}
     assert tuned(1.0, 0.502, 0.5) == {"hpd single": {"rate": middle, "tie": True, "at_edge": False}}
