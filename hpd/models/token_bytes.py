@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt16
 
+from hpd.models.bounded import rendering
+
 __all__ = ["END", "TokenBytes", "token_bytes"]
 
 END = 256
-"""The symbol of an answer's end, beside the 256 bytes: `<|im_end|>` and `<end_of_turn>` are one event with two
-names."""
+"""The symbol of an answer's end, beside the 256 bytes: `<|im_end|>` and `<end_of_turn>` are one event with
+two names."""
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -28,6 +31,8 @@ class TokenBytes(NamedTuple):
     """Token v has the symbols from `offsets[v]` to `offsets[v + 1]`; an id without a token has none."""
     special: frozenset[int]
     """Tokens that are no text: ends, beginnings, roles."""
+    ends: frozenset[int]
+    """Those that end an answer: the end of text, and what the chat template puts behind one."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -41,11 +46,23 @@ class TokenBytes(NamedTuple):
         places = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
         return self.symbols[places], ends
 
+    def answer(self, ids: Sequence[int]) -> tuple[UInt16[np.ndarray, "s"], Int[np.ndarray, "n"]]:
+        """An answer's bytes and where each token ends, with `END` in the place of the token that ends it.
+
+        That is the last of `ends`, if nothing but white space comes behind it; what comes behind it
+        belongs to the template and is left out: fewer ends than tokens.
+        """
+        place = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.ends), None)
+        if place is None or self.of(ids[place + 1 :])[0].astype(np.uint8).tobytes().strip():
+            return self.of(ids)
+        symbols, ends = self.of(ids[:place])
+        return np.append(symbols, np.uint16(END)), np.append(ends, len(symbols) + 1)
+
     def texts(self) -> list[bytes]:
         """The bytes of each token, by id."""
         whole = self.symbols.astype(np.uint8).tobytes()
         bounds = self.offsets.tolist()
-        return [whole[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [whole[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def token_bytes(tokenizer: Any, role: str = "model") -> TokenBytes:
@@ -64,8 +81,8 @@ def token_bytes(tokenizer: Any, role: str = "model") -> TokenBytes:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"The tokenizer of the {role}, {type(tokenizer).__name__}, does not tell the bytes of its tokens: "
-            "train.vocabulary: bytes needs a fast tokenizer (tokenizer.json)."
+            f"The tokenizer of the {role}, {type(tokenizer).__name__}, does not tell the bytes of its "
+            "tokens: train.vocabulary: bytes needs a fast tokenizer (tokenizer.json)."
         )
     described = json.loads(backend.to_str())
     kinds = {part.get("type") for part in _parts(described.get("decoder"))}
@@ -90,7 +107,22 @@ def token_bytes(tokenizer: Any, role: str = "model") -> TokenBytes:
     special = {number for number, entry in added.items() if entry["special"]} | set(tokenizer.all_special_ids)
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in found])]).astype(np.int64)
     symbols = np.frombuffer(b"".join(found), dtype=np.uint8).astype(np.uint16)
-    return TokenBytes(symbols, offsets, frozenset(special))
+    return TokenBytes(symbols, offsets, frozenset(special), _ends(tokenizer, special))
+
+
+def _ends(tokenizer: Any, special: set[int]) -> frozenset[int]:
+    """The end of text, and the last special token that the chat template writes."""
+    found = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            with rendering():
+                text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template is a program, and raises anything; the rows will say what
+            text = ""
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found |= {*[token for token in ids if token in special][-1:]}
+    return frozenset(found - {None})
 
 
 def _parts(decoder: Any) -> Iterator[dict[str, Any]]:

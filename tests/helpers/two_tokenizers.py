@@ -1,5 +1,5 @@
-"""A tokenizer of the other kind than `tiny_models.tiny_tokenizer`: pieces with a sign for the space, bytes for
-what no piece has, a begin, and another name for the end. And random text."""
+"""A tokenizer of the other kind than `tiny_models.tiny_tokenizer`: pieces with a sign for the space, bytes
+for what no piece has, a begin, and another name for the end. And random text."""
 
 from __future__ import annotations
 
