@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 
 from hpd.batch import IGNORE_INDEX, TEACHER_CHUNKS, TEACHER_PREFIXES
 from hpd.data.alignment import Chunks, align
+from hpd.data.lengths import MEASURED_ROWS
+from hpd.data.reading import first_rows
 from hpd.data.rendering import render
 from hpd.data.teacher_prompts import TEACHER_PROMPT
+from hpd.losses.byte_events import ByteEvents, VocabularyBytes, byte_events
+from hpd.models.pairing import CheckResult
 from hpd.models.token_bytes import TokenBytes, token_bytes
 
-__all__ = ["ByteRow", "TwoTokenizers", "byte_row", "two_tokenizers"]
+__all__ = ["ByteRow", "TwoTokenizers", "byte_row", "check_byte_rows", "row_in_chunks", "two_tokenizers"]
+
+# Above this share of bytes that differ, the two do not read the same text.
+_MOST_UNALIGNED = 0.1
 
 
 class TwoTokenizers(NamedTuple):
@@ -22,6 +30,17 @@ class TwoTokenizers(NamedTuple):
     tokenizer: Any
     student: TokenBytes
     teacher: TokenBytes
+
+    def events(self, student_vocab: int, teacher_vocab: int) -> ByteEvents:
+        """The events of bytes of both heads.
+
+        Args:
+            student_vocab, teacher_vocab: tokens of each head, which may have more rows than its tokenizer.
+        """
+        sides = (self.student, student_vocab), (self.teacher, teacher_vocab)
+        return byte_events(
+            *(VocabularyBytes(side.texts(), side.ends, side.special, size) for side, size in sides)
+        )
 
 
 class ByteRow(NamedTuple):
@@ -123,3 +142,108 @@ def _answer(mask: Sequence[bool], index: int) -> tuple[int, int]:
             "conversation."
         )
     return int(places[0]), int(places[-1]) + 1
+
+
+def check_byte_rows(
+    rows: Any,
+    tokenizer: Any,
+    other: TwoTokenizers,
+    labels: str,
+    max_length: int | None,
+    limits: Mapping[str, int | None],
+    num_proc: int | None = None,
+) -> list[CheckResult]:
+    """Prepare the rows in both tokenizers as training will, and say how far they are the same text.
+
+    Args:
+        rows: of training; of a stream, the first ones are looked at.
+        tokenizer, other, labels: as `byte_row` takes them.
+        max_length: tokens that the student's row keeps; None: all.
+        limits: tokens that each teacher reads, by its role in messages; None: not known.
+        num_proc: processes, as `train.dataset_num_proc` says.
+
+    Raises:
+        ValueError: as `byte_row`.
+    """
+    given = {"tokenizer": tokenizer, "other": other, "labels": labels, "max_length": max_length}
+    if isinstance(rows, Dataset):
+        measured = rows.map(
+            _measured, with_indices=True, fn_kwargs=given, remove_columns=rows.column_names, num_proc=num_proc
+        )
+        found: dict[str, Any] = {name: measured[name][:] for name in measured.column_names}
+    else:
+        each = [_measured(row, index, **given) for index, row in enumerate(first_rows(rows, MEASURED_ROWS))]
+        found = {name: [one[name] for one in each] for name in each[0]}
+    total = {name: int(np.sum(values)) for name, values in found.items()}
+    lost, unaligned = int(np.count_nonzero(found["unaligned"])), total["unaligned"] / max(total["bytes"], 1)
+    text = (
+        f"{total['alone'] / max(total['chunks'], 1):.0%} of the chunks are one token of either side, the "
+        f"longest has {max(found['longest'])} tokens; {total['ended'] / len(found['ended']):.0%} of the rows "
+        "end with both models' end; draws whose sign is not certain are counted in training "
+        "(draws_undecided)"
+    )
+    verdicts = [CheckResult("ok", "two tokenizers", text)]
+    if lost:
+        text = (
+            f"{total['unaligned']:,} bytes of {lost:,} rows ({unaligned:.2%} of all) are not the same for "
+            "both tokenizers, and are not learned"
+        )
+        verdicts.append(
+            CheckResult("warning" if unaligned <= _MOST_UNALIGNED else "error", "two tokenizers", text)
+        )
+    for role, limit in limits.items():
+        if limit is not None and (longest := max(found["teacher_tokens"])) > limit:
+            text = (
+                f"{sum(size > limit for size in found['teacher_tokens']):,} rows are longer in the {role}'s "
+                f"tokens than it reads (up to {longest}, its context has {limit}): set train.max_length "
+                "lower."
+            )
+            verdicts.append(CheckResult("error", "context", text))
+    return verdicts
+
+
+def _measured(
+    row: Mapping[str, Any],
+    index: int,
+    tokenizer: Any,
+    other: TwoTokenizers,
+    labels: str,
+    max_length: int | None,
+) -> dict[str, int]:
+    found = byte_row(row, tokenizer, other, labels, index)
+    sizes, teacher_sizes = found.chunks.tokens
+    kept = len(sizes)
+    if max_length is not None:
+        kept = int(np.searchsorted(found.chunks.student, max_length - found.start, side="right"))
+    read = int(found.chunks.teacher[kept - 1]) if kept else 0
+    stop = found.start + int(found.chunks.student[-1])
+    return {
+        "chunks": len(sizes),
+        "alone": int(((sizes == 1) & (teacher_sizes == 1)).sum()),
+        "longest": int(max(sizes.max(), teacher_sizes.max())),
+        "bytes": len(other.student.of(found.ids[found.start : stop])[0]),
+        "unaligned": found.chunks.unaligned_bytes,
+        "ended": int(
+            found.ids[stop - 1] in other.student.ends and found.teacher_ids[-1] in other.teacher.ends
+        ),
+        "teacher_tokens": len(found.prefix) + read,
+    }
+
+
+def row_in_chunks(
+    rows: Any, tokenizer: Any, other: TwoTokenizers, labels: str
+) -> list[tuple[list[str], list[str], bool]]:
+    """The first row's answer, chunk by chunk: the student's tokens, the teacher's, and whether they align."""
+    found = byte_row(next(iter(first_rows(rows, 1))), tokenizer, other, labels, 0)
+    out, texts = [], (other.student.texts(), other.teacher.texts())
+    begin, other_begin = 0, 0
+    for end, other_end, aligned in zip(*found.chunks[:3], strict=True):
+        answer = found.ids[found.start + begin : found.start + int(end)]
+        sides = answer, found.teacher_ids[other_begin : int(other_end)]
+        mine, theirs = (
+            [text[token].decode(errors="backslashreplace") for token in tokens]
+            for text, tokens in zip(texts, sides, strict=True)
+        )
+        out.append((mine, theirs, bool(aligned)))
+        begin, other_begin = int(end), int(other_end)
+    return out

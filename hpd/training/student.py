@@ -18,7 +18,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
 from hpd.batch import TEACHER_CHUNKS, TEACHER_PREFIXES
-from hpd.data.byte_rows import two_tokenizers
+from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.dates import own_template, set_date
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
@@ -86,6 +86,7 @@ class StudentTrainer(Resumable, SFTTrainer):
     ):
         self._repeats_rows = repeats_rows
         self._teacher_tokenizer = teacher_tokenizer
+        self._both: TwoTokenizers | None = None
         self._prompts = prompts
         _read_on_every_process(args)
         self._labels = label_policy(args)
@@ -127,7 +128,7 @@ class StudentTrainer(Resumable, SFTTrainer):
                         self._labels,
                         prompts=prompts,
                         num_proc=args.dataset_num_proc,
-                        other=self._two_tokenizers(),
+                        other=self.two_tokenizers(),
                     )
         if dataset is None:
             return None
@@ -150,12 +151,14 @@ class StudentTrainer(Resumable, SFTTrainer):
             )
         return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
 
-    def _two_tokenizers(self) -> Any:
+    def two_tokenizers(self) -> TwoTokenizers | None:
         """What rows need in order to be read in the teacher's tokens too; None: it has the student's."""
         if self._teacher_tokenizer is None:
             return None
-        set_date(self._teacher_tokenizer, self._first_day)
-        return two_tokenizers(self._tokenizer, self._teacher_tokenizer)
+        if self._both is None:
+            set_date(self._teacher_tokenizer, self._first_day)
+            self._both = two_tokenizers(self._tokenizer, self._teacher_tokenizer)
+        return self._both
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

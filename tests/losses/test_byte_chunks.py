@@ -229,8 +229,8 @@ def test_groups_of_chunks_change_nothing(method):
 
 
 class Language:
-    """A model of tokens whose next one depends on the bytes so far, so that the chance of any text to come can
-    be enumerated."""
+    """A model of tokens whose next one depends on those so far: the chance of any text to come can be
+    enumerated."""
 
     def __init__(self, words, seed):
         self.keys, self.size, self.seed = words.keys(), words.size, seed
