@@ -104,7 +104,8 @@ def byte_nll(
     chunk_bytes = chunk_bytes or default_chunk_bytes(batch.labels.device)
     call = _Call(teacher, batch, terms, events, uniforms, scale, chunk_bytes, metric_stride, length)
     sums: Sums = {}
-    return LossOutput(_ByteNLL.apply(*leaves(student), student.head, call, sums), sums)  # type: ignore[arg-type]
+    loss: Any = _ByteNLL.apply(*leaves(student), student.head, call, sums)
+    return LossOutput(loss, sums)
 
 
 class _ByteNLL(ReweightedNLL):

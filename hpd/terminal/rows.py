@@ -53,7 +53,7 @@ def _show_chunks(planned: Plan, other: TwoTokenizers, to: Console) -> None:
     for mine, theirs, aligned in row_in_chunks(
         planned.rows.train, planned.tokenizer, other, label_policy(planned.args)
     ):
-        one = len(mine) == len(theirs) == 1 and aligned
+        one = len(mine) == 1 and mine == theirs
         shown = mine[0] if one else f"{'|'.join(mine)} = {'|'.join(theirs)}"
         text.append(f"[{shown}]", style="" if one else ("bold" if aligned else "bold red"))
         size += len(shown)

@@ -128,7 +128,7 @@ def test_training_moves_the_student_and_says_how_sure_it_was(pairs, tmp_path, me
         pairs[0], tmp_path, method=method, evaluation=rows(4), max_steps=6, learning_rate=0.3,
         eval_strategy="no",
     )  # fmt: skip
-    # The values of hpd and hpd_full are no distances (docs/theory.md), and the label rules see the label only.
+    # The values of hpd and hpd_full are no distances (docs/theory.md).
     watched = {"masked_sft": "eval_loss", "hpd": "eval_mass_moved"}.get(method, "eval_forward_kl")
     before = trainer.evaluate()[watched]
     trainer.train()
