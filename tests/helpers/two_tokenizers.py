@@ -89,13 +89,13 @@ def random_text(rng: random.Random, longest: int = 40) -> str:
 def mixed_pair(folder, swapped: bool = False):
     """Student and teacher on disk: byte-level llama and SentencePiece-like gemma, or the other way round."""
     student, teacher = folder / "student", folder / "teacher"
-    roles = ("teacher", "student") if swapped else ("student", "teacher")
-    tiny_model("llama", teacher if swapped else student, role=roles[0], seed=0)
-    _piece_model(student if swapped else teacher, roles[1])
+    tiny_model("llama", teacher if swapped else student, role="teacher" if swapped else "student", seed=0)
+    piece_model(student if swapped else teacher)
     return student, teacher
 
 
-def _piece_model(folder, role: str) -> None:
+def piece_model(folder) -> None:
+    """Save a tiny model with `piece_tokenizer`."""
     tokenizer = piece_tokenizer()
     shape = {"hidden_size": 40, "intermediate_size": 80, "num_hidden_layers": 2}
     config = AutoConfig.for_model(
