@@ -346,8 +346,8 @@ def _two_examples(examples: list[Any]) -> tuple[list[dict[str, Any]], list[dict[
         ids, labels = example["input_ids"], example["labels"]
         prefixes, ends = example[TEACHER_PREFIXES], example[TEACHER_CHUNKS]
         lengths = example.get("seq_lengths") or [len(ids)]
-        student = _Side(list(ids), [IGNORE_INDEX] * len(ids), [0] * len(ids), list(lengths))
-        teacher, start = _Side([], [], [], []), 0
+        student = _RowsOfOne(list(ids), [IGNORE_INDEX] * len(ids), [0] * len(ids), list(lengths))
+        teacher, start = _RowsOfOne([], [], [], []), 0
         for length in lengths:
             end = start + length
             first = next((place for place in range(start, end) if prefixes[place]), end)
@@ -368,7 +368,7 @@ def _two_examples(examples: list[Any]) -> tuple[list[dict[str, Any]], list[dict[
     return sides
 
 
-class _Side(NamedTuple):
+class _RowsOfOne(NamedTuple):
     """One model's tokens of an example."""
 
     ids: list[int]

@@ -57,7 +57,7 @@ class _Call(NamedTuple):
     length: str
 
 
-class _Group(NamedTuple):
+class _ChunkGroup(NamedTuple):
     """Some whole chunks: their positions on both sides."""
 
     student: slice
@@ -161,7 +161,7 @@ def chunk_logprobs(token_logprobs: Float[Tensor, "n"], counts: Int[Tensor, "C"])
     return token_logprobs.new_zeros(len(counts)).index_add_(0, owner, token_logprobs)
 
 
-def _groups(call: _Call, row_bytes: int, teacher_bytes: int) -> Iterator[_Group]:
+def _groups(call: _Call, row_bytes: int, teacher_bytes: int) -> Iterator[_ChunkGroup]:
     """Whole chunks, as many at a time as the bytes allow."""
     chunks, others = cast(Tensor, call.batch.chunks), cast(Tensor, call.batch.teacher_chunks)
     counts, teacher_counts = torch.bincount(chunks), torch.bincount(others)
@@ -176,7 +176,7 @@ def _groups(call: _Call, row_bytes: int, teacher_bytes: int) -> Iterator[_Group]
                 break
             end, rows, teacher_rows = end + 1, more, teacher_more
         span = slice(begin, end)
-        yield _Group(
+        yield _ChunkGroup(
             slice(place, place + rows),
             slice(other, other + teacher_rows),
             counts[span],
@@ -186,7 +186,7 @@ def _groups(call: _Call, row_bytes: int, teacher_bytes: int) -> Iterator[_Group]
         begin, place, other = end, place + rows, other + teacher_rows
 
 
-def _read(call: _Call, group: _Group, log_q: Float[Tensor, "n V"], teacher: TeacherScores) -> Pair:
+def _read(call: _Call, group: _ChunkGroup, log_q: Float[Tensor, "n V"], teacher: TeacherScores) -> Pair:
     """What both models say about the chunks of a group."""
     labels = call.batch.labels[group.student]
     of_student = log_q.gather(1, labels[:, None]).clamp_min(LOGPROB_FLOOR)[:, 0]
@@ -220,7 +220,7 @@ def _read(call: _Call, group: _Group, log_q: Float[Tensor, "n V"], teacher: Teac
     )
 
 
-def _observe(call: _Call, group: _Group, pair: Pair, sums: Sums) -> None:
+def _observe(call: _Call, group: _ChunkGroup, pair: Pair, sums: Sums) -> None:
     """Add the number of tokens, those in chunks of one token each, and metrics of the next byte."""
     alone = (group.counts == 1) & (group.teacher_counts == 1)
     dtype = pair.student.dtype

@@ -17,7 +17,7 @@ from hpd.losses.tile import Sums, add
 from hpd.methods.supports import Draws
 from hpd.methods.terms import Term
 
-__all__ = ["Bounds", "Pair", "add_weights_", "compare_draws", "next_bytes"]
+__all__ = ["EventBounds", "Pair", "add_weights_", "compare_draws", "next_bytes"]
 
 
 class Pair(NamedTuple):
@@ -39,7 +39,7 @@ class Pair(NamedTuple):
     next_student: Float[Tensor, "C V"] | None
 
 
-class Bounds(NamedTuple):
+class EventBounds(NamedTuple):
     """Draws of the student as events of bytes, where the sign of log P - log Q is certain."""
 
     teacher_logprobs: Float[Tensor, "C n"]
@@ -53,7 +53,7 @@ def compare_draws(
     next_student: Float[Tensor, "C V"],
     draws: Int[Tensor, "C n"],
     events: ByteEvents,
-) -> Bounds:
+) -> EventBounds:
     r"""Compare the event of each draw's bytes b between the models.
 
     The student overestimates it for certain where even its lower bound is above the teacher's upper one,
@@ -69,7 +69,7 @@ def compare_draws(
     of_teacher = torch.where(below, teacher_low, teacher_up).clamp_min(tiny).log()
     of_teacher = torch.where(undecided, of_student, of_teacher)
     dtype = next_student.dtype
-    return Bounds(of_teacher.to(dtype), of_student.to(dtype), undecided)
+    return EventBounds(of_teacher.to(dtype), of_student.to(dtype), undecided)
 
 
 def next_bytes(

@@ -39,7 +39,7 @@ def check_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
     text = (
         f"token {difference} is {a!r} for the student and {b!r} for the teacher: the two tokenizers are "
         "different, and a distribution over one says nothing about the other. Choose a teacher of the "
-        "student's tokenizer family."
+        "student's tokenizer family, or train on bytes (train.vocabulary: bytes)."
     )
     return [CheckResult("error", "vocabulary", text)]
 

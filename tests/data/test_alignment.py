@@ -108,9 +108,9 @@ def test_the_time_is_linear():
             sides.append((np.zeros(4 * count, np.uint16), np.append(ends[ends < 4 * count], 4 * count)))
         best = []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             align(*sides)
-            best.append(time.perf_counter() - began)
+            best.append(time.process_time() - began)
         return min(best)
 
     assert seconds(160_000) < 64 * seconds(10_000)
