@@ -17,6 +17,7 @@ from hpd.methods.prefixes import Prefixes
 from hpd.methods.table import method_terms
 from hpd.models.token_bytes import token_bytes
 from hpd.teachers import ModelTeacher
+from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
 
@@ -233,3 +234,8 @@ def test_rows_that_differ_in_bytes_are_counted(pairs, tmp_path):
 def test_a_recipe_is_refused_before_anything_loads(pairs, tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
         plan(recipe_of(pairs[0], tmp_path, **changes))
+
+
+def test_a_cache_is_refused(pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"A cache holds answers about the student.s tokens"):
+        write_cache(recipe_of(pairs[0], tmp_path, cache={"path": str(tmp_path / "cache")}))
