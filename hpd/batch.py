@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ __all__ = [
     "DATASET",
     "IGNORE_INDEX",
     "STUDENT",
+    "TEACHER_CHUNKS",
     "TEACHER_PREFIXES",
     "DistillCollator",
     "TokenBatch",
@@ -33,6 +34,9 @@ TEACHER_PREFIXES = "teacher_prefixes"
 """A column of rows that the teacher reads behind a prompt of its own: for each token, the tokens that the
 teacher reads instead of all that the student reads before it. Empty but at one token, the first that both
 read."""
+TEACHER_CHUNKS = "teacher_chunks"
+"""A column of rows whose teacher has another tokenizer: for each token, the teacher's tokens of the chunk
+that ends with it (both cut the text there); empty within a chunk."""
 # Of the names in a collated batch that hold the teacher's own rows.
 _OF_TEACHER = "teacher_"
 
@@ -69,6 +73,13 @@ class TokenBatch(NamedTuple):
     """`index` in the teacher's own rows; None: the teacher reads the student's."""
     teacher_keys: Int[Tensor, "N"] | None = None
     """`keys` there."""
+    chunks: Int[Tensor, "N"] | None = None
+    """With two tokenizers, the chunk of each position, counted from 0: tokens whose bytes the teacher has in
+    tokens of its own. Then the teacher has M positions, and its `index` and `keys` are as many."""
+    teacher_chunks: Int[Tensor, "M"] | None = None
+    """The chunk of each of the teacher's positions."""
+    teacher_labels: Int[Tensor, "M"] | None = None
+    """The teacher's label at each of them."""
 
     def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
         """Some positions of a batch whose rows are all the dataset's."""
@@ -103,13 +114,15 @@ def as_teacher_reads(inputs: Mapping[str, Any], batch: TokenBatch) -> tuple[dict
 
     Returns:
         Model inputs, and the same label positions in the same order; their `index` and `keys` are those of
-        the teacher's rows.
+        the teacher's rows. Where it has another tokenizer, its own label positions.
     """
     if batch.teacher_index is None or batch.teacher_keys is None:
         return dict(inputs), batch
     own = teacher_inputs(inputs)
     if "asked" in inputs:
         own["asked"] = inputs["asked"]
+    if batch.teacher_labels is not None:
+        return own, TokenBatch(batch.teacher_index, batch.teacher_labels, batch.teacher_keys, batch.dropped)
     return own, batch._replace(
         index=batch.teacher_index, keys=batch.teacher_keys, teacher_index=None, teacher_keys=None
     )
@@ -120,6 +133,7 @@ def token_batch(
     vocab: int | None = None,
     sources: Int[Tensor, "B T"] | None = None,
     behavior_logprobs: Float[Tensor, "B T"] | None = None,
+    chunks: Int[Tensor, "B T"] | None = None,
 ) -> TokenBatch:
     """Find the label positions of a collated batch.
 
@@ -129,6 +143,7 @@ def token_batch(
         vocab: tokens that both models have; labels beyond are dropped and counted.
         sources: who wrote each token, DATASET or STUDENT; None: the dataset all of them.
         behavior_logprobs: log-probability of each token under the policy that wrote it.
+        chunks: the number of each token's chunk, rising.
     """
     input_ids, labels = inputs["input_ids"], inputs["labels"]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -155,7 +170,12 @@ def token_batch(
         (source == DATASET).nonzero().flatten(),
         (source == STUDENT).nonzero().flatten(),
         None if behavior_logprobs is None else behavior_logprobs.flatten()[index + 1],
+        chunks=None if chunks is None else _from_zero(chunks.flatten()[index + 1]),
     )
+
+
+def _from_zero(numbers: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+    return numbers.unique_consecutive(return_inverse=True)[1]
 
 
 def _real_positions(attention_mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -253,6 +273,8 @@ class DistillCollator:
 
     def _collated(self, examples: list[Any]) -> tuple[dict[str, Any], TokenBatch]:
         """The student's rows and, beside them, the teacher's own."""
+        if TEACHER_CHUNKS in examples[0]:
+            return self._in_chunks(examples)
         inputs, batch = self._of_one(examples)
         if TEACHER_PREFIXES not in examples[0]:
             return inputs, batch
@@ -261,13 +283,31 @@ class DistillCollator:
         inputs.update({_OF_TEACHER + name: value for name, value in own.items() if name != "labels"})
         return inputs, batch._replace(teacher_index=of_teacher.index, teacher_keys=of_teacher.keys)
 
+    def _in_chunks(self, examples: list[Any]) -> tuple[dict[str, Any], TokenBatch]:
+        """Rows of two tokenizers."""
+        student, teacher = _two_examples(examples)
+        inputs, batch = self._of_one(student)
+        own, of_teacher = self._of_one(teacher)
+        assert {*cast(Tensor, batch.chunks).tolist()} == {*cast(Tensor, of_teacher.chunks).tolist()}
+        # The student's padding is perhaps no token of the teacher's.
+        own["input_ids"] *= _laid_out(own, [[1] * len(example["input_ids"]) for example in teacher])
+        inputs.update({_OF_TEACHER + name: value for name, value in own.items() if name != "labels"})
+        given = sum(label != IGNORE_INDEX for example in examples for label in example["labels"])
+        return inputs, batch._replace(
+            dropped=batch.dropped + given - len(batch.labels),
+            teacher_index=of_teacher.index,
+            teacher_keys=of_teacher.keys,
+            teacher_labels=of_teacher.labels,
+            teacher_chunks=of_teacher.chunks,
+        )
+
     def _of_one(self, examples: list[Any]) -> tuple[dict[str, Any], TokenBatch]:
         """Rows as one of the models reads them."""
         # Processors of images give a mapping of their own.
         inputs = dict(self.inner(examples))
         by_token = {
-            name: _laid_out(inputs["input_ids"], [example[name] for example in examples])
-            for name in ("sources", "behavior_logprobs")
+            name: _laid_out(inputs, [example[name] for example in examples])
+            for name in ("sources", "behavior_logprobs", "chunks")
             if name in examples[0]
         }
         batch = token_batch(inputs, self.vocab, **by_token)
@@ -296,11 +336,65 @@ def _teacher_example(example: Mapping[str, Any]) -> dict[str, list[int]]:
     return out if "seq_lengths" in example else {k: v for k, v in out.items() if k != "seq_lengths"}
 
 
-def _laid_out(input_ids: Int[Tensor, "B T"], values: list[list[Any]]) -> Tensor:
-    """Values of each token in the layout of the collated rows: one row each, or all in one (padding-free)."""
-    lines = values if len(values) == len(input_ids) else [[value for row in values for value in row]]
-    flat = [torch.tensor(line) for line in lines]
-    out = torch.zeros(input_ids.shape, dtype=flat[0].dtype)
-    for line, row in zip(out, flat, strict=True):
-        line[: len(row)] = row
+def _two_examples(examples: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Examples, perhaps of several packed rows, as student and teacher read them, with the number of each
+    token's chunk (0: none). A chunk that a cut took tokens from, or before which nothing stands, is not
+    learned."""
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    number = 0
+    for example in examples:
+        ids, labels = example["input_ids"], example["labels"]
+        prefixes, ends = example[TEACHER_PREFIXES], example[TEACHER_CHUNKS]
+        lengths = example.get("seq_lengths") or [len(ids)]
+        student = _RowsOfOne(list(ids), [IGNORE_INDEX] * len(ids), [0] * len(ids), list(lengths))
+        teacher, start = _RowsOfOne([], [], [], []), 0
+        for length in lengths:
+            end = start + length
+            first = next((place for place in range(start, end) if prefixes[place]), end)
+            # A row that was cut before its answer: the teacher reads any one token, and is asked nothing.
+            before, begin = len(teacher.ids), first
+            teacher.read(prefixes[first] if first < end else [0], 0)
+            for place in (place for place in range(first, end) if ends[place]):
+                learned = begin > start and labels[begin] != IGNORE_INDEX
+                if learned:
+                    number, span = number + 1, slice(begin, place + 1)
+                    student.labels[span], student.chunks[span] = ids[span], [number] * (place + 1 - begin)
+                teacher.read(ends[place], number if learned else 0)
+                begin = place + 1
+            teacher.lengths.append(len(teacher.ids) - before)
+            start = end
+        sides[0].append(student.example("seq_lengths" in example))
+        sides[1].append(teacher.example("seq_lengths" in example))
+    return sides
+
+
+class _RowsOfOne(NamedTuple):
+    """One model's tokens of an example."""
+
+    ids: list[int]
+    labels: list[int]
+    chunks: list[int]
+    lengths: list[int]
+
+    def read(self, tokens: list[int], number: int) -> None:
+        """Append tokens of a chunk; 0: of none."""
+        self.ids.extend(tokens)
+        self.labels.extend(tokens if number else [IGNORE_INDEX] * len(tokens))
+        self.chunks.extend([number] * len(tokens))
+
+    def example(self, packed: bool) -> dict[str, Any]:
+        """As a collator takes it."""
+        out: dict[str, Any] = {"input_ids": self.ids, "labels": self.labels, "chunks": self.chunks}
+        return {**out, "seq_lengths": self.lengths} if packed else out
+
+
+def _laid_out(inputs: Mapping[str, Any], values: list[list[Any]]) -> Tensor:
+    """Values of each token in the layout of the collated rows: padded, or one behind the other."""
+    flat = torch.tensor([value for row in values for value in row])
+    out = torch.zeros(inputs["input_ids"].shape, dtype=flat.dtype)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        out[0, : len(flat)] = flat
+    else:
+        out[mask.bool()] = flat
     return out

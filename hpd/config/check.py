@@ -19,6 +19,7 @@ from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.files import import_named
+from hpd.methods.byte_forms import check_byte_forms
 from hpd.methods.fields import nearest
 from hpd.methods.regime import Regime
 
@@ -97,6 +98,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if teacher.reads_own_rows:
         _check_own_rows(recipe, regime)
+    if recipe.train.get("vocabulary") == "bytes":
+        _check_bytes(recipe, regime)
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         _check_answers_anything(parts.values())
     if recipe.lora is not None and recipe.student.init == "random":
@@ -132,6 +135,22 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
         raise ValueError(
             f"rollouts.teacher_share lets the teacher write behind the student's prompt, and {own} give it "
             "another: remove one of them."
+        )
+
+
+def _check_bytes(recipe: Recipe, regime: Regime) -> None:
+    """Refuse choices that have no form between two tokenizers."""
+    check_byte_forms(recipe.choose_terms(), regime, recipe.guards)
+    if recipe.teacher.type not in ("model", "self"):
+        raise ValueError(
+            f"teacher.type: {recipe.teacher.type} answers about the student's tokens, and with "
+            "train.vocabulary: bytes the teacher reads its own: load the teacher beside the student (type: "
+            "model), or take one of the student's tokenizer."
+        )
+    if recipe.data.labels == "all":
+        raise ValueError(
+            "data.labels: all learns prompts too, and two tokenizers (train.vocabulary: bytes) are compared "
+            "on answers: set data.labels: completion, or last_turn for conversations."
         )
 
 

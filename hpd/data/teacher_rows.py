@@ -87,8 +87,8 @@ def check_prefixes(rows: Any, truncation_mode: str) -> None:
     """
     if truncation_mode == "keep_end":
         raise ValueError(
-            "train.truncation_mode: keep_end cuts prompts, and behind a prompt of its own the teacher's "
-            "answer would begin elsewhere than the student's: set keep_start, and train.max_length as long "
+            "train.truncation_mode: keep_end cuts prompts, and in rows of its own the teacher's answer "
+            "would begin elsewhere than the student's: set keep_start, and train.max_length as long "
             "as the "
             "rows."
         )

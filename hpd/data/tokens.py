@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from hpd.batch import IGNORE_INDEX, TEACHER_PREFIXES
+from hpd.data.byte_rows import TwoTokenizers, byte_row
 from hpd.data.convert import convert
 from hpd.data.formats import RowFormat
 from hpd.data.rendering import tokenize
@@ -25,8 +26,10 @@ def label_rows(
     *,
     prompts: bool = False,
     num_proc: int | None = None,
+    other: TwoTokenizers | None = None,
 ) -> Any:
-    """Rows with `input_ids` and `labels`, uncut; with `teacher_prefixes` where they have a `teacher_prompt`.
+    """Rows with `input_ids` and `labels`, uncut; with `teacher_prefixes` where they have a `teacher_prompt`,
+    and with `teacher_chunks` too where the teacher has another tokenizer.
 
     Args:
         rows: of any format.
@@ -35,19 +38,31 @@ def label_rows(
         labels: as `tokenize` takes them.
         prompts: prompts without completions are enough.
         num_proc: processes, as `train.dataset_num_proc` says.
+        other: the teacher's tokenizer; None: it has the student's.
 
     Raises:
         ValueError: a row that cannot be learned from.
     """
-    given = {"layout": layout, "tokenizer": tokenizer, "labels": labels, "prompts": prompts}
+    given = {
+        "layout": layout, "tokenizer": tokenizer, "labels": labels, "prompts": prompts, "other": other,
+    }  # fmt: skip
     options: Any = {} if isinstance(rows, IterableDataset) else {"num_proc": num_proc}
     return rows.map(_labeled, with_indices=True, fn_kwargs=given, **options)
 
 
 def _labeled(
-    row: Mapping[str, Any], index: int, layout: RowFormat, tokenizer: Any, labels: str, prompts: bool
+    row: Mapping[str, Any],
+    index: int,
+    layout: RowFormat,
+    tokenizer: Any,
+    labels: str,
+    prompts: bool,
+    other: TwoTokenizers | None,
 ) -> dict[str, list[Any]]:
     converted = convert(row, index, layout, labels, prompts=prompts)
+    if other is not None:
+        own = {**converted, TEACHER_PROMPT: row.get(TEACHER_PROMPT)}
+        return byte_row(own, tokenizer, other, labels, index).columns()
     if "input_ids" in converted and TEACHER_PROMPT not in row:
         return {name: converted[name] for name in ("input_ids", "labels")}
     ids, mask = tokenize(converted, tokenizer, labels)

@@ -18,7 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
-from hpd.losses.products import Gradients, accumulate, chunk_rows, chunks, for_products, project_, wide
+from hpd.losses.products import (
+    accumulate,
+    chunk_rows,
+    chunks,
+    empty_gradients,
+    for_products,
+    project_,
+    wide,
+)
 from hpd.losses.softmax import (
     BlockSoftmax,
     InPlaceSoftmax,
@@ -91,7 +99,7 @@ class ReweightedNLL(torch.autograd.Function):
     ) -> Float[Tensor, ""]:
         """Loss; `sums` gains the statistics. See `hpd.losses.reweighted_nll`, whose checks have run."""
         dtype, terms = wide(hidden), call.terms
-        gradients = _empty_gradients((hidden, weight, bias), ctx.needs_input_grad, call.vocab)
+        gradients = empty_gradients((hidden, weight, bias), ctx.needs_input_grad, call.vocab)
         student = for_products(Scores(hidden, head._replace(weight=weight, bias=bias)), call.vocab)
         row_bytes = call.vocab * dtype.itemsize
         rows = chunk_rows(len(hidden), row_bytes, call.chunk_bytes)
@@ -142,22 +150,6 @@ class ReweightedNLL(torch.autograd.Function):
             # In place: a second [V, D] buffer would double the operator's memory.
             gradients = [None if g is None else g.mul_(grad_output.to(g.dtype)) for g in gradients]
         return *gradients, None, None, None
-
-
-def _empty_gradients(tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> Gradients:
-    """Buffers that the walk overwrites; zeros where it only adds, or does not reach."""
-    # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
-    hidden, weight, bias = (
-        torch.empty(t.shape, dtype=wide(t), device=t.device) if t is not None and need else None
-        for t, need in zip(tensors, needed, strict=False)
-    )
-    if hidden is not None and tensors[1] is None:
-        hidden[:, vocab:] = 0.0
-    if weight is not None:
-        weight[vocab if len(tensors[0]) else 0 :] = 0.0  # type: ignore[arg-type]
-    if bias is not None:
-        bias.zero_()
-    return Gradients(hidden, weight, bias)
 
 
 # A CPU gives large buffers back to the system when they are freed, and clears the pages again at the next

@@ -13,7 +13,7 @@ from hpd.batch import TokenBatch
 from hpd.losses.by_source import parts_of
 from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
 from hpd.losses.heads import Scores, TeacherScores
-from hpd.losses.products import for_products
+from hpd.losses.products import for_products, leaves
 from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import Sums, TileInputs
 from hpd.methods.terms import Term, num_uniforms
@@ -109,7 +109,7 @@ def reweighted_nll(
     chunk_bytes = chunk_bytes or default_chunk_bytes(labels.device)
     call = OperatorCall(teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
     sums: Sums = {}
-    return LossOutput(IMPLEMENTATIONS[impl](*_leaves(student), student.head, call, sums), sums)
+    return LossOutput(IMPLEMENTATIONS[impl](*leaves(student), student.head, call, sums), sums)
 
 
 def loss_by_source(
@@ -157,21 +157,6 @@ def loss_by_source(
         for name, value in sums.items():
             stats[name] = stats[name] + value if name in stats else value
     return LossOutput(total, stats)
-
-
-def _leaves(student: Scores) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The tensors that gradients flow to: hidden states, weight and bias."""
-    leaves = student.hidden, student.head.weight, student.head.bias
-    if torch.is_grad_enabled():
-        return leaves
-    # Inside a Function the grad mode is off and inputs still ask for gradients: an evaluation would compute
-    # them.
-    hidden, weight, bias = leaves
-    return (
-        hidden.detach(),
-        weight if weight is None else weight.detach(),
-        bias if bias is None else bias.detach(),
-    )
 
 
 def _check(

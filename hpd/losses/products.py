@@ -5,7 +5,7 @@ Axes: N label positions, C positions of a chunk, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,9 @@ __all__ = [
     "add_product_",
     "chunk_rows",
     "chunks",
+    "empty_gradients",
     "for_products",
+    "leaves",
     "logits",
     "product_",
     "project_",
@@ -52,6 +54,37 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+
+def empty_gradients(tensors: Sequence[Tensor | None], needed: Sequence[bool], vocab: int) -> Gradients:
+    """Buffers that the walk overwrites; zeros where it only adds, or does not reach."""
+    # float32 accumulation: rounding every chunk's product to bfloat16 would bias the head's gradient.
+    hidden, weight, bias = (
+        torch.empty(t.shape, dtype=wide(t), device=t.device) if t is not None and need else None
+        for t, need in zip(tensors, needed, strict=False)
+    )
+    if hidden is not None and tensors[1] is None:
+        hidden[:, vocab:] = 0.0
+    if weight is not None:
+        weight[vocab if len(tensors[0]) else 0 :] = 0.0  # type: ignore[arg-type]
+    if bias is not None:
+        bias.zero_()
+    return Gradients(hidden, weight, bias)
+
+
+def leaves(student: Scores) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The tensors that gradients flow to: hidden states, weight and bias."""
+    leaves = student.hidden, student.head.weight, student.head.bias
+    if torch.is_grad_enabled():
+        return leaves
+    # Inside a Function the grad mode is off and inputs still ask for gradients: an evaluation would compute
+    # them.
+    hidden, weight, bias = leaves
+    return (
+        hidden.detach(),
+        weight if weight is None else weight.detach(),
+        bias if bias is None else bias.detach(),
+    )
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -39,7 +39,7 @@ def check_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerB
     text = (
         f"token {difference} is {a!r} for the student and {b!r} for the teacher: the two tokenizers are "
         "different, and a distribution over one says nothing about the other. Choose a teacher of the "
-        "student's tokenizer family."
+        "student's tokenizer family, or train on bytes (train.vocabulary: bytes)."
     )
     return [CheckResult("error", "vocabulary", text)]
 
@@ -80,12 +80,18 @@ def check_pair(
     policy: str,
     conversational: bool,
 ) -> list[CheckResult]:
-    """Check everything that silently ruins a distillation when it is wrong."""
-    verdicts = [_vocabulary(student, teacher, student_config, teacher_config, policy)]
-    verdicts.append(_end_of_sequence(student, teacher, student_config))
-    verdicts += _beyond_the_head(student, student_config)
-    if conversational:
-        verdicts.append(_chat_template(student, teacher))
+    """Check everything that silently ruins a distillation when it is wrong.
+
+    With the policy `bytes` the two tokenizers are each one's own: ends and templates need not agree.
+    """
+    if policy == "bytes":
+        verdicts = _two_tokenizers(student, teacher, student_config, teacher_config, conversational)
+    else:
+        verdicts = [_vocabulary(student, teacher, student_config, teacher_config, policy)]
+        verdicts.append(_end_of_sequence(student, teacher, student_config))
+        verdicts += _beyond_the_head(student, student_config)
+        if conversational:
+            verdicts.append(_chat_template(student, teacher))
     if student.pad_token_id is None:
         verdicts.append(
             CheckResult(
@@ -101,6 +107,35 @@ def check_pair(
             )
         )
     return verdicts
+
+
+def _two_tokenizers(
+    student: Any, teacher: Any, student_config: Any, teacher_config: Any, conversational: bool
+) -> list[CheckResult]:
+    """What must hold where each model reads its own tokens."""
+    text = (
+        f"compared on bytes: {len(student)} tokens of the student, {len(teacher)} of the teacher; "
+        f"{student.eos_token!r} and {teacher.eos_token!r} are one event"
+    )
+    verdicts = [
+        CheckResult("ok", "vocabulary", text),
+        *_beyond_the_head(student, student_config),
+        *_beyond_the_head(teacher, teacher_config, "teacher"),
+    ]
+    if conversational:
+        sides = {"student": student, "teacher": teacher}
+        verdicts += [_own_template(tokenizer, role) for role, tokenizer in sides.items()]
+    return verdicts
+
+
+def _own_template(tokenizer: Any, role: str) -> CheckResult:
+    if not tokenizer.chat_template:
+        text = (
+            f"the rows are conversations and the {role}'s tokenizer has no chat template (a base model?): "
+            "give the rows as text, prompt and completion, with data.format: plain, or take a chat model."
+        )
+        return CheckResult("error", "chat template", text)
+    return CheckResult("ok", "chat template", f"the {role} reads its own")
 
 
 def _vocabulary(
@@ -123,19 +158,19 @@ def _vocabulary(
     return CheckResult("warning" if beyond else "ok", "vocabulary", text)
 
 
-def _beyond_the_head(student: Any, student_config: Any) -> list[CheckResult]:
-    """Tokens that the student's head has no row for: text with them fails in the middle of training."""
+def _beyond_the_head(student: Any, student_config: Any, role: str = "student") -> list[CheckResult]:
+    """Tokens that a model's head has no row for: text with them fails in the middle of training."""
     head = student_config.get_text_config().vocab_size
     beyond = {token: i for token, i in student.get_vocab().items() if i >= head}
     level: Literal["warning", "error"] = "error"
     if student.eos_token_id is not None and student.eos_token_id >= head:
         text = (
-            f"the eos_token {student.eos_token!r} is token {student.eos_token_id}, and the student's head "
+            f"the eos_token {student.eos_token!r} is token {student.eos_token_id}, and the {role}'s head "
             f"has {head}: name one of its tokens as eos_token in tokenizer_config.json."
         )
     elif set(beyond) - set(student.get_added_vocab()):
         text = (
-            f"the tokenizer has {max(beyond.values()) + 1} tokens and the student's head {head}: they are of "
+            f"the tokenizer has {max(beyond.values()) + 1} tokens and the {role}'s head {head}: they are of "
             "different models."
         )
     elif beyond:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from hpd.data.byte_rows import TwoTokenizers, row_in_chunks
 from hpd.data.lengths import Lengths
 from hpd.data.shown import row_as_learned
 from hpd.terminal.console import console
@@ -21,8 +22,10 @@ def show_rows(planned: Plan, to: Console = console) -> None:
     """Show a row as it will be learned, the learned text in [[ ]], as a teacher with its own prompt reads it,
     and how much of the rows is read."""
     _show_row(planned, "a row as it will be learned ([[learned]]):", to)
-    if planned.recipe.teacher.reads_own_rows:
+    if planned.recipe.teacher.reads_own_rows and planned.other is None:
         _show_row(planned, "the same row as the teacher reads it ([[asked]]):", to, of_teacher=True)
+    if planned.other is not None:
+        _show_chunks(planned, planned.other, to)
     counts = _counts(planned.lengths, planned.args.max_length)
     to.print(counts, highlight=False, markup=False, soft_wrap=not to.is_terminal)
 
@@ -42,6 +45,25 @@ def _show_row(planned: Plan, title: str, to: Console, of_teacher: bool = False) 
         shown = _shorten(part.text)
         text.append(f"[[{shown}]]" if part.learned else shown, style="bold green" if part.learned else "dim")
     to.print(title, highlight=False, markup=False)
+    to.print(text, soft_wrap=True)
+
+
+def _show_chunks(planned: Plan, other: TwoTokenizers, to: Console) -> None:
+    """Show the beginning of an answer in both tokenizations."""
+    text, size = Text(), 0
+    for mine, theirs, aligned in row_in_chunks(
+        planned.rows.train, planned.tokenizer, other, label_policy(planned.args)
+    ):
+        one = len(mine) == 1 and mine == theirs
+        shown = mine[0] if one else f"{'|'.join(mine)} = {'|'.join(theirs)}"
+        text.append(f"[{shown}]", style="" if one else ("bold" if aligned else "bold red"))
+        size += len(shown)
+        if size > _SHOWN:
+            text.append(" ...")
+            break
+    to.print(
+        "its answer in chunks ([token of both], [student's = teacher's]):", highlight=False, markup=False
+    )
     to.print(text, soft_wrap=True)
 
 

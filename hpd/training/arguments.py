@@ -22,11 +22,12 @@ from trl import SFTConfig
 from hpd.config.schema import Recipe
 from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
+from hpd.losses.byte_chunks import LENGTHS
 from hpd.losses.heads import POLICIES
 from hpd.losses.operator import IMPLEMENTATIONS, METRIC_STRIDE
 from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
-from hpd.training.settings import IN_RECIPES, REFUSED, check_packages, check_settings
+from hpd.training.settings import IN_RECIPES, REFUSED, check_bytes, check_packages, check_settings
 
 __all__ = [
     "DistillConfig",
@@ -40,7 +41,8 @@ __all__ = [
 ]
 
 # Names that a field takes.
-_CHOICES = {"vocabulary": POLICIES, "impl": tuple(IMPLEMENTATIONS), "kl_estimator": ESTIMATORS}
+_CHOICES = {"vocabulary": (*POLICIES, "bytes"), "impl": tuple(IMPLEMENTATIONS), "kl_estimator": ESTIMATORS}
+_CHOICES["byte_length"] = LENGTHS
 
 # Least values of fields that their libraries take without a check, or complain about in the middle of a run.
 _AT_LEAST = {
@@ -87,7 +89,18 @@ class DistillConfig(SFTConfig):
     """
 
     vocabulary: str = field(
-        default="error", metadata={"help": "Unequal vocabularies: 'error', or 'shared_prefix'."}
+        default="error",
+        metadata={
+            "help": "Unequal vocabularies: 'error', 'shared_prefix' (one tokenizer, heads of two sizes), or "
+            "'bytes' (two tokenizers: docs/any-teacher.md)."
+        },
+    )
+    byte_length: str = field(
+        default="geometric",
+        metadata={
+            "help": "vocabulary 'bytes': a chunk of n tokens counts by its probability to the power of 1/n "
+            "('geometric'), or as it is ('product')."
+        },
     )
     impl: str = field(
         default="chunked",
@@ -148,6 +161,7 @@ class DistillConfig(SFTConfig):
                 raise ValueError(f"train.{name} must be finite, got {value}.")
             if name in _AT_LEAST and isinstance(value, (int, float)) and value < _AT_LEAST[name]:
                 raise ValueError(f"train.{name} must be >= {_AT_LEAST[name]}, got {value}.")
+        check_bytes(self)
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"train.num_train_epochs must be > 0 without train.max_steps, got {self.num_train_epochs}."

@@ -153,6 +153,11 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
         raise ValueError(
             "A stream has no end that a cache could hold: set data.streaming to false for hpd cache."
         )
+    if recipe.train.get("vocabulary") == "bytes":
+        raise ValueError(
+            "A cache holds answers about the student's tokens, and train.vocabulary: bytes has two "
+            "tokenizers: train with the teacher beside the student."
+        )
     if recipe.teacher.type == "server":
         raise ValueError(
             "hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model."

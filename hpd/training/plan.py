@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hpd.config.check import check_recipe
 from hpd.config.schema import DataConfig, EvalConfig, Recipe
+from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.dates import set_date
 from hpd.data.lengths import Lengths, check_ids, measure
 from hpd.data.rows import Rows, load_rows
@@ -75,6 +76,8 @@ class Plan(NamedTuple):
     """The connection to a teacher elsewhere."""
     date: datetime.date | None = None
     """The day that the chat template prints; None where it prints none."""
+    other: TwoTokenizers | None = None
+    """The teacher's tokenizer, where it reads its rows in one of its own."""
 
     def require_sound(self) -> None:
         """Raise ValueError with every verdict that would ruin the run."""
@@ -139,6 +142,7 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
         _check_evals(plan_evals(recipe.eval), args),
         models.served,
         models.date,
+        models.other,
     )
 
 
@@ -163,10 +167,14 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     if args.chat_template_path is not None:
         # The trainer puts it there itself, and by then every row has been looked at.
         tokenizer.chat_template = read_template(args.chat_template_path)
-    date = set_date(tokenizer, first_day(recipe, fresh))
+    day = first_day(recipe, fresh)
+    date, other = set_date(tokenizer, day), None
+    if args.vocabulary == "bytes":
+        set_date(tokenizers["teacher"], day)
+        other = two_tokenizers(tokenizer, tokenizers["teacher"])
     if date is not None and args.chat_template_path is not None:
         args.chat_template_path = None  # the trainer would put the template without its date
-    return DescribedModels(tokenizer, student_config, configs, tokenizers, served, date)
+    return DescribedModels(tokenizer, student_config, configs, tokenizers, served, date, other)
 
 
 def _compare(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> _Comparison:

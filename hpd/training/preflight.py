@@ -17,13 +17,14 @@ from hpd.methods.fields import nearest
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair, check_tokens
 from hpd.models.quantized import is_quantized
-from hpd.teachers import Teacher
+from hpd.teachers import CachedTeacher, Teacher
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
+from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
 from hpd.training.settings import check_special_tokens
 
-__all__ = ["check_best_metric", "check_call"]
+__all__ = ["check_best_metric", "check_call", "own_tokenizer"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -85,6 +86,40 @@ def check_best_metric(args: DistillConfig, names: set[str]) -> None:
             f"train.metric_for_best_model is {metric!r}, which no evaluation has. "
             f"{nearest(metric.removeprefix('eval_'), sorted(names))}"
         )
+
+
+def own_tokenizer(teacher: Any, given: Any, student: Any, args: DistillConfig) -> Any:
+    """The tokenizer in which the teacher reads its rows; None: the student's.
+
+    Args:
+        teacher, given: as `DistillTrainer` takes teacher and teacher_tokenizer.
+        student: the student's tokenizer, if it was given.
+        args: settings.
+
+    Raises:
+        ValueError: with vocabulary "bytes" a teacher that answers about the student's tokens, or whose
+            tokenizer is nowhere.
+    """
+    if args.vocabulary != "bytes":
+        return None
+    if isinstance(teacher, (MixtureTeacher, RoutedTeacher, CachedTeacher, RemoteTeacher)):
+        raise ValueError(
+            f"vocabulary: bytes needs a teacher that reads its own tokens, and {type(teacher).__name__} "
+            "answers about the student's: give a model."
+        )
+    if isinstance(given, str):
+        given = load_tokenizer(ModelConfig(model=given, trust_remote_code=args.trust_remote_code), "teacher")
+    if given is None and getattr(teacher, "reads_as_student", teacher == "self"):
+        given = student
+    for _, source in _sources(teacher):
+        name, _ = _identify(source)
+        given = given or _load_tokenizer(name, args, local=not isinstance(source, str))
+    if given is None:
+        raise ValueError(
+            "vocabulary: bytes needs the teacher's tokenizer, and there is none beside the teacher: give it "
+            "as teacher_tokenizer."
+        )
+    return given
 
 
 def _check_options(model: Any, args: DistillConfig, options: Mapping[str, Any]) -> None:
@@ -200,7 +235,7 @@ def _compare(
         named = ModelConfig(model=teacher_tokenizer, trust_remote_code=args.trust_remote_code)
         teacher_tokenizer = load_tokenizer(named, role)
     tokenizer = teacher_tokenizer or _load_tokenizer(name, args, local=not isinstance(source, str))
-    if tokenizer is not None and tokenizer is student.tokenizer:
+    if tokenizer is not None and tokenizer is student.tokenizer and args.vocabulary != "bytes":
         return
     if tokenizer is None or student.tokenizer is None:
         whose, argument = (
@@ -208,7 +243,7 @@ def _compare(
         )
         found = [_not_compared(whose, argument)]
     elif config is None or student.config is None:
-        found = check_tokens(student.tokenizer, tokenizer)
+        found = [] if args.vocabulary == "bytes" else check_tokens(student.tokenizer, tokenizer)
     else:
         found = check_pair(
             student.tokenizer,

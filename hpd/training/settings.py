@@ -13,6 +13,7 @@ __all__ = [
     "REFUSED",
     "USED",
     "WITHOUT_EFFECT",
+    "check_bytes",
     "check_packages",
     "check_settings",
     "check_special_tokens",
@@ -42,7 +43,7 @@ _READ = """
     router_aux_loss_coef chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token
     pad_token max_length truncation_mode shuffle_dataset packing packing_strategy padding_free
     pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss activation_offloading
-    vocabulary impl chunk_bytes metric_stride kl_estimator
+    vocabulary byte_length impl chunk_bytes metric_stride kl_estimator
 """
 
 USED = tuple(_READ.split())
@@ -125,6 +126,35 @@ def check_settings(args: Any) -> None:
                 f"train.{field.name} is newer than this version of hpd, which cannot say that it has an "
                 "effect: leave it at its default."
             )
+
+
+def check_bytes(args: Any) -> None:
+    """Refuse settings that have no effect with two tokenizers, or without.
+
+    Args:
+        args: `DistillConfig`.
+
+    Raises:
+        ValueError: the setting's name.
+    """
+    if args.vocabulary != "bytes":
+        if args.byte_length != "geometric":
+            raise ValueError(
+                f"train.byte_length: {args.byte_length} has an effect with train.vocabulary: bytes only: "
+                "remove it."
+            )
+        return
+    for name, only in (("impl", "chunked"), ("kl_estimator", "exact"), ("truncation_mode", "keep_start")):
+        if getattr(args, name) != only:
+            raise ValueError(
+                f"train.{name}: {getattr(args, name)} has no form for two tokenizers (train.vocabulary: "
+                f"bytes): set {only}, or remove it."
+            )
+    if args.packing and args.packing_strategy != "bfd":
+        raise ValueError(
+            f"train.packing_strategy: {args.packing_strategy} cuts rows in the middle, and two tokenizers "
+            "(train.vocabulary: bytes) need whole ones: set packing_strategy: bfd."
+        )
 
 
 def check_packages(args: Any) -> None:

@@ -253,7 +253,8 @@ def make_trainer(
         train_dataset=planned.rows.train,
         eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
-        teacher_tokenizer=planned.tokenizer,  # the plan has compared the two
+        # The plan has compared the two, where they should be one.
+        teacher_tokenizer=planned.tokenizer if planned.other is None else planned.other.tokenizer,
         prefixes=recipe.prefixes,
         rollouts=recipe.rollouts,
         strategy=recipe.strategy,

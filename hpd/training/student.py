@@ -17,7 +17,8 @@ from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
-from hpd.batch import TEACHER_PREFIXES
+from hpd.batch import TEACHER_CHUNKS, TEACHER_PREFIXES
+from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.dates import own_template, set_date
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
@@ -58,6 +59,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         recomputes: True if the loss reads the head again in the backward pass.
         repeats_rows: True if rows come several times in a row from the dataset.
         prompts: True if prompts without completions are enough, since the student writes every row.
+        teacher_tokenizer: of a teacher that reads the rows in tokens of its own (vocabulary: bytes).
         **kwargs: as `SFTTrainer` takes them.
     """
 
@@ -79,9 +81,12 @@ class StudentTrainer(Resumable, SFTTrainer):
         recomputes: bool,
         repeats_rows: bool,
         prompts: bool = False,
+        teacher_tokenizer: Any = None,
         **kwargs: Any,
     ):
         self._repeats_rows = repeats_rows
+        self._teacher_tokenizer = teacher_tokenizer
+        self._both: TwoTokenizers | None = None
         self._prompts = prompts
         _read_on_every_process(args)
         self._labels = label_policy(args)
@@ -123,13 +128,20 @@ class StudentTrainer(Resumable, SFTTrainer):
                         self._labels,
                         prompts=prompts,
                         num_proc=args.dataset_num_proc,
+                        other=self.two_tokenizers(),
                     )
         if dataset is None:
             return None
         rows: Any = dataset
         columns = get_dataset_column_names(rows)
+        if self._teacher_tokenizer is not None and TEACHER_CHUNKS not in columns:
+            raise ValueError(
+                "The rows are prepared already, in the student's tokens, and train.vocabulary: bytes needs "
+                "their text: give them as prompt and completion, without formatting_func."
+            )
         if TEACHER_PREFIXES in columns:
-            check_prefixes(rows if name == "train" else None, args.truncation_mode)
+            same = name == "train" and TEACHER_CHUNKS not in columns
+            check_prefixes(rows if same else None, args.truncation_mode)
             if packing:
                 return _packed(rows, args)
         elif TEACHER_PROMPT in columns:
@@ -139,11 +151,20 @@ class StudentTrainer(Resumable, SFTTrainer):
             )
         return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
 
+    def two_tokenizers(self) -> TwoTokenizers | None:
+        """What rows need in order to be read in the teacher's tokens too; None: it has the student's."""
+        if self._teacher_tokenizer is None:
+            return None
+        if self._both is None:
+            set_date(self._teacher_tokenizer, self._first_day)
+            self._both = two_tokenizers(self._tokenizer, self._teacher_tokenizer)
+        return self._both
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         assert self._signature_columns is not None
-        if TEACHER_PREFIXES not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, TEACHER_PREFIXES]
+        own = [name for name in (TEACHER_PREFIXES, TEACHER_CHUNKS) if name not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *own]
 
     @property
     def is_sharded(self) -> bool:
@@ -248,7 +269,8 @@ def _packed(rows: Any, args: DistillConfig) -> Any:
             f"train.packing_strategy: bfd (it is {args.packing_strategy}, max_length {args.max_length})."
         )
     with global_then_local_main_first():
-        rows = rows.select_columns(["input_ids", "labels", TEACHER_PREFIXES])
+        chunks = [TEACHER_CHUNKS] if TEACHER_CHUNKS in get_dataset_column_names(rows) else []
+        rows = rows.select_columns(["input_ids", "labels", TEACHER_PREFIXES, *chunks])
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)
         options: Any = {"num_proc": args.dataset_num_proc} if isinstance(rows, Dataset) else {}

@@ -22,7 +22,10 @@ from hpd.files import write_atomically
 from hpd.generation.rollouts import RolloutEngine, make_engine
 from hpd.losses import Scores, TeacherScores
 from hpd.losses.by_source import label_gaps
-from hpd.losses.operator import loss_by_source
+from hpd.losses.byte_chunks import byte_nll
+from hpd.losses.byte_events import ByteEvents
+from hpd.losses.operator import LossOutput, loss_by_source
+from hpd.methods.byte_forms import check_byte_forms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
@@ -40,7 +43,7 @@ from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
-from hpd.training.preflight import check_best_metric, check_call
+from hpd.training.preflight import check_best_metric, check_call, own_tokenizer
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 
@@ -65,7 +68,7 @@ class DistillTrainer(MeasuredTrainer):
         args: a `DistillConfig`, or an `SFTConfig` or `TrainingArguments`.
         peft_config: as in TRL; an adapter on the output head is supported.
         teacher_tokenizer: the teacher's tokenizer or its path, where it does not lie beside the teacher; the
-            student's is compared with it.
+            student's is compared with it. With `vocabulary="bytes"` the teacher reads its rows in it.
         **kwargs: everything else that `SFTTrainer` takes: train_dataset, eval_dataset, processing_class,
             callbacks, ... With `compute_metrics`, evaluations compute whole logits in a second forward pass.
 
@@ -95,12 +98,16 @@ class DistillTrainer(MeasuredTrainer):
     ):
         args = as_config(args)
         method = method if method or terms else "hpd"
-        self._schedule = ScheduledTerms(choose_terms(method, method_kwargs or {}, terms))
+        configs = choose_terms(method, method_kwargs or {}, terms)
+        self._schedule = ScheduledTerms(configs)
         self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
+        own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
+        if own is not None:
+            check_byte_forms(configs, self.regime, guards)
         self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
         super().__init__(
             guards or GuardsConfig(),
@@ -110,11 +117,16 @@ class DistillTrainer(MeasuredTrainer):
             recomputes=self._clips,
             repeats_rows=self.regime.repeats,
             prompts=self.regime.needs_prompts_only,
+            teacher_tokenizer=own,
             **kwargs,
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
         vocab = self.teacher.vocab
-        if vocab is not None:
+        self._events: ByteEvents | None = None
+        if (both := self.two_tokenizers()) is not None:
+            size = self._base_model.config.get_text_config().vocab_size
+            self._events, vocab = both.events(size, vocab or size).to(self.accelerator.device), None
+        elif vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
         self._take_teacher()
         self.data_collator = DistillCollator(self.data_collator, vocab)
@@ -150,9 +162,9 @@ class DistillTrainer(MeasuredTrainer):
         check_seen(self, self.teacher, self.regime.prefixes.on_policy)
         check_writer(self.train_dataset, self.regime.rollouts)
         for rows in (self.train_dataset, self.eval_dataset):
-            check_rows(
-                rows, self.processing_class, {"student": self._base_model, "teacher": self.teacher.model}
-            )
+            # A teacher with a tokenizer of its own reads other tokens.
+            reads = None if self._events is not None else self.teacher.model
+            check_rows(rows, self.processing_class, {"student": self._base_model, "teacher": reads})
         # Sharded weights cannot be probed; whole ones are where they were loaded until they are placed.
         found = self.teacher.probe(self.padding_free) if self.is_sharded else []
         prepared = len(self.accelerator._models)
@@ -286,23 +298,39 @@ class DistillTrainer(MeasuredTrainer):
                     of_student, scores, some, terms, uniforms=draws, scale=scale, replicas=replicas
                 )
             else:
-                output = loss_by_source(
-                    of_student,
-                    scores,
-                    some,
-                    terms,
-                    uniforms=draws,
-                    scale=scale,
-                    impl=self.args.impl,
-                    chunk_bytes=self.args.chunk_bytes,
-                    metric_stride=self.args.metric_stride if training else 1,
-                    kl_estimator=self.args.kl_estimator,
-                )
+                output = self._direct(of_student, scores, some, terms, draws, scale)
             total = total + output.loss
             add_sums(stats, output.stats)
             if training:
                 add_sums(stats, self._further_sums(of_student, scores, some))
         return total
+
+    def _direct(
+        self,
+        student: Scores,
+        teacher: TeacherScores,
+        batch: TokenBatch,
+        terms: Sequence[Term],
+        draws: Tensor | None,
+        scale: Tensor,
+    ) -> LossOutput:
+        stride = self.args.metric_stride if self.model.training else 1
+        shared: Any = {
+            "uniforms": draws, "scale": scale, "chunk_bytes": self.args.chunk_bytes, "metric_stride": stride,
+        }  # fmt: skip
+        if self._events is not None:
+            return byte_nll(
+                student, teacher, batch, terms, self._events, length=self.args.byte_length, **shared
+            )
+        return loss_by_source(
+            student,
+            teacher,
+            batch,
+            terms,
+            impl=self.args.impl,
+            kl_estimator=self.args.kl_estimator,
+            **shared,
+        )
 
     def _uniforms(self, batch: TokenBatch, count: int) -> Tensor | None:
         """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.schema import Recipe
+from hpd.data.byte_rows import TwoTokenizers, check_byte_rows
 from hpd.data.context import check_context, context_of
 from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.lengths import MEASURED_ROWS, Lengths, greatest_id
@@ -39,6 +40,8 @@ class DescribedModels(NamedTuple):
     """None: a server that does not tell its tokenizer."""
     served: ServedTeacher | None
     date: datetime.date | None
+    other: TwoTokenizers | None = None
+    """With train.vocabulary: bytes, the teacher's tokenizer and the bytes of both."""
 
 
 def pair_verdicts(models: DescribedModels, conversational: bool, policy: str) -> list[CheckResult]:
@@ -82,7 +85,7 @@ def _padding_verdicts(models: DescribedModels, args: DistillConfig) -> list[Chec
         return []
     tokenizer = models.tokenizer
     pad = tokenizer.convert_tokens_to_ids(args.pad_token) if args.pad_token else tokenizer.pad_token_id
-    configs = {"student": models.student_config, **models.teacher_configs}
+    configs = {"student": models.student_config, **({} if models.other else models.teacher_configs)}
     return [
         CheckResult(
             "error",
@@ -107,7 +110,7 @@ def row_verdicts(
         # TRL adds it to the generation configuration.
         ends |= frozenset([tokenizer.get_vocab()[args.eos_token]])
     looked_at = rows.train if isinstance(rows.train, Sized) else first
-    own = recipe.teacher.reads_own_rows
+    own = recipe.teacher.reads_own_rows or models.other is not None
     configs = {"student": models.student_config, **({} if own else models.teacher_configs)}
     return [
         *_column_verdicts(rows),
@@ -120,7 +123,7 @@ def row_verdicts(
 
 
 def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:
-    """Look at the rows of a teacher that has a prompt of its own."""
+    """Look at the rows of a teacher that has a prompt or a tokenizer of its own."""
     regime = recipe.choose_regime()
     limits: dict[str, int | None] = {
         role: context_of(config) for role, config in models.teacher_configs.items()
@@ -131,6 +134,16 @@ def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: Distill
     new_tokens = regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0
 
     def look_at(part: Any, new_tokens: int) -> list[CheckResult]:
+        if models.other is not None:
+            return check_byte_rows(
+                part,
+                models.tokenizer,
+                models.other,
+                label_policy(args),
+                args.max_length,
+                limits,
+                args.dataset_num_proc,
+            )
         return check_teacher_rows(
             part,
             models.tokenizer,
@@ -170,7 +183,7 @@ def _unread_columns(layout: RowFormat) -> list[CheckResult]:
 
 def _added_tokens(models: DescribedModels, rows: Rows, labels: str) -> list[CheckResult]:
     """Look in the first rows for tokens that were added to the tokenizer and not to a model."""
-    configs = {"student": models.student_config, **models.teacher_configs}
+    configs = {"student": models.student_config, **({} if models.other else models.teacher_configs)}
     limits = {role: config.get_text_config().vocab_size for role, config in configs.items()}
     greatest = max(models.tokenizer.get_vocab().values(), default=0)
     if greatest < min(limits.values()):

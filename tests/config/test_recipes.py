@@ -16,6 +16,7 @@ import peft
 import pytest
 from helpers.dialogues import ANSWERS, DIALOGUES, NUMBERS, QUESTIONS, rows
 from helpers.recipe_runs import check_mass_outside, check_run
+from helpers.two_tokenizers import mixed_pair
 from tiny_models import NUM_TOKENS, tiny_pair
 
 from hpd.config import (
@@ -40,6 +41,8 @@ GSM8K = rows(question=QUESTIONS, answer=ANSWERS)
 OPENR1 = rows(problem=QUESTIONS, solution=ANSWERS, answer=list(NUMBERS), messages=DIALOGUES)
 CASES: dict[str, tuple[str, int, int, list[dict[str, Any]]]] = {
     "gsm8k_smollm2": ("llama", NUM_TOKENS, NUM_TOKENS, GSM8K),
+    "cross_tokenizer_smollm2_gemma": ("two tokenizers", NUM_TOKENS, NUM_TOKENS, GSM8K),
+    "cross_tokenizer_gemma_smollm2": ("two tokenizers, swapped", NUM_TOKENS, NUM_TOKENS, GSM8K),
 }
 
 
@@ -51,10 +54,13 @@ def pair_of(tmp_path_factory):
     def get(architecture: str, student_vocab: int, teacher_vocab: int) -> tuple[Path, Path]:
         key = (architecture, student_vocab, teacher_vocab)
         if key not in made:
-            folder = tmp_path_factory.mktemp(architecture)
-            made[key] = tiny_pair(
-                architecture, folder, student_vocab=student_vocab, teacher_vocab=teacher_vocab
-            )
+            folder = tmp_path_factory.mktemp(architecture.replace(",", ""))
+            if architecture.startswith("two tokenizers"):
+                made[key] = mixed_pair(folder, swapped="swapped" in architecture)
+            else:
+                made[key] = tiny_pair(
+                    architecture, folder, student_vocab=student_vocab, teacher_vocab=teacher_vocab
+                )
         return made[key]
 
     return get

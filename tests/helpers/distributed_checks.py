@@ -60,7 +60,7 @@ def make_trainer(
     """A trainer whose global batch is 8 rows on any number of processes."""
     regime = {
         name: options.pop(name)
-        for name in ("prefixes", "rollouts", "method", "terms", "teacher")
+        for name in ("prefixes", "rollouts", "method", "terms", "teacher", "teacher_tokenizer")
         if name in options
     }
     evaluation = options.pop("evaluation", 0)
@@ -162,6 +162,20 @@ def own_rows(pair: Path, output: Path) -> None:
         "rollouts": RolloutConfig(max_new_tokens=5),
     }
     trained("own_rows", pair, output, count=11, max_steps=2, hinted=True, **options)
+
+
+def two_tokenizers(pair: Path, output: Path) -> None:
+    """The teacher has a tokenizer of its own; the last batch is uneven. By plain descent: some gradients here
+    are next to nothing, and Adam would follow their rounding."""
+    pieces = pair / "pieces"
+    options = {
+        "teacher": AutoModelForCausalLM.from_pretrained(pieces),
+        "teacher_tokenizer": AutoTokenizer.from_pretrained(pieces),
+        "vocabulary": "bytes",
+        "optim": "sgd",
+        "learning_rate": 0.3,
+    }
+    trained("two_tokenizers", pair, output, count=11, max_steps=2, **options)
 
 
 def low_precision(pair: Path, output: Path) -> None:
@@ -351,6 +365,7 @@ CHECKS = {
         uneven,
         rollouts,
         own_rows,
+        two_tokenizers,
         low_precision,
         self_teacher,
         cached,

@@ -18,6 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from helpers.distributed_checks import rows as counting_rows
+from helpers.two_tokenizers import piece_model
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
@@ -69,6 +70,7 @@ def launch(*arguments, timeout=300):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     tiny_pair("llama", folder / "pair")
+    piece_model(folder / "pair" / "pieces")
     tiny_pair("mistral", folder / "untied")
     (folder / "out").mkdir()
     rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(16)]
@@ -228,7 +230,10 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     assert newest_complete(folder / "alone").name == "checkpoint-4"
 
 
-DDP = ("plain", "uneven", "rollouts", "own_rows", "low_precision", "self_teacher", "cached", "straight")
+DDP = (
+    "plain", "uneven", "rollouts", "own_rows", "two_tokenizers", "low_precision", "self_teacher", "cached",
+    "straight",
+)  # fmt: skip
 ONE = (*DDP, "fsdp2")
 # A recipe's FSDP stays in the environment, so what asks for it comes last.
 TWO = (*DDP, "accumulated", "resumed", "refusals", "fsdp2", "fully_shard")

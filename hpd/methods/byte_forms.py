@@ -1,0 +1,76 @@
+"""Which terms have a form between two tokenizers (train.vocabulary: bytes), and which methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpd.methods.regime import Regime, choose_regime
+from hpd.methods.table import METHODS, name_terms
+from hpd.methods.terms import Term, TermConfig
+
+__all__ = ["check_byte_forms", "methods_with_byte_forms"]
+
+
+def check_byte_forms(configs: Sequence[TermConfig | Term], regime: Regime, guards: Any = None) -> None:
+    """Refuse what a teacher with another tokenizer cannot be asked.
+
+    Args:
+        configs: of the terms.
+        regime: where rows come from, and how weights meet the gradient.
+        guards: a `GuardsConfig`; None: the defaults.
+
+    Raises:
+        ValueError: the first term that has no byte form, and the methods that have one; a guard without one.
+    """
+    if guards is not None and guards.overlap:
+        raise ValueError(
+            "guards.support_overlap compares token by token, and train.vocabulary: bytes has two "
+            "vocabularies: remove it."
+        )
+    problem = _problem(configs, regime)
+    if problem is not None:
+        raise ValueError(
+            f"train.vocabulary: bytes: {problem}. Methods that work between two tokenizers: "
+            f"{', '.join(methods_with_byte_forms())}."
+        )
+
+
+def methods_with_byte_forms() -> list[str]:
+    """Names of METHODS that work between two tokenizers."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if _problem(method.terms, choose_regime(name, name_terms(method.terms))) is None
+    ]
+
+
+def _problem(configs: Sequence[TermConfig | Term], regime: Regime) -> str | None:
+    if regime.prefixes.on_policy:
+        return (
+            "rows that the student writes have no text for the teacher yet (prefixes.student), so the rows "
+            "must be the dataset's"
+        )
+    if regime.strategy.type != "direct":
+        return f"strategy {regime.strategy.type} takes ratios of single tokens"
+    for config, term in zip(configs, name_terms(configs), strict=True):
+        if (reason := _without_form(config, term)) is not None:
+            return f"term {term.name} on {term.support} has no byte form: {reason}"
+    return None
+
+
+def _without_form(config: TermConfig | Term, term: Term) -> str | None:
+    support = term.support
+    if config.temperature != 1.0:
+        return "at a temperature other than 1 a chunk's probability is not that of its tokens"
+    if isinstance(config, TermConfig) and any(s.schedule == "skew" for s in config.adaptive.values()):
+        return "its skew follows the labels' gap, which is measured token by token"
+    if term.objective.domain == "label_and_vocabulary":
+        return "it compares every token with the label, and there are only next bytes to compare"
+    if support.top_k:
+        return "the likeliest tokens of one vocabulary are no tokens of the other"
+    if support.draws and not support.label:
+        return "draws are compared as events beside the label's chunk (support: label+sampled)"
+    if support.draws and (support.importance or support.draws_of == "teacher"):
+        return "draws are the student's, and not weighted by their probability"
+    return None

@@ -1,0 +1,61 @@
+"""scripts/cross_tokenizer.py: bits per byte are right for any tokenizer, and a killed comparison goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.trainers import rows
+from helpers.two_tokenizers import mixed_pair
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "cross_tokenizer.py"))
+
+
+def test_bits_per_byte_are_those_of_the_models_own_loss(tmp_path):
+    for folder in mixed_pair(tmp_path):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        row = rows(5)[4]
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        labels = torch.tensor([ids])
+        labels[:, : len(tokenizer(row["prompt"])["input_ids"])] = -100
+        with torch.no_grad():
+            loss = float(model(input_ids=torch.tensor([ids]), labels=labels).loss) * int(
+                (labels != -100).sum()
+            )
+        bits = loss / math.log(2) / len(row["completion"].encode())
+        assert SCRIPT["bits_per_byte"](str(folder), [row]) == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_with_what_is_missing(tmp_path):
+    student, teacher = mixed_pair(tmp_path)
+    same = tiny_model("llama", tmp_path / "same", role="teacher", seed=5)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(12)), encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    tree = {
+        "student": str(student),
+        "teacher": str(teacher),
+        "data": {"path": str(data), "validation": 0.25},
+        "train": {"vocabulary": "bytes", "max_steps": 2, "use_cpu": True, "report_to": "none"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    recipe.write_text(json.dumps(tree), encoding="utf-8")
+    output = tmp_path / "out"
+    SCRIPT["compare"](recipe, str(same), output, [0], [])
+    lines = (output / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    assert [json.loads(line)["arm"] for line in lines][3:] == ["sft", "other", "same"]
+    (output / "results.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
+    kept = (output / "sft-0" / "model.safetensors").stat().st_mtime_ns
+    SCRIPT["compare"](recipe, str(same), output, [0], [])
+    again = (output / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    for line, before in zip(again, lines, strict=True):
+        assert json.loads(line)["bits_per_byte"] == json.loads(before)["bits_per_byte"]
+    assert (output / "sft-0" / "model.safetensors").stat().st_mtime_ns == kept
+    assert "| other |" in SCRIPT["table"]([json.loads(line) for line in again])
