@@ -32,7 +32,7 @@ folder.mkdir(exist_ok=True)
 (folder / "INSTALLER").write_text("hpd\\n")
 """
 # Built for another torch than the one that vLLM's CPU build pins, and asked for by nothing here.
-_IN_THE_WAY = ["torchvision", "torchaudio"]
+_IN_THE_WAY = ["torchvision", "torchaudio", "torchcodec"]
 
 
 def install(folder: Path) -> str:
