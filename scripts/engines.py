@@ -1,6 +1,7 @@
 """The tests marked `engines`, in an environment of their own: vLLM's CPU build, DeepSpeed, trackers.
 
-They are large, and vLLM pins its torch, so they stay out of the environment of the other tests. With `--beside`
+They are large, and vLLM pins its torch, so they stay out of the environment of the other tests. With
+`--beside`
 the environment lies on top of that one, without vLLM: half a minute to install, which CI can afford.
 """
 

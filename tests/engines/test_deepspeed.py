@@ -121,8 +121,8 @@ def test_two_processes_equal_one(folder, two):
     assert found[0].keys() == found[1].keys() == {1, 2, 3, 4}
     for step, log in found[1].items():
         for name in ("loss", "forward_kl", "reverse_kl", "student_entropy"):
-            assert found[0][step][name] == pytest.approx(log[name], abs=5e-6), (step, name)
-    assert difference(folder / f"zero{stage}", folder / f"one{stage}") < 2e-5
+            assert found[0][step][name] == pytest.approx(log[name], abs=5e-7), (step, name)
+    assert difference(folder / f"zero{stage}", folder / f"one{stage}") < 1e-5
 
 
 def test_a_tied_head_is_exported_once(folder, two):
@@ -144,9 +144,10 @@ def test_it_resumes_where_a_checkpoint_stands(folder, two):
     shutil.copytree(run, straight)
     shutil.rmtree(run / "checkpoint-4")
     (run / "summary.json").unlink()
+    earlier = (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
     done = launch(folder / f"zero{stage}.yaml", zero=stage)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert "checkpoint-2" in done.stdout
+    assert (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == earlier
     assert difference(run, straight) == 0.0
     assert torch.equal(
         *(torch.tensor([log["loss"] for log in logs_of(p) if "loss" in log]) for p in (run, straight))

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import forked
 from tiny_models import tiny_pair
 

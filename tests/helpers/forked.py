@@ -124,9 +124,7 @@ def run_words(words: list[str], log: str) -> None:
     _main(words, None, log, log, {})
 
 
-def _main(
-    words: list[str], cwd: Path | None, stdout: str, stderr: str, environment: dict[str, str]
-) -> None:
+def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str, environment: dict[str, str]) -> None:
     _write_to(stdout, stderr)
     os.environ.update(COLUMNS="220", NO_COLOR="1", TERM="dumb", **environment)
     if cwd is not None:
