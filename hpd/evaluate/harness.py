@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,10 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
             yield model, results
 
 
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return "`pretrained` model kwarg" not in record.getMessage()
+
+
 def _evaluate(command: HarnessCommand, model: str, manager: Any) -> Results:
     from lm_eval.evaluator import simple_evaluate  # type: ignore[reportMissingImports]
 
@@ -115,6 +120,8 @@ def _evaluate(command: HarnessCommand, model: str, manager: Any) -> Results:
         # It would put the adapter on the base as a layer; merged is how every other command reads one.
         merged, tokenizer = load_on_device(model, command.dtype)
         given = {"pretrained": merged, "tokenizer": tokenizer}
+        # It warns that it reads no other argument of a loaded model; it is given none.
+        logging.getLogger("lm_eval.models.huggingface").addFilter(_is_of_interest)
     found: Any = cast("Any", simple_evaluate)(
         model="hf",
         model_args=given,
