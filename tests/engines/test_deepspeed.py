@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import forked
 from helpers.sockets import free_port
 from safetensors.torch import load_file
 from tiny_models import tiny_pair
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for stage in STAGES:
-        done = launch(recipe(folder, f"one{stage}", 8, stage))
+        done = forked.hpd("train", recipe(folder, f"one{stage}", 8, stage))
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -72,32 +73,27 @@ def recipe(folder: Path, name: str, batch: int, stage: int) -> Path:
     return path
 
 
-def launch(recipe: Path, zero: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The recipe in one process, or under DeepSpeed in two, as docs/distributed.md says."""
+def launch(stage: int, recipe: Path) -> subprocess.CompletedProcess[str]:
+    """The recipe under DeepSpeed in two processes, as docs/distributed.md says."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
         "NO_COLOR": "1",
         "COLUMNS": "200",
         "TERM": "dumb",
     }
-    words = [sys.executable, "-m"]
-    if zero is not None:
-        config = ROOT / f"recipes/accelerate/zero{zero}.yaml"
-        words += ["accelerate.commands.launch", "--config_file", str(config)]
-        words += ["--num_processes", "2", "--main_process_port", str(free_port()), "--mixed_precision", "no"]
-        words += ["-m"]
-    words += ["hpd", "train", str(recipe)]
-    words += ["train.ddp_backend=gloo"] if zero is not None else []
+    config = ROOT / f"recipes/accelerate/zero{stage}.yaml"
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    words += ["--num_processes", "2", "--main_process_port", str(free_port()), "--mixed_precision", "no"]
+    words += ["-m", "hpd", "train", str(recipe), "train.ddp_backend=gloo"]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module", params=STAGES)
 def two(request, folder):
     """The stage and the output of its run on two processes."""
-    done = launch(recipe(folder, f"zero{request.param}", 4, request.param), zero=request.param)
+    done = launch(request.param, recipe(folder, f"zero{request.param}", 4, request.param))
     assert done.returncode == 0, done.stderr[-5000:]
     return request.param, done
 
@@ -145,7 +141,7 @@ def test_it_resumes_where_a_checkpoint_stands(folder, two):
     shutil.rmtree(run / "checkpoint-4")
     (run / "summary.json").unlink()
     earlier = (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
-    done = launch(folder / f"zero{stage}.yaml", zero=stage)
+    done = launch(stage, folder / f"zero{stage}.yaml")
     assert done.returncode == 0, done.stderr[-5000:]
     assert (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == earlier
     assert difference(run, straight) == 0.0
