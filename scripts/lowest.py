@@ -39,17 +39,20 @@ def _key(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version)]
 
 
+def layered(folder: Path) -> str:
+    """Make an environment with this one's packages behind its own on the path; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "zz_behind.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return str(folder / "bin" / "python")
+
+
 def main(folder: str) -> int:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = lowest(
         project["dependencies"] + [r for r in project["optional-dependencies"]["dev"] if "selenium" not in r]
     )
-    place = ROOT / folder
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    python = str(place / "bin" / "python")
-    # torch and what belongs to it come from here, behind the folder's own packages on the path.
-    site = next((place / "lib").glob("python*/site-packages"))
-    (site / "zz_torch.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    python = layered(ROOT / folder)
     print("\n".join(pins), flush=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins], check=True)
     return subprocess.run([python, "-m", "pytest", "-q", "-x", *TESTS], cwd=ROOT).returncode

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from hpd.data.rendering import tokenize
+from hpd.models.buildable import without_weights
 from hpd.models.pairing import CheckResult
 
 __all__ = ["check_context", "context_of"]
@@ -113,8 +112,7 @@ def _sizes(value: Any) -> Iterator[int]:
 def _has_position_table(config: Any, context: int) -> bool:
     """True if a model looks positions up in a table, which ends with its context."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = without_weights(config)
     except Exception:  # code of a model's own may not run without its weights; then nothing is known
         return False
     tokens = model.get_input_embeddings()

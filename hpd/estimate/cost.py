@@ -17,12 +17,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from hpd.config.models import TeacherConfig
 from hpd.config.schema import Recipe
 from hpd.methods.table import name_terms
+from hpd.models.buildable import without_weights
 from hpd.models.load import load_config
 
 __all__ = ["FlopsPerToken", "flops_per_token"]
@@ -69,8 +67,7 @@ def _teacher_weights(teacher: TeacherConfig, student: tuple[int, int]) -> tuple[
 
 def _weights(config: Any) -> tuple[int, int]:
     """Weights of the backbone without embeddings, and of the head."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model: Any = without_weights(config)
     head = model.get_output_embeddings()
     embeddings = {
         id(p): p.numel() for module in (model.get_input_embeddings(), head) for p in module.parameters()

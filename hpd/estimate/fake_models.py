@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
+from hpd.models.buildable import without_weights
 from hpd.models.quantized import compute_dtype, quantized_layers, stored_bits
 
 __all__ = ["OperatorGradients", "backbone", "head_weight", "meta_model", "meta_student", "without_data"]
@@ -29,8 +30,7 @@ def meta_model(config: PretrainedConfig, source: ModelConfig | TeacherConfig) ->
     if source.attn_implementation == "eager":
         # Other kernels may not be installed here; like SDPA's they keep no matrix of tokens by tokens.
         options["attn_implementation"] = "eager"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options)
+    model = without_weights(config, **options)
     if (bits := stored_bits(source, config)) is not None:
         for name, layer in quantized_layers(model).items():
             model.set_submodule(name, _Quantized(layer, bits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any, cast
 
 import torch
 
+from hpd.config.models import ModelConfig
+from hpd.evaluate.command import load_on_device
 from hpd.evaluate.run import write_entry
 from hpd.locks import holding
-from hpd.models.adapters import require_whole
+from hpd.models.adapters import find_adapter
+from hpd.models.load import load_config
 
 __all__ = ["HARNESSES", "HarnessCommand", "run_harness"]
 
@@ -28,7 +32,7 @@ class HarnessCommand:
     """Models that a harness evaluates (`hpd eval --harness`)."""
 
     models: tuple[str, ...]
-    """Folders or Hub ids, loaded by the harness itself."""
+    """Folders or Hub ids, loaded by the harness itself; adapters are merged into their bases for it."""
     harness: str = "lm-eval"
     """A name of `HARNESSES`."""
     tasks: tuple[str, ...]
@@ -95,7 +99,7 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
             where = f" or in {command.include}"
         raise ValueError(f"lm-eval has no task {unknown[0]!r}{where}.")
     for model in command.models:
-        require_whole(model, "lm-eval")
+        load_config(ModelConfig(model=model), "model")
     with contextlib.nullcontext() if command.output is None else holding(command.output):
         for model in command.models:
             results = _evaluate(command, model, manager)
@@ -104,12 +108,23 @@ def run_harness(command: HarnessCommand) -> Iterator[tuple[str, Results]]:
             yield model, results
 
 
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    return "`pretrained` model kwarg" not in record.getMessage()
+
+
 def _evaluate(command: HarnessCommand, model: str, manager: Any) -> Results:
     from lm_eval.evaluator import simple_evaluate  # type: ignore[reportMissingImports]
 
+    given: dict[str, Any] = {"pretrained": model, "dtype": command.dtype}
+    if find_adapter(ModelConfig(model=model), "model") is not None:
+        # It would put the adapter on the base as a layer; merged is how every other command reads one.
+        merged, tokenizer = load_on_device(model, command.dtype)
+        given = {"pretrained": merged, "tokenizer": tokenizer}
+        # It warns that it reads no other argument of a loaded model; it is given none.
+        logging.getLogger("lm_eval.models.huggingface").addFilter(_is_of_interest)
     found: Any = cast("Any", simple_evaluate)(
         model="hf",
-        model_args={"pretrained": model, "dtype": command.dtype},
+        model_args=given,
         tasks=list(command.tasks),
         num_fewshot=command.few_shot or None,
         batch_size=command.generation.get("batch_size", 32),

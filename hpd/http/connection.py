@@ -23,6 +23,8 @@ __all__ = ["Connection", "ServerUnavailable"]
 
 _LOGGER = logging.getLogger("hpd")
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+# Of a request that some servers (llama-cpp-python's) cannot read and answer with status 500.
+_UNREADABLE = "validation error"
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 30.0
 # A retry that has less than this would only replace the reason why the others failed.
@@ -233,7 +235,7 @@ class Connection:
         return f"{type(error).__name__} {self._quoted(str(error))}".strip()
 
     def _refuses(self, reason: str) -> bool:
-        return any(text in reason for text in self._refusals)
+        return any(text in reason for text in (_UNREADABLE, *self._refusals))
 
     def _quoted(self, text: str) -> str:
         for form in self._forms:

@@ -16,10 +16,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from hpd.config.models import ModelConfig, TeacherConfig
+from hpd.models.buildable import without_weights
 
 __all__ = [
     "Adapter",
@@ -194,7 +195,7 @@ def has_shape_of(adapter: Adapter, config: Any, wanted: Any) -> bool:
     if any(getattr(saved, name) != getattr(wanted, name) for name in alike):
         return False
     with torch.device("meta"):
-        fresh = get_peft_model(AutoModelForCausalLM.from_config(config), wanted)
+        fresh = get_peft_model(without_weights(config), wanted)
     tensors = get_peft_model_state_dict(fresh, save_embedding_layers=False)
     return _shapes(adapter.folder, tensors) == {name: tuple(t.shape) for name, t in tensors.items()}
 

@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from hpd.config.models import ModelConfig, TeacherConfig
 
-__all__ = ["check_buildable"]
+__all__ = ["check_buildable", "without_weights"]
 
 _SIZES = (
     "hidden_size",
@@ -65,5 +66,16 @@ def _build(config: Any, source: ModelConfig | TeacherConfig) -> None:
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if source.attn_implementation is not None:
         options["attn_implementation"] = source.attn_implementation
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    without_weights(copy.deepcopy(config), **options)
+
+
+def without_weights(config: Any, **options: Any) -> PreTrainedModel:
+    """The model of a configuration on the meta device, which draws no random number.
+
+    Args:
+        **options: of `from_config`.
+    """
+    # Under ZeRO-3 transformers would share the weights among the processes, and there are none to share:
+    # it is told that somebody else does.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), set_zero3_state():
+        return AutoModelForCausalLM.from_config(config, **options)

@@ -6,11 +6,10 @@ import dataclasses
 from typing import Any
 
 import peft
-import torch
-from transformers import AutoModelForCausalLM
 
 from hpd.config.schema import Recipe
 from hpd.models.adapters import find_adapter, has_shape_of
+from hpd.models.buildable import without_weights
 from hpd.models.pairing import CheckResult
 from hpd.models.quantized import quantized_layers, stored_bits
 from hpd.training.arguments import DistillConfig, engines_asked
@@ -93,8 +92,7 @@ def quantization_verdicts(recipe: Recipe, config: Any, args: DistillConfig) -> l
         )
     if problem is not None or bits is None:
         return [] if problem is None else [CheckResult("error", "quantization", problem)]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.student.trust_remote_code)
+    model = without_weights(config, trust_remote_code=recipe.student.trust_remote_code)
     layers = quantized_layers(model)
     lora = recipe.lora
     full = [name for name in (lora.modules_to_save if lora else None) or () if _names_one(name, layers)]

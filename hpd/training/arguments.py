@@ -311,7 +311,7 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         ValueError: another engine than asked for; FSDP 1, Megatron-LM, context or sequence parallelism.
     """
     got = accelerator.distributed_type
-    check_launched(accelerator.num_processes)
+    check_launched(args, accelerator.num_processes)
     _check_asked(args, accelerator)
     if got == DistributedType.MEGATRON_LM:
         raise ValueError(
@@ -329,20 +329,30 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
     _check_layout(accelerator.parallelism_config)
 
 
-def check_launched(num_processes: int) -> None:
+def check_launched(args: Any, num_processes: int) -> None:
     """Refuse processes that a launcher started together and that do not know of each other: each would train
     on all rows, into one folder.
+
+    Args:
+        args: TrainingArguments.
+        num_processes: that are joined.
 
     Raises:
         ValueError: fewer processes are joined than the launcher started.
     """
     launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched > num_processes:
-        raise ValueError(
-            f"The launcher started {launched} processes, and each would train alone on all rows: "
-            "without an accelerator they are joined only with train.use_cpu: true "
-            "(recipes/accelerate/cpu.yaml). Set it, or start one process."
-        )
+    if launched <= num_processes:
+        return
+    way = "with train.use_cpu: true (recipes/accelerate/cpu.yaml)"
+    if DistributedType.DEEPSPEED in engines_asked(args):
+        # Of train.deepspeed transformers tells accelerate no backend, and without an accelerator there is no
+        # other.
+        way = "by accelerate launch (recipes/accelerate/zero2.yaml) with train.ddp_backend: gloo"
+        way += " and without train.deepspeed" if getattr(args, "deepspeed", None) else ""
+    raise ValueError(
+        f"The launcher started {launched} processes, and each would train alone on all rows: "
+        f"without an accelerator they are joined only {way}. Set it, or start one process."
+    )
 
 
 def engines_asked(args: Any) -> list[DistributedType]:

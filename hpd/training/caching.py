@@ -18,13 +18,13 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import CacheConfig, Recipe
 from hpd.files import write_atomically
 from hpd.locks import empty_folder, entries, holding
 from hpd.losses import Head, Scores, TeacherScores
+from hpd.models.buildable import without_weights
 from hpd.models.load import load_model, load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers.cache import (
@@ -196,8 +196,7 @@ class _RowsTrainer(DistillTrainer):
 
 
 def rows_trainer(planned: Plan) -> DistillTrainer:
-    with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(planned.student_config)
+    student = without_weights(planned.student_config)
     vocab = min(config.get_text_config().vocab_size for config in planned.teacher_configs.values())
     return _RowsTrainer(
         model=student,

@@ -93,7 +93,7 @@ def train_single(
     """
     recipe = planned.recipe
     assert planned.args.device is not None  # asking for it joins the processes
-    check_launched(planned.args.world_size)
+    check_launched(planned.args, planned.args.world_size)
     folder.check_processes(planned.args.world_size)
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()

@@ -1,11 +1,9 @@
-"""`hpd eval` as users run it: several models and tasks, metrics, and lm-evaluation-harness with a local
-task."""
+"""`hpd eval` as users run it: several models and tasks, metrics."""
 
 import json
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers import forked
 from tiny_models import tiny_pair
 
@@ -122,43 +120,3 @@ def test_metrics_of_the_distribution(workspace):
     (entry,) = json.loads((workspace / "metrics" / "evals.json").read_text())
     assert (entry["model"], entry["teacher"], entry["metrics"]) == ("student", "teacher", ["kl", "entropy"])
     assert entry["distribution"]["dataset"]["forward_kl"]["value"] > 0
-
-
-@pytest.mark.slow
-def test_lm_eval_runs_a_local_task_on_our_checkpoint(workspace):
-    pytest.importorskip("lm_eval")
-    tasks = workspace / "yaml"
-    tasks.mkdir()
-    task = {
-        "task": "sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(workspace / "problems.jsonl")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tasks / "sums.yaml").write_text(yaml.safe_dump(task))
-    done = hpd(
-        workspace,
-        "student",
-        "--harness",
-        "lm-eval",
-        "--tasks",
-        "sums",
-        "--data",
-        tasks,
-        "--limit",
-        3,
-        "--output",
-        "lm",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "exact_match,none" in done.stdout
-    (entry,) = json.loads((workspace / "lm" / "evals.json").read_text())
-    assert 0.0 <= entry["results"]["sums"]["exact_match,none"] <= 1.0
-    unknown = hpd(workspace, "student", "--harness", "lm-eval", "--tasks", "summs", "--data", tasks)
-    assert unknown.returncode == 2
-    assert "lm-eval has no task 'summs'" in unknown.stderr

@@ -35,13 +35,19 @@ def context() -> Any:
 
 
 def hpd(
-    *arguments: object, cwd: Path | None = None, timeout: float = 240
+    *arguments: object,
+    cwd: Path | None = None,
+    timeout: float = 240,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`hpd ARGUMENTS` as its entry point runs it, without the seconds of imports."""
+    """`hpd ARGUMENTS` as its entry point runs it, without the seconds of imports.
+
+    Its variables are those of the first process that was forked; `environment` is added to them.
+    """
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder) / name) for name in ("stdout", "stderr")]
-        process = context().Process(target=_main, args=(words, cwd, *files))
+        process = context().Process(target=_main, args=(words, cwd, *files, dict(environment or {})))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -54,7 +60,7 @@ def hpd(
 def start(*arguments: object) -> Any:
     """The same, of which nobody reads the output and which may be killed."""
     process = context().Process(
-        target=_main, args=([str(argument) for argument in arguments], None, os.devnull, os.devnull)
+        target=_main, args=([str(argument) for argument in arguments], None, os.devnull, os.devnull, {})
     )
     process.start()
     return process
@@ -115,12 +121,12 @@ def _write_to(stdout: str, stderr: str) -> None:
 
 def run_words(words: list[str], log: str) -> None:
     """`hpd WORDS` in this process, which ends; what it shows is added to a file."""
-    _main(words, None, log, log)
+    _main(words, None, log, log, {})
 
 
-def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str) -> None:
+def _main(words: list[str], cwd: Path | None, stdout: str, stderr: str, environment: dict[str, str]) -> None:
     _write_to(stdout, stderr)
-    os.environ.update(COLUMNS="220", NO_COLOR="1", TERM="dumb")
+    os.environ.update(COLUMNS="220", NO_COLOR="1", TERM="dumb", **environment)
     if cwd is not None:
         os.chdir(cwd)
     sys.argv = ["hpd", *words]

@@ -198,6 +198,16 @@ def test_of_a_refusal_the_beginning_is_read():
     assert len(str(caught.value)) < 600
 
 
+def test_a_request_that_the_server_cannot_read_is_not_asked_again():
+    """As llama-cpp-python's server refuses token ids, of which it takes none."""
+    said = b"{\"error\":{\"message\":\"2 validation errors: {'loc': ('body', 'prompt', 'str')}\"}}"
+    answer = b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n" % len(said) + said
+    with raw_server(answering(answer)) as url, pytest.raises(ServerUnavailable) as caught:
+        ask(url, wait_seconds=20.0)
+    assert caught.value.final
+    assert "refuses the request: HTTP 500" in str(caught.value)
+
+
 def test_headers_without_end_are_refused():
     def header(connection, stop):
         connection.recv(65536)

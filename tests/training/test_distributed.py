@@ -171,9 +171,16 @@ def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
 
 def test_processes_that_are_not_joined_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_launched(2)
+    asked = SimpleNamespace(deepspeed=None)
+    check_launched(asked, 2)
     with pytest.raises(ValueError, match="started 2 processes.*use_cpu"):
-        check_launched(1)
+        check_launched(asked, 1)
+    # use_cpu would switch DeepSpeed off.
+    with pytest.raises(ValueError, match="accelerate launch.*ddp_backend: gloo and without train.deepspeed"):
+        check_launched(SimpleNamespace(deepspeed={"zero_optimization": {}}), 1)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="with train.ddp_backend: gloo. Set it"):
+        check_launched(asked, 1)
 
 
 @pytest.mark.slow

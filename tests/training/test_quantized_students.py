@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers.forked import hpd
+from helpers.forked import hpd, start
+from helpers.sockets import free_port
 from helpers.trainers import rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -125,6 +126,27 @@ def test_eval_reads_a_run(place, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "evals.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_is_served_as_the_teacher_that_its_folder_is(place, tmp_path):
+    refused = hpd("serve-teacher", place / "mine", "--quantization", "4bit")
+    assert refused.returncode == 2
+    assert "would round it away" in said(refused)
+    port, losses = free_port(), []
+    server = start("serve-teacher", place / "mine", "--port", port)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for teacher in (str(place / "mine"), f"{{type: server, protocol: hpd, url: '{url}'}}"):
+            run = tmp_path / str(len(losses))
+            train(recipe_with(place, f"teacher={teacher}", "method=forward_kl", f"output_dir={run}"))
+            lines = (run / "metrics.jsonl").read_text().splitlines()
+            losses.append([log["loss"] for log in map(json.loads, lines) if "loss" in log])
+    finally:
+        server.terminate()
+        server.join(60)
+    assert losses[0][0] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_the_dry_run_says_what_is_quantized(place):

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -42,15 +45,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def train(place, tmp_path, monkeypatch):
+def train(place, tmp_path):
     """Run the recipe in an empty folder; the run is called as its folder."""
-    monkeypatch.setenv("SOME_API_KEY", SECRET)  # a value that nothing may repeat
 
     def train(tracker: str, *overrides: str, **environment: str):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+        environment["SOME_API_KEY"] = SECRET  # a value that nothing may repeat
         words = ["output_dir=runs/my-run", f"train.report_to={tracker}", *overrides]
-        return hpd("train", place / "recipe.yaml", *words, cwd=tmp_path)
+        return hpd("train", place / "recipe.yaml", *words, cwd=tmp_path, environment=environment)
 
     return train
 
@@ -59,6 +60,24 @@ def check_recipe(config: dict, place: Path) -> None:
     assert str(config["recipe.student.model"]) == str(place / "student")
     assert str(config["recipe.terms.0.objective"]) == "forward_kl"
     assert str(config["recipe.train.max_steps"]) == "2"
+
+
+def records_of_wandb(content: bytes) -> Iterator[Any]:
+    """Of a `.wandb` file: LevelDB's log format (7 bytes before it; blocks of 32 KiB; a record's parts with
+    checksum, length, and 1 or 4 for the last one), each record a protocol buffer."""
+    from wandb.proto import wandb_internal_pb2  # pyright: ignore[reportMissingImports]
+
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        if (room := 32768 - place % 32768) < 7:
+            place += room
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
 
 
 def test_tensorboard(place, train, tmp_path):
@@ -84,12 +103,26 @@ def test_weights_and_biases(place, train, tmp_path):
     done = train("wandb", WANDB_MODE="offline", WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    said = yaml.safe_load((run / "files/config.yaml").read_text())
-    check_recipe({name: entry["value"] for name, entry in said.items() if "value" in entry}, place)
     content = next(run.glob("*.wandb")).read_bytes()
-    assert b"my-run" in content
-    assert b"eval/forward_kl" in content
     assert SECRET.encode() not in content
+    records = list(records_of_wandb(content))
+    config = {
+        update.key: json.loads(update.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "config"
+        for update in record.config.update
+    }
+    check_recipe(config, place)
+    (start,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (start.display_name, start.project) == ("my-run", "hpd")
+    logged = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item if item.nested_key}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [row["train/global_step"] for row in logged if "train/loss" in row] == [1, 2]
+    # The evaluation after the last step, too.
+    assert [row["train/global_step"] for row in logged if "eval/forward_kl" in row][-1] == 2
 
 
 @pytest.mark.engines
@@ -126,7 +159,8 @@ def test_trackio(place, train, tmp_path):
 @pytest.mark.engines
 def test_what_cannot_be_started_is_said_before_models_load(place, train, tmp_path):
     pytest.importorskip("mlflow")
-    done = train("mlflow", MLFLOW_TRACKING_URI=f"sqlite:////nowhere/{tmp_path.name}/runs.db")
+    (tmp_path / "file").touch()  # no folder, and MLflow makes missing ones
+    done = train("mlflow", MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/file/runs.db")
     assert done.returncode == 2
     assert "train.report_to: mlflow could not be started" in done.stderr
     assert "Traceback" not in done.stderr
