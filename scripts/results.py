@@ -22,6 +22,7 @@ PAGE, TARGET = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
 COLUMNS: dict[str, tuple[str, ...] | None] = {
     "results": (
         "accuracy",
+        "top p accuracy",
         "sampled accuracy",
         "forward kl",
         "reverse kl",
@@ -72,7 +73,8 @@ def _axes(table: Table) -> tuple[str, ...]:
     """The columns that name the row: those before the first figure."""
     if table.key != "results":
         return ()
-    first = next(i for i, column in enumerate(table.columns) if column == "accuracy")
+    figures = COLUMNS["results"] or ()
+    first = next(i for i, column in enumerate(table.columns) if column in figures)
     return tuple(table.columns[:first])
 
 

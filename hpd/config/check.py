@@ -144,7 +144,7 @@ def _check_bytes(recipe: Recipe, regime: Regime) -> None:
     if recipe.teacher.type not in ("model", "self"):
         raise ValueError(
             f"teacher.type: {recipe.teacher.type} answers about the student's tokens, and with "
-            "train.vocabulary: bytes the teacher reads its own: load the teacher beside the student (type: "
+            "train.vocabulary: bytes the teacher reads its own: load it next to the student (type: "
             "model), or take one of the student's tokenizer."
         )
     if recipe.data.labels == "all":

@@ -70,7 +70,7 @@ def _without_form(config: TermConfig | Term, term: Term) -> str | None:
     if support.top_k:
         return "the likeliest tokens of one vocabulary are no tokens of the other"
     if support.draws and not support.label:
-        return "draws are compared as events beside the label's chunk (support: label+sampled)"
+        return "draws are compared as events next to the label's chunk (support: label+sampled)"
     if support.draws and (support.importance or support.draws_of == "teacher"):
         return "draws are the student's, and not weighted by their probability"
     return None

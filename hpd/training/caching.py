@@ -156,7 +156,7 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
     if recipe.train.get("vocabulary") == "bytes":
         raise ValueError(
             "A cache holds answers about the student's tokens, and train.vocabulary: bytes has two "
-            "tokenizers: train with the teacher beside the student."
+            "tokenizers: train with the teacher loaded next to the student."
         )
     if recipe.teacher.type == "server":
         raise ValueError(

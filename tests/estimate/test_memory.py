@@ -114,9 +114,8 @@ def write_recipe(folder: Path, shape, batch=1, **train) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize(
-    "size", [pytest.param(name, marks=() if name == "weights" else pytest.mark.slow) for name in SIZES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_predicted_memory_is_within_a_fifth_of_the_measured_peak(tmp_path, size):
     shape, options = SIZES[size]
     recipe = write_recipe(tmp_path, shape, **options)

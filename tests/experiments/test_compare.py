@@ -381,7 +381,7 @@ def test_a_run_that_fails_costs_only_itself(tmp_path):
     assert (tmp_path / "grid" / "runs" / "optim-adamw_torch__seed-0" / "experiment.json").is_file()
 
 
-@pytest.mark.parametrize("kind", ["label_tokens", "flops"])
+@pytest.mark.parametrize("kind", [pytest.param("label_tokens", marks=pytest.mark.slow), "flops"])
 def test_a_budget_stops_the_run_and_the_schedule_ends_there(tmp_path, kind):
     from hpd.estimate.cost import flops_per_token
     from hpd.experiments.worker import Job, run_job
@@ -464,6 +464,7 @@ def test_a_budget_in_seconds_stops_the_run(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_a_grid_goes_on_with_what_it_had_spent(tmp_path):
     """Killed after its first checkpoint: the budget covers both lives, and the student is the undisturbed
     one."""
@@ -611,6 +612,7 @@ def test_the_grid_of_a_base_with_eval_runs(tmp_path):
     assert again["num_examples"] == greedy["num_examples"] == 4
 
 
+@pytest.mark.slow
 def test_the_experiment_of_the_documentation_runs_as_it_is_typed(tmp_path):
     """docs/guides/compare.md's own file (`base: demo`), cut to one run of two steps by overrides."""
     page = (ROOT / "docs/guides/compare.md").read_text()

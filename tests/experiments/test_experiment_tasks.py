@@ -120,6 +120,7 @@ def test_files_are_made_once_and_other_choices_make_others(tmp_path, monkeypatch
     assert len(list((tmp_path / "tasks").iterdir())) == 2  # nothing half-made stays
 
 
+@pytest.mark.slow
 def test_a_grid_reads_the_cache_and_asks_its_model_about_own_samples(small, tmp_path):
     """Tuned on validation problems; one variant has rows of its own and asks the teacher itself."""
     folder, recipe = small["chains"]

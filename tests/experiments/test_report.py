@@ -333,7 +333,7 @@ def test_markdown_cells_cannot_start_markup(grid, tmp_path):
     text = render_markdown(report)
     assert "# a \\| b \\*c\\*" in text
     assert "<img" not in text
-    assert write_report(report, tmp_path / "again").is_file()
+    assert write_report(report._replace(sections=report.sections[:1]), tmp_path / "again").is_file()
 
 
 def test_experiment_file_of_the_report_is_the_frozen_copy(grid):
@@ -341,6 +341,7 @@ def test_experiment_file_of_the_report_is_the_frozen_copy(grid):
     assert frozen.name == build_report([grid]).title == "tiny"
 
 
+@pytest.mark.slow
 def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
     import importlib.util
 

@@ -79,6 +79,7 @@ def test_every_method_learns_the_same_from_a_hidden_cache(twins, method):
     assert (other_gradient - gradient).norm() < 1e-4 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_fifty_steps_follow_the_live_teacher(recipe, cache, tmp_path):
     """Shuffled, over several epochs, with evaluation."""
     curves, distances, evaluations = [], [], []

@@ -467,6 +467,7 @@ def test_fuzzed_answers_are_bad_answers(url, pair):
     assert outcomes.count("refused") > 100
 
 
+@pytest.mark.slow
 def test_command_serves_and_sigterm_finishes_what_is_in_flight(pair):
     port = free_port()
     command = [sys.executable, "-m", "hpd", "serve-teacher", str(pair[1]), "--port", str(port)]

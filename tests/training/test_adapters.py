@@ -199,6 +199,7 @@ def test_self_is_the_student_before_training(place, tmp_path):
     assert first["forward_kl"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_as_teacher_live_cached_and_writing(place, tmp_path):
     assert hpd("export", place / "mine", "--merge", "--output", tmp_path / "whole").returncode == 0
     for name, teacher in (("adapter", place / "mine"), ("whole", tmp_path / "whole")):

@@ -94,6 +94,7 @@ class _Kill(Progress):
         return (_KillAt(3),)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_stage_goes_on_there(base, tmp_path):
     tree = {**base, "stages": [{"name": "hpd"}, OPD]}
     straight = train(load_recipe({**tree, "output_dir": str(tmp_path / "a")}))
