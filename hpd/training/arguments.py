@@ -90,17 +90,11 @@ class DistillConfig(SFTConfig):
 
     vocabulary: str = field(
         default="error",
-        metadata={
-            "help": "Unequal vocabularies: 'error', 'shared_prefix' (one tokenizer, heads of two sizes), or "
-            "'bytes' (two tokenizers: docs/any-teacher.md)."
-        },
+        metadata={"help": "Unequal vocabularies: 'error', 'shared_prefix', or 'bytes' (two tokenizers)."},
     )
     byte_length: str = field(
         default="geometric",
-        metadata={
-            "help": "vocabulary 'bytes': a chunk of n tokens counts by its probability to the power of 1/n "
-            "('geometric'), or as it is ('product')."
-        },
+        metadata={"help": "For 'bytes': a chunk of n tokens counts to the power of 1/n, or as a 'product'."},
     )
     impl: str = field(
         default="chunked",
@@ -333,12 +327,8 @@ def check_launched(args: Any, num_processes: int) -> None:
     """Refuse processes that a launcher started together and that do not know of each other: each would train
     on all rows, into one folder.
 
-    Args:
-        args: TrainingArguments.
-        num_processes: that are joined.
-
     Raises:
-        ValueError: fewer processes are joined than the launcher started.
+        ValueError: fewer processes (`num_processes`) are joined than the launcher started.
     """
     launched = int(os.environ.get("WORLD_SIZE") or 1)
     if launched <= num_processes:

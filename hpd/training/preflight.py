@@ -116,8 +116,8 @@ def own_tokenizer(teacher: Any, given: Any, student: Any, args: DistillConfig) -
         given = given or _load_tokenizer(name, args, local=not isinstance(source, str))
     if given is None:
         raise ValueError(
-            "vocabulary: bytes needs the teacher's tokenizer, and there is none in the teacher's folder: give it "
-            "as teacher_tokenizer."
+            "vocabulary: bytes needs the teacher's tokenizer, and none lies in the teacher's folder: give it as "
+            "teacher_tokenizer."
         )
     return given
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -298,39 +298,28 @@ class DistillTrainer(MeasuredTrainer):
                     of_student, scores, some, terms, uniforms=draws, scale=scale, replicas=replicas
                 )
             else:
-                output = self._direct(of_student, scores, some, terms, draws, scale)
+                output = self._operator(
+                    of_student,
+                    scores,
+                    some,
+                    terms,
+                    uniforms=draws,
+                    scale=scale,
+                    chunk_bytes=self.args.chunk_bytes,
+                    metric_stride=self.args.metric_stride if training else 1,
+                )
             total = total + output.loss
             add_sums(stats, output.stats)
             if training:
                 add_sums(stats, self._further_sums(of_student, scores, some))
         return total
 
-    def _direct(
-        self,
-        student: Scores,
-        teacher: TeacherScores,
-        batch: TokenBatch,
-        terms: Sequence[Term],
-        draws: Tensor | None,
-        scale: Tensor,
-    ) -> LossOutput:
-        stride = self.args.metric_stride if self.model.training else 1
-        shared: Any = {
-            "uniforms": draws, "scale": scale, "chunk_bytes": self.args.chunk_bytes, "metric_stride": stride,
-        }  # fmt: skip
+    @property
+    def _operator(self) -> Callable[..., LossOutput]:
+        """The loss where nothing is clipped: of tokens, or of chunks of bytes."""
         if self._events is not None:
-            return byte_nll(
-                student, teacher, batch, terms, self._events, length=self.args.byte_length, **shared
-            )
-        return loss_by_source(
-            student,
-            teacher,
-            batch,
-            terms,
-            impl=self.args.impl,
-            kl_estimator=self.args.kl_estimator,
-            **shared,
-        )
+            return functools.partial(byte_nll, events=self._events, length=self.args.byte_length)
+        return functools.partial(loss_by_source, impl=self.args.impl, kl_estimator=self.args.kl_estimator)
 
     def _uniforms(self, batch: TokenBatch, count: int) -> Tensor | None:
         """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""

@@ -128,7 +128,7 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
         ({"own_samples": 5, "own_samples_every": 0}, "own_samples_every >= 1"),
         ({"base": "no.module:here"}, "is not available"),
         ({"axes": {"metod": ["hpd", "sft"]}}, "'metod' is not a recipe path. Did you mean 'method'"),
-        ({"axes": {"init": {"a": "student-0"}}}, "gives each label the recipe paths"),
+        ({"axes": {"init": {"a": "student-0"}}}, "gives each label the paths"),
         (
             {"axes": {"init": {"a": {"train.seed": 1}}, "seed": [0]}},
             "'init' and 'seed' both set train.seed",

@@ -133,8 +133,8 @@ def test_log_probabilities_belong_to_other_columns():
 
     def mutate(patch):
         def as_if_rows_ended_together(original):
-            return lambda input_ids, values: torch.tensor(
-                [row[:1] * (input_ids.shape[1] - len(row)) + row for row in values]
+            return lambda inputs, values: torch.tensor(
+                [row[:1] * (inputs["input_ids"].shape[1] - len(row)) + row for row in values]
             )
 
         swap(patch, "hpd.batch:_laid_out", as_if_rows_ended_together)

@@ -179,7 +179,7 @@ def test_the_file_is_named_and_nothing_is_deleted(run, name):
     assert len(text.splitlines()) == 1
     assert f"error: {file} of the checkpoint {run / 'checkpoint-4'} cannot be read: " in text
     assert (
-        "Delete that folder to go on from the one before, checkpoint-2, or start the run again with "
+        "Delete that folder to resume from the one before, checkpoint-2, or start the run again with "
         "--overwrite." in text
     )
     assert contents(run) == before
