@@ -116,7 +116,7 @@ def own_tokenizer(teacher: Any, given: Any, student: Any, args: DistillConfig) -
         given = given or _load_tokenizer(name, args, local=not isinstance(source, str))
     if given is None:
         raise ValueError(
-            "vocabulary: bytes needs the teacher's tokenizer, and none lies in the teacher's folder: give it as "
+            "vocabulary: bytes needs the teacher's tokenizer, and its folder has none: give it as "
             "teacher_tokenizer."
         )
     return given
