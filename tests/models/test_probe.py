@@ -162,6 +162,7 @@ def test_mixed_precision_is_no_finding(family: str, dtype: torch.dtype) -> None:
     """It widens what a model returns, so the dtype of the logits no longer tells how they were rounded."""
     _, simple, _ = FAMILIES[family]
     model = add_head_function(tiny(family, dtype))
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test before this one may have left its own
     try:
         prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
     finally:
