@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from head import SHAPES, Problem
 from peers import naive, peers
-from timing import RESULTS, interleaved, machine, ratios, replace_block, table
+from timing import RESULTS, count, interleaved, machine, ratios, replace_block, table
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("sft", "hpd", "forward_kl", "reverse_kl", "generalized_jsd", "hpd_full", "akl")
@@ -323,7 +323,7 @@ def main() -> int:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no part after so many")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--json", type=Path, help="store the result in a file")
     parser.add_argument(
         "--docs", action="store_true", help="write the stored result into docs/performance.md"
@@ -333,6 +333,10 @@ def main() -> int:
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts {', '.join(sorted(unknown))}: choose among {', '.join(PARTS)}.")
+    if options.docs and (options.tiny or options.json):
+        parser.error("--docs measures nothing: leave --tiny and --json out.")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder.")
     if options.docs:
         replace_block("gpu tables", tables(json.loads(STORED.read_text())))
         return 0

@@ -22,6 +22,7 @@ from peers import peers
 from timing import (
     RESULTS,
     check_tiny,
+    count,
     interleaved,
     machine,
     ratios,
@@ -143,7 +144,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--axes", default=",".join(AXES), help="comma-separated: " + ", ".join(AXES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--json", action="store_true", help="store these axes in benchmarks/results/growth.json"

@@ -20,6 +20,7 @@ import torch
 from peers import peers
 from timing import (
     check_tiny,
+    count,
     interleaved,
     machine,
     methods_to_measure,
@@ -165,7 +166,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--methods", help="comma-separated names of METHODS; all, or with --check the stored")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

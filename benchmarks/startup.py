@@ -22,7 +22,7 @@ from subprocess import Popen
 from typing import Any
 
 import yaml
-from timing import machine, ratios, replace_block, spread, store_or_check, stored, table
+from timing import count, machine, ratios, replace_block, spread, store_or_check, stored, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument(
         "--json", action="store_true", help="store the ratios in benchmarks/results/startup.json"
     )

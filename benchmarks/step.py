@@ -26,6 +26,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from timing import (
     check_tiny,
+    count,
     interleaved,
     machine,
     ratios,
@@ -225,7 +226,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--methods", default="hpd,forward_kl,hpd (reference)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cached", action="store_true", help="also HPD with a cached teacher")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")

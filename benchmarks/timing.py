@@ -23,6 +23,13 @@ DOCS = RESULTS.parent.parent / "docs" / "performance.md"
 MARGIN = 0.15
 
 
+def count(text: str) -> int:
+    """An argument that is at least 1."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def check_tiny(parser: argparse.ArgumentParser, options: argparse.Namespace, tiny: bool) -> None:
     """Tiny shapes show that a script runs; their ratios say nothing."""
     if tiny and (options.json or options.check or options.docs):

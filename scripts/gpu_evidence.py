@@ -280,6 +280,24 @@ def estimate(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def plot(source: Path, settings: Settings, folder: Path) -> list[Path]:
+    """The curves of a finished experiment, as pictures in a folder that is there.
+
+    Raises:
+        ValueError: no such folder, no runs, or runs of other settings.
+    """
+    from evidence.figure import draw
+
+    head, *lines = JsonLines(source / "results.jsonl").read() or [{}]
+    if head.get("settings") != _plain(dataclasses.asdict(settings)):
+        raise ValueError(f"{source} holds no experiment of these settings (--tiny?).")
+    if not any(line["role"] == "main" for line in lines):
+        raise ValueError(f"{source} has no finished run yet.")
+    if not folder.is_dir():
+        raise ValueError(f"--plot {folder}: there is no such folder.")
+    return draw(lines, settings, folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -295,9 +313,10 @@ def main() -> int:
         print(estimate(settings))
         return 0
     if options.plot:
-        from evidence.figure import draw
-
-        print(*draw(JsonLines(options.output / "results.jsonl").read()[1:], settings, options.plot), sep="\n")
+        try:
+            print(*plot(options.output, settings, options.plot), sep="\n")
+        except ValueError as error:
+            parser.error(str(error))
         return 0
     accelerated = torch.cuda.is_available()
     if not (accelerated or options.tiny):

@@ -28,7 +28,7 @@ from torch import Tensor
 from hpd.batch import TokenBatch
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.byte_weights import Pair, add_weights_, next_bytes
-from hpd.losses.chunked import ReweightedNLL
+from hpd.losses.chunked import ReweightedNLL, finish
 from hpd.losses.heads import Head, Scores, TeacherScores
 from hpd.losses.operator import LossOutput, default_chunk_bytes
 from hpd.losses.products import accumulate, empty_gradients, for_products, leaves, project_, wide
@@ -141,14 +141,7 @@ class _ByteNLL(ReweightedNLL):
                 gradient.mul_(slope)
             if any(buffer is not None for buffer in gradients):
                 accumulate(gradient, scores.hidden, student.head.weight, gradients, group.student)
-        ctx.gradients = [
-            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
-        ]
-        total = hidden.new_zeros(())
-        for term in call.terms if len(hidden) else ():
-            total = total + term.weight * sums[f"value/{term.name}"]
-        return (total * call.scale).to(dtype)
+        return finish(ctx, gradients, (hidden, weight, bias), call, sums)
 
 
 def chunk_logprobs(token_logprobs: Float[Tensor, "n"], counts: Int[Tensor, "C"]) -> Float[Tensor, "C"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
 from hpd.losses.products import (
+    Gradients,
     accumulate,
     chunk_rows,
     chunks,
@@ -55,7 +56,7 @@ from hpd.losses.tile import (
 )
 from hpd.methods.terms import Term
 
-__all__ = ["OperatorCall", "ReweightedNLL", "compiled_reweighted_nll"]
+__all__ = ["OperatorCall", "ReweightedNLL", "compiled_reweighted_nll", "finish"]
 
 # Scratch per tile on a CPU: small beside a chunk, and large enough to amortize the start of a parallel region
 # (measured: a pass over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
@@ -127,14 +128,7 @@ class ReweightedNLL(torch.autograd.Function):
             add(sums, tokens=torch.ones_like(logits[:, 0]))
             if any(buffer is not None for buffer in gradients):
                 accumulate(gradient, scores.hidden, student.head.weight, gradients, chunk)
-        ctx.gradients = [
-            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(gradients, (hidden, weight, bias), strict=True)
-        ]
-        total = hidden.new_zeros(())
-        for term in terms if len(hidden) else ():
-            total = total + term.weight * sums[f"value/{term.name}"]
-        return (total * call.scale).to(dtype)
+        return finish(ctx, gradients, (hidden, weight, bias), call, sums)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -176,6 +170,30 @@ def _reads_few_tokens(call: OperatorCall, head: Head) -> bool:
     # The slope of a softcap needs the logits beside their gradient: a second chunk, so such heads go tile by
     # tile.
     return head.softcap is None and read_few_tokens(call.terms, call.inputs.kl_estimator)
+
+
+def finish(
+    ctx: Any, gradients: Gradients, leaves: Sequence[Tensor | None], call: Any, sums: Sums
+) -> Float[Tensor, ""]:
+    """Keep the gradients for the backward pass, in the leaves' dtypes; the loss, out of the terms' values.
+
+    Args:
+        ctx: of the autograd function.
+        gradients: as they were accumulated.
+        leaves: hidden states, weight and bias.
+        call: has the `terms` and the `scale`.
+        sums: have the value of each term; none where there is no position.
+    """
+    ctx.gradients = [
+        None if gradient is None or leaf is None else gradient.to(leaf.dtype)
+        for gradient, leaf in zip(gradients, leaves, strict=True)
+    ]
+    hidden = leaves[0]
+    assert hidden is not None
+    total = hidden.new_zeros(())
+    for term in call.terms if len(hidden) else ():
+        total = total + term.weight * sums[f"value/{term.name}"]
+    return (total * call.scale).to(wide(hidden))
 
 
 def _softmax(part: OperatorCall, logits: Float[Tensor, "C V"], head: Head) -> StudentSoftmax:

@@ -85,3 +85,18 @@ def test_the_page_shows_what_is_stored(run, name, tmp_path, monkeypatch):
 def test_tiny_ratios_are_neither_stored_nor_compared(run, name, option):
     with pytest.raises(SystemExit, match="2"):
         run(name, TINY[name][0][0], *TINY[name][0][1:2], option)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--tiny", "--docs"), "--docs measures nothing"),
+        (("--tiny", "--json", "no/such/folder.json"), "there is no such folder"),
+        (("--tiny", "--repeats", "0"), "at least 1, got 0"),
+        (("--parts", "nothing"), "choose among operator"),
+    ],
+)
+def test_a_gpu_check_that_would_lose_its_minutes_is_refused(run, options, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("gpu_check", *options)
+    assert message in capsys.readouterr().err

@@ -297,6 +297,27 @@ def test_what_cannot_be_run_is_refused(options, message, tmp_path, monkeypatch, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
+PUBLISHED = Path(gpu_evidence.__file__).resolve().parents[1] / "docs" / "results" / "one_gpu"
+
+
+def test_the_published_runs_are_drawn(tmp_path):
+    paths = gpu_evidence.plot(PUBLISHED, FULL, tmp_path)
+    assert [path.stat().st_size > 10_000 for path in paths] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "source", "folder", "message"),
+    [
+        (TINY, PUBLISHED, ".", "no experiment of these settings"),
+        (FULL, Path("nowhere"), ".", "no experiment of these settings"),
+        (FULL, PUBLISHED, "nowhere", "no such folder"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(settings, source, folder, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        gpu_evidence.plot(source, settings, tmp_path / folder)
+
+
 def _figures(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     for line in lines:
