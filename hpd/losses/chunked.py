@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hpd.losses.filtered import GradientFilter
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
 from hpd.losses.products import (
     Gradients,
@@ -75,6 +76,8 @@ class OperatorCall(NamedTuple):
     chunk_bytes: int
     metric_stride: int
     vocab: int
+    gradient_filter: float = 0.0
+    """A column of the gradient is multiplied if an entry of it, before `scale`, exceeds this; 0: all are."""
     compiled: bool = False
     """The passes between the products through torch.compile."""
 
@@ -110,6 +113,10 @@ class ReweightedNLL(torch.autograd.Function):
         few = _reads_few_tokens(call, head)
         by_token = few and is_known_by_token(call.teacher)
         tile_gradient = _tile_gradient(call, student.head, dtype)
+        columns = None
+        if call.gradient_filter:
+            columns = GradientFilter(call.gradient_filter * scale, buffers[1], sums)
+        add_gradient = accumulate if columns is None else columns.accumulate
         for chunk in chunks(len(hidden), row_bytes, rows * row_bytes):
             part, scores = call.at(chunk), student.at(chunk)
             logits = project_(scores, buffers[0, : len(scores.hidden)])
@@ -127,7 +134,9 @@ class ReweightedNLL(torch.autograd.Function):
                 gradient = parts[0] if call.compiled else logits
             add(sums, tokens=torch.ones_like(logits[:, 0]))
             if any(buffer is not None for buffer in gradients):
-                accumulate(gradient, scores.hidden, student.head.weight, gradients, chunk)
+                add_gradient(gradient, scores.hidden, student.head.weight, gradients, chunk)
+        if columns is not None:
+            columns.finish(gradients)
         return finish(ctx, gradients, (hidden, weight, bias), call, sums)
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from hpd.batch import TokenBatch
 from hpd.losses.by_source import parts_of
 from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
-from hpd.losses.heads import Scores, TeacherScores
+from hpd.losses.heads import Head, Scores, TeacherScores
 from hpd.losses.products import for_products, leaves
 from hpd.losses.reference import reference_reweighted_nll
 from hpd.losses.tile import Sums, TileInputs
@@ -70,6 +70,7 @@ def reweighted_nll(
     chunk_bytes: int | None = None,
     metric_stride: int = 1,
     kl_estimator: str = "exact",
+    gradient_filter: float = 0.0,
 ) -> LossOutput:
     r"""The loss of every method: token-level reweighted log-likelihood, and its gradient, without `[N, V]`.
 
@@ -92,13 +93,17 @@ def reweighted_nll(
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
         kl_estimator: one of ESTIMATORS, added to the statistics where it needs draws (not exact).
+        gradient_filter: columns of a chunk's gradient with no entry above this (before `scale`) come back at
+            rank one instead of being multiplied (`hpd.losses.filtered`); 0: all columns are multiplied.
 
     Raises:
         ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);
-            unknown impl; no terms, or two of one name; a sampled support without uniforms or draws.
+            unknown impl; a gradient_filter below 0, or with nothing to filter; no terms, or two of one name;
+            a sampled support without uniforms or draws.
     """
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
+    _check_filter(gradient_filter, impl, student.head)
     known, ready = None, teacher
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())
@@ -107,7 +112,9 @@ def reweighted_nll(
         known = teacher.tokens
     inputs = TileInputs(labels, uniforms, draws, kl_estimator, known)
     chunk_bytes = chunk_bytes or default_chunk_bytes(labels.device)
-    call = OperatorCall(teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab)
+    call = OperatorCall(
+        teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab, gradient_filter
+    )
     sums: Sums = {}
     return LossOutput(IMPLEMENTATIONS[impl](*leaves(student), student.head, call, sums), sums)
 
@@ -124,6 +131,7 @@ def loss_by_source(
     chunk_bytes: int | None = None,
     metric_stride: int = 1,
     kl_estimator: str = "exact",
+    gradient_filter: float = 0.0,
 ) -> LossOutput:
     """`reweighted_nll`, each term on the positions that it learns from.
 
@@ -131,7 +139,8 @@ def loss_by_source(
         student, teacher: at all N positions.
         batch: says who wrote what.
         terms: what is learned.
-        uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator: as for `reweighted_nll`.
+        uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator, gradient_filter: as for
+            `reweighted_nll`.
     """
     total = student.hidden.new_zeros(())
     stats: Sums = {}
@@ -150,6 +159,7 @@ def loss_by_source(
             chunk_bytes=chunk_bytes,
             metric_stride=metric_stride if part.first else 0,
             kl_estimator=kl_estimator,
+            gradient_filter=gradient_filter,
         )
         if not part.first:
             sums = {name: value for name, value in sums.items() if name.startswith("value/")}
@@ -183,4 +193,18 @@ def _check(
         raise ValueError(
             f"Label {int(labels.max())} is outside the {vocab} tokens that both models have. Set such labels "
             "to -100 (vocabulary: shared_prefix does)."
+        )
+
+
+def _check_filter(gradient_filter: float, impl: str, head: Head) -> None:
+    if not 0.0 <= gradient_filter < float("inf"):
+        raise ValueError(f"gradient_filter must be a number >= 0, got {gradient_filter}.")
+    if gradient_filter and impl == "reference":
+        raise ValueError(
+            "gradient_filter has no effect on impl: reference, which multiplies whole logits: take chunked."
+        )
+    if gradient_filter and head.weight is None:
+        raise ValueError(
+            "gradient_filter has no effect on logits, which no head multiplies: give hidden states and a "
+            "head."
         )

@@ -12,7 +12,8 @@ from hpd.models.adapters import find_adapter, has_shape_of
 from hpd.models.buildable import without_weights
 from hpd.models.pairing import CheckResult
 from hpd.models.quantized import quantized_layers, stored_bits
-from hpd.training.arguments import DistillConfig, engines_asked
+from hpd.training.arguments import DistillConfig
+from hpd.training.engines import engines_asked
 
 __all__ = [
     "adapter_verdicts",

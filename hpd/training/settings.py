@@ -44,6 +44,7 @@ _READ = """
     pad_token max_length truncation_mode shuffle_dataset packing packing_strategy padding_free
     pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss activation_offloading
     vocabulary byte_length impl chunk_bytes metric_stride kl_estimator
+    gradient_filter
 """
 
 USED = tuple(_READ.split())
@@ -144,7 +145,12 @@ def check_bytes(args: Any) -> None:
                 "remove it."
             )
         return
-    for name, only in (("impl", "chunked"), ("kl_estimator", "exact"), ("truncation_mode", "keep_start")):
+    for name, only in (
+        ("impl", "chunked"),
+        ("kl_estimator", "exact"),
+        ("gradient_filter", 0.0),
+        ("truncation_mode", "keep_start"),
+    ):
         if getattr(args, name) != only:
             raise ValueError(
                 f"train.{name}: {getattr(args, name)} has no form for two tokenizers (train.vocabulary: "
@@ -155,6 +161,29 @@ def check_bytes(args: Any) -> None:
             f"train.packing_strategy: {args.packing_strategy} cuts rows in the middle, and two tokenizers "
             "(train.vocabulary: bytes) need whole ones: set packing_strategy: bfd."
         )
+
+
+def check_operator(args: Any, clips: bool = False) -> None:
+    """Refuse settings of the loss operator that would have no effect.
+
+    Args:
+        args: `DistillConfig`.
+        clips: the strategy is policy_gradient, which has an operator of its own.
+
+    Raises:
+        ValueError: the setting's name.
+    """
+    if args.gradient_filter and args.impl == "reference":
+        raise ValueError(
+            "train.gradient_filter has no effect on train.impl: reference, which multiplies whole logits: "
+            "remove one of the two."
+        )
+    for name, only in (("impl", "chunked"), ("kl_estimator", "exact"), ("gradient_filter", 0.0)):
+        if clips and getattr(args, name) != only:
+            raise ValueError(
+                f"train.{name}: {getattr(args, name)} has no effect under strategy: policy_gradient, whose "
+                "operator is another: remove it."
+            )
 
 
 def check_packages(args: Any) -> None:

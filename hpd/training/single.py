@@ -25,9 +25,9 @@ from hpd.progress import Progress, saying_warnings
 from hpd.teachers import ModelTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.sources import load_teacher
 from hpd.training.adapting import goes_on_adapter, lora_of
-from hpd.training.arguments import check_launched
 from hpd.training.checkpoints import writing
 from hpd.training.dates import DATE
+from hpd.training.engines import check_launched
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints

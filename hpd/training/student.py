@@ -28,8 +28,9 @@ from hpd.data.tokens import label_rows
 from hpd.models.forward import adapt_head
 from hpd.models.memory import own_weights
 from hpd.models.quantized import check_trainable, put_back, trained_data
-from hpd.training.arguments import DistillConfig, check_engine, label_policy
+from hpd.training.arguments import DistillConfig, label_policy
 from hpd.training.dates import own_copy
+from hpd.training.engines import check_engine
 from hpd.training.probing import packing_verdicts, probe_student, settle
 from hpd.training.resumable import Resumable
 

@@ -46,6 +46,7 @@ from hpd.training.on_policy import StepState
 from hpd.training.preflight import check_best_metric, check_call, own_tokenizer
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
+from hpd.training.settings import check_operator
 
 __all__ = ["DistillTrainer"]
 
@@ -103,6 +104,7 @@ class DistillTrainer(MeasuredTrainer):
         self.terms = self._schedule.at(0.0)
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
+        check_operator(args, self._clips)
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
@@ -319,7 +321,12 @@ class DistillTrainer(MeasuredTrainer):
         """The loss where nothing is clipped: of tokens, or of chunks of bytes."""
         if self._events is not None:
             return functools.partial(byte_nll, events=self._events, length=self.args.byte_length)
-        return functools.partial(loss_by_source, impl=self.args.impl, kl_estimator=self.args.kl_estimator)
+        return functools.partial(
+            loss_by_source,
+            impl=self.args.impl,
+            kl_estimator=self.args.kl_estimator,
+            gradient_filter=self.args.gradient_filter,
+        )
 
     def _uniforms(self, batch: TokenBatch, count: int) -> Tensor | None:
         """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""

@@ -172,6 +172,14 @@ MISTAKES_IN_PYTHON = {
         lambda: DistillConfig(output_dir="x", kl_estimator="k4"),
         {"train": {"kl_estimator": "k4"}},
     ),
+    "^train.gradient_filter must be >= 0, got -1e-05": (
+        lambda: DistillConfig(output_dir="x", gradient_filter=-1e-5),
+        {"train": {"gradient_filter": -1e-5}},
+    ),
+    "^train.gradient_filter has no effect on train.impl: reference": (
+        lambda: DistillConfig(output_dir="x", gradient_filter=1e-5, impl="reference"),
+        {"train": {"gradient_filter": 1e-5, "impl": "reference"}},
+    ),
 }
 
 

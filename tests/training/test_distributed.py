@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe
 from hpd.data.samplers import FilledOrder, fill
-from hpd.training.arguments import check_engine, check_launched
 from hpd.training.caching import write_cache
 from hpd.training.checkpoints import newest_complete
+from hpd.training.engines import check_engine, check_launched
 from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]

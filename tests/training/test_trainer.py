@@ -375,6 +375,23 @@ def test_taid_position_adapts_and_is_resumed(pair, tmp_path):
     assert torch.equal(weights(straight), weights(second))
 
 
+def test_the_gradient_filter_is_counted_in_training_and_not_in_evaluation(pair, tmp_path):
+    trainer = make_trainer(pair, tmp_path, gradient_filter=5e-3, evaluation=rows(8, offset=3))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0.0 < log["gradient_live"] < 1.0
+    assert 0.0 < log["gradient_returned"] < 1.0
+    assert not [name for name in trainer.evaluate() if "gradient" in name]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"gradient_filter": 1e-5}, {"kl_estimator": "k3"}, {"impl": "reference"}]
+)
+def test_settings_of_the_operator_that_clipping_does_not_read_are_refused(pair, tmp_path, setting):
+    with pytest.raises(ValueError, match=f"train.{next(iter(setting))}: .* no effect under strategy"):
+        make_trainer(pair, tmp_path, method="opd", **setting)
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3", "rao_blackwell"])
 def test_kl_estimators_are_logged(pair, tmp_path, estimator):
     trainer = make_trainer(pair, tmp_path, kl_estimator=estimator)

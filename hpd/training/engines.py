@@ -1,0 +1,137 @@
+"""The engine that was asked for: DDP, FSDP2 or DeepSpeed, and what the loss cannot work under."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+__all__ = ["check_engine", "check_launched", "engines_asked"]
+
+# How `accelerate launch` and its configuration files ask for an engine, and the field of TrainingArguments
+# that asks too.
+_ENGINES = (
+    (DistributedType.FSDP, "ACCELERATE_USE_FSDP", "fsdp"),
+    (DistributedType.DEEPSPEED, "ACCELERATE_USE_DEEPSPEED", "deepspeed"),
+    (DistributedType.MEGATRON_LM, "ACCELERATE_USE_MEGATRON_LM", ""),
+)
+
+
+_ACCELERATORS = "it needs two or more processes, each with an accelerator."
+_NEEDS = {
+    DistributedType.DEEPSPEED: "it needs a launcher (accelerate launch, torchrun), and on a CPU neither "
+    "train.use_cpu nor accelerate's use_cpu, which switch it off.",
+}
+"""What an engine needs to be chosen, where that is not `_ACCELERATORS`."""
+
+
+def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) -> None:
+    """Refuse what would run silently under another engine than asked for, and what the loss cannot work
+    under.
+
+    Accelerate falls back to DDP silently where FSDP is asked for and no accelerator is found (or
+    `use_cpu` is set).
+
+    Args:
+        args: TrainingArguments.
+        accelerator: built from them.
+        recomputes: the loss reads the head again in the backward pass.
+
+    Raises:
+        ValueError: another engine than asked for; FSDP 1, Megatron-LM, context or sequence parallelism.
+    """
+    got = accelerator.distributed_type
+    check_launched(args, accelerator.num_processes)
+    _check_asked(args, accelerator)
+    if got == DistributedType.MEGATRON_LM:
+        raise ValueError(
+            "Megatron-LM computes its own loss: use FSDP2 or DeepSpeed ZeRO (recipes/accelerate/)."
+        )
+    state: Any = accelerator.state
+    if got == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP version 1 is not supported: set fsdp_version: 2 (recipes/accelerate/fsdp2.yaml)."
+        )
+    if got == DistributedType.DEEPSPEED:
+        deepspeed = state.deepspeed_plugin
+        if deepspeed.zero_stage == 3:
+            _check_zero3(deepspeed.deepspeed_config["zero_optimization"], recomputes)
+    _check_layout(accelerator.parallelism_config)
+
+
+def check_launched(args: Any, num_processes: int) -> None:
+    """Refuse processes that a launcher started together and that do not know of each other: each would train
+    on all rows, into one folder.
+
+    Raises:
+        ValueError: fewer processes (`num_processes`) are joined than the launcher started.
+    """
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched <= num_processes:
+        return
+    way = "with train.use_cpu: true (recipes/accelerate/cpu.yaml)"
+    if DistributedType.DEEPSPEED in engines_asked(args):
+        # Of train.deepspeed transformers tells accelerate no backend, and without an accelerator there is no
+        # other.
+        way = "by accelerate launch (recipes/accelerate/zero2.yaml) with train.ddp_backend: gloo"
+        way += " and without train.deepspeed" if getattr(args, "deepspeed", None) else ""
+    raise ValueError(
+        f"The launcher started {launched} processes, and each would train alone on all rows: "
+        f"without an accelerator they are joined only {way}. Set it, or start one process."
+    )
+
+
+def engines_asked(args: Any) -> list[DistributedType]:
+    """The engines that accelerate's configuration or TrainingArguments ask for, beside DDP."""
+    return [
+        engine
+        for engine, variable, name in _ENGINES
+        if os.environ.get(variable, "false").lower() in ("true", "1") or (name and getattr(args, name, None))
+    ]
+
+
+def _check_asked(args: Any, accelerator: Accelerator) -> None:
+    got = accelerator.distributed_type
+    for asked in engines_asked(args):
+        if asked != got:
+            raise ValueError(
+                f"{asked.value} was asked for (accelerate's configuration, train.fsdp or train.deepspeed), "
+                f"and accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
+                f"process(es): {_NEEDS.get(asked, _ACCELERATORS)} Launch it so, or ask for DDP "
+                "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
+            )
+
+
+def _check_layout(layout: Any) -> None:
+    if layout is None:
+        return
+    for name, flag in (("context", "cp_enabled"), ("sequence", "sp_enabled")):
+        if getattr(layout, flag, False):
+            # They cut each row into pieces after collation, and `TokenBatch.index` names positions of whole
+            # rows.
+            raise ValueError(
+                f"{name} parallelism cuts rows after their label positions were found, and the loss would "
+                "read wrong ones: for long rows use FSDP2 with gradient checkpointing and a smaller "
+                "train.per_device_train_batch_size."
+            )
+    if layout.tp_enabled:
+        raise ValueError(
+            "Tensor parallelism shards a model when it is loaded, and recipes load whole models: use FSDP2 "
+            "(recipes/accelerate/fsdp2.yaml), or serve a large teacher with vLLM (teacher: {type: server})."
+        )
+
+
+def _check_zero3(settings: Mapping[str, Any], recomputes: bool) -> None:
+    if not settings.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "ZeRO-3 without zero3_save_16bit_model exports no weights: set it "
+            "(recipes/accelerate/zero3.yaml)."
+        )
+    if recomputes:
+        raise ValueError(
+            "strategy: policy_gradient reads the head again in the backward pass, when ZeRO-3 has emptied "
+            "it: use ZeRO-2 or FSDP2."
+        )
