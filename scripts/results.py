@@ -1,4 +1,4 @@
-"""Writes docs/results/NAME (report, plots, data) from finished grids, and the tables of docs/results.md.
+"""Writes docs/results/NAME (report, plots, data) from finished grids, and their tables in docs/evidence.
 
     python scripts/results.py [NAME ...] [--runs runs]
 
@@ -18,7 +18,7 @@ from hpd.experiments.table import Table
 from hpd.experiments.tasks.prepared import home
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, TARGET = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+PAGES, TARGET = sorted((ROOT / "docs" / "evidence").glob("*.md")), ROOT / "docs" / "results"
 COLUMNS: dict[str, tuple[str, ...] | None] = {
     "results": (
         "accuracy",
@@ -35,7 +35,7 @@ COLUMNS: dict[str, tuple[str, ...] | None] = {
     "ablation": None,
     "cost": None,
 }
-"""Table -> the columns that docs/results.md shows beside those that name the row; None: all."""
+"""Table -> the columns that a page shows beside those that name the row; None: all."""
 _BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- end -->", re.DOTALL)
 
 
@@ -85,8 +85,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    names = options.names or sorted({found[1] for found in _BLOCK.finditer(text)})
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    shown = {found[1] for text in texts.values() for found in _BLOCK.finditer(text)}
+    names = options.names or sorted(shown)
+    if unknown := set(names) - shown:
+        parser.error(f"no page of docs/evidence has a table of {', '.join(sorted(unknown))}.")
     reports = {name: copy_report(name, options.runs) for name in names}
 
     def fill(found: re.Match[str]) -> str:
@@ -101,7 +104,8 @@ def main() -> None:
         head = found[0].partition("\n")[0]
         return f"{head}\n{table}\n<!-- end -->"
 
-    PAGE.write_text(_BLOCK.sub(fill, text), encoding="utf-8")
+    for page, text in texts.items():
+        page.write_text(_BLOCK.sub(fill, text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_results_script_fills_the_tables_of_a_page(grid, tmp_path, monkeypatch):
     page.write_text(
         "# R\n" + "".join(f"\n<!-- table grid {block} -->\n<!-- end -->\n" for block in blocks) + "\nend\n"
     )
-    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "PAGES", [page])
     monkeypatch.setattr(script, "TARGET", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["results.py", "--runs", str(grid.parent)])
     for _ in range(2):  # filled again, nothing is added
