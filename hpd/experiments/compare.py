@@ -96,6 +96,10 @@ def _compare(
     progress.say(f"{len(tuning)} runs of tuning and {len(grid)} of the grid, {finished} of them finished")
     evals = evaluations(experiment, folder)
     plan_evals(evals)  # a missing file is found before anything runs
+    if experiment.own_samples and not evals and not all(cell.recipe.eval for cell in grid):
+        raise ValueError(
+            "own_samples needs prompts to continue: give the recipe an eval, or the experiment evals."
+        )
     manifest = open_manifest(folder, text, overrides, tuning, grid, allow)
     if experiment.tune is not None:
         choices = read_choices(folder)

@@ -166,8 +166,7 @@ def _own_curve(job: Job, folder: Path) -> list[TrainerCallback]:
 def _measure_own(job: Job, tokenizer: Any, device: str) -> Callable[[torch.nn.Module], dict[str, float]]:
     teacher = _load_teacher(job, "own_samples", device)
     source: EvalConfig | None = next(iter((*job.recipe.eval, *job.evals)), None)
-    if source is None:
-        raise ValueError("own_samples needs prompts: give the recipe an eval, or the experiment evals.")
+    assert source is not None, "compare has looked"
     # Tokens as the student draws them: cut or sharpened, they would be another distribution's.
     plain = {"temperature": 1.0, "top_p": None, "preset": None, "num_samples": None}
     first = dataclasses.replace(source, limit=job.own_samples, limit_seed=None, **plain)

@@ -317,6 +317,13 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(grid):
     assert json.loads((lost / "experiment.json").read_text())["figures"] == pytest.approx(figures, abs=1e-4)
 
 
+def test_own_samples_without_prompts_are_refused_before_any_run(tmp_path):
+    path = tiny_experiment(tmp_path, tune=None, evals=[], own_samples=3, baseline=None)
+    with pytest.raises(ValueError, match="own_samples needs prompts to continue: give the recipe an eval"):
+        compare(path)
+    assert not list((tmp_path / "runs").rglob("summary.json"))
+
+
 def test_a_changed_question_foreign_runs_and_changed_data_are_refused(grid):
     path = grid.parent / "tiny.yaml"
     text = path.read_text()

@@ -1,0 +1,84 @@
+"""Experiment D from its preparation to a run, on a tiny pair and problems of our own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_pair
+
+from hpd.experiments.compare import compare
+from hpd.files import JsonLines
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return tiny_pair("llama", tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def prepared(pair, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    sys.modules.pop("real_pair", None)
+    import real_pair
+
+    problems = [
+        {
+            "question": f"How many are {i} and {i + 1}?",
+            "answer": f"{i} + {i + 1} = {2 * i + 1}\n#### {2 * i + 1}",
+        }
+        for i in range(60)
+    ]
+    source = tmp_path / "gsm8k.jsonl"
+    source.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    monkeypatch.setenv("GSM8K", str(source))
+    monkeypatch.setenv("HPD_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    student, teacher = map(str, pair)
+    sizes = {
+        "REPAIR_ROWS": 8,
+        "REPAIR_STEPS": 3,
+        "MOST_ROWS": 12,
+        "HELD_OUT": 4,
+        "NEW_TOKENS": 12,
+        "MAX_LENGTH": 200,
+    }
+    for name, value in {"TEACHER": teacher, "CUT": student, **sizes}.items():
+        monkeypatch.setattr(real_pair, name, value)
+    yield real_pair
+    sys.modules.pop("real_pair", None)
+
+
+@pytest.mark.slow
+def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
+    _, failures = compare(
+        EXPERIMENTS / "real_pair.yaml",
+        [
+            "budget={type: steps, value: 2}",
+            "axes.data.limit=[8]",
+            "axes.seed=[0, 1]",
+            "variants={sft: {method: sft}, hpd: {method: hpd}}",
+            "tune=null",
+            "own_samples=2",
+            "set.train.eval_steps=2",
+            "set.train.per_device_eval_batch_size=4",
+        ],
+    )
+    assert failures == []
+    base = tmp_path / "runs" / "real_pair" / "base"
+    texts = {name: list(JsonLines(base / "rows" / f"{name}.jsonl").read()) for name in ("teacher", "human")}
+    # The same problems in the same order; only the solutions differ.
+    assert [row["prompt"] for row in texts["teacher"]] == [row["prompt"] for row in texts["human"]]
+    assert len(texts["human"]) >= 8
+    assert all(row["completion"].startswith(" ") and "####" in row["completion"] for row in texts["human"])
+    assert all("####" not in row["completion"] for row in texts["teacher"])
+    summaries = sorted((tmp_path / "runs" / "real_pair" / "runs").glob("*/summary.json"))
+    assert len(summaries) == 8
+    # Prepared once: another look changes nothing and trains nothing.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*") if path.is_file()}
+    prepared.real_pair(base)
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*") if path.is_file()
+    }
