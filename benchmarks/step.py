@@ -2,13 +2,13 @@
 student alone.
 
     python benchmarks/step.py [--repeats 5] [--methods hpd,forward_kl] [--cached] [--memory]
-        [--json | --check]
+        [--bf16] [--json | --check]
     python benchmarks/step.py --docs    # docs/performance.md from the stored result, nothing measured
     python benchmarks/step.py --tiny --cached    # in seconds: whether it runs
 
 Same student (SmolLM2's shape cut to 10 layers), data, optimizer and batch: 2 rows of 512 tokens, three
-quarters of them labeled, float32. The teacher has SmolLM2's 30 layers. Weights are random: time does not
-depend on them.
+quarters of them labeled, float32 (with --bf16, HPD in bfloat16 mixed precision too). The teacher has
+SmolLM2's 30 layers. Weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def cached_teacher(shape: Shape, folder: Path) -> CachedTeacher:
         "hidden": torch.randn(len(keys), shape.teacher.hidden, generator=generator).to(shape.teacher.dtype),
         "log_z": torch.full((len(keys),), 11.0),
     }
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_shard(folder, 0, shard)
     weight = torch.randn(shape.vocab, shape.teacher.hidden, generator=generator) * 0.02
     head = {"weight": weight.to(shape.teacher.dtype)}
@@ -177,21 +177,24 @@ def candidate(
     """`SFTTrainer`, or a method of the table with a live teacher or a cached one.
 
     Args:
-        name: METHOD, `METHOD (cached)`, `METHOD (reference)` or `SFTTrainer`.
+        name: METHOD, `METHOD (cached)`, `METHOD (cached, bf16)`, `METHOD (reference)` or `SFTTrainer`.
         folder: of the run.
         shape: of both models and the rows.
         device: that both models are made on.
         changed: settings of the trainer that differ from SETTINGS.
     """
     common = {"train_dataset": rows(shape), "processing_class": tokenizer()}
+    folder = str(Path(folder) / name.replace(" ", "_"))
     settings = {**SETTINGS, "output_dir": folder, "max_length": shape.tokens, **changed}
+    if name.endswith("bf16)"):
+        settings["bf16"] = True
     student = model(shape, shape.student, 0, device)
     if name == "SFTTrainer":
         return step_of(SFTTrainer(model=student, args=SFTConfig(**settings), **common))
     impl = "reference" if name.endswith("(reference)") else "chunked"
     teacher = (
         cached_teacher(shape, Path(folder) / "cache")
-        if name.endswith("(cached)")
+        if "(cached" in name
         else model(shape, shape.teacher, 1, device)
     )
     trainer = DistillTrainer(
@@ -229,6 +232,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cached", action="store_true", help="also HPD with a cached teacher")
+    parser.add_argument(
+        "--bf16", action="store_true", help="also HPD with a cached teacher, in bfloat16 mixed precision"
+    )
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, in a process each")
     parser.add_argument(
         "--json", action="store_true", help="store the ratios in benchmarks/results/step.json"
@@ -252,7 +258,8 @@ def main() -> None:
             step(), step()
             print(resident_mib("VmHWM"))
             return
-        names = ["SFTTrainer", *options.methods.split(","), *(["hpd (cached)"] if options.cached else [])]
+        names = ["SFTTrainer", *options.methods.split(",")]
+        names += ["hpd (cached)"] * options.cached + ["hpd (cached, bf16)"] * options.bf16
         seconds = interleaved({name: candidate(name, folder, shape) for name in names}, options.repeats)
     result = {"machine": machine(), "ratios": {"step": ratios(seconds, "SFTTrainer")}, "seconds": seconds}
     result["peak_mib"] = {name: peak_mib(name, options.tiny) for name in names} if options.memory else {}

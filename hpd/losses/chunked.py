@@ -25,6 +25,7 @@ from hpd.losses.products import (
     chunk_rows,
     chunks,
     empty_gradients,
+    for_gradients,
     for_products,
     project_,
     wide,
@@ -105,6 +106,7 @@ class ReweightedNLL(torch.autograd.Function):
         dtype, terms = wide(hidden), call.terms
         gradients = empty_gradients((hidden, weight, bias), ctx.needs_input_grad, call.vocab)
         student = for_products(Scores(hidden, head._replace(weight=weight, bias=bias)), call.vocab)
+        low = for_gradients(student) if any(buffer is not None for buffer in gradients) else student
         row_bytes = call.vocab * dtype.itemsize
         rows = chunk_rows(len(hidden), row_bytes, call.chunk_bytes)
         buffers = _chunk_buffers(hidden, rows, call.vocab, dtype)
@@ -134,7 +136,7 @@ class ReweightedNLL(torch.autograd.Function):
                 gradient = parts[0] if call.compiled else logits
             add(sums, tokens=torch.ones_like(logits[:, 0]))
             if any(buffer is not None for buffer in gradients):
-                add_gradient(gradient, scores.hidden, student.head.weight, gradients, chunk)
+                add_gradient(gradient, low.hidden[chunk], low.head.weight, gradients, chunk)
         if columns is not None:
             columns.finish(gradients)
         return finish(ctx, gradients, (hidden, weight, bias), call, sums)

@@ -21,6 +21,7 @@ __all__ = [
     "chunk_rows",
     "chunks",
     "empty_gradients",
+    "for_gradients",
     "for_products",
     "leaves",
     "logits",
@@ -107,6 +108,21 @@ def for_products(scores: Scores, vocab: int) -> Scores:
     if head.weight is None:
         return scores._replace(head=head)
     return scores._replace(hidden=hidden.to(dtype), head=head._replace(weight=head.weight.to(dtype)))
+
+
+def for_gradients(scores: Scores) -> Scores:
+    """The operands of both gradient products, out of those of `for_products`.
+
+    On a CPU under bfloat16 autocast they are bfloat16, and their products are added in float32. Logits stay
+    float32: such a product of a CPU is rounded on its way out, and a logit of 20 would be off by 0.06 nats.
+    """
+    device, weight = scores.hidden.device.type, scores.head.weight
+    if device != "cpu" or weight is None or not torch.is_autocast_enabled("cpu"):
+        return scores
+    dtype = torch.get_autocast_dtype("cpu")
+    if dtype != torch.bfloat16 or weight.dtype != torch.float32:
+        return scores
+    return scores._replace(hidden=scores.hidden.to(dtype), head=scores.head._replace(weight=weight.to(dtype)))
 
 
 def project_(scores: Scores, out: Float[Tensor, "C V"]) -> Float[Tensor, "C V"]:

@@ -21,6 +21,7 @@ from hpd.terminal.console import console, show_figures, show_next
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.plan import Plan, plan, steps_of
+from hpd.training.precision import precision_hint
 
 __all__ = ["diagnose", "run_doctor"]
 
@@ -89,6 +90,8 @@ def diagnose(
         console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
     _show_regime(recipe)
     _show_work(planned, steps, devices, tflops)
+    if (hint := precision_hint(args)) is not None:
+        console.print(hint, highlight=False)
     step = StepMemory(planned)
     needed = step.predict()
     show_figures(_table(needed, step))

@@ -25,6 +25,7 @@ from hpd.models.probe import check_savable
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.training.adapting import adapter_verdicts, quantization_verdicts
 from hpd.training.arguments import DistillConfig, label_policy
+from hpd.training.precision import precision_verdicts
 from hpd.training.probing import beyond_embeddings, packing_verdicts
 
 __all__ = ["DescribedModels", "model_verdicts", "pair_verdicts", "row_verdicts"]
@@ -75,6 +76,7 @@ def model_verdicts(models: DescribedModels, recipe: Recipe, args: DistillConfig)
         *quantization_verdicts(recipe, models.student_config, args),
         *check_savable(models.student_config, generation, models.tokenizer),
         *packing_verdicts(args),
+        *precision_verdicts(args),
         *_padding_verdicts(models, args),
     ]
 

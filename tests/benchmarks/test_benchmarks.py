@@ -18,7 +18,7 @@ TINY = {
     "head": (("--shape", "tiny", *ONCE), "| hpd |"),
     "growth": (("--tiny", *ONCE), "| hidden size | bare products |"),
     "memory": (("--shape", "tiny", "--methods", "hpd", "--no-peers", "--threads", "1"), "| hpd |"),
-    "step": (("--tiny", "--cached", "--memory", "--methods", "hpd", *ONCE), "| hpd (cached) |"),
+    "step": (("--tiny", "--cached", "--bf16", "--memory", "--methods", "hpd", *ONCE), "(cached, bf16) |"),
     "gpu_check": (
         ("--tiny", "--repeats", "1", "--parts", "operator,chunks,step"),
         "`hpd doctor` predicts: hpd",
