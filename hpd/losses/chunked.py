@@ -78,7 +78,7 @@ class OperatorCall(NamedTuple):
     metric_stride: int
     vocab: int
     gradient_filter: float = 0.0
-    """A column of the gradient is multiplied if an entry of it, before `scale`, exceeds this; 0: all are."""
+    """Share of a position's mean absolute gradient that an entry of a column must exceed; 0: no filter."""
     compiled: bool = False
     """The passes between the products through torch.compile."""
 
@@ -117,7 +117,7 @@ class ReweightedNLL(torch.autograd.Function):
         tile_gradient = _tile_gradient(call, student.head, dtype)
         columns = None
         if call.gradient_filter:
-            columns = GradientFilter(call.gradient_filter * scale, buffers[1], sums)
+            columns = GradientFilter(call.gradient_filter, buffers[1], sums)
         add_gradient = accumulate if columns is None else columns.accumulate
         for chunk in chunks(len(hidden), row_bytes, rows * row_bytes):
             part, scores = call.at(chunk), student.at(chunk)

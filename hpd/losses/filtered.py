@@ -6,7 +6,7 @@ Axes: C positions of a chunk, D hidden, V vocabulary, L live columns.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hpd.losses.products import Gradients, accumulate, add_product_, product_
@@ -23,8 +23,9 @@ class GradientFilter:
     r"""`products.accumulate` with most columns of the gradient left out of both products.
 
     With G the chunk's gradient with respect to the logits, a column is live if one of its entries is above
-    the threshold :math:`\tau` in size. Let R be G with its live columns set to zero, :math:`R^+` its positive
-    entries and :math:`R^-` the others. Then
+    :math:`\tau = \varepsilon \frac{1}{C} \sum_{nv} |G_{nv}|` in size: a share of a position's mean absolute
+    sum, so that the relative error is about the same early in training and late. Let R be G with its live
+    columns set to zero, :math:`R^+` its positive entries and :math:`R^-` the others. Then
 
     .. math:: G \approx G_\text{live} + \frac{r^+ c^{+\top}}{t^+} + \frac{r^- c^{-\top}}{t^-},
 
@@ -36,14 +37,14 @@ class GradientFilter:
     for any vector :math:`\bar W`, since the error's row sums are zero. The bias gets its exact gradient.
 
     Args:
-        threshold: :math:`\tau`, in the units of the gradient.
+        share: :math:`\varepsilon`.
         scratch: at least as large as a chunk's gradient, free to be overwritten while one is added.
         sums: gains the share of live columns (`gradient_live`), and of the gradient's absolute sum that is
             given back at rank one (`gradient_returned`), each times the positions.
     """
 
-    def __init__(self, threshold: Float[Tensor, ""], scratch: Float[Tensor, "C V"], sums: Sums):
-        self._threshold, self._scratch, self._sums = threshold.abs(), scratch, sums
+    def __init__(self, share: float, scratch: Float[Tensor, "C V"], sums: Sums):
+        self._share, self._scratch, self._sums = share, scratch, sums
         self._of_head: list[tuple[Tensor, Tensor]] = []
 
     def accumulate(
@@ -56,19 +57,24 @@ class GradientFilter:
     ) -> None:
         """As `products.accumulate`, but for the head's share of rank one, which `finish` adds."""
         assert weight is not None, "logits are refused at the door"
-        live = torch.maximum(gradient.amax(0), -gradient.amin(0)) > self._threshold
+        full, gradient = gradient, gradient.to(hidden.dtype)
+        positive, column_sums = self._signs(gradient)
+        whole = column_sums.abs().sum().clamp_min(torch.finfo(gradient.dtype).tiny)
+        live = torch.maximum(gradient.amax(0), -gradient.amin(0)) > self._share * whole / len(gradient)
         columns = live.nonzero()[:, 0]
-        share = len(columns) / len(live)
-        if share > _MOST_LIVE:
-            accumulate(gradient, hidden, weight, gradients, chunk)
-            self._count(len(gradient), 1.0, gradient.new_zeros(()))
+        if len(columns) > _MOST_LIVE * len(live):
+            accumulate(full, hidden, weight, gradients, chunk)
+            self._count(len(gradient), 1.0, torch.zeros_like(whole))
             return
-        if hidden.dtype != gradient.dtype:
-            gradient = gradient.to(hidden.dtype)
-        rows, of_columns, returned = self._parts(gradient, live)
-        self._count(len(gradient), share, returned)
         if gradients.bias is not None:
-            gradients.bias[: len(live)] += gradient.sum(0, dtype=gradients.bias.dtype)
+            gradients.bias[: len(live)] += full.sum(0, dtype=gradients.bias.dtype)
+        dead = (~live).to(gradient.dtype)
+        rows = torch.stack([positive @ dead, gradient @ dead], 1)
+        rows[:, 1] -= rows[:, 0]
+        of_columns = column_sums * dead
+        totals = of_columns.sum(1, keepdim=True)
+        self._count(len(gradient), len(columns) / len(live), totals.abs().sum() / whole)
+        of_columns /= torch.where(totals == 0.0, 1.0, totals)
         some = gradient.index_select(1, columns)
         if gradients.hidden is not None:
             target = gradients.hidden[chunk]
@@ -77,9 +83,7 @@ class GradientFilter:
         if gradients.weight is not None:
             if chunk.start == 0:
                 gradients.weight.zero_()
-            found = torch.empty(
-                len(columns), hidden.shape[1], dtype=gradients.weight.dtype, device=live.device
-            )
+            found = gradients.weight.new_empty(len(columns), hidden.shape[1])
             product_(some.t(), hidden, found)
             gradients.weight.index_add_(0, columns, found)
             # A product of inner size two reads and writes the whole head: once for all chunks.
@@ -92,26 +96,15 @@ class GradientFilter:
         columns, hidden = (torch.cat(side) for side in zip(*self._of_head, strict=True))
         add_product_(columns.t(), hidden, gradients.weight[: columns.shape[1]])
 
-    def _parts(
-        self, gradient: Float[Tensor, "C V"], live: Bool[Tensor, "V"]
-    ) -> tuple[Float[Tensor, "C 2"], Float[Tensor, "2 V"], Float[Tensor, ""]]:
-        """Row sums of what is not live, positive and negative; its column sums over their total; its share
-        of the gradient's absolute sum."""
+    def _signs(self, gradient: Float[Tensor, "C V"]) -> tuple[Float[Tensor, "C V"], Float[Tensor, "2 V"]]:
+        """The positive entries, in the scratch, and the column sums of these and of the others."""
         scratch = self._scratch[: len(gradient)]
-        out = scratch if scratch.dtype == gradient.dtype else None
-        positive = torch.clamp(gradient, min=0.0, out=out)
-        ones = gradient.new_ones(len(gradient))
-        dead = (~live).to(gradient.dtype)
+        positive = torch.clamp(gradient, min=0.0, out=scratch if scratch.dtype == gradient.dtype else None)
         # Products with vectors run at the speed of memory, which sums over a dimension do not.
-        row_sums = torch.stack([positive @ dead, gradient @ dead], 1)
-        column_sums = torch.stack([ones @ positive, ones @ gradient])
-        row_sums[:, 1] -= row_sums[:, 0]
-        column_sums[1] -= column_sums[0]
-        whole = column_sums.abs().sum()
-        column_sums *= dead
-        totals = column_sums.sum(1, keepdim=True)
-        returned = totals.abs().sum() / whole.clamp_min(torch.finfo(whole.dtype).tiny)
-        return row_sums, column_sums / torch.where(totals == 0.0, 1.0, totals), returned
+        ones = gradient.new_ones(len(gradient))
+        sums = torch.stack([ones @ positive, ones @ gradient])
+        sums[1] -= sums[0]
+        return positive, sums
 
     def _count(self, positions: int, live: float, returned: Tensor) -> None:
         ones = returned.new_ones(positions)

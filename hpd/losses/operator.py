@@ -93,8 +93,8 @@ def reweighted_nll(
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
         kl_estimator: one of ESTIMATORS, added to the statistics where it needs draws (not exact).
-        gradient_filter: columns of a chunk's gradient with no entry above this (before `scale`) come back at
-            rank one instead of being multiplied (`hpd.losses.filtered`); 0: all columns are multiplied.
+        gradient_filter: columns of a chunk's gradient with no entry above this share of a position's mean
+            absolute sum come back at rank one (`hpd.losses.filtered`); 0: all columns are multiplied.
 
     Raises:
         ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);

@@ -113,7 +113,7 @@ class DistillConfig(SFTConfig):
     gradient_filter: float = field(
         default=0.0,
         metadata={
-            "help": "Tokens with no entry above this in the gradient of a chunk of logits (nats) are "
+            "help": "Tokens whose gradient (logits) is nowhere above this share of a position's are "
             "multiplied together, at rank one, instead of one by one: see Speed and memory. 0: off."
         },
     )

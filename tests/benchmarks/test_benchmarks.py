@@ -23,6 +23,7 @@ TINY = {
         ("--tiny", "--repeats", "1", "--parts", "operator,chunks,step"),
         "`hpd doctor` predicts: hpd",
     ),
+    "filtered": (("--tiny", *ONCE), "| late |"),
     "startup": (("--repeats", "1"), "| hpd train |"),
     "cache_start": (("--repeats", "1", "--gigabytes", "0.001"), "cached, 0.00 GB: first step after"),
 }

@@ -32,11 +32,10 @@ def _gradients(method: str, eps: float, bias: bool = False, impl: str = "chunked
         torch.arange(N) * 7 % V,
         name_terms(method_terms(method, {})),
         uniforms=uniforms(torch.arange(N), seed=0, step=0, count=1),
-        scale=1 / N,
         chunk_bytes=rows * V * 8,
         gradient_filter=eps,
         impl=impl,
-        **others,
+        **{"scale": 1 / N, **others},
     )
     output.loss.backward()
     return output, [leaf.grad for leaf in leaves]
@@ -75,7 +74,7 @@ def test_the_formula_column_by_column(method, bias):
     approximate, live_share, bound = torch.zeros_like(grad), 0.0, torch.zeros(N, dtype=grad.dtype)
     for start in range(0, N, rows):
         part = grad[start : start + rows]
-        live = part.abs().amax(0) > eps / N
+        live = part.abs().amax(0) > eps * part.abs().sum() / len(part)
         live_share += float(live.double().mean()) * rows / N
         approximate[start : start + rows][:, live] = part[:, live]
         rest = part * ~live
@@ -96,7 +95,7 @@ def test_the_formula_column_by_column(method, bias):
     without = torch.where(approximate.abs() >= 0, grad * 0, grad)
     for start in range(0, N, rows):
         part = grad[start : start + rows]
-        without[start : start + rows] = part * (part.abs().amax(0) > eps / N)
+        without[start : start + rows] = part * (part.abs().amax(0) > eps * part.abs().sum() / len(part))
     assert _error(found[0], exact[0]) < _error(without @ weight, exact[0])
 
 
@@ -107,22 +106,11 @@ def test_the_error_falls_with_the_threshold():
     assert errors[-1] < 1e-3
 
 
-def test_the_threshold_is_in_units_of_a_position_whatever_the_scale():
-    """A loss scaled by the batch keeps the same columns."""
-    one, other = _gradients("hpd", 2e-3), _gradients("hpd", 2e-3, bias=False)
-    assert float(one[0].stats["gradient_live"]) == float(other[0].stats["gradient_live"])
-    student, teacher = _scores(0), _scores(1)
-    scaled = reweighted_nll(
-        student,
-        Scores(teacher.hidden.detach(), Head(teacher.head.weight.detach())),
-        torch.arange(N) * 7 % V,
-        name_terms(method_terms("hpd", {})),
-        uniforms=uniforms(torch.arange(N), seed=0, step=0, count=1),
-        scale=1000.0,
-        chunk_bytes=16 * V * 8,
-        gradient_filter=2e-3,
-    )
-    assert float(scaled.stats["gradient_live"]) == float(one[0].stats["gradient_live"])
+def test_the_columns_do_not_depend_on_the_scale_of_the_loss():
+    """A thousand times the loss: the same columns are live, and the gradient is a thousand times as large."""
+    (one, expected), (other, found) = (_gradients("hpd", 2e-3, scale=scale) for scale in (1 / N, 1000 / N))
+    assert float(one.stats["gradient_live"]) == float(other.stats["gradient_live"])
+    torch.testing.assert_close(found[0], 1000 * expected[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -173,3 +161,20 @@ def test_logits_are_refused():
             name_terms(method_terms("sft", {})),
             gradient_filter=1e-5,
         )
+
+
+def test_a_gradient_of_zeros_is_zeros():
+    """Student and teacher are equal, so forward KL has no gradient, and no share of it is a number."""
+    scores = _scores(0)
+    output = reweighted_nll(
+        scores,
+        Scores(scores.hidden.detach().clone(), Head(scores.head.weight.detach().clone())),
+        torch.arange(N) * 7 % V,
+        name_terms(method_terms("forward_kl", {})),
+        scale=0.0,
+        chunk_bytes=16 * V * 8,
+        gradient_filter=1e-3,
+    )
+    output.loss.backward()
+    assert torch.count_nonzero(scores.hidden.grad) == 0
+    assert float(output.stats["gradient_returned"]) == 0.0
