@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
+from hpd.methods.method import Method
+from hpd.methods.position_methods import POSITION_METHODS
+from hpd.methods.positions import PositionRule
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import Schedule
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.terms import Term, TermConfig, nearest, parameters_of, with_parameters
 
 __all__ = ["METHODS", "Method", "choose_terms", "method_terms", "name_terms"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of the table."""
-
-    summary: str
-    """The thing that it learns, in one line."""
-    weight: str
-    """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
-    use: str
-    """When to choose it."""
-    defaults: str
-    """Published defaults of its parameters."""
-    reference: str
-    """Paper, and equation where it has a number."""
-    terms: tuple[TermConfig, ...]
-    prefixes: Prefixes = Prefixes(dataset=1.0)
-    """Where its contexts come from."""
-    rollouts: RolloutConfig | None = None
-    """Settings of the student's own writing; null: the defaults."""
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    """The way its weights meet the gradient."""
 
 
 def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
@@ -334,6 +314,7 @@ METHODS: dict[str, Method] = {
         terms=_one("hpd"),
         strategy=StrategyConfig(type="policy_gradient"),
     ),
+    **POSITION_METHODS,
 }
 
 
@@ -376,6 +357,9 @@ def choose_terms(
             "method_kwargs are parameters of method; with terms, put them into each term's kwargs."
         )
     chosen = method_terms(method, method_kwargs) if method is not None else tuple(terms)
+    for config in chosen:
+        if isinstance(config, TermConfig) and isinstance(config.weight, PositionRule):
+            config.weight.check_effect()
     name_terms(chosen)
     return chosen
 
