@@ -77,8 +77,9 @@ def reweighted_nll(
     .. math:: L = s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v d_v, \quad \nabla L
               = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla \log q_v
 
-    with s `scale`, λ the term's weight (times the position's, where `position_weights` has one), S its support,
-    c the support's coefficients, d the objective's value and w its weights: `-w * log q` summed over `log_softmax(hidden @ weight.T)` (`impl="reference"`).
+    with s `scale`, λ the term's weight, times the position's where `position_weights` has one, S its support,
+    c the support's coefficients, d the objective's value and w its weights: `-w * log q` summed over
+    `log_softmax(hidden @ weight.T)` (`impl="reference"`).
 
     Args:
         student: hidden states and head; gradients flow to both.
@@ -89,7 +90,7 @@ def reweighted_nll(
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
         position_weights: by the name of a term, constants that multiply its weights and its value at each
-            position; of every term with a rule over positions (`hpd.losses.positions.position_weights`).
+            position; of every term with a rule over positions (as `hpd.losses.position_weights` makes them).
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
         impl: `chunked`; `compiled`, the same through torch.compile; or `reference`.
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpd.methods.method import Method
-from hpd.methods.positions import PositionRule
+from hpd.methods.position_rules import PositionRule
 from hpd.methods.prefixes import Prefixes
 from hpd.methods.schedules import Schedule
 from hpd.methods.strategy import StrategyConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpd.methods.method import Method
 from hpd.methods.position_methods import POSITION_METHODS
-from hpd.methods.positions import PositionRule
+from hpd.methods.position_rules import PositionRule
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import Schedule
 from hpd.methods.strategy import StrategyConfig

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
 from hpd.files import import_named
 from hpd.methods.fields import STRICT, nearest
-from hpd.methods.positions import PositionRule, as_rule
+from hpd.methods.position_rules import PositionRule, as_rule
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
 from hpd.objectives import OBJECTIVES, Objective
@@ -307,8 +307,13 @@ def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConf
     given = {**term.kwargs, **parameters.get("kwargs", {})}
     inner = {**given, **{key: value for key, value in parameters.items() if key in taken}}
     names = {f.name for f in fields(term)} & parameters.keys() - taken.keys() - {"kwargs"}
-    outer = {name: parameters[name] for name in names}
+    outer = {name: _from_plain(parameters[name]) for name in names}
     return replace(term, kwargs=inner, **outer)
+
+
+def _from_plain(value: Any) -> Any:
+    """A rule or schedule of a field, where plain data says one."""
+    return as_rule(value) or as_schedule(value) or value
 
 
 def sources_used(terms: Sequence[Term]) -> set[str]:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hpd.batch import TokenBatch, teacher_inputs
-from hpd.losses.positions import first_positions
+from hpd.losses.position_weights import first_positions
 from hpd.methods.terms import Term
 
 __all__ = ["common_share", "cut_batch"]

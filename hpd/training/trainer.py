@@ -26,7 +26,7 @@ from hpd.losses.by_source import label_gaps
 from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
-from hpd.losses.positions import position_weights
+from hpd.losses.position_weights import position_weights
 from hpd.methods.byte_forms import check_byte_forms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime

@@ -1,4 +1,4 @@
-r"""What the tokens of an answer weigh, by the rule of a term (`hpd.methods.positions.PositionRule`).
+r"""What the tokens of an answer weigh, by the rule of a term (`hpd.methods.position_rules.PositionRule`).
 
 Axes: N label positions, R rows. Every rule reads the label positions of one row and nothing else, so the
 weights do not depend on padding, packing, the order of rows, or how a batch is split over micro-batches and
@@ -19,7 +19,7 @@ from hpd.losses.operator import default_chunk_bytes
 from hpd.losses.products import chunks, logits
 from hpd.losses.teacher_side import is_known_by_token, log_normalizer, teacher_logits, token_logprobs
 from hpd.losses.tile import sum_dtype
-from hpd.methods.positions import PositionRule
+from hpd.methods.position_rules import PositionRule
 from hpd.methods.supports import LOGPROB_FLOOR, raise_excluded_
 from hpd.methods.terms import Term
 
@@ -31,7 +31,7 @@ __all__ = [
     "step_weights",
 ]
 
-Parts = Sequence[tuple[Int[Tensor, "n"] | None, TeacherScores]]
+Parts = Sequence[tuple[Tensor | None, TeacherScores]]
 """Who answers for which positions; None: for all."""
 
 
@@ -145,7 +145,7 @@ def drift_weights(gaps: Float[Tensor, "N"], rows: Int[Tensor, "N"], gain: float)
 def step_weights(
     gaps: Float[Tensor, "N"], rows: Int[Tensor, "N"], steps: Int[Tensor, "N"], epsilon: float, limit: float
 ) -> Float[Tensor, "N"]:
-    r"""SOD: :math:`\min((d_1 + \epsilon) / (d_k + \epsilon), limit)`, d_k the mean of |gap| in a row's step k.
+    r"""SOD: :math:`\min((d_1 + \epsilon) / (d_k + \epsilon), limit)`, d_k the mean |gap| of a row's step k.
 
     Args:
         gaps: log p - log q of the labels, nats.

@@ -65,14 +65,12 @@ class PositionRule:
     def __post_init__(self) -> None:
         check_fields(self, "weight")
         for name in _MOVING:
-            # In kwargs of a method pydantic has not seen them.
-            if (schedule := as_schedule(getattr(self, name))) is not None:
-                object.__setattr__(self, name, schedule)
-                if schedule.schedule in ("adaptive", "skew"):
-                    raise ValueError(
-                        f"weight.{name} may follow training's progress, which a schedule of the kind "
-                        f"{schedule.schedule} does not: take constant, linear, cosine or step."
-                    )
+            schedule = getattr(self, name)
+            if isinstance(schedule, Schedule) and schedule.schedule in ("adaptive", "skew"):
+                raise ValueError(
+                    f"weight.{name} may follow training's progress, which a schedule of the kind "
+                    f"{schedule.schedule} does not: take constant, linear, cosine or step."
+                )
         own = ("column",) if self.rule == "column" else tuple(_NUMBERS[self.rule])
         for name in (f.name for f in fields(self) if f.name != "rule"):
             if name not in own and getattr(self, name) is not None:
@@ -147,4 +145,5 @@ def as_rule(value: Any) -> PositionRule | None:
     known = [f.name for f in fields(PositionRule)]
     if unknown := sorted(set(value) - set(known)):
         raise ValueError(f"weight has no field {unknown[0]!r}: {', '.join(known)}.")
-    return PositionRule(**value)
+    plain: dict[str, Any] = {name: as_schedule(given) or given for name, given in value.items()}
+    return PositionRule(**plain)
