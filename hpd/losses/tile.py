@@ -255,7 +255,8 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
 
 
 def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sums) -> None:
-    """Both KLs, both entropies (nats), top-1 agreement and the student's accuracy, summed over the rows.
+    """Both KLs, both entropies (nats), acceptance, top-1 agreement and the student's accuracy, summed over
+    the rows.
 
     The distributions are scratch.
     """
@@ -276,6 +277,7 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sum
         return torch.mul(probs, logs, out=product).sum(-1)
 
     teacher_entropy, student_entropy = -expected(p, log_p), -expected(q, log_q)
+    acceptance = torch.minimum(p, q, out=product).sum(-1)
     gap = log_p.sub_(log_q)
     add(
         sums,
@@ -283,6 +285,7 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sum
         reverse_kl=-expected(q, gap),
         teacher_entropy=teacher_entropy,
         student_entropy=student_entropy,
+        acceptance=acceptance,
         top1_agreement=agreement,
         mean_token_accuracy=accuracy,
         metric_tokens=torch.ones_like(agreement),

@@ -165,6 +165,14 @@ METHODS: dict[str, Method] = {
         reference="Wen et al. 2023, arXiv 2307.15190",
         terms=_one("total_variation"),
     ),
+    "acceptance": Method(
+        summary="minus the logarithm of the mass that both share: what speculative decoding keeps of a draft",
+        weight="q 1[q < p] / alpha, alpha = sum min(p, q)",
+        use="a student that will draft for its teacher; silent where q is above p, so start near the teacher",
+        defaults="none",
+        reference="Samarin et al. 2026, arXiv 2602.23881",
+        terms=_one("acceptance"),
+    ),
     "abkd": Method(
         summary="alpha-beta divergence: two exponents weigh hardness and confidence",
         weight="q^beta (p^alpha - q^alpha) / alpha",

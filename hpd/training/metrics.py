@@ -38,6 +38,7 @@ _ON_METRIC_ROWS = (
     "reverse_kl",
     "teacher_entropy",
     "student_entropy",
+    "acceptance",
     "top1_agreement",
     "mean_token_accuracy",
 )
