@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = [
     "DATASET",
     "IGNORE_INDEX",
+    "POSITION_WEIGHTS",
     "STUDENT",
     "TEACHER_CHUNKS",
     "TEACHER_PREFIXES",
@@ -37,6 +38,8 @@ read."""
 TEACHER_CHUNKS = "teacher_chunks"
 """A column of rows whose teacher has another tokenizer: for each token, the teacher's tokens of the chunk
 that ends with it (both cut the text there); empty within a chunk."""
+POSITION_WEIGHTS = "position_weights"
+"""A column of rows that weigh differently in a term: for each token, its row's weight."""
 # Of the names in a collated batch that hold the teacher's own rows.
 _OF_TEACHER = "teacher_"
 
@@ -80,6 +83,13 @@ class TokenBatch(NamedTuple):
     """The chunk of each of the teacher's positions."""
     teacher_labels: Int[Tensor, "M"] | None = None
     """The teacher's label at each of them."""
+    steps: Int[Tensor, "N"] | None = None
+    """The stretch of labels that each position is in, counted from 0: where something else stands between two
+    labels of a row, such as a tool's answer, a new one begins."""
+    position_weights: Float[Tensor, "N"] | None = None
+    """What the dataset's column says that each label weighs."""
+    cut: Int[Tensor, ""] | None = None
+    """Label positions that are left out of this batch since they weigh nothing; None: none."""
 
     def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
         """Some positions of a batch whose rows are all the dataset's."""
@@ -93,6 +103,32 @@ class TokenBatch(NamedTuple):
             by_student=everything[:0],
             teacher_index=None if self.teacher_index is None else self.teacher_index[positions],
             teacher_keys=None if self.teacher_keys is None else self.teacher_keys[positions],
+        )
+
+    def kept(self, keep: Bool[Tensor, "N"]) -> TokenBatch:
+        """The batch without the positions that weigh nothing; rows keep their lengths, and what is left out
+        is counted."""
+        at, new = keep.nonzero().flatten(), keep.long().cumsum(0) - 1
+
+        def shortened(field: str) -> Tensor | None:
+            value = getattr(self, field)
+            return None if value is None else value[at]
+
+        def renumbered(places: Tensor | None) -> Tensor | None:
+            return None if places is None else new[places[keep[places]]]
+
+        by_label = {
+            field: shortened(field)
+            for field in (
+                "index", "labels", "keys", "rows", "behavior_logprobs", "teacher_index", "teacher_keys",
+                "steps", "position_weights",
+            )
+        }  # fmt: skip
+        return self._replace(
+            **by_label,
+            by_dataset=renumbered(self.by_dataset),
+            by_student=renumbered(self.by_student),
+            cut=(~keep).sum(),
         )
 
     @classmethod
@@ -134,6 +170,7 @@ def token_batch(
     sources: Int[Tensor, "B T"] | None = None,
     behavior_logprobs: Float[Tensor, "B T"] | None = None,
     chunks: Int[Tensor, "B T"] | None = None,
+    position_weights: Float[Tensor, "B T"] | None = None,
 ) -> TokenBatch:
     """Find the label positions of a collated batch.
 
@@ -144,6 +181,7 @@ def token_batch(
         sources: who wrote each token, DATASET or STUDENT; None: the dataset all of them.
         behavior_logprobs: log-probability of each token under the policy that wrote it.
         chunks: the number of each token's chunk, rising.
+        position_weights: what each token weighs by a column of the dataset.
     """
     input_ids, labels = inputs["input_ids"], inputs["labels"]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -152,6 +190,7 @@ def token_batch(
     targets = torch.full_like(labels, IGNORE_INDEX)
     # The token after position t is its label, unless a new row starts there.
     targets[:, :-1] = torch.where(positions[:, 1:] == 0, IGNORE_INDEX, labels[:, 1:])
+    steps = _stretches((targets != IGNORE_INDEX).flatten())
     beyond = targets >= vocab if vocab is not None else torch.zeros_like(targets, dtype=torch.bool)
     targets = torch.where(beyond, IGNORE_INDEX, targets).flatten()
     index = (targets != IGNORE_INDEX).nonzero().flatten()
@@ -171,7 +210,14 @@ def token_batch(
         (source == STUDENT).nonzero().flatten(),
         None if behavior_logprobs is None else behavior_logprobs.flatten()[index + 1],
         chunks=None if chunks is None else _from_zero(chunks.flatten()[index + 1]),
+        steps=_from_zero(steps[index]),
+        position_weights=None if position_weights is None else position_weights.flatten()[index + 1],
     )
+
+
+def _stretches(labeled: Bool[Tensor, "BT"]) -> Int[Tensor, "BT"]:
+    """Numbers, rising, that are equal where no position without a label stands between two with one."""
+    return (~labeled).long().cumsum(0)
 
 
 def _from_zero(numbers: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
@@ -307,7 +353,7 @@ class DistillCollator:
         inputs = dict(self.inner(examples))
         by_token = {
             name: _laid_out(inputs, [example[name] for example in examples])
-            for name in ("sources", "behavior_logprobs", "chunks")
+            for name in ("sources", "behavior_logprobs", "chunks", POSITION_WEIGHTS)
             if name in examples[0]
         }
         batch = token_batch(inputs, self.vocab, **by_token)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpd.methods import METHODS, Method, name_terms
+from hpd.methods.position_rules import PositionRule
 from hpd.methods.terms import SUPPORTS, TermConfig, parameters_of
 from hpd.objectives import OBJECTIVES
 from hpd.terminal.methods import FACTS
@@ -92,8 +93,8 @@ Each term is logged by itself as `loss/NAME`.
 
 ## Schedules
 
-`weight`, `temperature`, `draw_share`, `draw_temperature` and every number in `kwargs` may be a schedule over
-training:
+`weight` may also be a rule over the tokens of an answer ([weights on positions](concepts/positions.md)). It,
+`temperature`, `draw_share`, `draw_temperature` and every number in `kwargs` may be a schedule over training:
 
 ```yaml
 method: symmetric_kl
@@ -201,6 +202,8 @@ def _parameters(method: Method) -> str:
         for key, parameter in parameters_of(term.objective).items():
             default = term.kwargs.get(key, parameter.default)
             shown.append(f"`{key}` ({default})")
+        if isinstance(term.weight, PositionRule):
+            shown.append(f"`weight` ({term.weight})")
     return ", ".join(shown) or "none"
 
 

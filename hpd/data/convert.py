@@ -54,7 +54,7 @@ def convert(
     *,
     system_prompt: str | None = None,
     prompts: bool = False,
-    kept: str | None = None,
+    kept: Sequence[str] = (),
     context: TeacherContext | None = None,
     whole: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def convert(
         labels: the recipe's `data.labels`.
         system_prompt: of conversations that have none.
         prompts: a prompt without a completion is enough.
-        kept: a column that stays.
+        kept: columns that stay.
         context: of a teacher that reads a prompt of its own, which becomes the column `teacher_prompt`.
         whole: the columns of rows of all formats, null where this one has none.
 
@@ -100,7 +100,7 @@ def convert(
     if context is not None:
         out[TEACHER_PROMPT] = context.prompt_of(row, out, index)
     out = {**dict.fromkeys(whole), **out}
-    return out if kept is None else {**out, kept: row[kept]}
+    return {**out, **{name: row[name] for name in kept}}
 
 
 def _of_row(row: Mapping[str, Any], layout: RowFormat) -> RowFormat:

@@ -54,11 +54,18 @@ class _Beside(NamedTuple):
     """Names their teacher."""
     context: TeacherContext | None
     """Of a teacher with a prompt of its own."""
+    weight: str | None
+    """Says what they weigh in a term."""
+
+    @property
+    def staying(self) -> tuple[str, ...]:
+        """Columns that the trainer reads."""
+        return tuple(dict.fromkeys(name for name in (self.column, self.weight) if name is not None))
 
     @property
     def columns(self) -> tuple[str, ...]:
         named = () if self.context is None else self.context.columns
-        return (*named, *(() if self.column is None else (self.column,)))
+        return (*named, *self.staying)
 
 
 def load_rows(
@@ -66,6 +73,7 @@ def load_rows(
     column: str | None = None,
     context: TeacherContext | None = None,
     *,
+    weight: str | None = None,
     prompts: bool = False,
 ) -> Rows:
     """Read the dataset and bring it into a TRL format.
@@ -74,6 +82,7 @@ def load_rows(
         config: its place, and the meaning of its columns.
         column: one more column that rows keep (it names their teacher).
         context: of a teacher with a prompt of its own, which rows get as the column `teacher_prompt`.
+        weight: one more column that rows keep (a term is weighed by it).
         prompts: prompts without completions are enough, since the student writes every row.
 
     Raises:
@@ -81,7 +90,7 @@ def load_rows(
         ValueError: unreadable or empty file, unknown columns, a row without text.
     """
     datasets.disable_progress_bars()
-    beside = _Beside(column, context)
+    beside = _Beside(column, context, weight)
     if config.parts:
         train, layouts, mixture = mix(config, lambda part: _read_shaped(part, beside, prompts))
     else:
@@ -243,13 +252,16 @@ def _prompt_row(
     return PromptRow(row["prompt"], answer if reference is None else str(given[reference]))
 
 
-def format_of(rows: Any, columns: Mapping[str, str], prompts: bool) -> RowFormat | None:
+def format_of(
+    rows: Any, columns: Mapping[str, str], prompts: bool, kept: Sequence[str] = ()
+) -> RowFormat | None:
     """The format of rows that come from Python; None: they are prepared already, or not to be read.
 
     Args:
         rows: a dataset or a stream.
         columns: as `data.columns`.
         prompts: as `load_rows` takes it.
+        kept: columns that the trainer reads beside the row.
 
     Raises:
         ValueError: no format of docs/guides/data.md.
@@ -259,7 +271,7 @@ def format_of(rows: Any, columns: Mapping[str, str], prompts: bool) -> RowFormat
     transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
     if not found or {"input_ids", "labels"} <= {*found} or transformed:
         return None
-    return choose_format(found, columns, kept=[TEACHER_PROMPT], prompts=prompts)
+    return choose_format(found, columns, kept=[TEACHER_PROMPT, *kept], prompts=prompts)
 
 
 def _columns(rows: Any) -> list[str]:
@@ -280,6 +292,10 @@ def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> Ro
     if column is not None and column not in found:
         raise ValueError(
             f"teacher.column is {column!r}, which the dataset does not have: {', '.join(found)}."
+        )
+    if beside.weight is not None and beside.weight not in found:
+        raise ValueError(
+            f"weight.column is {beside.weight!r}, which the dataset does not have: {', '.join(found)}."
         )
     if beside.context is not None:
         beside.context.check(found, f"the dataset {config.path}")
@@ -310,7 +326,7 @@ def _shape(rows: Any, layout: RowFormat, config: DataConfig, beside: _Beside, pr
             "labels": config.labels,
             "system_prompt": config.system_prompt,
             "prompts": prompts,
-            "kept": beside.column,
+            "kept": beside.staying,
             "context": beside.context,
             "whole": _columns_of(layout, config.labels, prompts) if mixes else (),
         },

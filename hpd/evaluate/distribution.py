@@ -69,7 +69,15 @@ prompts."""
 WRITING = GenerationSettings(temperature=1.0, max_new_tokens=256)
 """Default settings of the student's own text."""
 
-_GAPS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "overlap", "top1_agreement")
+_GAPS = (
+    "forward_kl",
+    "reverse_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "overlap",
+    "top1_agreement",
+    "acceptance",
+)
 
 
 def check_metrics(metrics: Sequence[str], texts: Sequence[str], has_teacher: bool) -> None:
@@ -333,7 +341,7 @@ def _likelihood_figures(sums: RowSums, metrics: Sequence[str], with_bins: bool) 
     wanted = {
         "kl": ("forward_kl", "reverse_kl"),
         "entropy": ("student_entropy", "teacher_entropy"),
-        "overlap": ("overlap", "top1_agreement"),
+        "overlap": ("overlap", "top1_agreement", "acceptance"),
     }
     names = [name for metric in metrics for name in wanted.get(metric, ())]
     names += [name for name in ("student_mass_outside", "teacher_mass_outside") if name in sums.values]

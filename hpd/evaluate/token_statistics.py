@@ -178,6 +178,7 @@ def _two_models(
     return {
         "forward_kl": (log_p.exp() * gap).sum(-1),
         "reverse_kl": -(log_q.exp() * gap).sum(-1),
+        "acceptance": torch.minimum(log_p, log_q).exp().sum(-1),
         "overlap": (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1).to(log_q.dtype),
         "top1_agreement": (ours[:, 0] == theirs[:, 0]).to(log_q.dtype),
     }

@@ -5,11 +5,11 @@ Axes: N label positions, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpd.batch import TokenBatch
@@ -19,7 +19,7 @@ from hpd.losses.teacher_side import teacher_logits
 from hpd.losses.tile import Sums
 from hpd.methods.terms import Term
 
-__all__ = ["SourcePart", "label_gaps", "parts_of"]
+__all__ = ["SourcePart", "label_gaps", "parts_of", "weights_of"]
 
 
 class SourcePart(NamedTuple):
@@ -47,6 +47,15 @@ def parts_of(batch: TokenBatch, terms: Sequence[Term]) -> Iterator[SourcePart]:
             if chosen:
                 yield SourcePart(positions, chosen, given, first)
                 first = False
+
+
+def weights_of(
+    part: SourcePart, weights: Mapping[str, Float[Tensor, "N"]] | None
+) -> dict[str, Float[Tensor, "n"]]:
+    """The weights by position of a part's terms, at its positions."""
+    at = slice(None) if part.positions is None else part.positions
+    named = weights or {}
+    return {term.name: named[term.name][at] for term in part.terms if term.name in named}
 
 
 @torch.no_grad()

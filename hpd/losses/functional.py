@@ -232,6 +232,11 @@ def _term(objective: ObjectiveLike, params: dict[str, Any]) -> Term:
 def _check_used(term: Term, draws: Tensor | None, generator: torch.Generator | None, params: Any) -> None:
     """Refuse arguments that would change nothing."""
     support, idle = term.support, []
+    if term.positions is not None:
+        raise ValueError(
+            f"weight: a rule over positions ({term.positions}) reads rows as a trainer lays them out: give "
+            "reweighted_nll position_weights, or set labels that weigh nothing to ignore_index."
+        )
     why = f"the support {support} draws no tokens. Choose label+sampled or sampled, or"
     if not support.draws:
         idle = [name for name, value in (("draws", draws), ("generator", generator)) if value is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpd.batch import TokenBatch
-from hpd.losses.by_source import parts_of
+from hpd.losses.by_source import parts_of, weights_of
 from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
 from hpd.losses.heads import Head, Scores, TeacherScores
 from hpd.losses.products import for_products, leaves
@@ -65,6 +65,7 @@ def reweighted_nll(
     *,
     uniforms: Float[Tensor, "N u"] | None = None,
     draws: Int[Tensor, "N n"] | None = None,
+    position_weights: Mapping[str, Float[Tensor, "N"]] | None = None,
     scale: Tensor | float = 1.0,
     impl: str = "chunked",
     chunk_bytes: int | None = None,
@@ -77,8 +78,9 @@ def reweighted_nll(
     .. math:: L = s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v d_v, \quad \nabla L
               = -s \sum_n \sum_{\text{terms}} \lambda \sum_{v \in S} c_v\, \mathrm{sg}[w_v] \nabla \log q_v
 
-    with s `scale`, λ the term's weight, S its support, c the support's coefficients, d the objective's value
-    and w its weights: `-w * log q` summed over `log_softmax(hidden @ weight.T)` (`impl="reference"`).
+    with s `scale`, λ the term's weight, times the position's where `position_weights` has one, S its support,
+    c the support's coefficients, d the objective's value and w its weights: `-w * log q` summed over
+    `log_softmax(hidden @ weight.T)` (`impl="reference"`).
 
     Args:
         student: hidden states and head; gradients flow to both.
@@ -88,6 +90,8 @@ def reweighted_nll(
         terms: what is learned, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
+        position_weights: by the name of a term, constants that multiply its weights and its value at each
+            position; of every term with a rule over positions (as `hpd.losses.position_weights` makes them).
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
         impl: `chunked`; `compiled`, the same through torch.compile; or `reference`.
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
@@ -99,18 +103,22 @@ def reweighted_nll(
     Raises:
         ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);
             unknown impl; a gradient_filter below 0, or with nothing to filter; no terms, or two of one name;
-            a sampled support without uniforms or draws.
+            a sampled support without uniforms or draws; a term with a rule over positions without its
+            weights, or weights of another shape or of no term.
     """
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
     _check_filter(gradient_filter, impl, student.head)
+    weights = _checked_weights(position_weights or {}, terms, len(labels))
+    # A rule has done its work; to the compiler, another share would be another list of terms.
+    terms = [term._replace(positions=None) for term in terms] if weights else terms
     known, ready = None, teacher
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())
         ready = for_products(teacher, vocab)
     else:
         known = teacher.tokens
-    inputs = TileInputs(labels, uniforms, draws, kl_estimator, known)
+    inputs = TileInputs(labels, uniforms, draws, kl_estimator, known, weights)
     chunk_bytes = chunk_bytes or default_chunk_bytes(labels.device)
     call = OperatorCall(
         teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab, gradient_filter
@@ -126,6 +134,7 @@ def loss_by_source(
     terms: Sequence[Term],
     *,
     uniforms: Float[Tensor, "N u"] | None = None,
+    position_weights: Mapping[str, Float[Tensor, "N"]] | None = None,
     scale: Tensor | float = 1.0,
     impl: str = "chunked",
     chunk_bytes: int | None = None,
@@ -139,8 +148,8 @@ def loss_by_source(
         student, teacher: at all N positions.
         batch: says who wrote what.
         terms: what is learned.
-        uniforms, scale, impl, chunk_bytes, metric_stride, kl_estimator, gradient_filter: as for
-            `reweighted_nll`.
+        uniforms, position_weights, scale, impl, chunk_bytes, metric_stride, kl_estimator, gradient_filter: as
+            for `reweighted_nll`.
     """
     total = student.hidden.new_zeros(())
     stats: Sums = {}
@@ -154,6 +163,7 @@ def loss_by_source(
             part.terms,
             uniforms=None if uniforms is None else uniforms[at],
             draws=labels[:, None] if part.given else None,
+            position_weights=weights_of(part, position_weights),
             scale=scale,
             impl=impl,
             chunk_bytes=chunk_bytes,
@@ -167,6 +177,26 @@ def loss_by_source(
         for name, value in sums.items():
             stats[name] = stats[name] + value if name in stats else value
     return LossOutput(total, stats)
+
+
+def _checked_weights(
+    given: Mapping[str, Tensor], terms: Sequence[Term], count: int
+) -> dict[str, Float[Tensor, "N"]] | None:
+    """The weights by position, without gradient; None where no term has any."""
+    names = [term.name for term in terms]
+    for term in terms:
+        if term.positions is not None and term.name not in given:
+            raise ValueError(
+                f"Term {term.name!r} is weighed {term.positions}, which takes whole rows: a trainer reads "
+                "them; here give position_weights, one number for each label."
+            )
+    for name, weights in given.items():
+        if name not in names or weights.shape != (count,):
+            raise ValueError(
+                f"position_weights has {name!r} of shape {tuple(weights.shape)}: give each of some of the "
+                f"terms ({', '.join(names)}) one number for each of the {count} labels."
+            )
+    return {name: weights.detach() for name, weights in given.items()} or None
 
 
 def _check(

@@ -23,7 +23,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hpd.batch import TokenBatch
-from hpd.losses.by_source import SourcePart, parts_of
+from hpd.losses.by_source import SourcePart, parts_of, weights_of
 from hpd.losses.heads import Scores, TeacherScores
 from hpd.losses.operator import LossOutput, default_chunk_bytes
 from hpd.losses.products import chunks, logits
@@ -98,6 +98,7 @@ def policy_gradient_nll(
     uniforms: Float[Tensor, "N u"] | None,
     scale: Tensor | float,
     row_scale: Tensor | float,
+    position_weights: Mapping[str, Float[Tensor, "N"]] | None = None,
     chunk_bytes: int | None = None,
     metric_stride: int = 1,
     teacher_share: float = 0.0,
@@ -113,6 +114,7 @@ def policy_gradient_nll(
         uniforms: for the draws of the first update.
         scale: 1 / (label tokens of the global batch); multiplies the value, and the gradient of a token mean.
         row_scale: 1 / (rows of the global batch), for a sequence mean.
+        position_weights: by term; they multiply its advantages, or the weights of one without ratios.
         chunk_bytes: memory of one chunk of logits; None: `default_chunk_bytes`.
         metric_stride: full-distribution metrics on every n-th position; 0 for none.
         teacher_share: the teacher's share of the mixture that wrote the student's text.
@@ -125,7 +127,8 @@ def policy_gradient_nll(
     total = student.hidden.new_zeros((), dtype=torch.float32)
     chunk_bytes = chunk_bytes or default_chunk_bytes(batch.labels.device)
     for number, part in enumerate(parts_of(batch, terms)):
-        data = _PartData(part, student, teacher, batch, uniforms, chunk_bytes)
+        weights = weights_of(part, position_weights)
+        data = _PartData(part, student, teacher, batch, uniforms, chunk_bytes, weights)
         now = _measure(data, sums, metric_stride if part.first else 0)
         if frozen is None:
             kept.append(_freeze(data, now, strategy, teacher_share))
@@ -156,6 +159,7 @@ class _PartData:
         batch: TokenBatch,
         uniforms: Tensor | None,
         chunk_bytes: int,
+        weights: dict[str, Tensor],
     ):
         at = slice(None) if part.positions is None else part.positions
         self.part = part
@@ -166,6 +170,7 @@ class _PartData:
             None if x is None else x[at] for x in (batch.rows, batch.behavior_logprobs, uniforms)
         )
         self.row_lengths = batch.row_lengths
+        self.weights = weights
         self.vocab = min(student.vocab, teacher.vocab)
         self.chunks = list(chunks(len(self.labels), 4 * self.vocab, chunk_bytes))
 
@@ -179,8 +184,9 @@ class _PartData:
         return raise_excluded_(torch.log_softmax(found, -1))
 
     def inputs(self, chunk: slice) -> TileInputs:
-        draws = self.labels[chunk, None] if self.part.given else None
-        return TileInputs(self.labels[chunk], None if self.uniforms is None else self.uniforms[chunk], draws)
+        draws = self.labels[:, None] if self.part.given else None
+        whole = TileInputs(self.labels, self.uniforms, draws, position_weights=self.weights or None)
+        return whole.rows(chunk)
 
 
 @torch.no_grad()

@@ -48,13 +48,20 @@ class TileInputs(NamedTuple):
     """Further estimate of the reverse KL at the drawn tokens; exact: none."""
     known: Int[Tensor, "R k"] | None = None
     """The tokens that a top-k teacher knows beside the label; None: the teacher knows all."""
+    position_weights: dict[str, Float[Tensor, "R"]] | None = None
+    """By term, what its weights and value are multiplied by; None: every position counts the same."""
 
     def rows(self, rows: slice) -> TileInputs:
         """The part that belongs to some positions."""
         uniforms, draws, known = (
             None if x is None else x[rows] for x in (self.uniforms, self.draws, self.known)
         )
-        return TileInputs(self.labels[rows], uniforms, draws, self.kl_estimator, known)
+        weights = self.position_weights and {name: x[rows] for name, x in self.position_weights.items()}
+        return TileInputs(self.labels[rows], uniforms, draws, self.kl_estimator, known, weights)
+
+    def weight_of(self, term: Term) -> Float[Tensor, "R"] | None:
+        """What the term's weights and value are multiplied by; None: by nothing."""
+        return None if self.position_weights is None else self.position_weights.get(term.name)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -110,7 +117,8 @@ def normalized_gradient_(
         raise_excluded_(log_p)
     q = torch.exp(log_q)
     if len(terms) == 1 and _on_whole_vocabulary(terms[0]):
-        return _whole_gradient_(terms[0], Whole(log_p, log_q, q, inputs.labels), sums, scale)
+        whole = Whole(log_p, log_q, q, inputs.labels)
+        return _whole_gradient_(terms[0], whole, inputs.weight_of(terms[0]), sums, scale)
     dense: list[tuple[Tensor, Tensor]] = []
     sparse: list[tuple[Tensor, Tensor]] = []
     softened: list[Tensor] = []
@@ -149,15 +157,22 @@ def _on_whole_vocabulary(term: Term) -> bool:
     )
 
 
-def _whole_gradient_(term: Term, whole: Whole, sums: Sums, scale: Tensor) -> Tensor:
+def _whole_gradient_(
+    term: Term, whole: Whole, by_position: Float[Tensor, "R"] | None, sums: Sums, scale: Tensor
+) -> Tensor:
     """The gradient in the place of the student's log-probabilities."""
     objective = term.objective
     weights, value, weights_factor, mass, stats = FUSED[objective.rule](whole, *objective.arguments)
+    if by_position is not None:
+        value = value * by_position
     add(sums, **{f"value/{term.name}": value}, **(stats or {}))
     if mass is None:
         mass = weights.sum(-1) * weights_factor
     factor = term.weight * scale
+    if by_position is not None:
+        factor = (factor * by_position).to(mass.dtype)
     scaled = whole.student_probs.mul_((mass * factor)[:, None])
+    factor = factor if by_position is None else factor[:, None]
     return torch.addcmul(scaled, weights, -factor * weights_factor, out=whole.student_logprobs)
 
 
@@ -167,7 +182,7 @@ def weigh(
     """Columns of the term's support and the weights there, coefficients included; adds value and metrics."""
     draws = term_draws(term, log_p, log_q, q, inputs)
     columns = term.support.columns(log_p, log_q, inputs.labels, draws)
-    weights = weigh_columns(term, columns, sums)
+    weights = weigh_columns(term, columns, inputs, sums)
     if draws is not None and inputs.kl_estimator != "exact" and term.support.draws_student_exactly:
         estimate = kl_estimate(inputs.kl_estimator, log_p, log_q, draws.tokens)
         add(sums, **{f"reverse_kl_{inputs.kl_estimator}": estimate})
@@ -186,8 +201,9 @@ def watch_draws(term: Term, tokens: Int[Tensor, "R n"], inputs: TileInputs, sums
         add(sums, draws_off_top_k=(~known).float().mean(-1))
 
 
-def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R K"]:
-    """The term's weights at its columns, coefficients included; adds its value and metrics."""
+def weigh_columns(term: Term, columns: Columns, inputs: TileInputs, sums: Sums) -> Float[Tensor, "R K"]:
+    """The term's weights at its columns, with coefficients and the position's weight; adds its value and
+    metrics."""
     objective = term.objective
     pair = columns.teacher_logprobs, columns.student_logprobs
     weights = objective.weights(*pair)
@@ -199,6 +215,9 @@ def weigh_columns(term: Term, columns: Columns, sums: Sums) -> Float[Tensor, "R 
             coefficients = torch.cat([coefficients[:, :1], coefficients[:, 1:] * term.support.draws], dim=1)
         weights = weights * coefficients
         value = value * coefficients
+    if (by_position := inputs.weight_of(term)) is not None:
+        by_position = by_position.to(weights.dtype)[:, None]
+        weights, value = weights * by_position, value * by_position
     stats = {} if objective.stats is None else objective.stats(*pair)
     add(sums, **{f"value/{term.name}": value}, **stats)
     return weights
@@ -236,7 +255,8 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
 
 
 def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sums) -> None:
-    """Both KLs, both entropies (nats), top-1 agreement and the student's accuracy, summed over the rows.
+    """Both KLs, both entropies (nats), acceptance, top-1 agreement and the student's accuracy, summed over
+    the rows.
 
     The distributions are scratch.
     """
@@ -257,6 +277,7 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sum
         return torch.mul(probs, logs, out=product).sum(-1)
 
     teacher_entropy, student_entropy = -expected(p, log_p), -expected(q, log_q)
+    acceptance = torch.minimum(p, q, out=product).sum(-1)
     gap = log_p.sub_(log_q)
     add(
         sums,
@@ -264,6 +285,7 @@ def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sum
         reverse_kl=-expected(q, gap),
         teacher_entropy=teacher_entropy,
         student_entropy=student_entropy,
+        acceptance=acceptance,
         top1_agreement=agreement,
         mean_token_accuracy=accuracy,
         metric_tokens=torch.ones_like(agreement),
@@ -314,7 +336,7 @@ def token_gradient(
         else:
             log_q = student.logprobs(tokens)
         columns = Columns(log_p, log_q.clamp_min(LOGPROB_FLOOR), tokens, coefficients)
-        weights = weigh_columns(term, columns, sums)
+        weights = weigh_columns(term, columns, inputs, sums)
         if draws is not None:
             watch_draws(term, draws.tokens, inputs, sums)
         factor = term.weight * scale

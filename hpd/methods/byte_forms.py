@@ -61,6 +61,8 @@ def _problem(configs: Sequence[TermConfig | Term], regime: Regime) -> str | None
 
 def _without_form(config: TermConfig | Term, term: Term) -> str | None:
     support = term.support
+    if term.positions is not None:
+        return "a rule over positions counts the tokens of one tokenizer"
     if config.temperature != 1.0:
         return "at a temperature other than 1 a chunk's probability is not that of its tokens"
     if isinstance(config, TermConfig) and any(s.schedule == "skew" for s in config.adaptive.values()):

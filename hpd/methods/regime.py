@@ -63,6 +63,7 @@ def choose_regime(
         )
     _check_sources(regime, terms)
     _check_strategy(regime, terms)
+    _check_positions(regime, terms)
     return regime
 
 
@@ -147,3 +148,32 @@ def _check_strategy(regime: Regime, terms: Sequence[Term]) -> None:
         raise ValueError(
             "strategy.discount credits later tokens of a rollout: it needs a term with support: rollout."
         )
+
+
+def _check_positions(regime: Regime, terms: Sequence[Term]) -> None:
+    """Refuse rules over positions that have no effect on these rows, or cannot be followed there."""
+    columns = sorted({term.positions.column or "" for term in terms if term.positions is not None} - {""})
+    if len(columns) > 1:
+        raise ValueError(
+            f"Terms are weighed by {len(columns)} columns ({', '.join(columns)}), and rows carry one: name "
+            "one, or fold them into it."
+        )
+    if columns and regime.prefixes.on_policy:
+        raise ValueError(
+            f"weight: the column {columns[0]} is of the dataset's rows, and here the student writes rows: "
+            "set prefixes: {dataset: 1}, or take another rule."
+        )
+    for term in terms:
+        if term.positions is None:
+            continue
+        if term.positions.rule == "steps" and (term.on == "student" or regime.needs_prompts_only):
+            raise ValueError(
+                f"Term {term.name!r} is weighed by steps, and what the student writes here is one step, "
+                "without answers of a tool in between: set on: dataset and prefixes: {dataset: 1} to learn "
+                "from recorded agents, or take another rule."
+            )
+        if term.support.given and regime.strategy.discount:
+            raise ValueError(
+                f"Term {term.name!r} is weighed {term.positions}, and strategy.discount adds up what later "
+                "tokens gain: a weight of theirs would count for this one. Remove one of the two."
+            )

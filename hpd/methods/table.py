@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
+from hpd.methods.method import Method
+from hpd.methods.position_methods import POSITION_METHODS
+from hpd.methods.position_rules import PositionRule
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import Schedule
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.terms import Term, TermConfig, nearest, parameters_of, with_parameters
 
 __all__ = ["METHODS", "Method", "choose_terms", "method_terms", "name_terms"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of the table."""
-
-    summary: str
-    """The thing that it learns, in one line."""
-    weight: str
-    """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
-    use: str
-    """When to choose it."""
-    defaults: str
-    """Published defaults of its parameters."""
-    reference: str
-    """Paper, and equation where it has a number."""
-    terms: tuple[TermConfig, ...]
-    prefixes: Prefixes = Prefixes(dataset=1.0)
-    """Where its contexts come from."""
-    rollouts: RolloutConfig | None = None
-    """Settings of the student's own writing; null: the defaults."""
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    """The way its weights meet the gradient."""
 
 
 def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
@@ -185,6 +165,14 @@ METHODS: dict[str, Method] = {
         reference="Wen et al. 2023, arXiv 2307.15190",
         terms=_one("total_variation"),
     ),
+    "acceptance": Method(
+        summary="minus the logarithm of the mass that both share: what speculative decoding keeps of a draft",
+        weight="q 1[q < p] / alpha, alpha = sum min(p, q)",
+        use="a student that will draft for its teacher; silent where q is above p, so start near the teacher",
+        defaults="none",
+        reference="Samarin et al. 2026, arXiv 2602.23881",
+        terms=_one("acceptance"),
+    ),
     "abkd": Method(
         summary="alpha-beta divergence: two exponents weigh hardness and confidence",
         weight="q^beta (p^alpha - q^alpha) / alpha",
@@ -334,6 +322,7 @@ METHODS: dict[str, Method] = {
         terms=_one("hpd"),
         strategy=StrategyConfig(type="policy_gradient"),
     ),
+    **POSITION_METHODS,
 }
 
 
@@ -376,6 +365,9 @@ def choose_terms(
             "method_kwargs are parameters of method; with terms, put them into each term's kwargs."
         )
     chosen = method_terms(method, method_kwargs) if method is not None else tuple(terms)
+    for config in chosen:
+        if isinstance(config, TermConfig) and isinstance(config.weight, PositionRule):
+            config.weight.check_effect()
     name_terms(chosen)
     return chosen
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
 from hpd.files import import_named
 from hpd.methods.fields import STRICT, nearest
+from hpd.methods.position_rules import PositionRule, as_rule
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
 from hpd.objectives import OBJECTIVES, Objective
@@ -57,7 +58,7 @@ SUPPORTS: dict[str, dict[str, Any]] = {
 # Supports of objectives that read the label as their first column; the others read every token.
 _SUPPORT_OF_DOMAIN = {"label": "label+sampled", "label_and_vocabulary": "label+full"}
 
-_SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
+_SCALARS = ("temperature", "draw_share", "draw_temperature")
 
 # Fields of TermConfig and the field of Support that each becomes.
 _DRAW_FIELDS = {
@@ -75,7 +76,8 @@ class Term(NamedTuple):
     """One summand of the loss, ready to be computed (no schedule, no names to look up).
 
     The loss of a position is `weight * sum_k c_k value_k`, its gradient that of `-weight * sum_k c_k w_k log
-    q_k`, with the support's coefficients c and both distributions softened by `temperature`.
+    q_k`, with the support's coefficients c and both distributions softened by `temperature`. With `positions`
+    both are multiplied by the position's number, which whoever computes the loss must be given.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Term(NamedTuple):
     weight: float = 1.0
     temperature: float = 1.0
     on: Source = "both"
+    positions: PositionRule | None = None
 
     def check(self) -> Term:
         """Return self, or raise ValueError where the objective does not exist on the support."""
@@ -135,8 +138,9 @@ class TermConfig:
     objective: Annotated[ObjectiveLike, _NameInRecipes]
     """A name of OBJECTIVES, such as forward_kl, akl, hpd (`hpd methods` lists them), or "package.module:name"
     of your own `Objective` or factory of one. In Python the `Objective` or factory itself will do."""
-    weight: Scalar = 1.0
-    """Factor of this term in the loss."""
+    weight: Scalar | PositionRule = 1.0
+    """Factor of this term in the loss: a number, a schedule, or a rule that weighs the tokens of an answer
+    differently, such as {rule: first, share: 0.3}."""
     temperature: Scalar = 1.0
     """Softens teacher and student before the objective sees them (no T^2 factor is applied), > 0."""
     on: Source = "both"
@@ -172,6 +176,11 @@ class TermConfig:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
 
+    def __post_init__(self) -> None:
+        # In parameters of a method it is plain data still.
+        if (rule := as_rule(self.weight)) is not None:
+            object.__setattr__(self, "weight", rule)
+
     @property
     def scheduled(self) -> bool:
         """True if any number changes during training."""
@@ -185,8 +194,10 @@ class TermConfig:
             adaptive: values of the parameters whose schedule is adaptive, by parameter.
         """
         numbers = {name: value_at(getattr(self, name), progress) for name in _SCALARS}
+        weight = self.weight
+        weight = weight.at(progress) if isinstance(weight, PositionRule) else value_at(weight, progress)
         kwargs = {key: value_at(value, progress) for key, value in self.kwargs.items()}
-        return replace(self, **numbers, kwargs={**kwargs, **(adaptive or {})})
+        return replace(self, weight=weight, **numbers, kwargs={**kwargs, **(adaptive or {})})
 
     @property
     def adaptive(self) -> dict[str, Schedule]:
@@ -215,7 +226,9 @@ class TermConfig:
             objective = OBJECTIVES["hpd_exact"](*objective.arguments)
         support = fixed._build_support(objective)
         name = name or self.name
-        term = Term(name, objective, support, fixed.weight, fixed.temperature, fixed.on)  # type: ignore
+        rule = fixed.weight if isinstance(fixed.weight, PositionRule) else None
+        weight = 1.0 if rule is not None else fixed.weight
+        term = Term(name, objective, support, weight, fixed.temperature, fixed.on, rule)  # type: ignore
         return term.check()
 
     def _build_support(self, objective: Objective) -> Support:
@@ -294,8 +307,13 @@ def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConf
     given = {**term.kwargs, **parameters.get("kwargs", {})}
     inner = {**given, **{key: value for key, value in parameters.items() if key in taken}}
     names = {f.name for f in fields(term)} & parameters.keys() - taken.keys() - {"kwargs"}
-    outer = {name: parameters[name] for name in names}
+    outer = {name: _from_plain(parameters[name]) for name in names}
     return replace(term, kwargs=inner, **outer)
+
+
+def _from_plain(value: Any) -> Any:
+    """A rule or schedule of a field, where plain data says one."""
+    return as_rule(value) or as_schedule(value) or value
 
 
 def sources_used(terms: Sequence[Term]) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hpd.objectives.adaptive import akl, taid, todi
 from hpd.objectives.alpha_beta import abkd
-from hpd.objectives.f_divergences import f_divergence, total_variation
+from hpd.objectives.f_divergences import acceptance, f_divergence, total_variation
 from hpd.objectives.hybrid import hpd, hpd_exact, hpd_full
 from hpd.objectives.kl import forward_kl, nll, reverse_kl, symmetric_kl
 from hpd.objectives.label import label_forward_kl, label_jsd, label_reverse_kl, masked_sft
@@ -17,6 +17,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "abkd",
+    "acceptance",
     "akl",
     "f_divergence",
     "forward_kl",
@@ -53,6 +54,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "skew_forward_kl": skew_forward_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "total_variation": total_variation,
+    "acceptance": acceptance,
     "f_divergence": f_divergence,
     "abkd": abkd,
     "akl": akl,

@@ -1,4 +1,5 @@
-r"""Divergences of the form :math:`D = \sum_v q_v f(p_v / q_v)`: total variation, and any f of the user's.
+r"""Divergences of the form :math:`D = \sum_v q_v f(p_v / q_v)`: total variation, and any f of the user's; and
+the logarithm of what total variation leaves.
 
 Axes and notation: see `hpd.objectives.objective`.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hpd.objectives.objective import LogProbs, Objective, Weights
 
-__all__ = ["f_divergence", "total_variation"]
+__all__ = ["acceptance", "f_divergence", "total_variation"]
 
 # Nats. exp(40) squared is still a float32, so an f that grows like the square of the ratio stays finite.
 _MAX_LOG_RATIO = 40.0
@@ -36,6 +37,38 @@ def total_variation() -> Objective:
         return 0.5 * (teacher_logprobs.exp() - student_logprobs.exp()).abs()
 
     return Objective(weights, value, rule="total_variation")
+
+
+def acceptance() -> Objective:
+    r"""Minus the logarithm of the acceptance, the mass that both distributions share.
+
+    .. math:: D = -\log \alpha, \quad \alpha = \sum_v \min(p_v, q_v) = 1 - TV(p, q), \qquad
+              w_v = \frac{q_v\, 1[q_v < p_v]}{\alpha}
+
+    Alpha is the probability that speculative sampling keeps a token drafted by q for p (Leviathan, Kalman and
+    Matias, 2023, arXiv 2211.17192). It is one sum over the whole vocabulary, so the columns must be a
+    distribution. With a tail in one bucket alpha is an upper bound, since min(sum p, sum q) is at least the
+    sum of the minima. No weight is above 1, however small alpha is.
+
+    Reference:
+        Samarin et al., LK Losses, 2026, arXiv 2602.23881.
+    """
+
+    def shared(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> tuple[Tensor, Tensor]:
+        lower = torch.minimum(teacher_logprobs, student_logprobs)
+        return lower, torch.logsumexp(lower, -1, keepdim=True)
+
+    def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        _, log_alpha = shared(teacher_logprobs, student_logprobs)
+        below = student_logprobs < teacher_logprobs
+        return torch.where(below, student_logprobs - log_alpha, -torch.inf).exp()
+
+    def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        lower, log_alpha = shared(teacher_logprobs, student_logprobs)
+        # Each column's part is its share of alpha.
+        return (lower - log_alpha).exp() * -log_alpha
+
+    return Objective(weights, value, domain="distribution", rule="acceptance")
 
 
 def f_divergence(f: Callable[[Tensor], Tensor], df: Callable[[Tensor], Tensor]) -> Objective:

@@ -104,6 +104,15 @@ def total_variation(whole: Whole) -> Weighed:
     return Weighed(gap.sign_().mul_(whole.student_probs), 0.5 * divergence, 0.5)
 
 
+def acceptance(whole: Whole) -> Weighed:
+    below = whole.student_logprobs < whole.teacher_logprobs
+    lower = torch.minimum(whole.teacher_logprobs, whole.student_logprobs, out=whole.teacher_logprobs)
+    log_alpha = torch.logsumexp(lower, -1, keepdim=True)
+    # Where q is not below, it may be far above alpha: cut before the exponential.
+    weights = whole.student_logprobs.sub_(log_alpha).clamp_(max=0.0).exp_().mul_(below)
+    return Weighed(weights, -log_alpha[:, 0])
+
+
 def abkd(whole: Whole, alpha: float, beta: float) -> Weighed:
     """For positive exponents: powers of numbers up to one, so nothing saturates."""
     total = alpha + beta
@@ -175,6 +184,7 @@ FUSED: dict[str, Callable[..., Weighed]] = {
     "skew_forward_kl": skew_forward_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "total_variation": total_variation,
+    "acceptance": acceptance,
     "abkd": abkd,
     "akl": blended_kl,
     "todi": blended_kl,

@@ -87,7 +87,8 @@ def diagnose(
         highlight=False,
     )
     for term in name_terms(recipe.choose_terms()):
-        console.print(f"term {term.name}: weight {term.weight:g} on {term.support}", highlight=False)
+        weight = f"{term.weight:g}" if term.positions is None else str(term.positions)
+        console.print(f"term {term.name}: weight {weight} on {term.support}", highlight=False)
     _show_regime(recipe)
     _show_work(planned, steps, devices, tflops)
     if (hint := precision_hint(args)) is not None:

@@ -24,6 +24,7 @@ _SPECIAL = (
     "metric_tokens",
     "num_tokens",
     "labels_dropped",
+    "labels_cut",
     "support_overlap",
     "overlap_rows",
     "aux_loss",
@@ -37,6 +38,7 @@ _ON_METRIC_ROWS = (
     "reverse_kl",
     "teacher_entropy",
     "student_entropy",
+    "acceptance",
     "top1_agreement",
     "mean_token_accuracy",
 )
@@ -110,7 +112,9 @@ def means(sums: Mapping[str, float], terms: Sequence[Term]) -> dict[str, float]:
     if "student_entropy" in found:
         found["entropy"] = found["student_entropy"]  # its name in TRL
     # A term on the student's text alone has no value where a window held none.
-    values = {term.name: sums.get(f"value/{term.name}", 0.0) / tokens for term in terms}
+    # Positions that are not computed, since they weigh nothing, are labels all the same.
+    labels = tokens + sums.get("labels_cut", 0.0)
+    values = {term.name: sums.get(f"value/{term.name}", 0.0) / labels for term in terms}
     if sums.get("overlap_rows"):
         found["support_overlap"] = sums["support_overlap"] / sums["overlap_rows"]
     if sums.get("aux_batches"):
@@ -137,7 +141,7 @@ def evaluated_names(terms: Sequence[Term], vocab: int, kl_estimator: str) -> set
     zero, none = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     batch = TokenBatch(zero, zero, zero, zero[0], by_dataset=zero, by_student=none)
     scores = Scores(torch.zeros(1, vocab), Head(None))
-    evaluated = as_evaluated(terms)
+    evaluated = [term._replace(positions=None) for term in as_evaluated(terms)]
     draws = torch.zeros(1, num_uniforms(evaluated), dtype=torch.float64)
     sums = loss_by_source(scores, scores, batch, evaluated, uniforms=draws, kl_estimator=kl_estimator).stats
     numbers = {name: float(value) for name, value in sums.items()}

@@ -142,6 +142,7 @@ class StepState:
         uniforms: Tensor | None,
         scale: Tensor,
         replicas: int,
+        position_weights: Mapping[str, Tensor] | None = None,
     ) -> LossOutput:
         """The clipped loss of the next micro-batch.
 
@@ -149,6 +150,7 @@ class StepState:
             uniforms: of its draws.
             scale: 1 / (label tokens of the global batch), times `replicas`.
             replicas: processes whose gradients are averaged.
+            position_weights: by term.
         """
         place = self._micro_batch
         self._micro_batch += 1
@@ -162,6 +164,7 @@ class StepState:
             uniforms=uniforms,
             scale=scale,
             row_scale=replicas / self._num_rows,
+            position_weights=position_weights,
             chunk_bytes=self._args.chunk_bytes,
             metric_stride=self._args.metric_stride,
             teacher_share=self._regime.rollouts.teacher_share,

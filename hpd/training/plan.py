@@ -18,9 +18,11 @@ from hpd.data.lengths import Lengths, check_ids, measure
 from hpd.data.rows import Rows, load_rows
 from hpd.data.teacher_prompts import TeacherContext
 from hpd.data.templates import check_templates, read_template
+from hpd.data.weighed import weight_column
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
+from hpd.methods.table import name_terms
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult
 from hpd.progress import Progress, quiet_libraries
@@ -127,7 +129,11 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     prompts = recipe.choose_regime().needs_prompts_only
     teacher = recipe.teacher
     rows = load_rows(
-        _text_column(recipe.data, args), teacher.column, TeacherContext.of(teacher), prompts=prompts
+        _text_column(recipe.data, args),
+        teacher.column,
+        TeacherContext.of(teacher),
+        weight=weight_column(name_terms(recipe.choose_terms())),
+        prompts=prompts,
     )
     compared = _compare(models, rows, recipe, args)
     return Plan(

@@ -17,7 +17,9 @@ from hpd.config.load import Stage, handed_on, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import load_rows
 from hpd.data.teacher_prompts import TeacherContext
+from hpd.data.weighed import weight_column
 from hpd.locks import holding
+from hpd.methods.table import name_terms
 from hpd.models.export import write_merged
 from hpd.progress import Progress
 from hpd.training.arguments import check_names, train_arguments
@@ -203,7 +205,11 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, str]:
                 prompts = stage.recipe.choose_regime().needs_prompts_only
                 teacher = stage.recipe.teacher
                 rows = load_rows(
-                    stage.recipe.data, teacher.column, TeacherContext.of(teacher), prompts=prompts
+                    stage.recipe.data,
+                    teacher.column,
+                    TeacherContext.of(teacher),
+                    weight=weight_column(name_terms(stage.recipe.choose_terms())),
+                    prompts=prompts,
                 )
                 found |= _of_stage(stage, row_fingerprints(rows, stage.recipe.data))
                 continue

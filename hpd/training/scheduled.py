@@ -46,7 +46,11 @@ class ScheduledTerms:
     @property
     def observed(self) -> list[str]:
         """Names of the sums that `observe` reads; none where no position adapts."""
-        return [*(f"value/{name}" for name in self._configs), "tokens", *_GAPS] if self.positions else []
+        return (
+            [*(f"value/{name}" for name in self._configs), "tokens", "labels_cut", *_GAPS]
+            if self.positions
+            else []
+        )
 
     def at(self, progress: float) -> tuple[Term, ...]:
         """The terms where `progress`, a share of the training steps, lies behind."""
@@ -65,7 +69,8 @@ class ScheduledTerms:
             if isinstance(position, SkewPosition):
                 _follow_gap(position, sums, self._configs[term].on)
             else:
-                position.update(sums.get(f"value/{term}", 0.0) / max(sums.get("tokens", 0.0), 1.0), progress)
+                labels = sums.get("tokens", 0.0) + sums.get("labels_cut", 0.0)
+                position.update(sums.get(f"value/{term}", 0.0) / max(labels, 1.0), progress)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The positions as a checkpoint holds them; the same on all processes."""

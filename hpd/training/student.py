@@ -17,7 +17,7 @@ from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
-from hpd.batch import TEACHER_CHUNKS, TEACHER_PREFIXES
+from hpd.batch import POSITION_WEIGHTS, TEACHER_CHUNKS, TEACHER_PREFIXES
 from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.dates import own_template, set_date
 from hpd.data.rows import format_of
@@ -25,6 +25,7 @@ from hpd.data.samplers import FilledOrder, fill, fills_last_batch
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.data.teacher_rows import check_prefixes
 from hpd.data.tokens import label_rows
+from hpd.data.weighed import weigh_rows
 from hpd.models.forward import adapt_head
 from hpd.models.memory import own_weights
 from hpd.models.quantized import check_trainable, put_back, trained_data
@@ -37,6 +38,9 @@ from hpd.training.resumable import Resumable
 __all__ = ["StudentTrainer"]
 
 _LOGGER = logging.getLogger(__name__)
+
+# Columns that rows have beside what TRL knows, a list with an entry for each token.
+_OWN_COLUMNS = (TEACHER_PREFIXES, TEACHER_CHUNKS, POSITION_WEIGHTS)
 
 
 @contextlib.contextmanager
@@ -70,6 +74,8 @@ class StudentTrainer(Resumable, SFTTrainer):
     """The day that the run began, which its chat template prints."""
     _day: datetime.date | None = None
     """The same where the template prints it."""
+    _weight_column: str | None = None
+    """The column of the rows that a term is weighed by."""
     # The loss is already divided by the label tokens of the accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -119,7 +125,8 @@ class StudentTrainer(Resumable, SFTTrainer):
         self._day = set_date(self._tokenizer, self._first_day)
         if formatting_func is None and dataset is not None:
             field, prompts = args.dataset_text_field, self._prompts and name == "train"
-            layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts)
+            kept = [] if self._weight_column is None else [self._weight_column]
+            layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts, kept)
             if layout is not None:
                 with global_then_local_main_first():
                     dataset = label_rows(
@@ -134,6 +141,9 @@ class StudentTrainer(Resumable, SFTTrainer):
         if dataset is None:
             return None
         rows: Any = dataset
+        if self._weight_column is not None:
+            with global_then_local_main_first():
+                rows = weigh_rows(rows, self._weight_column, num_proc=args.dataset_num_proc)
         columns = get_dataset_column_names(rows)
         if self._teacher_tokenizer is not None and TEACHER_CHUNKS not in columns:
             raise ValueError(
@@ -145,6 +155,8 @@ class StudentTrainer(Resumable, SFTTrainer):
             check_prefixes(rows if same else None, args.truncation_mode)
             if packing:
                 return _packed(rows, args)
+        elif POSITION_WEIGHTS in columns and packing:
+            return _packed(rows, args)
         elif TEACHER_PROMPT in columns:
             raise ValueError(
                 f"The rows are prepared already and have a {TEACHER_PROMPT}, which would have no effect: "
@@ -164,7 +176,7 @@ class StudentTrainer(Resumable, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         assert self._signature_columns is not None
-        own = [name for name in (TEACHER_PREFIXES, TEACHER_CHUNKS) if name not in self._signature_columns]
+        own = [name for name in _OWN_COLUMNS if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *own]
 
     @property
@@ -262,16 +274,16 @@ class StudentTrainer(Resumable, SFTTrainer):
 
 
 def _packed(rows: Any, args: DistillConfig) -> Any:
-    """Rows packed as TRL does, which would leave the teacher's prompts out."""
+    """Rows packed as TRL does, which would leave the teacher's prompts and the rows' weights out."""
     if args.packing_strategy != "bfd" or args.max_length is None:
         raise ValueError(
-            "Behind prompts of the teacher's own whole rows are packed, up to a length: set "
-            "train.max_length, and "
+            "Behind prompts of the teacher's own, and with a weight for each row, whole rows are packed, up "
+            "to a length: set train.max_length, and "
             f"train.packing_strategy: bfd (it is {args.packing_strategy}, max_length {args.max_length})."
         )
     with global_then_local_main_first():
-        chunks = [TEACHER_CHUNKS] if TEACHER_CHUNKS in get_dataset_column_names(rows) else []
-        rows = rows.select_columns(["input_ids", "labels", TEACHER_PREFIXES, *chunks])
+        own = [name for name in _OWN_COLUMNS if name in get_dataset_column_names(rows)]
+        rows = rows.select_columns(["input_ids", "labels", *own])
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)
         options: Any = {"num_proc": args.dataset_num_proc} if isinstance(rows, Dataset) else {}

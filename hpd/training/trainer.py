@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hpd.batch import DistillCollator, TokenBatch, as_teacher_reads, uniforms
 from hpd.config.schema import GuardsConfig
+from hpd.data.weighed import check_weighed, weight_column
 from hpd.files import write_atomically
 from hpd.generation.rollouts import RolloutEngine, make_engine
 from hpd.losses import Scores, TeacherScores
@@ -25,6 +26,7 @@ from hpd.losses.by_source import label_gaps
 from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
+from hpd.losses.position_weights import position_weights
 from hpd.methods.byte_forms import check_byte_forms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
@@ -37,6 +39,7 @@ from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
 from hpd.teachers.sources import as_teacher
 from hpd.training.arguments import as_config
 from hpd.training.card import Card
+from hpd.training.cutting import common_share, cut_batch
 from hpd.training.dates import first_day_of_folder, keep_day
 from hpd.training.guards import support_overlap
 from hpd.training.measured import MeasuredTrainer
@@ -105,6 +108,9 @@ class DistillTrainer(MeasuredTrainer):
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
         check_operator(args, self._clips)
+        # Further updates of a batch go on with what the first one froze, position by position.
+        self._cuts = common_share(self._schedule.at(0.0)) is not None and self.regime.strategy.updates == 1
+        self._weight_column = weight_column(self.terms)
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
@@ -163,6 +169,7 @@ class DistillTrainer(MeasuredTrainer):
         """Place the teacher beside the student, and try it on a few tokens."""
         check_seen(self, self.teacher, self.regime.prefixes.on_policy)
         check_writer(self.train_dataset, self.regime.rollouts)
+        check_weighed(self.terms, self.train_dataset)
         for rows in (self.train_dataset, self.eval_dataset):
             # A teacher with a tokenizer of its own reads other tokens.
             reads = None if self._events is not None else self.teacher.model
@@ -221,7 +228,8 @@ class DistillTrainer(MeasuredTrainer):
         # rows that are not trained on need no answer.
         dispatched = self.accelerator.num_processes > 1 and not isinstance(self.train_dataset, Dataset)
         elsewhere = self.args.dataloader_num_workers > 0 or dispatched
-        late = self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy)
+        # The ends of answers may be cut off first.
+        late = self._cuts or (self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy))
         self.data_collator.ask = self.teacher.ask if self.teacher.asks_ahead and not late else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -271,6 +279,7 @@ class DistillTrainer(MeasuredTrainer):
         if training:
             self.record_loss(loss, teacher)
         counts = {"labels_dropped": batch.dropped, "num_tokens": input_tokens(inputs)}
+        counts |= {} if batch.cut is None else {"labels_cut": batch.cut}
         self.sums["train" if training else "eval"].add({**counts, **stats})
         return loss
 
@@ -289,15 +298,18 @@ class DistillTrainer(MeasuredTrainer):
         terms = self.terms if training else as_evaluated(self.terms)
         # It is a sum over positions, so each teacher's positions may be summed on their own.
         parts = teacher.parts if isinstance(teacher, RoutedScores) else ((None, teacher),)
+        weights = position_weights(terms, batch, student, parts, self.args.chunk_bytes)
         total = torch.zeros((), device=scale.device)
         for positions, scores in parts:
             some, of_student = (
                 (batch, student) if positions is None else (batch.at(positions), student.at(positions))
             )
             draws = self._uniforms(some, num_uniforms(terms))
+            at = slice(None) if positions is None else positions
+            weighed: Any = {"position_weights": {k: w[at] for k, w in weights.items()}} if weights else {}
             if training and self._clips:
                 output = self._step.policy_gradient(
-                    of_student, scores, some, terms, uniforms=draws, scale=scale, replicas=replicas
+                    of_student, scores, some, terms, uniforms=draws, scale=scale, replicas=replicas, **weighed
                 )
             else:
                 output = self._operator(
@@ -309,6 +321,7 @@ class DistillTrainer(MeasuredTrainer):
                     scale=scale,
                     chunk_bytes=self.args.chunk_bytes,
                     metric_stride=self.args.metric_stride if training else 1,
+                    **weighed,
                 )
             total = total + output.loss
             add_sums(stats, output.stats)
@@ -360,12 +373,15 @@ class DistillTrainer(MeasuredTrainer):
         batches = self._step.begin(
             list(itertools.islice(epoch_iterator, num_batches)), self.state.global_step, self.progress
         )
+        num_items = self._get_num_items_in_batch(batches, device)
+        if self._cuts and (share := common_share(self.terms)) is not None:
+            batches = [cut_batch(batch, share) for batch in batches]
         # Here, before the step: no process has entered a collective operation that the others would wait in.
         if failure := self._teacher_failure(batches):
             self.put_state(before)
             raise TeacherUnavailable(failure)
         self.begin_record(batches, before)
-        return batches, self._get_num_items_in_batch(batches, device)
+        return batches, num_items
 
     def end_step(self) -> None:
         """Count the step, and move what adapts by what it showed."""

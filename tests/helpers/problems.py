@@ -123,7 +123,8 @@ def compute(given: Problem, terms: Sequence[Term], rows: int | None = None, **op
     if rows is not None:
         vocab = min(student.vocab, given.teacher.vocab)
         options["chunk_bytes"] = rows * vocab * torch.promote_types(hidden.dtype, torch.float32).itemsize
-    options = {"uniforms": given.uniforms, **options}
+    ruled = {term.name: random(len(hidden), seed=9).abs() for term in terms if term.positions is not None}
+    options = {"uniforms": given.uniforms, "position_weights": ruled, **options}
     loss, stats = reweighted_nll(student, given.teacher, given.labels, terms, **options)
     loss.backward()
     return Result(loss.detach(), [None if x is None else x.grad for x in (hidden, weight, bias)], stats)

@@ -80,6 +80,7 @@ def both(name, softcap, length):
 
 OF_DISTRIBUTIONS = {
     "forward_kl", "reverse_kl", "teacher_entropy", "student_entropy", "top1_agreement", "mean_token_accuracy",
+    "acceptance",
 }  # fmt: skip
 
 

@@ -602,6 +602,7 @@ def test_metrics_are_of_every_nth_position(
         "reverse_kl": (q * (q / p).log()).sum(),
         "teacher_entropy": torch.special.entr(p).sum(),
         "student_entropy": torch.special.entr(q).sum(),
+        "acceptance": 1.0 * len(p) - 0.5 * (p - q).abs().sum(),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().sum(),
         "mean_token_accuracy": (q.argmax(-1) == given.labels[::stride]).double().sum(),
         "metric_tokens": torch.tensor(float(len(p)), dtype=torch.float64),

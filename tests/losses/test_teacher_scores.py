@@ -10,9 +10,12 @@ import torch
 from helpers.problems import NUM_TOKENS, TERMS, Problem, assert_equal, compute, problem
 from torch import Tensor
 
-from hpd.losses import Scores, TopKScores
+from hpd.losses import Scores, TopKScores, reweighted_nll
 from hpd.losses import teacher_side as side
 from hpd.losses.products import logits
+from hpd.methods.supports import label, top_k
+from hpd.methods.terms import Term
+from hpd.objectives import acceptance, nll
 
 TERM_CASES = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
 EXTRAS = {"plain": {}, "bias and scale": {"scale": 0.5}, "softcap": {"softcap": 3.0, "scale": 1.5}}
@@ -139,3 +142,21 @@ def test_low_precision_rows_are_read_in_full_precision() -> None:
         rtol=1e-5,
         atol=1e-6,
     )
+
+
+def test_acceptance_of_a_top_k_teacher_is_off_by_its_tail_at_most() -> None:
+    """And with a bucket for the tail it is an upper bound."""
+    given = problem(41, sharpness=0.7)
+    log_q, log_p = (
+        torch.log_softmax(side.hidden @ side.head.weight.t(), -1)  # type: ignore[union-attr]
+        for side in (given.student, given.teacher)
+    )
+    exact = torch.minimum(log_p, log_q).exp().sum(-1)
+    top, at = log_p.topk(5), given.labels[:, None]
+    known = TopKScores(top.indices, top.values, log_p.gather(1, at)[:, 0], 41)
+    stats = reweighted_nll(given.student, known, given.labels, [Term("a", nll(), label())]).stats
+    error = (stats["acceptance"] - exact.sum()).abs()
+    assert 0 < float(error) <= float(stats["teacher_tail_mass"])
+    bucket = Term("a", acceptance(), top_k(5))
+    bound = reweighted_nll(given.student, given.teacher, given.labels, [bucket]).stats["value/a"]
+    assert float(bound) < float(-exact.log().sum())

@@ -153,6 +153,7 @@ CASES = [
         for lam in (0.0, 0.1, 0.7)
     ),
     Case("total_variation", {}, lambda p, q, held: sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2),
+    Case("acceptance", {}, lambda p, q, held: -math.log(sum(map(min, p, q))), "distribution"),
     Case("f_divergence", CHI_SQUARED, chi_squared_oracle),
     *(Case("abkd", {"alpha": a, "beta": b}, alpha_beta_oracle(a, b)) for a, b in ALPHA_BETA),
     *(Case("akl", {"mu": mu}, akl_oracle(mu), "distribution", True) for mu in (0.3, 0.5)),

@@ -1,0 +1,34 @@
+"""`Method`: a row of the table of methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpd.methods.prefixes import Prefixes, RolloutConfig
+from hpd.methods.strategy import StrategyConfig
+from hpd.methods.terms import TermConfig
+
+__all__ = ["Method"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row of the table."""
+
+    summary: str
+    """The thing that it learns, in one line."""
+    weight: str
+    """The weight w(v), in formulas of p (teacher), q (student), y (label), a (draw)."""
+    use: str
+    """When to choose it."""
+    defaults: str
+    """Published defaults of its parameters."""
+    reference: str
+    """Paper, and equation where it has a number."""
+    terms: tuple[TermConfig, ...]
+    prefixes: Prefixes = Prefixes(dataset=1.0)
+    """Where its contexts come from."""
+    rollouts: RolloutConfig | None = None
+    """Settings of the student's own writing; null: the defaults."""
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """The way its weights meet the gradient."""
