@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +16,10 @@ from torch.utils.data import get_worker_info
 
 from hpd.batch import TokenBatch
 from hpd.losses import Scores, TeacherScores, TopKScores
+from hpd.methods.terms import Term, TermConfig
 from hpd.teachers.cache import Cache, CorruptCacheError
 from hpd.teachers.errors import TeacherUnavailable
+from hpd.teachers.limits import check_cached_terms
 from hpd.teachers.teacher import Teacher
 
 __all__ = ["CachedTeacher", "stored_hidden"]
@@ -57,6 +59,9 @@ class CachedTeacher(Teacher):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+    def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
+        check_cached_terms(self.cache.path, self.cache.about, terms)
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         self._device = accelerator.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
 from hpd.files import import_named
 from hpd.losses import TeacherScores
+from hpd.methods.terms import Term, TermConfig
 from hpd.models.load import load_model
 from hpd.teachers.cache import TEACHER, read_about
 from hpd.teachers.cached import CachedTeacher
@@ -23,6 +25,7 @@ from hpd.teachers.fingerprints import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
+from hpd.teachers.limits import check_cached_terms
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
 from hpd.teachers.teacher import RoutedScores, Teacher
@@ -50,7 +53,11 @@ def _description(teacher: TeacherConfig, recipe: Recipe) -> ModelConfig | Teache
 
 
 def check_caches(
-    teacher: TeacherConfig, tokenizer: Any, args: Any, reader: TeacherConfig | None = None
+    teacher: TeacherConfig,
+    tokenizer: Any,
+    args: Any,
+    terms: Sequence[Term | TermConfig] = (),
+    reader: TeacherConfig | None = None,
 ) -> None:
     """Compare every cache among the teachers with what the recipe would write.
 
@@ -58,6 +65,7 @@ def check_caches(
         teacher: of the recipe.
         tokenizer: the student's, which tokenizes the rows.
         args: `DistillConfig`.
+        terms: of the loss, which may read what a cache does not hold.
         reader: whose prompt the rows have for the teacher; None: its own.
 
     Raises:
@@ -65,7 +73,7 @@ def check_caches(
             names what.
     """
     for part in teacher.teachers.values():
-        check_caches(part, tokenizer, args, teacher)
+        check_caches(part, tokenizer, args, terms, teacher)
         if (
             teacher.type == "mixture"
             and part.type == "cached"
@@ -77,15 +85,20 @@ def check_caches(
             )
     if teacher.type != "cached":
         return
-    cached = read_about(str(teacher.path))["fingerprint"]
+    about = read_about(str(teacher.path))
+    check_cached_terms(teacher.path, about, terms)
+    cached = about["fingerprint"]
     asked = {"teacher's prompt": None, **own_prompt(reader or teacher)}
     changed = differences(cached, {**tokenizer_fingerprint(tokenizer, args), **asked})
     if teacher.model is not None:
-        changed += (
-            ["teacher"]
-            if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model", path=None))
-            else []
+        here = replace(teacher, type="model", path=None)
+        # Of an imported one nothing is known but the name: no weights were here.
+        other = (
+            cached["name"] != here.title
+            if "imported" in cached["teacher"]
+            else cached["teacher"] != teacher_fingerprint(here)
         )
+        changed += ["teacher"] if other else []
     if changed:
         raise ValueError(
             f"The cache {teacher.path} was written with another {', another '.join(changed)}. Use what it "

@@ -110,9 +110,9 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     folder, main = Path(config.path), trainer.is_world_process_zero()
     target = _target(planned, config, layout)
     if main:
-        _open_folder(folder, target, overwrite)
+        open_folder(folder, target, overwrite)
     trainer.accelerator.wait_for_everyone()
-    _verify_own_share(folder, target["shards"], trainer)
+    verify_own_share(folder, target["shards"], trainer)
     trainer.accelerator.wait_for_everyone()
     todo = [
         number for number in range(target["shards"]) if not (folder / f"shard-{number:05d}.json").is_file()
@@ -121,12 +121,12 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
     if main:
         head = 0 if (folder / HEAD).is_file() else _head_bytes(planned, config)
-        _check_disk(folder, left * position_bytes + head, total * position_bytes)
-        beside = f", and the teacher's head: {_size(head)}" if head else ""
+        check_disk(folder, left * position_bytes + head, total * position_bytes)
+        beside = f", and the teacher's head: {size_text(head)}" if head else ""
         progress.say(
             f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: "
-            f"{_size(total * position_bytes)} in {target['shards']} shards{beside}; "
-            f"{_size(left * position_bytes + head)} to write"
+            f"{size_text(total * position_bytes)} in {target['shards']} shards{beside}; "
+            f"{size_text(left * position_bytes + head)} to write"
         )
     if todo or not (folder / ABOUT).is_file():
         _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
@@ -233,7 +233,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
     }
 
 
-def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
+def open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
     if found := entries(folder):
         if not (folder / PLAN).is_file() and not any(path.name.startswith(f".{PLAN}") for path in found):
             raise ValueError(f"{folder} is not empty and no cache of hpd: choose another cache.path.")
@@ -261,7 +261,7 @@ def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
         )
 
 
-def _verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) -> None:
+def verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) -> None:
     """Each process reads its share of the finished shards; what is damaged goes, and is written again."""
     for number in range(trainer.args.process_index, num_shards, trainer.args.world_size):
         description = folder / f"shard-{number:05d}.json"
@@ -283,17 +283,17 @@ def _head_bytes(planned: Plan, config: CacheConfig) -> int:
     return text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
 
 
-def _check_disk(folder: Path, needed: int, total: int) -> None:
+def check_disk(folder: Path, needed: int, total: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has "
-            f"{_size(free)} free. Choose a place with room, a narrower cache.dtype, cache.kind: top_k, or "
-            "fewer rows (data.limit)."
+            f"The cache needs {size_text(needed)} more ({size_text(total)} of answers in all), and {folder} "
+            f"has {size_text(free)} free. Choose a place with room, a narrower cache.dtype, cache.kind: "
+            "top_k, or fewer rows (data.limit)."
         )
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
