@@ -1,5 +1,4 @@
-"""DistillKit's compressed rows are read bit for bit as its own reader reads them: distillkit.json is made with
-it."""
+"""DistillKit's rows are read bit for bit as its own reader reads them: distillkit.json is made with it."""
 
 from __future__ import annotations
 
