@@ -12,10 +12,12 @@ from torch import Tensor
 from hpd.batch import TokenBatch
 from hpd.losses.by_source import parts_of
 from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
-from hpd.losses.heads import Scores, TeacherScores
+from hpd.losses.heads import Scores, TeacherScores, TopKScores
 from hpd.losses.products import for_products, leaves
 from hpd.losses.reference import reference_reweighted_nll
+from hpd.losses.teacher_side import label_alone
 from hpd.losses.tile import Sums, TileInputs
+from hpd.methods.drawn import label_is_read
 from hpd.methods.terms import Term, num_uniforms
 
 __all__ = [
@@ -94,11 +96,14 @@ def reweighted_nll(
         kl_estimator: one of ESTIMATORS, added to the statistics where it needs draws (not exact).
 
     Raises:
-        ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);
+        ValueError: terms on the label and on the vocabulary, of a teacher known by draws;
+            a label beyond the shorter vocabulary (looked for on CPU tensors only);
             unknown impl; no terms, or two of one name; a sampled support without uniforms or draws.
     """
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
+    if isinstance(teacher, TopKScores) and teacher.drawn and label_is_read(terms):
+        teacher = label_alone(teacher, labels)  # what the draws estimate is not read
     known, ready = None, teacher
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hpd.methods.drawn import label_is_read, why_not_drawn
 from hpd.methods.terms import Term, TermConfig
 
 __all__ = ["check_cached_terms", "reasons_against", "unread_labels", "why_not_top_k"]
@@ -56,6 +57,15 @@ def check_cached_terms(path: Any, about: Mapping[str, Any], terms: Sequence[Term
         about: its description.
         terms: of the loss.
     """
+    if about["kind"] == "sampled" and (reasons := reasons_against(terms, why_not_drawn)):
+        raise ValueError(
+            f"The cache {path} holds tokens drawn from the teacher, which serve what is linear in its "
+            f"probabilities: {'; '.join(reasons)}. It serves forward_kl on the whole vocabulary (unbiased) "
+            "and methods that read the label alone (exact). Others need a cache of kind hidden or "
+            "top_k."
+        )
+    if about["kind"] == "sampled":
+        label_is_read([term if isinstance(term, Term) else term.at(0.0).build() for term in terms])
     unread = unread_labels(about)
     if unread and (reasons := reasons_against(terms, _reads_label)):
         raise ValueError(

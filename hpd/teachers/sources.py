@@ -77,10 +77,10 @@ def check_caches(
         if (
             teacher.type == "mixture"
             and part.type == "cached"
-            and read_about(str(part.path))["kind"] == "top_k"
+            and read_about(str(part.path))["kind"] != "hidden"
         ):
             raise ValueError(
-                f"A mixture needs whole distributions, and {part.path} holds the likeliest tokens only: "
+                f"A mixture needs whole distributions, and {part.path} holds some of the tokens only: "
                 "cache kind hidden."
             )
     if teacher.type != "cached":

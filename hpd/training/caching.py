@@ -225,6 +225,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "kind": config.kind,
         "dtype": str(stored_dtype(config, planned)).removeprefix("torch."),
         "top_k": config.top_k,
+        **({"draws": config.draws, "seed": config.seed} if config.kind == "sampled" else {}),
         "shard_bytes": config.shard_bytes,
         "shards": len(layout.starts) - 1,
         "positions": len(layout.keys),
@@ -373,7 +374,7 @@ def _answers(
     with torch.no_grad():
         scores = teacher.scores(inputs, batch)
     assert not isinstance(scores, RoutedScores), "a cache has one teacher"
-    return TeacherAnswer(scores, batch.labels)
+    return TeacherAnswer(scores, batch.labels, batch.keys)
 
 
 def _save_teacher(folder: Path, planned: Plan, answer: TeacherAnswer, config: CacheConfig) -> None:
