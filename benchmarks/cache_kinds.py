@@ -1,18 +1,19 @@
-"""Every kind of cache side by side: bytes a position, bias and spread of the teacher's distribution, time of the loss.
+"""Kinds of caches side by side: bytes a position, bias and spread of the teacher's distribution, time.
 
     python benchmarks/cache_kinds.py --teacher models/smollm2-135m --student models/smollm2-135m-10l \\
         --data train.jsonl.gz
 
-The teacher is asked once about GSM8K rows; each kind stores its answers and is read again as training reads it.
+The teacher is asked once about GSM8K rows; each kind stores its answers, which are read as training reads
+them.
 Against the teacher's own distribution p, for the estimate P that a kind gives:
 
     bias      total variation of E P and p, mean over positions: it stays, however many positions are averaged
     spread    sqrt(sum_v Var P_v), mean over positions: it averages out, as 1 / sqrt(positions)
 
 The gradient of the forward KL with respect to the logits is q - P, so both are those of the gradient. Kinds
-without draws have no spread. Of kind sampled E P - p is the rounding of the stored weights, over `--seeds` seeds;
-its spread is that over the seeds. Independent draws with counts (Sparse Logit Sampling, 3 bytes for each
-distinct token and its count) are by formula: they are not a kind of hpd, and stand for comparison.
+without draws have no spread. Of kind sampled E P - p is the rounding of the stored weights, over `--seeds`
+seeds; its spread is that over the seeds. Independent draws with counts (Sparse Logit Sampling, 3 bytes for
+each distinct token and its count) are by formula: they are not a kind of hpd, and stand for comparison.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from hpd.losses import Head, Scores, reweighted_nll
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
 from hpd.methods import method_terms, name_terms
-from hpd.models.forward import scores_of
+from hpd.models.forward import add_head_function, scores_of
 from hpd.models.load import load_model, load_tokenizer
+from hpd.teachers import ModelTeacher
 from hpd.teachers.cached import scores_of_stored
 from hpd.training.shards import TeacherAnswer, stored_tensors
 
@@ -80,8 +82,8 @@ def ask(args: argparse.Namespace) -> Asked:
     every = torch.linspace(0, len(batch.index) - 1, args.positions).long().unique()
     batch = batch.at(every)
     with torch.no_grad():
-        teacher = scores_of(load_model(ModelConfig(model=args.teacher), "teacher"), inputs, batch.index)
-    model = load_model(ModelConfig(model=args.student), "student").train()
+        teacher = ModelTeacher(load_model(ModelConfig(model=args.teacher), "teacher")).scores(inputs, batch)
+    model = add_head_function(load_model(ModelConfig(model=args.student), "student").train().requires_grad_())
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -322,7 +322,8 @@ class _TopKClient:
     def scores(self, answer: dict[str, Tensor]) -> TopKScores:
         answer = answer or top_k_tensors([], [], self.top_k, self.vocab)
         on_device = {name: tensor.to(self._device) for name, tensor in answer.items()}
-        return TopKScores(**on_device, vocab=self.vocab)
+        told = (on_device[name] for name in ("tokens", "logprobs", "label_logprobs"))
+        return TopKScores(*told, vocab=self.vocab)
 
 
 def why_not_served(terms: Sequence[Term | TermConfig], top_k: int) -> list[str]:
