@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -28,6 +27,7 @@ from hpd.teachers.fingerprints import (
 from hpd.teachers.limits import check_cached_terms
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
+from hpd.teachers.origin import folder_of
 from hpd.teachers.teacher import RoutedScores, Teacher
 
 __all__ = ["as_teacher", "check_caches", "described_by", "load_teacher"]
@@ -47,7 +47,7 @@ def _description(teacher: TeacherConfig, recipe: Recipe) -> ModelConfig | Teache
         return recipe.student
     if teacher.type == "cached":
         return replace(
-            teacher, model=str(Path(str(teacher.path)) / TEACHER), revision=None, quantization=None
+            teacher, model=str(folder_of(str(teacher.path)) / TEACHER), revision=None, quantization=None
         )
     return teacher
 

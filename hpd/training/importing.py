@@ -117,8 +117,8 @@ def _as_imported(recipe: Recipe) -> Recipe:
     Raises:
         ValueError: a setting that an import cannot follow.
     """
-    if recipe.cache is None:
-        raise ValueError("cache.path is missing: give a folder to write to, as cache.path=FOLDER.")
+    if recipe.cache is None or "://" in recipe.cache.path:
+        raise ValueError("cache.path is missing, or an address: give a folder, as cache.path=FOLDER.")
     if recipe.cache.dtype != "auto":
         raise ValueError("cache.dtype has no effect on an import, which keeps the file's numbers: remove it.")
     if recipe.teacher.type != "model" or recipe.teacher.reads_own_rows:
