@@ -158,9 +158,7 @@ def main() -> None:
     asked = ask(args)
     p = torch.softmax(logits(asked.teacher), -1)
     seconds = loss_seconds(asked, args.repeats)
-    print(
-        f"{len(p)} positions; the student's body, both ways: {asked.student_seconds:.2f} s"
-    )
+    print(f"{len(p)} positions; the student's body, both ways: {asked.student_seconds:.2f} s")
     print("| kind | bytes per position | bias | spread | loss, seconds |\n|---|---|---|---|---|")
     found = {name: figures(asked, p, options, args.seeds) for name, options in KINDS.items()}
     for name, one in found.items():

@@ -238,7 +238,7 @@ class Cache:
     (SIGBUS). The index is mapped, since all processes of a machine share it; its size is looked at before.
 
     Args:
-        path: the folder.
+        path: the folder, or an address.
 
     Raises:
         ValueError, CorruptCacheError: as `read_about`; index or head are damaged.
@@ -254,9 +254,7 @@ class Cache:
 
     def _map_index(self) -> None:
         index = _map_tensors(self.path / INDEX)
-        self._keys, self._places, self._blocks = (
-            index[name].numpy() for name in ("keys", "places", "blocks")
-        )
+        self._keys, self._places, self._blocks = (index[n].numpy() for n in ("keys", "places", "blocks"))
         sizes = np.array([shard["positions"] for shard in self.about["shards"]])
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._first_blocks = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
@@ -297,17 +295,21 @@ class Cache:
             )
         places = self._places[np.searchsorted(self._keys, keys)]
         numbers = np.searchsorted(self._starts, places, side="right") - 1
-        found: dict[str, Tensor] = {}
-        for number in np.unique(numbers).tolist() or [0]:
+
+        def fetch(number: int) -> tuple[Tensor, dict[str, Tensor]]:
             where = np.flatnonzero(numbers == number)
             rows = places[where] - self._starts[number]
             blocks = np.unique(rows // BLOCK)
             tensors = self._read_blocks(self._open(number), blocks)
             self._check_blocks(number, tensors, blocks)
-            at = np.searchsorted(blocks, rows // BLOCK) * BLOCK + rows % BLOCK
-            for name, tensor in tensors.items():
-                out = found.setdefault(name, tensor.new_empty(len(keys), *tensor.shape[1:]))
-                out[torch.from_numpy(where)] = tensor[torch.from_numpy(at)]
+            at = torch.from_numpy(np.searchsorted(blocks, rows // BLOCK) * BLOCK + rows % BLOCK)
+            return torch.from_numpy(where), {name: tensor[at] for name, tensor in tensors.items()}
+
+        found: dict[str, Tensor] = {}
+        at_once: Any = self._origin.map if self._origin else map
+        for where, part in at_once(fetch, np.unique(numbers).tolist() or [0]):
+            for name, tensor in part.items():
+                found.setdefault(name, tensor.new_empty(len(keys), *tensor.shape[1:]))[where] = tensor
         return found
 
     def verify(self) -> None:

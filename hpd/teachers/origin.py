@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -25,6 +26,9 @@ ABOUT = "cache.json"
 WINDOW_BYTES = 2**30
 """Bytes of blocks that a process keeps of a cache at an address."""
 
+T = TypeVar("T")
+
+_REQUESTS = 32
 _COPIES = Path("~/.cache/hpd/caches")
 
 
@@ -59,9 +63,10 @@ class Origin:
         """By file, first byte and end; those read last stand last."""
         self._held = 0
         self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_window", "_held", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_window", "_held", "_lock", "_pool")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -75,6 +80,12 @@ class Origin:
         """
         with _as_os_errors(self.address):
             return self._system.cat_file(f"{self._root}/{name}")
+
+    def map(self, function: Callable[[int], T], values: Iterable[int]) -> Iterator[T]:
+        """`function` of the values, at once: each waits for the network."""
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(_REQUESTS, thread_name_prefix="hpd-origin")
+        return self._pool.map(function, values)
 
     def fill(self, name: str, reads: Sequence[tuple[memoryview, int]]) -> None:
         """Read a file into each of the views, from the byte that stands beside it.
@@ -136,7 +147,7 @@ class Origin:
         for name, expected in listed.items():
             file = folder / name
             if ".." in Path(name).parts or Path(name).is_absolute():
-                raise ValueError(f"{self.address}/{ABOUT} lists {name!r}, which is no file of a cache.")
+                raise ValueError(f"{self.address}/{ABOUT} lists {name!r}, which is not a file of a cache.")
             if not file.is_file() or checksum_file(file) != expected.get("digest"):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, self.read(name))

@@ -148,7 +148,7 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
             "cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER."
         )
     if "://" in recipe.cache.path or Path(recipe.cache.path).is_file():
-        raise ValueError(f"cache.path {recipe.cache.path!r} is no folder: write to one, then copy the cache.")
+        raise ValueError(f"cache.path {recipe.cache.path!r} is not a folder: write to one, then copy it.")
     if recipe.data.streaming:
         raise ValueError(
             "A stream has no end that a cache could hold: set data.streaming to false for hpd cache."

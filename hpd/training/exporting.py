@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -75,7 +75,8 @@ def export_cache(recipe: Recipe, form: str, folder: Path, progress: Progress | N
     cache, trainer = Cache(str(recipe.teacher.path)), rows_trainer(planned)
     counts = {"rows": 0, "positions": 0, "lost": 0}
     bar = (progress or Progress()).bar("rows")
-    total = sum(len(rows) for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None)  # type: ignore[arg-type]
+    datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    total = sum(map(len, datasets))
 
     def answered() -> Iterator[AnsweredRow]:
         for row in recipe_rows(trainer):

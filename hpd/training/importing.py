@@ -26,7 +26,7 @@ from hpd.models.load import load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers.cache import ABOUT, FORMAT, TEACHER, read_json, save_index, save_shard, write_json
 from hpd.teachers.fingerprints import tokenizer_fingerprint
-from hpd.teachers.foreign import Answers, TeacherFile
+from hpd.teachers.foreign import PlaceAnswers, TeacherFile
 from hpd.training.caching import (
     check_disk,
     open_folder,
@@ -154,8 +154,9 @@ def _import(
     reason = _why_unmatched(match, source, planned)
     if not found:
         raise ValueError(f"None of the {len(rows):,} rows of the recipe is in {source.path}. {reason}")
-    layout = lay_out(_for_layout(found), max(1, recipe.cache.shard_bytes // _bytes(recipe, source)))  # type: ignore[union-attr]
-    written = _Writer(planned, source, match, layout, guesses)
+    assert recipe.cache is not None
+    layout = lay_out(_for_layout(found), max(1, recipe.cache.shard_bytes // _bytes(recipe, source)))
+    written = _ImportedShards(planned, source, match, layout, guesses)
     written.open(overwrite, trainer)
     summary = written.write(progress)
     if rows_path is not None:
@@ -210,7 +211,7 @@ def _find(rows: list[RecipeRow], source: TeacherFile, progress: Progress) -> _Ma
     for number in range(len(source)):
         ids = source.ids(number)
         hashes = _prefix_hashes(ids)
-        answers: Answers | None = None
+        answers: PlaceAnswers | None = None
         for end in np.flatnonzero(np.isin(hashes, known)).tolist():
             for i in wanted[int(hashes[end])]:
                 if numbers[i] >= 0 or not np.array_equal(rows[i].ids, ids[: end + 1]):
@@ -224,7 +225,7 @@ def _find(rows: list[RecipeRow], source: TeacherFile, progress: Progress) -> _Ma
     return _Match(rows, numbers, incomplete)
 
 
-def _answered(row: RecipeRow, answers: Answers) -> bool:
+def _answered(row: RecipeRow, answers: PlaceAnswers) -> bool:
     """True if there is an answer about every label."""
     if not len(row.places):
         return True
@@ -283,7 +284,7 @@ def _bytes(recipe: Recipe, source: TeacherFile) -> int:
     return _kept(recipe, source) * (4 + source.dtype.itemsize) + 8
 
 
-class _Writer:
+class _ImportedShards:
     """Writes the shards of an import."""
 
     def __init__(self, planned: Plan, source: TeacherFile, match: _Match, layout: Layout, guesses: bool):

@@ -114,7 +114,7 @@ def test_wrong_addresses_are_one_paragraph(folder, address):
         read_about(address + "/none")
     with pytest.raises(ValueError, match="cannot be opened"):
         read_about("nonsense://bucket/cache")
-    with pytest.raises(ValueError, match="is no folder: write to one"):
+    with pytest.raises(ValueError, match="is not a folder: write to one"):
         write_cache(load_recipe(folder[1], ["cache.path=s3://bucket/cache"]))
 
 

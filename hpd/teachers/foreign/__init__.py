@@ -2,10 +2,18 @@
 
 from hpd.teachers.foreign.axolotl import AxolotlFile
 from hpd.teachers.foreign.distillkit import Compressor, DistillKitFile
-from hpd.teachers.foreign.rows import Answers, TeacherFile
+from hpd.teachers.foreign.rows import PlaceAnswers, TeacherFile
 from hpd.teachers.foreign.vllm import VllmFile
 
-__all__ = ["FORMATS", "Answers", "AxolotlFile", "Compressor", "DistillKitFile", "TeacherFile", "VllmFile"]
+__all__ = [
+    "FORMATS",
+    "PlaceAnswers",
+    "AxolotlFile",
+    "Compressor",
+    "DistillKitFile",
+    "TeacherFile",
+    "VllmFile",
+]
 
 FORMATS = ("distillkit", "axolotl", "vllm")
 """Names of the formats that are read and written."""

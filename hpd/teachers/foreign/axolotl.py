@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hpd.batch import IGNORE_INDEX
-from hpd.teachers.foreign.rows import Answers, TeacherFile, damaged, fit, read_columns
+from hpd.teachers.foreign.rows import PlaceAnswers, TeacherFile, damaged, fit, read_columns
 
 __all__ = ["About", "AxolotlFile"]
 
@@ -77,7 +77,7 @@ class AxolotlFile(TeacherFile):
     def ids(self, number: int) -> npt.NDArray[np.int64]:
         return np.asarray(self._rows.select_columns("input_ids")[number]["input_ids"]).astype(np.int64)
 
-    def answers(self, number: int) -> Answers:
+    def answers(self, number: int) -> PlaceAnswers:
         row = self._rows[number]
         try:
             logprobs, tokens, mask = (
@@ -98,7 +98,7 @@ class AxolotlFile(TeacherFile):
         order = values.argsort(dim=-1, descending=True, stable=True)
         values, found = values.gather(1, order), found.gather(1, order)
         first = 1 if self.about == "this" else 0
-        return Answers(found[first:], values[first:], None, known[first:])
+        return PlaceAnswers(found[first:], values[first:], None, known[first:])
 
     def digest(self) -> str:
         return f"{self._rows._fingerprint} {self.about}"

@@ -24,7 +24,7 @@ import yaml
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from hpd.teachers.foreign.rows import Answers, TeacherFile, damaged, fit, read_columns
+from hpd.teachers.foreign.rows import PlaceAnswers, TeacherFile, damaged, fit, read_columns
 
 __all__ = ["CONFIG", "Bin", "Compressor", "DistillKitFile", "pack_bits", "unpack_bits"]
 
@@ -86,12 +86,12 @@ class Compressor(NamedTuple):
         try:
             found: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())[:200]}.") from None
+            raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())[:200]}.") from None
         if isinstance(found, dict):
             for name in ("teacher", "logprob_compressor"):
                 found = found.get(name, found)
         if not isinstance(found, dict):
-            raise ValueError(f"{file} is no compressor's configuration: it needs d, k and exact_k.")
+            raise ValueError(f"{file} is not a compressor's configuration: it needs d, k and exact_k.")
         return cls.of(found, str(file))
 
     @classmethod
@@ -104,7 +104,7 @@ class Compressor(NamedTuple):
         unknown = [str(name) for name in found if name not in cls._fields]
         if unknown or not all(name in found for name in ("d", "k", "exact_k")):
             raise ValueError(
-                f"{where} is no compressor's configuration: it needs d, k and exact_k, may have "
+                f"{where} is not a compressor's configuration: it needs d, k and exact_k, may have "
                 f"{', '.join(cls._fields[3:])}, and has {', '.join(map(str, found)) or 'nothing'}."
             )
         try:
@@ -125,7 +125,7 @@ class Compressor(NamedTuple):
     def _problem(self) -> str | None:
         dtypes = (self.exact_dtype, self.term_dtype, *(part.scale_dtype for part in self.residual_bins))
         if wrong := [name for name in dtypes if name not in _DTYPES]:
-            return f"{wrong[0]!r} is no dtype: {', '.join(_DTYPES)}"
+            return f"{wrong[0]!r} is not a dtype: {', '.join(_DTYPES)}"
         numbers = (self.d, self.k, self.exact_k)
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
             return f"d, k and exact_k are whole numbers, got {numbers}"
@@ -269,7 +269,7 @@ class DistillKitFile(TeacherFile):
     def ids(self, number: int) -> npt.NDArray[np.int64]:
         return np.asarray(self._rows.select_columns("input_ids")[number]["input_ids"]).astype(np.int64)
 
-    def answers(self, number: int) -> Answers:
+    def answers(self, number: int) -> PlaceAnswers:
         row = self._rows[number]
         found = []
         for name, width in (
@@ -294,7 +294,7 @@ class DistillKitFile(TeacherFile):
         length = len(row["input_ids"])
         if not length - 1 <= len(values) <= length:
             raise damaged(self.path, number, f"it has {length} tokens and {len(values)} places")
-        return Answers(tokens, values, None, torch.ones(len(values), dtype=torch.bool))
+        return PlaceAnswers(tokens, values, None, torch.ones(len(values), dtype=torch.bool))
 
     def digest(self) -> str:
         return f"{self._rows._fingerprint} {self.config}"

@@ -17,10 +17,10 @@ from torch import Tensor
 from hpd.config.data import DataConfig
 from hpd.data.reading import read
 
-__all__ = ["Answers", "TeacherFile", "damaged", "fit", "read_columns"]
+__all__ = ["PlaceAnswers", "TeacherFile", "damaged", "fit", "read_columns"]
 
 
-class Answers(NamedTuple):
+class PlaceAnswers(NamedTuple):
     """A teacher's answers about the places of a row."""
 
     tokens: Int[Tensor, "L k"]
@@ -59,7 +59,7 @@ class TeacherFile:
         """
         raise NotImplementedError
 
-    def answers(self, number: int) -> Answers:
+    def answers(self, number: int) -> PlaceAnswers:
         """The teacher's answers about a row.
 
         Raises:
@@ -92,7 +92,7 @@ def fit(tokens: Tensor, logprobs: Tensor, path: str, number: int) -> None:
             f"its tokens are {tuple(tokens.shape)} and log-probabilities {tuple(logprobs.shape)}",
         )
     if torch.isnan(logprobs).any():
-        raise damaged(path, number, "a log-probability is no number")
+        raise damaged(path, number, "a log-probability is not a number")
     # Codes of a few bits overshoot; a logit or a probability in place of a log-probability lies far above.
     if len(logprobs) and float(logprobs.max()) > 0.5:
         raise damaged(path, number, f"a log-probability is {float(logprobs.max()):g}, above 0")

@@ -20,7 +20,7 @@ import torch
 
 from hpd.files import checksum_file
 from hpd.methods.supports import LOGPROB_FLOOR
-from hpd.teachers.foreign.rows import Answers, TeacherFile, damaged, fit
+from hpd.teachers.foreign.rows import PlaceAnswers, TeacherFile, damaged, fit
 
 __all__ = ["VllmFile"]
 
@@ -40,7 +40,7 @@ class VllmFile(TeacherFile):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is no JSON, or without tokens or `prompt_logprobs`.
+        ValueError: a line is not JSON, or without tokens or `prompt_logprobs`.
     """
 
     def __init__(self, path: str):
@@ -96,7 +96,7 @@ class VllmFile(TeacherFile):
     def ids(self, number: int) -> npt.NDArray[np.int64]:
         return np.array(self._row(number)[0], dtype=np.int64)
 
-    def answers(self, number: int) -> Answers:
+    def answers(self, number: int) -> PlaceAnswers:
         ids, places = self._row(number)
         length = max(len(ids) - 1, 0)
         tokens = torch.zeros(length, self.k, dtype=torch.int64)
@@ -118,7 +118,7 @@ class VllmFile(TeacherFile):
             values[place] = torch.tensor([found[token] for token in ranked])
             known[place] = True
         fit(tokens, values, self.path, number)
-        return Answers(tokens, values, labels, known)
+        return PlaceAnswers(tokens, values, labels, known)
 
     def digest(self) -> str:
         return checksum_file(self._file)

@@ -74,7 +74,7 @@ def test_the_configuration_of_other_files_is_named(rows):
     ("change", "said"),
     [
         ({"k": 99}, "exact_k <= k <= d"),
-        ({"exact_dtype": "int4"}, "is no dtype"),
+        ({"exact_dtype": "int4"}, "is not a dtype"),
         ({"polynomial_terms": ["log"]}, "whole numbers, sqrt or exp"),
         ({"residual_bins": [{"element_bits": 8}]}, "each of residual_bins has"),
         ({"colour": 1}, "may have exact_dtype"),
