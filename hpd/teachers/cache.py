@@ -39,8 +39,7 @@ FORMAT = 1
 """Version of the files; another one is refused."""
 
 BLOCK = 64
-"""Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more
-than the row."""
+"""Positions under one digest: whoever reads one position checks 64, who reads a row little more than it."""
 
 PLAN = "plan.json"
 INDEX = "index.safetensors"

@@ -7,10 +7,10 @@ from hpd.teachers.foreign.vllm import VllmFile
 
 __all__ = [
     "FORMATS",
-    "PlaceAnswers",
     "AxolotlFile",
     "Compressor",
     "DistillKitFile",
+    "PlaceAnswers",
     "TeacherFile",
     "VllmFile",
 ]
