@@ -13,6 +13,7 @@ import typer
 from hpd import __version__
 from hpd.terminal.errors import user_errors
 from hpd.terminal.eval_options import EvalOptions, with_options
+from hpd.terminal.import_options import ImportOptions
 from hpd.terminal.slips import RecipeCommand
 
 _LEAST_COLUMNS = 60
@@ -249,20 +250,43 @@ def generate(
         run_generate(recipe, overrides or (), overwrite)
 
 
-@app.command(epilog="Example: hpd export runs/mine --merge --output models/mine")
+@app.command(
+    name="import",
+    cls=RecipeCommand,
+    epilog="Example: hpd import recipe.yaml rows.parquet --format distillkit cache.path=teacher-cache",
+)
+@with_options(ImportOptions)
+def import_(options: ImportOptions) -> None:
+    """Write a cache for a recipe's rows from teacher data of other programs: no teacher is loaded."""
+    with user_errors():
+        options.check()
+        from hpd.terminal.teacher_data import run_import
+
+        run_import(options)
+
+
+@app.command(cls=RecipeCommand, epilog="Example: hpd export runs/mine --merge --output models/mine")
 def export(
-    model: Annotated[str, typer.Argument(help="Run folder of a recipe with lora.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Run folder of a recipe with lora, or a recipe.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
+    overrides: Overrides = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: as the base was saved.")
     ] = "auto",
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="Of a recipe with a cached teacher: distillkit, axolotl or vllm."),
+    ] = None,
 ) -> None:
-    """Write a run's adapter as a whole model, with its tokenizer, for whatever reads no adapters."""
+    """Write a run's adapter as a whole model, for whatever reads no adapters; or, with --format, a recipe's
+    rows and their cached teacher for another trainer."""
     with user_errors():
         from hpd.terminal.export import run_export
 
-        run_export(model, merge, output, dtype)
+        run_export(model, merge, output, dtype, form, overrides or ())
 
 
 @app.command(cls=RecipeCommand, epilog="Example: hpd compare experiment.yaml --dry-run")

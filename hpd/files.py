@@ -15,6 +15,7 @@ from typing import IO, Any
 
 __all__ = [
     "JsonLines",
+    "checksum_bytes",
     "checksum_file",
     "checksum_json",
     "checksum_samples",
@@ -188,6 +189,13 @@ def checksum_file(path: Path, size: int = -1) -> str:
             while chunk := file.read(2**24):
                 state.update(chunk)
     return state.hexdigest()
+
+
+def checksum_bytes(content: bytes | bytearray) -> str:
+    """`checksum_file` of what is in memory."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def checksum_samples(path: Path) -> str:

@@ -55,7 +55,7 @@ class Setup:
     teacher: str = "model"
     """model, cached_hidden, cached_top_k, served or none."""
     top_k: int = 64
-    """Entries per label of a cached_top_k teacher."""
+    """Entries per label of a cached_top_k teacher, likeliest or drawn."""
     rollout_share: float = 0.0
     """Share of the tokens that the student writes through vLLM in the same step."""
     global_tokens: float = 0.0
@@ -254,6 +254,8 @@ CASES: dict[str, Setup] = {
     ),
     "FSDP2, cached hidden states": Setup(engine="fsdp2", teacher="cached_hidden"),
     "FSDP2, cached top-64": Setup(engine="fsdp2", teacher="cached_top_k"),
+    # Of n drawn tokens as many bytes are stored as of the n likeliest.
+    "FSDP2, cached draws (8)": Setup(engine="fsdp2", teacher="cached_top_k", top_k=8),
     "FSDP2, served teacher": Setup(engine="fsdp2", teacher="served"),
     "FSDP2, half the tokens written by the student": Setup(engine="fsdp2", rollout_share=0.5),
     "FSDP2, 1 M tokens a step whatever the GPUs": Setup(engine="fsdp2", global_tokens=2**20),
@@ -282,7 +284,7 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    styles = ["o-", "s-", "D--", "^-", "v--", "x:", "P-.", "*-", "h:"]
+    styles = ["o-", "s-", "D--", "^-", "v--", "x:", "+:", "P-.", "*-", "h:"]
     figure, axes = pyplot.subplots(figsize=(8.5, 4.6))
     for style, (name, setup) in zip(styles, CASES.items(), strict=True):
         counts = [gpus for gpus in GPUS if gpus >= 8]

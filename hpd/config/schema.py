@@ -51,16 +51,22 @@ class CacheConfig:
 
     path: str
     """Folder."""
-    kind: Literal["hidden", "top_k"] = "hidden"
+    kind: Literal["hidden", "top_k", "sampled"] = "hidden"
     """hidden: last hidden state and log-normalizer of each label position, and the head once: serves
     everything.
     top_k: the likeliest tokens and the label: smaller where the hidden state is wide, approximate next to
-    them."""
+    them.
+    sampled: tokens drawn from the teacher, with weights, and the label: an unbiased forward KL in few
+    bytes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32). int8
-    (hidden only): one scale per position."""
+    """Numbers on disk. auto: the dtype that the teacher computes in, without loss (top_k: float32, sampled:
+    float16). int8 (hidden only): one scale per position."""
     top_k: int | None = None
     """Tokens per position, required by kind top_k."""
+    draws: int | None = None
+    """Tokens drawn per position, required by kind sampled."""
+    seed: int = 0
+    """Of the draws (kind sampled)."""
     shard_bytes: int = 256 * 2**20
     """Size of a file; also what is lost at most when writing is killed."""
 
@@ -70,9 +76,17 @@ class CacheConfig:
             raise ValueError(
                 "cache.top_k is the number of tokens of kind top_k, >= 1: set it there, and only there."
             )
-        if self.kind == "top_k" and self.dtype == "int8":
+        if (self.kind == "sampled") != (self.draws is not None) or (
+            self.draws is not None and self.draws < 1
+        ):
             raise ValueError(
-                "cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for top_k."
+                "cache.draws is the number of tokens of kind sampled, >= 1: set it there, and only there."
+            )
+        if self.kind != "sampled" and self.seed:
+            raise ValueError("cache.seed is for the draws of kind sampled: remove it.")
+        if self.kind != "hidden" and self.dtype == "int8":
+            raise ValueError(
+                f"cache.dtype int8 is for hidden states: choose float16, bfloat16 or float32 for {self.kind}."
             )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hpd.config.models import TeacherConfig
+from hpd.teachers.origin import folder_of
 
 __all__ = ["head_bytes", "optimizer_bytes", "parse_bytes", "step_scratch", "tensor_bytes"]
 
@@ -30,7 +30,7 @@ def head_bytes(source: TeacherConfig, config: Any) -> int:
     if source.type == "server" and source.protocol == "hpd":
         return config.vocab_size * config.hidden_size * {"bfloat16": 2, "float16": 2}.get(source.dtype, 4)
     if source.type == "cached":
-        head = Path(str(source.path)) / "head.safetensors"
+        head = folder_of(str(source.path)) / "head.safetensors"
         return head.stat().st_size if head.is_file() else 0
     return 0
 

@@ -39,6 +39,7 @@ from hpd.losses.softmax import (
 )
 from hpd.losses.teacher_side import (
     is_known_by_token,
+    known_metrics,
     log_normalizer,
     mass_outside,
     tail_mass,
@@ -260,7 +261,7 @@ def _observe(
     teacher_logits = None if by_token else teacher_logits_(part.ready, labels, buffer)
     if teacher.vocab > part.vocab:
         add(sums, teacher_mass_outside=mass_outside(teacher, labels, part.vocab, teacher_logits))
-    if isinstance(teacher, TopKScores):
+    if isinstance(teacher, TopKScores) and not teacher.drawn:
         add(sums, teacher_tail_mass=tail_mass(teacher, labels))
     if part.metric_stride:
         rows = slice(-first % part.metric_stride, None, part.metric_stride)
@@ -269,7 +270,9 @@ def _observe(
             found = teacher_logits[rows]
         else:
             found = teacher_logits_(part.ready.at(rows), labels, buffer[: len(labels)])
-        _metrics(found, logits[rows], labels, sums, part.compiled)
+        more: Sums = {}
+        _metrics(found, logits[rows], labels, more, part.compiled)
+        _merge(sums, known_metrics(teacher, more))
     return teacher_logits
 
 

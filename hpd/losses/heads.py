@@ -76,6 +76,10 @@ class TopKScores(NamedTuple):
     label_logprobs: Float[Tensor, "N"]
     vocab: int
     """Tokens of the teacher's vocabulary."""
+    drawn: bool = False
+    """True if `tokens` were drawn and `logprobs` are the logarithms of their weights: an estimate of the
+    teacher's distribution p whose expectation is p. It has no tail, serves what is linear in p, and the
+    label's log-probability, which is exact, is apart from it."""
 
     def at(self, positions: Tensor | slice | None) -> TopKScores:
         """The scores at some of the positions; None: at all of them."""

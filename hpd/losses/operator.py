@@ -12,10 +12,12 @@ from torch import Tensor
 from hpd.batch import TokenBatch
 from hpd.losses.by_source import parts_of, weights_of
 from hpd.losses.chunked import OperatorCall, ReweightedNLL, compiled_reweighted_nll
-from hpd.losses.heads import Head, Scores, TeacherScores
+from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
 from hpd.losses.products import for_products, leaves
 from hpd.losses.reference import reference_reweighted_nll
+from hpd.losses.teacher_side import label_alone
 from hpd.losses.tile import Sums, TileInputs
+from hpd.methods.drawn import label_is_read
 from hpd.methods.terms import Term, num_uniforms
 
 __all__ = [
@@ -101,7 +103,8 @@ def reweighted_nll(
             absolute sum come back at rank one (`hpd.losses.filtered`); 0: all columns are multiplied.
 
     Raises:
-        ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);
+        ValueError: terms on the label and on the vocabulary, of a teacher known by draws; a label beyond the
+            shorter vocabulary (looked for on CPU tensors only);
             unknown impl; a gradient_filter below 0, or with nothing to filter; no terms, or two of one name;
             a sampled support without uniforms or draws; a term with a rule over positions without its
             weights, or weights of another shape or of no term.
@@ -112,6 +115,8 @@ def reweighted_nll(
     weights = _checked_weights(position_weights or {}, terms, len(labels))
     # A rule has done its work; to the compiler, another share would be another list of terms.
     terms = [term._replace(positions=None) for term in terms] if weights else terms
+    if isinstance(teacher, TopKScores) and teacher.drawn and label_is_read(terms):
+        teacher = label_alone(teacher, labels)  # what the draws estimate is not read
     known, ready = None, teacher
     if isinstance(teacher, Scores):
         teacher = teacher._replace(hidden=teacher.hidden.detach())

@@ -9,7 +9,7 @@ from torch import Tensor
 from hpd.losses.chunked import OperatorCall
 from hpd.losses.heads import Head, Scores, TopKScores
 from hpd.losses.products import logits
-from hpd.losses.teacher_side import tail_mass, teacher_logits_
+from hpd.losses.teacher_side import known_metrics, tail_mass, teacher_logits_
 from hpd.losses.tile import Sums, add, distribution_metrics, term_draws, weigh
 from hpd.methods.supports import LOGPROB_FLOOR, raise_excluded_
 
@@ -44,12 +44,14 @@ def reference_reweighted_nll(
         log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(t, -1)
         if call.metric_stride:
             rows = slice(None, None, call.metric_stride)
-            distribution_metrics(log_p[rows], log_q[rows], call.inputs.labels[rows], sums)
+            more: Sums = {}
+            distribution_metrics(log_p[rows], log_q[rows], call.inputs.labels[rows], more)
+            sums.update(known_metrics(call.teacher, more))
         add(sums, tokens=torch.ones_like(log_q[:, 0]))
         if call.teacher.vocab > call.vocab:
             everything = torch.softmax(_teacher_logits(call, z, call.teacher.vocab), -1)
             add(sums, teacher_mass_outside=everything[:, call.vocab :].sum(-1))
-        if isinstance(call.teacher, TopKScores):
+        if isinstance(call.teacher, TopKScores) and not call.teacher.drawn:
             add(sums, teacher_tail_mass=tail_mass(call.teacher, call.inputs.labels))
     return (loss * call.scale).to(z.dtype)
 

@@ -5,15 +5,20 @@ Axes: C positions of a chunk, n tokens per position, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hpd.losses.heads import Scores, TeacherScores, TopKScores
 from hpd.losses.products import for_products, logits, project_, wide
+from hpd.methods.supports import LOGPROB_FLOOR
 
 __all__ = [
     "is_known_by_token",
+    "known_metrics",
+    "label_alone",
     "log_normalizer",
     "mass_outside",
     "tail_mass",
@@ -21,6 +26,9 @@ __all__ = [
     "teacher_logits_",
     "token_logprobs",
 ]
+
+
+_NOT_LINEAR = ("forward_kl", "reverse_kl", "teacher_entropy", "top1_agreement")
 
 
 def is_known_by_token(teacher: TeacherScores) -> bool:
@@ -123,6 +131,21 @@ def token_logprobs(
     return z - log_z[:, None]
 
 
+def label_alone(teacher: TopKScores, labels: Int[Tensor, "N"]) -> TopKScores:
+    """The same, where terms read the label alone: it has its own probability, another token the rest."""
+    known = teacher.label_logprobs
+    other = torch.where(labels > 0, labels - 1, 1)
+    rest = torch.log((-torch.expm1(known)).clamp_min(torch.finfo(known.dtype).tiny))
+    return teacher._replace(tokens=torch.stack([labels, other], 1), logprobs=torch.stack([known, rest], 1))
+
+
+def known_metrics(teacher: TeacherScores, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of two distributions that are true where the teacher's is an estimate from draws: those of
+    the student alone."""
+    drawn = isinstance(teacher, TopKScores) and teacher.drawn
+    return {name: value for name, value in sums.items() if not drawn or name not in _NOT_LINEAR}
+
+
 def _look_up(teacher: TopKScores, labels: Tensor, tokens: Tensor) -> Tensor:
     matches = tokens[:, :, None] == teacher.tokens[:, None, :]  # [C, n, k]
     found = torch.where(matches, teacher.logprobs[:, None, :], -torch.inf).amax(-1)
@@ -132,6 +155,8 @@ def _look_up(teacher: TopKScores, labels: Tensor, tokens: Tensor) -> Tensor:
 
 def _tail(teacher: TopKScores, labels: Tensor) -> Float[Tensor, "C 1"]:
     """Log-probability of a token that is neither among the k nor the label."""
+    if teacher.drawn:
+        return torch.full_like(teacher.logprobs[:, :1], LOGPROB_FLOOR)
     label_apart = ~(teacher.tokens == labels[:, None]).any(-1, keepdim=True)  # [C, 1]
     known = (
         teacher.logprobs.double().exp().sum(-1, keepdim=True)
@@ -146,6 +171,12 @@ def _spread_(teacher: TopKScores, labels: Tensor, out: Tensor) -> Tensor:
     out.copy_(_tail(teacher, labels).expand_as(out))
     # A token that the student does not have is written over the label's place, which is filled last.
     inside = teacher.tokens < out.shape[1]
+    if teacher.drawn:
+        # The label has the weight that it was drawn with, not its probability, and nothing stands for what
+        # lies outside.
+        tail = out[:, :1].clone()
+        token, weight = torch.where(inside, teacher.tokens, 0), teacher.logprobs.to(out.dtype)
+        return out.scatter_reduce_(1, token, torch.where(inside, weight, tail), "amax")
     out.scatter_(1, torch.where(inside, teacher.tokens, labels[:, None]), teacher.logprobs.to(out.dtype))
     return out.scatter_(1, labels[:, None], teacher.label_logprobs.to(out.dtype)[:, None])
 

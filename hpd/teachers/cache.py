@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpd.files import checksum_file, checksum_json, write_atomically
+from hpd.files import checksum_bytes, checksum_file, checksum_json, write_atomically
 from hpd.losses import Head
+from hpd.teachers.origin import ABOUT, Origin, folder_of, is_address
 
 __all__ = ["BLOCK", "FORMAT", "Cache", "CorruptCacheError", "describe_shard", "read_about"]
 
@@ -38,11 +39,8 @@ FORMAT = 1
 """Version of the files; another one is refused."""
 
 BLOCK = 64
-"""Positions under one digest: whoever reads one position checks 64, whoever reads a row checks little more
-than the row."""
+"""Positions under one digest: whoever reads one position checks 64, who reads a row little more than it."""
 
-
-ABOUT = "cache.json"
 PLAN = "plan.json"
 INDEX = "index.safetensors"
 HEAD = "head.safetensors"
@@ -187,7 +185,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
         ValueError: there is no cache, an unfinished one, or one of another format.
         CorruptCacheError: a file is missing, cut or damaged.
     """
-    folder = Path(path)
+    folder = folder_of(path)
     if not (folder / ABOUT).is_file():
         if (folder / PLAN).is_file():
             done = len(list(folder.glob("shard-*.json")))
@@ -205,7 +203,8 @@ def read_about(path: str | Path) -> dict[str, Any]:
             f"The cache {folder} has format {about['format']}, this version of hpd reads {FORMAT}: write it "
             "again."
         )
-    for name, expected in {**about["files"], **{shard["file"]: shard for shard in about["shards"]}}.items():
+    shards = {} if is_address(path) else {shard["file"]: shard for shard in about["shards"]}
+    for name, expected in {**about["files"], **shards}.items():
         file = folder / name
         if not file.is_file():
             raise CorruptCacheError(f"The cache {folder} misses {name}. {_REPAIR}")
@@ -238,31 +237,30 @@ class Cache:
     (SIGBUS). The index is mapped, since all processes of a machine share it; its size is looked at before.
 
     Args:
-        path: the folder.
+        path: the folder, or an address.
 
     Raises:
         ValueError, CorruptCacheError: as `read_about`; index or head are damaged.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
         self.about = read_about(path)
+        self.path = folder_of(path)
+        self._origin = Origin(str(path)) if is_address(path) else None
         for name, expected in self.about["files"].items():
             _check_digest(self.path / name, expected["digest"])
         self._map_index()
 
     def _map_index(self) -> None:
         index = _map_tensors(self.path / INDEX)
-        self._keys, self._places, self._blocks = (
-            index[name].numpy() for name in ("keys", "places", "blocks")
-        )
+        self._keys, self._places, self._blocks = (index[n].numpy() for n in ("keys", "places", "blocks"))
         sizes = np.array([shard["positions"] for shard in self.about["shards"]])
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._first_blocks = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
         self._shards: dict[int, _Shard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "about": self.about}
+        return {"path": self.path, "about": self.about, "_origin": self._origin}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -296,17 +294,21 @@ class Cache:
             )
         places = self._places[np.searchsorted(self._keys, keys)]
         numbers = np.searchsorted(self._starts, places, side="right") - 1
-        found: dict[str, Tensor] = {}
-        for number in np.unique(numbers).tolist() or [0]:
+
+        def fetch(number: int) -> tuple[Tensor, dict[str, Tensor]]:
             where = np.flatnonzero(numbers == number)
             rows = places[where] - self._starts[number]
             blocks = np.unique(rows // BLOCK)
             tensors = self._read_blocks(self._open(number), blocks)
             self._check_blocks(number, tensors, blocks)
-            at = np.searchsorted(blocks, rows // BLOCK) * BLOCK + rows % BLOCK
-            for name, tensor in tensors.items():
-                out = found.setdefault(name, tensor.new_empty(len(keys), *tensor.shape[1:]))
-                out[torch.from_numpy(where)] = tensor[torch.from_numpy(at)]
+            at = torch.from_numpy(np.searchsorted(blocks, rows // BLOCK) * BLOCK + rows % BLOCK)
+            return torch.from_numpy(where), {name: tensor[at] for name, tensor in tensors.items()}
+
+        found: dict[str, Tensor] = {}
+        at_once: Any = self._origin.map if self._origin else map
+        for where, part in at_once(fetch, np.unique(numbers).tolist() or [0]):
+            for name, tensor in part.items():
+                found.setdefault(name, tensor.new_empty(len(keys), *tensor.shape[1:]))[where] = tensor
         return found
 
     def verify(self) -> None:
@@ -316,7 +318,8 @@ class Cache:
             CorruptCacheError: the first difference.
         """
         for shard in self.about["shards"]:
-            _check_digest(self.path / shard["file"], shard["digest"])
+            if self._origin is None:
+                _check_digest(self.path / shard["file"], shard["digest"])
 
     def _check_index(self) -> None:
         file, expected = self.path / INDEX, self.about["files"][INDEX]["bytes"]
@@ -329,10 +332,11 @@ class Cache:
             shard = self.about["shards"][number]
             file = self.path / shard["file"]
             # The header says where tensors begin and what they are: blocks cannot tell a changed one.
-            if not file.is_file() or checksum_file(file, shard["header_bytes"]) != shard["header_digest"]:
-                raise CorruptCacheError(f"{file} is missing or its header is damaged. {_REPAIR}")
-            with file.open("rb") as stream:
-                header = json.loads(stream.read(shard["header_bytes"])[8:])
+            head = bytearray(shard["header_bytes"])
+            self._fill(file, [(memoryview(head), 0)])
+            if checksum_bytes(head) != shard["header_digest"]:
+                raise CorruptCacheError(f"The header of {file} is damaged. {_REPAIR}")
+            header = json.loads(head[8:])
             tensors = {
                 name: (_DTYPES[about["dtype"]], tuple(about["shape"][1:]), about["data_offsets"][0])
                 for name, about in header.items()
@@ -347,28 +351,34 @@ class Cache:
 
     def _read_blocks(self, shard: _Shard, blocks: Places) -> dict[str, Tensor]:
         """These blocks of a shard's tensors, one after the other."""
-        # Blocks beside each other are read at once.
-        runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1)
+        # Neighbors are read at once; elsewhere each block is kept for itself.
+        cuts = np.flatnonzero(np.diff(blocks) > (1 if self._origin is None else 0)) + 1
         spans = [
             (int(run[0]) * BLOCK, min((int(run[-1]) + 1) * BLOCK, shard.positions))
-            for run in runs
+            for run in np.split(blocks, cuts)
             if len(run)
         ]
         total = sum(end - start for start, end in spans)
-        found = {
-            name: torch.empty(total, *shape, dtype=dtype) for name, (dtype, shape, _) in shard.tensors.items()
-        }
-        try:
-            with shard.file.open("rb", buffering=0) as file:
-                for name, (_, _, first) in shard.tensors.items():
-                    rows, done = _bytes_of(found[name]).numpy(), 0
-                    for start, end in spans:
-                        part: Any = rows[done : done + end - start].reshape(-1)
-                        _fill(memoryview(part), file, first + start * rows.shape[1])
-                        done += end - start
-        except OSError as error:
-            raise CorruptCacheError(f"{shard.file} cannot be read: {error.strerror}. {_REPAIR}") from None
+        found = {n: torch.empty(total, *shape, dtype=dtype) for n, (dtype, shape, _) in shard.tensors.items()}
+        reads: list[tuple[memoryview, int]] = []
+        for name, (_, _, first) in shard.tensors.items():
+            rows, done = _bytes_of(found[name]).numpy(), 0
+            for start, end in spans:
+                part: Any = rows[done : done + end - start].reshape(-1)
+                reads.append((memoryview(part), first + start * rows.shape[1]))
+                done += end - start
+        self._fill(shard.file, reads)
         return found
+
+    def _fill(self, path: Path, reads: list[tuple[memoryview, int]]) -> None:
+        try:
+            if self._origin is not None:
+                return self._origin.fill(path.name, reads)
+            with path.open("rb", buffering=0) as file:
+                for view, at in reads:
+                    _fill(view, file, at)
+        except OSError as error:
+            raise CorruptCacheError(f"{path} cannot be read: {error.strerror or error}. {_REPAIR}") from None
 
     def _check_blocks(self, number: int, tensors: Mapping[str, Tensor], blocks: Places) -> None:
         """Every time that a block is read: a disk may lose a bit between two epochs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
 from hpd.batch import TokenBatch
-from hpd.losses import Scores, TeacherScores, TopKScores
+from hpd.losses import Head, Scores, TeacherScores, TopKScores
+from hpd.methods.terms import Term, TermConfig
 from hpd.teachers.cache import Cache, CorruptCacheError
 from hpd.teachers.errors import TeacherUnavailable
+from hpd.teachers.limits import check_cached_terms
 from hpd.teachers.teacher import Teacher
 
-__all__ = ["CachedTeacher", "stored_hidden"]
+__all__ = ["CachedTeacher", "scores_of_stored", "stored_hidden"]
 
 
 class CachedTeacher(Teacher):
@@ -28,7 +30,8 @@ class CachedTeacher(Teacher):
     of processes.
 
     Kind hidden answers with hidden states, head and log-normalizer: exact for every objective. Kind top_k
-    answers with the k likeliest tokens and the label.
+    answers with the k likeliest tokens and the label. Kind sampled answers with drawn tokens and their
+    weights, whose expectation is the teacher's distribution, and the label.
 
     Args:
         path: the folder that `hpd cache` wrote.
@@ -57,6 +60,9 @@ class CachedTeacher(Teacher):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+    def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
+        check_cached_terms(self.cache.path, self.cache.about, terms)
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         self._device = accelerator.device
@@ -117,15 +123,7 @@ class CachedTeacher(Teacher):
             found = self.cache.read(batch.keys.cpu().numpy())
         found = _answer(found)
         stored = {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
-        if self._kind == "top_k":
-            logprobs = stored["logprobs"].float()
-            if "tail" in stored:
-                kept = torch.log1p(-stored["tail"]) - torch.logsumexp(logprobs, -1)
-                logprobs = logprobs + kept[:, None]
-            vocab = cast(int, self.vocab)
-            return TopKScores(stored["tokens"].long(), logprobs, stored["label_logprobs"], vocab)
-        assert self._head is not None
-        return Scores(stored_hidden(stored), self._head, stored["log_z"])
+        return scores_of_stored(stored, self._kind, cast(int, self.vocab), self._head)
 
     def _read(self, keys: np.ndarray) -> dict[str, Tensor]:
         found = self.cache.read(keys)
@@ -146,3 +144,23 @@ def stored_hidden(stored: Mapping[str, Tensor]) -> Tensor:
     """Hidden states as the cache holds them; int8 times the scale of each row."""
     hidden = stored["hidden"]
     return hidden.float() * stored["scale"][:, None] if "scale" in stored else hidden
+
+
+def scores_of_stored(stored: Mapping[str, Tensor], kind: str, vocab: int, head: Head | None) -> TeacherScores:
+    """A teacher's answer out of what the cache holds of some positions.
+
+    Args:
+        stored: the tensors of a shard at these positions.
+        kind: of the cache.
+        vocab: of the teacher.
+        head: the teacher's (kind hidden).
+    """
+    if kind == "hidden":
+        assert head is not None
+        return Scores(stored_hidden(stored), head, stored["log_z"])
+    logprobs = stored["logprobs"].float()
+    if "tail" in stored:
+        kept = torch.log1p(-stored["tail"]) - torch.logsumexp(logprobs, -1)
+        logprobs = logprobs + kept[:, None]
+    labels, drawn = stored["label_logprobs"], kind == "sampled"
+    return TopKScores(stored["tokens"].long(), logprobs, labels, vocab, drawn)

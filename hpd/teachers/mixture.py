@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hpd.batch import TokenBatch
 from hpd.losses import Head, Scores, TopKScores
 from hpd.losses.products import chunks, for_products, project_, wide
+from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import CheckResult
 from hpd.teachers.teacher import RoutedScores, Teacher
 
@@ -36,6 +37,10 @@ class _SeveralTeachers(Teacher):
         self.asks_ahead = any(part.asks_ahead for part in parts)
         self.remote = any(part.remote for part in parts)
         self.may_fail = any(part.may_fail for part in parts)
+
+    def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
+        for teacher in self.teachers.values():
+            teacher.check_terms(terms)
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         for teacher in self.teachers.values():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
 from hpd.files import import_named
 from hpd.losses import TeacherScores
+from hpd.methods.terms import Term, TermConfig
 from hpd.models.load import load_model
 from hpd.teachers.cache import TEACHER, read_about
 from hpd.teachers.cached import CachedTeacher
@@ -23,8 +24,10 @@ from hpd.teachers.fingerprints import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
+from hpd.teachers.limits import check_cached_terms
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
+from hpd.teachers.origin import folder_of
 from hpd.teachers.teacher import RoutedScores, Teacher
 
 __all__ = ["as_teacher", "check_caches", "described_by", "load_teacher"]
@@ -44,13 +47,17 @@ def _description(teacher: TeacherConfig, recipe: Recipe) -> ModelConfig | Teache
         return recipe.student
     if teacher.type == "cached":
         return replace(
-            teacher, model=str(Path(str(teacher.path)) / TEACHER), revision=None, quantization=None
+            teacher, model=str(folder_of(str(teacher.path)) / TEACHER), revision=None, quantization=None
         )
     return teacher
 
 
 def check_caches(
-    teacher: TeacherConfig, tokenizer: Any, args: Any, reader: TeacherConfig | None = None
+    teacher: TeacherConfig,
+    tokenizer: Any,
+    args: Any,
+    terms: Sequence[Term | TermConfig] = (),
+    reader: TeacherConfig | None = None,
 ) -> None:
     """Compare every cache among the teachers with what the recipe would write.
 
@@ -58,6 +65,7 @@ def check_caches(
         teacher: of the recipe.
         tokenizer: the student's, which tokenizes the rows.
         args: `DistillConfig`.
+        terms: of the loss, which may read what a cache does not hold.
         reader: whose prompt the rows have for the teacher; None: its own.
 
     Raises:
@@ -65,27 +73,32 @@ def check_caches(
             names what.
     """
     for part in teacher.teachers.values():
-        check_caches(part, tokenizer, args, teacher)
+        check_caches(part, tokenizer, args, terms, teacher)
         if (
             teacher.type == "mixture"
             and part.type == "cached"
-            and read_about(str(part.path))["kind"] == "top_k"
+            and read_about(str(part.path))["kind"] != "hidden"
         ):
             raise ValueError(
-                f"A mixture needs whole distributions, and {part.path} holds the likeliest tokens only: "
+                f"A mixture needs whole distributions, and {part.path} holds some of the tokens only: "
                 "cache kind hidden."
             )
     if teacher.type != "cached":
         return
-    cached = read_about(str(teacher.path))["fingerprint"]
+    about = read_about(str(teacher.path))
+    check_cached_terms(teacher.path, about, terms)
+    cached = about["fingerprint"]
     asked = {"teacher's prompt": None, **own_prompt(reader or teacher)}
     changed = differences(cached, {**tokenizer_fingerprint(tokenizer, args), **asked})
     if teacher.model is not None:
-        changed += (
-            ["teacher"]
-            if cached["teacher"] != teacher_fingerprint(replace(teacher, type="model", path=None))
-            else []
+        here = replace(teacher, type="model", path=None)
+        # Of an imported one nothing is known but the name: no weights were here.
+        other = (
+            cached["name"] != here.title
+            if "imported" in cached["teacher"]
+            else cached["teacher"] != teacher_fingerprint(here)
         )
+        changed += ["teacher"] if other else []
     if changed:
         raise ValueError(
             f"The cache {teacher.path} was written with another {', another '.join(changed)}. Use what it "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpd.batch import TokenBatch
 from hpd.losses import TeacherScores
+from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import CheckResult
 
 __all__ = ["RemoteTeacher", "RoutedScores", "Teacher"]
@@ -42,6 +43,9 @@ class Teacher:
     """True if answers may fail to come: all processes wait for them together, at the start of a step."""
     remote: bool = False
     """True if a loader's workers cannot ask, which have no connection."""
+
+    def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
+        """Raise ValueError where the loss reads what the teacher cannot tell; called before training."""
 
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         """Place the teacher like the student."""

@@ -110,9 +110,9 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     folder, main = Path(config.path), trainer.is_world_process_zero()
     target = _target(planned, config, layout)
     if main:
-        _open_folder(folder, target, overwrite)
+        open_folder(folder, target, overwrite)
     trainer.accelerator.wait_for_everyone()
-    _verify_own_share(folder, target["shards"], trainer)
+    verify_own_share(folder, target["shards"], trainer)
     trainer.accelerator.wait_for_everyone()
     todo = [
         number for number in range(target["shards"]) if not (folder / f"shard-{number:05d}.json").is_file()
@@ -121,12 +121,12 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
     if main:
         head = 0 if (folder / HEAD).is_file() else _head_bytes(planned, config)
-        _check_disk(folder, left * position_bytes + head, total * position_bytes)
-        beside = f", and the teacher's head: {_size(head)}" if head else ""
+        check_disk(folder, left * position_bytes + head, total * position_bytes)
+        beside = f", and the teacher's head: {size_text(head)}" if head else ""
         progress.say(
             f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: "
-            f"{_size(total * position_bytes)} in {target['shards']} shards{beside}; "
-            f"{_size(left * position_bytes + head)} to write"
+            f"{size_text(total * position_bytes)} in {target['shards']} shards{beside}; "
+            f"{size_text(left * position_bytes + head)} to write"
         )
     if todo or not (folder / ABOUT).is_file():
         _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
@@ -147,8 +147,8 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
         raise ValueError(
             "cache.path is missing: give a folder to write to, in the recipe or as cache.path=FOLDER."
         )
-    if Path(recipe.cache.path).is_file():
-        raise ValueError(f"cache.path {recipe.cache.path!r} is a file: give a folder.")
+    if "://" in recipe.cache.path or Path(recipe.cache.path).is_file():
+        raise ValueError(f"cache.path {recipe.cache.path!r} is not a folder: write to one, then copy it.")
     if recipe.data.streaming:
         raise ValueError(
             "A stream has no end that a cache could hold: set data.streaming to false for hpd cache."
@@ -225,6 +225,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "kind": config.kind,
         "dtype": str(stored_dtype(config, planned)).removeprefix("torch."),
         "top_k": config.top_k,
+        **({"draws": config.draws, "seed": config.seed} if config.kind == "sampled" else {}),
         "shard_bytes": config.shard_bytes,
         "shards": len(layout.starts) - 1,
         "positions": len(layout.keys),
@@ -233,7 +234,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
     }
 
 
-def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
+def open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
     if found := entries(folder):
         if not (folder / PLAN).is_file() and not any(path.name.startswith(f".{PLAN}") for path in found):
             raise ValueError(f"{folder} is not empty and no cache of hpd: choose another cache.path.")
@@ -261,7 +262,7 @@ def _open_folder(folder: Path, target: dict[str, Any], overwrite: bool) -> None:
         )
 
 
-def _verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) -> None:
+def verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) -> None:
     """Each process reads its share of the finished shards; what is damaged goes, and is written again."""
     for number in range(trainer.args.process_index, num_shards, trainer.args.world_size):
         description = folder / f"shard-{number:05d}.json"
@@ -283,17 +284,17 @@ def _head_bytes(planned: Plan, config: CacheConfig) -> int:
     return text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
 
 
-def _check_disk(folder: Path, needed: int, total: int) -> None:
+def check_disk(folder: Path, needed: int, total: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"The cache needs {_size(needed)} more ({_size(total)} of answers in all), and {folder} has "
-            f"{_size(free)} free. Choose a place with room, a narrower cache.dtype, cache.kind: top_k, or "
-            "fewer rows (data.limit)."
+            f"The cache needs {size_text(needed)} more ({size_text(total)} of answers in all), and {folder} "
+            f"has {size_text(free)} free. Choose a place with room, a narrower cache.dtype, cache.kind: "
+            "top_k, or fewer rows (data.limit)."
         )
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
@@ -373,7 +374,7 @@ def _answers(
     with torch.no_grad():
         scores = teacher.scores(inputs, batch)
     assert not isinstance(scores, RoutedScores), "a cache has one teacher"
-    return TeacherAnswer(scores, batch.labels)
+    return TeacherAnswer(scores, batch.labels, batch.keys)
 
 
 def _save_teacher(folder: Path, planned: Plan, answer: TeacherAnswer, config: CacheConfig) -> None:

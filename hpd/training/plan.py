@@ -159,7 +159,7 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     check_special_tokens(args, tokenizer)
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token  # as TRL does
-    check_caches(recipe.teacher, tokenizer, args)
+    check_caches(recipe.teacher, tokenizer, args, recipe.choose_terms())
     served = None
     if recipe.teacher.type == "server":
         served = _connect(recipe, args, student_config, tokenizer)

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpd.batch import uniforms
 from hpd.config.schema import CacheConfig
 from hpd.losses import Scores, TeacherScores, TopKScores
 from hpd.losses.products import chunks, for_products, project_
+from hpd.methods.systematic import systematic_draws
 from hpd.teachers.cached import stored_hidden
 from hpd.training.plan import Plan
 
@@ -26,10 +28,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class TeacherAnswer(NamedTuple):
-    """A teacher's scores at some label positions, and their labels."""
+    """A teacher's scores at some label positions, their labels and keys."""
 
     scores: TeacherScores
     labels: Tensor
+    keys: Tensor
 
 
 def position_bytes_of(config: CacheConfig, planned: Plan) -> int:
@@ -37,6 +40,8 @@ def position_bytes_of(config: CacheConfig, planned: Plan) -> int:
     dtype = stored_dtype(config, planned)
     if config.kind == "top_k":
         return int(config.top_k or 0) * (4 + dtype.itemsize) + (4 if dtype == torch.float32 else 8)
+    if config.kind == "sampled":
+        return int(config.draws or 0) * (4 + dtype.itemsize) + 4
     width = next(iter(planned.teacher_configs.values())).get_text_config().hidden_size
     return width * dtype.itemsize + 4 + (4 if dtype == torch.int8 else 0)
 
@@ -46,8 +51,8 @@ def stored_dtype(config: CacheConfig, planned: Plan) -> torch.dtype:
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     teacher = planned.recipe.teacher
-    if config.kind == "top_k":
-        return torch.float32
+    if config.kind != "hidden":
+        return torch.float32 if config.kind == "top_k" else torch.float16
     if teacher.type == "model" and teacher.dtype != "auto":
         return _DTYPES[teacher.dtype]
     if teacher.type == "self":
@@ -62,11 +67,13 @@ def stored_tensors(answer: TeacherAnswer, config: CacheConfig, dtype: torch.dtyp
         ValueError: the teacher does not give what the kind needs, or a number does not fit into `dtype`.
     """
     scores = answer.scores
-    if config.kind == "top_k":
-        return {
-            name: tensor.cpu().contiguous()
-            for name, tensor in _likeliest(answer, config.top_k or 0, dtype).items()
-        }
+    if config.kind != "hidden":
+        found = (
+            _likeliest(answer, config.top_k or 0, dtype)
+            if config.kind == "top_k"
+            else _drawn(answer, config.draws or 0, config.seed, dtype)
+        )
+        return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
     if not isinstance(scores, Scores) or scores.head.weight is None:
         raise ValueError("This teacher gives no hidden states: choose cache.kind: top_k.")
     stored: dict[str, Tensor] = {}
@@ -97,7 +104,7 @@ def _logits(scores: Scores) -> Iterator[Tensor]:
 
 
 def _likeliest(answer: TeacherAnswer, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    scores, labels = answer
+    scores, labels, _ = answer
     if isinstance(scores, TopKScores):
         if scores.tokens.shape[1] != k:
             raise ValueError(
@@ -126,6 +133,24 @@ def _likeliest(answer: TeacherAnswer, k: int, dtype: torch.dtype) -> dict[str, T
         # nothing.
         stored["tail"] = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(2.0**-20).float()
     return stored
+
+
+def _drawn(answer: TeacherAnswer, n: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    scores, labels, keys = answer
+    if isinstance(scores, TopKScores):
+        raise ValueError("Kind sampled draws from whole distributions, and this teacher gives a few tokens.")
+    if n >= scores.vocab:
+        raise ValueError(f"cache.draws {n} must be less than the {scores.vocab} tokens of the teacher.")
+    # By key alone: a position's draws are the same in every batch, shard and process.
+    numbers = uniforms(keys, seed=seed, step=0, count=1)[:, 0]
+    parts, first = [], 0
+    for logits in _logits(scores):
+        logprobs, rows = torch.log_softmax(logits, -1), slice(first, first + len(logits))
+        drawn = systematic_draws(logprobs, numbers[rows], n)
+        parts.append((drawn.tokens, drawn.logprobs, logprobs.gather(1, labels[rows, None])[:, 0]))
+        first += len(logits)
+    tokens, weights, label_logprobs = (torch.cat(column) for column in zip(*parts, strict=True))
+    return {"tokens": tokens.int(), "logprobs": weights.to(dtype), "label_logprobs": label_logprobs.float()}
 
 
 class Layout(NamedTuple):

@@ -129,6 +129,7 @@ class DistillTrainer(MeasuredTrainer):
             **kwargs,
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
+        self.teacher.check_terms(configs)
         vocab = self.teacher.vocab
         self._events: ByteEvents | None = None
         if (both := self.two_tokenizers()) is not None:

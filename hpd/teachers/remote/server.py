@@ -23,6 +23,7 @@ from hpd.losses import TeacherScores, TopKScores
 from hpd.methods.terms import Term, TermConfig
 from hpd.models.pairing import CheckResult
 from hpd.teachers.errors import TeacherUnavailable
+from hpd.teachers.limits import reasons_against, why_not_top_k
 from hpd.teachers.remote.dialects import DIALECTS, NoPromptLogprobs, Place, read_places, top_k_tensors
 from hpd.teachers.remote.hpd_client import HpdClient
 from hpd.teachers.remote.wire import WireRow, grouped, rows_of
@@ -93,6 +94,7 @@ class ServedTeacher(RemoteTeacher):
     """
 
     def __init__(self, source: TeacherConfig, vocab: int):
+        self._approximated: list[str] = []
         assert source.url is not None
         self.source = source
         self._connection = Connection(
@@ -176,7 +178,8 @@ class ServedTeacher(RemoteTeacher):
                 f"{self._client.top_k}. Or accept an approximation with teacher.tail: uniform: tokens "
                 "beyond the likeliest share the rest of the mass evenly."
             )
-        if reasons:
+        if reasons and reasons != self._approximated:
+            self._approximated = reasons  # said once
             _LOGGER.warning(
                 "tail: uniform approximates the teacher beyond its likeliest tokens: %s", "; ".join(reasons)
             )
@@ -319,33 +322,11 @@ class _TopKClient:
     def scores(self, answer: dict[str, Tensor]) -> TopKScores:
         answer = answer or top_k_tensors([], [], self.top_k, self.vocab)
         on_device = {name: tensor.to(self._device) for name, tensor in answer.items()}
-        return TopKScores(**on_device, vocab=self.vocab)
+        told = (on_device[name] for name in ("tokens", "logprobs", "label_logprobs"))
+        return TopKScores(*told, vocab=self.vocab)
 
 
 def why_not_served(terms: Sequence[Term | TermConfig], top_k: int) -> list[str]:
     """Reasons why a teacher that is known at its `top_k` likeliest tokens and the label cannot serve these
     terms exactly."""
-    reasons = []
-    for config in terms:
-        ends = [config] if isinstance(config, Term) else [config.at(0.0).build(), config.at(1.0).build()]
-        reasons += [f"term {term.name} {why}" for term in ends if (why := _why_not(term, top_k))]
-    return list(dict.fromkeys(reasons))
-
-
-def _why_not(term: Term, top_k: int) -> str | None:
-    support = term.support
-    if support.whole:
-        return "reads every token of the vocabulary"
-    if support.draws:
-        return (
-            "reads tokens that the student draws"
-            if support.draws_of == "student"
-            else "draws from the whole vocabulary"
-        )
-    if support.top_k and support.top_k_of == "student":
-        return "reads the student's likeliest tokens"
-    if support.top_k > top_k:
-        return f"reads {support.top_k} tokens"
-    if term.temperature != 1.0:
-        return f"softens by temperature {term.temperature:g}, which normalizes over the whole vocabulary"
-    return None
+    return reasons_against(terms, lambda term: why_not_top_k(term, top_k))

@@ -1,0 +1,138 @@
+"""A cache of kind sampled: the same draws however they are written, what it serves, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers.cached_pairs import files_of, make_recipe
+from helpers.cached_trainers import batches_of, trainer_of
+
+from hpd.config import load_recipe
+from hpd.losses.products import logits
+from hpd.teachers import CachedTeacher
+from hpd.teachers.cache import Cache
+from hpd.training.caching import rows_trainer, write_cache
+from hpd.training.importing import recipe_rows
+from hpd.training.plan import plan
+
+N = 4
+SAMPLED = ("cache.kind=sampled", f"cache.draws={N}", "cache.dtype=auto", "cache.shard_bytes=3000")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_recipe(tmp_path_factory.mktemp("sampled"))
+
+
+def write(recipe, folder, *words):
+    return write_cache(load_recipe(recipe, [*SAMPLED, f"cache.path={folder}", "method=forward_kl", *words]))
+
+
+@pytest.fixture(scope="module")
+def cache(recipe, tmp_path_factory):
+    return write(recipe, tmp_path_factory.mktemp("caches") / "one")
+
+
+@pytest.fixture(scope="module")
+def keys(recipe):
+    rows = recipe_rows(rows_trainer(plan(load_recipe(recipe))))
+    return torch.cat([row.keys for row in rows]).unique().numpy()
+
+
+def test_bytes_and_weights_of_a_position(cache, keys):
+    assert cache.bytes_per_position == N * 6 + 4
+    stored = Cache(cache.path).read(keys)
+    assert {name: str(t.dtype) for name, t in stored.items()} == {
+        "tokens": "torch.int32",
+        "logprobs": "torch.float16",
+        "label_logprobs": "torch.float32",
+    }
+    weights = stored["logprobs"].double().exp()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(keys)).double(), rtol=0, atol=3e-3)
+
+
+def test_an_interrupted_cache_is_the_same_to_the_byte(recipe, cache, tmp_path):
+    write(recipe, tmp_path / "cut")
+    shards = sorted((tmp_path / "cut").glob("shard-*"))
+    assert len(shards) >= 4
+    (tmp_path / "cut" / "cache.json").unlink()
+    for file in shards[2:4]:
+        file.unlink()
+    write(recipe, tmp_path / "cut")
+    here, there = files_of(tmp_path / "cut"), files_of(cache.path)
+    assert {n for n in here if here[n] != there[n]} <= {"plan.json"}
+
+
+@pytest.mark.slow
+def test_draws_depend_on_seed_and_position_and_not_on_the_batch(recipe, cache, keys, tmp_path):
+    alone = write(
+        recipe, tmp_path / "alone", "train.per_device_eval_batch_size=1", "cache.shard_bytes=999999"
+    )
+    other = write(recipe, tmp_path / "other", "cache.seed=1")
+    one, two, three = (Cache(c.path).read(keys)["tokens"] for c in (cache, alone, other))
+    # Rounding of a forward in another batch may move a draw over an edge, once in many thousands.
+    assert (one == two).double().mean() > 0.999
+    assert (one == three).double().mean() < 0.9
+
+
+@pytest.mark.slow
+def test_estimates_over_many_seeds_have_the_teachers_mean(recipe, keys, tmp_path):
+    """Through the files: the mean weight of 60 caches against the live teacher, within 5 standard errors."""
+    live = trainer_of(recipe, tmp_path / "live")
+    inputs = batches_of(live)[0]
+    from hpd.batch import TokenBatch
+
+    batch = TokenBatch.pop(inputs)
+    p = logits(live.teacher.scores(inputs, batch)).double().softmax(-1)
+    found = []
+    for seed in range(60):
+        written = write(recipe, tmp_path / f"{seed}", f"cache.seed={seed}", "cache.dtype=float32")
+        scores = CachedTeacher(written.path).scores({}, batch)
+        found.append(torch.zeros_like(p).scatter_(1, scores.tokens, scores.logprobs.double().exp()))
+    estimates = torch.stack(found)
+    error = (estimates.mean(0) - p).abs()
+    deviation = estimates.std(0).clamp_min(1e-3) / math.sqrt(len(found))
+    assert (error < 5 * deviation + 1e-5).double().mean() > 0.999
+
+
+def test_what_it_cannot_serve_is_refused_before_models_load(recipe, cache):
+    words = ["teacher.type=cached", f"teacher.path={cache.path}"]
+    with pytest.raises(
+        ValueError, match=r"drawn from the teacher.*term hpd reads the teacher on the support"
+    ):
+        plan(load_recipe(recipe, [*words, "method=hpd"]))
+    teacher = CachedTeacher(cache.path)
+    for method in ("reverse_kl", "generalized_jsd", "hpd_full", "akl", "seqkd_kl"):
+        try:
+            terms = load_recipe(recipe, [f"method={method}"]).choose_terms()
+        except ValueError:
+            continue
+        with pytest.raises(ValueError, match="drawn from the teacher|not both at once"):
+            teacher.check_terms(terms)
+    for method in ("forward_kl", "sft", "label_jsd", "label_reverse_kl"):
+        teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
+
+
+def test_training_reads_it(recipe, cache, tmp_path):
+    words = ("teacher.type=cached", f"teacher.path={cache.path}", "method=forward_kl")
+    trainer = trainer_of(recipe, tmp_path / "run", *words)
+    loss = trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0])
+    loss.backward()
+    assert 0 < float(loss.detach()) < 20
+    assert {"reverse_kl", "teacher_entropy"}.isdisjoint(trainer.evaluate())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cache.kind=sampled"], "cache.draws is the number"),
+        (["cache.draws=3"], "cache.draws is the number"),
+        (["cache.seed=3"], "cache.seed is for the draws"),
+        (["cache.kind=sampled", "cache.draws=3", "cache.dtype=int8"], "int8 is for hidden states"),
+    ],
+)
+def test_settings_without_effect_are_refused(recipe, words, said):
+    with pytest.raises(ValueError, match=said):
+        load_recipe(recipe, words)
