@@ -137,10 +137,13 @@ class StepMemory:
             for part, config in zip(parts, configs, strict=True)
             if part.type == "model"
         ]
-        # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off.
+        # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off,
+        # and an average has an adapter of its own.
         self._is_own_teacher = any(part.type == "self" for part in parts)
         is_copied = self._is_own_teacher and planned.recipe.lora is None
-        self._teacher_bytes = tensor_bytes(self._student.parameters()) if is_copied else 0
+        averaged = any(part.ema is not None for part in parts)
+        copied = [p for p in self._student.parameters() if is_copied or (averaged and p.requires_grad)]
+        self._teacher_bytes = tensor_bytes(copied)
         self._teacher_bytes += sum(tensor_bytes(model.parameters()) for model in self._teachers)
         self._teacher_bytes += sum(map(head_bytes, parts, configs))
         self._traced: dict[int, _Trace] = {}

@@ -11,7 +11,7 @@ from hpd.files import import_named
 from hpd.methods.fields import STRICT, nearest
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
-from hpd.objectives import OBJECTIVES, Objective
+from hpd.objectives import OBJECTIVES, Objective, capped
 
 __all__ = [
     "SUPPORTS",
@@ -169,6 +169,9 @@ class TermConfig:
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
     """The rest of the vocabulary next to the top-k: one bucket, none of it (the k are renormalized), or
     dropped."""
+    cap: float | None = None
+    """Most that one token may add to the loss of a position, in nats, > 0; beyond it, it has no gradient of
+    its own. For divergences on full and top_k; null: no bound."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
 
@@ -215,6 +218,14 @@ class TermConfig:
             objective = OBJECTIVES["hpd_exact"](*objective.arguments)
         support = fixed._build_support(objective)
         name = name or self.name
+        if self.cap is not None:
+            if not support.is_distribution:
+                raise ValueError(
+                    f"Term {name!r}: cap bounds what each token adds to a divergence on whole distributions, "
+                    f"and {support} is none. Use support: full, or top_k with tail: bucket or renormalize; "
+                    "or remove cap."
+                )
+            objective = capped(objective, self.cap)
         term = Term(name, objective, support, fixed.weight, fixed.temperature, fixed.on)  # type: ignore
         return term.check()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hpd.objectives.adaptive import akl, taid, todi
 from hpd.objectives.alpha_beta import abkd
+from hpd.objectives.capped import capped
 from hpd.objectives.f_divergences import f_divergence, total_variation
 from hpd.objectives.hybrid import hpd, hpd_exact, hpd_full
 from hpd.objectives.kl import forward_kl, nll, reverse_kl, symmetric_kl
@@ -18,6 +19,7 @@ __all__ = [
     "Objective",
     "abkd",
     "akl",
+    "capped",
     "f_divergence",
     "forward_kl",
     "generalized_jsd",

@@ -101,7 +101,7 @@ def load_teacher(teacher: TeacherConfig) -> Teacher:
             teacher.
     """
     if teacher.type == "self":
-        return SelfTeacher()
+        return SelfTeacher(teacher.ema)
     if teacher.type == "object":
         return _of_your_own(teacher)
     if teacher.type == "cached":

@@ -12,8 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import is_conversational
 
+from hpd.batch import TEACHER_PREFIXES
 from hpd.config.models import ModelConfig
+from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.methods.fields import nearest
+from hpd.methods.table import METHODS
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair, check_tokens
 from hpd.models.quantized import is_quantized
@@ -24,7 +27,7 @@ from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
 from hpd.training.settings import check_special_tokens
 
-__all__ = ["check_best_metric", "check_call", "own_tokenizer"]
+__all__ = ["check_best_metric", "check_call", "check_own_prompt", "own_tokenizer"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -69,6 +72,25 @@ def check_call(
             student.tokenizer.eos_token = args.eos_token
     for role, source in _sources(teacher):
         _compare(student, role, source, teacher_tokenizer, args, row)
+
+
+def check_own_prompt(method: str, rows: Any) -> None:
+    """Refuse a method whose teacher reads more than the student, where the rows have nothing for it.
+
+    Args:
+        method: a name of METHODS.
+        rows: to train on; no row, nothing to look at.
+
+    Raises:
+        ValueError: the first row has no prompt for the teacher.
+    """
+    row = _first_row(rows)
+    if METHODS[method].own_prompt and row and not {TEACHER_PROMPT, TEACHER_PREFIXES} & row.keys():
+        raise ValueError(
+            f"method: {method} learns from a teacher that reads what the student does not, and the rows have "
+            f"no {TEACHER_PROMPT}: add that column (in a recipe, set teacher.prompt or "
+            "teacher.system_prompt)."
+        )
 
 
 def check_best_metric(args: DistillConfig, names: set[str]) -> None:

@@ -38,12 +38,13 @@ from hpd.teachers.sources import as_teacher
 from hpd.training.arguments import as_config
 from hpd.training.card import Card
 from hpd.training.dates import first_day_of_folder, keep_day
+from hpd.training.following import Following
 from hpd.training.guards import support_overlap
 from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
-from hpd.training.preflight import check_best_metric, check_call, own_tokenizer
+from hpd.training.preflight import check_best_metric, check_call, check_own_prompt, own_tokenizer
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 
@@ -105,6 +106,8 @@ class DistillTrainer(MeasuredTrainer):
         self._clips = self.regime.strategy.type == "policy_gradient"
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
+        if method is not None:
+            check_own_prompt(method, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
         if own is not None:
             check_byte_forms(configs, self.regime, guards)
@@ -171,6 +174,8 @@ class DistillTrainer(MeasuredTrainer):
         self.teacher.prepare(self.model, self.accelerator)
         # An evaluation before training prepares the student where no model was prepared before.
         del self.accelerator._models[prepared:]
+        if self.teacher.follows:
+            self.add_callback(Following(self.teacher))
         found = found or self.teacher.probe(self.padding_free)
         self.verdicts += found
         settle(found)
@@ -195,6 +200,7 @@ class DistillTrainer(MeasuredTrainer):
             "watch": self._watch,
             "terms": self._schedule,
             **({"share": ramp} if ramp is not None else {}),
+            **({"teacher": self.teacher} if self.teacher.follows else {}),
         }
         self.needs_own_state = self._step.must_be_saved
 
