@@ -19,7 +19,7 @@ from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.files import import_named
-from hpd.methods.byte_forms import check_byte_forms
+from hpd.methods.byte_forms import check_byte_forms, check_token_forms
 from hpd.methods.fields import nearest
 from hpd.methods.regime import Regime
 from hpd.methods.table import METHODS
@@ -109,6 +109,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if recipe.train.get("vocabulary") == "bytes":
         _check_bytes(recipe, regime)
+    else:
+        check_token_forms(recipe.choose_terms())
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         _check_answers_anything(parts.values())
     if recipe.lora is not None and recipe.student.init == "random":
@@ -163,7 +165,7 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
 
 def _check_bytes(recipe: Recipe, regime: Regime) -> None:
     """Refuse choices that have no form between two tokenizers."""
-    check_byte_forms(recipe.choose_terms(), regime, recipe.guards)
+    check_byte_forms(recipe.choose_terms(), regime, recipe.guards, recipe.train.get("byte_length"))
     if recipe.teacher.type not in ("model", "self"):
         raise ValueError(
             f"teacher.type: {recipe.teacher.type} answers about the student's tokens, and with "

@@ -51,11 +51,17 @@ SUPPORTS: dict[str, dict[str, Any]] = {
     "rollout": {"draws": 1, "given": True, "importance": True},
     "top_k": {"top_k": 1},
     "label+top_k": {"label": True, "top_k": 1},
+    "ranks": {"pairs": "ranks"},
+    "shared": {"pairs": "shared"},
+    "unshared": {"pairs": "unshared"},
 }
 """Supports by the names that recipes give them: arguments of `Support`."""
 
 # Supports of objectives that read the label as their first column; the others read every token.
 _SUPPORT_OF_DOMAIN = {"label": "label+sampled", "label_and_vocabulary": "label+full"}
+
+# Objectives whose part of each token is least where p = q, so that some tokens serve as well as all.
+_PART_BY_PART = ("generalized_jsd", "total_variation")
 
 _SCALARS = ("weight", "temperature", "draw_share", "draw_temperature")
 
@@ -116,7 +122,13 @@ class Term(NamedTuple):
                 f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. "
                 "Use support: full, or top_k with tail: bucket or renormalize."
             )
-        drops = not (support.whole or support.draws or support.is_distribution)
+        if support.pairs in ("shared", "unshared") and self.objective.rule not in _PART_BY_PART:
+            raise ValueError(
+                f"Term {self.name!r} on {support} would be no divergence: these are some of the tokens, and "
+                "shrinking the student's mass on them minimizes it. Use an objective whose every part is "
+                f"zero at p = q and above zero elsewhere: {', '.join(_PART_BY_PART)}."
+            )
+        drops = not (support.whole or support.draws or support.is_distribution or support.pairs)
         if domain == "token" and drops and not self.objective.drop_safe:
             raise ValueError(
                 f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is "
@@ -143,9 +155,10 @@ class TermConfig:
     """Whose text the term learns from: the dataset's, the student's own rollouts, or both. (Evaluation reads
     the dataset's rows only, and computes every term there.)"""
     support: str | None = None
-    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's
-    own (label+sampled for hpd, label+full for hpd_exact, label for nll, masked_sft and the label_ rules, else
-    full). rollout: the token that the student wrote, as its draw."""
+    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; between two
+    tokenizers also ranks, shared or unshared; null: the objective's own (label+sampled for hpd, label+full
+    for hpd_exact, label for nll, masked_sft, alm and the label_ rules, else full). rollout: the token that
+    the student wrote, as its draw."""
     draws: Literal["sampled", "exact"] = "sampled"
     """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
     num_draws: int = 1

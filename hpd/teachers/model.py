@@ -172,7 +172,7 @@ def _check_average(student: nn.Module, accelerator: Accelerator) -> None:
     low = {str(p.dtype).removeprefix("torch.") for p in student.parameters() if p.requires_grad}
     if low - {"float32", "float64"}:
         raise ValueError(
-            "A teacher that is the student's moving average (teacher.ema) needs trained weights in float32, and "
-            f"they are {', '.join(sorted(low))}, which would round its small steps away: load the student in "
-            "float32 (with train.bf16 for the products)."
+            "A teacher that is the student's moving average (teacher.ema) needs trained weights in float32: "
+            f"in {', '.join(sorted(low))} its small steps would be rounded away. Load the student in float32 "
+            "(with train.bf16 for the products)."
         )

@@ -25,7 +25,7 @@ from hpd.losses.by_source import label_gaps
 from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
-from hpd.methods.byte_forms import check_byte_forms
+from hpd.methods.byte_forms import check_byte_forms, check_token_forms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
@@ -110,7 +110,9 @@ class DistillTrainer(MeasuredTrainer):
             check_own_prompt(method, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
         if own is not None:
-            check_byte_forms(configs, self.regime, guards)
+            check_byte_forms(configs, self.regime, guards, args.byte_length)
+        else:
+            check_token_forms(configs)
         self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
         super().__init__(
             guards or GuardsConfig(),

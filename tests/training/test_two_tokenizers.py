@@ -123,14 +123,17 @@ def test_the_teacher_reads_its_own_tokens_at_the_right_place(pairs, tmp_path):
     assert abs(gradient(trainer)[0] - loss) > 1e-4
 
 
-@pytest.mark.parametrize("method", ["hpd", "hpd_full", "forward_kl", "reverse_kl", "masked_sft"])
+@pytest.mark.parametrize(
+    "method", ["hpd", "hpd_full", "forward_kl", "reverse_kl", "masked_sft", "alm", "uld", "gold"]
+)
 def test_training_moves_the_student_and_says_how_sure_it_was(pairs, tmp_path, method):
     trainer = trainer_of(
-        pairs[0], tmp_path, method=method, evaluation=rows(4), max_steps=6, learning_rate=0.3,
-        eval_strategy="no",
+        pairs[0], tmp_path, method=method, evaluation=rows(4), max_steps=6,
+        learning_rate=10.0 if method == "alm" else 0.3, eval_strategy="no",
+        byte_length="product" if method == "alm" else "geometric",
     )  # fmt: skip
     # The values of hpd and hpd_full are no distances (docs/theory.md).
-    watched = {"masked_sft": "eval_loss", "hpd": "eval_mass_moved"}.get(method, "eval_forward_kl")
+    watched = {"hpd": "eval_mass_moved", "hpd_full": "eval_forward_kl"}.get(method, "eval_loss")
     before = trainer.evaluate()[watched]
     trainer.train()
     logs = trainer.state.log_history[-2]
@@ -166,11 +169,17 @@ def test_a_cut_row_is_learned_up_to_its_last_whole_chunk(pairs, tmp_path):
         ({"prefixes": Prefixes(student=1.0)}, "rows that the student writes"),
         ({"truncation_mode": "keep_end"}, "set keep_start"),
         ({"vocabulary": "error", "byte_length": "product"}, "train.byte_length: product has an effect with"),
+        ({"method": "alm"}, "compares the probabilities of whole chunks: set train.byte_length: product"),
     ],
 )
 def test_what_has_no_byte_form_is_refused(pairs, tmp_path, options, said):
     with pytest.raises(ValueError, match=said):
         make_trainer(pairs[0], tmp_path, **{"vocabulary": "bytes", **options})
+
+
+def test_pairs_of_tokens_need_two_vocabularies(pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"pairs the tokens of two vocabularies: set train.vocabulary"):
+        make_trainer((pairs[0][0], pairs[0][0]), tmp_path, method="uld")
 
 
 def recipe_of(pair, folder, **changes):
@@ -227,6 +236,8 @@ def test_rows_that_differ_in_bytes_are_counted(pairs, tmp_path):
             "teacher.type: cached answers about the student",
         ),
         ({"method": "distillm"}, "rows that the student writes"),
+        ({"method": "gold", "train": {"vocabulary": "error"}}, "pairs the tokens of two vocabularies"),
+        ({"method": "alm"}, "set train.byte_length: product"),
         ({"guards": {"support_overlap": {"warn": 0.1}}}, "guards.support_overlap compares token by token"),
         ({"train": {"vocabulary": "byte"}}, "did you mean 'bytes'|bytes"),
     ],
