@@ -166,11 +166,11 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
 def _check_bytes(recipe: Recipe, regime: Regime) -> None:
     """Refuse choices that have no form between two tokenizers."""
     check_byte_forms(recipe.choose_terms(), regime, recipe.guards, recipe.train.get("byte_length"))
-    if recipe.teacher.type not in ("model", "self"):
+    if recipe.teacher.type not in ("model", "self", "cached"):
         raise ValueError(
             f"teacher.type: {recipe.teacher.type} answers about the student's tokens, and with "
             "train.vocabulary: bytes the teacher reads its own: load it next to the student (type: "
-            "model), or take one of the student's tokenizer."
+            "model), cache it (hpd cache), or take one of the student's tokenizer."
         )
     if recipe.data.labels == "all":
         raise ValueError(

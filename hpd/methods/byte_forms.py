@@ -9,7 +9,7 @@ from hpd.methods.regime import Regime, choose_regime
 from hpd.methods.table import METHODS, name_terms
 from hpd.methods.terms import Term, TermConfig
 
-__all__ = ["check_byte_forms", "check_token_forms", "methods_with_byte_forms"]
+__all__ = ["check_byte_forms", "check_likeliest", "check_token_forms", "methods_with_byte_forms"]
 
 
 def check_token_forms(configs: Sequence[TermConfig | Term]) -> None:
@@ -23,6 +23,22 @@ def check_token_forms(configs: Sequence[TermConfig | Term]) -> None:
             raise ValueError(
                 f"Term {term.name} on {term.support} pairs the tokens of two vocabularies: set "
                 "train.vocabulary: bytes, or compare one with itself on support: full."
+            )
+
+
+def check_likeliest(configs: Sequence[TermConfig | Term]) -> None:
+    """Refuse terms that read more than chunks, where a teacher with another tokenizer is known by its
+    likeliest tokens.
+
+    Raises:
+        ValueError: the first such term.
+    """
+    for term in name_terms(configs):
+        if term.support.draws or term.support.whole or term.support.pairs:
+            raise ValueError(
+                f"Term {term.name} on {term.support} reads the teacher's whole next-token distribution, and "
+                "a cache of kind top_k holds its likeliest tokens: between two tokenizers it serves rules on "
+                "the label (masked_sft, alm, ...). Write the cache with cache.kind: hidden."
             )
 
 

@@ -27,7 +27,7 @@ from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
 from hpd.teachers.teacher import RoutedScores, Teacher
 
-__all__ = ["as_teacher", "check_caches", "described_by", "load_teacher"]
+__all__ = ["as_teacher", "check_caches", "described_by", "knows_likeliest", "load_teacher"]
 
 
 def described_by(recipe: Recipe) -> dict[str, ModelConfig | TeacherConfig]:
@@ -78,7 +78,11 @@ def check_caches(
     if teacher.type != "cached":
         return
     cached = read_about(str(teacher.path))["fingerprint"]
-    asked = {"teacher's prompt": None, **own_prompt(reader or teacher)}
+    asked = {
+        "teacher's prompt": None,
+        **own_prompt(reader or teacher),
+        "train.vocabulary": "bytes" if args.vocabulary == "bytes" else None,
+    }
     changed = differences(cached, {**tokenizer_fingerprint(tokenizer, args), **asked})
     if teacher.model is not None:
         changed += (
@@ -91,6 +95,13 @@ def check_caches(
             f"The cache {teacher.path} was written with another {', another '.join(changed)}. Use what it "
             f"was written with ({cached['name']} on {cached['data']}), or write a cache for this recipe."
         )
+
+
+def knows_likeliest(teacher: TeacherConfig | Teacher) -> bool:
+    """True for a cache of kind top_k."""
+    if isinstance(teacher, Teacher):
+        return isinstance(teacher, CachedTeacher) and teacher.cache.about["kind"] == "top_k"
+    return teacher.type == "cached" and read_about(str(teacher.path))["kind"] == "top_k"
 
 
 def load_teacher(teacher: TeacherConfig) -> Teacher:

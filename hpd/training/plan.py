@@ -21,11 +21,12 @@ from hpd.data.templates import check_templates, read_template
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
+from hpd.methods.byte_forms import check_likeliest
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult
 from hpd.progress import Progress, quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
-from hpd.teachers.sources import check_caches, described_by
+from hpd.teachers.sources import check_caches, described_by, knows_likeliest
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
 from hpd.training.settings import check_special_tokens
@@ -154,6 +155,8 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token  # as TRL does
     check_caches(recipe.teacher, tokenizer, args)
+    if args.vocabulary == "bytes" and knows_likeliest(recipe.teacher):
+        check_likeliest(recipe.choose_terms())
     served = None
     if recipe.teacher.type == "server":
         served = _connect(recipe, args, student_config, tokenizer)

@@ -21,6 +21,7 @@ from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair, check_tokens
 from hpd.models.quantized import is_quantized
 from hpd.teachers import CachedTeacher, Teacher
+from hpd.teachers.cache import TEACHER
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
@@ -124,11 +125,13 @@ def own_tokenizer(teacher: Any, given: Any, student: Any, args: DistillConfig) -
     """
     if args.vocabulary != "bytes":
         return None
-    if isinstance(teacher, (MixtureTeacher, RoutedTeacher, CachedTeacher, RemoteTeacher)):
+    if isinstance(teacher, (MixtureTeacher, RoutedTeacher, RemoteTeacher)):
         raise ValueError(
             f"vocabulary: bytes needs a teacher that reads its own tokens, and {type(teacher).__name__} "
-            "answers about the student's: give a model."
+            "answers about the student's: give a model, or a cache that was written with vocabulary: bytes."
         )
+    if isinstance(teacher, CachedTeacher) and given is None:
+        given = str(teacher.cache.path / TEACHER)
     if isinstance(given, str):
         given = load_tokenizer(ModelConfig(model=given, trust_remote_code=args.trust_remote_code), "teacher")
     if given is None and getattr(teacher, "reads_as_student", teacher == "self"):

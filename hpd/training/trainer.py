@@ -25,7 +25,7 @@ from hpd.losses.by_source import label_gaps
 from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
-from hpd.methods.byte_forms import check_byte_forms, check_token_forms
+from hpd.methods.byte_forms import check_byte_forms, check_likeliest, check_token_forms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
@@ -34,7 +34,7 @@ from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms, sour
 from hpd.models.forward import label_inputs
 from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
-from hpd.teachers.sources import as_teacher
+from hpd.teachers.sources import as_teacher, knows_likeliest
 from hpd.training.arguments import as_config
 from hpd.training.card import Card
 from hpd.training.dates import first_day_of_folder, keep_day
@@ -131,6 +131,8 @@ class DistillTrainer(MeasuredTrainer):
         if (both := self.two_tokenizers()) is not None:
             size = self._base_model.config.get_text_config().vocab_size
             self._events, vocab = both.events(size, vocab or size).to(self.accelerator.device), None
+            if knows_likeliest(self.teacher):
+                check_likeliest(configs)
         elif vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
         self._take_teacher()
