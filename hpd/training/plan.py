@@ -31,7 +31,13 @@ from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
 from hpd.training.settings import check_special_tokens
 from hpd.training.tracking import check_trackers, described
-from hpd.training.verdicts import DescribedModels, model_verdicts, pair_verdicts, row_verdicts
+from hpd.training.verdicts import (
+    DescribedModels,
+    model_verdicts,
+    pair_verdicts,
+    row_verdicts,
+    teacher_lengths,
+)
 
 __all__ = ["Plan", "PlannedEval", "plan", "plan_evals", "steps_of"]
 
@@ -194,6 +200,7 @@ def _compare(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillC
     lengths = measure(
         rows.train, models.tokenizer, None if whole else args.max_length, labels, args.truncation_mode
     )
+    lengths = lengths._replace(teacher=teacher_lengths(models, rows, recipe, args))
     found = (
         *verdicts,
         *model_verdicts(models, recipe, args),
