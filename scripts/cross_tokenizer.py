@@ -26,6 +26,7 @@ Rows that the other teacher wrote, for all arms:
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,7 +88,10 @@ def compare(
                     continue
                 run = output / f"{arm}-{rate:g}-{seed}"
                 about = [f"train.seed={seed}", f"train.learning_rate={rate}", f"output_dir={run}"]
-                summary = train(load_recipe(recipe, [*overrides, *about, *_changes(arm, same)]))
+                changed = load_recipe(recipe, [*overrides, *about, *_changes(arm, same)])
+                # A run may have ended and its line be missing: it was killed in between.
+                done = run / "summary.json"
+                summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else train(changed)
                 found = {"steps": summary["steps"], "seconds": summary["train seconds"]}
                 curve = [[step, measured(folder, rows)["bits_per_byte"]] for step, folder in _saved(run)]
                 results.append({**key, **measured(str(run), rows), **found, "curve": curve})
