@@ -334,7 +334,7 @@ def why_not_served(terms: Sequence[Term | TermConfig], top_k: int) -> list[str]:
 
 def _why_not(term: Term, top_k: int) -> str | None:
     support = term.support
-    if support.whole:
+    if support.whole or support.pairs:
         return "reads every token of the vocabulary"
     if support.draws:
         return (
