@@ -289,19 +289,22 @@ class DistillCollator:
 
     def rows(self, dataset: Iterable[Any]) -> Iterator[tuple[Any, Int[Tensor, "n"]]]:
         """Each row of a prepared dataset with the keys of its label positions, those of the teacher's row
-        where it has its own; no teacher is asked.
+        where it has its own, as many as it has in its own tokens; no teacher is asked.
 
         Rows are collated many at a time: alone, each would cost most of a millisecond.
         """
         remaining = iter(dataset)
         while group := list(itertools.islice(remaining, _ROWS_AT_ONCE)):
             inputs, batch = self._collated(group)
+            own, read = as_teacher_reads(inputs, batch)
+            examples = group
+            if TEACHER_CHUNKS in group[0]:
+                inputs, batch, examples = own, read, _two_examples(group)[1]
             height, width = inputs["input_ids"].shape
             # Padded: a row each. Padding-free: one behind the other.
-            lengths = [width] * height if height == len(group) else [len(row["input_ids"]) for row in group]
+            lengths = [width if height == len(group) else len(row["input_ids"]) for row in examples]
             ends = torch.tensor(lengths).cumsum(0)
             counts = torch.bincount(torch.searchsorted(ends, batch.index, right=True), minlength=len(group))
-            _, read = as_teacher_reads(inputs, batch)
             yield from zip(group, read.keys.split(counts.tolist()), strict=True)
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:

@@ -1,25 +1,34 @@
 """Held-out bits per byte of a student, after a teacher with another tokenizer, one with its own, and none.
 
-``python scripts/cross_tokenizer.py RECIPE [a.b=c ...] --same FOLDER [--output DIR] [--seeds 0 1 2]``
+``python scripts/cross_tokenizer.py RECIPE [a.b=c ...] --same FOLDER [--rates 2e-4 5e-4] [--seeds 0 1 2]``
 
-RECIPE is one with ``train.vocabulary: bytes`` (recipes/cross_tokenizer_*.yaml). Each seed trains the same
-student on the same rows for the same number of steps, as the recipe says, with three losses:
+RECIPE is one with ``train.vocabulary: bytes`` (recipes/cross_tokenizer_*.yaml). Each rate and seed trains the
+same student on the same rows for the same number of steps, as the recipe says, in these arms:
 
-* ``sft``: the rows' likelihood;
+* ``sft``: the rows' likelihood (sequence-level distillation where the teacher wrote them);
+* ``masked``: the likelihood of what the other teacher finds likelier than the student;
+* ``bytes``: forward KL of the next byte, from the other teacher;
 * ``other``: the recipe's method and teacher;
 * ``same``: the same method, from the teacher in FOLDER, which has the student's tokenizer.
 
 Bits per byte are those of the answers of the recipe's held-out rows (the end not counted), so that models
-with any tokenizer are compared. The untrained student and both teachers are measured too. Results are one
-line each in ``results.jsonl``; a run that was killed goes on with what is missing. A share is the part of
-what ``same`` gains over the untrained student that an arm gains.
+with any tokenizer are compared. Half of these rows choose each arm's rate; the table is of the others. The
+untrained student and both teachers are measured too, and so is each checkpoint that the recipe saves
+(``train.save_strategy=steps train.save_steps=10``). Results are one line each in ``results.jsonl``; a run
+that was killed goes on with what is missing. A share is the part of what ``same`` gains over the untrained
+student that an arm gains.
+
+Rows that the other teacher wrote, for all arms:
+``hpd generate RECIPE "generate={output: rows.jsonl, max_new_tokens: 48, truncated: keep}"``, then
+``data.path=rows.jsonl data.name=null "data.columns={prompt: prompt, completion: completion}"``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +40,8 @@ from hpd.files import JsonLines
 from hpd.training.plan import plan
 from hpd.training.run import train
 
-ARMS = ("sft", "other", "same")
+ARMS = ("sft", "masked", "bytes", "other", "same")
+_FIGURES = ("tuning", "bits_per_byte")
 
 
 def main() -> None:
@@ -41,11 +51,21 @@ def main() -> None:
     parser.add_argument("--same", required=True, help="a teacher with the student's tokenizer")
     parser.add_argument("--output", type=Path, default=Path("runs/cross_tokenizer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    arguments = parser.parse_args()
-    compare(arguments.recipe, arguments.same, arguments.output, arguments.seeds, arguments.overrides)
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates; default: the recipe's")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    given = parser.parse_args()
+    compare(given.recipe, given.same, given.output, given.seeds, given.overrides, given.rates, given.arms)
 
 
-def compare(recipe: Path, same: str, output: Path, seeds: Sequence[int], overrides: Sequence[str]) -> None:
+def compare(
+    recipe: Path,
+    same: str,
+    output: Path,
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    rates: Sequence[float] | None = None,
+    arms: Sequence[str] = ARMS,
+) -> None:
     """Measure what is missing in `output`, and print the table."""
     output.mkdir(parents=True, exist_ok=True)
     results = JsonLines(output / "results.jsonl")
@@ -59,25 +79,47 @@ def compare(recipe: Path, same: str, output: Path, seeds: Sequence[int], overrid
     }
     for name, folder in before.items():
         if not any(line["arm"] == name for line in results.read()):
-            results.append({"arm": name, "bits_per_byte": bits_per_byte(folder, rows)})
+            results.append({"arm": name, **measured(folder, rows)})
     for seed in seeds:
-        for arm in ARMS:
-            if any((line["arm"], line.get("seed")) == (arm, seed) for line in results.read()):
-                continue
-            run = output / f"{arm}-{seed}"
-            changes = [*overrides, f"train.seed={seed}", f"output_dir={run}", *_changes(arm, same)]
-            summary = train(load_recipe(recipe, changes))
-            found = {"arm": arm, "seed": seed, "bits_per_byte": bits_per_byte(str(run), rows)}
-            results.append({**found, "steps": summary["steps"], "seconds": summary["train seconds"]})
+        for rate in rates or [given.train["learning_rate"]]:
+            for arm in arms:
+                key = {"arm": arm, "rate": rate, "seed": seed}
+                if any(key.items() <= line.items() for line in results.read()):
+                    continue
+                run = output / f"{arm}-{rate:g}-{seed}"
+                about = [f"train.seed={seed}", f"train.learning_rate={rate}", f"output_dir={run}"]
+                changed = load_recipe(recipe, [*overrides, *about, *_changes(arm, same)])
+                # A run may have ended and its line be missing: it was killed in between.
+                done = run / "summary.json"
+                summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else train(changed)
+                found = {"steps": summary["steps"], "seconds": summary["train seconds"]}
+                curve = [[step, measured(folder, rows)["bits_per_byte"]] for step, folder in _saved(run)]
+                results.append({**key, **measured(str(run), rows), **found, "curve": curve})
     print(table(results.read()), flush=True)
 
 
 def _changes(arm: str, same: str) -> list[str]:
-    if arm == "other":
-        return []
     plain = ["train.vocabulary=error"]
-    # Nobody asks the teacher of sft: the student itself is the smallest one at hand.
-    return [*plain, "method=sft", "teacher=self"] if arm == "sft" else [*plain, f"teacher={same}"]
+    return {
+        # Nobody asks the teacher of sft: the student itself is the smallest one at hand.
+        "sft": [*plain, "method=sft", "teacher=self"],
+        "masked": ["method=masked_sft"],
+        "bytes": ["method=forward_kl"],
+        "other": [],
+        "same": [*plain, f"teacher={same}"],
+    }[arm]
+
+
+def _saved(run: Path) -> Iterator[tuple[int, str]]:
+    """Steps and folder of each checkpoint of a run."""
+    for step in sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*")):
+        yield step, str(run / f"checkpoint-{step}")
+
+
+def measured(folder: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Bits per byte of the rows that choose a rate, and of the others."""
+    parts = dict(zip(_FIGURES, (rows[::2], rows[1::2]), strict=True))
+    return {name: bits_per_byte(folder, part) for name, part in parts.items()}
 
 
 @torch.no_grad()
@@ -97,17 +139,28 @@ def bits_per_byte(folder: str, rows: Sequence[dict[str, Any]]) -> float:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Means over seeds, and each arm's share of what the teacher with the same tokenizer gains."""
+    """Means over seeds at each arm's best rate, and its share of what the teacher with the same tokenizer
+    gains."""
     means = {}
     for arm in dict.fromkeys(line["arm"] for line in lines):
-        values = [line["bits_per_byte"] for line in lines if line["arm"] == arm]
-        means[arm] = (sum(values) / len(values), min(values), max(values), len(values))
-    gain = means["student"][0] - means["same"][0]
-    out = ["| | bits per byte | least, most | runs | share |", "|---|---|---|---|---|"]
-    for arm, (mean, least, most, count) in means.items():
-        share = f"{(means['student'][0] - mean) / gain:.0%}" if arm in ARMS else ""
-        out.append(f"| {arm} | {mean:.3f} | {least:.3f}, {most:.3f} | {count} | {share} |")
+        chosen = _at_best_rate([line for line in lines if line["arm"] == arm])
+        values = [line["bits_per_byte"] for line in chosen]
+        means[arm] = (sum(values) / len(values), min(values), max(values), len(values), chosen[0].get("rate"))
+    gain = means["student"][0] - means["same"][0] if "same" in means else math.nan
+    out = ["| | rate | bits per byte | least, most | seeds | share |", "|---|---|---|---|---|---|"]
+    for arm, (mean, least, most, count, rate) in means.items():
+        share = f"{(means['student'][0] - mean) / gain:.0%}" if arm in ARMS and "same" in means else ""
+        shown = "" if rate is None else f"{rate:g}"
+        out.append(f"| {arm} | {shown} | {mean:.3f} | {least:.3f}, {most:.3f} | {count} | {share} |")
     return "\n".join(out)
+
+
+def _at_best_rate(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the rate whose seeds have the least mean on the rows for tuning."""
+    by_rate: dict[Any, list[dict[str, Any]]] = {}
+    for line in lines:
+        by_rate.setdefault(line.get("rate"), []).append(line)
+    return min(by_rate.values(), key=lambda group: sum(line["tuning"] for line in group) / len(group))
 
 
 if __name__ == "__main__":

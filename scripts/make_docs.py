@@ -59,6 +59,8 @@ _TAIL = """
 | `top_k` | the k likeliest, and the tail | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
 | `label+top_k` | the same, the label always among them | the same |
 | `label+full` | the label, and every token (hpd_exact) | |
+| `ranks` | between two tokenizers: the i-th likeliest token of either | |
+| `shared`, `unshared` | between two tokenizers: tokens of the same bytes; the others, by rank | |
 
 An objective that is not a divergence on a support is refused when the recipe is read.
 
@@ -161,7 +163,7 @@ def _needs(method: Method) -> str:
         return "nothing"
     needed: list[str] = []
     for support in (term.support for term in name_terms(method.terms)):
-        if support.whole or support.top_k:
+        if support.whole or support.top_k or support.pairs:
             return _ALL
         needed += ["label"] if support.label or support.given else []
         needed += [f"{support.draws_of}'s token"] if support.draws and not support.given else []

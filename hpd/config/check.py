@@ -19,9 +19,10 @@ from hpd.config.secrets import check_no_secrets, redact_tree
 from hpd.config.slips import trainer_name
 from hpd.config.yaml_file import shorten
 from hpd.files import import_named
-from hpd.methods.byte_forms import check_byte_forms
+from hpd.methods.byte_forms import check_byte_forms, check_token_forms
 from hpd.methods.fields import nearest
 from hpd.methods.regime import Regime
+from hpd.methods.table import METHODS
 
 __all__ = ["check_recipe", "check_tree", "hint_at", "read_tree", "resolve"]
 
@@ -85,6 +86,8 @@ def check_recipe(recipe: Recipe) -> None:
     for where, part in parts.items():
         if part.type == "cached" and not part.path:
             raise ValueError(f"{where}.path is missing: give the folder that hpd cache wrote.")
+        if part.ema is not None:
+            _check_average(recipe, where)
         if part.type == "self" and recipe.student.init == "random":
             raise ValueError(
                 f"{where}: self would distill from random weights: give a teacher model, or init: pretrained."
@@ -98,8 +101,16 @@ def check_recipe(recipe: Recipe) -> None:
         )
     if teacher.reads_own_rows:
         _check_own_rows(recipe, regime)
+    elif recipe.method is not None and METHODS[recipe.method].own_prompt:
+        raise ValueError(
+            f"method: {recipe.method} learns from a teacher that reads what the student does not, and this "
+            "one reads the same prompt: set teacher.prompt or teacher.system_prompt, such as prompt: "
+            '"{prompt}\\n\\nReference: {completion}".'
+        )
     if recipe.train.get("vocabulary") == "bytes":
         _check_bytes(recipe, regime)
+    else:
+        check_token_forms(recipe.choose_terms())
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
         _check_answers_anything(parts.values())
     if recipe.lora is not None and recipe.student.init == "random":
@@ -111,6 +122,20 @@ def check_recipe(recipe: Recipe) -> None:
         _check_quantized(recipe, regime)
     if os.path.isfile(recipe.output_dir):
         raise ValueError(f"output_dir {recipe.output_dir!r} is a file: give a folder.")
+
+
+def _check_average(recipe: Recipe, where: str) -> None:
+    """Refuse a moving average of the student where there can be none."""
+    if recipe.student.dtype in ("bfloat16", "float16"):
+        raise ValueError(
+            f"{where}.ema: a moving average in {recipe.student.dtype} would round its small steps away: set "
+            "student.dtype: float32 (with train.bf16: true for the products), or remove ema."
+        )
+    if recipe.cache is not None:
+        raise ValueError(
+            f"{where}.ema moves the teacher in training, so a cache of what it says before would be another "
+            "teacher's: remove ema, or cache."
+        )
 
 
 def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
@@ -140,12 +165,12 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
 
 def _check_bytes(recipe: Recipe, regime: Regime) -> None:
     """Refuse choices that have no form between two tokenizers."""
-    check_byte_forms(recipe.choose_terms(), regime, recipe.guards)
-    if recipe.teacher.type not in ("model", "self"):
+    check_byte_forms(recipe.choose_terms(), regime, recipe.guards, recipe.train.get("byte_length"))
+    if recipe.teacher.type not in ("model", "self", "cached"):
         raise ValueError(
             f"teacher.type: {recipe.teacher.type} answers about the student's tokens, and with "
             "train.vocabulary: bytes the teacher reads its own: load it next to the student (type: "
-            "model), or take one of the student's tokenizer."
+            "model), cache it (hpd cache), or take one of the student's tokenizer."
         )
     if recipe.data.labels == "all":
         raise ValueError(

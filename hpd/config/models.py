@@ -33,6 +33,7 @@ _READ_BY = {
     "trust_remote_code": _ANY_BUT_SERVER,
     "allow_pickle": _ANY_BUT_SERVER,
     "path": ("cached",),
+    "ema": ("self",),
     "teachers": ("mixture", "routed"),
     "weights": ("mixture",),
     "column": ("routed",),
@@ -127,6 +128,9 @@ class TeacherConfig:
     """Share of each teacher in a mixture, > 0; divided by their sum."""
     column: str | None = None
     """Column of the dataset that names each row's teacher (type routed)."""
+    ema: float | None = None
+    """Type self: the teacher is the student's moving average instead, (1 - ema) x itself + ema x the student
+    after each step, in (0, 1]; null: the student as it was before training."""
     prompt: str | None = None
     """The prompt that the teacher reads instead of the student's, such as "{prompt}\n\nReference:
     {solution}": {prompt} and {completion} are the row's, other names its columns; with {{ }} or {% %} a
@@ -189,6 +193,7 @@ class TeacherConfig:
             )
         if self.type == "self" and self.model:
             raise ValueError("teacher: self is the student itself: remove teacher.model.")
+        check_fields(self, "teacher", ema=(self.ema is None or 0 < self.ema <= 1, "in (0, 1], or null"))
         for name in ("prompt", "system_prompt"):
             if (text := getattr(self, name)) is not None and not text.strip():
                 raise ValueError(f"teacher.{name} is empty: remove it, and the teacher reads the student's.")
@@ -267,7 +272,7 @@ class TeacherConfig:
     def title(self) -> str:
         """The teacher as a person would call it."""
         if self.type == "self":
-            return "itself (self-distillation)"
+            return "itself (self-distillation)" if self.ema is None else "its own moving average"
         if self.type == "object":
             return f"the object {self.object}"
         if self.type == "cached":

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hpd.batch import IGNORE_INDEX, TEACHER_CHUNKS, TEACHER_PREFIXES
 from hpd.data.alignment import Chunks, align
-from hpd.data.lengths import MEASURED_ROWS
+from hpd.data.lengths import MEASURED_ROWS, TeacherLengths
 from hpd.data.reading import first_rows
 from hpd.data.rendering import render
 from hpd.data.teacher_prompts import TEACHER_PROMPT
@@ -18,7 +18,15 @@ from hpd.losses.byte_events import ByteEvents, VocabularyBytes, byte_events
 from hpd.models.pairing import CheckResult
 from hpd.models.token_bytes import TokenBytes, token_bytes
 
-__all__ = ["ByteRow", "TwoTokenizers", "byte_row", "check_byte_rows", "row_in_chunks", "two_tokenizers"]
+__all__ = [
+    "ByteRow",
+    "TwoTokenizers",
+    "byte_lengths",
+    "byte_row",
+    "check_byte_rows",
+    "row_in_chunks",
+    "two_tokenizers",
+]
 
 # Above this share of bytes that differ, the two do not read the same text.
 _MOST_UNALIGNED = 0.1
@@ -227,7 +235,23 @@ def _measured(
             found.ids[stop - 1] in other.student.ends and found.teacher_ids[-1] in other.teacher.ends
         ),
         "teacher_tokens": len(found.prefix) + read,
+        "teacher_labels": int(teacher_sizes[:kept][found.chunks.aligned[:kept]].sum()),
     }
+
+
+def byte_lengths(
+    rows: Any, tokenizer: Any, other: TwoTokenizers, labels: str, max_length: int | None
+) -> TeacherLengths:
+    """Tokens of the first rows as the teacher reads them.
+
+    Args:
+        rows, tokenizer, other, labels, max_length: as `check_byte_rows` takes them.
+    """
+    each = [
+        _measured(row, index, tokenizer, other, labels, max_length)
+        for index, row in enumerate(first_rows(rows, MEASURED_ROWS))
+    ]
+    return TeacherLengths.of(*([one[name] for one in each] for name in ("teacher_tokens", "teacher_labels")))
 
 
 def row_in_chunks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,23 @@ class Cut(NamedTuple):
     """Labels that max_length cuts, of shortened and lost rows."""
 
 
+class TeacherLengths(NamedTuple):
+    """Tokens of the measured rows as a teacher reads them that has rows of its own."""
+
+    percentiles: dict[int, int]
+    """Tokens per row at the 50th, 90th, 99th and 100th percentile, as far as max_length leaves the answer."""
+    tokens: float
+    """Mean tokens per row."""
+    label_tokens: float
+    """Mean label tokens per row."""
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], labels: Sequence[int]) -> TeacherLengths:
+        """From the numbers of each row."""
+        percentiles = {p: int(np.percentile(tokens, p)) for p in (50, 90, 99, 100)}
+        return cls(percentiles, float(np.mean(tokens)), float(np.mean(labels)))
+
+
 class Lengths(NamedTuple):
     """Tokens of the measured rows."""
 
@@ -57,6 +75,13 @@ class Lengths(NamedTuple):
     """Labels among them."""
     cut: Cut = Cut()
     """What is not read."""
+    teacher: TeacherLengths | None = None
+    """What the teacher reads; None: the same."""
+
+    @property
+    def tokens(self) -> float:
+        """Mean tokens per row, after max_length."""
+        return self.label_tokens / max(self.label_share, 1e-9)
 
 
 def measure(

@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from hpd.batch import TEACHER_PREFIXES
-from hpd.data.lengths import MEASURED_ROWS
+from hpd.data.lengths import MEASURED_ROWS, TeacherLengths
 from hpd.data.reading import first_rows
 from hpd.data.rendering import render
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.models.pairing import CheckResult
 
-__all__ = ["TeacherPrefix", "check_prefixes", "check_teacher_rows", "prefixes_of", "teacher_prefix"]
+__all__ = [
+    "TeacherPrefix",
+    "check_prefixes",
+    "check_teacher_rows",
+    "own_lengths",
+    "prefixes_of",
+    "teacher_prefix",
+]
 
 _SHOWN_TOKENS = 4
 
@@ -151,6 +158,21 @@ def check_teacher_rows(
     return [CheckResult("ok", "teacher's rows", text), *_beyond(lengths, limits)]
 
 
+def own_lengths(
+    rows: Any, tokenizer: Any, labels: str, max_length: int | None, new_tokens: int = 0
+) -> TeacherLengths:
+    """Tokens of the first rows as the teacher reads them.
+
+    Args:
+        rows, tokenizer, labels, max_length, new_tokens: as `check_teacher_rows` takes them.
+    """
+    each = [
+        _measured(row, index, tokenizer, labels, max_length, new_tokens)
+        for index, row in enumerate(first_rows(rows, MEASURED_ROWS))
+    ]
+    return TeacherLengths.of(*([one[name] for one in each] for name in ("teacher_tokens", "teacher_labels")))
+
+
 def _measured(
     row: Mapping[str, Any], index: int, tokenizer: Any, labels: str, max_length: int | None, new_tokens: int
 ) -> dict[str, Any]:
@@ -161,6 +183,7 @@ def _measured(
         answer = min(answer, max(max_length - prefix.start, 0))
     return {
         "teacher_tokens": len(prefix.ids) + answer,
+        "teacher_labels": answer,
         "differs": prefix.ids != ids[: prefix.start],
     }
 

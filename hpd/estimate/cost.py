@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from hpd.config.models import TeacherConfig
 from hpd.config.schema import Recipe
+from hpd.data.lengths import Lengths
 from hpd.methods.table import name_terms
 from hpd.models.buildable import without_weights
 from hpd.models.load import load_config
@@ -35,6 +36,18 @@ class FlopsPerToken(NamedTuple):
     """Student and teacher, per label token."""
     rollout: float
     """Student, per token read or written while generating."""
+    teacher_backbone: float = 0.0
+    """The teacher's part of `backbone`, for one that reads more tokens or fewer."""
+    teacher_head: float = 0.0
+    """The teacher's part of `head`."""
+
+    def of_row(self, lengths: Lengths) -> float:
+        """FLOPs of a mean row in training, the teacher's own tokens counted."""
+        price = self.backbone * lengths.tokens + self.head * lengths.label_tokens
+        if lengths.teacher is not None:
+            price += self.teacher_backbone * (lengths.teacher.tokens - lengths.tokens)
+            price += self.teacher_head * (lengths.teacher.label_tokens - lengths.label_tokens)
+        return price
 
 
 def flops_per_token(recipe: Recipe) -> FlopsPerToken:
@@ -48,6 +61,8 @@ def flops_per_token(recipe: Recipe) -> FlopsPerToken:
         backbone=6.0 * student_backbone + 2.0 * teacher_backbone,
         head=6.0 * student_head + 2.0 * teacher_head,
         rollout=2.0 * (student_backbone + student_head),
+        teacher_backbone=2.0 * teacher_backbone,
+        teacher_head=2.0 * teacher_head,
     )
 
 

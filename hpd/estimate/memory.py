@@ -10,6 +10,7 @@ Axes: N label positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -123,6 +124,7 @@ class StepMemory:
         self.recipe = planned.recipe
         self.args = planned.args
         self.tokens = row_tokens(planned)
+        self.teacher_tokens = teacher_row_tokens(planned)
         self.label_share = planned.lengths.label_share
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._mode = FakeTensorMode()
@@ -137,10 +139,13 @@ class StepMemory:
             for part, config in zip(parts, configs, strict=True)
             if part.type == "model"
         ]
-        # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off.
+        # A student without an adapter is copied to be its own teacher; with one, the adapter is switched off,
+        # and an average has an adapter of its own.
         self._is_own_teacher = any(part.type == "self" for part in parts)
         is_copied = self._is_own_teacher and planned.recipe.lora is None
-        self._teacher_bytes = tensor_bytes(self._student.parameters()) if is_copied else 0
+        averaged = any(part.ema is not None for part in parts)
+        copied = [p for p in self._student.parameters() if is_copied or (averaged and p.requires_grad)]
+        self._teacher_bytes = tensor_bytes(copied)
         self._teacher_bytes += sum(tensor_bytes(model.parameters()) for model in self._teachers)
         self._teacher_bytes += sum(map(head_bytes, parts, configs))
         self._traced: dict[int, _Trace] = {}
@@ -233,7 +238,7 @@ class StepMemory:
         peaks = [0]
         for model in self._teachers or ([self._student] if self._is_own_teacher else []):
             with LiveBytes() as live, torch.no_grad():
-                backbone(model, batch, self.tokens, self._autocast)
+                backbone(model, batch, self.teacher_tokens, self._autocast)
             peaks.append(live.peak)
         return max(peaks)
 
@@ -277,6 +282,16 @@ def row_tokens(planned: StepPlan) -> int:
     if args.packing and args.max_length:
         return args.max_length
     return min(percentiles[99], args.max_length or percentiles[100])
+
+
+def teacher_row_tokens(planned: StepPlan) -> int:
+    """The same of the teacher's row; beside a packed row of the student's it has as many rows."""
+    tokens, own = row_tokens(planned), planned.lengths.teacher
+    if own is None:
+        return tokens
+    if planned.args.packing and planned.args.max_length:
+        return math.ceil(tokens * own.tokens / planned.lengths.tokens)
+    return own.percentiles[99]
 
 
 def _largest(cost: Callable[[int], int], budget: int, most: int) -> int:

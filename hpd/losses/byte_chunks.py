@@ -187,7 +187,7 @@ def _read(call: _Call, group: _ChunkGroup, log_q: Float[Tensor, "n V"], teacher:
     part = teacher.at(group.teacher)
     first, teacher_first = (c.cumsum(0) - c for c in (group.counts, group.teacher_counts))
     reads_next = bool(call.metric_stride) or any(
-        term.support.draws or term.support.whole for term in call.terms
+        term.support.draws or term.support.whole or term.support.pairs for term in call.terms
     )
     next_teacher = None
     if is_known_by_token(part) and not (reads_next and isinstance(part, Scores)):
@@ -201,15 +201,19 @@ def _read(call: _Call, group: _ChunkGroup, log_q: Float[Tensor, "n V"], teacher:
     of_teacher = raise_excluded_(of_teacher.to(log_q.dtype, copy=True))[:, 0]
     n = torch.maximum(group.counts, group.teacher_counts).to(log_q.dtype)
     n = n if call.length == "geometric" else torch.ones_like(n)
+    whole_p = chunk_logprobs(of_teacher, group.teacher_counts)
+    whole_q = chunk_logprobs(of_student, group.counts)
     return Pair(
-        chunk_logprobs(of_teacher, group.teacher_counts) / n,
-        chunk_logprobs(of_student, group.counts) / n,
+        whole_p / n,
+        whole_q / n,
         n,
         group.counts,
         labels,
         first,
         next_teacher,
         log_q[first].exp() if reads_next else None,
+        whole_p - of_teacher[teacher_first],
+        whole_q - of_student[first],
     )
 
 

@@ -99,6 +99,11 @@ class ByteEvents(NamedTuple):
     """1 for tokens of the student that are text or the end, whose events the teacher has too."""
     student_cells: Int[Tensor, "V"]
     teacher_cells: Int[Tensor, "T"]
+    shared: Int[Tensor, "2 S"]
+    """Tokens of student and teacher that are the same bytes, or the end; one of several that are."""
+    student_rest: Int[Tensor, "U"]
+    """The student's other tokens."""
+    teacher_rest: Int[Tensor, "W"]
 
     def to(self, device: torch.device) -> ByteEvents:
         """The same on a device."""
@@ -110,13 +115,27 @@ def byte_events(student: VocabularyBytes, teacher: VocabularyBytes) -> ByteEvent
     one range, which two searches find."""
     keys, other = student.keys(), teacher.keys()
     known = torch.tensor([0.0 if key is None else 1.0 for key in keys])
+    shared = _shared(keys, other)
+    rest = (
+        torch.tensor(sorted({*range(len(side))} - {*row.tolist()}), dtype=torch.int64)
+        for side, row in zip((keys, other), shared, strict=True)
+    )
     return ByteEvents(
         _events(keys, keys),
         _events(keys, other),
         known,
         torch.tensor(_cells(keys)),
         torch.tensor(_cells(other)),
+        shared,
+        *rest,
     )
+
+
+def _shared(keys: Sequence[str | None], other: Sequence[str | None]) -> Int[Tensor, "2 S"]:
+    named = {key: token for token, key in reversed([*enumerate(other)])}
+    found = {key: token for token, key in reversed([*enumerate(keys)]) if key is not None and key in named}
+    pairs = sorted((token, named[key]) for key, token in found.items())
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2).t().contiguous()
 
 
 def _cells(keys: Sequence[str | None]) -> list[int]:

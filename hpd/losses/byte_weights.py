@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hpd.losses.byte_events import ByteEvents, cell_mass
 from hpd.losses.tile import Sums, add
-from hpd.methods.supports import Draws
+from hpd.methods.columns import LOGPROB_FLOOR, Draws, raise_excluded_
 from hpd.methods.terms import Term
 
 __all__ = ["EventBounds", "Pair", "add_weights_", "compare_draws", "next_bytes"]
@@ -37,6 +37,21 @@ class Pair(NamedTuple):
     next_teacher: Float[Tensor, "C T"] | None
     """Probabilities of the next token at each chunk's beginning; None where no term reads them."""
     next_student: Float[Tensor, "C V"] | None
+    later_teacher: Float[Tensor, "C"]
+    """Log-probability of all but each chunk's first token; 0 where there is one."""
+    later_student: Float[Tensor, "C"]
+
+    @property
+    def owner(self) -> Int[Tensor, "n"]:
+        """The chunk of each of the student's tokens."""
+        return torch.repeat_interleave(torch.arange(len(self.counts), device=self.counts.device), self.counts)
+
+    @property
+    def inside(self) -> Bool[Tensor, "n"]:
+        """True for the student's tokens that no chunk begins with."""
+        found = torch.ones(len(self.labels), dtype=torch.bool, device=self.labels.device)
+        found[self.first] = False
+        return found
 
 
 class EventBounds(NamedTuple):
@@ -97,8 +112,9 @@ def add_weights_(
 ) -> Float[Tensor, "n V"]:
     r"""Overwrite the student's log-probabilities with the gradient of the loss with respect to its logits.
 
-    Each token of a chunk has the chunk's weight, a draw its own at the chunk's first position. A cell of the
-    next byte spreads its weight over its tokens by their share of it, as a bucket does:
+    Each token of a chunk has the chunk's weight, a draw its own at the chunk's first position. Pairs of
+    tokens have theirs there, and the chunk's later tokens the sum of them. A cell of the next byte spreads
+    its weight over its tokens by their share of it, as a bucket does:
 
     .. math:: \frac{\partial L}{\partial z_v} = s \Big[q_v \sum_c w_c - w_{c(v)} \frac{q_v}{Q_{c(v)}}\Big]
 
@@ -112,6 +128,12 @@ def add_weights_(
         if term.support.whole:
             beside = _of_cells(term, pair, events, sums).mul_(factor)
             cells = beside if cells is None else cells.add_(beside)
+            continue
+        if term.support.pairs:
+            beside, of_later = (part.mul_(factor) for part in _of_pairs(term, pair, events, sums))
+            cells = beside if cells is None else cells.add_(beside)
+            mass = mass + of_later
+            updates.append((pair.labels[:, None], -of_later))
             continue
         tokens, weights = _of_chunks(term, pair, events, uniforms, sums)
         mass = mass + factor * weights.sum(-1, keepdim=True)
@@ -131,6 +153,48 @@ def _of_cells(term: Term, pair: Pair, events: ByteEvents, sums: Sums) -> Float[T
     assert pair.next_student is not None
     per_token = weights.sum(-1, keepdim=True) - weights / log_q.exp()
     return pair.next_student * per_token[:, events.student_cells]
+
+
+def _of_pairs(
+    term: Term, pair: Pair, events: ByteEvents, sums: Sums
+) -> tuple[Float[Tensor, "C V"], Float[Tensor, "n 1"]]:
+    r"""The gradient at the chunks' first positions of a term on pairs of tokens, and the weights of their
+    later tokens.
+
+    Of a chunk of several tokens, what is compared is :math:`q_v \prod_{i > 1} q_i`: the first token's
+    distribution times the probability of the later ones, as GOLD merges them. So each of these has the
+    sum of the weights.
+    """
+    assert pair.next_student is not None
+    tokens, p, q = _paired(term, pair, events)
+    log_p = raise_excluded_(p.log() + pair.later_teacher[:, None])
+    log_q = (q.log() + pair.later_student[:, None]).clamp_min(LOGPROB_FLOOR)
+    weights, value = term.objective.weights(log_p, log_q), term.objective.value(log_p, log_q)
+    stats = {} if term.objective.stats is None else term.objective.stats(log_p, log_q)
+    add(sums, **{f"value/{term.name}": value}, **{k: v * pair.counts for k, v in stats.items()})
+    mass = weights.sum(-1, keepdim=True)
+    beside = pair.next_student * mass
+    beside.scatter_add_(1, tokens, -weights[:, : tokens.shape[1]])
+    return beside, mass[pair.owner] * pair.inside[:, None]
+
+
+def _paired(
+    term: Term, pair: Pair, events: ByteEvents
+) -> tuple[Int[Tensor, "C Kt"], Float[Tensor, "C K"], Float[Tensor, "C K"]]:
+    """The student's tokens, and the probabilities of teacher and student in pairs, zeros where one side has
+    fewer."""
+    assert pair.next_teacher is not None
+    assert pair.next_student is not None
+    p, q, kind = pair.next_teacher, pair.next_student, term.support.pairs
+    if kind == "shared":
+        mine, theirs = events.shared
+        return mine.expand(len(q), -1), p[:, theirs], q[:, mine]
+    if kind == "unshared":
+        p, q = p[:, events.teacher_rest], q[:, events.student_rest]
+    p, (q, tokens) = p.sort(-1, descending=True).values, q.sort(-1, descending=True)
+    size = max(p.shape[1], q.shape[1])
+    p, q = (torch.nn.functional.pad(side, (0, size - side.shape[1])) for side in (p, q))
+    return events.student_rest[tokens] if kind == "unshared" else tokens, p, q
 
 
 def _of_chunks(
@@ -164,12 +228,9 @@ def _of_chunks(
     stats = {} if term.objective.stats is None else term.objective.stats(log_p, log_q)
     counted = {name: number * pair.counts for name, number in {**stats, **watched}.items()}
     add(sums, **{f"value/{term.name}": value}, **counted)
-    owner = torch.repeat_interleave(torch.arange(len(pair.counts), device=pair.counts.device), pair.counts)
-    spread = weights[owner]
+    spread = weights[pair.owner]
     if draws is not None:
-        inside = torch.ones(len(spread), dtype=torch.bool, device=spread.device)
-        inside[pair.first] = False
-        spread[inside, 1:] = 0.0
+        spread[pair.inside, 1:] = 0.0
     return tokens, spread
 
 

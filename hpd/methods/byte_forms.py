@@ -9,16 +9,49 @@ from hpd.methods.regime import Regime, choose_regime
 from hpd.methods.table import METHODS, name_terms
 from hpd.methods.terms import Term, TermConfig
 
-__all__ = ["check_byte_forms", "methods_with_byte_forms"]
+__all__ = ["check_byte_forms", "check_likeliest", "check_token_forms", "methods_with_byte_forms"]
 
 
-def check_byte_forms(configs: Sequence[TermConfig | Term], regime: Regime, guards: Any = None) -> None:
+def check_token_forms(configs: Sequence[TermConfig | Term]) -> None:
+    """Refuse terms that there are between two tokenizers only, where student and teacher have one.
+
+    Raises:
+        ValueError: the first such term.
+    """
+    for term in name_terms(configs):
+        if term.support.pairs:
+            raise ValueError(
+                f"Term {term.name} on {term.support} pairs the tokens of two vocabularies: set "
+                "train.vocabulary: bytes, or compare one with itself on support: full."
+            )
+
+
+def check_likeliest(configs: Sequence[TermConfig | Term]) -> None:
+    """Refuse terms that read more than chunks, where a teacher with another tokenizer is known by its
+    likeliest tokens.
+
+    Raises:
+        ValueError: the first such term.
+    """
+    for term in name_terms(configs):
+        if term.support.draws or term.support.whole or term.support.pairs:
+            raise ValueError(
+                f"Term {term.name} on {term.support} reads the teacher's whole next-token distribution, and "
+                "a cache of kind top_k holds its likeliest tokens: between two tokenizers it serves rules on "
+                "the label (masked_sft, alm, ...). Write the cache with cache.kind: hidden."
+            )
+
+
+def check_byte_forms(
+    configs: Sequence[TermConfig | Term], regime: Regime, guards: Any = None, length: str | None = None
+) -> None:
     """Refuse what a teacher with another tokenizer cannot be asked.
 
     Args:
         configs: of the terms.
         regime: where rows come from, and how weights meet the gradient.
         guards: a `GuardsConfig`; None: the defaults.
+        length: as `train.byte_length`; None: the default.
 
     Raises:
         ValueError: the first term that has no byte form, and the methods that have one; a guard without one.
@@ -27,6 +60,12 @@ def check_byte_forms(configs: Sequence[TermConfig | Term], regime: Regime, guard
         raise ValueError(
             "guards.support_overlap compares token by token, and train.vocabulary: bytes has two "
             "vocabularies: remove it."
+        )
+    whole = [term.name for term in name_terms(configs) if term.objective.whole_chunks]
+    if whole and length != "product":
+        raise ValueError(
+            f"Term {whole[0]} compares the probabilities of whole chunks: set train.byte_length: product "
+            "(geometric takes their mean over tokens)."
         )
     problem = _problem(configs, regime)
     if problem is not None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hpd.methods.supports import Draws
+from hpd.methods.supports import Draws, full
 from hpd.methods.terms import Term, TermConfig
 
 __all__ = ["rests_where_equal"]
@@ -47,7 +47,8 @@ def _in_time(terms: Sequence[TermConfig | Term]) -> Iterator[Term]:
 def _gradient(term: Term) -> Float[Tensor, "labels V"]:
     """The expected gradient for each label; of a rollout, one row."""
     probs = torch.tensor(_PROBS, dtype=torch.float64)
-    size, support = len(probs), term.support
+    # Of one vocabulary and itself, pairs are all tokens (or, unshared, none).
+    size, support = len(probs), full() if term.support.pairs else term.support
     labels = torch.arange(size).repeat_interleave(_DRAWS)
     uniforms = ((torch.arange(_DRAWS, dtype=torch.float64) + 0.5) / _DRAWS).repeat(size)[:, None]
     log_q = probs.log().repeat(len(labels), 1)

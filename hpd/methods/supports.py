@@ -12,12 +12,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hpd.methods.columns import (
+    EXCLUDED_LOGPROB,
+    LOGPROB_FLOOR,
+    Columns,
+    Draws,
+    LogitGradient,
+    Tail,
+    raise_excluded_,
+)
 from hpd.methods.sampling import inverse_cdf
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "LOGPROB_FLOOR",
     "Columns",
     "Draws",
+    "LogitGradient",
     "Support",
     "full",
     "has_ratio",
@@ -35,72 +45,8 @@ __all__ = [
 ]
 
 
-# Log-probabilities of impossible tokens (logit -inf) are raised to this value, in nats: exp() of it is
-# exactly 0 in every dtype, and products with it stay finite.
-LOGPROB_FLOOR = -1e5
-# Below this no finite logit leads: a mask does (-inf, -1e9, the least number of a dtype).
-_MASKED = -5e3
-EXCLUDED_LOGPROB = -104.0
-"""A teacher's log-probability of a token that it excludes, in nats. exp() of it is still exactly 0 in
-float32, so p is 0, and log p - log q stays above -104: where the exact weight of a reverse KL is infinite, it
-is at most 105 q."""
-
 Side = Literal["teacher", "student"]
-Tail = Literal["drop", "bucket", "renormalize"]
-
-
-class LogitGradient(NamedTuple):
-    """`mass * q`, plus `at_tokens` at the columns' tokens, plus `beside` elsewhere."""
-
-    mass: Float[Tensor, "N 1"]
-    at_tokens: Float[Tensor, "N Kt"]
-    beside: Float[Tensor, "N V"] | None
-
-
-class Columns(NamedTuple):
-    """The K columns of a support at N positions."""
-
-    teacher_logprobs: Float[Tensor, "N K"]
-    student_logprobs: Float[Tensor, "N K"]
-    tokens: Int[Tensor, "N Kt"] | None
-    """Their token ids; None when they are the whole vocabulary in order. A bucket is the column after
-    the last."""
-    coefficients: Float[Tensor, "N K"] | None
-    """None when they are all one."""
-    tail: Tail = "drop"
-
-    def logit_gradient(
-        self, weights: Float[Tensor, "N K"], student_logprobs: Float[Tensor, "N V"]
-    ) -> LogitGradient:
-        r"""The gradient of :math:`-\sum_k w_k \log q_k` with respect to the logits.
-
-        * drop: :math:`q_v \sum_k w_k - w_v`;
-        * bucket (column B is the whole tail): the same at the tokens, :math:`q_v \sum_k w_k - w_B\, q_v /
-          q_B` beside them;
-        * renormalize (columns are normalized among themselves): :math:`\tilde q_v \sum_k w_k - w_v` at the
-          tokens only.
-
-        Args:
-            weights: w, one for each column.
-            student_logprobs: of the whole vocabulary; the columns were taken from them.
-        """
-        mass = weights.sum(-1, keepdim=True)
-        if self.tail == "renormalize":
-            return LogitGradient(torch.zeros_like(mass), self.student_logprobs.exp() * mass - weights, None)
-        if self.tail == "bucket":
-            assert self.tokens is not None
-            # One exponential for q / q_B, and none of it at the tokens: with a tail of 1e-9, a share of q
-            # that cancels there would drown them in its rounding.
-            beside = torch.exp(student_logprobs - self.student_logprobs[:, -1:]).scatter_(1, self.tokens, 0.0)
-            return LogitGradient(mass, -weights[:, :-1], beside.mul_(-weights[:, -1:]))
-        return LogitGradient(mass, -weights, None)
-
-
-class Draws(NamedTuple):
-    """Tokens drawn at N positions, n each, and the log-probability (nats) with which each was drawn."""
-
-    tokens: Int[Tensor, "N n"]
-    logprobs: Float[Tensor, "N n"]
+Pairs = Literal["ranks", "shared", "unshared"]
 
 
 def label() -> Support:
@@ -143,6 +89,10 @@ class Support:
     """The k likeliest tokens."""
     top_k_of: Side = "teacher"
     """Whose likeliest tokens."""
+    pairs: Pairs | None = None
+    """Tokens of two vocabularies in pairs, where both have read the same text: `ranks` (the i-th likeliest of
+    either), `shared` (those of the same bytes), `unshared` (the others, by rank). Between two tokenizers
+    only, where `whole` compares next bytes."""
     tail: Tail = "bucket"
     """The rest of the vocabulary next to the top-k: `bucket` (one column that holds all of it), `renormalize`
     (the k columns are normalized among themselves), or `drop` (nothing; no divergence unless the weights do
@@ -157,7 +107,11 @@ class Support:
             raise ValueError(
                 "Draws and top_k cannot be joined: a drawn token may be one of the k, and would count twice."
             )
-        if not (self.whole or self.label or self.draws or self.top_k):
+        if self.pairs and (self.whole or self.label or self.draws or self.top_k):
+            raise ValueError(
+                f"{self.pairs} already pairs two whole vocabularies: it cannot be joined with others."
+            )
+        if not (self.whole or self.label or self.draws or self.top_k or self.pairs):
             raise ValueError("An empty support: use full(), label(), sampled(n), top_k(k) or a sum of them.")
         if self.given and (
             self.draws != 1 or self.label or self.draws_of != "student" or not self.importance
@@ -187,6 +141,8 @@ class Support:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        if self.pairs not in (None, "ranks", "shared", "unshared"):
+            raise ValueError(f"pairs must be ranks, shared or unshared, got {self.pairs!r}.")
 
     def __add__(self, other: Support) -> Support:
         if (self.whole and other.draws) or (self.draws and other.whole):
@@ -204,13 +160,15 @@ class Support:
             f"sampled({self.draws}{of})": self.draws and not self.given,
             f"top_k({self.top_k}, of={self.top_k_of}, tail={self.tail})": self.top_k,
             "full": self.whole,
+            str(self.pairs): self.pairs,
         }
         return " + ".join(name for name, present in parts.items() if present)
 
     @property
     def is_distribution(self) -> bool:
         """True if the columns are a normalized distribution."""
-        return (self.whole and not self.label) or (self.top_k > 0 and self.tail != "drop")
+        whole = (self.whole and not self.label) or self.pairs == "ranks"
+        return whole or (self.top_k > 0 and self.tail != "drop")
 
     @property
     def draws_student_exactly(self) -> bool:
@@ -225,7 +183,7 @@ class Support:
     @property
     def is_few_tokens(self) -> bool:
         """True if single log-probabilities serve: the label and unmodified draws of the student."""
-        if self.whole or self.top_k:
+        if self.whole or self.top_k or self.pairs:
             return False
         return not self.draws or (
             self.draws_of == "student" and self.temperature == 1.0 and not self.exclude_label
@@ -291,6 +249,8 @@ class Support:
             draws: as `draw` gives them; needed when the support is sampled. A draw that equals the label has
                 coefficient 0 beside the label: a token counts once.
         """
+        if self.pairs:
+            raise ValueError(f"Support {self.pairs} compares two vocabularies: it needs two tokenizers.")
         if self.is_distribution and self.whole:
             return Columns(teacher_logprobs, student_logprobs, None, None)
         if self.top_k:
@@ -363,13 +323,6 @@ def _gather(teacher: Tensor, student: Tensor, tokens: Tensor) -> tuple[Tensor, T
     return raise_excluded_(at_tokens[0]), at_tokens[1].clamp_min(LOGPROB_FLOOR)
 
 
-def raise_excluded_(teacher_logprobs: Tensor) -> Tensor:
-    """Give the tokens that a teacher excludes a finite log-probability, `EXCLUDED_LOGPROB`, in place; all
-    others keep theirs, NaN too."""
-    # One pass like a clamp; comparing and filling take eight times as long, and a mask of the same size.
-    return torch.threshold_(teacher_logprobs, _MASKED, EXCLUDED_LOGPROB)
-
-
 def _log_rest(logprobs: Float[Tensor, "N V"], tokens: Int[Tensor, "N Kt"]) -> Float[Tensor, "N 1"]:
     """Log-probability of all tokens but these."""
     # Summed: `1 - sum` would lose a tail below the rounding of one.
@@ -395,4 +348,4 @@ def sampled(n: int = 1, *, of: Side = "student", **switches: Any) -> Support:
 
 def has_ratio(support: Support) -> bool:
     """True if the support is a few tokens, each with a likelihood ratio of its own."""
-    return not (support.whole or support.top_k)
+    return not (support.whole or support.top_k or support.pairs)

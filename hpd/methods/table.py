@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from hpd.methods.method import Method
+from hpd.methods.any_teacher import ANY_TEACHER
+from hpd.methods.method import Method, one_term
 from hpd.methods.position_methods import POSITION_METHODS
 from hpd.methods.position_rules import PositionRule
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
@@ -15,10 +16,6 @@ from hpd.methods.strategy import StrategyConfig
 from hpd.methods.terms import Term, TermConfig, nearest, parameters_of, with_parameters
 
 __all__ = ["METHODS", "Method", "choose_terms", "method_terms", "name_terms"]
-
-
-def _one(objective: str, **kwargs: Any) -> tuple[TermConfig, ...]:
-    return (TermConfig(objective=objective, kwargs=kwargs),)
 
 
 # DistiLLM-2: at most 0.1, smaller where teacher and student are near each other.
@@ -40,7 +37,7 @@ METHODS: dict[str, Method] = {
             "forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position"
         ),
         reference="Zhu et al. 2026, arXiv 2604.20244, eq. 11-15",
-        terms=_one("hpd"),
+        terms=one_term("hpd"),
     ),
     "hpd_exact": Method(
         summary="HPD's expectation over the draw, computed on the whole vocabulary instead of sampled",
@@ -48,7 +45,7 @@ METHODS: dict[str, Method] = {
         use="HPD without sampling noise, where the teacher gives whole distributions anyway",
         defaults="as hpd",
         reference="this project; the expectation of arXiv 2604.20244, eq. 15",
-        terms=_one("hpd_exact"),
+        terms=one_term("hpd_exact"),
     ),
     "hpd_full": Method(
         summary="HPD's switch at every token of the vocabulary, no label, no draw",
@@ -59,7 +56,7 @@ METHODS: dict[str, Method] = {
         ),
         defaults="forward 1, reverse 1, mask on",
         reference="this project; reverse KL and a hinge on forward KL (docs/theory.md)",
-        terms=_one("hpd_full"),
+        terms=one_term("hpd_full"),
     ),
     "sft": Method(
         summary="supervised fine-tuning: the label's negative log-likelihood",
@@ -67,7 +64,7 @@ METHODS: dict[str, Method] = {
         use="the baseline; on teacher-written data it is sequence-level distillation (SeqKD)",
         defaults="none",
         reference="Kim and Rush 2016, arXiv 1606.07947",
-        terms=_one("nll"),
+        terms=one_term("nll"),
     ),
     "masked_sft": Method(
         summary="fine-tuning that stops at the teacher: labels count while the student underestimates them",
@@ -75,7 +72,7 @@ METHODS: dict[str, Method] = {
         use="rows of any writer, seen many times, from a teacher that gives the label's log-probability only",
         defaults="none",
         reference="this project; the mask of arXiv 2604.20244 with weight 1",
-        terms=_one("masked_sft"),
+        terms=one_term("masked_sft"),
     ),
     "label_forward_kl": Method(
         summary="the label's log-likelihood, weighted by the teacher's probability of it",
@@ -83,7 +80,7 @@ METHODS: dict[str, Method] = {
         use='to reproduce the HPD paper\'s "SeqKD"; it rests at p squared, not at p (docs/theory.md)',
         defaults="none; no draw",
         reference="Zhu et al. 2026, arXiv 2604.20244, Table 2",
-        terms=_one("label_forward_kl"),
+        terms=one_term("label_forward_kl"),
     ),
     "label_reverse_kl": Method(
         summary="reverse KL at the label only",
@@ -91,7 +88,7 @@ METHODS: dict[str, Method] = {
         use='to reproduce the HPD paper\'s "RKLD"; slow where the student gives the label little',
         defaults="none; no draw",
         reference="Zhu et al. 2026, arXiv 2604.20244, Table 2, eq. 11",
-        terms=_one("label_reverse_kl"),
+        terms=one_term("label_reverse_kl"),
     ),
     "label_jsd": Method(
         summary="Jensen-Shannon divergence at the label only",
@@ -99,7 +96,7 @@ METHODS: dict[str, Method] = {
         use='to reproduce the HPD paper\'s "JSD"; slow where the student gives the label little',
         defaults="beta 0.5; no draw",
         reference="Zhu et al. 2026, arXiv 2604.20244, Table 2",
-        terms=_one("label_jsd"),
+        terms=one_term("label_jsd"),
     ),
     "forward_kl": Method(
         summary="KL(teacher || student): the student covers every mode of the teacher",
@@ -107,7 +104,7 @@ METHODS: dict[str, Method] = {
         use="the student is large enough to cover the teacher",
         defaults="temperature 1",
         reference="Hinton et al. 2015, arXiv 1503.02531",
-        terms=_one("forward_kl"),
+        terms=one_term("forward_kl"),
     ),
     "reverse_kl": Method(
         summary="KL(student || teacher): the student seeks the teacher's modes",
@@ -115,7 +112,7 @@ METHODS: dict[str, Method] = {
         use="a student too small to cover everything, preferably on its own text; slow from a random start",
         defaults="temperature 1",
         reference="Gu et al. 2024, arXiv 2306.08543",
-        terms=_one("reverse_kl"),
+        terms=one_term("reverse_kl"),
     ),
     "symmetric_kl": Method(
         summary="a fixed mix of forward and reverse KL over the whole vocabulary",
@@ -123,7 +120,7 @@ METHODS: dict[str, Method] = {
         use="both directions with a coefficient of your own; the plain rival of hpd_full",
         defaults="lam 0.5",
         reference="Jeffreys 1946; as in Ko et al. 2024, arXiv 2402.03898",
-        terms=_one("symmetric_kl"),
+        terms=one_term("symmetric_kl"),
     ),
     "generalized_jsd": Method(
         summary="generalized Jensen-Shannon divergence; beta 0 is forward KL, 1 is reverse KL",
@@ -131,7 +128,7 @@ METHODS: dict[str, Method] = {
         use="bounded loss: robust to a teacher that is sure of the wrong thing",
         defaults="beta 0.5",
         reference="Agarwal et al. 2024 (GKD), arXiv 2306.13649",
-        terms=_one("generalized_jsd"),
+        terms=one_term("generalized_jsd"),
     ),
     "skew_forward_kl": Method(
         summary="forward KL against a mixture that holds some of the teacher",
@@ -139,7 +136,7 @@ METHODS: dict[str, Method] = {
         use="forward KL with bounded gradients where the student has no mass",
         defaults="lam 0.1",
         reference="Ko et al. 2024 (DistiLLM), arXiv 2402.03898, eq. 5",
-        terms=_one("skew_forward_kl"),
+        terms=one_term("skew_forward_kl"),
     ),
     "skew_reverse_kl": Method(
         summary="reverse KL against a mixture that holds some of the student",
@@ -147,7 +144,7 @@ METHODS: dict[str, Method] = {
         use="reverse KL that stays finite where the teacher has no mass; DistiLLM's choice on student text",
         defaults="lam 0.1",
         reference="Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
-        terms=_one("skew_reverse_kl"),
+        terms=one_term("skew_reverse_kl"),
     ),
     "js": Method(
         summary="Jensen-Shannon divergence as DistiLLM's code parametrizes it",
@@ -155,7 +152,7 @@ METHODS: dict[str, Method] = {
         use="to reproduce DistiLLM's baseline; generalized_jsd otherwise",
         defaults="lam 0.1",
         reference="Ko et al. 2024, arXiv 2402.03898",
-        terms=_one("js", lam=0.1),
+        terms=one_term("js", lam=0.1),
     ),
     "total_variation": Method(
         summary="half the L1 distance between the distributions",
@@ -163,7 +160,7 @@ METHODS: dict[str, Method] = {
         use="a bounded metric of its own; its gradient ignores how far apart the distributions are",
         defaults="none",
         reference="Wen et al. 2023, arXiv 2307.15190",
-        terms=_one("total_variation"),
+        terms=one_term("total_variation"),
     ),
     "acceptance": Method(
         summary="minus the logarithm of the mass that both share: what speculative decoding keeps of a draft",
@@ -171,7 +168,7 @@ METHODS: dict[str, Method] = {
         use="a student that will draft for its teacher; silent where q is above p, so start near the teacher",
         defaults="none",
         reference="Samarin et al. 2026, arXiv 2602.23881",
-        terms=_one("acceptance"),
+        terms=one_term("acceptance"),
     ),
     "abkd": Method(
         summary="alpha-beta divergence: two exponents weigh hardness and confidence",
@@ -179,7 +176,7 @@ METHODS: dict[str, Method] = {
         use="a family between the KLs with two parameters, when there is budget to tune them",
         defaults="alpha 0.2, beta 0.7",
         reference="Wang et al. 2025, arXiv 2505.04560",
-        terms=_one("abkd", alpha=0.2, beta=0.7),
+        terms=one_term("abkd", alpha=0.2, beta=0.7),
     ),
     "akl": Method(
         summary="adaptive KL: both directions, mixed by where the distributions differ",
@@ -187,7 +184,7 @@ METHODS: dict[str, Method] = {
         use="when neither direction is clearly right; the sort makes it the slowest method in the table",
         defaults="mu 0.5",
         reference="Wu et al. 2025, arXiv 2404.02657",
-        terms=_one("akl"),
+        terms=one_term("akl"),
     ),
     "todi": Method(
         summary="a mix of both directions, chosen per token by the log-ratio",
@@ -195,7 +192,7 @@ METHODS: dict[str, Method] = {
         use="a smooth relative of hpd_full over the whole vocabulary",
         defaults="beta 1",
         reference="Jung et al. 2025, arXiv 2505.16297",
-        terms=_one("todi"),
+        terms=one_term("todi"),
     ),
     "taid": Method(
         summary="forward KL to a target that travels from the student to the teacher",
@@ -203,7 +200,7 @@ METHODS: dict[str, Method] = {
         use="a large gap between teacher and student",
         defaults="t from 0.4 to 1.0, adaptive (step size 5e-4, momentum 0.99)",
         reference="Shing et al. 2025, arXiv 2501.16937",
-        terms=_one("taid", t={"schedule": "adaptive", "start": 0.4, "end": 1.0}),
+        terms=one_term("taid", t={"schedule": "adaptive", "start": 0.4, "end": 1.0}),
     ),
     "seqkd": Method(
         summary="sequence-level distillation: supervised fine-tuning on text that the teacher wrote",
@@ -214,7 +211,7 @@ METHODS: dict[str, Method] = {
         ),
         defaults="none",
         reference="Kim and Rush 2016, arXiv 1606.07947",
-        terms=_one("nll"),
+        terms=one_term("nll"),
     ),
     "imitkd": Method(
         summary=(
@@ -236,7 +233,7 @@ METHODS: dict[str, Method] = {
         use="the plain on-policy baseline; prefixes.student is its lambda",
         defaults="lambda 0.5, one coin per batch; beta 0.5",
         reference="Agarwal et al. 2024, arXiv 2306.13649",
-        terms=_one("generalized_jsd"),
+        terms=one_term("generalized_jsd"),
         prefixes=Prefixes(student=0.5, mix="batch"),
     ),
     "distillm": Method(
@@ -245,7 +242,7 @@ METHODS: dict[str, Method] = {
         use="when generation is the bottleneck; needs data.validation and train.eval_strategy",
         defaults="skew 0.1; share from 0, up by 0.1 when the validation loss rises by 0.1; replay of 1,000",
         reference="Ko et al. 2024, arXiv 2402.03898",
-        terms=_one("skew_forward_kl"),
+        terms=one_term("skew_forward_kl"),
         prefixes=Prefixes(student=Schedule(schedule="adaptive", start=0.0, end=1.0)),
         rollouts=RolloutConfig(replay=ReplayConfig()),
     ),
@@ -305,7 +302,7 @@ METHODS: dict[str, Method] = {
         use="fine-tuning that must not run away from the model it starts from",
         defaults="clip 0.2 below and 0.28 above, 4 updates",
         reference="Zhu et al. 2025, arXiv 2508.17784",
-        terms=_one("nll"),
+        terms=one_term("nll"),
         strategy=StrategyConfig(type="policy_gradient", clip_high=0.28, updates=4),
     ),
     "hpd_clipped": Method(
@@ -319,10 +316,11 @@ METHODS: dict[str, Method] = {
         reference=(
             "Zhu et al. 2026, arXiv 2604.20244 (code: verl recipe, here with the draw of the right position)"
         ),
-        terms=_one("hpd"),
+        terms=one_term("hpd"),
         strategy=StrategyConfig(type="policy_gradient"),
     ),
     **POSITION_METHODS,
+    **ANY_TEACHER,
 }
 
 

@@ -12,7 +12,7 @@ from hpd.methods.fields import STRICT, nearest
 from hpd.methods.position_rules import PositionRule, as_rule
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
-from hpd.objectives import OBJECTIVES, Objective
+from hpd.objectives import OBJECTIVES, Objective, capped
 
 __all__ = [
     "SUPPORTS",
@@ -52,11 +52,17 @@ SUPPORTS: dict[str, dict[str, Any]] = {
     "rollout": {"draws": 1, "given": True, "importance": True},
     "top_k": {"top_k": 1},
     "label+top_k": {"label": True, "top_k": 1},
+    "ranks": {"pairs": "ranks"},
+    "shared": {"pairs": "shared"},
+    "unshared": {"pairs": "unshared"},
 }
 """Supports by the names that recipes give them: arguments of `Support`."""
 
 # Supports of objectives that read the label as their first column; the others read every token.
 _SUPPORT_OF_DOMAIN = {"label": "label+sampled", "label_and_vocabulary": "label+full"}
+
+# Objectives whose part of each token is least where p = q, so that some tokens serve as well as all.
+_PART_BY_PART = ("generalized_jsd", "total_variation")
 
 _SCALARS = ("temperature", "draw_share", "draw_temperature")
 
@@ -119,7 +125,13 @@ class Term(NamedTuple):
                 f"Term {self.name!r} needs a whole distribution, and {support} is only some of its tokens. "
                 "Use support: full, or top_k with tail: bucket or renormalize."
             )
-        drops = not (support.whole or support.draws or support.is_distribution)
+        if support.pairs in ("shared", "unshared") and self.objective.rule not in _PART_BY_PART:
+            raise ValueError(
+                f"Term {self.name!r} on {support} would be no divergence: these are some of the tokens, and "
+                "shrinking the student's mass on them minimizes it. Use an objective whose every part is "
+                f"zero at p = q and above zero elsewhere: {', '.join(_PART_BY_PART)}."
+            )
+        drops = not (support.whole or support.draws or support.is_distribution or support.pairs)
         if domain == "token" and drops and not self.objective.drop_safe:
             raise ValueError(
                 f"Term {self.name!r} on {support} is not a divergence: the tail of the vocabulary is "
@@ -147,9 +159,10 @@ class TermConfig:
     """Whose text the term learns from: the dataset's, the student's own rollouts, or both. (Evaluation reads
     the dataset's rows only, and computes every term there.)"""
     support: str | None = None
-    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; null: the objective's
-    own (label+sampled for hpd, label+full for hpd_exact, label for nll, masked_sft and the label_ rules, else
-    full). rollout: the token that the student wrote, as its draw."""
+    """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; between two
+    tokenizers also ranks, shared or unshared; null: the objective's own (label+sampled for hpd, label+full
+    for hpd_exact, label for nll, masked_sft, alm and the label_ rules, else full). rollout: the token that
+    the student wrote, as its draw."""
     draws: Literal["sampled", "exact"] = "sampled"
     """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
     num_draws: int = 1
@@ -173,6 +186,9 @@ class TermConfig:
     tail: Literal["bucket", "renormalize", "drop"] = "bucket"
     """The rest of the vocabulary next to the top-k: one bucket, none of it (the k are renormalized), or
     dropped."""
+    cap: float | None = None
+    """Most that one token may add to the loss of a position, in nats, > 0; beyond it, it has no gradient of
+    its own. For divergences on full and top_k; null: no bound."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Parameters of the objective, such as {mu: 0.5} for akl. Numbers here and above may be schedules."""
 
@@ -226,6 +242,14 @@ class TermConfig:
             objective = OBJECTIVES["hpd_exact"](*objective.arguments)
         support = fixed._build_support(objective)
         name = name or self.name
+        if self.cap is not None:
+            if not support.is_distribution:
+                raise ValueError(
+                    f"Term {name!r}: cap bounds what each token adds to a divergence on whole distributions, "
+                    f"and {support} is none. Use support: full, or top_k with tail: bucket or renormalize; "
+                    "or remove cap."
+                )
+            objective = capped(objective, self.cap)
         rule = fixed.weight if isinstance(fixed.weight, PositionRule) else None
         weight = 1.0 if rule is not None else fixed.weight
         term = Term(name, objective, support, weight, fixed.temperature, fixed.on, rule)  # type: ignore

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from hpd.objectives.adaptive import akl, taid, todi
 from hpd.objectives.alpha_beta import abkd
+from hpd.objectives.capped import capped
 from hpd.objectives.f_divergences import acceptance, f_divergence, total_variation
 from hpd.objectives.hybrid import hpd, hpd_exact, hpd_full
 from hpd.objectives.kl import forward_kl, nll, reverse_kl, symmetric_kl
-from hpd.objectives.label import label_forward_kl, label_jsd, label_reverse_kl, masked_sft
+from hpd.objectives.label import alm, label_forward_kl, label_jsd, label_reverse_kl, masked_sft
 from hpd.objectives.mixtures import generalized_jsd, js, skew_forward_kl, skew_reverse_kl
 from hpd.objectives.objective import Objective
 
@@ -19,6 +20,8 @@ __all__ = [
     "abkd",
     "acceptance",
     "akl",
+    "alm",
+    "capped",
     "f_divergence",
     "forward_kl",
     "generalized_jsd",
@@ -46,6 +49,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "label_forward_kl": label_forward_kl,
     "label_reverse_kl": label_reverse_kl,
     "label_jsd": label_jsd,
+    "alm": alm,
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "symmetric_kl": symmetric_kl,

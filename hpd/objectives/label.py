@@ -18,7 +18,51 @@ from hpd.objectives.kl import reverse_kl
 from hpd.objectives.mixtures import generalized_jsd
 from hpd.objectives.objective import LogProbs, Objective, Weights, check_number
 
-__all__ = ["label_forward_kl", "label_jsd", "label_reverse_kl", "masked_sft"]
+__all__ = ["alm", "label_forward_kl", "label_jsd", "label_reverse_kl", "masked_sft"]
+
+
+# The most that a log-probability over the temperature may be: 1 - q must not be zero, and a weight of 1e6
+# times the rounding of float32 is still small.
+_CERTAIN = -1e-6
+
+
+def alm(tau: float = 100.0) -> Objective:
+    r"""Approximate likelihood matching: the label's probability as a coin's, flattened by a temperature.
+
+    .. math:: L = a \log \frac{a}{b} + (1 - a) \log \frac{1 - a}{1 - b}, \quad a = p_y^{1 / \tau},\
+              b = q_y^{1 / \tau}, \qquad w_y = \frac{a - b}{\tau\, (1 - b)}
+
+    Between two tokenizers p and q are those of whole chunks (`train.byte_length: product`). Labels drawn from
+    any distribution bring the student to p: the weight is zero where q = p only. A label that a model is
+    certain of is given 1 - 1e-6 after the flattening.
+
+    Args:
+        tau: the temperature, > 0.
+
+    Raises:
+        ValueError: tau is no finite number > 0.
+
+    Reference:
+        Minixhofer, Vulić and Ponti, 2025, arXiv 2503.20083, without its debiasing of chunk ends.
+    """
+    check_number("alm: tau", tau, 0.0, open_low=True)
+
+    def flat(logprobs: LogProbs) -> LogProbs:
+        return (logprobs / tau).clamp_max(_CERTAIN)
+
+    def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        log_a, log_b = flat(teacher_logprobs), flat(student_logprobs)
+        # a - b from the ratio, which keeps the digits of two that are close to each other.
+        ratio = log_a - log_b
+        gap = ratio.sign() * torch.maximum(log_a, log_b).exp() * -torch.expm1(-ratio.abs())
+        return gap / -torch.expm1(log_b) / tau
+
+    def value(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
+        log_a, log_b = flat(teacher_logprobs), flat(student_logprobs)
+        rest_a, rest_b = -torch.expm1(log_a), -torch.expm1(log_b)
+        return log_a.exp() * (log_a - log_b) + rest_a * (rest_a.log() - rest_b.log())
+
+    return _at_label("alm", weights, value, arguments=(tau,), whole_chunks=True)
 
 
 def label_forward_kl() -> Objective:

@@ -71,6 +71,9 @@ class Objective(NamedTuple):
     operator takes on the whole vocabulary. Leave it empty for an objective of your own."""
     arguments: tuple[Any, ...] = ()
     """Arguments of the second form."""
+    whole_chunks: bool = False
+    """True if between two tokenizers it is defined on the probability of a whole chunk, not on its mean over
+    tokens (`train.byte_length: product`)."""
 
 
 def check_number(

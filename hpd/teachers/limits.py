@@ -26,7 +26,7 @@ def why_not_top_k(term: Term, top_k: int) -> str | None:
     """Why a teacher that is known at its `top_k` likeliest tokens and the label cannot serve a term
     exactly."""
     support = term.support
-    if support.whole:
+    if support.whole or support.pairs:
         return "reads every token of the vocabulary"
     if support.draws:
         return (

@@ -37,6 +37,7 @@ class _SeveralTeachers(Teacher):
         self.asks_ahead = any(part.asks_ahead for part in parts)
         self.remote = any(part.remote for part in parts)
         self.may_fail = any(part.may_fail for part in parts)
+        self.follows = any(part.follows for part in parts)
 
     def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
         for teacher in self.teachers.values():
@@ -45,6 +46,17 @@ class _SeveralTeachers(Teacher):
     def prepare(self, student: nn.Module, accelerator: Accelerator) -> None:
         for teacher in self.teachers.values():
             teacher.prepare(student, accelerator)
+
+    def follow(self) -> None:
+        for teacher in self.teachers.values():
+            teacher.follow()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: teacher.state_dict() for name, teacher in self.teachers.items() if teacher.follows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in state.items():
+            self.teachers[name].load_state_dict(part)
 
     def probe(self, packed: bool) -> list[CheckResult]:
         return [

@@ -30,7 +30,7 @@ from hpd.teachers.model import ModelTeacher, SelfTeacher
 from hpd.teachers.origin import folder_of
 from hpd.teachers.teacher import RoutedScores, Teacher
 
-__all__ = ["as_teacher", "check_caches", "described_by", "load_teacher"]
+__all__ = ["as_teacher", "check_caches", "described_by", "knows_likeliest", "load_teacher"]
 
 
 def described_by(recipe: Recipe) -> dict[str, ModelConfig | TeacherConfig]:
@@ -88,7 +88,11 @@ def check_caches(
     about = read_about(str(teacher.path))
     check_cached_terms(teacher.path, about, terms)
     cached = about["fingerprint"]
-    asked = {"teacher's prompt": None, **own_prompt(reader or teacher)}
+    asked = {
+        "teacher's prompt": None,
+        **own_prompt(reader or teacher),
+        "train.vocabulary": "bytes" if args.vocabulary == "bytes" else None,
+    }
     changed = differences(cached, {**tokenizer_fingerprint(tokenizer, args), **asked})
     if teacher.model is not None:
         here = replace(teacher, type="model", path=None)
@@ -106,6 +110,13 @@ def check_caches(
         )
 
 
+def knows_likeliest(teacher: TeacherConfig | Teacher) -> bool:
+    """True for a cache of kind top_k."""
+    if isinstance(teacher, Teacher):
+        return isinstance(teacher, CachedTeacher) and teacher.cache.about["kind"] == "top_k"
+    return teacher.type == "cached" and read_about(str(teacher.path))["kind"] == "top_k"
+
+
 def load_teacher(teacher: TeacherConfig) -> Teacher:
     """The teacher, its weights loaded where it has any.
 
@@ -114,7 +125,7 @@ def load_teacher(teacher: TeacherConfig) -> Teacher:
             teacher.
     """
     if teacher.type == "self":
-        return SelfTeacher()
+        return SelfTeacher(teacher.ema)
     if teacher.type == "object":
         return _of_your_own(teacher)
     if teacher.type == "cached":

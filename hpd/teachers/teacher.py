@@ -28,7 +28,7 @@ class Teacher:
     """Anything that can score the label positions of a batch: `scores` is all that a teacher must have.
 
     The order of calls: `vocab` is read, then `prepare` and `register_rows` once; for each batch `ask`, `wait`
-    and `scores`.
+    and `scores`; after each optimizer step `follow`.
     """
 
     vocab: int | None = None
@@ -43,6 +43,8 @@ class Teacher:
     """True if answers may fail to come: all processes wait for them together, at the start of a step."""
     remote: bool = False
     """True if a loader's workers cannot ask, which have no connection."""
+    follows: bool = False
+    """True if the teacher moves as the student does: checkpoints then hold its `state_dict`."""
 
     def check_terms(self, terms: Sequence[Term | TermConfig]) -> None:
         """Raise ValueError where the loss reads what the teacher cannot tell; called before training."""
@@ -73,6 +75,16 @@ class Teacher:
         Raises:
             TeacherUnavailable: it does not come.
         """
+
+    def follow(self) -> None:
+        """Move after the student, each time that its optimizer has made a step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's part of what has moved, by name; a checkpoint holds it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
 
     def scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
         """Hidden states and head at the label positions, or the likeliest tokens there; no gradient.

@@ -125,11 +125,12 @@ def _show_regime(recipe: Recipe) -> None:
 def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | None) -> None:
     """Show the run's floating-point operations, and hours at a given speed; generation comes on top."""
     price, lengths, args = flops_per_token(planned.recipe), planned.lengths, planned.args
-    tokens = lengths.label_tokens / max(lengths.label_share, 1e-9)
     rows = devices * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step = rows * (price.backbone * tokens + price.head * lengths.label_tokens)
+    step = rows * price.of_row(lengths)
     labels = f"{lengths.label_tokens:,.0f} labels"
-    text = f"arithmetic: {_flop(step)} in a step of {rows} rows of {tokens:,.0f} tokens ({labels})"
+    if lengths.teacher is not None:
+        labels += f"; the teacher reads {lengths.teacher.tokens:,.0f} tokens"
+    text = f"arithmetic: {_flop(step)} in a step of {rows} rows of {lengths.tokens:,.0f} tokens ({labels})"
     if steps is not None:
         if args.max_steps <= 0:
             steps = math.ceil(steps / devices)

@@ -153,11 +153,6 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
         raise ValueError(
             "A stream has no end that a cache could hold: set data.streaming to false for hpd cache."
         )
-    if recipe.train.get("vocabulary") == "bytes":
-        raise ValueError(
-            "A cache holds answers about the student's tokens, and train.vocabulary: bytes has two "
-            "tokenizers: train with the teacher loaded next to the student."
-        )
     if recipe.teacher.type == "server":
         raise ValueError(
             "hpd cache asks a teacher that it loads: run it where the model is, with teacher.type: model."
@@ -205,6 +200,7 @@ def rows_trainer(planned: Plan) -> DistillTrainer:
         train_dataset=planned.rows.train,
         eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
+        teacher_tokenizer=None if planned.other is None else planned.other.tokenizer,
     )
 
 
@@ -219,6 +215,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "rows": xxhash.xxh3_128_hexdigest(np.sort(layout.keys).tobytes()),
         **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
         **own_prompt(recipe.teacher),
+        **({} if planned.other is None else {"train.vocabulary": "bytes"}),
     }
     return {
         "format": FORMAT,

@@ -22,17 +22,24 @@ from hpd.data.weighed import weight_column
 from hpd.evaluate.task import Task
 from hpd.evaluate.tasks import task_and_settings
 from hpd.generation.settings import GenerationSettings
+from hpd.methods.byte_forms import check_likeliest
 from hpd.methods.table import name_terms
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult
 from hpd.progress import Progress, quiet_libraries
 from hpd.teachers.remote.server import ServedTeacher
-from hpd.teachers.sources import check_caches, described_by
+from hpd.teachers.sources import check_caches, described_by, knows_likeliest
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
 from hpd.training.settings import check_special_tokens
 from hpd.training.tracking import check_trackers, described
-from hpd.training.verdicts import DescribedModels, model_verdicts, pair_verdicts, row_verdicts
+from hpd.training.verdicts import (
+    DescribedModels,
+    model_verdicts,
+    pair_verdicts,
+    row_verdicts,
+    teacher_lengths,
+)
 
 __all__ = ["Plan", "PlannedEval", "plan", "plan_evals", "steps_of"]
 
@@ -160,6 +167,8 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token  # as TRL does
     check_caches(recipe.teacher, tokenizer, args, recipe.choose_terms())
+    if args.vocabulary == "bytes" and knows_likeliest(recipe.teacher):
+        check_likeliest(recipe.choose_terms())
     served = None
     if recipe.teacher.type == "server":
         served = _connect(recipe, args, student_config, tokenizer)
@@ -197,6 +206,7 @@ def _compare(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillC
     lengths = measure(
         rows.train, models.tokenizer, None if whole else args.max_length, labels, args.truncation_mode
     )
+    lengths = lengths._replace(teacher=teacher_lengths(models, rows, recipe, args))
     found = (
         *verdicts,
         *model_verdicts(models, recipe, args),

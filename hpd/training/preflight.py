@@ -12,19 +12,23 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import is_conversational
 
+from hpd.batch import TEACHER_PREFIXES
 from hpd.config.models import ModelConfig
+from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.methods.fields import nearest
+from hpd.methods.table import METHODS
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair, check_tokens
 from hpd.models.quantized import is_quantized
 from hpd.teachers import CachedTeacher, Teacher
+from hpd.teachers.cache import TEACHER
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
 from hpd.training.settings import check_special_tokens
 
-__all__ = ["check_best_metric", "check_call", "own_tokenizer"]
+__all__ = ["check_best_metric", "check_call", "check_own_prompt", "own_tokenizer"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -71,6 +75,25 @@ def check_call(
         _compare(student, role, source, teacher_tokenizer, args, row)
 
 
+def check_own_prompt(method: str, rows: Any) -> None:
+    """Refuse a method whose teacher reads more than the student, where the rows have nothing for it.
+
+    Args:
+        method: a name of METHODS.
+        rows: to train on; no row, nothing to look at.
+
+    Raises:
+        ValueError: the first row has no prompt for the teacher.
+    """
+    row = _first_row(rows)
+    if METHODS[method].own_prompt and row and not {TEACHER_PROMPT, TEACHER_PREFIXES} & row.keys():
+        raise ValueError(
+            f"method: {method} learns from a teacher that reads what the student does not, and the rows have "
+            f"no {TEACHER_PROMPT}: add that column (in a recipe, set teacher.prompt or "
+            "teacher.system_prompt)."
+        )
+
+
 def check_best_metric(args: DistillConfig, names: set[str]) -> None:
     """Refuse a metric for the best model that no evaluation has.
 
@@ -102,11 +125,13 @@ def own_tokenizer(teacher: Any, given: Any, student: Any, args: DistillConfig) -
     """
     if args.vocabulary != "bytes":
         return None
-    if isinstance(teacher, (MixtureTeacher, RoutedTeacher, CachedTeacher, RemoteTeacher)):
+    if isinstance(teacher, (MixtureTeacher, RoutedTeacher, RemoteTeacher)):
         raise ValueError(
             f"vocabulary: bytes needs a teacher that reads its own tokens, and {type(teacher).__name__} "
-            "answers about the student's: give a model."
+            "answers about the student's: give a model, or a cache that was written with vocabulary: bytes."
         )
+    if isinstance(teacher, CachedTeacher) and given is None:
+        given = str(teacher.cache.path / TEACHER)
     if isinstance(given, str):
         given = load_tokenizer(ModelConfig(model=given, trust_remote_code=args.trust_remote_code), "teacher")
     if given is None and getattr(teacher, "reads_as_student", teacher == "self"):

@@ -27,7 +27,7 @@ from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
 from hpd.losses.position_weights import position_weights
-from hpd.methods.byte_forms import check_byte_forms
+from hpd.methods.byte_forms import check_byte_forms, check_likeliest, check_token_forms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
@@ -36,17 +36,18 @@ from hpd.methods.terms import Term, TermConfig, as_evaluated, num_uniforms, sour
 from hpd.models.forward import label_inputs
 from hpd.models.pairing import common_vocab
 from hpd.teachers import RoutedScores, Teacher, TeacherUnavailable
-from hpd.teachers.sources import as_teacher
+from hpd.teachers.sources import as_teacher, knows_likeliest
 from hpd.training.arguments import as_config
 from hpd.training.card import Card
 from hpd.training.cutting import common_share, cut_batch
 from hpd.training.dates import first_day_of_folder, keep_day
+from hpd.training.following import Following
 from hpd.training.guards import support_overlap
 from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
-from hpd.training.preflight import check_best_metric, check_call, own_tokenizer
+from hpd.training.preflight import check_best_metric, check_call, check_own_prompt, own_tokenizer
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 from hpd.training.settings import check_operator
@@ -113,9 +114,13 @@ class DistillTrainer(MeasuredTrainer):
         self._weight_column = weight_column(self.terms)
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
+        if method is not None:
+            check_own_prompt(method, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
         if own is not None:
-            check_byte_forms(configs, self.regime, guards)
+            check_byte_forms(configs, self.regime, guards, args.byte_length)
+        else:
+            check_token_forms(configs)
         self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
         super().__init__(
             guards or GuardsConfig(),
@@ -135,6 +140,8 @@ class DistillTrainer(MeasuredTrainer):
         if (both := self.two_tokenizers()) is not None:
             size = self._base_model.config.get_text_config().vocab_size
             self._events, vocab = both.events(size, vocab or size).to(self.accelerator.device), None
+            if knows_likeliest(self.teacher):
+                check_likeliest(configs)
         elif vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
         self._take_teacher()
@@ -181,6 +188,8 @@ class DistillTrainer(MeasuredTrainer):
         self.teacher.prepare(self.model, self.accelerator)
         # An evaluation before training prepares the student where no model was prepared before.
         del self.accelerator._models[prepared:]
+        if self.teacher.follows:
+            self.add_callback(Following(self.teacher))
         found = found or self.teacher.probe(self.padding_free)
         self.verdicts += found
         settle(found)
@@ -205,6 +214,7 @@ class DistillTrainer(MeasuredTrainer):
             "watch": self._watch,
             "terms": self._schedule,
             **({"share": ramp} if ramp is not None else {}),
+            **({"teacher": self.teacher} if self.teacher.follows else {}),
         }
         self.needs_own_state = self._step.must_be_saved
 

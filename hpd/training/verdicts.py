@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from hpd.config.schema import Recipe
-from hpd.data.byte_rows import TwoTokenizers, check_byte_rows
+from hpd.data.byte_rows import TwoTokenizers, byte_lengths, check_byte_rows
 from hpd.data.context import check_context, context_of
 from hpd.data.formats import FORMATS, RowFormat
-from hpd.data.lengths import MEASURED_ROWS, Lengths, greatest_id
+from hpd.data.lengths import MEASURED_ROWS, Lengths, TeacherLengths, greatest_id
 from hpd.data.reading import first_rows
 from hpd.data.rendered import compare_rows
 from hpd.data.rows import Rows
-from hpd.data.teacher_rows import check_teacher_rows
+from hpd.data.teacher_rows import check_teacher_rows, own_lengths
 from hpd.models.ends import end_tokens
 from hpd.models.load import load_generation_config
 from hpd.models.pairing import CheckResult, check_pair
@@ -122,6 +122,20 @@ def row_verdicts(
         *check_context(looked_at, tokenizer, labels, args.max_length, configs),
         *(_own_rows(models, rows, recipe, args) if own else ()),
     ]
+
+
+def teacher_lengths(
+    models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig
+) -> TeacherLengths | None:
+    """Tokens of the first rows as the teacher reads them; None where it reads the student's."""
+    given = rows.train, models.tokenizer
+    if models.other is not None:
+        return byte_lengths(*given, models.other, label_policy(args), args.max_length)
+    if not recipe.teacher.reads_own_rows:
+        return None
+    regime = recipe.choose_regime()
+    new_tokens = regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0
+    return own_lengths(*given, label_policy(args), args.max_length, new_tokens)
 
 
 def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: DistillConfig) -> list[CheckResult]:

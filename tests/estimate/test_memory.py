@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from hpd import DistillConfig
 from hpd.config import load_recipe
+from hpd.estimate.cost import flops_per_token
 from hpd.estimate.fake_models import backbone
 from hpd.estimate.live_bytes import LiveBytes
 from hpd.estimate.memory import StepMemory
@@ -148,6 +149,32 @@ def test_the_largest_batch_and_chunk_fit_and_one_more_does_not(tmp_path):
     assert step.predict(chunk_bytes=step.fit(tight).chunk_bytes).total <= tight
     assert 0 < step.fit(tight).chunk_bytes < fit.chunk_bytes
     assert step.fit(MIB) == (0, 0)
+
+
+def test_the_teachers_own_rows_are_counted(tmp_path):
+    """A prompt for the teacher alone: its row is as much longer as the prompt is, in memory and FLOPs, and
+    nothing of the student's changes."""
+    file = write_recipe(tmp_path / "a", SIZES["activations"][0], batch=4)
+    texts = [{"prompt": f"say {i}:", "completion": " one two three" * (1 + i % 3)} for i in range(12)]
+    (tmp_path / "a" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    hint = "one two three four five six seven eight nine ten " * 8
+    plain, own = (plan(load_recipe(file, change)) for change in ([], [f"teacher.prompt={hint}{{prompt}}"]))
+    assert plain.lengths.teacher is None
+    lengths = own.lengths
+    assert lengths.teacher is not None
+    more = len(tiny_tokenizer()(hint)["input_ids"])
+    assert lengths.teacher.tokens - lengths.tokens == pytest.approx(more, abs=2)
+    assert lengths.teacher.label_tokens == lengths.label_tokens
+    price = flops_per_token(own.recipe)
+    added = price.of_row(lengths) - price.of_row(plain.lengths)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "teacher")
+    inner = sum(p.numel() for p in teacher.parameters()) - teacher.get_input_embeddings().weight.numel()
+    assert added == pytest.approx(2 * inner * (lengths.teacher.tokens - lengths.tokens), rel=1e-6)
+    memory, wider = StepMemory(plain), StepMemory(own)
+    assert wider.teacher_tokens > wider.tokens == memory.tokens == memory.teacher_tokens
+    before, after = memory.predict(), wider.predict()
+    assert after.teacher_forward > before.teacher_forward
+    assert after._replace(teacher_forward=0) == before._replace(teacher_forward=0)
 
 
 def test_what_saves_memory_is_seen(tmp_path):

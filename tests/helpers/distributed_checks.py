@@ -26,6 +26,7 @@ from hpd.losses import reweighted_nll
 from hpd.methods import choose_terms, name_terms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.models.forward import add_head_function, model_inputs, scores_of
+from hpd.teachers import SelfTeacher
 from hpd.training.stopping import leaving_processes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -165,17 +166,33 @@ def own_rows(pair: Path, output: Path) -> None:
 
 
 def two_tokenizers(pair: Path, output: Path) -> None:
-    """The teacher has a tokenizer of its own; the last batch is uneven. By plain descent: some gradients here
-    are next to nothing, and Adam would follow their rounding."""
+    """The teacher has a tokenizer of its own; the last batch is uneven."""
+    trained("two_tokenizers", pair, output, **_other_teacher(pair))
+
+
+def _other_teacher(pair: Path) -> dict:
+    """By plain descent: some gradients here are next to nothing, and Adam would follow their rounding."""
     pieces = pair / "pieces"
-    options = {
+    return {
         "teacher": AutoModelForCausalLM.from_pretrained(pieces),
         "teacher_tokenizer": AutoTokenizer.from_pretrained(pieces),
         "vocabulary": "bytes",
         "optim": "sgd",
         "learning_rate": 0.3,
+        "count": 11,
+        "max_steps": 2,
     }
-    trained("two_tokenizers", pair, output, count=11, max_steps=2, **options)
+
+
+def averaged(pair: Path, output: Path) -> None:
+    """The teacher is the student's moving average, and reads the answer; the last batch is uneven."""
+    trained("averaged", pair, output, **_average())
+
+
+def _average() -> dict:
+    terms = [TermConfig(objective="nll"), TermConfig(objective="forward_kl", cap=0.05)]
+    options = {"terms": terms, "hinted": True, "count": 11, "optim": "sgd", "learning_rate": 0.3}
+    return {**options, "teacher": SelfTeacher(0.3)}
 
 
 def low_precision(pair: Path, output: Path) -> None:
@@ -258,6 +275,22 @@ def fsdp2(pair: Path, output: Path) -> None:
         local_share=local,
         teacher_in_optimizer=teacher_owned,
     )
+
+
+def fsdp2_averaged(pair: Path, output: Path) -> None:
+    """The moving average of a sharded student is sharded too."""
+    _under_fsdp2("fsdp2_averaged", pair, output, **_average())
+
+
+def fsdp2_two_tokenizers(pair: Path, output: Path) -> None:
+    _under_fsdp2("fsdp2_two_tokenizers", pair, output, **_other_teacher(pair))
+
+
+def _under_fsdp2(name: str, pair: Path, output: Path, **options) -> None:
+    if world_size() > 1:
+        _let_fsdp_run_on_cpu()
+        options |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    trained(name, pair, output, **options)
 
 
 def fully_shard(pair: Path, output: Path) -> None:
@@ -368,10 +401,13 @@ CHECKS = {
         two_tokenizers,
         low_precision,
         self_teacher,
+        averaged,
         cached,
         resumed,
         straight,
         fsdp2,
+        fsdp2_averaged,
+        fsdp2_two_tokenizers,
         fully_shard,
         refusals,
     )

@@ -51,7 +51,9 @@ def make_trainer(
         "train_sampling_strategy": "sequential",
     }
     regime = {
-        name: options.pop(name) for name in ("prefixes", "rollouts", "strategy", "guards") if name in options
+        name: options.pop(name)
+        for name in ("prefixes", "rollouts", "strategy", "guards", "teacher_tokenizer")
+        if name in options
     }
     settings.update(options)
     return DistillTrainer(

@@ -44,7 +44,9 @@ def recipe(tmp_path_factory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_recipe_runs_every_method_by_name(recipe, tmp_path, method):
-    train(load_recipe({**recipe, "output_dir": str(tmp_path / "run")}, [f"method={method}"]))
+    own = ["teacher.prompt=answer{completion}. {prompt}"] if METHODS[method].own_prompt else []
+    own += ["train.vocabulary=bytes"] if method in ("uld", "gold") else []
+    train(load_recipe({**recipe, "output_dir": str(tmp_path / "run")}, [f"method={method}", *own]))
     logs = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [log["loss"] for log in logs if "loss" in log]
     assert len(losses) == 2

@@ -9,7 +9,7 @@ from hpd.methods.rest import rests_where_equal
 from hpd.methods.schedules import Schedule
 from hpd.methods.terms import TermConfig
 
-FOLLOW_LABELS = {"sft", "seqkd", "psft", "label_forward_kl"}
+FOLLOW_LABELS = {"sft", "seqkd", "psft", "label_forward_kl", "uld"}
 
 
 @pytest.mark.parametrize("method", METHODS)

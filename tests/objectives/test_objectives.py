@@ -102,6 +102,16 @@ def label_jsd_oracle(beta: float) -> Callable[[Row, Row, Row], float]:
     return oracle
 
 
+def alm_oracle(tau: float) -> Callable[[Row, Row, Row], float]:
+    """The divergence of two coins."""
+
+    def oracle(p: Row, q: Row, held: Row) -> float:
+        a, b = p[0] ** (1 / tau), q[0] ** (1 / tau)
+        return kl([a, 1 - a], [b, 1 - b])
+
+    return oracle
+
+
 def chi_squared_oracle(p: Row, q: Row, held: Row) -> float:
     return sum((a - b) ** 2 / b for a, b in zip(p, q, strict=True))
 
@@ -134,6 +144,7 @@ CASES = [
     Case("label_forward_kl", {}, domain="label", holds_constants=True),
     Case("label_reverse_kl", {}, label_reverse_oracle, "label"),
     *(Case("label_jsd", {"beta": beta}, label_jsd_oracle(beta), "label") for beta in (0.2, 0.5)),
+    *(Case("alm", {"tau": tau}, alm_oracle(tau), "label") for tau in (1.0, 20.0)),
     Case("forward_kl", {}, lambda p, q, held: kl(p, q)),
     Case("reverse_kl", {}, lambda p, q, held: kl(q, p)),
     *(

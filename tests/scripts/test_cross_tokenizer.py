@@ -43,19 +43,38 @@ def test_a_comparison_goes_on_with_what_is_missing(tmp_path):
         "student": str(student),
         "teacher": str(teacher),
         "data": {"path": str(data), "validation": 0.25},
-        "train": {"vocabulary": "bytes", "max_steps": 2, "use_cpu": True, "report_to": "none"},
+        "train": {
+            "vocabulary": "bytes",
+            "max_steps": 2,
+            "use_cpu": True,
+            "report_to": "none",
+            "learning_rate": 1e-3,
+        },
         "output_dir": str(tmp_path / "run"),
     }
     recipe.write_text(json.dumps(tree), encoding="utf-8")
     output = tmp_path / "out"
     SCRIPT["compare"](recipe, str(same), output, [0], [])
     lines = (output / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    assert [json.loads(line)["arm"] for line in lines][3:] == ["sft", "other", "same"]
+    assert [json.loads(line)["arm"] for line in lines][3:] == ["sft", "masked", "bytes", "other", "same"]
     (output / "results.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
-    kept = (output / "sft-0" / "model.safetensors").stat().st_mtime_ns
+    kept = (output / "sft-0.001-0" / "model.safetensors").stat().st_mtime_ns
     SCRIPT["compare"](recipe, str(same), output, [0], [])
     again = (output / "results.jsonl").read_text(encoding="utf-8").splitlines()
     for line, before in zip(again, lines, strict=True):
         assert json.loads(line)["bits_per_byte"] == json.loads(before)["bits_per_byte"]
-    assert (output / "sft-0" / "model.safetensors").stat().st_mtime_ns == kept
-    assert "| other |" in SCRIPT["table"]([json.loads(line) for line in again])
+    assert (output / "sft-0.001-0" / "model.safetensors").stat().st_mtime_ns == kept
+    assert "| other | 0.001 |" in SCRIPT["table"]([json.loads(line) for line in again])
+
+
+def test_the_table_is_of_the_rate_that_other_rows_chose():
+    """At rate 2 the arm is better on the rows of the table and worse on those that choose: 1 is shown."""
+    lines = [
+        {"arm": "student", "tuning": 5.0, "bits_per_byte": 5.0},
+        *({"arm": "same", "rate": 1.0, "seed": n, "tuning": 1.0, "bits_per_byte": 2.0 + n} for n in (0, 1)),
+        {"arm": "other", "rate": 1.0, "seed": 0, "tuning": 2.0, "bits_per_byte": 3.0},
+        {"arm": "other", "rate": 2.0, "seed": 0, "tuning": 3.0, "bits_per_byte": 1.0},
+    ]
+    shown = SCRIPT["table"](lines).splitlines()
+    assert shown[3] == "| same | 1 | 2.500 | 2.000, 3.000 | 2 | 100% |"
+    assert shown[4] == "| other | 1 | 3.000 | 3.000, 3.000 | 1 | 80% |"

@@ -238,12 +238,13 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
 
 
 DDP = (
-    "plain", "uneven", "rollouts", "own_rows", "two_tokenizers", "low_precision", "self_teacher", "cached",
-    "straight",
+    "plain", "uneven", "rollouts", "own_rows", "two_tokenizers", "low_precision", "self_teacher", "averaged",
+    "cached", "straight",
 )  # fmt: skip
-ONE = (*DDP, "fsdp2")
+FSDP2 = ("fsdp2", "fsdp2_averaged", "fsdp2_two_tokenizers")
+ONE = (*DDP, *FSDP2)
 # A recipe's FSDP stays in the environment, so what asks for it comes last.
-TWO = (*DDP, "accumulated", "resumed", "refusals", "fsdp2", "fully_shard")
+TWO = (*DDP, "accumulated", "resumed", "refusals", *FSDP2, "fully_shard")
 FOUR = ("plain", "uneven", "rollouts", "cached", "fsdp2", "fully_shard")
 REFERENCE = {"accumulated": "plain", "resumed": "straight"}
 

@@ -339,7 +339,7 @@ def test_recipes_are_refused_before_a_model_loads(recipe, tmp_path, changes, sai
         train(load_recipe(recipe, [f"output_dir={tmp_path}", *changes]))
 
 
-@pytest.mark.parametrize("name", ["self_hint", "prompt_distillation"])
+@pytest.mark.parametrize("name", ["opsd", "prompt_distillation", "sdft"])
 def test_recipes_train_two_steps(name, pair, tmp_path):
     text = json.dumps({"question": "say two", "answer": "one two"}) + "\n"
     (tmp_path / "rows.jsonl").write_text(text + text.replace("two", "three") * 7)

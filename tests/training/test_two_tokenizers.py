@@ -16,7 +16,7 @@ from hpd.config import load_recipe
 from hpd.methods.prefixes import Prefixes
 from hpd.methods.table import method_terms
 from hpd.models.token_bytes import token_bytes
-from hpd.teachers import ModelTeacher
+from hpd.teachers import CachedTeacher, ModelTeacher
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
@@ -123,14 +123,17 @@ def test_the_teacher_reads_its_own_tokens_at_the_right_place(pairs, tmp_path):
     assert abs(gradient(trainer)[0] - loss) > 1e-4
 
 
-@pytest.mark.parametrize("method", ["hpd", "hpd_full", "forward_kl", "reverse_kl", "masked_sft"])
+@pytest.mark.parametrize(
+    "method", ["hpd", "hpd_full", "forward_kl", "reverse_kl", "masked_sft", "alm", "uld", "gold"]
+)
 def test_training_moves_the_student_and_says_how_sure_it_was(pairs, tmp_path, method):
     trainer = trainer_of(
-        pairs[0], tmp_path, method=method, evaluation=rows(4), max_steps=6, learning_rate=0.3,
-        eval_strategy="no",
+        pairs[0], tmp_path, method=method, evaluation=rows(4), max_steps=6,
+        learning_rate=10.0 if method == "alm" else 0.3, eval_strategy="no",
+        byte_length="product" if method == "alm" else "geometric",
     )  # fmt: skip
     # The values of hpd and hpd_full are no distances (docs/theory.md).
-    watched = {"masked_sft": "eval_loss", "hpd": "eval_mass_moved"}.get(method, "eval_forward_kl")
+    watched = {"hpd": "eval_mass_moved", "hpd_full": "eval_forward_kl"}.get(method, "eval_loss")
     before = trainer.evaluate()[watched]
     trainer.train()
     logs = trainer.state.log_history[-2]
@@ -166,11 +169,17 @@ def test_a_cut_row_is_learned_up_to_its_last_whole_chunk(pairs, tmp_path):
         ({"prefixes": Prefixes(student=1.0)}, "rows that the student writes"),
         ({"truncation_mode": "keep_end"}, "set keep_start"),
         ({"vocabulary": "error", "byte_length": "product"}, "train.byte_length: product has an effect with"),
+        ({"method": "alm"}, "compares the probabilities of whole chunks: set train.byte_length: product"),
     ],
 )
 def test_what_has_no_byte_form_is_refused(pairs, tmp_path, options, said):
     with pytest.raises(ValueError, match=said):
         make_trainer(pairs[0], tmp_path, **{"vocabulary": "bytes", **options})
+
+
+def test_pairs_of_tokens_need_two_vocabularies(pairs, tmp_path):
+    with pytest.raises(ValueError, match=r"pairs the tokens of two vocabularies: set train.vocabulary"):
+        make_trainer((pairs[0][0], pairs[0][0]), tmp_path, method="uld")
 
 
 def recipe_of(pair, folder, **changes):
@@ -222,11 +231,9 @@ def test_rows_that_differ_in_bytes_are_counted(pairs, tmp_path):
     ("changes", "said"),
     [
         ({"teacher": {"type": "server", "url": "http://127.0.0.1:9", "model": "x"}}, "teacher.type: server"),
-        (
-            {"teacher": {"type": "cached", "path": "nowhere"}},
-            "teacher.type: cached answers about the student",
-        ),
         ({"method": "distillm"}, "rows that the student writes"),
+        ({"method": "gold", "train": {"vocabulary": "error"}}, "pairs the tokens of two vocabularies"),
+        ({"method": "alm"}, "set train.byte_length: product"),
         ({"guards": {"support_overlap": {"warn": 0.1}}}, "guards.support_overlap compares token by token"),
         ({"train": {"vocabulary": "byte"}}, "did you mean 'bytes'|bytes"),
     ],
@@ -236,6 +243,48 @@ def test_a_recipe_is_refused_before_anything_loads(pairs, tmp_path, changes, sai
         plan(recipe_of(pairs[0], tmp_path, **changes))
 
 
-def test_a_cache_is_refused(pairs, tmp_path):
-    with pytest.raises(ValueError, match=r"A cache holds answers about the student.s tokens"):
-        write_cache(recipe_of(pairs[0], tmp_path, cache={"path": str(tmp_path / "cache")}))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cache_holds_what_the_teacher_says_in_its_own_tokens(pairs, tmp_path, layout):
+    """Cached and live, batch by batch; the cache knows that it is of two tokenizers."""
+    settings = {"train": {**LAYOUTS[layout], "shuffle_dataset": False, "eval_strategy": "no"}}
+    cache = {"path": str(tmp_path / "cache"), "dtype": "float32"}
+    recipe = recipe_of(pairs[0], tmp_path, cache=cache, method="hpd", **settings)
+    written = write_cache(recipe)
+    planned = plan(recipe)
+    live = rows_of_recipe(pairs[0], tmp_path / "live", recipe, ModelTeacher(
+        AutoModelForCausalLM.from_pretrained(pairs[0][1])
+    ), planned.other.tokenizer)  # fmt: skip
+    stored = rows_of_recipe(pairs[0], tmp_path / "stored", recipe, CachedTeacher(cache["path"]), None)
+    positions = 0
+    for batch in live.get_train_dataloader():
+        positions += len(batch["label_teacher_labels"])
+        asked = {**batch, "asked": None}
+        found, expected = gradient(stored, [dict(batch)]), gradient(live, [asked])
+        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert (found[1] - expected[1]).norm() < 1e-5 * expected[1].norm()
+    assert 0 < positions <= written.positions
+    plain = {"teacher": {"type": "cached", "path": cache["path"]}}
+    with pytest.raises(ValueError, match=r"another .*train.vocabulary \(bytes in the cache, None here\)"):
+        plan(recipe_of(pairs[0], tmp_path, **plain, train={"vocabulary": "error"}))
+
+
+def rows_of_recipe(pair, folder, recipe, teacher, tokenizer):
+    given = [dict(row) for row in plan(recipe).rows.train]
+    layout = {k: v for k, v in recipe.train.items() if k in ("padding_free", "packing", "max_length")}
+    return make_trainer(
+        pair, folder, train=given, method="hpd", teacher=teacher, teacher_tokenizer=tokenizer,
+        per_device_train_batch_size=recipe.train["per_device_train_batch_size"], vocabulary="bytes",
+        shuffle_dataset=False, **layout,
+    )  # fmt: skip
+
+
+def test_a_recipe_trains_from_a_cache(pairs, tmp_path):
+    cache = {"path": str(tmp_path / "cache"), "kind": "top_k", "top_k": 4}
+    rules = {"method": "masked_sft", "cache": cache}
+    write_cache(recipe_of(pairs[0], tmp_path, **rules))
+    live = train(recipe_of(pairs[0], tmp_path, method="masked_sft", output_dir=str(tmp_path / "live")))
+    cached = {**rules, "teacher": {"type": "cached"}, "output_dir": str(tmp_path / "cached")}
+    stored = train(recipe_of(pairs[0], tmp_path, **cached))
+    assert stored["loss after"] == pytest.approx(live["loss after"], abs=1e-4)
+    with pytest.raises(ValueError, match="holds its likeliest tokens: between two tokenizers it serves"):
+        plan(recipe_of(pairs[0], tmp_path, **{**cached, "method": "hpd"}))
