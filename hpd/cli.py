@@ -251,18 +251,23 @@ def generate(
 
 @app.command(epilog="Example: hpd export runs/mine --merge --output models/mine")
 def export(
-    model: Annotated[str, typer.Argument(help="Run folder of a recipe with lora.", show_default=False)],
-    output: Annotated[Path, typer.Option(help="New folder for the model.", show_default=False)],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+    model: Annotated[str, typer.Argument(help="Run folder.", show_default=False)],
+    output: Annotated[Path | None, typer.Option(help="New folder for the merged model.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a run's adapter into its base.")] = False,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: as the base was saved.")
     ] = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Push the student, with its card, to the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository made for it is private.")] = False,
 ) -> None:
-    """Write a run's adapter as a whole model, with its tokenizer, for whatever reads no adapters."""
+    """Write a run's adapter as a whole model, for whatever reads no adapters, or push a run's student to the
+    Hub, or both."""
     with user_errors():
         from hpd.terminal.export import run_export
 
-        run_export(model, merge, output, dtype)
+        run_export(model, merge, output, dtype, push_to_hub, private)
 
 
 @app.command(cls=RecipeCommand, epilog="Example: hpd compare experiment.yaml --dry-run")

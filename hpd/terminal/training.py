@@ -23,6 +23,7 @@ from hpd.terminal.console import TerminalProgress, console, remarks, show_figure
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import shards_of, write_cache
+from hpd.training.hub import PushFailed
 from hpd.training.plan import plan
 from hpd.training.run import train
 from hpd.training.stopping import ends_kept, leaving_processes
@@ -38,7 +39,12 @@ def run_train(
     """Train by a recipe file and show the summary; or check everything and print the resolved recipe."""
     recipe = load_recipe(path, overrides)
     if not dry_run:
-        show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
+        try:
+            summary = train_with_display(recipe, overwrite, takes_changed)
+        except PushFailed as error:
+            show_summary(recipe, error.summary)
+            raise
+        show_summary(recipe, summary)
         folder = shlex.quote(recipe.output_dir)
         show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl", f"hpd report {folder}")
         return

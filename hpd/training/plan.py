@@ -28,6 +28,7 @@ from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
+from hpd.training.hub import Push, push_asked
 from hpd.training.settings import check_special_tokens
 from hpd.training.tracking import check_trackers, described
 from hpd.training.verdicts import DescribedModels, model_verdicts, pair_verdicts, row_verdicts
@@ -123,6 +124,8 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     check_trackers(args)
     args.described = described(recipe)
+    pushed = push_asked(recipe)
+    args.push_to_hub = False  # the trainer would push the whole folder, before its card is written
     models = _describe_models(recipe, args, fresh)
     prompts = recipe.choose_regime().needs_prompts_only
     teacher = recipe.teacher
@@ -138,7 +141,7 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
         models.teacher_configs,
         compared.rows,
         compared.lengths,
-        compared.verdicts,
+        compared.verdicts if pushed is None else (*compared.verdicts, _push_verdict(pushed)),
         _check_evals(plan_evals(recipe.eval), args),
         models.served,
         models.date,
@@ -231,6 +234,11 @@ def _connect(
     served.connect(tokenizer)
     served.check_rows(args.max_length)
     return served
+
+
+def _push_verdict(pushed: Push) -> CheckResult:
+    text = f"the finished student is pushed to the Hub as {pushed.repo}; before training this is tried"
+    return CheckResult("ok", "hub", text)
 
 
 def _check_evals(evals: tuple[PlannedEval, ...], args: DistillConfig) -> tuple[PlannedEval, ...]:

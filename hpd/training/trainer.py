@@ -148,7 +148,7 @@ class DistillTrainer(MeasuredTrainer):
         folder = Path(str(self.args.output_dir))
         teacher = getattr(self.teacher.model, "config", None)
         card = Card(
-            name=model_name or folder.name,
+            name=self.hub_model_id or model_name or folder.name,
             student=str(getattr(self._base_model.config, "_name_or_path", "") or "a student"),
             teacher=str(getattr(teacher, "_name_or_path", "") or type(self.teacher).__name__),
             method=self._method_name,
