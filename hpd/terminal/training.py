@@ -138,12 +138,23 @@ def summary_table(summary: dict[str, Any]) -> Table:
             label,
             *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")),
         )
-    for figure in _FIGURES:
+    for figure in _figures(summary):
         before, after = summary.get(f"{figure} before"), summary.get(f"{figure} after")
         if before is not None or after is not None:
-            show = _share if figure == "top1_agreement" else _nats
+            show = _share if figure.endswith("top1_agreement") else _nats
             table.add_row(figure, show(before), show(after), "")
     return table
+
+
+def _figures(summary: dict[str, Any]) -> list[str]:
+    """Figures of the validation rows, of several sets one set after the other."""
+    names = list(
+        dict.fromkeys(key.rpartition(" ")[0] for key in summary if key.endswith((" before", " after")))
+    )
+    sets = dict.fromkeys(
+        name.removesuffix(figure) for name in names for figure in _FIGURES if name.endswith(f"_{figure}")
+    )
+    return [f"{one}{figure}" for one in ("", *sets) for figure in _FIGURES]
 
 
 def _title(summary: dict[str, Any]) -> str:

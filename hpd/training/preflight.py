@@ -88,8 +88,8 @@ def check_best_metric(args: DistillConfig, names: set[str]) -> None:
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in names:
         raise ValueError(
-            f"train.metric_for_best_model is {metric!r}, which no evaluation has. "
-            f"{nearest(metric.removeprefix('eval_'), sorted(names))}"
+            f"train.metric_for_best_model is {metric!r}, which no evaluation has (with several validation "
+            f"sets it is NAME_loss, ...). {nearest(metric.removeprefix('eval_'), sorted(names))}"
         )
 
 
