@@ -21,6 +21,7 @@ from hpd.config.yaml_file import shorten
 from hpd.files import import_named
 from hpd.methods.byte_forms import check_byte_forms
 from hpd.methods.fields import nearest
+from hpd.methods.names import new_keys
 from hpd.methods.regime import Regime
 
 __all__ = ["check_recipe", "check_tree", "hint_at", "read_tree", "resolve"]
@@ -49,6 +50,8 @@ def read_tree(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown key, a wrong type, what a section refuses, or a secret.
     """
+    if isinstance(terms := tree.get("terms"), (list, tuple)):
+        tree = {**tree, "terms": [new_keys(term) if isinstance(term, Mapping) else term for term in terms]}
     try:
         recipe = _adapter().validate_python(tree)
     except ValidationError as error:

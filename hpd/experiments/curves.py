@@ -21,8 +21,8 @@ KL_METRICS = ("forward_kl", "reverse_kl")
 BRANCHES = {
     "k1_positive": "student underestimates the label",
     "reinforced": "label reinforced",
-    "suppressed": "label penalized",
-    "punished": "sample penalized",
+    "label_penalized": "label penalized",
+    "sample_penalized": "sample penalized",
 }
 NO_VALIDATION = (
     "KL over training is drawn on validation rows, and these runs measured none while they trained: batches "

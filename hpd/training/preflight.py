@@ -87,9 +87,10 @@ def check_best_metric(args: DistillConfig, names: set[str]) -> None:
     """
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in names:
+        of_sets = "" if "loss" in names else " (of several validation sets each has NAME_loss, ...)"
         raise ValueError(
-            f"train.metric_for_best_model is {metric!r}, which no evaluation has (with several validation "
-            f"sets it is NAME_loss, ...). {nearest(metric.removeprefix('eval_'), sorted(names))}"
+            f"train.metric_for_best_model is {metric!r}, which no evaluation has{of_sets}. "
+            f"{nearest(metric.removeprefix('eval_'), sorted(names))}"
         )
 
 

@@ -137,7 +137,7 @@ def test_slips_in_sets_are_refused_when_the_recipe_is_read(tree, validation, sai
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metric_for_best_model": "forward_kl"}, "with several validation sets it is NAME_loss"),
+        ({"metric_for_best_model": "forward_kl"}, "of several validation sets each has NAME_loss"),
         ({"metric_for_best_model": "far_forward_kl"}, "Did you mean '"),
         ({"metric_for_best_model": None}, "train.save_strategy: best needs train.metric_for_best_model"),
         ({"load_best_model_at_end": True, **STEPS, "metric_for_best_model": None}, "model is 'loss'"),
