@@ -19,7 +19,7 @@ from hpd.data.rows import load_rows
 from hpd.data.teacher_prompts import TeacherContext
 from hpd.locks import holding
 from hpd.models.export import write_merged
-from hpd.progress import Progress
+from hpd.progress import Progress, quiet_libraries
 from hpd.training.arguments import check_names, train_arguments
 from hpd.training.checkpoints import check_processes, newest_complete, writing
 from hpd.training.dates import DATE
@@ -82,6 +82,7 @@ def _train(
     signals: Signals,
 ) -> dict[str, Any]:
     """The run itself; returns its summary."""
+    quiet_libraries()  # the checks of a folder make settings, of which transformers has something to say
     if recipe.stages:
         return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
     # A key that does not exist makes another recipe of any run that the folder holds.
