@@ -1,10 +1,10 @@
-"""The way of a stranger, timed: from a clone to the demo, from rows of their own to a dry run, from a run to an
-answer. Writes `docs/evidence/strangers-path.md` with `--write`.
+"""The way of a stranger, timed: from a clone to the demo, from rows of their own to a dry run, from a run
+to an answer. Writes `docs/evidence/strangers-path.md` with `--write`.
 
     python scripts/strangers_path.py --write
 
-Every step is a command as a person types it, in an empty folder and without a network. The libraries (torch and
-the others) are those of the Python that runs this script: their download is not timed.
+Every step is a command as a person types it, in an empty folder and without a network. The libraries (torch
+and the others) are those of the Python that runs this script: their download is not timed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def page(steps: Sequence[Step]) -> str:
             f"| **{part}** | | **{sum(s.wall for s in own):.0f}** | **{sum(s.busy for s in own):.0f}** |"
         )
     table = "\n".join(["| part | command | waited, s | processor, s |", "|---|---|---|---|", *lines])
-    load = os.getloadavg()[1]
+    machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return f"""# A stranger's path, timed
 
 How long the first commands take, typed one after the other. Label: measured (CPU).
@@ -114,12 +114,14 @@ How long the first commands take, typed one after the other. Label: measured (CP
 
 {table}
 
-Machine: {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {time.strftime("%Y-%m-%d")}. Other programs ran meanwhile
-(load average {load:.1f} over five minutes), so the waiting is longer than on an idle machine; processor time is less affected. Method: each
-command once, in an empty folder, without a network; the time is of the whole process, imports included. The clone is of a local
-repository. **Not in it**: the installation of torch and the libraries, which is a download of some gigabytes; reading; and models that come
-from the Hub. Own data are {OWN_ROWS} rows of sums, the student is the demo's (0.11 M weights), the teacher has 0.8 M: with a real pair
-everything but imports takes longer.
+Machine: {machine}, {time.strftime("%Y-%m-%d")}. Other programs ran meanwhile
+(load average {os.getloadavg()[1]:.1f} over five minutes), so the waiting is longer than on an idle machine;
+processor time is less affected. Method: each command once, in an empty folder, without a network; the time is
+that of the whole process, imports included. The clone is of a local repository.
+
+**Not in it**: the installation of torch and the libraries, a download of some gigabytes; reading; and models
+that come from the Hub. Own data are {OWN_ROWS} rows of sums, the student is the demo's (0.11 M weights), the
+teacher has 0.8 M: with a real pair everything but the imports takes longer.
 
 Next: [install](../start/install.md)
 """
