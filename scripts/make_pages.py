@@ -61,7 +61,7 @@ _TASKS_TAIL = """
 ## Presets
 
 `--preset NAME`, or `preset: NAME` in a recipe's `eval`: {presets}.
-[Evaluate](../guides/evaluate.md#the-preset-paper) has their numbers.
+[Evaluate](answers.md#the-preset-paper) has their numbers.
 
 Next: [evaluate a student](../guides/evaluate.md)
 """

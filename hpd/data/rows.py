@@ -275,7 +275,7 @@ def format_of(rows: Any, columns: Mapping[str, str], prompts: bool) -> RowFormat
         prompts: as `load_rows` takes it.
 
     Raises:
-        ValueError: no format of docs/guides/data.md.
+        ValueError: no format of docs/reference/data-formats.md.
     """
     found = _columns(rows)
     # TRL refuses a dataset with a transform, which may draw.
