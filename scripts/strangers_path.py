@@ -90,7 +90,7 @@ def walk(folder: Path, demo_steps: int) -> list[Step]:
     shown = f"hpd train recipe.yaml train.max_steps={OWN_STEPS} train.save_strategy=no"
     way.take("Run to chat", shown, [*hpd, "train", "recipe.yaml", *steps], "student and metrics in")
     chat = [*hpd, "chat", "runs/mine", "--max-new-tokens", "20"]
-    way.take("Run to chat", "echo '3+4=' | hpd chat runs/mine --max-new-tokens 20", chat, typed="3+4=\n")
+    way.take("Run to chat", "hpd chat runs/mine --max-new-tokens 20", chat, typed="3+4=\n")
     return way.steps
 
 
@@ -114,10 +114,11 @@ How long the first commands take, typed one after the other. Label: measured (CP
 
 {table}
 
-Machine: {machine}, {time.strftime("%Y-%m-%d")}. Other programs ran meanwhile
-(load average {os.getloadavg()[1]:.1f} over five minutes), so the waiting is longer than on an idle machine;
-processor time is less affected. Method: each command once, in an empty folder, without a network; the time is
-that of the whole process, imports included. The clone is of a local repository.
+Machine: {machine}, {time.strftime("%Y-%m-%d")}. The load average over five minutes was
+{os.getloadavg()[1]:.1f} and the commands ran at priority {os.nice(0)} (0 is usual, 19 the lowest): with other
+programs running, the waiting is longer than on an idle machine, and processor time is what to compare.
+Method: each command once, in an empty folder, without a network; the time is that of the whole process,
+imports included. The clone is of a local repository.
 
 **Not in it**: the installation of torch and the libraries, a download of some gigabytes; reading; and models
 that come from the Hub. Own data are {OWN_ROWS} rows of sums, the student is the demo's (0.11 M weights), the
