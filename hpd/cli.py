@@ -267,26 +267,39 @@ def import_(options: ImportOptions) -> None:
 
 @app.command(cls=RecipeCommand, epilog="Example: hpd export runs/mine --merge --output models/mine")
 def export(
-    model: Annotated[
-        str, typer.Argument(help="Run folder of a recipe with lora, or a recipe.", show_default=False)
-    ],
-    output: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Run folder; with --format, a recipe.", show_default=False)],
     overrides: Overrides = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its base.")] = False,
+    output: Annotated[Path | None, typer.Option(help="New folder for what is written.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a run's adapter into its base.")] = False,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16; auto: as the base was saved.")
     ] = "auto",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Push the student, with its card, to the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A repository made for it is private.")] = False,
     form: Annotated[
         str | None,
         typer.Option("--format", help="Of a recipe with a cached teacher: distillkit, axolotl or vllm."),
     ] = None,
 ) -> None:
-    """Write a run's adapter as a whole model, for whatever reads no adapters; or, with --format, a recipe's
-    rows and their cached teacher for another trainer."""
+    """Write a run's adapter as a whole model, for whatever reads no adapters, or push a run's student to the
+    Hub, or both; or, with --format, write a recipe's rows and their cached teacher for another trainer."""
     with user_errors():
+        if form is not None or overrides:
+            from hpd.terminal.export import run_cache_export
+
+            of_models = {
+                "--merge": merge,
+                "--dtype": dtype != "auto",
+                "--push-to-hub": push_to_hub is not None,
+                "--private": private,
+            }
+            run_cache_export(model, output, form, overrides or (), [n for n, on in of_models.items() if on])
+            return
         from hpd.terminal.export import run_export
 
-        run_export(model, merge, output, dtype, form, overrides or ())
+        run_export(model, merge, output, dtype, push_to_hub, private)
 
 
 @app.command(cls=RecipeCommand, epilog="Example: hpd compare experiment.yaml --dry-run")

@@ -53,12 +53,12 @@ _TAIL = """
 |---|---|---|
 | `full` | every token | |
 | `label` | the dataset's token | |
-| `sampled` | drawn tokens, weight / probability | `num_draws`, `draws_of`, `draw_temperature`, `importance` |
-| `label+sampled` | the label, and draws that differ from it | the same, `draw_share`, `exclude_label` |
+| `sampled` | samples, weight / probability | `num_samples`, `draws_of`, `draw_temperature`, `importance` |
+| `label+sampled` | the label, and draws that differ from it | the same, `sample_fraction`, `exclude_label` |
 | `rollout` | the token that the student wrote, weight divided by its probability; needs `on: student` | |
 | `top_k` | the k likeliest, and the tail | `top_k`, `top_k_of`, `tail` (`bucket`, `renormalize`, `drop`) |
 | `label+top_k` | the same, the label always among them | the same |
-| `label+full` | the label, and every token (hpd_exact) | |
+| `label+full` | the label, and every token (hpd_expected) | |
 | `ranks` | between two tokenizers: the i-th likeliest token of either | |
 | `shared`, `unshared` | between two tokenizers: tokens of the same bytes; the others, by rank | |
 
@@ -90,13 +90,14 @@ terms:
 
 Each term is logged by itself as `loss/NAME`.
 
-`on: dataset` or `on: student` lets a term learn from one writer's text only
+`on: dataset` or `on: student` lets a term learn from one source's text only
 ([on-policy](guides/on-policy.md)).
 
 ## Schedules
 
-`weight` may also be a rule over the tokens of an answer ([weights on positions](concepts/positions.md)). It,
-`temperature`, `draw_share`, `draw_temperature` and every number in `kwargs` may be a schedule over training:
+`weight` may also be a rule over the tokens of an answer ([weights on positions](concepts/positions.md)).
+It, `temperature`, `sample_fraction`, `draw_temperature` and every number in `kwargs` may be a schedule over
+training:
 
 ```yaml
 method: symmetric_kl

@@ -1,4 +1,5 @@
-"""Write docs/reference/cli.md from the commands and docs/reference/tasks.md from TASKS, or --check them."""
+"""Write docs/reference/cli.md from the commands, tasks.md from TASKS and matrix.md from the checks of methods
+and teachers, or --check them."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ from typing import Any
 from typer.main import get_command
 
 from hpd.cli import app
+from hpd.config.load import load_recipe
 from hpd.evaluate.tasks import PRESETS, TASKS, TaskEntry
 from hpd.files import import_named
+from hpd.methods import METHODS
+from hpd.methods.byte_forms import methods_with_byte_forms
+from hpd.teachers.remote.server import why_not_served
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ROOT / "docs/reference/cli.md"
 TASK_PAGE = ROOT / "docs/reference/tasks.md"
+MATRIX = ROOT / "docs/reference/matrix.md"
 
 _COMMANDS_HEAD = """# Commands
 
@@ -55,9 +61,31 @@ _TASKS_TAIL = """
 ## Presets
 
 `--preset NAME`, or `preset: NAME` in a recipe's `eval`: {presets}.
-[Evaluate](../guides/evaluate.md#the-preset-paper) has their numbers.
+[Evaluate](answers.md#the-preset-paper) has their numbers.
 
 Next: [evaluate a student](../guides/evaluate.md)
+"""
+
+_TOP_K = 20
+_MATRIX_HEAD = f"""# Methods and teachers
+
+Which kind of teacher serves which method: works, approximated, or refused when the recipe is read.
+
+    hpd train recipe.yaml method=forward_kl teacher.type=cached teacher.path=cache --dry-run
+
+`approximated` and `tail: uniform`: the {_TOP_K} likeliest tokens and the label are exact, and the other
+tokens share the rest evenly; a server is refused without `teacher.tail: uniform`. A mixture serves what all
+its teachers serve, and a routed teacher what each of them does. Engines and their versions are in
+[Compatibility](../compatibility.md#engines), what was not run in [one list](../evidence/not-run.md). `python
+scripts/make_pages.py` writes this page from `METHODS` and from the checks that refuse a recipe.
+
+| method | model | self | `hidden` cache | `top_k` cache | hpd's server | vLLM, SGLang | another tokenizer |
+|---|---|---|---|---|---|---|---|
+"""
+_MATRIX_TAIL = """
+[Choose a teacher](../guides/teachers.md) says what each costs.
+
+Next: [methods](../methods.md)
 """
 
 _WORDS = {
@@ -141,6 +169,42 @@ def _task(name: str, entry: TaskEntry) -> str:
     return f"| `{name}` | {files} | {hub} | {', '.join(f'`{o}`' for o in options)} |"
 
 
+def matrix_page() -> str:
+    """What each kind of teacher can serve each method, as the checks of a recipe say it."""
+    return _MATRIX_HEAD + "\n".join(map(_of_method, METHODS)) + "\n" + _MATRIX_TAIL
+
+
+def _of_method(name: str) -> str:
+    reasons = why_not_served(METHODS[name].terms, _TOP_K)
+    known = "works" if not reasons else "approximated"
+    served = "works" if not reasons else "`tail: uniform`"
+    bytes_ = "works" if name in methods_with_byte_forms() else "refused"
+    cells = [
+        _accepted(name, {"type": "model", "model": "a"}),
+        _accepted(name, {"type": "self"}),
+        _accepted(name, {"type": "cached", "path": "cache"}),
+        _accepted(name, {"type": "cached", "path": "cache"}, known),
+        _accepted(name, {"type": "server", "url": "http://a", "protocol": "hpd"}),
+        _accepted(
+            name,
+            {"type": "server", "url": "http://a", "protocol": "openai", "model": "a", "top_k": _TOP_K},
+            served,
+        ),
+        bytes_,
+    ]
+    return f"| [`{name}`](../methods.md#{name}) | {' | '.join(cells)} |"
+
+
+def _accepted(method: str, teacher: dict[str, Any], otherwise: str = "works") -> str:
+    try:
+        load_recipe({"student": "a", "teacher": teacher, "data": "a.jsonl", "method": method})
+    except ValueError as error:
+        if "knows the dataset's rows only" not in str(error):
+            raise  # the recipe above is wrong, and not the method
+        return "refused"
+    return otherwise
+
+
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
@@ -149,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="Exit with 1 where a page differs.")
     check = parser.parse_args(arguments).check
-    for path, text in ((COMMANDS, commands_page()), (TASK_PAGE, tasks_page())):
+    for path, text in ((COMMANDS, commands_page()), (TASK_PAGE, tasks_page()), (MATRIX, matrix_page())):
         if not check:
             path.write_text(text, encoding="utf-8")
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -51,6 +51,10 @@ def test_commands_and_tasks_are_what_the_tables_say(monkeypatch):
 
     assert make_pages.COMMANDS.read_text(encoding="utf-8") == make_pages.commands_page()
     assert make_pages.TASK_PAGE.read_text(encoding="utf-8") == make_pages.tasks_page()
+    assert make_pages.MATRIX.read_text(encoding="utf-8") == make_pages.matrix_page()
+    assert {"works", "refused", "approximated", "`tail: uniform`"} <= set(
+        make_pages.matrix_page().split(" | ")
+    )
     assert "--dry-run" in make_pages.commands_page()
     assert make_pages.tasks_page().count("\n| `") == len(make_pages.TASKS)
 

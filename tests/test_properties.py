@@ -119,7 +119,7 @@ def test_any_term_is_built_or_refused(name, draws, k, share, objective):
     extra = (
         {"top_k": k}
         if "top_k" in name
-        else {"num_draws": draws, "draw_share": share}
+        else {"num_samples": draws, "sample_fraction": share}
         if "sampled" in name
         else {}
     )

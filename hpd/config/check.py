@@ -21,6 +21,7 @@ from hpd.config.yaml_file import shorten
 from hpd.files import import_named
 from hpd.methods.byte_forms import check_byte_forms, check_token_forms
 from hpd.methods.fields import nearest
+from hpd.methods.names import new_keys
 from hpd.methods.regime import Regime
 from hpd.methods.table import METHODS
 
@@ -50,6 +51,8 @@ def read_tree(tree: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: an unknown key, a wrong type, what a section refuses, or a secret.
     """
+    if isinstance(terms := tree.get("terms"), (list, tuple)):
+        tree = {**tree, "terms": [new_keys(term) if isinstance(term, Mapping) else term for term in terms]}
     try:
         recipe = _adapter().validate_python(tree)
     except ValidationError as error:

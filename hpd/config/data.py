@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -11,6 +12,8 @@ from pydantic import BeforeValidator
 from hpd.methods.fields import STRICT, check_fields
 
 __all__ = ["DataConfig", "data_shorthand"]
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def data_shorthand(value: Any) -> Any:
@@ -33,8 +36,9 @@ class DataConfig:
     """Configuration of a Hub dataset, or of a folder that was downloaded from the Hub."""
     split: str = "train"
     """Split to train on; slices such as train[:1%] work."""
-    validation: float | str | None = None
-    """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none."""
+    validation: float | str | Mapping[str, str] | None = None
+    """A share of the rows held out, in (0, 1); or a file; or the name of another split; null: none. Several,
+    measured apart, as {name: file or split}: their metrics are eval_NAME_loss, eval_NAME_forward_kl, ..."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Columns by what they are, such as {prompt: question, completion: answer}; a column that is named here
     counts, whatever others are called (docs/guides/data.md)."""
@@ -70,6 +74,8 @@ class DataConfig:
         )
         if self.parts:
             self._check_parts()
+        if isinstance(self.validation, Mapping):
+            _check_sets(self.validation)
         if isinstance(self.validation, float) and self.streaming:
             raise ValueError(
                 "A stream has no known length to take a share of: give data.validation a file or a split."
@@ -94,3 +100,20 @@ class DataConfig:
                     "data.parts: validation, streaming and labels are of all parts together: write them "
                     f"next to parts (data: {{parts: [...], labels: ...}}), not in the entry {part.path!r}."
                 )
+
+
+def _check_sets(sets: Mapping[str, str]) -> None:
+    """Refuse validation sets that cannot be told apart, or by names that metrics cannot have."""
+    if not sets:
+        raise ValueError("data.validation is an empty mapping: name one set or more, or remove it.")
+    for name, place in sets.items():
+        if not _SET_NAME.fullmatch(name):
+            raise ValueError(
+                f"data.validation: {name!r} becomes part of the names of metrics (eval_{name}_loss): give a "
+                "name of letters, digits, '_' and '-', such as math."
+            )
+        if not place.strip():
+            raise ValueError(f"data.validation.{name} is empty: give a file, or the name of a split.")
+    places = list(sets.values())
+    if double := [place for place in dict.fromkeys(places) if places.count(place) > 1]:
+        raise ValueError(f"data.validation names {double[0]} twice: one set is measured once.")

@@ -19,7 +19,7 @@ from hpd.methods.prefixes import RolloutConfig
 from hpd.methods.rest import rests_where_equal
 from hpd.methods.table import name_terms
 
-__all__ = ["Stage", "handed_on", "load_recipe", "stage_recipes"]
+__all__ = ["Stage", "handed_on", "is_push_key", "load_recipe", "stage_recipes"]
 
 # Parts of a recipe that a stage changes key by key; the others it replaces.
 _MERGED = ("rollouts", "guards", "data", "train", "eval", "method_kwargs")
@@ -132,6 +132,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def is_push_key(key: str) -> bool:
+    """True for a field of `train` about the Hub, which says nothing about what is learned."""
+    return key == "push_to_hub" or key.startswith("hub_")
+
+
 def stage_recipes(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, each resolved and checked.
 
@@ -142,6 +147,8 @@ def stage_recipes(recipe: Recipe) -> list[Stage]:
     if not recipe.stages:
         return []
     base = resolve(replace(recipe, stages=()))
+    # The run is pushed when all stages are finished; a stage is, if it says so itself.
+    base["train"] = {key: value for key, value in base["train"].items() if not is_push_key(key)}
     stages: list[Stage] = []
     student = base["student"]
     for name, stage in _named(recipe.stages):
@@ -226,6 +233,11 @@ def _changed(
         change = getattr(stage, key)
         if change is None:
             continue
+        if key == "train" and (pushes := [name for name in change if is_push_key(name)]):
+            raise ValueError(
+                f"train.{pushes[0]} belongs in the recipe's own train: what is pushed is the run's student, "
+                "when its stages are finished."
+            )
         old = tree[key]
         merges = key in _MERGED and isinstance(old, Mapping) and isinstance(change, Mapping)
         tree[key] = {**old, **change} if merges else change

@@ -308,7 +308,7 @@ class Recipe:
     method: str | None = None
     """A name of METHODS (`hpd methods`); null with `terms`, else hpd."""
     method_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters of the method, such as {reinforce: false, draw_share: 0.5}."""
+    """Parameters of the method, such as {reinforce: false, sample_fraction: 0.5}."""
     terms: tuple[TermConfig, ...] = ()
     """A weighted sum of objectives instead of a method."""
     prefixes: Prefixes | None = None

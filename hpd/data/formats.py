@@ -60,10 +60,10 @@ _MEANING = {
     "tools": "a chat template shows them: write the rows as messages",
     "weight": "rows are learned in full or not at all: remove the rows of weight 0, and the column",
     "label": "it tells good answers from bad ones: keep the rows that are true",
-    "labels": "they belong to input_ids: see docs/guides/data.md",
+    "labels": "they belong to input_ids: see docs/reference/data-formats.md",
     "completions": "rows have one completion: make a row of each",
-    "completion_mask": "masks belong to input_ids: see docs/guides/data.md",
-    "assistant_masks": "masks belong to input_ids: see docs/guides/data.md",
+    "completion_mask": "masks belong to input_ids: see docs/reference/data-formats.md",
+    "assistant_masks": "masks belong to input_ids: see docs/reference/data-formats.md",
     "loss_mask": "rename it: completion_mask, beside input_ids",
     "position_ids": "a row is one text: give texts a row each, and let train.packing pack them",
     "seq_lengths": "a row is one text: give texts a row each, and let train.packing pack them",
@@ -202,7 +202,7 @@ def _no_format(found: Sequence[str], prompts: bool) -> str:
     text = (
         f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, messages, "
         "text, or input_ids: map them, for example data.columns: {prompt: question, completion: answer} "
-        "(docs/guides/data.md lists every format)."
+        "(docs/reference/data-formats.md lists every format)."
     )
     if not prompts and {"prompt", "instruction"} & set(found):
         text += " Prompts alone are enough where the student writes every row: prefixes: {student: 1}."

@@ -19,7 +19,15 @@ from hpd.data.places import SUFFIXES, local_files
 from hpd.data.reading import first_rows, read, why_not
 from hpd.data.teacher_prompts import TEACHER_PROMPT, TeacherContext
 
-__all__ = ["PromptRow", "Rows", "format_of", "load_preferences", "load_prompts", "load_rows"]
+__all__ = [
+    "PromptRow",
+    "Rows",
+    "format_of",
+    "load_preferences",
+    "load_prompts",
+    "load_rows",
+    "validation_sets",
+]
 
 
 # Columns without which there is nothing to write for.
@@ -31,7 +39,8 @@ class Rows(NamedTuple):
     """Training rows, held-out rows, and whether they are conversations."""
 
     train: Dataset | IterableDataset
-    validation: Dataset | IterableDataset | None
+    validation: Dataset | IterableDataset | dict[str, Any] | None
+    """Several sets by their names."""
     conversational: bool
     layouts: tuple[RowFormat, ...]
     """What the training rows are, part by part, and which columns are not read."""
@@ -96,14 +105,11 @@ def load_rows(
     else:
         train, layout = _read_shaped(config, beside, prompts)
         layouts, mixture = [layout], None
-    validation = None
+    validation: Any = None
     if isinstance(config.validation, str):
-        is_file = Path(config.validation).suffix in SUFFIXES
-        if config.parts and not is_file:
-            raise ValueError("data.validation must be a share or a file, where data has several parts.")
-        split = "train" if is_file else config.validation
-        other = replace(config, path=config.validation, parts=()) if is_file else config
-        validation, _ = _read_shaped(other, beside, False, split, limit=False)
+        validation = _validation_rows(config.validation, config, beside)
+    elif isinstance(config.validation, Mapping):
+        validation = {name: _validation_rows(p, config, beside) for name, p in config.validation.items()}
     conversational = any(
         isinstance(row.get(k), list) for row in first_rows(train, 64) for k in ("prompt", "messages")
     )
@@ -115,6 +121,23 @@ def load_rows(
     if isinstance(config.validation, float):
         train, validation = _held_out(train, layouts, config.validation)
     return Rows(train, validation, conversational, tuple(layouts), mixture)
+
+
+def validation_sets(validation: Any) -> dict[str, Any]:
+    """The validation rows by the name of their set; "" is that of a single one."""
+    if isinstance(validation, Mapping):
+        return dict(validation)
+    return {} if validation is None else {"": validation}
+
+
+def _validation_rows(place: str, config: DataConfig, beside: _Beside) -> Any:
+    """The rows of a file, or of another split."""
+    is_file = Path(place).suffix in SUFFIXES
+    if config.parts and not is_file:
+        raise ValueError("data.validation must be a share or a file, where data has several parts.")
+    other = replace(config, path=place, parts=()) if is_file else config
+    rows, _ = _read_shaped(other, beside, False, "train" if is_file else place, limit=False)
+    return rows
 
 
 def _read_shaped(
@@ -264,7 +287,7 @@ def format_of(
         kept: columns that the trainer reads beside the row.
 
     Raises:
-        ValueError: no format of docs/guides/data.md.
+        ValueError: no format of docs/reference/data-formats.md.
     """
     found = _columns(rows)
     # TRL refuses a dataset with a transform, which may draw.

@@ -1,4 +1,4 @@
-"""Rows of every format of docs/guides/data.md as token ids and labels."""
+"""Rows of every format of docs/reference/data-formats.md as token ids and labels."""
 
 from __future__ import annotations
 

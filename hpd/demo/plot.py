@@ -18,8 +18,8 @@ _PANELS = (
         {
             "k1_positive": "student underestimates the label",
             "reinforced": "reinforced",
-            "punished": "draw punished",
-            "drawn_label": "draw = label",
+            "sample_penalized": "sample penalized",
+            "sampled_label": "sample = label",
         },
     ),
 )

@@ -21,8 +21,8 @@ KL_METRICS = ("forward_kl", "reverse_kl")
 BRANCHES = {
     "k1_positive": "student underestimates the label",
     "reinforced": "label reinforced",
-    "suppressed": "label penalized",
-    "punished": "sample penalized",
+    "label_penalized": "label penalized",
+    "sample_penalized": "sample penalized",
 }
 NO_VALIDATION = (
     "KL over training is drawn on validation rows, and these runs measured none while they trained: batches "
@@ -40,14 +40,9 @@ def curve_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
         if run.logs:
             logs[run.group] = [*logs.get(run.group, []), run.logs]
     panels = _losses(results, logs, looks)
-    for metric in (*KL_METRICS, "student_entropy"):
-        lines = _lines(logs, _on_validation(metric))
-        where = "validation rows"
-        if not lines and metric == "student_entropy":
-            lines, where = _lines(logs, _on_batches(metric)), "training batches"
-        level = _teacher_entropy(results, where) if metric == "student_entropy" else None
-        title = over(metric, f"training ({where})")
-        panels += _panel(results, metric, title, lines, looks, logs, level)
+    for one in _sets(results):
+        for metric in (*KL_METRICS, "student_entropy"):
+            panels += _validation_panels(results, one, metric, logs, looks)
     norms = _lines(logs, _on_batches("grad_norm"))
     panels += _panel(results, "grad_norm", "gradient norm over training", norms, looks, logs)
     for metric in OWN_METRICS:
@@ -57,11 +52,31 @@ def curve_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
     return panels + _branches(logs)
 
 
+def _sets(results: Results) -> list[str]:
+    """What stands before the metrics of each set of validation rows; "" where there is one."""
+    found = [run.recipe.get("data", {}).get("validation") for run in results.runs]
+    named = dict.fromkeys(f"{name}_" for sets in found if isinstance(sets, Mapping) for name in sets)
+    return [*named] if named and all(isinstance(sets, Mapping) for sets in found) else ["", *named]
+
+
+def _validation_panels(
+    results: Results, one: str, metric: str, logs: Mapping[str, Logs], looks: Mapping[str, Look]
+) -> list[Panel]:
+    """A figure over training on a set of validation rows; the entropy on training batches, if only there."""
+    name, where = f"{one}{metric}", "validation rows"
+    lines = _lines(logs, _on_validation(name))
+    if not lines and name == "student_entropy":
+        lines, where = _lines(logs, _on_batches(metric)), "training batches"
+    level = _teacher_entropy(results, where, one) if metric == "student_entropy" else None
+    return _panel(results, name, over(name, f"training ({where})"), lines, looks, logs, level)
+
+
 def validation_is_missing(results: Results) -> bool:
     """True if runs logged their training and no KL on validation rows."""
     logged = [log for run in results.runs for log in run.logs]
     trained = any("forward_kl" in log for log in logged)
-    return trained and not any(_on_validation("forward_kl")(log) is not None for log in logged)
+    readers = [_on_validation(f"{one}forward_kl") for one in _sets(results)]
+    return trained and not any(read(log) is not None for log in logged for read in readers)
 
 
 def _on_validation(metric: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -111,17 +126,17 @@ def _mean_line(logs: Logs, read: Callable[[Mapping[str, Any]], float | None]) ->
     return [(step, float(np.mean(v)), min(v), max(v)) for step, v in found if all(map(math.isfinite, v))]
 
 
-def _teacher_entropy(results: Results, where: str) -> Level | None:
+def _teacher_entropy(results: Results, where: str, one: str = "") -> Level | None:
     """Mean, lowest and highest over the runs: they may differ in teacher or rows."""
     read = _on_batches if where == "training batches" else _on_validation
     means = []
     for run in results.runs:
-        found = [value for log in run.logs if (value := read("teacher_entropy")(log)) is not None]
+        found = [value for log in run.logs if (value := read(f"{one}teacher_entropy")(log)) is not None]
         if found:
             means.append(float(np.mean(found)))
     if means:
         return float(np.mean(means)), min(means), max(means)
-    return level_of(results, "teacher_entropy")
+    return level_of(results, f"{one}teacher_entropy")
 
 
 def _losses(results: Results, logs: Mapping[str, Logs], looks: Mapping[str, Look]) -> list[Panel]:

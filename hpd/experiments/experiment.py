@@ -18,18 +18,19 @@ from hpd.experiments.axes import SEED_AXES, axis_values, check_axes, paths_by_ax
 from hpd.methods.terms import nearest
 
 __all__ = [
-    "VALIDATION_METRICS",
     "Budget",
     "Evaluation",
     "Experiment",
     "Tune",
     "check_evaluation",
+    "is_of_validation",
     "load_experiment",
     "put",
     "read_experiment",
+    "validation_metrics",
 ]
 
-VALIDATION_METRICS = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
+_OF_VALIDATION = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
 MIN_TUNED_VALUES = 4
 MIN_TUNED_FACTOR = 8.0
 _STRICT = {"extra": "forbid"}
@@ -63,8 +64,8 @@ class Tune:
     seeds: list[int]
     """Seeds of the tuning runs; none of them may be a seed of the grid."""
     metric: str = "loss"
-    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement), or accuracy or another
-    name of evals, measured on the file data.validation."""
+    """A figure of the validation rows (loss, forward_kl, reverse_kl, top1_agreement; of several sets
+    NAME_loss, ...), or accuracy or another name of evals, measured on the file data.validation."""
     mode: Literal["min", "max"] = "min"
     """min: less of it is better; max: more."""
     per: list[str] | None = None
@@ -283,19 +284,30 @@ def _check_tuning(experiment: Experiment, tune: Tune) -> None:
                 f"{MIN_TUNED_FACTOR:g} (the rate moves the ranking more than the method does), got {tried}."
             )
     allowed = [
-        *VALIDATION_METRICS,
+        *_OF_VALIDATION,
         *dict.fromkeys(["accuracy", *(entry["name"] for entry in experiment.evals)]),
     ]
-    if tune.metric not in allowed:
+    if tune.metric not in allowed and not is_of_validation(tune.metric):
         raise ValueError(
             f"tune.metric {tune.metric!r} is not measured on validation rows. {nearest(tune.metric, allowed)}"
         )
-    higher = tune.metric not in ("loss", "forward_kl", "reverse_kl")
+    higher = not is_of_validation(tune.metric) or tune.metric.endswith("top1_agreement")
     if higher != (tune.mode == "max"):
         raise ValueError(
             f"tune.metric {tune.metric} is better when {'higher' if higher else 'lower'}: set tune.mode "
             "accordingly."
         )
+
+
+def is_of_validation(metric: str) -> bool:
+    """True for a figure of validation rows, of one set or of one of several."""
+    return metric in _OF_VALIDATION or metric.endswith(tuple(f"_{name}" for name in _OF_VALIDATION))
+
+
+def validation_metrics(validation: Any) -> list[str]:
+    """What the validation rows of a recipe's `data.validation` measure, by which a setting can be chosen."""
+    sets = [f"{name}_" for name in validation] if isinstance(validation, Mapping) else [""]
+    return [f"{one}{name}" for one in sets for name in _OF_VALIDATION]
 
 
 def _override(tree: dict[str, Any], text: str) -> None:

@@ -189,11 +189,13 @@ def differing_paths(recipes: Sequence[Mapping[str, Any]]) -> list[str]:
 def _sources(recipe: Recipe) -> dict[str, str]:
     """Everything that a recipe reads, by recipe path. A student of random weights is its configuration."""
     validation = recipe.data.validation
+    sets = validation if isinstance(validation, Mapping) else {}
     named = {
         "teacher": recipe.teacher.model,
         "student": recipe.student.model,
         "data.path": recipe.data.path,
         "data.validation": validation if isinstance(validation, str) else None,
+        **{f"data.validation.{name}": place for name, place in sets.items()},
         **{f"eval.{number}.data": entry.data for number, entry in enumerate(recipe.eval)},
     }
     return {name: source for name, source in named.items() if source}

@@ -38,6 +38,8 @@ _LABELS = {
     "validation_forward_kl": "KL(teacher || student) on validation rows, nats",
     "clipped_share": "share of steps with a clipped gradient",
 }
+# Figures that each of several sets of validation rows has, with the set's name in front.
+_OF_VALIDATION = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement", "loss")
 _LOWER = ("loss", "kl", "perplexity", "tokens", "seconds", "flops")
 _LEVELS = ("_low_entropy", "_mid_entropy", "_high_entropy")
 """Ends of a figure that is taken over a third of the positions, by the teacher's entropy there."""
@@ -156,6 +158,9 @@ def words(metric: str) -> str:
 
 def label(metric: str) -> str:
     """The metric in words, with its unit."""
+    of = next((name for name in _OF_VALIDATION if metric.endswith(f"_{name}")), None)
+    if metric not in _LABELS and of is not None:
+        return f"{_LABELS[of]}, of {metric.removesuffix(f'_{of}')}"
     return _LABELS.get(metric, words(metric))
 
 

@@ -280,7 +280,10 @@ def thirds_panels(results: Results, looks: Mapping[str, Look]) -> list[Panel]:
 def level_of(results: Results, metric: str) -> Level | None:
     """The teacher's value of a metric: its accuracy, or its entropy on the validation rows."""
     if is_entropy(metric):
-        found = [run.figures["teacher_entropy"] for run in results.runs if "teacher_entropy" in run.figures]
+        # Of several sets of validation rows each has its own.
+        one = metric.removesuffix("student_entropy").removesuffix("teacher_entropy")
+        name = f"{one}teacher_entropy" if one != metric else "teacher_entropy"
+        found = [run.figures[name] for run in results.runs if name in run.figures]
         return (float(np.mean(found)), min(found), max(found)) if found else None
     value = results.teacher.get(metric)
     return None if value is None else (value, value, value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpd.files import whole_characters
+from hpd.methods.names import new_metrics
 
 __all__ = ["RunFiles"]
 
@@ -104,7 +105,7 @@ class RunFiles:
         """
         damages: list[str] = []
         logs = []
-        for log in self.lines(path):
+        for log in map(new_metrics, self.lines(path)):
             step = log.get("step")
             if not isinstance(step, int) or isinstance(step, bool) or step < 0:
                 damages.append(f"has a line whose step is {_shown(step)} (left out)")

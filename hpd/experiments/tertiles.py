@@ -8,6 +8,7 @@ Axes: N label positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def tertile_metrics(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> d
     data = recipe.data
     if data.validation is None:
         raise ValueError("entropy_tertiles needs data.validation.")
+    if isinstance(data.validation, Mapping):
+        raise ValueError("entropy_tertiles reads one set of validation rows: give data.validation one.")
     if not isinstance(data.validation, float):
         data = dataclasses.replace(data, limit=1)  # the training rows are not asked for
     loader: Any = rows_trainer(plan(dataclasses.replace(recipe, data=data))).get_eval_dataloader()

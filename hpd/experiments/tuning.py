@@ -13,10 +13,11 @@ import numpy as np
 
 from hpd.experiments.axes import SEED_PATH
 from hpd.experiments.bases import base_tree, fill, validation_of
-from hpd.experiments.experiment import VALIDATION_METRICS, Evaluation, Experiment, Tune
+from hpd.experiments.experiment import Evaluation, Experiment, Tune, is_of_validation, validation_metrics
 from hpd.experiments.grid import Cell, group_key, make_cell, product, require_distinct, tuned_axes
 from hpd.experiments.manifest import RECORD
 from hpd.files import write_json
+from hpd.methods.fields import nearest
 
 __all__ = [
     "Choice",
@@ -115,10 +116,18 @@ def tuning_evaluation(experiment: Experiment, folder: Path) -> Evaluation | None
     """The evaluation whose result is tuned on; None where a figure of the loss decides.
 
     Raises:
-        ValueError: as `validation_of`.
+        ValueError: as `validation_of`; or a set of validation rows that is not there.
     """
     tune = experiment.tune
-    if tune is None or tune.metric in VALIDATION_METRICS:
+    if tune is None:
+        return None
+    if is_of_validation(tune.metric):
+        measured = validation_metrics(base_tree(experiment, folder).get("data", {}).get("validation"))
+        if tune.metric not in measured:
+            raise ValueError(
+                f"tune.metric {tune.metric!r} is not measured on data.validation. "
+                f"{nearest(tune.metric, measured)}"
+            )
         return None
     return validation_of(experiment, folder, tune.metric)
 
@@ -180,7 +189,7 @@ def _best(group: str, path: str, tune: Tune, tried: dict[str, list[float]]) -> C
 
 def _measured(cell: Cell, tune: Tune) -> float:
     folder = Path(cell.recipe.output_dir)
-    if tune.metric in VALIDATION_METRICS:
+    if is_of_validation(tune.metric):
         name = f"{tune.metric} after"
         figures = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     else:

@@ -217,7 +217,7 @@ def _of_chunks(
         log_p, log_q = (torch.cat(pair, 1) for pair in zip((log_p, log_q), beside, strict=True))
         coefficients = torch.cat([torch.ones_like(log_q[:, :1]), (~is_label).to(log_q.dtype)], 1)
         undecided = (found.undecided & ~is_label).to(log_q.dtype)
-        watched = {"drawn_label": is_label.to(log_q.dtype).mean(-1), "draws_undecided": undecided.mean(-1)}
+        watched = {"sampled_label": is_label.to(log_q.dtype).mean(-1), "draws_undecided": undecided.mean(-1)}
         at_all = tokens.expand(-1, 1 + draws.tokens.shape[1]).clone()
         at_all[pair.first, 1:] = draws.tokens
         tokens = at_all

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hpd.batch import IGNORE_INDEX
 from hpd.losses.heads import POLICIES, Head, Scores
 from hpd.losses.operator import LossOutput, reweighted_nll
+from hpd.methods.names import new_keys
 from hpd.methods.terms import ObjectiveLike, Term, TermConfig, parameters_of, with_parameters
 
 __all__ = ["distillation_loss", "fused_distillation_loss"]
@@ -25,7 +26,7 @@ _REDUCTIONS = ("mean", "sum")
 _DEFAULTS = {f.name: f.default for f in fields(TermConfig)}
 # Fields of TermConfig that say how tokens are drawn; those that are given were drawn elsewhere, from the
 # student as it is.
-_OF_DRAWING = ("draw_share", "draw_temperature", "exclude_label")
+_OF_DRAWING = ("sample_fraction", "draw_temperature", "exclude_label")
 
 
 def distillation_loss(
@@ -57,8 +58,8 @@ def distillation_loss(
         vocabulary: `error` refuses unequal vocabularies; `shared_prefix` cuts both to the shorter one and
             drops labels beyond it, as `train.vocabulary` does in a recipe.
         reduction: `mean` over the label tokens, or `sum`.
-        **params: the objective's parameters, and fields of `TermConfig` (temperature, num_draws, draw_share,
-            support, ...).
+        **params: the objective's parameters, and fields of `TermConfig` (temperature, num_samples,
+            sample_fraction, support, ...).
 
     Returns:
         The loss, and the mean of every metric over the label tokens, whatever the reduction;
@@ -127,6 +128,7 @@ def _loss(
     generator: torch.Generator | None,
     params: dict[str, Any],
 ) -> LossOutput:
+    params = new_keys(params)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}.")
     if "vocab" in params:
@@ -248,7 +250,7 @@ def _check_used(term: Term, draws: Tensor | None, generator: torch.Generator | N
         why = "the tokens were drawn already. Leave out draws, or"
         idle = [name for name in _OF_DRAWING if params.get(name, _DEFAULTS[name]) != _DEFAULTS[name]]
         number = draws.shape[2] if draws.ndim > 2 else 1
-        idle += ["num_draws"] if params.get("num_draws", number) != number else []
+        idle += ["num_samples"] if params.get("num_samples", number) != number else []
         idle += ["draws_of"] if support.draws_of == "teacher" and not support.importance else []
         idle += ["generator"] if generator is not None else []
     if not idle and "on" in params and not support.given:

@@ -195,7 +195,7 @@ def watch_draws(term: Term, tokens: Int[Tensor, "R n"], inputs: TileInputs, sums
     """Add the shares of drawn tokens that equal the label, and that a top-k teacher can only bound."""
     labels = inputs.labels[:, None]
     if term.support.label:
-        add(sums, drawn_label=(tokens == labels).float().mean(-1))
+        add(sums, sampled_label=(tokens == labels).float().mean(-1))
     if inputs.known is not None:
         known = (tokens[:, :, None] == inputs.known[:, None, :]).any(-1) | (tokens == labels)
         add(sums, draws_off_top_k=(~known).float().mean(-1))

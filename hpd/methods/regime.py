@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from hpd.methods.names import new_name
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.strategy import StrategyConfig, as_strategy
 from hpd.methods.supports import has_ratio
@@ -48,7 +49,7 @@ def choose_regime(
     Raises:
         ValueError: choices that do not fit together, or have no effect.
     """
-    row = METHODS.get(method or "")
+    row = METHODS.get(new_name(method or "", quiet=True))
     if prefixes is None:
         prefixes = row.prefixes if row else Prefixes(dataset=1.0)
     given_rollouts = rollouts

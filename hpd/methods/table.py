@@ -8,6 +8,7 @@ from typing import Any
 
 from hpd.methods.any_teacher import ANY_TEACHER
 from hpd.methods.method import Method, one_term
+from hpd.methods.names import new_keys, new_name
 from hpd.methods.position_methods import POSITION_METHODS
 from hpd.methods.position_rules import PositionRule
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
@@ -30,7 +31,7 @@ METHODS: dict[str, Method] = {
             "log q)"
         ),
         use=(
-            "rows of other writers, seen many times; needs the log-probabilities of the label and of one "
+            "rows of other sources, seen many times; needs the log-probabilities of the label and of one "
             "sampled token; on rows that the teacher wrote start with forward_kl"
         ),
         defaults=(
@@ -39,20 +40,20 @@ METHODS: dict[str, Method] = {
         reference="Zhu et al. 2026, arXiv 2604.20244, eq. 11-15",
         terms=one_term("hpd"),
     ),
-    "hpd_exact": Method(
+    "hpd_expected": Method(
         summary="HPD's expectation over the draw, computed on the whole vocabulary instead of sampled",
         weight="w(y) with 1[k_a < 0] replaced by its probability; w(v) = q(v) min(k_v, 0) for v != y",
         use="HPD without sampling noise, where the teacher gives whole distributions anyway",
         defaults="as hpd",
         reference="this project; the expectation of arXiv 2604.20244, eq. 15",
-        terms=one_term("hpd_exact"),
+        terms=one_term("hpd_expected"),
     ),
     "hpd_full": Method(
         summary="HPD's switch at every token of the vocabulary, no label, no draw",
         weight="p 1[k > 0] + k, k = q (log p - log q)",
         use=(
             "both directions over the whole vocabulary, on rows that the teacher wrote; check first that "
-            "rows of other writers continue what the teacher likes"
+            "rows of other sources continue what the teacher likes"
         ),
         defaults="forward 1, reverse 1, mask on",
         reference="this project; reverse KL and a hinge on forward KL (docs/theory.md)",
@@ -69,7 +70,7 @@ METHODS: dict[str, Method] = {
     "masked_sft": Method(
         summary="fine-tuning that stops at the teacher: labels count while the student underestimates them",
         weight="w(y) = 1[q(y) < p(y)]",
-        use="rows of any writer, seen many times, from a teacher that gives the label's log-probability only",
+        use="rows of any source, seen many times, from a teacher that gives the label's log-probability only",
         defaults="none",
         reference="this project; the mask of arXiv 2604.20244 with weight 1",
         terms=one_term("masked_sft"),
@@ -330,6 +331,7 @@ def method_terms(name: str, kwargs: Mapping[str, Any]) -> tuple[TermConfig, ...]
     Raises:
         ValueError: unknown method, or a key that no term of the method knows.
     """
+    name, kwargs = new_name(name), new_keys(kwargs)
     if name not in METHODS:
         raise ValueError(f"Unknown method {name!r}. {nearest(name, list(METHODS))}")
     of_a_term = {f.name for f in fields(TermConfig)} - {"objective", "kwargs"}

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
 from hpd.files import import_named
 from hpd.methods.fields import STRICT, nearest
+from hpd.methods.names import TakesEarlierNames, new_keys, new_name
 from hpd.methods.position_rules import PositionRule, as_rule
 from hpd.methods.schedules import Schedule, as_schedule, value_at
 from hpd.methods.supports import Support
@@ -64,12 +65,12 @@ _SUPPORT_OF_DOMAIN = {"label": "label+sampled", "label_and_vocabulary": "label+f
 # Objectives whose part of each token is least where p = q, so that some tokens serve as well as all.
 _PART_BY_PART = ("generalized_jsd", "total_variation")
 
-_SCALARS = ("temperature", "draw_share", "draw_temperature")
+_SCALARS = ("temperature", "sample_fraction", "draw_temperature")
 
 # Fields of TermConfig and the field of Support that each becomes.
 _DRAW_FIELDS = {
-    "num_draws": "draws",
-    "draw_share": "share",
+    "num_samples": "draws",
+    "sample_fraction": "share",
     "draw_temperature": "temperature",
     "draws_of": "draws_of",
     "exclude_label": "exclude_label",
@@ -142,7 +143,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TermConfig:
+class TermConfig(metaclass=TakesEarlierNames):
     """One term of the loss, as a recipe writes it."""
 
     __pydantic_config__ = STRICT
@@ -161,13 +162,13 @@ class TermConfig:
     support: str | None = None
     """full, label, sampled, label+sampled, rollout, top_k, label+top_k, or label+full; between two
     tokenizers also ranks, shared or unshared; null: the objective's own (label+sampled for hpd, label+full
-    for hpd_exact, label for nll, masked_sft, alm and the label_ rules, else full). rollout: the token that
+    for hpd_expected, label for nll, masked_sft, alm and the label_ rules, else full). rollout: the token that
     the student wrote, as its draw."""
     draws: Literal["sampled", "exact"] = "sampled"
-    """exact: HPD's expectation over the draw, on the whole vocabulary (that is the objective hpd_exact)."""
-    num_draws: int = 1
+    """exact: HPD's expectation over the draw, on the whole vocabulary (the objective hpd_expected)."""
+    num_samples: int = 1
     """Tokens drawn from the student per position; used by sampled supports."""
-    draw_share: Scalar = 1.0
+    sample_fraction: Scalar = 1.0
     """Share of label positions that get a draw, in [0, 1]."""
     draw_temperature: Scalar = 1.0
     """Temperature of the draw, > 0."""
@@ -225,7 +226,7 @@ class TermConfig:
     def name(self) -> str:
         """The objective's name, for logs and errors."""
         if isinstance(self.objective, str):
-            return self.objective
+            return new_name(self.objective)
         maker = "rule" if isinstance(self.objective, Objective) else "__name__"
         return getattr(self.objective, maker, "") or "objective"
 
@@ -239,7 +240,7 @@ class TermConfig:
                     f"draws: exact is HPD's expectation on its own support, not {self.name!r} on "
                     f"{self.support!r}."
                 )
-            objective = OBJECTIVES["hpd_exact"](*objective.arguments)
+            objective = OBJECTIVES["hpd_expected"](*objective.arguments)
         support = fixed._build_support(objective)
         name = name or self.name
         if self.cap is not None:
@@ -292,8 +293,8 @@ def _factory(objective: ObjectiveLike) -> Callable[..., Objective]:
     if isinstance(objective, str):
         if ":" in objective:
             found = import_named(objective)
-        elif objective in OBJECTIVES:
-            found = OBJECTIVES[objective]
+        elif new_name(objective) in OBJECTIVES:
+            found = OBJECTIVES[new_name(objective)]
         else:
             raise ValueError(f"Unknown objective {objective!r}. {nearest(objective, list(OBJECTIVES))}")
     if isinstance(found, Objective):
@@ -327,7 +328,7 @@ def _build_objective(given: ObjectiveLike, name: str, kwargs: Mapping[str, Any])
 
 def with_parameters(term: TermConfig, parameters: Mapping[str, Any]) -> TermConfig:
     """`term` with those `parameters` put in that its objective takes, or that are fields of `TermConfig`."""
-    taken = parameters_of(term.objective)
+    taken, parameters = parameters_of(term.objective), new_keys(parameters)
     given = {**term.kwargs, **parameters.get("kwargs", {})}
     inner = {**given, **{key: value for key, value in parameters.items() if key in taken}}
     names = {f.name for f in fields(term)} & parameters.keys() - taken.keys() - {"kwargs"}

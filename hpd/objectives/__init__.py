@@ -8,7 +8,7 @@ from hpd.objectives.adaptive import akl, taid, todi
 from hpd.objectives.alpha_beta import abkd
 from hpd.objectives.capped import capped
 from hpd.objectives.f_divergences import acceptance, f_divergence, total_variation
-from hpd.objectives.hybrid import hpd, hpd_exact, hpd_full
+from hpd.objectives.hybrid import hpd, hpd_expected, hpd_full
 from hpd.objectives.kl import forward_kl, nll, reverse_kl, symmetric_kl
 from hpd.objectives.label import alm, label_forward_kl, label_jsd, label_reverse_kl, masked_sft
 from hpd.objectives.mixtures import generalized_jsd, js, skew_forward_kl, skew_reverse_kl
@@ -26,7 +26,7 @@ __all__ = [
     "forward_kl",
     "generalized_jsd",
     "hpd",
-    "hpd_exact",
+    "hpd_expected",
     "hpd_full",
     "js",
     "label_forward_kl",
@@ -66,5 +66,5 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "taid": taid,
     "hpd": hpd,
     "hpd_full": hpd_full,
-    "hpd_exact": hpd_exact,
+    "hpd_expected": hpd_expected,
 }

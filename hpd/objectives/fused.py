@@ -146,7 +146,7 @@ def hpd_full(whole: Whole, forward: float, reverse: float, mask: bool) -> Weighe
     return Weighed(weights, -whole.student_logprobs.mul_(weights).sum(-1))
 
 
-def hpd_exact(whole: Whole, forward: float, reverse: float, mask: bool, reinforce: bool) -> Weighed:
+def hpd_expected(whole: Whole, forward: float, reverse: float, mask: bool, reinforce: bool) -> Weighed:
     """The label's two columns merged into its place in the vocabulary."""
     labels, q = whole.labels[:, None], whole.student_probs
     label_p, label_q = whole.teacher_logprobs.gather(1, labels).exp(), q.gather(1, labels)
@@ -164,9 +164,9 @@ def hpd_exact(whole: Whole, forward: float, reverse: float, mask: bool, reinforc
     stats = {
         "k1_positive": positive,
         "reinforced": positive * share * reinforce,
-        "suppressed": (1 - positive) * mask,
-        "punished": share - label_q * (gap < 0),
-        "mass_moved": label_weight.abs() - others,
+        "label_penalized": (1 - positive) * mask,
+        "sample_penalized": share - label_q * (gap < 0),
+        "total_weight": label_weight.abs() - others,
     }
     return Weighed(
         weights,
@@ -190,5 +190,5 @@ FUSED: dict[str, Callable[..., Weighed]] = {
     "todi": blended_kl,
     "taid": taid,
     "hpd_full": hpd_full,
-    "hpd_exact": hpd_exact,
+    "hpd_expected": hpd_expected,
 }

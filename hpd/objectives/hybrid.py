@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpd.objectives.objective import LogProbs, Objective, Weights, check_number, check_switch
 
-__all__ = ["hpd", "hpd_exact", "hpd_full"]
+__all__ = ["hpd", "hpd_expected", "hpd_full"]
 
 
 def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True) -> Objective:
@@ -35,10 +35,10 @@ def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce
     Stats, per position (a draw whose two log-probabilities equal the label's is taken to be the label):
         k1_positive: 1 where the student underestimates the label.
         reinforced: P there, 0 elsewhere and without `reinforce`.
-        suppressed: 1 where the forward weight is masked.
-        punished: share of the draws, other than the label, that are punished.
-        mass_moved: sum of the absolute weights: log-likelihood weight given to tokens plus weight taken from
-            them.
+        label_penalized: 1 where the forward weight is masked.
+        sample_penalized: share of the draws, other than the label, that lose weight.
+        total_weight: sum of the absolute weights: log-likelihood weight given to tokens plus weight taken
+            from them.
 
     Args:
         forward: coefficient c_f of the forward part, p; >= 0.
@@ -54,14 +54,14 @@ def hpd(forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce
     """
     _check("hpd", forward, reverse, mask, reinforce)
 
-    def draw_share(draw_logprobs: Float[Tensor, "N n"]) -> float:
+    def sample_fraction(draw_logprobs: Float[Tensor, "N n"]) -> float:
         return 1.0 / max(draw_logprobs.shape[1], 1)
 
-    objective = _label_and_draws(draw_share, forward, reverse, mask, reinforce)
+    objective = _label_and_draws(sample_fraction, forward, reverse, mask, reinforce)
     return objective._replace(rule="hpd", arguments=(forward, reverse, mask, reinforce))
 
 
-def hpd_exact(
+def hpd_expected(
     forward: float = 1.0, reverse: float = 1.0, mask: bool = True, reinforce: bool = True
 ) -> Objective:
     r"""The expectation of `hpd` over the draw: columns are the label, then every token in order (K = 1 + V).
@@ -71,12 +71,12 @@ def hpd_exact(
     and w_y as in `hpd`. The support empties the label's second column. Arguments, errors and stats are those
     of `hpd`, with the draws' share of n replaced by their probability.
     """
-    _check("hpd_exact", forward, reverse, mask, reinforce)
+    _check("hpd_expected", forward, reverse, mask, reinforce)
     objective = _label_and_draws(
         lambda draw_logprobs: draw_logprobs.exp(), forward, reverse, mask, reinforce, label_is_apart=True
     )
     return objective._replace(
-        domain="label_and_vocabulary", rule="hpd_exact", arguments=(forward, reverse, mask, reinforce)
+        domain="label_and_vocabulary", rule="hpd_expected", arguments=(forward, reverse, mask, reinforce)
     )
 
 
@@ -115,17 +115,17 @@ def hpd_full(forward: float = 1.0, reverse: float = 1.0, mask: bool = True) -> O
 
 
 def _label_and_draws(
-    draw_share: Callable[[Tensor], Tensor | float],
+    sample_fraction: Callable[[Tensor], Tensor | float],
     forward: float,
     reverse: float,
     mask: bool,
     reinforce: bool,
     label_is_apart: bool = False,
 ) -> Objective:
-    """The rule shared by `hpd` and `hpd_exact`.
+    """The rule shared by `hpd` and `hpd_expected`.
 
     Args:
-        draw_share: what each draw column counts, one in sum.
+        sample_fraction: what each draw column counts, one in sum.
         label_is_apart: no draw is the label.
     """
 
@@ -133,7 +133,7 @@ def _label_and_draws(
         """Log-ratio of the label [N, 1] and of the draws [N, n]; share [N, n] of each overestimated draw."""
         log_ratio = teacher_logprobs - student_logprobs
         label, draws = log_ratio[:, :1], log_ratio[:, 1:]
-        return label, draws, (draws < 0).to(draws.dtype) * draw_share(student_logprobs[:, 1:])
+        return label, draws, (draws < 0).to(draws.dtype) * sample_fraction(student_logprobs[:, 1:])
 
     def weights(teacher_logprobs: LogProbs, student_logprobs: LogProbs) -> Weights:
         label, draws, share = split(teacher_logprobs, student_logprobs)
@@ -154,9 +154,9 @@ def _label_and_draws(
         return {
             "k1_positive": positive,
             "reinforced": positive * share.sum(1) * reinforce,
-            "suppressed": (1 - positive) * mask,
-            "punished": (share * is_other).sum(1),
-            "mass_moved": size[:, 0] + (size[:, 1:] * is_other).sum(1),
+            "label_penalized": (1 - positive) * mask,
+            "sample_penalized": (share * is_other).sum(1),
+            "total_weight": size[:, 0] + (size[:, 1:] * is_other).sum(1),
         }
 
     return Objective(weights, _likelihood(weights), stats, domain="label")

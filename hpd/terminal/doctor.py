@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hpd.config.load import load_recipe, stage_recipes
 from hpd.config.schema import Recipe
+from hpd.data.rows import validation_sets
 from hpd.estimate.cost import flops_per_token
 from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
@@ -78,7 +79,8 @@ def diagnose(
     show_rows(planned)
     rows = planned.rows
     count = f"{len(rows.train):,}" if isinstance(rows.train, Sized) else "a stream of"
-    held_out = f", {len(rows.validation):,} held out" if isinstance(rows.validation, Sized) else ""
+    sets = {name: part for name, part in validation_sets(rows.validation).items() if isinstance(part, Sized)}
+    held_out = "".join(f", {len(part):,} held out{f' ({name})' * bool(name)}" for name, part in sets.items())
     steps = steps_of(planned)
     args = planned.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -18,6 +18,7 @@ from hpd.config.load import load_recipe
 from hpd.config.yaml_file import parse_yaml
 from hpd.files import write_atomically
 from hpd.methods.fields import nearest
+from hpd.methods.names import new_name
 from hpd.methods.table import METHODS
 from hpd.terminal.console import console, show_next
 
@@ -52,6 +53,7 @@ def _local_data(text: str) -> str:
 
 
 def _known_method(text: str) -> str:
+    text = new_name(text)
     if text not in METHODS:
         raise ValueError(f"There is no method {text!r}. {nearest(text, list(METHODS))}")
     return text

@@ -47,8 +47,11 @@ def show_method(name: str) -> None:
     """
     methods = _facts()
     if name not in methods:
-        from hpd.methods.fields import nearest  # it loads torch
+        from hpd.methods.fields import nearest  # both load torch
+        from hpd.methods.names import new_name
 
+        name = new_name(name)
+    if name not in methods:
         raise ValueError(f"There is no method {name!r}. {nearest(name, list(methods))}")
     method = methods[name]
     console.print(f"[bold]{name}[/]: {escape(method['summary'])}\n", highlight=False)

@@ -23,6 +23,7 @@ from hpd.terminal.console import TerminalProgress, console, remarks, show_figure
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import shards_of, write_cache
+from hpd.training.hub import PushFailed
 from hpd.training.plan import plan
 from hpd.training.run import train
 from hpd.training.stopping import ends_kept, leaving_processes
@@ -38,7 +39,12 @@ def run_train(
     """Train by a recipe file and show the summary; or check everything and print the resolved recipe."""
     recipe = load_recipe(path, overrides)
     if not dry_run:
-        show_summary(recipe, train_with_display(recipe, overwrite, takes_changed))
+        try:
+            summary = train_with_display(recipe, overwrite, takes_changed)
+        except PushFailed as error:
+            show_summary(recipe, error.summary)
+            raise
+        show_summary(recipe, summary)
         folder = shlex.quote(recipe.output_dir)
         show_next(f"hpd chat {folder}", f"hpd eval {folder} --data test.jsonl", f"hpd report {folder}")
         return
@@ -132,12 +138,23 @@ def summary_table(summary: dict[str, Any]) -> Table:
             label,
             *(show(summary.get(f"{who} {label}")) for who in ("student before", "student after", "teacher")),
         )
-    for figure in _FIGURES:
+    for figure in _figures(summary):
         before, after = summary.get(f"{figure} before"), summary.get(f"{figure} after")
         if before is not None or after is not None:
-            show = _share if figure == "top1_agreement" else _nats
+            show = _share if figure.endswith("top1_agreement") else _nats
             table.add_row(figure, show(before), show(after), "")
     return table
+
+
+def _figures(summary: dict[str, Any]) -> list[str]:
+    """Figures of the validation rows, of several sets one set after the other."""
+    names = list(
+        dict.fromkeys(key.rpartition(" ")[0] for key in summary if key.endswith((" before", " after")))
+    )
+    sets = dict.fromkeys(
+        name.removesuffix(figure) for name in names for figure in _FIGURES if name.endswith(f"_{figure}")
+    )
+    return [f"{one}{figure}" for one in ("", *sets) for figure in _FIGURES]
 
 
 def _title(summary: dict[str, Any]) -> str:

@@ -24,14 +24,7 @@ from hpd.losses.heads import POLICIES
 from hpd.losses.operator import IMPLEMENTATIONS, METRIC_STRIDE
 from hpd.methods.fields import nearest
 from hpd.objectives.estimators import ESTIMATORS
-from hpd.training.settings import (
-    IN_RECIPES,
-    REFUSED,
-    check_bytes,
-    check_operator,
-    check_packages,
-    check_settings,
-)
+from hpd.training.settings import IN_RECIPES, REFUSED, check_before, check_operator, check_settings
 
 __all__ = [
     "DistillConfig",
@@ -148,8 +141,6 @@ class DistillConfig(SFTConfig):
                 raise ValueError(f"train.{name} must be finite, got {value}.")
             if name in _AT_LEAST and isinstance(value, (int, float)) and value < _AT_LEAST[name]:
                 raise ValueError(f"train.{name} must be >= {_AT_LEAST[name]}, got {value}.")
-        check_bytes(self)
-        check_operator(self)
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"train.num_train_epochs must be > 0 without train.max_steps, got {self.num_train_epochs}."
@@ -162,9 +153,9 @@ class DistillConfig(SFTConfig):
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; on a CPU its products are tens of times slower than float32's.
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        check_before(self)
         super().__post_init__()
         check_settings(self)
-        check_packages(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with `described`: what trackers keep as the configuration of a run."""
@@ -199,6 +190,9 @@ def as_config(args: TrainingArguments | None) -> DistillConfig:
             "DistillConfig, and say with method, method_kwargs and prefixes what is learned."
         )
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and f.name in names}
+    # As transformers has filled it in; a KL is better where it is smaller.
+    if given["greater_is_better"] == (not (args.metric_for_best_model or "loss").endswith("loss")):
+        given["greater_is_better"] = None
     return DistillConfig(**given)
 
 

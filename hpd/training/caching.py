@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import CacheConfig, Recipe
+from hpd.data.rows import validation_sets
 from hpd.files import write_atomically
 from hpd.locks import empty_folder, entries, holding
 from hpd.losses import Head, Scores, TeacherScores
@@ -100,7 +101,7 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     planned.require_sound()
     planned.say_warnings(progress)
     trainer = rows_trainer(planned)
-    datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    datasets: Any = [trainer.train_dataset, *validation_sets(trainer.eval_dataset).values()]
     rows = torch.utils.data.ConcatDataset(datasets)
     position_bytes = position_bytes_of(config, planned)
     layout = lay_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from hpd.config.load import is_push_key
 from hpd.config.yaml_file import shorten
 
 __all__ = ["Change", "changes_between", "raises_steps", "refused"]
@@ -70,7 +71,8 @@ def raises_steps(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _is_free(key: str) -> bool:
     section, _, field = key.partition(".")
-    return section in _FREE or (section == "train" and field in _FREE_OF_TRAIN)
+    is_free = field in _FREE_OF_TRAIN or is_push_key(field)
+    return section in _FREE or (section == "train" and is_free)
 
 
 def _is_length(key: str) -> bool:

@@ -250,11 +250,14 @@ def weights_file(folder: Path) -> Path:
     return next((folder / name for name in names if (folder / name).is_file()), folder / "model")
 
 
-def check_whole(model: torch.nn.Module, result: Any) -> None:
+def check_whole(model: torch.nn.Module, result: Any) -> bool:
     """Check that every parameter got a value, and every value a parameter.
 
     Args:
         result: what `load_state_dict(strict=False)` returned. A missing name of a tied parameter is no loss.
+
+    Returns:
+        True if a buffer got none, which is worth a warning.
 
     Raises:
         ValueError: names the first that did not.
@@ -272,6 +275,7 @@ def check_whole(model: torch.nn.Module, result: Any) -> None:
             raise ValueError(
                 f"it {what} {names[0]}" + (f" and {len(names) - 1} more tensors" if names[1:] else "")
             )
+    return any(name not in parameters for name in result.missing_keys)
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ from hpd.evaluate.generate import Group, answer_examples
 from hpd.evaluate.run import EvalResult, grade_answers, identify, write_result
 from hpd.generation.engine import TransformersEngine
 from hpd.training.measured import MeasuredTrainer
-from hpd.training.plan import PlannedEval
+from hpd.training.plan import PlannedEval, task_names
 
 __all__ = ["TaskEvaluation"]
 
@@ -60,8 +60,7 @@ class TaskEvaluation(MeasuredTrainer):
 
     def evaluation_names(self) -> set[str]:
         """Names of the metrics that evaluations log, without their prefix."""
-        of_tasks = {name.removeprefix("eval_") for name in _all_names(self._evals)}
-        return super().evaluation_names() | of_tasks  # type: ignore[misc]
+        return super().evaluation_names() | task_names(self._evals)
 
     def schedule(self, due: Sequence[PlannedEval], validation_due: bool) -> None:
         """Have the next `evaluate` run these tasks, and the validation rows only if they are due
@@ -122,7 +121,9 @@ class TaskEvaluation(MeasuredTrainer):
         of_tasks = {f"eval_{planned.label}" for planned in self._evals}
         # Tasks and validation rows have steps of their own: a figure that is not there now is not the best
         # now.
-        if name not in metrics and (name in of_tasks or metrics.keys() <= _all_names(self._evals)):
+        if name not in metrics and (
+            name in of_tasks or metrics.keys() <= {f"eval_{name}" for name in task_names(self._evals)}
+        ):
             return False
         return super()._determine_best_metric(metrics, trial)
 
@@ -154,11 +155,3 @@ def _logged(planned: PlannedEval, result: EvalResult) -> dict[str, float]:
         f"eval_{base}_tokens": result.mean_tokens,
         f"eval_{base}_truncated": result.truncated,
     }
-
-
-def _all_names(evals: Sequence[PlannedEval]) -> set[str]:
-    names = set()
-    for planned in evals:
-        base = planned.label.removesuffix(f"_{planned.task.metric}")
-        names |= {f"eval_{planned.label}", f"eval_{base}_tokens", f"eval_{base}_truncated"}
-    return names

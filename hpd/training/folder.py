@@ -21,6 +21,7 @@ from hpd.config.schema import Recipe
 from hpd.config.yaml_file import read_yaml
 from hpd.files import JsonLines, write_atomically, write_json
 from hpd.locks import empty_folder, entries
+from hpd.methods.names import with_new_names
 from hpd.training.arguments import train_arguments
 from hpd.training.card import card_of
 from hpd.training.changes import Change, changes_between, raises_steps, refused
@@ -82,7 +83,8 @@ class RunFolder:
         if overwrite:
             self._replaces = True
             return
-        before, now = read_yaml(recipe_file), _comparable(self.recipe)
+        # Also where the run began with an earlier version, or its recipe has an earlier name.
+        before, now = with_new_names(read_yaml(recipe_file)), with_new_names(_comparable(self.recipe))
         self._changes = changes_between(before, now)
         self._check_changes(before, now)
         newest = newest_complete(self.path, quiet=True)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from hpd.config.data import DataConfig
 from hpd.config.models import ModelConfig, TeacherConfig
 from hpd.config.schema import Recipe
-from hpd.data.rows import Rows
+from hpd.data.rows import Rows, validation_sets
 from hpd.files import checksum_file, checksum_json, checksum_samples
 from hpd.models.adapters import find_adapter
 from hpd.teachers.cache import read_about
@@ -53,9 +53,12 @@ def input_fingerprints(planned: Plan) -> dict[str, str]:
 
 def row_fingerprints(rows: Rows, data: DataConfig) -> dict[str, str]:
     """The part of `input_fingerprints` that is about rows."""
-    sources = {"training rows": data.path, "validation rows": data.validation}
+    parts = [("training rows", data.path, rows.train)]
+    for name, part in validation_sets(rows.validation).items():
+        source: Any = data.validation[name] if isinstance(data.validation, Mapping) else data.validation
+        parts.append((f"validation rows {name}".rstrip(), source, part))
     found = {}
-    for (name, source), part in zip(sources.items(), (rows.train, rows.validation), strict=True):
+    for name, source, part in parts:
         if isinstance(part, Dataset):
             found[name] = rows_digest(part)
         elif isinstance(source, str) and Path(source).exists():

@@ -205,8 +205,8 @@ class StepState:
 def _check(regime: Regime, args: DistillConfig, validates: bool) -> None:
     if regime.prefixes.adaptive and not validates:
         raise ValueError(
-            "prefixes: an adaptive share follows the validation loss, and there is none during training: "
-            "give data.validation and train.eval_strategy: steps."
+            "prefixes: an adaptive share follows the validation loss, and there is none during training, or "
+            "several: give data.validation (one set) and train.eval_strategy: steps."
         )
     if regime.repeats and args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(

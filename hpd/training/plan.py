@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import SaveStrategy
 
 from hpd.config.check import check_recipe
 from hpd.config.schema import DataConfig, EvalConfig, Recipe
 from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.dates import set_date
 from hpd.data.lengths import Lengths, check_ids, measure
-from hpd.data.rows import Rows, load_rows
+from hpd.data.rows import Rows, load_rows, validation_sets
 from hpd.data.teacher_prompts import TeacherContext
 from hpd.data.templates import check_templates, read_template
 from hpd.data.weighed import weight_column
@@ -31,6 +32,10 @@ from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.sources import check_caches, described_by, knows_likeliest
 from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
+from hpd.training.hub import Push, push_asked
+from hpd.training.metrics import evaluated_names
+from hpd.training.preflight import check_best_metric
+from hpd.training.scheduled import ScheduledTerms
 from hpd.training.settings import check_special_tokens
 from hpd.training.tracking import check_trackers, described
 from hpd.training.verdicts import (
@@ -41,7 +46,7 @@ from hpd.training.verdicts import (
     teacher_lengths,
 )
 
-__all__ = ["Plan", "PlannedEval", "plan", "plan_evals", "steps_of"]
+__all__ = ["Plan", "PlannedEval", "plan", "plan_evals", "steps_of", "task_names"]
 
 
 class PlannedEval(NamedTuple):
@@ -65,6 +70,15 @@ def plan_evals(evals: Sequence[EvalConfig]) -> tuple[PlannedEval, ...]:
         FileNotFoundError, ValueError: as `task_and_settings`.
     """
     return tuple(PlannedEval(config, *task_and_settings(config)) for config in evals)
+
+
+def task_names(evals: Sequence[PlannedEval]) -> set[str]:
+    """Names of the metrics that tasks log while training, without `eval_`."""
+    names = set()
+    for planned in evals:
+        base = planned.label.removesuffix(f"_{planned.task.metric}")
+        names |= {planned.label, f"{base}_tokens", f"{base}_truncated"}
+    return names
 
 
 class Plan(NamedTuple):
@@ -132,6 +146,8 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
     args = train_arguments(recipe, disable_tqdm=True, **defaults)
     check_trackers(args)
     args.described = described(recipe)
+    pushed = push_asked(recipe)
+    args.push_to_hub = False  # the trainer would push the whole folder, before its card is written
     models = _describe_models(recipe, args, fresh)
     prompts = recipe.choose_regime().needs_prompts_only
     teacher = recipe.teacher
@@ -151,8 +167,8 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
         models.teacher_configs,
         compared.rows,
         compared.lengths,
-        compared.verdicts,
-        _check_evals(plan_evals(recipe.eval), args),
+        compared.verdicts if pushed is None else (*compared.verdicts, _push_verdict(pushed)),
+        _check_evals(plan_evals(recipe.eval), recipe, args, models.student_config),
         models.served,
         models.date,
         models.other,
@@ -229,14 +245,16 @@ def _take_templates(
     if not rows.conversational:
         return rows
     drawn = isinstance(recipe.data.validation, float)
-    names = {"train": "of the training rows" if drawn else "", "validation": "of the validation rows"}
-    train, validation = (
-        check_templates(
-            getattr(rows, part), tokenizer, recipe.data.labels, name=name, num_proc=args.dataset_num_proc
-        )
-        for part, name in names.items()
-    )
-    return rows._replace(train=train, validation=validation)
+
+    def checked(part: Any, name: str) -> Any:
+        return check_templates(part, tokenizer, recipe.data.labels, name=name, num_proc=args.dataset_num_proc)
+
+    train = checked(rows.train, "of the training rows" if drawn else "")
+    sets = {
+        name: checked(part, f"of the validation rows{f' {name}' if name else ''}")
+        for name, part in validation_sets(rows.validation).items()
+    }
+    return rows._replace(train=train, validation=sets.get("", sets or None))
 
 
 def _connect(
@@ -249,8 +267,16 @@ def _connect(
     return served
 
 
-def _check_evals(evals: tuple[PlannedEval, ...], args: DistillConfig) -> tuple[PlannedEval, ...]:
-    """The tasks, of which the best model is not chosen by one that is never run in training."""
+def _push_verdict(pushed: Push) -> CheckResult:
+    text = f"the finished student is pushed to the Hub as {pushed.repo}; before training this is tried"
+    return CheckResult("ok", "hub", text)
+
+
+def _check_evals(
+    evals: tuple[PlannedEval, ...], recipe: Recipe, args: DistillConfig, student_config: Any
+) -> tuple[PlannedEval, ...]:
+    """The tasks; the best model is not chosen by one that is never run in training, or by what is not
+    measured."""
     named = (args.metric_for_best_model or "").removeprefix("eval_")
     for planned in evals:
         if planned.label == named and planned.config.every is None:
@@ -258,6 +284,18 @@ def _check_evals(evals: tuple[PlannedEval, ...], args: DistillConfig) -> tuple[P
                 f"train.metric_for_best_model names {named}, whose task has no `every`: it is not run in "
                 "training."
             )
+    if args.save_strategy == SaveStrategy.BEST and args.metric_for_best_model is None:
+        raise ValueError(
+            "train.save_strategy: best needs train.metric_for_best_model: name a metric of evaluations, such "
+            "as forward_kl."
+        )
+    if args.metric_for_best_model is not None:
+        terms = ScheduledTerms(recipe.choose_terms()).at(0.0)
+        vocab = student_config.get_text_config().vocab_size
+        found = evaluated_names(terms, vocab, args.kl_estimator)
+        if isinstance(recipe.data.validation, Mapping):
+            found = {f"{name}_{metric}" for name in recipe.data.validation for metric in found}
+        check_best_metric(args, found | task_names(evals))
     return evals
 
 

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import is_conversational
 
 from hpd.batch import uniforms
-from hpd.config.load import Stage
+from hpd.config.load import Stage, is_push_key
 from hpd.config.schema import DpoStageConfig
 from hpd.data.rows import load_preferences
 from hpd.generation.rollouts import make_engine
@@ -200,7 +200,10 @@ def dpo_arguments(planned: Plan, dpo: DpoStageConfig) -> DPOConfig:
         close = get_close_matches(unknown[0], known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"dpo.args.{unknown[0]} is not a field of TRL's DPOConfig{hint}")
-    shared = {key: getattr(planned.args, key) for key in planned.recipe.train if key in known}
+    if pushes := [key for key in dpo.args if is_push_key(key)]:
+        raise ValueError(f"dpo.args.{pushes[0]}: the run is pushed, not a stage: set train.push_to_hub.")
+    given = [key for key in planned.recipe.train if key in known and not is_push_key(key)]
+    shared = {key: getattr(planned.args, key) for key in given}
     fixed = {
         "output_dir": planned.recipe.output_dir,
         "report_to": "none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from datasets import Dataset, IterableDataset
@@ -26,6 +27,7 @@ from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
+from hpd.training.hub import Push, opened
 from hpd.training.settings import check_special_tokens
 
 __all__ = ["check_best_metric", "check_call", "check_own_prompt", "own_tokenizer"]
@@ -59,6 +61,9 @@ def check_call(
             differ, or a special token that the tokenizer lacks.
     """
     _check_options(model, args, options)
+    if args.push_to_hub and args.process_index == 0:
+        name = args.hub_model_id or Path(str(args.output_dir)).name
+        opened(Push(name, args.hub_private_repo), "push_to_hub", args.hub_token)
     _check_quantized(model, args, options)
     row = _first_row(options.get("train_dataset"))
     student = _student(model, args, options.get("processing_class"))
@@ -105,8 +110,9 @@ def check_best_metric(args: DistillConfig, names: set[str]) -> None:
     """
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in names:
+        of_sets = "" if "loss" in names else " (of several validation sets each has NAME_loss, ...)"
         raise ValueError(
-            f"train.metric_for_best_model is {metric!r}, which no evaluation has. "
+            f"train.metric_for_best_model is {metric!r}, which no evaluation has{of_sets}. "
             f"{nearest(metric.removeprefix('eval_'), sorted(names))}"
         )
 

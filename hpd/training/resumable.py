@@ -333,8 +333,8 @@ class Resumable(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # transformers goes on with a warning, which leaves what the file lacks as it was before training.
-        check_whole(self.model, load_result)  # type: ignore[arg-type]
-        super()._issue_warnings_after_load(load_result)
+        if check_whole(self.model, load_result):  # type: ignore[arg-type]
+            super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self) -> None:
         with reading(weights_file(Path(str(self.state.best_model_checkpoint)))):

@@ -21,16 +21,17 @@ from hpd.data.weighed import weight_column
 from hpd.locks import holding
 from hpd.methods.table import name_terms
 from hpd.models.export import write_merged
-from hpd.progress import Progress
+from hpd.progress import Progress, quiet_libraries
 from hpd.training.arguments import check_names, train_arguments
 from hpd.training.checkpoints import check_processes, newest_complete, writing
 from hpd.training.dates import DATE
 from hpd.training.folder import RunFolder
+from hpd.training.hub import PushFailed, opened, push_asked, push_run, run_card
 from hpd.training.inputs import row_fingerprints, stage_fingerprints
 from hpd.training.plan import plan
 from hpd.training.preferences import check_pairs, train_preferences
 from hpd.training.single import open_together, train_single
-from hpd.training.stopping import ends_resumable
+from hpd.training.stopping import Signals, ends_resumable
 
 __all__ = ["check_stages", "train", "train_stages"]
 
@@ -59,25 +60,76 @@ def train(
     Raises:
         FileNotFoundError, ValueError: as `plan`; or the run folder belongs to something else, or another
             process is writing there.
+        PushFailed: the run is finished, and `train.push_to_hub` was not possible.
         RunStopped: SIGTERM or Ctrl-C (caught in the main thread only), a remote teacher that stays away, a
             disk that takes no more, or NaN: the steps done are saved, and the message says how to go on.
     """
     run = Path(recipe.output_dir)
     if run.is_file():
         raise ValueError(f"output_dir {str(run)!r} is a file: give a folder.")
+    progress = progress or Progress()
     with ends_resumable(run) as signals, holding(run):
-        if recipe.stages:
-            return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
-        # A key that does not exist makes another recipe of any run that the folder holds.
-        check_names(recipe)
-        folder = RunFolder(recipe, overwrite, takes_changed)
-        planned = plan(recipe, fresh=overwrite)
-        try:
-            planned.require_sound()
-            planned.say_warnings(progress or Progress())
-            return train_single(planned, folder, progress or Progress(), baselines, signals)
-        finally:
-            planned.close()
+        summary = _train(recipe, overwrite, progress, baselines, takes_changed, signals)
+    # Outside, since what ends it now is no reason to train again.
+    _push(recipe, summary, progress)
+    return summary
+
+
+def _train(
+    recipe: Recipe,
+    overwrite: bool,
+    progress: Progress,
+    baselines: bool,
+    takes_changed: bool,
+    signals: Signals,
+) -> dict[str, Any]:
+    """The run itself; returns its summary."""
+    quiet_libraries()  # the checks of a folder make settings, of which transformers has something to say
+    if recipe.stages:
+        return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
+    # A key that does not exist makes another recipe of any run that the folder holds.
+    check_names(recipe)
+    folder = RunFolder(recipe, overwrite, takes_changed)
+    planned = plan(recipe, fresh=overwrite)
+    try:
+        planned.require_sound()
+        planned.say_warnings(progress)
+        _open_hub(recipe)
+        return train_single(planned, folder, progress, baselines, signals)
+    finally:
+        planned.close()
+
+
+def _open_hub(recipe: Recipe) -> None:
+    """Try now what would fail when the student is finished."""
+    pushed = push_asked(recipe)
+    if pushed is not None and _is_main():
+        opened(pushed)
+
+
+def _push(recipe: Recipe, summary: Mapping[str, Any], progress: Progress) -> None:
+    """Send the finished student to the Hub, where the recipe asks for it."""
+    pushed = push_asked(recipe)
+    if pushed is None or not _is_main():
+        return
+    last = stage_recipes(recipe)[-1].recipe if recipe.stages else recipe
+    folder = Path(last.output_dir)
+    by_hand = f"hpd export {folder} --push-to-hub {pushed.repo}"
+    if "stopped" in summary:
+        progress.say(f"not pushed to the Hub, since training was stopped; to push it: {by_hand}")
+        return
+    progress.say(f"pushing the student to the Hub as {pushed.repo}")
+    try:
+        pushed = opened(pushed)
+        address = push_run(folder, pushed, run_card(folder, pushed.repo))
+    except (ValueError, OSError) as error:
+        text = f"The run is finished and its student is in {folder}, and only the push failed. {error}"
+        raise PushFailed(f"{text} To push it: {by_hand}", summary) from error
+    progress.say(f"pushed to {address}")
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def train_stages(
@@ -103,8 +155,9 @@ def train_stages(
     done = set() if overwrite else {stage.name for stage in stages if _summary(stage).is_file()}
     # An input may change between two stages, too.
     found = check_stages(recipe, [stage for stage in stages if stage.name not in done])
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main():
         folder.check_inputs(found)
+    _open_hub(recipe)
     args = train_arguments(recipe)
     assert args.device is not None  # asking for it joins the processes
     for stage in stages:

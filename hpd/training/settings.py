@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ __all__ = [
     "REFUSED",
     "USED",
     "WITHOUT_EFFECT",
-    "check_bytes",
-    "check_packages",
+    "check_before",
+    "check_operator",
     "check_settings",
     "check_special_tokens",
 ]
@@ -97,6 +98,11 @@ _OF_OPTIMIZERS = {
 }
 """Importable packages, by what begins the name of an optimizer that needs them ("bnb": what is in it)."""
 
+# Metrics that are better where they are smaller.
+_LOWER = re.compile(
+    r"(?:^|_)kl(?:_|$)|(?:loss|perplexity|runtime|_tokens|_truncated|_mass_outside|_tail_mass)$"
+)
+
 _ON_PYPI = {
     "galore_torch": "galore-torch",
     "apollo_torch": "apollo-torch",
@@ -106,16 +112,31 @@ _ON_PYPI = {
 }
 
 
+def check_before(args: Any) -> None:
+    """Refuse what cannot go together, and set `greater_is_better`, before transformers fills settings in.
+
+    Args:
+        args: a `DistillConfig`.
+
+    Raises:
+        ValueError: the setting's name.
+    """
+    _check_bytes(args)
+    check_operator(args)
+    _set_direction(args)
+
+
 def check_settings(args: Any) -> None:
-    """Refuse settings that would do nothing.
+    """Refuse settings that would do nothing, or need a package that is not installed.
 
     Args:
         args: an `SFTConfig` or a class derived from it.
 
     Raises:
-        ValueError: a field of REFUSED was changed, or one that is in none of the tables: of a version of
-            transformers or TRL that is newer than they are.
+        ValueError: a field of REFUSED was changed; one that is in none of the tables: of a version of
+            transformers or TRL that is newer than they are; or the package, and how it is installed.
     """
+    _check_packages(args)
     known = {*USED, *REFUSED, *WITHOUT_EFFECT}
     for field in dataclasses.fields(args):
         if not _is_changed(args, field):
@@ -129,7 +150,29 @@ def check_settings(args: Any) -> None:
             )
 
 
-def check_bytes(args: Any) -> None:
+def _set_direction(args: Any) -> None:
+    """Set `greater_is_better`, if nobody has: for transformers a metric whose name does not end with loss is
+    better where it is higher, and the checkpoint with the largest KL would be kept.
+
+    Args:
+        args: an `SFTConfig` or a class derived from it, before transformers has filled it in.
+
+    Raises:
+        ValueError: an entropy, which is neither better high nor low.
+    """
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if args.greater_is_better is not None or not metric:
+        return
+    if metric.endswith("entropy"):
+        raise ValueError(
+            f"train.metric_for_best_model: {metric} is neither better high nor low: choose another metric, "
+            "such as forward_kl, or say with train.greater_is_better which is."
+        )
+    if _LOWER.search(metric):
+        args.greater_is_better = False
+
+
+def _check_bytes(args: Any) -> None:
     """Refuse settings that have no effect with two tokenizers, or without.
 
     Args:
@@ -186,7 +229,7 @@ def check_operator(args: Any, clips: bool = False) -> None:
             )
 
 
-def check_packages(args: Any) -> None:
+def _check_packages(args: Any) -> None:
     """Refuse settings that need a package which is not installed.
 
     Raises:

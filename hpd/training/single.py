@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hpd.config.schema import Recipe
+from hpd.data.rows import validation_sets
 from hpd.evaluate.run import evaluate
 from hpd.generation.vllm_engine import rollout_dtype
 from hpd.models.load import load_adapted, load_model
@@ -180,10 +181,11 @@ def _loss_baselines(trainer: DistillTrainer, is_new: bool, to_measure: bool) -> 
     if trainer.eval_dataset is None or not is_new or _is_sharded(trainer):
         return {}
     if to_measure:
-        return {f"{k} before": v for k, v in _eval_metrics(trainer.evaluate()).items()}
-    # Measured by a life that left no checkpoint: its loader drew a number, on which the order of rows
+        return {f"{k} before": v for k, v in _eval_metrics(trainer, trainer.evaluate()).items()}
+    # Measured by a life that left no checkpoint: its loaders drew numbers, on which the order of rows
     # depends.
-    next(iter(trainer.get_eval_dataloader()))
+    for name in validation_sets(trainer.eval_dataset):
+        next(iter(trainer.get_eval_dataloader(name or None)))
     return {}
 
 
@@ -207,9 +209,9 @@ def _finish(planned: Plan, trainer: DistillTrainer, folder: RunFolder, progress:
         raise Interrupted(trainer.stop_reason)
     found: dict[str, Any] = {}
     if trainer.eval_dataset is not None:
-        first = [log for log in trainer.state.log_history if log["step"] == 0 and "eval_loss" in log]
-        found |= {f"{k} before": v for log in first[:1] for k, v in _eval_metrics(log).items()}
-        found |= {f"{k} after": v for k, v in _eval_metrics(trainer.evaluate()).items()}
+        for log in (log for log in trainer.state.log_history if log["step"] == 0):
+            found |= {f"{k} before": v for k, v in _eval_metrics(trainer, log).items()}
+        found |= {f"{k} after": v for k, v in _eval_metrics(trainer, trainer.evaluate()).items()}
     with writing(folder.path):
         trainer.save_model()
     student = trainer.accelerator.unwrap_model(trainer.model)
@@ -295,8 +297,11 @@ def _check_lora(recipe: Recipe, student: torch.nn.Module) -> None:
         )
 
 
-def _eval_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    names = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+def _eval_metrics(trainer: DistillTrainer, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The figures of a summary, of each validation set."""
+    figures = ("loss", "forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+    sets = [f"{name}_" if name else "" for name in validation_sets(trainer.eval_dataset)]
+    names = [f"{prefix}{figure}" for prefix in sets for figure in figures]
     return {name: round(metrics[f"eval_{name}"], 6) for name in names if f"eval_{name}" in metrics}
 
 

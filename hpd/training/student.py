@@ -121,7 +121,7 @@ class StudentTrainer(Resumable, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, name: str
     ) -> Any:
-        """Rows of every format of docs/guides/data.md as token ids and labels; TRL cuts and packs them."""
+        """Rows of every format (docs/reference/data-formats.md) as token ids; TRL cuts and packs them."""
         self._day = set_date(self._tokenizer, self._first_day)
         if formatting_func is None and dataset is not None:
             field, prompts = args.dataset_text_field, self._prompts and name == "train"

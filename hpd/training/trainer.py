@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hpd.batch import DistillCollator, TokenBatch, as_teacher_reads, uniforms
 from hpd.config.schema import GuardsConfig
+from hpd.data.rows import validation_sets
 from hpd.data.weighed import check_weighed, weight_column
 from hpd.files import write_atomically
 from hpd.generation.rollouts import RolloutEngine, make_engine
@@ -164,7 +165,7 @@ class DistillTrainer(MeasuredTrainer):
         folder = Path(str(self.args.output_dir))
         teacher = getattr(self.teacher.model, "config", None)
         card = Card(
-            name=model_name or folder.name,
+            name=self.hub_model_id or model_name or folder.name,
             student=str(getattr(self._base_model.config, "_name_or_path", "") or "a student"),
             teacher=str(getattr(teacher, "_name_or_path", "") or type(self.teacher).__name__),
             method=self._method_name,
@@ -204,7 +205,7 @@ class DistillTrainer(MeasuredTrainer):
             self.data_collator,
             self._make_engine,
             on_dataset="dataset" in sources_used(self.terms),
-            validates=self.eval_dataset is not None and self.args.eval_strategy != "no",
+            validates="" in validation_sets(self.eval_dataset) and self.args.eval_strategy != "no",
         )
         self._sums_before: dict[str, float] = {}
         ramp = self._step.ramp
@@ -231,7 +232,7 @@ class DistillTrainer(MeasuredTrainer):
     def _introduce_rows(self) -> None:
         """Show the teacher the rows of the datasets, once; from then on batches ask it as they are collated,
         one ahead of the step."""
-        held_out = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        held_out = validation_sets(self.eval_dataset).values()
         # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
         known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
         self.teacher.register_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))

@@ -16,7 +16,7 @@ from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.lengths import MEASURED_ROWS, Lengths, TeacherLengths, greatest_id
 from hpd.data.reading import first_rows
 from hpd.data.rendered import compare_rows
-from hpd.data.rows import Rows
+from hpd.data.rows import Rows, validation_sets
 from hpd.data.teacher_rows import check_teacher_rows, own_lengths
 from hpd.models.ends import end_tokens
 from hpd.models.load import load_generation_config
@@ -171,8 +171,8 @@ def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: Distill
         )
 
     found = look_at(rows.train, new_tokens)
-    if rows.validation is not None:
-        found += [verdict for verdict in look_at(rows.validation, 0) if verdict.topic == "context"]
+    for part in validation_sets(rows.validation).values():
+        found += [verdict for verdict in look_at(part, 0) if verdict.topic == "context"]
     return found
 
 

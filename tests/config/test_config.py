@@ -79,7 +79,7 @@ def test_overrides_reach_into_the_tree_and_read_yaml():
             "not a divergence",
         ),
         ({"terms": [{"objective": "reverse_kl", "support": "top_k"}]}, "needs top_k"),
-        ({"terms": [{"objective": "forward_kl", "draw_share": 0.5}]}, "makes no use of draw_share"),
+        ({"terms": [{"objective": "forward_kl", "sample_fraction": 0.5}]}, "makes no use of sample_fraction"),
         ({"teacher": {"type": "model"}}, "teacher.model is missing"),
         ({"teacher": {"type": "self", "model": "x"}}, "remove teacher.model"),
         ({"data": {"path": "x", "validation": 1.5}}, r"must be in \(0, 1\)"),

@@ -212,11 +212,14 @@ def test_variants_stand_in_the_order_of_their_own_axis():
     from hpd.experiments.results import _label_order
 
     experiment = read_experiment(
-        write(axes={"method_kwargs.reverse": [0.0, 0.5, 1.0], "method_kwargs.draw_share": [1.0, 0.0]})
+        write(axes={"method_kwargs.reverse": [0.0, 0.5, 1.0], "method_kwargs.sample_fraction": [1.0, 0.0]})
     )
     order = _label_order(experiment)
     assert list(order["method_kwargs.reverse"]) == ["0", "0.5", "1"]
-    assert list(order["method_kwargs.draw_share"]) == ["1", "0"]  # a label of two axes has a place in each
+    assert list(order["method_kwargs.sample_fraction"]) == [
+        "1",
+        "0",
+    ]  # a label of two axes has a place in each
 
 
 def test_choices_say_when_the_best_is_at_the_edge():

@@ -26,7 +26,7 @@ def plain(row):
 def square(method=None):
     rest = {"method": method} if method else {}
     return [
-        {"method_kwargs.reverse": r, "method_kwargs.draw_share": d, **rest}
+        {"method_kwargs.reverse": r, "method_kwargs.sample_fraction": d, **rest}
         for r in ("0.5", "1")
         for d in ("0", "0.5", "1")
     ]
@@ -51,7 +51,7 @@ def test_heat_map_holds_means_and_intervals_and_has_a_color_bar():
 
 def test_all_heat_maps_of_a_metric_have_one_range():
     def value(axes, seed):
-        return {"a": 0.1, "b": 0.9}[axes["method"]] + 0.01 * float(axes["method_kwargs.draw_share"])
+        return {"a": 0.1, "b": 0.9}[axes["method"]] + 0.01 * float(axes["method_kwargs.sample_fraction"])
 
     panels = heat_maps(make_results(square("a") + square("b"), value), ["accuracy"])
     limits = [drawn(panel).axes[0].collections[0].get_clim() for panel in panels]

@@ -282,7 +282,7 @@ def test_the_draw_is_punished_where_its_sign_is_certain():
         undecided += bool(found.undecided) * size * (not is_label)
     for a, b in zip(gradients(student, output.loss), gradients(student, -likelihood), strict=True):
         torch.testing.assert_close(a, b)
-    assert float(output.stats["punished"]) == pytest.approx(punished)
+    assert float(output.stats["sample_penalized"]) == pytest.approx(punished)
     assert float(output.stats["draws_undecided"]) == pytest.approx(undecided)
     assert punished
     assert undecided

@@ -58,7 +58,7 @@ def given_draws(objective):
     return {"draws": draws} if objective == "hpd" else {}
 
 
-@pytest.mark.parametrize("objective", ["hpd", "forward_kl", "akl", "hpd_exact", "nll", "hpd_full"])
+@pytest.mark.parametrize("objective", ["hpd", "forward_kl", "akl", "hpd_expected", "nll", "hpd_full"])
 def test_fused_equals_plain(objective):
     hidden, head, teacher_hidden, teacher_head, labels = batch()
     hidden.requires_grad_(), head.requires_grad_()
@@ -98,7 +98,7 @@ def test_parameters_reach_objective_and_term():
 
 
 @pytest.mark.parametrize(
-    "name", ["forward_kl", "reverse_kl", "hpd", "hpd_exact", "hpd_full", "nll", "todi", "akl"]
+    "name", ["forward_kl", "reverse_kl", "hpd", "hpd_expected", "hpd_full", "nll", "todi", "akl"]
 )
 @pytest.mark.parametrize("form", ["instance", "factory", "path"])
 def test_an_objective_is_its_name(name, form):
@@ -155,7 +155,7 @@ def test_exact_draws_are_the_expectation_over_the_draw():
     hidden, head, teacher_hidden, teacher_head, labels = batch(vocab=5, teacher_vocab=5)
     logits = hidden @ head.T, teacher_hidden @ teacher_head.T
     exact = hpd.distillation_loss(*logits, labels, "hpd", draws="exact").loss
-    torch.testing.assert_close(exact, hpd.distillation_loss(*logits, labels, "hpd_exact").loss)
+    torch.testing.assert_close(exact, hpd.distillation_loss(*logits, labels, "hpd_expected").loss)
     # One position, so that the expectation is a sum over five draws.
     labels = torch.full((1, 2), -100)
     labels[0, 1] = 3
@@ -172,7 +172,7 @@ def test_importance_weighted_draws_do_not_depend_on_their_number():
     draws = torch.randint(37, (2, 5), generator=torch.Generator().manual_seed(1))
     once = hpd.distillation_loss(*logits, labels, "hpd", draws=draws, importance=True)
     thrice = hpd.distillation_loss(
-        *logits, labels, "hpd", draws=draws[..., None].expand(2, 5, 3), importance=True, num_draws=3
+        *logits, labels, "hpd", draws=draws[..., None].expand(2, 5, 3), importance=True, num_samples=3
     )
     torch.testing.assert_close(once.loss, thrice.loss)
     assert once.loss != hpd.distillation_loss(*logits, labels, "hpd", draws=draws).loss

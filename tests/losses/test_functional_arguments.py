@@ -17,8 +17,8 @@ OTHER = {
     "on": "dataset",
     "support": "label",
     "draws": "exact",
-    "num_draws": 3,
-    "draw_share": 0.5,
+    "num_samples": 3,
+    "sample_fraction": 0.5,
     "draw_temperature": 3.0,
     "exclude_label": True,
     "importance": True,
@@ -55,7 +55,7 @@ def test_every_argument_is_enumerated():
 
 @pytest.mark.parametrize("given", [False, True], ids=["drawn here", "given draws"])
 @pytest.mark.parametrize("support", [None, *SUPPORTS])
-@pytest.mark.parametrize("objective", ["hpd", "forward_kl", "nll", "hpd_exact", "akl"])
+@pytest.mark.parametrize("objective", ["hpd", "forward_kl", "nll", "hpd_expected", "akl"])
 def test_an_argument_without_effect_is_refused(objective, support, given):
     base = {"support": support, "top_k": 5 if support and "top_k" in support else None}
     base = {name: value for name, value in base.items() if value is not None}

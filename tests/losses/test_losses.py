@@ -34,7 +34,7 @@ from hpd.losses import Head, Scores, chunked, reweighted_nll
 from hpd.methods import method_terms, name_terms
 from hpd.methods.supports import full, label, sampled, top_k
 from hpd.methods.terms import Term
-from hpd.objectives import forward_kl, hpd, hpd_exact, nll, reverse_kl, taid
+from hpd.objectives import forward_kl, hpd, hpd_expected, nll, reverse_kl, taid
 from hpd.objectives.estimators import kl_estimate
 
 VOCABULARIES = [7, 255, 601]  # below one block of the inverse CDF, odd, several blocks
@@ -103,7 +103,7 @@ def test_float32_is_float64_to_its_rounding(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["hpd", "hpd_exact", "reverse_kl", "softened", "top_k bucket", "sum"])
+@pytest.mark.parametrize("name", ["hpd", "hpd_expected", "reverse_kl", "softened", "top_k bucket", "sum"])
 def test_extras_of_a_head(name: str, student_head: dict[str, Any], teacher_head: dict[str, Any]) -> None:
     vocab = 37
     extras = [
@@ -677,8 +677,8 @@ def test_calls_that_cannot_work_are_refused(build: Callable[[Problem], None], re
         (Term("t", hpd(), sampled(1)), "reads the label as its first column"),
         (Term("t", hpd(), label() + full()), "reads the label as its first column"),
         (Term("t", hpd(), label() + top_k(2)), "reads the label as its first column"),
-        (Term("t", hpd_exact(), full()), "label\\+full"),
-        (Term("t", hpd_exact(), label() + sampled(1)), "label\\+full"),
+        (Term("t", hpd_expected(), full()), "label\\+full"),
+        (Term("t", hpd_expected(), label() + sampled(1)), "label\\+full"),
         (Term("t", taid(0.5), label() + sampled(1)), "needs a whole distribution"),
         (Term("t", taid(0.5), top_k(2, tail="drop")), "needs a whole distribution"),
         (Term("t", reverse_kl(), label()), "is not a divergence"),

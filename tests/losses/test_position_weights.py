@@ -49,7 +49,7 @@ def batch_of(labels: Tensor) -> TokenBatch:
 # ---- what a weight is to the loss
 
 
-FORMS = ["hpd", "hpd_exact", "forward_kl", "abkd", "softened", "top_k bucket", "sum"]
+FORMS = ["hpd", "hpd_expected", "forward_kl", "abkd", "softened", "top_k bucket", "sum"]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -66,7 +66,7 @@ def test_weights_of_one_change_no_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hpd", "hpd_exact", "forward_kl", "abkd", "softened", "top_k bucket", "sum"]
+    "name", ["hpd", "hpd_expected", "forward_kl", "abkd", "softened", "top_k bucket", "sum"]
 )
 def test_weights_of_zero_and_one_are_masked_labels_over_all_label_tokens(name: str) -> None:
     given, terms = problem(VOCAB), plain(TERMS[name])

@@ -63,10 +63,10 @@ def test_rows_are_complete(method):
 
 def test_parameters_go_to_objective_or_term():
     (term,) = method_terms(
-        "hpd", {"reinforce": False, "num_draws": 3, "draw_share": 0.5, "exclude_label": True}
+        "hpd", {"reinforce": False, "num_samples": 3, "sample_fraction": 0.5, "exclude_label": True}
     )
     assert term.kwargs == {"reinforce": False}
-    assert (term.num_draws, term.draw_share, term.exclude_label) == (3, 0.5, True)
+    assert (term.num_samples, term.sample_fraction, term.exclude_label) == (3, 0.5, True)
     support = term.build().support
     assert (support.draws, support.share, support.importance) == (3, 0.5, False)
 

@@ -22,8 +22,8 @@ def test_methods_rest_at_the_teacher_unless_they_follow_labels(method):
     [
         ("hpd", {"mask": False}, False),
         ("hpd", {"mask": False, "forward": 0.0}, True),
-        ("hpd_exact", {"mask": False}, False),
-        ("hpd", {"num_draws": 3, "draw_share": 0.5}, True),
+        ("hpd_expected", {"mask": False}, False),
+        ("hpd", {"num_samples": 3, "sample_fraction": 0.5}, True),
         ("hpd", {"exclude_label": True, "draw_temperature": 2.0}, True),
         ("reverse_kl", {"support": "top_k", "top_k": 2}, True),
         ("forward_kl", {"temperature": 2.0}, True),
@@ -42,7 +42,7 @@ def test_one_term_with_a_weight_at_any_time_is_enough():
 
 
 @pytest.mark.parametrize(
-    "method", ["forward_kl", "akl", "todi", "abkd", "hpd_exact", "sft", "label_forward_kl"]
+    "method", ["forward_kl", "akl", "todi", "abkd", "hpd_expected", "sft", "label_forward_kl"]
 )
 def test_autograd_agrees(method):
     """The gradient of the loss itself, on other distributions than the four tokens that are looked at."""

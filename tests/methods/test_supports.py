@@ -327,7 +327,7 @@ def test_without_importance_a_draw_counts_as_it_is() -> None:
 
 @pytest.mark.parametrize("y", range(5))
 @pytest.mark.parametrize("switches", [{}, {"reverse": 0.3}, {"mask": False}, {"reinforce": False}], ids=str)
-def test_hpd_exact_is_the_expectation_of_hpd(y: int, switches: dict[str, float]) -> None:
+def test_hpd_expected_is_the_expectation_of_hpd(y: int, switches: dict[str, float]) -> None:
     support = Support(label=True, draws=1, importance=False)
     log_p, log_q = log_distribution(1, 5, 17), log_distribution(1, 5, 18)
     cases = outcomes(support, log_q[0], y)
@@ -337,7 +337,7 @@ def test_hpd_exact_is_the_expectation_of_hpd(y: int, switches: dict[str, float])
     for function in (gradient, value):
         sample = function(OBJECTIVES["hpd"](**switches), support, *rows, labels, draws)
         exact = function(
-            OBJECTIVES["hpd_exact"](**switches), label() + full(), log_p, log_q, labels[:1], None
+            OBJECTIVES["hpd_expected"](**switches), label() + full(), log_p, log_q, labels[:1], None
         )
         torch.testing.assert_close(cases.probabilities @ sample, exact[0], rtol=0, atol=1e-12)
 

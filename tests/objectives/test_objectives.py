@@ -174,7 +174,7 @@ CASES = [
     Case("hpd", {"forward": 0.5, "reverse": 2.0, "mask": False}, domain="label", holds_constants=True),
     Case("hpd_full", {}, holds_constants=True),
     Case("hpd_full", {"forward": 0.5, "reverse": 2.0, "mask": False}, holds_constants=True),
-    Case("hpd_exact", {}, domain="label_and_vocabulary", holds_constants=True),
+    Case("hpd_expected", {}, domain="label_and_vocabulary", holds_constants=True),
 ]
 DIVERGENCES = [case for case in CASES if case.oracle]
 
@@ -607,7 +607,7 @@ def hybrid_oracle(
     vocabulary."""
     weights, stats = (
         [0.0] * len(p),
-        dict.fromkeys(("k1_positive", "reinforced", "suppressed", "punished"), 0.0),
+        dict.fromkeys(("k1_positive", "reinforced", "label_penalized", "sample_penalized"), 0.0),
     )
     k1 = q[label] * (math.log(p[label]) - math.log(q[label]))
     for a in draws or [None]:
@@ -623,9 +623,9 @@ def hybrid_oracle(
         weights[label] += count * label_weight
         if a is not None and a != label and k1_draw < 0:
             weights[a] += count * reverse * k1_draw
-            stats["punished"] += count
+            stats["sample_penalized"] += count
     stats["k1_positive"] = float(k1 > 0)
-    stats["suppressed"] = float(k1 <= 0 and mask)
+    stats["label_penalized"] = float(k1 <= 0 and mask)
     return {"weights": weights, "stats": stats}
 
 
@@ -651,10 +651,10 @@ every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=str)
 
 
 @every_switch
-@pytest.mark.parametrize("num_draws", [0, 1, 3])
-def test_hpd_follows_the_branches_of_the_paper(switches: dict[str, Any], num_draws: int) -> None:
+@pytest.mark.parametrize("num_samples", [0, 1, 3])
+def test_hpd_follows_the_branches_of_the_paper(switches: dict[str, Any], num_samples: int) -> None:
     objective, (teacher, student) = OBJECTIVES["hpd"](**switches), logprobs(rows=60)
-    tokens = torch.randint(7, (60, 1 + num_draws), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(7, (60, 1 + num_samples), generator=torch.Generator().manual_seed(2))
     rows = zip(teacher.exp().tolist(), student.exp().tolist(), tokens.tolist(), strict=True)
     want = [hybrid_oracle(p, q, label, draws, **switches) for p, q, (label, *draws) in rows]
     got = to_vocabulary(objective, teacher, student, tokens)
@@ -664,14 +664,14 @@ def test_hpd_follows_the_branches_of_the_paper(switches: dict[str, Any], num_dra
     for name in want[0]["stats"]:
         expected = torch.tensor([w["stats"][name] for w in want], dtype=torch.float64)
         torch.testing.assert_close(stats[name], expected, msg=name)
-        can_happen = switches.get({"suppressed": "mask", "reinforced": "reinforce"}.get(name), True)
-        needs_draw = name in ("reinforced", "punished")
-        assert expected.any() == (can_happen and (num_draws > 0 or not needs_draw)), (
+        can_happen = switches.get({"label_penalized": "mask", "reinforced": "reinforce"}.get(name), True)
+        needs_draw = name in ("reinforced", "sample_penalized")
+        assert expected.any() == (can_happen and (num_samples > 0 or not needs_draw)), (
             f"{name} is not exercised"
         )
     # No weight of a draw is positive, so that draws of one token cannot cancel in the sum over the
     # vocabulary.
-    torch.testing.assert_close(stats["mass_moved"], got.abs().sum(1))
+    torch.testing.assert_close(stats["total_weight"], got.abs().sum(1))
 
 
 def test_hpd_value_is_the_reweighted_likelihood() -> None:
@@ -681,8 +681,8 @@ def test_hpd_value_is_the_reweighted_likelihood() -> None:
 
 
 @every_switch
-def test_hpd_exact_is_the_expectation_over_the_draw(switches: dict[str, Any]) -> None:
-    single, exact = OBJECTIVES["hpd"](**switches), OBJECTIVES["hpd_exact"](**switches)
+def test_hpd_expected_is_the_expectation_over_the_draw(switches: dict[str, Any]) -> None:
+    single, exact = OBJECTIVES["hpd"](**switches), OBJECTIVES["hpd_expected"](**switches)
     teacher, student = logprobs(rows=20)
     labels = torch.arange(20)[:, None] % 7
     expected, expected_stats = torch.zeros_like(teacher), dict.fromkeys(single.stats(teacher, student), 0.0)
@@ -710,7 +710,7 @@ def test_hpd_full_is_the_rule_at_every_token(switches: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "columns"), [("hpd", [0, 1]), ("hpd_exact", [0, 0, 1]), ("hpd_full", [0, 1])]
+    ("name", "columns"), [("hpd", [0, 1]), ("hpd_expected", [0, 0, 1]), ("hpd_full", [0, 1])]
 )
 def test_a_label_below_the_smallest_float_is_still_underestimated(name: str, columns: list[int]) -> None:
     teacher = torch.tensor([[0.5, 0.5]]).log()
@@ -793,7 +793,7 @@ def test_masked_sft_says_how_many_labels_still_count() -> None:
         ("taid", {"t": 1.1}, r"t = 1.1 .*\[0, 1\]"),
         ("hpd", {"forward": -1.0}, r"forward = -1.0 .*\[0, inf\)"),
         ("hpd", {"reverse": math.inf}, r"reverse = inf .*\[0, inf\)"),
-        ("hpd_exact", {"forward": 0.0, "reverse": 0.0}, ".*both 0"),
+        ("hpd_expected", {"forward": 0.0, "reverse": 0.0}, ".*both 0"),
         ("hpd_full", {"reverse": -2.0}, r"reverse = -2.0 .*\[0, inf\)"),
     ],
 )
@@ -807,7 +807,7 @@ def test_parameters_out_of_range_are_refused(name: str, params: dict[str, Any], 
     [
         ("f_divergence", {"f": None, "df": torch.log}),
         ("hpd_full", {"mask": "yes"}),
-        ("hpd_exact", {"reinforce": 1}),
+        ("hpd_expected", {"reinforce": 1}),
         ("taid", {"t": "0.5"}),
         ("todi", {"beta": True}),
     ],

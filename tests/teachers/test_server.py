@@ -190,7 +190,7 @@ def test_the_next_batch_is_asked_about_while_the_student_works(pair, rows, tmp_p
     ("config", "reason"),
     [
         ({"objective": "hpd"}, "student draws"),
-        ({"objective": "hpd_exact"}, "every token"),
+        ({"objective": "hpd_expected"}, "every token"),
         ({"objective": "forward_kl"}, "every token"),
         ({"objective": "akl", "support": "top_k", "top_k": 30}, "reads 30 tokens"),
         (

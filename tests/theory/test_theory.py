@@ -50,7 +50,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], Weights]] = {
     "hpd, no reinforcement": ("hpd", {"reinforce": False}, hpd_weights(reinforce=False)),
     "hpd, no mask": ("hpd", {"mask": False}, hpd_weights(mask=False)),
     "hpd, no draw": ("hpd", {"support": "label"}, hpd_weights(draw=False)),
-    "hpd_exact": ("hpd_exact", {}, hpd_weights()),
+    "hpd_expected": ("hpd_expected", {}, hpd_weights()),
     "hpd_full": ("hpd_full", {}, lambda p, q, d: p * (q < p) + gap(p, q)),
     "sft": ("sft", {}, lambda p, q, d: d + 0 * q),
     "forward_kl": ("forward_kl", {}, lambda p, q, d: p + 0 * q),
@@ -60,7 +60,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], Weights]] = {
     "label_jsd": ("label_jsd", {}, lambda p, q, d: d * q * ((p + q) / (2 * q)).log() / 2),
 }
 RIGHT_SIGNS = [
-    *("hpd", "hpd, no reinforcement", "hpd, no draw", "hpd_exact", "hpd_full", "masked_sft"),
+    *("hpd", "hpd, no reinforcement", "hpd, no draw", "hpd_expected", "hpd_full", "masked_sft"),
     *("label_reverse_kl", "label_jsd"),
 ]
 
@@ -134,7 +134,7 @@ def test_the_student_rests_at_the_teacher_whoever_wrote_the_labels(name: str, la
     assert (force(weights, TEACHER, q, labels).abs().amax(-1) > 1e-6).all()
 
 
-@pytest.mark.parametrize("name", ["hpd", "hpd, no reinforcement", "hpd_exact", "hpd_full"])
+@pytest.mark.parametrize("name", ["hpd", "hpd, no reinforcement", "hpd_expected", "hpd_full"])
 def test_through_the_draw_even_one_repeated_label_suffices(name: str) -> None:
     weights, q = weights_of(name), students(500)
     assert (force(weights, TEACHER, TEACHER, FIRST_ONLY).abs() < 1e-15).all()

@@ -161,3 +161,28 @@ def test_settings_of_another_trainer_of_trl_are_refused():
 @pytest.mark.parametrize(("given", "meant"), [("no", "no"), (False, "no"), ("steps", "steps")])
 def test_no_is_a_strategy_whatever_yaml_makes_of_it(given, meant):
     assert train_arguments(recipe(save_strategy=given)).save_strategy == meant
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [
+        ("forward_kl", False),
+        ("eval_math_reverse_kl", False),
+        ("reverse_kl_k1", False),
+        ("loss", False),
+        ("gsm8k_truncated", False),
+        ("gsm8k_accuracy", True),
+        ("top1_agreement", True),
+    ],
+)
+@pytest.mark.parametrize("make", [DistillConfig, SFTConfig])
+def test_the_best_of_a_kl_is_the_smallest(tmp_path, make, metric, higher):
+    args = make(output_dir=str(tmp_path), use_cpu=True, bf16=False, metric_for_best_model=metric)
+    assert as_config(args).greater_is_better is higher
+
+
+def test_an_entropy_is_not_best_without_a_direction(tmp_path):
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "metric_for_best_model": "student_entropy"}
+    with pytest.raises(ValueError, match="neither better high nor low"):
+        DistillConfig(**given)
+    assert DistillConfig(**given, greater_is_better=True).greater_is_better is True

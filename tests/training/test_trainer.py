@@ -155,14 +155,14 @@ def test_logged_loss_is_the_objective_and_metrics_are_there(pair, tmp_path):
         "top1_agreement",
         "k1_positive",
         "reinforced",
-        "suppressed",
-        "punished",
-        "drawn_label",
-        "mass_moved",
+        "label_penalized",
+        "sample_penalized",
+        "sampled_label",
+        "total_weight",
         "num_tokens",
     ):
         assert name in log, name
-    assert log["k1_positive"] + log["suppressed"] == pytest.approx(1.0)
+    assert log["k1_positive"] + log["label_penalized"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("limit", "share"), [(1e-9, 1.0), (1e9, 0.0), (0, 0.0)])

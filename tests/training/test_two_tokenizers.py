@@ -133,7 +133,7 @@ def test_training_moves_the_student_and_says_how_sure_it_was(pairs, tmp_path, me
         byte_length="product" if method == "alm" else "geometric",
     )  # fmt: skip
     # The values of hpd and hpd_full are no distances (docs/theory.md).
-    watched = {"hpd": "eval_mass_moved", "hpd_full": "eval_forward_kl"}.get(method, "eval_loss")
+    watched = {"hpd": "eval_total_weight", "hpd_full": "eval_forward_kl"}.get(method, "eval_loss")
     before = trainer.evaluate()[watched]
     trainer.train()
     logs = trainer.state.log_history[-2]
@@ -163,7 +163,7 @@ def test_a_cut_row_is_learned_up_to_its_last_whole_chunk(pairs, tmp_path):
     ("options", "said"),
     [
         ({"method": "gkd"}, r"rows that the student writes.*Methods that work.*hpd, .*masked_sft"),
-        ({"method": "hpd_exact"}, r"term hpd_exact on label \+ full has no byte form"),
+        ({"method": "hpd_expected"}, r"term hpd_expected on label \+ full has no byte form"),
         ({"method": "opd"}, "rows that the student writes"),
         ({"impl": "reference"}, r"train.impl: reference has no form for two tokenizers"),
         ({"prefixes": Prefixes(student=1.0)}, "rows that the student writes"),
