@@ -43,7 +43,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd import DistillConfig, DistillTrainer
-from hpd.batch import DistillCollator, TokenBatch
+from hpd.batch import TokenBatch
+from hpd.data.collator import DistillCollator
 from hpd.files import write_atomically
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import FORMAT, read_json, save_index, save_shard

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hpd.batch import IGNORE_INDEX, DistillCollator, TokenBatch, token_batch, uniforms
+from hpd.batch import IGNORE_INDEX, TokenBatch, token_batch, uniforms
+from hpd.data.collator import DistillCollator
 
 PAD = 0
 # Rows of different length; -100 marks the prompt. The first row labels its first token, which nothing

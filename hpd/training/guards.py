@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpd.batch import TokenBatch
 from hpd.config.schema import GuardsConfig, Level, Thresholds
 from hpd.losses import Scores, TeacherScores
+from hpd.losses.by_source import label_gaps
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
 from hpd.losses.tile import sum_dtype
 
-__all__ = ["Finding", "check_metrics", "support_overlap"]
+__all__ = ["Finding", "check_metrics", "further_sums", "support_overlap"]
 
 # 1: too large, -1: too small; and how the value is put into words.
 _TEXTS = {
@@ -100,6 +102,19 @@ def _relative_entropy(
         return (own / teacher if own is not None and teacher else None), "the teacher's"
     first = next((log["student_entropy"] for log in history if log.get("student_entropy")), own)
     return (own / first if own is not None and first else None), "what it was at the run's start"
+
+
+def further_sums(
+    guards: GuardsConfig, gaps: bool, student: Scores, teacher: TeacherScores, batch: TokenBatch, stride: int
+) -> dict[str, Tensor]:
+    """Sums over a batch that adaptive terms (`gaps`) and guards ask for."""
+    found: dict[str, Tensor] = {}
+    if gaps:
+        found.update(label_gaps(student, teacher, batch, stride))
+    if guards.overlap:
+        shared, count = support_overlap(student, teacher, batch.labels, guards.overlap_top_k, stride)
+        found.update({"support_overlap": shared, "overlap_rows": count})
+    return found
 
 
 @torch.no_grad()

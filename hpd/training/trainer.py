@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hpd.batch import DistillCollator, TokenBatch, as_teacher_reads, uniforms
+from hpd.batch import TokenBatch, as_teacher_reads, uniforms
 from hpd.config.schema import GuardsConfig
+from hpd.data.collator import DistillCollator
 from hpd.data.rows import validation_sets
 from hpd.data.weighed import check_weighed, weight_column
 from hpd.files import write_atomically
 from hpd.generation.rollouts import RolloutEngine, make_engine
 from hpd.losses import Scores, TeacherScores
-from hpd.losses.by_source import label_gaps
 from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
@@ -43,7 +43,7 @@ from hpd.training.card import Card
 from hpd.training.cutting import common_share, cut_batch
 from hpd.training.dates import first_day_of_folder, keep_day
 from hpd.training.following import Following
-from hpd.training.guards import support_overlap
+from hpd.training.guards import further_sums
 from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
@@ -110,7 +110,7 @@ class DistillTrainer(MeasuredTrainer):
         self.regime = choose_regime(method, self.terms, prefixes, rollouts, strategy)
         self._clips = self.regime.strategy.type == "policy_gradient"
         check_operator(args, self._clips)
-        # Further updates of a batch go on with what the first one froze, position by position.
+        # Further updates of a batch continue with what the first one froze, position by position.
         self._cuts = common_share(self._schedule.at(0.0)) is not None and self.regime.strategy.updates == 1
         self._weight_column = weight_column(self.terms)
         self._method_name = method or ("terms" if terms else "hpd")
@@ -338,7 +338,8 @@ class DistillTrainer(MeasuredTrainer):
             total = total + output.loss
             add_sums(stats, output.stats)
             if training:
-                add_sums(stats, self._further_sums(of_student, scores, some))
+                stride, gaps = self.args.metric_stride, self._schedule.reads_gaps
+                add_sums(stats, further_sums(self._guards, gaps, of_student, scores, some, stride))
         return total
 
     @property
@@ -357,17 +358,6 @@ class DistillTrainer(MeasuredTrainer):
         """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""
         step = self.state.global_step if self.model.training else -1
         return uniforms(batch.keys, seed=self.args.seed, step=step, count=count) if count else None
-
-    def _further_sums(self, student: Scores, teacher: TeacherScores, batch: TokenBatch) -> dict[str, Tensor]:
-        """Sums that adaptive terms and guards ask for."""
-        stride, found = self.args.metric_stride, {}
-        if self._schedule.reads_gaps:
-            found.update(label_gaps(student, teacher, batch, stride))
-        if self._guards.overlap:
-            top_k = self._guards.overlap_top_k
-            shared, count = support_overlap(student, teacher, batch.labels, top_k, stride)
-            found.update({"support_overlap": shared, "overlap_rows": count})
-        return found
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

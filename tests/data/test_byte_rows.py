@@ -7,8 +7,9 @@ from helpers.two_tokenizers import piece_tokenizer
 from tiny_models import tiny_tokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hpd.batch import IGNORE_INDEX, DistillCollator, TokenBatch, as_teacher_reads
+from hpd.batch import IGNORE_INDEX, TokenBatch, as_teacher_reads
 from hpd.data.byte_rows import byte_row, two_tokenizers
+from hpd.data.collator import DistillCollator
 
 TEXTS = ["one two, three", "the sum is 12 — né 日本", "ten\n\n nine  eight", "x"]
 

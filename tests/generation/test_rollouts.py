@@ -13,7 +13,8 @@ from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hpd.batch import DistillCollator, TokenBatch, uniforms
+from hpd.batch import TokenBatch, uniforms
+from hpd.data.collator import DistillCollator
 from hpd.generation.engine import end_token_ids
 from hpd.generation.rollouts import Rollout, StudentRollouts, make_engine
 from hpd.generation.vllm_engine import VllmRollouts, _starting_engines_with, rollout_dtype

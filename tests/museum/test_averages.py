@@ -7,8 +7,8 @@ from helpers.museum import exhibit, swap
 from helpers.trainers import first_batch, gradient, make_trainer, rows, weights
 from torch.distributions import Categorical, kl_divergence
 
-from hpd.batch import DistillCollator
 from hpd.data import samplers
+from hpd.data.collator import DistillCollator
 from hpd.losses.functional import distillation_loss
 
 VOCAB = 11
@@ -214,7 +214,7 @@ def test_masked_tokens_count_in_the_denominator():
 
             return collate
 
-        swap(patch, "hpd.batch:DistillCollator.__call__", counted_before)
+        swap(patch, "hpd.data.collator:DistillCollator.__call__", counted_before)
 
     exhibit(measure, mutate)
 

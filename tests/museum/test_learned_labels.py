@@ -6,7 +6,8 @@ from helpers.trainers import make_trainer
 from tiny_models import tiny_tokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hpd.batch import DistillCollator, TokenBatch
+from hpd.batch import TokenBatch
+from hpd.data.collator import DistillCollator
 from hpd.generation import engine
 from hpd.generation.settings import GenerationSettings
 from hpd.generation.texts import Rollout

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hpd.batch import DistillCollator, TokenBatch
+from hpd.batch import TokenBatch
+from hpd.data.collator import DistillCollator
 from hpd.generation.rollouts import StudentRollouts
 from hpd.generation.texts import Rollout
 from hpd.losses import Head, Scores, operator, policy_gradient

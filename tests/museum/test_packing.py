@@ -6,7 +6,8 @@ from helpers.museum import exhibit, swap
 from helpers.trainers import gradient, make_trainer
 from torch import Tensor
 
-from hpd.batch import DistillCollator, TokenBatch
+from hpd.batch import TokenBatch
+from hpd.data.collator import DistillCollator
 
 
 def flattened(rows: list[list[int]]) -> dict[str, Tensor]:

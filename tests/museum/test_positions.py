@@ -9,7 +9,8 @@ from tiny_models import tiny_tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from hpd.batch import DistillCollator, TokenBatch
+from hpd.batch import TokenBatch
+from hpd.data.collator import DistillCollator
 from hpd.generation.rollouts import StudentRollouts
 from hpd.losses.functional import distillation_loss
 from hpd.methods.prefixes import RolloutConfig

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from hpd.batch import DistillCollator, TokenBatch
+from hpd.batch import TokenBatch
+from hpd.data.collator import DistillCollator
 from hpd.losses.products import logits
 from hpd.models.forward import scores_of
 
