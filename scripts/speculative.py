@@ -9,8 +9,8 @@ alpha is the mean over their answers of sum_v min(p_v, q_v). Of every call with 
     E = (1 - alpha^(g + 1)) / (1 - alpha)
 
 tokens, the one that it writes itself included (Leviathan, Kalman and Matias, 2023, arXiv 2211.17192, eq. 1;
-it takes the acceptance of one token as independent of the next), and writes E / (g c + 1) times as fast as alone
-where a step of the student costs c steps of the teacher.
+it takes the acceptance of one token as independent of the next), and writes E / (g c + 1) times as fast as
+alone where a step of the student costs c steps of the teacher.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def reweighted_nll(
         terms: what is learned, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
-        position_weights: by the name of a term, constants that multiply its weights and its value at each
-            position; of every term with a rule over positions (as `hpd.losses.position_weights` makes them).
+        position_weights: by the name of a term, constants that multiply its weights and values at each
+            position (`hpd.losses.position_weights`); of every term with a rule over positions.
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
         impl: `chunked`; `compiled`, the same through torch.compile; or `reference`.
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
@@ -98,14 +98,14 @@ def reweighted_nll(
         kl_estimator: one of ESTIMATORS, added to the statistics where it needs draws (not exact).
 
     Raises:
-        ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only);
-            unknown impl; no terms, or two of one name; a sampled support without uniforms or draws; a term
-            with a rule over positions without its weights, or weights of another shape or of no term.
+        ValueError: a label beyond the shorter vocabulary (looked for on CPU tensors only); unknown impl; no
+            terms, or two of one name; a sampled support without uniforms or draws; weights by position that
+            a term lacks, or of another shape, or of no term.
     """
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
     weights = _checked_weights(position_weights or {}, terms, len(labels))
-    # A rule has done its work; to the compiler, another share would be another list of terms.
+    # To the compiler, another share would be another list of terms.
     terms = [term._replace(positions=None) for term in terms] if weights else terms
     known, ready = None, teacher
     if isinstance(teacher, Scores):

@@ -96,9 +96,9 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     on_cpu_only = {
         "losses/operator.py:_check",
         "losses/chunked.py:backward",
-        "hpd/batch.py:_of_one",
-        "hpd/batch.py:token_batch",
-        "hpd/batch.py:_row_keys",
+        "batch/__init__.py:_of_one",
+        "batch/__init__.py:token_batch",
+        "batch/keys.py:row_keys",
     }
     # transformers' own: whether a mask of padding is all ones, once a forward pass of either model.
     of_transformers = {"transformers/masking_utils.py:_ignore_causal_mask_sdpa"}

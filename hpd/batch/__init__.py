@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hpd.batch.keys import row_keys, uniforms
+
 __all__ = [
     "DATASET",
     "IGNORE_INDEX",
@@ -44,11 +46,6 @@ POSITION_WEIGHTS = "position_weights"
 _OF_TEACHER = "teacher_"
 
 _ROWS_AT_ONCE = 64
-
-# Odd constants of the splitmix64 generator (Steele, Lea, Flood 2014), as signed 64-bit integers.
-_GOLDEN = -0x61C8864680B583EB
-_MIX_1 = -0x40A7B892E31B1A47
-_MIX_2 = -0x6B2FB644ECCEEE15
 
 
 class TokenBatch(NamedTuple):
@@ -103,32 +100,6 @@ class TokenBatch(NamedTuple):
             by_student=everything[:0],
             teacher_index=None if self.teacher_index is None else self.teacher_index[positions],
             teacher_keys=None if self.teacher_keys is None else self.teacher_keys[positions],
-        )
-
-    def kept(self, keep: Bool[Tensor, "N"]) -> TokenBatch:
-        """The batch without the positions that weigh nothing; rows keep their lengths, and what is left out
-        is counted."""
-        at, new = keep.nonzero().flatten(), keep.long().cumsum(0) - 1
-
-        def shortened(field: str) -> Tensor | None:
-            value = getattr(self, field)
-            return None if value is None else value[at]
-
-        def renumbered(places: Tensor | None) -> Tensor | None:
-            return None if places is None else new[places[keep[places]]]
-
-        by_label = {
-            field: shortened(field)
-            for field in (
-                "index", "labels", "keys", "rows", "behavior_logprobs", "teacher_index", "teacher_keys",
-                "steps", "position_weights",
-            )
-        }  # fmt: skip
-        return self._replace(
-            **by_label,
-            by_dataset=renumbered(self.by_dataset),
-            by_student=renumbered(self.by_student),
-            cut=(~keep).sum(),
         )
 
     @classmethod
@@ -196,7 +167,7 @@ def token_batch(
     index = (targets != IGNORE_INDEX).nonzero().flatten()
     segment = _segments(input_ids, positions)
     _, rows, lengths = segment[index].unique_consecutive(return_inverse=True, return_counts=True)
-    keys = _row_keys(input_ids, positions, mask, segment)
+    keys = row_keys(input_ids, positions, mask, segment)
     # The label of position t is token t + 1, and so are its writer and that writer's log-probability.
     source = torch.zeros_like(index) if sources is None else sources.flatten()[index + 1]
     return TokenBatch(
@@ -234,37 +205,6 @@ def _segments(input_ids: Tensor, positions: Tensor) -> Int[Tensor, "BT"]:
     starts = (positions == 0).flatten()
     starts[:: input_ids.shape[1]] = True
     return starts.cumsum(0) - 1
-
-
-def _row_keys(
-    input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None, segment: Int[Tensor, "BT"]
-) -> Int[Tensor, "B T"]:
-    """64-bit keys: a hash of the whole row's tokens, then of the place in it."""
-    tokens = _mix(input_ids.long() * _GOLDEN + positions.long() * _MIX_1)
-    if attention_mask is not None:
-        tokens = tokens * attention_mask
-    rows = torch.zeros(int(segment[-1]) + 1, dtype=torch.int64).index_add_(0, segment, tokens.flatten())
-    return _mix(rows[segment].view_as(input_ids) + positions.long() * _GOLDEN)
-
-
-def uniforms(keys: Int[Tensor, "N"], *, seed: int, step: int, count: int) -> Float[Tensor, "N count"]:
-    """Uniforms in [0, 1) that depend on (seed, optimizer step, row, position, draw) and on nothing else.
-
-    So draws are the same whatever the chunk size, packing, padding, number of processes, or point of
-    resumption. Counter based (splitmix64), float64: 53 random bits.
-    """
-    stream = (
-        torch.arange(count, device=keys.device) * _MIX_2 + (seed * 0x9E3779B1 + step * 0x85EBCA77) % 2**62
-    )
-    bits = _mix(keys[:, None] ^ _mix(stream))
-    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finalizer of splitmix64; int64 products wrap, and the mask makes the shifts logical."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX_2
-    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 class DistillCollator:
