@@ -105,7 +105,6 @@ def reweighted_nll(
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
     weights = _checked_weights(position_weights or {}, terms, len(labels))
-    # To the compiler, another share would be another list of terms.
     terms = [term._replace(positions=None) for term in terms] if weights else terms
     known, ready = None, teacher
     if isinstance(teacher, Scores):

@@ -96,8 +96,8 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     on_cpu_only = {
         "losses/operator.py:_check",
         "losses/chunked.py:backward",
-        "batch/__init__.py:_of_one",
-        "batch/__init__.py:token_batch",
+        "batch/collated.py:_of_one",
+        "batch/collated.py:token_batch",
         "batch/keys.py:row_keys",
     }
     # transformers' own: whether a mask of padding is all ones, once a forward pass of either model.
