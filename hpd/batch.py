@@ -103,32 +103,6 @@ class TokenBatch(NamedTuple):
             teacher_keys=None if self.teacher_keys is None else self.teacher_keys[positions],
         )
 
-    def kept(self, keep: Bool[Tensor, "N"]) -> TokenBatch:
-        """The batch without the positions that weigh nothing; rows keep their lengths, and what is left out
-        is counted."""
-        at, new = keep.nonzero().flatten(), keep.long().cumsum(0) - 1
-
-        def shortened(field: str) -> Tensor | None:
-            value = getattr(self, field)
-            return None if value is None else value[at]
-
-        def renumbered(places: Tensor | None) -> Tensor | None:
-            return None if places is None else new[places[keep[places]]]
-
-        by_label = {
-            field: shortened(field)
-            for field in (
-                "index", "labels", "keys", "rows", "behavior_logprobs", "teacher_index", "teacher_keys",
-                "steps", "position_weights",
-            )
-        }  # fmt: skip
-        return self._replace(
-            **by_label,
-            by_dataset=renumbered(self.by_dataset),
-            by_student=renumbered(self.by_student),
-            cut=(~keep).sum(),
-        )
-
     @classmethod
     def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
         """Take the fields of `DistillCollator` out of a batch again; the model's own inputs remain."""

@@ -40,7 +40,7 @@ def weigh_rows(
     if column not in found:
         raise ValueError(
             f"weight.column is {column!r}, which the dataset does not have: {', '.join(found)}. In rows from "
-            "Python the column must stand beside the others, for validation too."
+            "Python the column must stand among the others, for validation too."
         )
     options: Any = {} if isinstance(rows, IterableDataset) else {"num_proc": num_proc}
     return rows.map(_weighed, with_indices=True, fn_kwargs={"column": column}, **options)

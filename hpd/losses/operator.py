@@ -92,8 +92,8 @@ def reweighted_nll(
         terms: what is learned, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
         draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
-        position_weights: by the name of a term, constants that multiply its weights and its value at each
-            position; of every term with a rule over positions (as `hpd.losses.position_weights` makes them).
+        position_weights: by the name of a term, constants that multiply its weights and values at each
+            position (`hpd.losses.position_weights`); of every term with a rule over positions.
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
         impl: `chunked`; `compiled`, the same through torch.compile; or `reference`.
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
@@ -104,16 +104,14 @@ def reweighted_nll(
 
     Raises:
         ValueError: terms on the label and on the vocabulary, of a teacher known by draws; a label beyond the
-            shorter vocabulary (looked for on CPU tensors only);
-            unknown impl; a gradient_filter below 0, or with nothing to filter; no terms, or two of one name;
-            a sampled support without uniforms or draws; a term with a rule over positions without its
-            weights, or weights of another shape or of no term.
+            shorter vocabulary (looked for on CPU tensors only); unknown impl; a gradient_filter below 0, or
+            with nothing to filter; no terms, or two of one name; a sampled support without uniforms or draws;
+            weights by position that a term lacks, or of another shape, or of no term.
     """
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
     _check_filter(gradient_filter, impl, student.head)
     weights = _checked_weights(position_weights or {}, terms, len(labels))
-    # A rule has done its work; to the compiler, another share would be another list of terms.
     terms = [term._replace(positions=None) for term in terms] if weights else terms
     if isinstance(teacher, TopKScores) and teacher.drawn and label_is_read(terms):
         teacher = label_alone(teacher, labels)  # what the draws estimate is not read

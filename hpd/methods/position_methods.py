@@ -55,7 +55,7 @@ POSITION_METHODS: dict[str, Method] = {
         weight="1[t <= s T] p, s growing with training",
         use="long answers: what lies behind the share is not computed, so early steps are cheaper",
         defaults="share from 0.1 to 1 over the first half of training (of this project)",
-        reference="this project; after the first 30 % of arXiv 2606.22600",
+        reference="this project; after the first 30% of arXiv 2606.22600",
         terms=(
             TermConfig(
                 objective="forward_kl",

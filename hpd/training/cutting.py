@@ -22,6 +22,10 @@ __all__ = ["common_share", "cut_batch"]
 _TEXT = {"input_ids", "labels", "attention_mask", "position_ids", "seq_idx"}
 _ENDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
+# Fields of a `TokenBatch` with an entry for each label position.
+_BY_LABEL = ("index", "labels", "keys", "rows", "behavior_logprobs", "teacher_index", "teacher_keys")
+_BY_LABEL = (*_BY_LABEL, "steps", "position_weights")
+
 
 def common_share(terms: Sequence[Term]) -> float | None:
     """The share of each answer that any term learns from; None: there are terms that learn from all of it."""
@@ -49,7 +53,7 @@ def cut_batch(inputs: Mapping[str, Any], share: float) -> dict[str, Any]:
     batch = TokenBatch.pop(out)
     assert batch.rows is not None
     assert batch.row_lengths is not None
-    batch = batch.kept(first_positions(batch.rows, batch.row_lengths, share))
+    batch = _kept(batch, first_positions(batch.rows, batch.row_lengths, share))
     if batch.teacher_index is not None:
         own, index = _shortened(teacher_inputs(out), batch.teacher_index)
         out.update({f"teacher_{name}": value for name, value in own.items()})
@@ -59,6 +63,18 @@ def cut_batch(inputs: Mapping[str, Any], share: float) -> dict[str, Any]:
     out.update(shared)
     fields = batch._replace(index=index)._asdict()
     return {**out, **{f"label_{field}": value for field, value in fields.items() if value is not None}}
+
+
+def _kept(batch: TokenBatch, keep: Bool[Tensor, "N"]) -> TokenBatch:
+    """The batch at the positions that weigh something; rows keep their lengths, the others are counted."""
+    at, new = keep.nonzero().flatten(), keep.long().cumsum(0) - 1
+    fields = batch._asdict()
+    by_label = {name: None if fields[name] is None else fields[name][at] for name in _BY_LABEL}
+    by_writer = {
+        name: None if fields[name] is None else new[fields[name][keep[fields[name]]]]
+        for name in ("by_dataset", "by_student")
+    }
+    return batch._replace(**by_label, **by_writer, cut=(~keep).sum())
 
 
 def _shortened(inputs: Mapping[str, Any], index: Int[Tensor, "N"]) -> tuple[dict[str, Any], Int[Tensor, "N"]]:

@@ -30,7 +30,7 @@ def test_row_learns_how_the_next_row_begins():
                 {**inputs, "position_ids": torch.arange(9)[None]}, *rest, **named
             )
 
-        swap(patch, "hpd.batch:token_batch", one_long_row)
+        swap(patch, "hpd.data.collator:token_batch", one_long_row)
 
     exhibit(measure, mutate)
 

@@ -138,6 +138,6 @@ def test_log_probabilities_belong_to_other_columns():
                 [row[:1] * (inputs["input_ids"].shape[1] - len(row)) + row for row in values]
             )
 
-        swap(patch, "hpd.batch:_laid_out", as_if_rows_ended_together)
+        swap(patch, "hpd.data.collator:_laid_out", as_if_rows_ended_together)
 
     exhibit(measure, mutate)

@@ -25,6 +25,7 @@ def test_the_expected_tokens_are_the_sum_over_how_far_a_draft_is_kept():
     assert speed_up(0.0, 4, 0.25) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "drafted"), [(0.1, 3), (0.3, 1)])
 def test_transformers_keeps_as_many_drafts_as_acceptance_says(noise, drafted):
     """A teacher and the same weights with noise: 720 tokens, so the mean is good to about 4 %."""

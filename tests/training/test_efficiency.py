@@ -96,7 +96,7 @@ def test_whole_steps_read_only_at_logs(pair, tmp_path, monkeypatch):
     on_cpu_only = {
         "losses/operator.py:_check",
         "losses/chunked.py:backward",
-        "hpd/batch.py:_of_one",
+        "data/collator.py:_of_one",
         "hpd/batch.py:token_batch",
         "hpd/batch.py:_row_keys",
     }
