@@ -34,7 +34,8 @@ _DOTS = re.compile(r"\\[lc]?dots(?:[bcimo]?)(?![A-Za-z])|\\cdots|\.\.\.|…")
 _GROUPS = re.compile(r";|(?:\\q?quad\s*)?\\text\s*\{\s*(?:and|or)\s*\}(?:\s*\\q?quad)?|\b(?:and|or)\b")
 _OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])")
 _RAY = re.compile(
-    r"(?P<name>[A-Za-z])\s*(?:(?P<below><|\\leq?(?:slant)?(?![A-Za-z]))|(?P<above>>|\\geq?(?:slant)?(?![A-Za-z])))"
+    r"(?P<name>[A-Za-z])\s*"
+    r"(?:(?P<below><|\\leq?(?:slant)?(?![A-Za-z]))|(?P<above>>|\\geq?(?:slant)?(?![A-Za-z])))"
     r"(?P<end>[^<>=,A-DF-Za-df-z]*(?:\\(?:frac|sqrt|pi)[^<>=,]*)?)"
 )
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|backslash|triangle)(?![A-Za-z])|∖")

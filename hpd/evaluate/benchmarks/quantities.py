@@ -50,7 +50,8 @@ _WORD_UNIT = re.compile(r"[A-Za-z](?:[A-Za-z'\u2019\s.,/%°²³·-]|\^\{?-?[0-9]
 _VALUE_WORD = re.compile(r"\b(?:and|or|to|over|plus|minus|times|half|pi|squared|cubed|factorial)\b")
 _BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?\s*([0-9]+|[a-z]+)\s*\}?")
 _UPRIGHT = re.compile(
-    r"\\(?:text|mathrm|textbf|mathbf|textrm|textit|emph|underline|boldsymbol|operatorname|mbox)\s*\{([^{}]*)\}"
+    r"\\(?:text|mathrm|textbf|mathbf|textrm|textit|emph|underline|boldsymbol|operatorname|mbox)\s*"
+    r"\{([^{}]*)\}"
 )
 _REALS = re.compile(
     r"all (?:the )?real(?:s|(?: numbers?| values?)(?: of [a-z])?)|\\mathbb\s*\{?\s*R\s*\}?|ℝ", re.IGNORECASE
