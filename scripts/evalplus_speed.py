@@ -1,7 +1,8 @@
-"""Time of HumanEval+'s reference solutions in our sandbox and in EvalPlus's own runner, turn by turn.
+"""Time of HumanEval+'s or MBPP+'s reference solutions in our sandbox and in EvalPlus's own runner.
 
     pip install evalplus    # in an environment of its own, whose python is PYTHON
     python scripts/evalplus_speed.py HumanEvalPlus.jsonl PYTHON
+    python scripts/evalplus_speed.py MbppPlus.jsonl PYTHON --mbpp
 
 Both grade the same programs: first each problem by itself, one runner right after the other, then blocks
 of problems with two workers. Expected outputs are computed before (by both) and are not in the times.
@@ -40,10 +41,10 @@ def _processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def ours(data: str, every: int) -> tuple[list[str], Run]:
-    from hpd.evaluate.benchmarks.code import human_eval_plus
+def ours(data: str, every: int, mbpp: bool) -> tuple[list[str], Run]:
+    from hpd.evaluate.benchmarks.code import human_eval_plus, mbpp_plus
 
-    task = human_eval_plus(data)
+    task = mbpp_plus(data) if mbpp else human_eval_plus(data)
     problems = {example.id: task._problems[example.id] for example in task.examples()[::every]}
     print(
         f"expected outputs, hpd: {timed(lambda: task._run_references([*problems.values()]) or 0)}", flush=True
@@ -57,21 +58,26 @@ def ours(data: str, every: int) -> tuple[list[str], Run]:
     return list(problems), run
 
 
-def serve() -> None:
+def serve(mbpp: bool) -> None:
     """EvalPlus's side: a line of JSON in, a line out; its own messages go to the standard error."""
     replies, sys.stdout = sys.stdout, sys.stderr
     from concurrent.futures import ProcessPoolExecutor
 
-    from evalplus.data import get_human_eval_plus, get_human_eval_plus_hash
+    from evalplus import data
+    from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS
     from evalplus.evaluate import check_correctness, get_groundtruth
 
-    problems = get_human_eval_plus()
-    expected = get_groundtruth(problems, get_human_eval_plus_hash(), [])
+    if mbpp:
+        problems = data.get_mbpp_plus()
+        expected = get_groundtruth(problems, data.get_mbpp_plus_hash(), MBPP_OUTPUT_NOT_NONE_TASKS)
+    else:
+        problems = data.get_human_eval_plus()
+        expected = get_groundtruth(problems, data.get_human_eval_plus_hash(), [])
 
     def arguments(id_: str) -> tuple[Any, ...]:
         problem = problems[id_]
         solution = problem["prompt"] + problem["canonical_solution"]
-        return "humaneval", 0, problem, solution, expected[id_], False, True
+        return "mbpp" if mbpp else "humaneval", 0, problem, solution, expected[id_], False, True
 
     def passes(result: dict[str, Any]) -> bool:
         return result["base"][0] == result["plus"][0] == "pass"
@@ -93,9 +99,9 @@ def serve() -> None:
 
 
 @contextmanager
-def theirs(data: str, python: str) -> Iterator[Run]:
-    environment = {**os.environ, "HUMANEVAL_OVERRIDE_PATH": os.path.abspath(data)}
-    command = [python, __file__, "--serve"]
+def theirs(data: str, python: str, mbpp: bool) -> Iterator[Run]:
+    environment = {**os.environ, f"{'MBPP' if mbpp else 'HUMANEVAL'}_OVERRIDE_PATH": os.path.abspath(data)}
+    command = [python, __file__, "--serve", *(["--mbpp"] if mbpp else [])]
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -118,7 +124,9 @@ def compare(runs: dict[str, Run], blocks: Sequence[Sequence[str]], workers: int,
         for name in [*runs][:: -1 if number % 2 else 1]:
             found[name].append(runs[name](block, workers))
         load.append(os.getloadavg()[0])
-    print(f"{title}; load {min(load):.1f} to {max(load):.1f}")
+    pairs = zip(*([result["clock"] for result in results] for results in found.values()), strict=True)
+    ratio = statistics.median(ours / other for ours, other in pairs)
+    print(f"{title}; median ratio of the clock {ratio:.2f}; load {min(load):.1f} to {max(load):.1f}")
     for name, results in found.items():
         clock, processor = ([result[key] for result in results] for key in ("clock", "processor"))
         print(
@@ -136,19 +144,22 @@ def main() -> None:
     parser.add_argument("python", nargs="?", help="of the environment that has evalplus")
     parser.add_argument("--every", type=int, default=1, help="take every n-th problem only")
     parser.add_argument("--block", type=int, default=20, help="problems of a block of the second part")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="of the second part; 1: leave it out")
+    parser.add_argument("--mbpp", action="store_true", help="the file is MBPP+'s")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        serve()
+        serve(given.mbpp)
         return
     if given.python is None:
         parser.error("give the release file and a python that has evalplus")
-    ids, run = ours(given.data, given.every)
-    with theirs(given.data, given.python) as other:
+    ids, run = ours(given.data, given.every, given.mbpp)
+    with theirs(given.data, given.python, given.mbpp) as other:
         runs = {"hpd": run, "EvalPlus": other}
         print("| runner | passed | median clock | median processor | clock | processor |")
         compare(runs, [[id_] for id_ in ids], 1, "one problem at a time")
+        if given.workers == 1:
+            return
         blocks = [ids[start : start + given.block] for start in range(0, len(ids), given.block)]
         compare(runs, blocks, given.workers, f"blocks of {given.block}, {given.workers} workers")
 

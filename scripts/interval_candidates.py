@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betainc, betaincinv, gammaln, stdtrit
+from scipy.special import betainc, betaincinv, gammaln, ndtr, ndtri, stdtrit
 from scipy.stats import binom
 
 Floats = NDArray[np.float64]
@@ -137,9 +137,7 @@ def korn_graubard(data: Data) -> Bounds:
 
 def two_level(data: Data) -> Bounds:
     """Equal tails of a beta-binomial model's mean: a Jeffreys prior of it, a flat one of the correlation."""
-    tables = _log_likelihoods(data.samples)
-    counts = np.stack([np.bincount(row, minlength=data.samples + 1) for row in data.right.astype(int)])
-    logs = (counts @ tables.reshape(len(tables), -1)).reshape(len(counts), *tables.shape[1:])
+    logs = _model_of(data)
     posterior = np.exp(logs - logs.max((1, 2), keepdims=True)).sum(2)
     shares = np.cumsum(posterior, 1) / posterior.sum(1, keepdims=True)
     places = [
@@ -149,6 +147,26 @@ def two_level(data: Data) -> Bounds:
     low, high = (np.sin(place * np.pi / 2) ** 2 for place in places)
     right = data.mean
     return np.where(right < _SMALL, 0, low), np.where(right > 1 - _SMALL, 1, high)
+
+
+def profile(data: Data) -> Bounds:
+    """Means that a likelihood ratio does not refuse, each with its best correlation (beta-binomial model)."""
+    logs = _model_of(data).max(2)
+    kept = 2 * (logs.max(1, keepdims=True) - logs) <= _Z**2
+    first, last = kept.argmax(1), kept.shape[1] - 1 - kept[:, ::-1].argmax(1)
+    low, high = (
+        np.sin((place + 0.5 + side) / len(_GRID) * np.pi / 2) ** 2
+        for place, side in ((first, -0.5), (last, 0.5))
+    )
+    right = data.mean
+    return np.where(right < _SMALL, 0, low), np.where(right > 1 - _SMALL, 1, high)
+
+
+def _model_of(data: Data) -> Floats:
+    """Log-likelihoods of each evaluation, [S, 400, 20]."""
+    tables = _log_likelihoods(data.samples)
+    counts = np.stack([np.bincount(row, minlength=data.samples + 1) for row in data.right.astype(int)])
+    return (counts @ tables.reshape(len(tables), -1)).reshape(len(counts), *tables.shape[1:])
 
 
 _GRID = (np.arange(400) + 0.5) / 400  # of arcsine, which is uniform under Jeffreys's prior
@@ -185,6 +203,28 @@ def bootstrap_t(data: Data) -> Bounds:
     return np.where(lacks, other[0], low), np.where(lacks, other[1], high)
 
 
+def accelerated(data: Data) -> Bounds:
+    """Efron's bias-corrected and accelerated bootstrap (BCa); Wilson's where all problems are alike."""
+    values, problems = data.right / data.samples, data.right.shape[1]
+    weights = np.random.default_rng(1).multinomial(problems, np.full(problems, 1 / problems), size=400)
+    means = np.sort(values @ weights.T / problems, axis=1)
+    away = values - data.mean[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        skew = (away**3).sum(1) / (6 * (away**2).sum(1) ** 1.5)
+        below = (means < data.mean[:, None] - 1e-12).mean(1) + (
+            abs(means - data.mean[:, None]) <= 1e-12
+        ).mean(1) / 2
+        bias = ndtri(np.clip(below, 1e-3, 1 - 1e-3))
+        shares = [ndtr(bias + (bias + z) / (1 - skew * (bias + z))) for z in (-_Z, _Z)]
+    alike = away.std(1) < 1e-9
+    places = [
+        np.clip(np.nan_to_num(share) * len(weights), 0, len(weights) - 1).astype(int) for share in shares
+    ]
+    low, high = (means[np.arange(len(means)), place] for place in places)
+    other = at_effective_size(wilson, "ours")(data)
+    return np.where(alike, other[0], low), np.where(alike, other[1], high)
+
+
 def student(data: Data) -> Bounds:
     problems = data.right.shape[1]
     error = (data.right / data.samples).std(1, ddof=1) / math.sqrt(problems)
@@ -202,7 +242,9 @@ INTERVALS: dict[str, Callable[[Data], Bounds]] = {
     "Agresti and Coull, our design effect": at_effective_size(agresti_coull, "ours"),
     "Clopper and Pearson, our design effect": at_effective_size(clopper_pearson, "ours"),
     "two-level Bayesian (beta-binomial)": two_level,
+    "profile likelihood (beta-binomial)": profile,
     "bootstrap-t": bootstrap_t,
+    "bootstrap, BCa": accelerated,
     "Student": student,
 }
 

@@ -31,9 +31,9 @@ from hpd.training.checkpoints import (
     writing,
 )
 from hpd.training.state import EARLIER_NAMES, follow_schedule, get_random, read_state, set_random, write_state
+from hpd.training.stopping import ends_with_program
 
 __all__ = ["Resumable", "Stateful", "StopTraining"]
-
 
 _OF_A_WINDOW = {"loss", "last_logged", "last_step"}
 
@@ -84,6 +84,10 @@ class Resumable(Trainer):
     _planned_steps: int | None = None
     """Steps that the run had when the resumed checkpoint was saved."""
     _follow: TrainerCallback | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        ends_with_program(self)
 
     def stop_cleanly(self, reason: str) -> None:
         """Save a checkpoint and end training before the next step; safe to call from a signal handler or a
@@ -384,8 +388,7 @@ class Resumable(Trainer):
 
 
 class _Follow(TrainerCallback):
-    """Before the first step of a resumed run, while no random number of training has been drawn; and behind
-    each epoch."""
+    """Before a resumed run's first step, while no random number of training is drawn; behind each epoch."""
 
     def __init__(self, trainer: Resumable, checkpoint: str):
         self._trainer, self._checkpoint = trainer, checkpoint

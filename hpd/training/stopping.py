@@ -3,18 +3,22 @@ on."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import gc
 import os
 import signal
+import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import distributed
+from transformers import Trainer
 
 from hpd.progress import drop_lost_output
 from hpd.teachers import TeacherUnavailable
@@ -28,6 +32,7 @@ __all__ = [
     "catch_signals",
     "ends_kept",
     "ends_resumable",
+    "ends_with_program",
     "leaving_processes",
     "stopped",
 ]
@@ -122,23 +127,53 @@ def ends_kept(place: Path, job: str, kept: Callable[[], str | None]) -> Iterator
 def leaving_processes() -> Iterator[None]:
     """End the group of processes behind a program's last collective operation, on errors too.
 
-    A thread of gloo lets go of the last operation's tensors whenever it is scheduled next. After the
-    interpreter has ended that aborts the process ("terminate called without an active exception", SIGABRT),
-    which fails the whole launch. The group waits for its threads when nothing refers to it any more: a
-    trainer does, through DDP, and lives in cycles and in an error's frames.
+    A thread of gloo lets go of the last operation's tensors whenever it is scheduled next, and needs the
+    interpreter for that. Where the interpreter has ended before, the process aborts ("terminate called
+    without an active exception", SIGABRT), which fails the whole launch. A group waits for its threads when
+    nothing refers to it any more: a trainer does, through DDP, and lives in cycles and an error's frames.
     """
     try:
         yield
     except BaseException as error:
-        found: BaseException | None = error
-        while found is not None:
-            traceback.clear_frames(found.__traceback__)
-            found = found.__cause__ or found.__context__
+        _let_go_of_frames(error)
         raise
     finally:
-        if distributed.is_available() and distributed.is_initialized():
-            gc.collect()
-            distributed.destroy_process_group()
+        _end_processes()
+
+
+_TRAINERS: weakref.WeakSet[Trainer] = weakref.WeakSet()
+
+
+def ends_with_program(trainer: Trainer) -> None:
+    """Have the program's end, whatever it is, do for this trainer what `leaving_processes` does: scripts keep
+    their trainer in a global variable."""
+    _TRAINERS.add(trainer)
+    atexit.unregister(_end_program)
+    atexit.register(_end_program, os.getpid())
+
+
+def _end_program(process: int) -> None:
+    # A forked helper has none of the threads. NCCL has no such thread, and may wait here for a process that
+    # an error keeps from its next operation.
+    here = os.getpid() == process and distributed.is_available() and distributed.is_initialized()
+    if here and distributed.get_backend() == "gloo":
+        _let_go_of_frames(getattr(sys, "last_value", None))
+        _end_processes()
+
+
+def _let_go_of_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _end_processes() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        for trainer in tuple(_TRAINERS):
+            trainer.accelerator.free_memory()
+            trainer.model_wrapped = trainer.model
+        gc.collect()
+        distributed.destroy_process_group()
 
 
 class _Stoppable(Protocol):

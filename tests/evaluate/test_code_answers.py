@@ -64,6 +64,9 @@ DOCSTRING = '''def double(x):
         "```python\ny = x\n    return 2 * y\n```",
         "return 2 * x",
         "y = x\n    return 2 * y",
+        "```python\ndef double(x):\n    \u201c\u201d\u201cDoubles.\u201d\u201d\u201d\n    return 2 * x\n```",
+        "```python\ndef double\uff08x\uff09\uff1a\n    return 2 * x\n```",
+        "> So:\n>\n> ```python\n> def double(x):\n>     return 2 * x\n> ```\n",
         "```python\nfor _ in range(1):\n    y = 2 * x\nreturn y\n```",
     ],
 )

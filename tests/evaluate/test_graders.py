@@ -162,6 +162,40 @@ RELATED = [
     ("\\varnothing", "\\boxed{∅}", True),
     ("2\\sqrt{3}", "\\boxed{2√3}", True),
     ("1 - \\frac{1}{\\mathrm{e}}", "\\boxed{1 - \\frac1e}", True),
+    # a sentence behind a marker, a number in bold, percent in prose, thousands by apostrophes
+    ("9", "Answer: Okay, let me work this out. 3 times 3 is 9.", True),
+    ("9", "Answer: Okay, let me work this out. 3 times 3 is 8.", False),
+    ("366", "The total is 60 + 180 + 126 = **366** downloads over 3 months", True),
+    ("3", "The total is 60 + 180 + 126 = **366** downloads over 3 months", False),
+    ("\\text{Tuesday}", "The day is **Tuesday**.", True),
+    ("0.5", "The probability is 50%.", True),
+    ("0.05", "The probability is 50%.", False),
+    ("1234", "The answer is 1\u2019234.", True),
+    ("234", "In total 1'234 people", False),
+    # units of symbols, speeds
+    ("24\\pi \\text{ cm}^3", "\\boxed{24\\pi\\text{ cubic centimeters}}", True),
+    ("24\\pi \\text{ cm}^3", "\\boxed{24\\pi\\text{ cm}^2}", False),
+    ("24\\pi \\text{ cm}^3", "\\boxed{25\\pi\\text{ cm}^3}", False),
+    ("25\\text{ mph}", "\\boxed{25 \\text{ miles per hour}}", True),
+    ("25\\text{ mph}", "\\boxed{25 \\text{ km/h}}", False),
+    ("30\\text{ km/h}", "\\boxed{30\\ \\text{km per hour}}", True),
+    # digits that repeat, bases in words, colors
+    ("0.\\dot{3}", "\\boxed{\\frac13}", True),
+    ("\\frac{41}{333}", "\\boxed{0.\\dot{1}2\\dot{3}}", True),
+    ("0.1666...", "\\boxed{\\frac16}", True),
+    ("0.1666...", "\\boxed{\\frac{1666}{10000}}", False),
+    ("1101_2", "\\boxed{1101_{\\text{two}}}", True),
+    ("1101_2", "\\boxed{1101_{\\text{three}}}", False),
+    ("10", "\\boxed{\\textcolor{red}{10}}", True),
+    ("13", "\\boxed{\\underline{13}}", True),
+    # where it holds
+    ("f(x)=2x", "\\boxed{f(x)=2x \\text{ for all real } x}", True),
+    ("f(x)=2x", "\\boxed{f(x)=2x \\text{ for all } x > 0}", False),
+    ("\\mathbb{R}", "\\boxed{\\text{all real numbers}}", True),
+    ("\\mathbb{R}", "\\boxed{\\text{all real numbers except } 0}", False),
+    ("(-\\infty,-1)\\cup(1,\\infty)", "\\boxed{x<-1 \\text{ or } x>1}", True),
+    ("(-\\infty,-1]\\cup(1,\\infty)", "\\boxed{x<-1 \\text{ or } x>1}", False),
+    ("(-\\infty,-\\frac12]\\cup[3,\\infty)", "\\boxed{x\\le -\\frac{1}{2} \\text{ or } x\\geq 3}", True),
 ]
 
 
@@ -285,6 +319,8 @@ CHOICES = [
     ("选 B", "B"),
     ("Vitamin C is high, so the answer is D", "D"),
     ("<answer>B</answer>", "B"),
+    ("The answer is either A or B.", None),
+    ("It is either A or B; the answer is B.", "B"),
 ]
 
 

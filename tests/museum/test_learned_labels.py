@@ -34,7 +34,7 @@ def relabeled(change):
 
         return token_batch
 
-    return lambda patch: swap(patch, "hpd.batch:token_batch", make)
+    return lambda patch: swap(patch, "hpd.data.collator:token_batch", make)
 
 
 def learned_of_the_dataset():

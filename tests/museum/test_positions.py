@@ -60,7 +60,7 @@ def test_labels_are_shifted_twice():
                 {**inputs, "labels": inputs["labels"].roll(-1, 1)}, *rest, **named
             )
 
-        swap(patch, "hpd.batch:token_batch", shifted)
+        swap(patch, "hpd.data.collator:token_batch", shifted)
 
     exhibit(measure, mutate)
 

@@ -38,7 +38,7 @@ _NUMBER_IN_PROSE = re.compile(
     rf"(?<![0-9A-Za-z_./)\]])[-\u2212\u2013]?[$€£¥]?"
     rf"(?:[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|(?:0,[0-9]+|[0-9]+,[0-9]{{1,2}})(?![0-9,]|\.[0-9])"
     rf"|\\[dt]?frac\s?\{{[0-9.]+\}}\s?\{{[0-9.]+\}}|{DECIMAL}(?:/[0-9]+)?)"
-    rf"(?:\s?(?:{_SCALE_WORDS})(?![A-Za-z]))?"
+    rf"(?:\s?(?:{_SCALE_WORDS})(?![A-Za-z]))?(?:\s?\\?%)?"
 )
 # "the largest $n$ is 34": the formula before is what the answer is of.
 _COPULA = re.compile(
@@ -50,6 +50,7 @@ _ROOTS = re.compile(
     r"(?<![^\s:$])(([A-Za-z](?:\([a-z]\))?)\s*=\s*[-\u2212]?[0-9./]{1,20}"
     r"(?:\s*(?:or|and)\s*(?:\2\s*=\s*)?[-\u2212]?[0-9./]{1,20}){1,9})[\s.]*$"
 )
+_BOLD = re.compile(r"\*\*([^*\n]{1,60})\*\*")
 _FENCES = re.compile(r"\\[()\[\]]|(?<!\\)\$\$?")
 
 _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
@@ -70,7 +71,9 @@ _PROSE = re.compile(
 _NO_ANSWER = re.compile(
     r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let"
     r"|we|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent"
-    r"|following|therefore|thus|so|useful|understandable|complete|now|it|you|your|for|what|explained)\b",
+    r"|following|therefore|thus|so|useful|understandable|complete|now|it|you|your|for|what|explained"
+    r"|okay|ok|alright|sure|well|hmm|wait|looking|using|considering|there)\b"
+    r"|.*\b(?:let me|let us|let['\u2019]s|we|i['\u2019]ll|i will|i need)\b",
     re.IGNORECASE,
 )
 _MAX_WORDS = 8
@@ -98,7 +101,8 @@ def final_answer(text: str) -> str | None:
 
     The first rule that finds something decides: the last ``\boxed{...}`` with balanced braces, or several
     that "and", "or" or a comma joins; the line after the last ``####`` that something like a number follows;
-    what follows the last "answer is" or "Answer:" with something like an answer behind it; the last number.
+    what follows the last "answer is" or "Answer:" with something like an answer behind it; a number in bold
+    in the last line; the last number.
     Thoughts (``<think>``) are no part of the text. Where the last box was cut off, nothing before it is the
     answer, and what a later line marks as final is all that can be (`after_cut_box`).
 
@@ -114,7 +118,10 @@ def final_answer(text: str) -> str | None:
     if roots := _ROOTS.search(text):
         return roots[1]
     numbers = _NUMBER_IN_PROSE.findall(text)
-    return numbers[-1] if numbers else None
+    bold = [
+        found for found in _BOLD.findall(text.rstrip().rsplit("\n", 1)[-1]) if quantity(found) or not numbers
+    ]
+    return bold[-1] if bold else numbers[-1] if numbers else None
 
 
 def stated_answer(text: str) -> str | None:

@@ -48,7 +48,7 @@ _REFUSED_BEFORE = re.compile(
     r"(?:\bnot|\bnon|n't|n\u2019t|\bneither|\bnor|\bthan|\bover|\binstead of|\bexclude[sd]?|\beliminate[sd]?"
     r"|\breject(?:s|ed)?|\brule[sd]? out|\bunlike)\s*(?:be\s+|is\s+)?(?:option\s+|choice\s+)?"
     r"(?:(?:\(?[A-D]\)?\s*,\s*)*\(?[A-D]\)?,?\s*(?:\bor\b|\band\b|\bnor\b)\s*)?\(?$"
-    r"|\bbetween\s+(?:\(?[A-D]\)?\s+and\s+)?\(?$",
+    r"|\bbetween\s+(?:\(?[A-D]\)?\s+and\s+)?\(?$|\beither\s+(?:\(?[A-D]\)?\s+or\s+)?\(?$",
     re.IGNORECASE,
 )
 _REFUSED_BEHIND = re.compile(

@@ -35,7 +35,8 @@ _RIGHT = re.compile(
 _ODD_CHARACTERS = str.maketrans(
     dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u202f\u3000", " ")
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
-    | {"\u2028": "\n", "\u2029": "\n"}
+    | {"\u2028": "\n", "\u2029": "\n", "\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'"}
+    | {"\uff1a": ":", "\uff0c": ",", "\uff08": "(", "\uff09": ")"}
 )
 
 _MAX_CHARS = 200_000  # longer than any solution; Python's parser is slow on what loops
@@ -275,7 +276,8 @@ def _blocks(text: str) -> Iterator[_Block]:
     lines: list[str] = []
     prose: list[str] = []
     indent = 0
-    all_lines = text.split("\n")
+    quoted = re.search(r"^> ?(?:```|~~~)", text, re.MULTILINE)
+    all_lines = [re.sub("^> ?", "", line) if quoted else line for line in text.split("\n")]
     for line in all_lines:
         fence = _FENCE.fullmatch(line if mark else _late_fence(line))
         if not mark:

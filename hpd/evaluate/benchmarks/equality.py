@@ -32,6 +32,12 @@ _CLOCK = re.compile(
 )
 _DOTS = re.compile(r"\\[lc]?dots(?:[bcimo]?)(?![A-Za-z])|\\cdots|\.\.\.|…")
 _GROUPS = re.compile(r";|(?:\\q?quad\s*)?\\text\s*\{\s*(?:and|or)\s*\}(?:\s*\\q?quad)?|\b(?:and|or)\b")
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|\bor\b|\\lor(?![A-Za-z])|\\vee(?![A-Za-z])")
+_RAY = re.compile(
+    r"(?P<name>[A-Za-z])\s*"
+    r"(?:(?P<below><|\\leq?(?:slant)?(?![A-Za-z]))|(?P<above>>|\\geq?(?:slant)?(?![A-Za-z])))"
+    r"(?P<end>[^<>=,A-DF-Za-df-z]*(?:\\(?:frac|sqrt|pi)[^<>=,]*)?)"
+)
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus|backslash|triangle)(?![A-Za-z])|∖")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _NAMED = re.compile(r"\s*(?:[A-Za-z]+|\\[A-Za-z]+)(?:_\{?\w+\}?)?\s*(?:\(\s*[A-Za-z]\s*\))?\s*")
@@ -40,6 +46,12 @@ _UNIT = re.compile(r"\\(?:text|mathrm|textrm|mbox)\s*\{\s*([A-Za-z/ .]{1,40})\s*
 _DEGREES = re.compile(r"([0-9.]+|\([^()]*\)|\{[^{}]*\}|\\[a-z]+)\s*\^?\s*\{?\s*(?:\\circ|°)\s*\}?")
 _TRIGONOMETRIC = re.compile(r"(?<![A-Za-z])\\?(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _BASE = re.compile(r"(?<![A-Za-z0-9_])([0-9]+[0-9A-F]*)_\{?\s*([0-9]+)\s*\}?")
+
+# "f(x) = 2x for all real x" says no more than its equation.
+_EVERYWHERE = re.compile(
+    r"\s*,?\s*(?:\\q?quad\s*)?(?:\\text\s*\{)?\s*for (?:all|any|every)(?: real)?(?: numbers?| values? of)?"
+    r"\s*\}?\s*[a-z](?:\s*\\in\s*\\(?:mathbb\s*)?\{?R\}?)?\s*\}?\s*$"
+)
 
 _SYMBOLS = {
     "π": r"\pi ",
@@ -83,6 +95,7 @@ def _compare(gold: str, answer: str, depth: int) -> tuple[bool, str]:
     clocks = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(answer)
     if clocks[0] and clocks[1]:
         return _same_time(clocks[0], clocks[1]), "times"
+    gold, answer = (_rays(side) or side for side in (gold, answer))
     gold, answer = _without_unit_of_one(gold, answer)
     gold, answer = _right_sides(gold, answer)
     decided = decide(gold, answer)
@@ -90,9 +103,13 @@ def _compare(gold: str, answer: str, depth: int) -> tuple[bool, str]:
         return decided, "same" if decided else "different"
     if _bases(gold) and _bases(answer) and _bases(gold) != _bases(answer):
         return False, "bases"
-    units = [match[1].strip() if match else "" for match in (_UNIT.search(gold), _UNIT.search(answer))]
-    if all(units) and decide(f"1 {units[0]}", f"1 {units[1]}") is False:
-        return False, "units"
+    units = _UNIT.search(gold), _UNIT.search(answer)
+    if units[0] and units[1]:
+        same = decide(*(f"1 {unit[1].strip()}{unit[2] or ''}" for unit in units if unit))
+        if same is False:
+            return False, "units"
+        if same and units[0].start() and units[1].start():
+            gold, answer = gold[: units[0].start()], answer[: units[1].start()]
     listed = _lists(gold, answer, depth) if depth < 3 else None
     if listed is not None:
         return listed, "lists"
@@ -102,6 +119,20 @@ def _compare(gold: str, answer: str, depth: int) -> tuple[bool, str]:
     left, right = ([_done(found) for found in _parsed(side)] for side in (gold, answer))
     same = verify(left, right, timeout_seconds=None, allow_set_relation_comp=True)
     return bool(same), "math-verify"
+
+
+def _rays(text: str) -> str | None:
+    r"""``x < -1 \text{ or } x \ge 1`` as a union of intervals; None for anything else."""
+    parts = [_RAY.fullmatch(part.strip()) for part in _OR.split(text)]
+    rays = [part for part in parts if part]
+    if len(rays) < 2 or len(rays) < len(parts) or len({ray["name"] for ray in rays}) > 1:
+        return None
+    return r" \cup ".join(
+        f"(-\\infty, {ray['end']}{')' if ray['below'] == '<' else ']'}"
+        if ray["below"]
+        else f"{'(' if ray['above'] == '>' else '['}{ray['end']}, \\infty)"
+        for ray in rays
+    )
 
 
 def _done(found: Any) -> Any:
@@ -133,6 +164,7 @@ def _latex(text: str) -> str:
     text = re.sub(r",\s*\\!\s*", ",", text).replace("{-}", "-")
     for sign, command in _SYMBOLS.items():
         text = text.replace(sign, command)
+    text = _EVERYWHERE.sub("", text)
     text = text.replace("\u2212", "-").replace("\u2013", "-").replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\\sqrt\s+([0-9]+|[A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*\[([^\[\]]+)\]\s*([0-9A-Za-z])", r"\\sqrt[\1]{\2}", text)

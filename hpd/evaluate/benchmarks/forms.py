@@ -25,9 +25,17 @@ ANSWERS = (
     "gold",
     "lsolutions",
     "answers",
+    "correct_answer",
+    "reference_answer",
+    "gold_answer",
+    "answer_number",
+    "numerical_answer",
 )
 
 SOLUTIONS = ("solution", "output", "response", "completion", "reasoning", "rationale", "chosen")
+
+_SPELLED = {name.replace("_", ""): name for name in (*QUESTIONS, *ANSWERS)}
+"""Names of columns without what "Final Answer", "final-answer" and "finalAnswer" write differently."""
 
 _CHATS = ("messages", "conversations", "conversation", "dialog")
 
@@ -93,9 +101,9 @@ def answer_of(row: Row) -> tuple[Any, bool] | None:
 
 
 def _filled(row: Row) -> dict[str, Any]:
-    """Columns that hold something, by their names in lower case."""
+    """Columns that hold something, by their names in lower case, known ones in our spelling."""
     return {
-        name.lower(): value
+        _SPELLED.get(re.sub(r"[\s_-]", "", name).lower(), name.lower()): value
         for name, value in row.items()
         if value not in (None, []) and not (isinstance(value, str) and not value.strip())
     }

@@ -24,7 +24,7 @@ SCALES = {
 }
 """Words behind a number that multiply it; K alone is a kelvin."""
 
-INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])|[0-9]+)"
+INTEGER = r"(?:[1-9][0-9]{0,2}(?:[,'\u2019][0-9]{3})+(?![0-9])|[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])|[0-9]+)"
 DECIMAL = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 
 _CHARACTERS = str.maketrans(
@@ -48,7 +48,20 @@ _SCALE = re.compile(rf"\s*-?({'|'.join(SCALES)})(?![A-Za-z])")
 _WORD_UNIT = re.compile(r"[A-Za-z](?:[A-Za-z'\u2019\s.,/%°²³·-]|\^\{?-?[0-9]\}?)*")
 # Words that change the number before them: what they follow is not "a number and its unit".
 _VALUE_WORD = re.compile(r"\b(?:and|or|to|over|plus|minus|times|half|pi|squared|cubed|factorial)\b")
-_BASED = re.compile(r"([0-9A-Fa-f]+)_\{?\s*([0-9]+)\s*\}?")
+_BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?\s*([0-9]+|[a-z]+)\s*\}?")
+_UPRIGHT = re.compile(
+    r"\\(?:text|mathrm|textbf|mathbf|textrm|textit|emph|underline|boldsymbol|operatorname|mbox)\s*"
+    r"\{([^{}]*)\}"
+)
+_REALS = re.compile(
+    r"all (?:the )?real(?:s|(?: numbers?| values?)(?: of [a-z])?)|\\mathbb\s*\{?\s*R\s*\}?|ℝ", re.IGNORECASE
+)
+# 0.\dot{1}4\dot{2}; 0.1666...
+_DOTTED = re.compile(r"\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?")
+_REPEATED = re.compile(
+    r"(?<![0-9.])([0-9]*\.[0-9]{0,9}?)([0-9]{1,6}?)\2{2,9}\s?(?:\.\.\.|…|\\[lc]?dots(?![A-Za-z]))"
+)
+_COLORED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"([+-]?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]+)")
 _NUMBER_WORDS = {
     word: value
@@ -119,6 +132,11 @@ _GLUED = {
     *[name for name in _UNITS if len(name) > 3],
 }
 _CURRENCIES = {"$": "dollar", "€": "euro"}
+_SPEEDS = {
+    "mph": re.compile(r"^mi(?:les?)?\s?(?:per|/)\s?(?:hour|hr|h)\b"),
+    "km/h": re.compile(r"^(?:kph|km(?:ph|h)|(?:km|kilomet(?:er|re)s?)\s?(?:per|/)\s?(?:hour|hr|h))\b"),
+    "m/s": re.compile(r"^(?:m|met(?:er|re)s?)\s?(?:per|/)\s?(?:second|sec|s)\b"),
+}
 _POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "cubic": "^3", "cu": "^3"}
 
 # Longer than any answer; Python refuses to read integers beyond 4,300 digits, and a looping model writes
@@ -221,11 +239,14 @@ def normalize(answer: str) -> str:
         r",\s*\\!\s*", ",", answer.translate(_CHARACTERS).replace("{,}", ",").replace("{-}", "-")
     ).replace(r"\!", "")
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\?[$€£¥₹]", "", text)
+    text = _COLORED.sub(r"\1", text)
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", _REPEATED.sub(r"\1\\overline{\2}", text))
     text = re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " ", text)
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|textrm|operatorname|mbox)\s*\{([^{}]*)\}", r" \1", text)
+    text = _UPRIGHT.sub(r" \1", text)
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°", text.replace(r"\%", "%"))
-    return " ".join(text.split()).lstrip('*_`":= ').rstrip('*_`".,;: \\')
+    text = " ".join(text.split()).lstrip('*_`":= ').rstrip('*_`".,;: \\')
+    return r"(-\infty,\infty)" if _REALS.fullmatch(text) else text
 
 
 def same_text(left: str, right: str) -> bool:
@@ -281,12 +302,14 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _plain(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").replace(" ", ""))
+    return Fraction(re.sub(r"[, '\u2019]", "", text))
 
 
 def _unit(rest: str) -> str | None:
     """The unit that a text behind a number is; None where it is something else."""
     text = rest.strip(" ,.")
+    for name, spelled in _SPEEDS.items():
+        text = spelled.sub(name, text)
     if not text:
         return "" if not rest.strip(" ,") or rest.strip() == "." else None
     if text[0] in "%°":
@@ -319,4 +342,5 @@ def _singular(word: str) -> str:
 
 def _based(text: str) -> tuple[str, int] | None:
     match = _BASED.fullmatch(text) if len(text) <= _MAX_QUANTITY_CHARS else None
-    return (match[1].casefold(), int(match[2])) if match else None
+    base = _NUMBER_WORDS.get(match[2]) or (int(match[2]) if match[2].isdigit() else None) if match else None
+    return (match[1].casefold(), base) if match and base else None
