@@ -26,7 +26,7 @@ from hpd.batch import TokenBatch
 from hpd.teachers.cache import HEAD, read_json, save_index, save_shard
 from hpd.teachers.cached import CachedTeacher
 
-ROWS, POSITIONS, WIDTH, ROWS_A_SHARD, BATCH = 320, 128, 576, 40, 16
+POSITIONS, WIDTH, ROWS_A_SHARD, BATCH = 128, 576, 40, 16
 
 
 class ObjectStore(MemoryFileSystem):
@@ -46,24 +46,24 @@ class ObjectStore(MemoryFileSystem):
         return super().cat_ranges(paths, starts, ends, **kwargs)
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, num_rows: int) -> None:
     """A cache whose keys are 0, 1, 2, ..."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     size = ROWS_A_SHARD * POSITIONS
-    for number in range(ROWS // ROWS_A_SHARD):
+    for number in range(num_rows // ROWS_A_SHARD):
         save_shard(folder, number, {"hidden": torch.randn(size, WIDTH).half(), "log_z": torch.randn(size)})
     save_file({"weight": torch.zeros(8, WIDTH)}, folder / HEAD)
     shards = [read_json(path) for path in sorted(folder.glob("shard-*.json"))]
     about = {"format": 1, "kind": "hidden", "vocab": 8, "head": {"scale": 1.0, "softcap": None}}
     about |= {"fingerprint": {"name": "none", "data": "none", "teacher": {}}}
-    save_index(folder, np.arange(ROWS * POSITIONS), shards, about)
+    save_index(folder, np.arange(num_rows * POSITIONS), shards, about)
 
 
-def epoch(teacher: CachedTeacher, step_seconds: float, seed: int) -> list[float]:
+def epoch(teacher: CachedTeacher, num_rows: int, step_seconds: float, seed: int) -> list[float]:
     """Seconds that each step but the first waited."""
-    order = np.random.default_rng(seed).permutation(ROWS).reshape(-1, BATCH)
+    order = np.random.default_rng(seed).permutation(num_rows).reshape(-1, BATCH)
     zero = torch.zeros(0)
 
     def ask(rows: np.ndarray):
@@ -85,12 +85,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--step-seconds", type=float, default=0.3)
+    parser.add_argument("--rows", type=int, default=320, help="a multiple of 80")
     args = parser.parse_args()
     fsspec.register_implementation("store", ObjectStore, clobber=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "cache"
         folder.mkdir()
-        write(folder)
+        write(folder, args.rows)
         for file in folder.iterdir():
             ObjectStore().pipe_file(f"/cache/{file.name}", file.read_bytes())
         megabytes = BATCH * POSITIONS * (2 * WIDTH + 4) / 1e6
@@ -101,7 +102,9 @@ def main() -> None:
         for name, (latency, rate) in cases.items():
             ObjectStore.latency, ObjectStore.bytes_per_second = latency, rate
             teacher = CachedTeacher(folder if name == "folder" else "store://cache")
-            waits = [statistics.median(epoch(teacher, args.step_seconds, seed)) for seed in range(2)]
+            waits = [
+                statistics.median(epoch(teacher, args.rows, args.step_seconds, seed)) for seed in range(2)
+            ]
             print(f"| {name} | {waits[0]:.3f} | {waits[1]:.3f} |", flush=True)
 
 

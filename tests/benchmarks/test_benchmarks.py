@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import forked
 from helpers.cached_pairs import make_recipe
 
@@ -25,6 +26,7 @@ TINY = {
     ),
     "filtered": (("--tiny", *ONCE), "| late |"),
     "startup": (("--repeats", "1"), "| hpd train |"),
+    "cache_origin": (("--step-seconds", "0", "--rows", "80"), "| 200 ms, 10 MB/s |"),
     "cache_start": (("--repeats", "1", "--gigabytes", "0.001"), "cached, 0.00 GB: first step after"),
 }
 
@@ -46,7 +48,7 @@ def run(monkeypatch, capsys):
 
 
 def test_every_script_is_run_here():
-    tested = {*TINY, "cache", "regimes", "timing", "peers"}  # the last two are what they share
+    tested = {*TINY, "cache", "cache_kinds", "regimes", "timing", "peers"}  # the last two are what they share
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == tested
 
 
@@ -59,6 +61,15 @@ def test_it_runs(run, name):
 def test_kinds_of_caches(run, tmp_path):
     recipe = make_recipe(tmp_path, num_rows=8)
     assert "| hidden int8 |" in run("cache", recipe, "--folder", tmp_path / "caches")
+
+
+def test_every_kind_beside_the_others(run, tmp_path):
+    recipe = yaml.safe_load(make_recipe(tmp_path, num_rows=8).read_text())
+    (tmp_path / "problems.jsonl").write_text('{"question": "say one 0:", "answer": "one two three"}\n' * 2)
+    few = ("--rows", 2, "--positions", 8, "--seeds", 1, "--repeats", 1)
+    names = ("--teacher", recipe["teacher"], "--student", recipe["student"])
+    shown = run("cache_kinds", *names, "--data", tmp_path / "problems.jsonl", *few)
+    assert "| sampled 8, float16 | 52 |" in shown
 
 
 def test_regimes(run, tmp_path, monkeypatch):
