@@ -75,11 +75,12 @@ Which kind of teacher serves which method: works, approximated, or refused when 
 
 `approximated` and `tail: uniform`: the {_TOP_K} likeliest tokens and the label are exact, and the other
 tokens share the rest evenly; a server is refused without `teacher.tail: uniform`. A mixture serves what all
-its teachers serve, and a routed teacher what each of them does. Engines and their versions are in
+its teachers serve, and a routed teacher what each of them does. `bytes` is a model with another tokenizer
+(`train.vocabulary: bytes`). Engines and their versions are in
 [Compatibility](../compatibility.md#engines), what was not run in [one list](../evidence/not-run.md). `python
 scripts/make_pages.py` writes this page from `METHODS` and from the checks that refuse a recipe.
 
-| method | model | self | `hidden` cache | `top_k` cache | hpd's server | vLLM, SGLang | another tokenizer |
+| method | model | self | `hidden` cache | `top_k` cache | hpd's server | vLLM, SGLang | `bytes` |
 |---|---|---|---|---|---|---|---|
 """
 _MATRIX_TAIL = """
