@@ -86,14 +86,14 @@ def reweighted_nll(
 
     Args:
         student: hidden states and head; gradients flow to both.
-        teacher: the same, or its k likeliest tokens; never differentiated. With `log_z`, terms on the label
-            and the student's draws cost no product with the teacher's head.
+        teacher: the same, or its k likeliest tokens; never differentiated. With `log_z`, terms that read few
+            tokens cost no product with its head.
         labels: the token that the dataset holds at each position, each below both vocabularies.
         terms: what is learned, checked (`Term.check`).
         uniforms: numbers in [0, 1) for sampled supports, `support.num_uniforms` a position.
-        draws: drawn tokens, instead of uniforms (parity tests; tokens that something else sampled).
-        position_weights: by the name of a term, constants that multiply its weights and values at each
-            position (`hpd.losses.position_weights`); of every term with a rule over positions.
+        draws: drawn tokens, instead of uniforms (tokens that something else sampled).
+        position_weights: by the name of a term, constants that multiply its weights and values
+            (`hpd.losses.position_weights`); of every term with a rule over positions.
         scale: multiplies the loss; 1 / (label tokens of the global batch) for a token mean.
         impl: `chunked`; `compiled`, the same through torch.compile; or `reference`.
         chunk_bytes: memory of one chunk of logits, two of which are kept; None: `default_chunk_bytes`.
@@ -111,23 +111,26 @@ def reweighted_nll(
     vocab = min(student.vocab, teacher.vocab)
     _check(labels, terms, uniforms, draws, impl, vocab)
     _check_filter(gradient_filter, impl, student.head)
+    teacher, ready, known = _teacher_for(teacher, terms, labels, vocab)
     weights = _checked_weights(position_weights or {}, terms, len(labels))
     terms = [term._replace(positions=None) for term in terms] if weights else terms
-    if isinstance(teacher, TopKScores) and teacher.drawn and label_is_read(terms):
-        teacher = label_alone(teacher, labels)  # what the draws estimate is not read
-    known, ready = None, teacher
-    if isinstance(teacher, Scores):
-        teacher = teacher._replace(hidden=teacher.hidden.detach())
-        ready = for_products(teacher, vocab)
-    else:
-        known = teacher.tokens
     inputs = TileInputs(labels, uniforms, draws, kl_estimator, known, weights)
     chunk_bytes = chunk_bytes or default_chunk_bytes(labels.device)
-    call = OperatorCall(
-        teacher, ready, inputs, terms, scale, chunk_bytes, metric_stride, vocab, gradient_filter
-    )
-    sums: Sums = {}
+    how = chunk_bytes, metric_stride, vocab, gradient_filter
+    call, sums = OperatorCall(teacher, ready, inputs, terms, scale, *how), Sums()
     return LossOutput(IMPLEMENTATIONS[impl](*leaves(student), student.head, call, sums), sums)
+
+
+def _teacher_for(
+    teacher: TeacherScores, terms: Sequence[Term], labels: Tensor, vocab: int
+) -> tuple[TeacherScores, TeacherScores, Tensor | None]:
+    """The teacher, the same ready for products, and the tokens that it knows; None: all."""
+    if isinstance(teacher, TopKScores):
+        if teacher.drawn and label_is_read(terms):
+            teacher = label_alone(teacher, labels)  # what the draws estimate is not read
+        return teacher, teacher, teacher.tokens
+    teacher = teacher._replace(hidden=teacher.hidden.detach())
+    return teacher, for_products(teacher, vocab), None
 
 
 def loss_by_source(

@@ -9,7 +9,13 @@ from hpd.methods.regime import Regime, choose_regime
 from hpd.methods.table import METHODS, name_terms
 from hpd.methods.terms import Term, TermConfig
 
-__all__ = ["check_byte_forms", "check_likeliest", "check_token_forms", "methods_with_byte_forms"]
+__all__ = [
+    "check_byte_forms",
+    "check_forms",
+    "check_likeliest",
+    "check_token_forms",
+    "methods_with_byte_forms",
+]
 
 
 def check_token_forms(configs: Sequence[TermConfig | Term]) -> None:
@@ -24,6 +30,20 @@ def check_token_forms(configs: Sequence[TermConfig | Term]) -> None:
                 f"Term {term.name} on {term.support} pairs the tokens of two vocabularies: set "
                 "train.vocabulary: bytes, or compare one with itself on support: full."
             )
+
+
+def check_forms(
+    configs: Sequence[TermConfig | Term], regime: Regime, guards: Any, length: str | None
+) -> None:
+    """`check_byte_forms` between two tokenizers, `check_token_forms` within one.
+
+    Args:
+        length: as `train.byte_length`; None: there is one tokenizer.
+    """
+    if length is None:
+        check_token_forms(configs)
+    else:
+        check_byte_forms(configs, regime, guards, length)
 
 
 def check_likeliest(configs: Sequence[TermConfig | Term]) -> None:

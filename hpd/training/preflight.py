@@ -80,18 +80,18 @@ def check_call(
         _compare(student, role, source, teacher_tokenizer, args, row)
 
 
-def check_own_prompt(method: str, rows: Any) -> None:
+def check_own_prompt(method: str | None, rows: Any) -> None:
     """Refuse a method whose teacher reads more than the student, where the rows have nothing for it.
 
     Args:
-        method: a name of METHODS.
+        method: a name of METHODS; None: terms, of which nothing is known.
         rows: to train on; no row, nothing to look at.
 
     Raises:
         ValueError: the first row has no prompt for the teacher.
     """
     row = _first_row(rows)
-    if METHODS[method].own_prompt and row and not {TEACHER_PROMPT, TEACHER_PREFIXES} & row.keys():
+    if method and METHODS[method].own_prompt and row and not {TEACHER_PROMPT, TEACHER_PREFIXES} & row.keys():
         raise ValueError(
             f"method: {method} learns from a teacher that reads what the student does not, and the rows have "
             f"no {TEACHER_PROMPT}: add that column (in a recipe, set teacher.prompt or "

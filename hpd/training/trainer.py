@@ -28,7 +28,7 @@ from hpd.losses.byte_chunks import byte_nll
 from hpd.losses.byte_events import ByteEvents
 from hpd.losses.operator import LossOutput, loss_by_source
 from hpd.losses.position_weights import position_weights
-from hpd.methods.byte_forms import check_byte_forms, check_likeliest, check_token_forms
+from hpd.methods.byte_forms import check_forms, check_likeliest
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.strategy import StrategyConfig
@@ -115,13 +115,9 @@ class DistillTrainer(MeasuredTrainer):
         self._weight_column = weight_column(self.terms)
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
-        if method is not None:
-            check_own_prompt(method, kwargs.get("train_dataset"))
+        check_own_prompt(method, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
-        if own is not None:
-            check_byte_forms(configs, self.regime, guards, args.byte_length)
-        else:
-            check_token_forms(configs)
+        check_forms(configs, self.regime, guards, args.byte_length if own is not None else None)
         self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
         super().__init__(
             guards or GuardsConfig(),
