@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hpd.methods import METHODS
+from hpd.methods import METHODS, name_terms
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = RESULTS.parent.parent / "docs" / "performance.md"
@@ -132,7 +132,12 @@ def methods_to_measure(name: str, given: str | None, check: bool) -> list[str]:
     if given:
         return given.split(",")
     known = {key for found in stored(name)["ratios"].values() for key in found} if check else METHODS
-    return [method for method in METHODS if method in known]
+    return [method for method in METHODS if method in known and _is_of_positions(method)]
+
+
+def _is_of_positions(method: str) -> bool:
+    """False for methods that need whole rows or two tokenizers: here are label positions only."""
+    return not any(term.positions or term.support.pairs for term in name_terms(METHODS[method].terms))
 
 
 def store_or_check(name: str, result: dict[str, Any], store: bool, check: bool) -> None:

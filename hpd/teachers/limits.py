@@ -45,7 +45,7 @@ def why_not_top_k(term: Term, top_k: int) -> str | None:
 
 def unread_labels(about: Mapping[str, Any]) -> int:
     """Labels of an imported cache that are none of its tokens, and that no method may read."""
-    imported = about["fingerprint"]["teacher"].get("imported")
+    imported = about["fingerprint"].get("teacher", {}).get("imported")
     return 0 if imported is None or imported["guesses_labels"] else int(about["labels_outside"])
 
 

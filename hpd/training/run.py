@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -31,7 +32,7 @@ from hpd.training.inputs import row_fingerprints, stage_fingerprints
 from hpd.training.plan import plan
 from hpd.training.preferences import check_pairs, train_preferences
 from hpd.training.single import open_together, train_single
-from hpd.training.stopping import Signals, ends_resumable
+from hpd.training.stopping import ends_resumable
 
 __all__ = ["check_stages", "train", "train_stages"]
 
@@ -69,35 +70,23 @@ def train(
         raise ValueError(f"output_dir {str(run)!r} is a file: give a folder.")
     progress = progress or Progress()
     with ends_resumable(run) as signals, holding(run):
-        summary = _train(recipe, overwrite, progress, baselines, takes_changed, signals)
+        quiet_libraries()  # the checks of a folder make settings, of which transformers has something to say
+        if recipe.stages:
+            summary = train_stages(
+                recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed
+            )
+        else:
+            # A key that does not exist makes another recipe of any run that the folder holds.
+            check_names(recipe)
+            folder = RunFolder(recipe, overwrite, takes_changed)
+            with contextlib.closing(plan(recipe, fresh=overwrite)) as planned:
+                planned.require_sound()
+                planned.say_warnings(progress)
+                _open_hub(recipe)
+                summary = train_single(planned, folder, progress, baselines, signals)
     # Outside, since what ends it now is no reason to train again.
     _push(recipe, summary, progress)
     return summary
-
-
-def _train(
-    recipe: Recipe,
-    overwrite: bool,
-    progress: Progress,
-    baselines: bool,
-    takes_changed: bool,
-    signals: Signals,
-) -> dict[str, Any]:
-    """The run itself; returns its summary."""
-    quiet_libraries()  # the checks of a folder make settings, of which transformers has something to say
-    if recipe.stages:
-        return train_stages(recipe, overwrite=overwrite, progress=progress, takes_changed=takes_changed)
-    # A key that does not exist makes another recipe of any run that the folder holds.
-    check_names(recipe)
-    folder = RunFolder(recipe, overwrite, takes_changed)
-    planned = plan(recipe, fresh=overwrite)
-    try:
-        planned.require_sound()
-        planned.say_warnings(progress)
-        _open_hub(recipe)
-        return train_single(planned, folder, progress, baselines, signals)
-    finally:
-        planned.close()
 
 
 def _open_hub(recipe: Recipe) -> None:

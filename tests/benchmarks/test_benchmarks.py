@@ -48,7 +48,15 @@ def run(monkeypatch, capsys):
 
 
 def test_every_script_is_run_here():
-    tested = {*TINY, "cache", "cache_kinds", "regimes", "timing", "peers"}  # the last two are what they share
+    tested = {
+        *TINY,
+        "cache",
+        "cache_kinds",
+        "first_share",
+        "regimes",
+        "timing",
+        "peers",
+    }  # the last two are what they share
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == tested
 
 
@@ -70,6 +78,14 @@ def test_every_kind_beside_the_others(run, tmp_path):
     names = ("--teacher", recipe["teacher"], "--student", recipe["student"])
     shown = run("cache_kinds", *names, "--data", tmp_path / "problems.jsonl", *few)
     assert "| sampled 8, float16 | 52 |" in shown
+
+
+def test_the_first_share_of_answers(run, tmp_path):
+    recipe = yaml.safe_load(make_recipe(tmp_path, num_rows=8).read_text())
+    (tmp_path / "problems.jsonl").write_text('{"question": "say one 0:", "answer": "one two three"}\n' * 2)
+    names = ("--teacher", recipe["teacher"], "--student", recipe["student"])
+    few = ("--batches", 1, "--rows", 2, "--shares", 0.5)
+    assert '"head_positions"' in run("first_share", "--data", tmp_path / "problems.jsonl", *names, *few)
 
 
 def test_regimes(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Grids: what an experiment file means, what it refuses, and a small one run for real."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -252,6 +253,8 @@ def test_experiment_files_expand(tmp_path, monkeypatch, path):
 
     for name in ("chains", "gym_chains", "short_answers"):
         monkeypatch.setattr(tasks, name, demo_recipe)
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.setattr(importlib.import_module("real_pair"), "real_pair", cached)
     for name in ("chain_inits", "foreign_chains"):
         monkeypatch.setattr(tasks, name, cached)
     experiment = load_experiment(path)
@@ -444,8 +447,9 @@ def test_the_price_of_a_token_is_the_formula_on_the_weights(tmp_path):
     hpd_price, sft_price = (
         flops_per_token(load_recipe({**base, "method": method})) for method in ("hpd", "sft")
     )
-    assert hpd_price == (6 * student + 2 * teacher, 6 * head + 2 * teacher_head, 2 * (student + head))
-    assert sft_price == (6 * student, 6 * head, 2 * (student + head))
+    assert hpd_price[:3] == (6 * student + 2 * teacher, 6 * head + 2 * teacher_head, 2 * (student + head))
+    assert hpd_price[3:] == (2 * teacher, 2 * teacher_head)
+    assert sft_price == (6 * student, 6 * head, 2 * (student + head), 0.0, 0.0)
 
 
 def test_a_budget_in_seconds_stops_the_run(tmp_path):

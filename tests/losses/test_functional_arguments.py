@@ -15,6 +15,7 @@ OTHER = {
     "weight": 2.0,
     "temperature": 2.0,
     "on": "dataset",
+    "cap": 0.01,
     "support": "label",
     "draws": "exact",
     "num_samples": 3,

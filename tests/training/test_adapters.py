@@ -114,7 +114,7 @@ def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(place, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{place}/mine", "--output", "{tmp}/x"], "Give --merge"),
+        (["{place}/mine", "--output", "{tmp}/x"], "give one of them"),
         (["{place}/student", "--merge", "--output", "{tmp}/x"], "nothing to merge"),
         (["{place}/nothing", "--merge", "--output", "{tmp}/x"], "does not exist"),
         (["{place}/mine", "--merge", "--output", "{tmp}/x", "--dtype", "int8"], "dtype must be"),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.hub_server import HubServer
 from helpers.trainers import make_trainer, rows
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from peft import PeftConfig
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,6 +41,7 @@ def hub(tmp_path, monkeypatch):
     server = HubServer(tmp_path / "hub")
     with server.running() as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(hf_api.api, "endpoint", address)  # what transformers imported
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", server.token)
