@@ -105,6 +105,11 @@ class RunFiles:
         """
         damages: list[str] = []
         logs = []
+        if path.exists() and not path.is_file():
+            damages.append("is not a file (left out)")
+        elif path.is_file() and not path.read_bytes().strip() and self.object(path.parent / "summary.json"):
+            # Of a run that is not finished the first line may still come.
+            damages.append("is empty (a write of it was cut)")
         for log in map(new_metrics, self.lines(path)):
             step = log.get("step")
             if not isinstance(step, int) or isinstance(step, bool) or step < 0:

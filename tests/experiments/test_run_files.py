@@ -81,6 +81,7 @@ def test_metrics_that_are_not_json_at_all_are_an_error(run, content):
 
 
 def test_empty_files_are_a_run_that_began(run):
+    (run / "summary.json").unlink()
     (run / "metrics.jsonl").write_bytes(b"")
     assert not read_results([run]).damages
     (run / "evals.json").write_bytes(b"")
@@ -132,6 +133,20 @@ def test_other_files_are_named_too(run):
     (run / "recipe.yaml").write_text("[")
     with pytest.raises(ValueError, match=r"recipe\.yaml cannot be read"):
         read_results([run])
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", None], ids=["empty", "blank", "folder"])
+def test_a_log_without_a_line_is_said(run, content):
+    (run / "metrics.jsonl").unlink()
+    if content is None:
+        (run / "metrics.jsonl").mkdir()
+    else:
+        (run / "metrics.jsonl").write_bytes(content)
+    results = read_results([run])
+    (said,) = results.damages
+    expected = "is not a file (left out)" if content is None else "is empty (a write of it was cut)"
+    assert said.endswith(f"metrics.jsonl: {expected}")
+    assert build_report([run]).samples[0].reference == "1"
 
 
 def test_many_damages_of_a_file_are_counted(tmp_path):
