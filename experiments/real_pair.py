@@ -34,9 +34,10 @@ NEW_TOKENS, MAX_LENGTH = 160, 320
 
 def real_pair(folder: Path) -> dict[str, Any]:
     """The recipe of a run: hpd on the teacher's text, from the cache."""
-    choices = [REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH, MOST_ROWS, HELD_OUT, NEW_TOKENS, MAX_LENGTH]
+    sizes = [REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH, MOST_ROWS, HELD_OUT, NEW_TOKENS, MAX_LENGTH]
+    choices = [*sizes, _source(), TEACHER, CUT]
     written = _written(home() / "tasks" / f"real_pair-text-{digest_json(choices)[:8]}")
-    made = prepare("real_pair", [*choices, _source()], lambda target: _build(target, written))
+    made = prepare("real_pair", choices, lambda target: _build(target, written))
     copy_to(folder / "rows", made / "rows")
     teacher = {"type": "cached", "model": TEACHER, "path": str(made / "cache")}
     test = {"task": "exact-match", "data": str(made / "test.jsonl"), "max_new_tokens": NEW_TOKENS}
@@ -91,6 +92,11 @@ def _questions() -> list[dict[str, str]]:
 def _build(target: Path, written: Path) -> Mapping[str, Any]:
     human = {row["prompt"]: row["completion"] for row in JsonLines(written.parent / "questions.jsonl").read()}
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in JsonLines(written).read()]
+    if len(rows) < (needed := 2 * HELD_OUT + MOST_ROWS + REPAIR_ROWS):
+        raise ValueError(
+            f"The teacher finished {len(rows)} solutions within {NEW_TOKENS} tokens, and {needed} are needed: "
+            "give more problems (GSM8K), or raise NEW_TOKENS in real_pair.py."
+        )
     held_out, test = rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT]
     shared = rows[2 * HELD_OUT :][:MOST_ROWS]
     repair = rows[2 * HELD_OUT + MOST_ROWS :][:REPAIR_ROWS]

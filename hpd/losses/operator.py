@@ -233,8 +233,8 @@ def _check(
 
 
 def _check_filter(gradient_filter: float, impl: str, head: Head) -> None:
-    if not 0.0 <= gradient_filter < float("inf"):
-        raise ValueError(f"gradient_filter must be a number >= 0, got {gradient_filter}.")
+    if not 0.0 <= gradient_filter < 1.0:
+        raise ValueError(f"gradient_filter is a share, in [0, 1), got {gradient_filter}.")
     if gradient_filter and impl == "reference":
         raise ValueError(
             "gradient_filter has no effect on impl: reference, which multiplies whole logits: take chunked."

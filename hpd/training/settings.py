@@ -216,6 +216,11 @@ def check_operator(args: Any, clips: bool = False) -> None:
     Raises:
         ValueError: the setting's name.
     """
+    if args.gradient_filter >= 1.0:
+        raise ValueError(
+            f"train.gradient_filter is a share of a position's gradient, below 1 (such as 5.0e-5), got "
+            f"{args.gradient_filter}."
+        )
     if args.gradient_filter and args.impl == "reference":
         raise ValueError(
             "train.gradient_filter has no effect on train.impl: reference, which multiplies whole logits: "

@@ -176,6 +176,10 @@ MISTAKES_IN_PYTHON = {
         lambda: DistillConfig(output_dir="x", gradient_filter=-1e-5),
         {"train": {"gradient_filter": -1e-5}},
     ),
+    "^train.gradient_filter is a share of a position's gradient, below 1": (
+        lambda: DistillConfig(output_dir="x", gradient_filter=2.0),
+        {"train": {"gradient_filter": 2.0}},
+    ),
     "^train.gradient_filter has no effect on train.impl: reference": (
         lambda: DistillConfig(output_dir="x", gradient_filter=1e-5, impl="reference"),
         {"train": {"gradient_filter": 1e-5, "impl": "reference"}},

@@ -139,11 +139,12 @@ def test_one_side_alone(frozen):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"gradient_filter": -1.0}, ">= 0"),
-        ({"gradient_filter": float("nan")}, ">= 0"),
+        ({"gradient_filter": -1.0}, "a share"),
+        ({"gradient_filter": float("nan")}, "a share"),
+        ({"gradient_filter": 1.0}, "a share"),
         ({"gradient_filter": 1e-5, "impl": "reference"}, "no effect on impl: reference"),
     ],
-    ids=["below zero", "not a number", "reference"],
+    ids=["below zero", "not a number", "all of it", "reference"],
 )
 def test_refused(given, said):
     student, teacher = _scores(0), _scores(1)

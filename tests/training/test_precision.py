@@ -6,7 +6,7 @@ from helpers.trainers import make_trainer, weights
 from tiny_models import tiny_pair
 
 from hpd.losses import Head, Scores
-from hpd.losses.products import for_gradients, for_products
+from hpd.losses.products import for_gradients, for_products, logits
 from hpd.training import precision
 from hpd.training.arguments import DistillConfig
 
@@ -29,7 +29,21 @@ def test_logits_stay_float32_and_gradient_products_do_not():
         assert for_gradients(double) is double
 
 
-@pytest.mark.parametrize("method", ["hpd", "forward_kl", "sft"])
+def test_whole_logits_are_not_rounded_by_autocast_either():
+    """Those of policy gradients, rules over positions, guards and the reference."""
+    hidden, weight = torch.randn(7, 64), torch.randn(90, 64) * 3.0
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = logits(Scores(leaves[0], Head(leaves[1])))
+        given = torch.randn(found.shape)
+        found.backward(given)
+    torch.testing.assert_close(found, hidden @ weight.T, rtol=1e-6, atol=1e-4)
+    for leaf, expected in zip(leaves, (given @ weight, given.T @ hidden), strict=True):
+        assert leaf.grad is not None
+        assert 0.0 < (leaf.grad - expected).norm() < 3 * 2**-9 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["hpd", "forward_kl", "sft", "psft"])
 def test_a_step_is_that_of_float32_to_bfloat16s_rounding(pair, tmp_path, method):
     losses, steps = [], []
     for low in (False, True):
