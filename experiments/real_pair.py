@@ -94,8 +94,8 @@ def _build(target: Path, written: Path) -> Mapping[str, Any]:
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in JsonLines(written).read()]
     if len(rows) < (needed := 2 * HELD_OUT + MOST_ROWS + REPAIR_ROWS):
         raise ValueError(
-            f"The teacher finished {len(rows)} solutions within {NEW_TOKENS} tokens, and {needed} are needed: "
-            "give more problems (GSM8K), or raise NEW_TOKENS in real_pair.py."
+            f"The teacher finished {len(rows)} solutions within {NEW_TOKENS} tokens, and {needed} are "
+            "needed: give more problems (GSM8K), or raise NEW_TOKENS in real_pair.py."
         )
     held_out, test = rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT]
     shared = rows[2 * HELD_OUT :][:MOST_ROWS]

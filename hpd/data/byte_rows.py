@@ -247,11 +247,9 @@ def byte_lengths(
     Args:
         rows, tokenizer, other, labels, max_length: as `check_byte_rows` takes them.
     """
-    each = [
-        _measured(row, index, tokenizer, other, labels, max_length)
-        for index, row in enumerate(first_rows(rows, MEASURED_ROWS))
-    ]
-    return TeacherLengths.of(*([one[name] for one in each] for name in ("teacher_tokens", "teacher_labels")))
+    return TeacherLengths.of(
+        rows, lambda row, index: _measured(row, index, tokenizer, other, labels, max_length)
+    )
 
 
 def row_in_chunks(

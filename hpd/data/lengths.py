@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,8 +47,10 @@ class TeacherLengths(NamedTuple):
     """Mean label tokens per row."""
 
     @classmethod
-    def of(cls, tokens: Sequence[int], labels: Sequence[int]) -> TeacherLengths:
-        """From the numbers of each row."""
+    def of(cls, rows: Any, measure: Callable[[Any, int], Mapping[str, Any]]) -> TeacherLengths:
+        """From the first rows; `measure` takes one and its number to teacher_tokens and teacher_labels."""
+        each = [measure(row, index) for index, row in enumerate(first_rows(rows, MEASURED_ROWS))]
+        tokens, labels = ([one[name] for one in each] for name in ("teacher_tokens", "teacher_labels"))
         percentiles = {p: int(np.percentile(tokens, p)) for p in (50, 90, 99, 100)}
         return cls(percentiles, float(np.mean(tokens)), float(np.mean(labels)))
 

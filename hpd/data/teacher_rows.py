@@ -166,11 +166,9 @@ def own_lengths(
     Args:
         rows, tokenizer, labels, max_length, new_tokens: as `check_teacher_rows` takes them.
     """
-    each = [
-        _measured(row, index, tokenizer, labels, max_length, new_tokens)
-        for index, row in enumerate(first_rows(rows, MEASURED_ROWS))
-    ]
-    return TeacherLengths.of(*([one[name] for one in each] for name in ("teacher_tokens", "teacher_labels")))
+    return TeacherLengths.of(
+        rows, lambda row, index: _measured(row, index, tokenizer, labels, max_length, new_tokens)
+    )
 
 
 def _measured(

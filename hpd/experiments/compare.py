@@ -96,6 +96,11 @@ def _compare(
     progress.say(f"{len(tuning)} runs of tuning and {len(grid)} of the grid, {finished} of them finished")
     evals = evaluations(experiment, folder)
     plan_evals(evals)  # a missing file is found before anything runs
+    if any(cell.recipe.train.get("push_to_hub") for cell in [*tuning, *grid]):
+        raise ValueError(
+            "train.push_to_hub would push every run of the experiment, each over the one before: remove it, "
+            "and push the run that you choose (hpd export RUN --push-to-hub OWNER/NAME)."
+        )
     if experiment.own_samples and not evals and not all(cell.recipe.eval for cell in grid):
         raise ValueError(
             "own_samples needs prompts to continue: give the recipe an eval, or the experiment evals."

@@ -16,6 +16,7 @@ from hpd.losses.products import for_products, logits, project_, wide
 from hpd.methods.supports import LOGPROB_FLOOR
 
 __all__ = [
+    "NOT_LINEAR",
     "is_known_by_token",
     "known_metrics",
     "label_alone",
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 
-_NOT_LINEAR = ("forward_kl", "reverse_kl", "teacher_entropy", "top1_agreement")
+NOT_LINEAR = ("forward_kl", "reverse_kl", "teacher_entropy", "top1_agreement", "acceptance")
+"""Metrics that an unbiased estimate of the teacher's distribution does not give without bias."""
 
 
 def is_known_by_token(teacher: TeacherScores) -> bool:
@@ -143,7 +145,7 @@ def known_metrics(teacher: TeacherScores, sums: Mapping[str, Tensor]) -> dict[st
     """The metrics of two distributions that are true where the teacher's is an estimate from draws: those of
     the student alone."""
     drawn = isinstance(teacher, TopKScores) and teacher.drawn
-    return {name: value for name, value in sums.items() if not drawn or name not in _NOT_LINEAR}
+    return {name: value for name, value in sums.items() if not drawn or name not in NOT_LINEAR}
 
 
 def _look_up(teacher: TopKScores, labels: Tensor, tokens: Tensor) -> Tensor:

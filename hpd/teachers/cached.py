@@ -48,6 +48,7 @@ class CachedTeacher(Teacher):
         about = self.cache.about
         self.vocab = int(about["vocab"])
         self._kind: str = about["kind"]
+        self.drawn = self._kind == "sampled"
         self._head = self.cache.head if self._kind == "hidden" else None
         self._device = torch.device("cpu")
         self._pool: ThreadPoolExecutor | None = None

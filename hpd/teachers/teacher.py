@@ -43,6 +43,8 @@ class Teacher:
     """True if answers may fail to come: all processes wait for them together, at the start of a step."""
     remote: bool = False
     """True if a loader's workers cannot ask, which have no connection."""
+    drawn: bool = False
+    """True if answers are tokens drawn from its distribution: what is not linear in it cannot be measured."""
     follows: bool = False
     """True if the teacher moves as the student does: checkpoints then hold its `state_dict`."""
 

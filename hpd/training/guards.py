@@ -18,7 +18,7 @@ from hpd.losses.products import logits
 from hpd.losses.teacher_side import teacher_logits
 from hpd.losses.tile import sum_dtype
 
-__all__ = ["Finding", "check_metrics", "further_sums", "support_overlap"]
+__all__ = ["Finding", "check_metrics", "check_overlap", "further_sums", "support_overlap"]
 
 # 1: too large, -1: too small; and how the value is put into words.
 _TEXTS = {
@@ -102,6 +102,19 @@ def _relative_entropy(
         return (own / teacher if own is not None and teacher else None), "the teacher's"
     first = next((log["student_entropy"] for log in history if log.get("student_entropy")), own)
     return (own / first if own is not None and first else None), "what it was at the run's start"
+
+
+def check_overlap(guards: GuardsConfig, drawn: bool) -> None:
+    """Refuse to compare likeliest tokens with those of a teacher known by `drawn` ones.
+
+    Raises:
+        ValueError: guards.support_overlap is set.
+    """
+    if guards.overlap and drawn:
+        raise ValueError(
+            "guards.support_overlap compares with the teacher's likeliest tokens, and a cache of kind "
+            "sampled holds drawn ones: remove it, or write a cache of kind top_k or hidden."
+        )
 
 
 def further_sums(

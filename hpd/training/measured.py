@@ -12,6 +12,7 @@ from torch import nn
 from transformers.trainer_utils import PredictionOutput
 
 from hpd.batch import TokenBatch, as_teacher_reads
+from hpd.losses.teacher_side import NOT_LINEAR
 from hpd.methods.terms import Term
 from hpd.models.forward import model_inputs
 from hpd.teachers import TeacherUnavailable
@@ -88,6 +89,7 @@ class MeasuredTrainer(GuardedTrainer):
         """Names of the metrics that evaluations log, without their prefix."""
         vocab = self._base_model.config.get_text_config().vocab_size
         names = evaluated_names(self.terms, vocab, self.args.kl_estimator)
+        names -= {*NOT_LINEAR} if self.teacher.drawn else set()
         if isinstance(self.eval_dataset, dict):
             return {f"{key}_{name}" for key in self.eval_dataset for name in names}
         return names

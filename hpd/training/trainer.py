@@ -43,7 +43,7 @@ from hpd.training.card import Card
 from hpd.training.cutting import common_share, cut_batch
 from hpd.training.dates import first_day_of_folder, keep_day
 from hpd.training.following import Following
-from hpd.training.guards import further_sums
+from hpd.training.guards import check_overlap, further_sums
 from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
@@ -175,6 +175,7 @@ class DistillTrainer(MeasuredTrainer):
         check_seen(self, self.teacher, self.regime.prefixes.on_policy)
         check_writer(self.train_dataset, self.regime.rollouts)
         check_weighed(self.terms, self.train_dataset)
+        check_overlap(self._guards, self.teacher.drawn)
         for rows in (self.train_dataset, self.eval_dataset):
             # A teacher with a tokenizer of its own reads other tokens.
             reads = None if self._events is not None else self.teacher.model

@@ -323,6 +323,14 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(grid):
     assert json.loads((lost / "experiment.json").read_text())["figures"] == pytest.approx(figures, abs=1e-4)
 
 
+def test_a_grid_does_not_push_its_runs_over_each_other(tmp_path):
+    pushed = {"train.push_to_hub": True, "train.hub_model_id": "me/mine"}
+    path = tiny_experiment(tmp_path, tune=None, set=pushed)
+    with pytest.raises(ValueError, match="push_to_hub would push every run of the experiment"):
+        compare(path)
+    assert not list((tmp_path / "runs").rglob("summary.json"))
+
+
 def test_own_samples_without_prompts_are_refused_before_any_run(tmp_path):
     path = tiny_experiment(tmp_path, tune=None, evals=[], own_samples=3, baseline=None)
     with pytest.raises(ValueError, match="own_samples needs prompts to continue: give the recipe an eval"):

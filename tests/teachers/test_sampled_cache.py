@@ -121,6 +121,22 @@ def test_what_it_cannot_serve_is_refused_before_models_load(recipe, cache):
         teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
 
 
+@pytest.mark.parametrize("metric", ["forward_kl", "acceptance"])
+def test_what_draws_cannot_measure_chooses_no_best_model(recipe, cache, tmp_path, metric):
+    words = ("teacher.type=cached", f"teacher.path={cache.path}", "method=forward_kl")
+    trainer = trainer_of(recipe, tmp_path / "run", *words)
+    assert {"loss", "student_entropy"} <= trainer.evaluation_names()
+    trainer.args.metric_for_best_model = metric
+    with pytest.raises(ValueError, match=f"metric_for_best_model is '{metric}', which no evaluation has"):
+        trainer.train()
+
+
+def test_the_overlap_of_likeliest_tokens_is_refused(recipe, cache, tmp_path):
+    words = ("teacher.type=cached", f"teacher.path={cache.path}", "method=forward_kl")
+    with pytest.raises(ValueError, match=r"guards.support_overlap compares with the teacher's likeliest"):
+        trainer_of(recipe, tmp_path / "run", *words, "guards.support_overlap.warn=0.5")
+
+
 def test_training_reads_it(recipe, cache, tmp_path):
     words = ("teacher.type=cached", f"teacher.path={cache.path}", "method=forward_kl")
     trainer = trainer_of(recipe, tmp_path / "run", *words)
