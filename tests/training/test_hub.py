@@ -15,6 +15,7 @@ from huggingface_hub import constants, hf_api
 from peft import PeftConfig
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import hub as transformers_hub
 from typer.testing import CliRunner
 
 from hpd.cli import app
@@ -42,6 +43,8 @@ def hub(tmp_path, monkeypatch):
     with server.running() as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(hf_api.api, "endpoint", address)  # what transformers imported
+        # transformers keeps an API of its own from its first use, with the address of that moment
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", server.token)
