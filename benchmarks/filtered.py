@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import load_dataset
 from timing import RESULTS, count, interleaved, machine, ratios, replace_block, store_or_check, stored, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import uniforms
-from hpd.files import JsonLines
 from hpd.losses import Head, Scores, reweighted_nll
 from hpd.losses.heads import head_of
 from hpd.losses.operator import METRIC_STRIDE, default_chunk_bytes
@@ -49,7 +49,8 @@ class Text(NamedTuple):
 def read_text(folder: str, rows: Path, positions: int, noise: float) -> tuple[Text, Tensor]:
     """Hidden states of the model and of its noisy copy, and the head that both have."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = (" ".join(str(value) for value in row.values()) for row in JsonLines(rows).read())
+    read = load_dataset("json", data_files=str(rows), split="train")
+    texts = (" ".join(str(value) for value in row.values()) for row in read)
     found: list[tuple[Tensor, Tensor]] = []
     chosen, total = [], 0
     for text in texts:

@@ -25,6 +25,7 @@ TINY = {
         "`hpd doctor` predicts: hpd",
     ),
     "filtered": (("--tiny", *ONCE), "| late |"),
+    "epochs": (("--tiny", "--methods", "hpd", *ONCE), "| hpd (cached) |"),
     "startup": (("--repeats", "1"), "| hpd train |"),
     "cache_origin": (("--step-seconds", "0", "--rows", "80"), "| 200 ms, 10 MB/s |"),
     "cache_start": (("--repeats", "1", "--gigabytes", "0.001"), "cached, 0.00 GB: first step after"),
@@ -78,6 +79,13 @@ def test_every_kind_beside_the_others(run, tmp_path):
     names = ("--teacher", recipe["teacher"], "--student", recipe["student"])
     shown = run("cache_kinds", *names, "--data", tmp_path / "problems.jsonl", *few)
     assert "| sampled 8, float16 | 52 |" in shown
+
+
+def test_whole_runs_with_the_writing_of_their_cache(run, tmp_path):
+    recipe = make_recipe(tmp_path, num_rows=8)
+    given = ("train.max_steps=-1", "cache=null", "train.per_device_train_batch_size=4")
+    few = ("--tiny", "--methods", "forward_kl", "--epochs", 1, *ONCE)
+    assert "| 1 epochs | x sft (cached) |" in run("epochs", "--recipe", recipe, *few, *given)
 
 
 def test_the_first_share_of_answers(run, tmp_path):
