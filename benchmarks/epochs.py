@@ -1,5 +1,5 @@
-"""What distilling costs beside fine-tuning: steps and buffers relative to our own `sft`, and whole runs of ten
-epochs with the cache's writing in them (the comparison of the paper's Table 6).
+"""What distilling costs beside fine-tuning: steps and buffers relative to our own `sft`, and whole runs of
+ten epochs with the cache's writing in them (the comparison of the paper's Table 6).
 
     python benchmarks/epochs.py [--repeats 5] [--json]                     # steps and buffers
     python benchmarks/epochs.py --recipe RECIPE data.limit=16 [--json]     # whole runs too
@@ -7,10 +7,10 @@ epochs with the cache's writing in them (the comparison of the paper's Table 6).
     python benchmarks/epochs.py --tiny    # in seconds: whether it runs
 
 Steps are those of benchmarks/step.py: 2 rows of 512 tokens, a student of SmolLM2's shape cut to 10 layers, a
-teacher of its 30. `sft` reads a cached teacher for its metrics, on every 16th position; what that costs is in
-it, the cache's writing is not. Buffers are what is alive at the peak of the loss operator on the labels of such a step,
-beyond its inputs and the gradients of hidden states and head. RECIPE names student, teacher and data; its
-method, epochs, output and cache are set here.
+teacher of its 30. `sft` reads a cached teacher for its metrics, on every 16th position; what that costs is
+in it, the cache's writing is not. Buffers are what is alive at the peak of the loss operator on the labels of
+such a step, beyond its inputs and the gradients of hidden states and head. RECIPE names student, teacher and
+data; its method, epochs, output and cache are set here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,8 +110,12 @@ def tables(result: dict[str, Any]) -> str:
     if whole:
         base = whole["seconds"][BASE]["train"]
         lines = [
-            [name, f"{(line['cache'] + line['train']) / base:.2f}"]
-            + [f"{line['cache']:.0f}" if line["cache"] else "", f"{line['train']:.0f}"]
+            [
+                name,
+                f"{(line['cache'] + line['train']) / base:.2f}",
+                f"{line['cache']:.0f}" if line["cache"] else "",
+                f"{line['train']:.0f}",
+            ]
             for name, line in whole["seconds"].items()
         ]
         header = [f"{whole['epochs']} epochs", "x sft (cached)", "cache s", "train s"]
