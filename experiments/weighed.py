@@ -1,4 +1,4 @@
-"""The base of weighed.yaml: `chain_inits`, and for each teacher caches of its draws next to its hidden states."""
+"""The base of weighed.yaml: `chain_inits`, and for each teacher caches of its draws next to its states."""
 
 from __future__ import annotations
 
@@ -24,11 +24,6 @@ def weighed(folder: Path) -> dict[str, Any]:
                 "path": str(own / "rows" / "own.jsonl"),
                 "validation": str(own / "validation.jsonl"),
             }
-            cache = {
-                "path": str(own / f"sampled-{draws}"),
-                "kind": "sampled",
-                "draws": draws,
-                "dtype": "auto",
-            }
+            cache = {"path": str(own / f"sampled-{draws}"), "kind": "sampled", "draws": draws}
             write_cache(load_recipe({**tree, "teacher": source, "data": data, "cache": cache}))
     return tree
