@@ -267,7 +267,7 @@ def _client(**options: Any) -> httpx2.Client:
     except (ImportError, ValueError, httpx2.InvalidURL):  # its message may repeat the proxy's password
         raise ValueError(
             "the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names in the environment cannot be used: "
-            "give it as http://host:port (socks5://host:port needs the package socksio), or unset the variable."
+            "give it as http://host:port (socks5://host:port needs the package socksio), or unset it."
         ) from None
 
 
