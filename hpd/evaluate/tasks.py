@@ -290,7 +290,8 @@ def build_task(
 
 
 def _judge(name: str, fields: Mapping[str, Any], progress: Progress | None) -> Any:
-    from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
+    from hpd.evaluate.benchmarks.judge_client import Judge
+    from hpd.evaluate.benchmarks.judge_settings import JudgeSettings
 
     known = inspect.signature(JudgeSettings).parameters
     unknown = [key for key in fields if key not in known]

@@ -1,6 +1,6 @@
 """One bounded HTTP exchange: the client of teachers and judges."""
 
-from hpd.http.checks import BadResponse, check_url, clean_key, read_json, read_key, shown
+from hpd.http.checks import BadResponse, check_url, clean_key, read_json, read_key, shown, without_key
 from hpd.http.connection import Connection, ServerUnavailable
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "read_json",
     "read_key",
     "shown",
+    "without_key",
 ]

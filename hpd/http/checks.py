@@ -9,7 +9,12 @@ from typing import Any
 
 import httpx2
 
-__all__ = ["BadResponse", "check_url", "clean_key", "read_json", "read_key", "shown"]
+__all__ = ["BadResponse", "check_url", "clean_key", "read_json", "read_key", "shown", "without_key"]
+
+# Characters of a key that tell it: fewer in a row may be a word.
+_TELLING = 8
+# With fewer letters and digits than this, a key is taken out as it is only.
+_FEWEST_LETTERS = 4
 
 
 class BadResponse(ValueError):
@@ -45,10 +50,15 @@ def read_key(name: str | None, field: str = "api_key_env") -> str | None:
         field: of the recipe or command line that names the variable.
 
     Raises:
-        ValueError: the variable is not set, or holds what `clean_key` refuses.
+        ValueError: it is no variable's name, or not set, or holds what `clean_key` refuses.
     """
     if name is None:
         return None
+    # A key in the place of its variable's name is not shown: the message may end up in a log.
+    if not isinstance(name, str) or not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+        raise ValueError(
+            f"{field} must name an environment variable in capitals, such as TEACHER_API_KEY, not be a key."
+        )
     text = os.environ.get(name, "")
     if not text:
         raise ValueError(
@@ -127,3 +137,32 @@ def shown(value: Any, most: int = 100) -> str:
     """A stranger's value in a message: one line of printable characters, cut."""
     text = " ".join(str(value)[: 10 * most].split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)[:most]
+
+
+def without_key(text: str, key: str) -> str:
+    """`text` with ``[key]`` for a key, escaped (for JSON, an address, HTML), broken or cut as it may be.
+
+    Letters and digits alone are compared, in either case: every stretch with eight in a row that the key has
+    in a row as well, or with all of a shorter key's, is taken out.
+    """
+    wanted = "".join(letter for _, letter in _letters(key))
+    if len(wanted) < _FEWEST_LETTERS:
+        return text.replace(key, "[key]")
+    size = min(_TELLING, len(wanted))
+    pieces = {wanted[i : i + size] for i in range(len(wanted) - size + 1)}
+    letters = _letters(text)
+    told = "".join(letter for _, letter in letters)
+    parts: list[str] = []
+    end = 0  # of the last stretch that is not shown
+    for i in range(len(told) - size + 1):
+        if told[i : i + size] in pieces:
+            first = letters[i][0]
+            if first > end or not parts:
+                parts.append(text[end:first])
+            end = letters[i + size - 1][0] + 1
+    return "[key]".join([*parts, text[end:]])
+
+
+def _letters(text: str) -> list[tuple[int, str]]:
+    """Places of the letters and digits of a text, and these in lower case."""
+    return [(i, c.lower()) for i, c in enumerate(text) if c.isascii() and c.isalnum()]

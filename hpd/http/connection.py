@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import logging
 import math
 import random
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import httpcore2
 import httpx2
 
-from hpd.http.checks import BadResponse, check_url, clean_key, shown
+from hpd.http.checks import BadResponse, check_url, clean_key, shown, without_key
 from hpd.http.network import BoundedNetwork
 
 __all__ = ["Connection", "ServerUnavailable"]
@@ -72,7 +70,8 @@ class Connection:
         failure: the class of the error for a server that is unavailable.
 
     Raises:
-        ValueError: an address that `check_url`, or a key that `clean_key` refuses.
+        ValueError: an address that `check_url`, or a key that `clean_key` refuses; a proxy in the environment
+            that cannot be used.
     """
 
     def __init__(
@@ -97,11 +96,6 @@ class Connection:
         self._name = name
         self._key = None if api_key is None else clean_key(api_key, f"the key of {name[0].lower()}{name[1:]}")
         self._hide = hide
-        # A server that repeats the key may escape it for JSON or for an address.
-        self._forms = (
-            {self._key, json.dumps(self._key)[1:-1], self._key.replace("/", "\\/")} if self._key else set()
-        )
-        self._forms |= {urllib.parse.quote(form, safe="") for form in self._forms}
         self._timeout_seconds = timeout_seconds
         self._wait_seconds = wait_seconds
         self._max_attempts = max_attempts
@@ -111,7 +105,7 @@ class Connection:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         local = httpx2.URL(url).host in ("127.0.0.1", "localhost", "::1")
-        self._client = httpx2.Client(
+        self._client = _client(
             # No compression: a response's size is bounded as it arrives, and must not grow afterwards.
             headers={
                 "accept-encoding": "identity",
@@ -238,8 +232,8 @@ class Connection:
         return any(text in reason for text in (_UNREADABLE, *self._refusals))
 
     def _quoted(self, text: str) -> str:
-        for form in self._forms:
-            text = text.replace(form, "[key]")
+        if self._key is not None:
+            text = without_key(text, self._key)
         return shown(self._hide(text), 300)
 
     def _given_up(self, path: str, seconds: float, attempts: int, reason: str) -> str:
@@ -265,6 +259,16 @@ class Connection:
 
     def _where(self, path: str) -> str:
         return f"{self._name} at {self.url}{path}"
+
+
+def _client(**options: Any) -> httpx2.Client:
+    try:
+        return httpx2.Client(**options)
+    except (ImportError, ValueError, httpx2.InvalidURL):  # its message may repeat the proxy's password
+        raise ValueError(
+            "the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY names in the environment cannot be used: "
+            "give it as http://host:port (socks5://host:port needs the package socksio), or unset it."
+        ) from None
 
 
 def _retry_after(response: httpx2.Response) -> float:

@@ -21,8 +21,9 @@ _BYTES = 2**30
 _active = threading.local()
 
 
-class _TooSlow(Exception):
-    """A template has used its time up."""
+class _TooSlow(BaseException):
+    """A template has used its time up; no Exception, which Jinja would take for a constant that it cannot
+    compute in advance, and compute again."""
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def _less_time() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS, 1.0)  # again, where something swallows it
     try:
         yield
     finally:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
+import os
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -48,6 +51,7 @@ _OF_SAMPLING = (
     "eta_cutoff",
 )
 _OF_BEAMS = ("early_stopping", "length_penalty")
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def probe_head(model: nn.Module, role: str) -> CheckResult:
@@ -165,6 +169,9 @@ def check_savable(config: Any, generation: GenerationConfig | None, tokenizer: A
         config: of the student.
         generation: how it generates; one that says two things is looked at as `mend_generation` leaves it.
         tokenizer: or processor; None is left out.
+
+    Raises:
+        OSError: the scratch folder takes no more, which says nothing about the student.
     """
     verdicts: list[CheckResult] = []
     if generation is not None:
@@ -177,6 +184,11 @@ def check_savable(config: Any, generation: GenerationConfig | None, tokenizer: A
                 if part is not None:
                     part.save_pretrained(folder)
             except Exception as error:  # what others wrote may fail in any way
+                if reason := _refused_by_disk(error):
+                    raise OSError(
+                        f"{tempfile.gettempdir()} cannot be written ({reason}), so nothing tells whether the "
+                        "student can be saved: make space, or name another folder in TMPDIR."
+                    ) from error
                 text = (
                     f"the student's {name} cannot be saved, and neither could what is trained "
                     f"({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct it in the "
@@ -184,6 +196,13 @@ def check_savable(config: Any, generation: GenerationConfig | None, tokenizer: A
                 )
                 verdicts.append(CheckResult("error", "saving", text))
     return verdicts
+
+
+def _refused_by_disk(error: Exception) -> str | None:
+    """Why the disk took no more, where that is the error; tokenizers says so in its text alone."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(said[1]) if said else getattr(error, "errno", None)
+    return os.strerror(number) if number in _OF_THE_DISK else None
 
 
 def mend_generation(generation: GenerationConfig) -> list[CheckResult]:

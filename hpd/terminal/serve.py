@@ -10,6 +10,9 @@ from hpd.teachers.remote.serve import ServeSettings, serve_model
 
 __all__ = ["run_serve"]
 
+_TOKEN_ENV = "HPD_SERVE_TOKEN"
+"""Read unasked; another variable is named because it holds the token."""
+
 
 def run_serve(
     model: str,
@@ -20,5 +23,6 @@ def run_serve(
     **settings: Any,
 ) -> None:
     """Serve a teacher until the process is told to end; the token is read from the environment."""
-    token = read_key(token_env, "--token-env") if os.environ.get(token_env) else None
+    unasked = token_env == _TOKEN_ENV and token_env not in os.environ
+    token = None if unasked else read_key(token_env, "--token-env")
     serve_model(model, dtype, quantization, ServeSettings(token=token, **settings), max_batch_tokens)

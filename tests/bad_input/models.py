@@ -204,6 +204,7 @@ TOKENIZERS: dict[str, Case] = {
     "template that refuses a late prompt": Case(_late_prompt, "Row 299 .turns: assistant, user.*the writer's chat template.*user first"),
     "template that refuses a problem": Case(used("eval", write("chat_template.jinja", b"{{ raise_exception('no chat') }}")), "a prompt .turns: user.*no chat"),
     "template without an end": Case(student(write("chat_template.jinja", _LOOPS), "data.format=chat", "--dry-run"), "chat template.*did not end within 1 s"),
+    "template that computes a constant without an end": Case(student(write("chat_template.jinja", b"{{ (10 ** (10 ** 9)) % 7 }}" + _LOOPS), "data.format=chat", "--dry-run"), "chat template.*did not end within 1 s"),
     "template without an end on one row": Case(_late_loop, "Row 299.*did not end within 1 s"),
     "template that doubles a text": Case(student(write("chat_template.jinja", _DOUBLES), "data.format=chat", "--dry-run"), "chat template.*more than 1 GiB"),
     "pad token beside the head": Case(student(edit("tokenizer_config.json", pad_token="<pad-of-nobody>"), "--dry-run"), "pad token '<pad-of-nobody>' has number 300"),

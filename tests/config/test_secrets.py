@@ -81,6 +81,10 @@ def test_values_that_are_refused_and_hidden(value):
     assert redact(f"before {value} after").endswith(" after")
 
 
+def test_a_private_key_whose_end_is_cut_off_is_hidden_to_the_end():
+    assert redact("before -----BEGIN EC PRIVATE KEY-----\nMHcCcanary\nAAAA") == "before ***"
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["canary", 314159, ["a", "canary"], {"user": "a", "deep": ["canary"]}])
 def test_fields_that_are_refused_and_hidden(name, value):

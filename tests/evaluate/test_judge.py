@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from hpd.cli import app
-from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings
+from hpd.evaluate.benchmarks.judge_client import Judge
 from hpd.evaluate.benchmarks.judge_prompts import (
     FIVE_POINTS,
     PREFERENCE,
@@ -23,6 +23,7 @@ from hpd.evaluate.benchmarks.judge_prompts import (
     read_label,
     read_rating,
 )
+from hpd.evaluate.benchmarks.judge_settings import JudgeSettings
 from hpd.evaluate.benchmarks.judged import alpaca_eval, arena_hard, mt_bench
 from hpd.evaluate.benchmarks.length_control import Copies, LengthControl
 from hpd.evaluate.benchmarks.win_rates import (

@@ -13,7 +13,8 @@ import pytest
 from helpers.judge_server import JudgeServer, likes_longer
 from helpers.raw_server import answering, dripping, raw_server
 
-from hpd.evaluate.benchmarks.judge_client import Judge, JudgeSettings, _key_of
+from hpd.evaluate.benchmarks.judge_client import Judge
+from hpd.evaluate.benchmarks.judge_settings import JudgeSettings, key_of
 
 QUESTION = [[{"role": "user", "content": "who wins? " * 4}]]
 KEY = "sk-canary/4f1d9c0b7a"
@@ -134,6 +135,31 @@ def test_half_characters_end_neither_a_verdict_nor_its_record(tmp_path: Path) ->
         assert _judge(url, tmp_path).num_cached == 2
 
 
+def test_half_characters_of_a_question_reach_no_wire(tmp_path: Path) -> None:
+    with JudgeServer(lambda *_: "[[A]]") as server:
+        judge = _judge(server.url.removesuffix("/v1"), tmp_path)
+        question = [[{"role": "user", "content": "who wins, \ud83d or \U0001f600?"}]]
+        assert judge.rule(question, lambda text: text, "again")[0].text == "[[A]]"
+        assert server.requests[0]["messages"][0]["content"] == "who wins, \ufffd or \U0001f600?"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"key": ["a"], "reply": "x"}', '{"key": "k", "reply": 5}', '{"key": null, "reply": "x"}', "[1]"]
+)
+def test_a_cache_of_something_else_is_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / "cache.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"cache.jsonl holds .* not a judge's reply; name another file"):
+        _judge("http://127.0.0.1:1", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder" / "cache.jsonl").mkdir(parents=True)
+    for place in ("file", "folder"):
+        with pytest.raises(ValueError, match="replies cannot be kept in .*cache.jsonl .*name another file"):
+            _judge("http://127.0.0.1:1", tmp_path / place)
+
+
 def test_parts_of_text_are_joined(tmp_path: Path) -> None:
     parts = [
         {"type": "thinking", "thinking": "hm"},
@@ -186,6 +212,12 @@ def test_impossible_usage_does_not_defeat_max_cost(usage: str, tmp_path: Path) -
         ({"backoff_seconds": "1"}, "backoff_seconds is 1"),
         ({"concurrency": True}, "concurrency is True"),
         ({"url": 5}, "judge_url must be"),
+        ({"key_env": "sk-canary"}, "judge.key_env must name an environment variable"),
+        ({"extra": {"top_p": float("nan")}}, "judge.extra must be JSON"),
+        ({"extra": {"stop": [{"a": float("inf")}]}}, "judge.extra must be JSON"),
+        ({"extra": {"stop": {"a set"}}}, "judge.extra must be JSON: .*set"),
+        ({"extra": {"user": "\ud800"}}, "judge.extra must be JSON"),
+        ({"model": "judge\udc00"}, "judge_model and judge.extra must be JSON"),
     ],
 )
 def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
@@ -241,7 +273,7 @@ def test_openais_key_goes_to_no_other_server(tmp_path: Path, monkeypatch, caplog
 )
 def test_openais_own_addresses(url: str, sent: bool, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    assert _key_of(JudgeSettings(url=url, model="judge")) == (KEY if sent else None)
+    assert key_of(JudgeSettings(url=url, model="judge")) == (KEY if sent else None)
 
 
 def test_a_wrong_key_is_said_at_once_and_never_shown(tmp_path: Path, monkeypatch, caplog) -> None:

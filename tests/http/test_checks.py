@@ -2,7 +2,7 @@
 
 import pytest
 
-from hpd.http import check_url, clean_key, read_key, shown
+from hpd.http import check_url, clean_key, read_key, shown, without_key
 
 GOOD = [
     "http://127.0.0.1:8765",
@@ -84,3 +84,43 @@ def test_no_key(monkeypatch):
 def test_what_a_stranger_says_is_one_printable_line():
     assert shown("a\n\tb\x1b[2J\u202ec") == "a b\ufffd[2J\ufffdc"
     assert len(shown("x" * 10**6)) == 100
+
+
+KEY = "sk-canary/4f1d9c0b7a+x"
+TOLD = {
+    "as it is": KEY,
+    "json": r"sk-canary\/4f1d9c0b7a+x",
+    "unicode escapes": r"sk-canary\u002f4f1d9c0b7a\u002bx",
+    "an address": "sk-canary%2f4f1d9c0b7a%2bx",
+    "an address twice": "sk-canary%252F4f1d9c0b7a%252Bx",
+    "html": "sk-canary&#47;4f1d9c0b7a&#x2B;x",
+    "capitals": KEY.upper(),
+    "broken": "sk-canary/4f1d\r\n 9c0b7a+x",
+    "invisible": "sk-canary\u200b/4f1d\u00ad9c0b7a+x",
+    "utf-16 as latin-1": KEY.encode("utf-16-le").decode("latin-1"),
+    "cut": KEY[:14],
+    "its end": KEY[6:],
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_key_goes_in_whatever_form_a_server_repeats_it(name):
+    left = without_key(f"wrong key <{TOLD[name]}>: {TOLD[name]}; ask again", KEY)
+    letters = "".join(c for c in left.lower() if c.isascii() and c.isalnum())
+    assert not any(piece in letters for piece in ("canary", "4f1d", "9c0b7a"))
+    assert left.startswith("wrong key <[key]")
+    assert left.endswith("; ask again")
+
+
+def test_what_is_no_key_stays():
+    assert without_key("try skcanar, 4f1d and the rest", KEY) == "try skcanar, 4f1d and the rest"
+    assert without_key("pass word-1 word", "Word-1") == "pass [key] word"  # shorter than eight: all of it
+    assert without_key("+ab+ is a+b", "+ab+") == "[key] is a+b"
+    assert without_key("", KEY) == ""
+
+
+@pytest.mark.parametrize("name", [KEY, "hf_canary0123456789", "A=B", "A\0B", "K\ud800", "", 5])
+def test_a_key_in_the_place_of_its_variable_is_not_shown(name):
+    with pytest.raises(ValueError, match="judge.key_env must name an environment variable") as caught:
+        read_key(name, "judge.key_env")
+    assert "canary" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import logging
 import socket
 import threading
@@ -133,6 +134,21 @@ def test_a_proxy_is_bounded_too(scheme, monkeypatch):
         monkeypatch.delenv("NO_PROXY", raising=False)
         with pytest.raises(ServerUnavailable, match="no whole response in 0.4 s"):
             ask(f"{scheme}://teacher.invalid")
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://user:canary@h:1", "foo://user:canary@h", "http://user:canary@[::1"]
+)
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "HTTPS_PROXY"])
+def test_a_proxy_that_cannot_be_used_is_a_sentence_without_its_password(proxy, variable, monkeypatch):
+    monkeypatch.setenv(variable, proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    if proxy.startswith("socks5") and importlib.util.find_spec("socksio"):
+        return  # then it can be
+    with pytest.raises(ValueError, match="the proxy that HTTP_PROXY, HTTPS_PROXY or ALL_PROXY") as caught:
+        Connection("https://teacher.invalid")
+    assert "canary" not in str(caught.value)
+    Connection("http://127.0.0.1:1").close()  # asked without a proxy
 
 
 def test_wait_seconds_bounds_the_retries_too():

@@ -5,6 +5,7 @@ Axes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from tiny_models import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -275,3 +277,17 @@ def test_what_cannot_be_saved_is_found_before_training() -> None:
     greedy.num_return_sequences = 2
     (verdict,) = check_savable(model.config, greedy, None)
     assert "generation_config.json cannot be saved" in verdict.text
+
+
+def test_a_disk_that_takes_no_more_is_not_the_students_fault(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (20, 2000):  # config.json; tokenizer.json, whose library has no class for it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            with pytest.raises(OSError, match=rf"{tmp_path} cannot be written \(File too large\).*TMPDIR"):
+                check_savable(model.config, None, tokenizer)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert check_savable(model.config, None, tokenizer) == []

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
 
-from hpd.config.secrets import check_no_secrets, redact
+from hpd.config.secrets import redact
+from hpd.evaluate.benchmarks.judge_settings import DEFAULT_KEY_ENV, JudgeSettings, key_of
 from hpd.evaluate.task import CannotGrade
 from hpd.files import JsonLines, digest_json, whole_characters
 from hpd.generation.texts import Message
-from hpd.http import (
-    BadResponse,
-    Connection,
-    ServerUnavailable,
-    check_url,
-    clean_key,
-    read_json,
-    read_key,
-    shown,
-)
+from hpd.http import BadResponse, Connection, ServerUnavailable, read_json, shown
 from hpd.progress import Progress
 
-__all__ = ["Judge", "JudgeSettings", "Ruling", "Usage", "tokens_of"]
+__all__ = ["Judge", "Ruling", "Usage", "tokens_of"]
 
 _LOGGER = logging.getLogger("hpd")
 
@@ -38,93 +29,9 @@ _CHARACTERS_PER_TOKEN = 4
 """For estimates only; English text in current vocabularies."""
 _LONGEST_WAIT_SECONDS = 120.0
 _PATH = "/chat/completions"
-_DEFAULT_KEY_ENV = "OPENAI_API_KEY"
 _MAX_REPLY_BYTES = 16 * 2**20
 _MOST_TOKENS = 10**8
 """Of one request; a count above is a mistake of the server."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeSettings:
-    """A judge, and the way it is asked."""
-
-    url: str
-    """Base of an OpenAI-compatible API, such as http://localhost:8000/v1; or the whole address of its chat
-    completions."""
-    model: str
-    """The judge's name at that endpoint."""
-    key_env: str | None = None
-    """Environment variable that holds the key; None: OPENAI_API_KEY for OpenAI's own address, no key for any
-    other. The key is never stored or shown."""
-    temperature: float = 0.0
-    max_tokens: int = 2048
-    """Longest reply."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the request; null removes one (``{"max_tokens": null, "max_completion_tokens":
-    4096}``)."""
-    concurrency: int = 8
-    """Requests at a time."""
-    timeout_seconds: float = 180.0
-    max_retries: int = 6
-    """Of one request, after 429, 5xx, time-outs and broken connections."""
-    backoff_seconds: float = 1.0
-    """First wait before a retry, doubled each time; a Retry-After of the server goes before it."""
-    max_asks: int = 3
-    """Most requests for one verdict; each time it is told that its last reply held none."""
-    cache: Path | None = None
-    """File of replies; None: a file per judge in the user's cache folder."""
-    price_in: float | None = None
-    """Per million prompt tokens, in any currency; None: unknown."""
-    price_out: float | None = None
-    """Per million reply tokens."""
-    max_cost: float | None = None
-    """Refuse to start where the estimate is above this, and stop where the sum is."""
-
-    def __post_init__(self) -> None:
-        check_url(self.url, "judge_url", "judge.key_env")
-        check_no_secrets({"judge_url": self.url, "judge_model": self.model, "judge.extra": dict(self.extra)})
-        least = {
-            "concurrency": 1,
-            "max_asks": 1,
-            "max_tokens": 1,
-            "max_retries": 0,
-            "backoff_seconds": 0.0,
-            "temperature": 0.0,
-            "price_in": 0.0,
-            "price_out": 0.0,
-            "max_cost": 0.0,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            # A price that is NaN would let every cost through.
-            if value is not None and not (_is_number(value) and low <= value < math.inf):
-                raise ValueError(f"{name} is {value}; it must be {low:g} or more.")
-        if not (_is_number(self.timeout_seconds) and 0 < self.timeout_seconds < math.inf):
-            raise ValueError(f"timeout_seconds is {self.timeout_seconds}; it must be above 0.")
-        if (self.price_in is None) != (self.price_out is None):
-            raise ValueError("the cost needs both prices: give price_in and price_out, per million tokens.")
-        if self.max_cost is not None and self.price_in is None:
-            raise ValueError(
-                "max_cost has no effect without prices: give price_in and price_out, per million tokens."
-            )
-        read_key(self.key_env, "judge.key_env")
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides a verdict, for the record of an evaluation."""
-        return {
-            "judge_url": self.url,
-            "judge_model": self.model,
-            "judge_temperature": self.temperature,
-            "judge_max_tokens": self.max_tokens,
-            "judge_max_asks": self.max_asks,
-            "judge_extra": dict(self.extra),
-        }
-
-    def cost(self, tokens_in: float, tokens_out: float) -> float | None:
-        """Price of so many tokens; None without prices."""
-        if self.price_in is None or self.price_out is None:
-            return None
-        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
 
 class Ruling(NamedTuple):
@@ -167,7 +74,7 @@ class Judge:
         self._lock = threading.Lock()
         self._lines = JsonLines(settings.cache or _default_cache(settings.model))
         self._cache = _read_cache(self._lines)
-        self._key = _key_of(settings)
+        self._key = key_of(settings)
 
     @property
     def cache_file(self) -> Path:
@@ -195,7 +102,7 @@ class Judge:
         finally:
             connection.close()
         if status in (401, 403):
-            name = self.settings.key_env or _DEFAULT_KEY_ENV
+            name = self.settings.key_env or DEFAULT_KEY_ENV
             todo = f"refuses the key (status {status}); put the right one into {name}."
             if self._key is None:
                 todo = (
@@ -251,7 +158,8 @@ class Judge:
     def _rule(
         self, connection: Connection, question: list[Message], parse: Callable[[str], Any], reminder: str
     ) -> Ruling:
-        messages = list(question)
+        # Rows and models may hold half a character, which no request can.
+        messages = [{**message, "content": whole_characters(message["content"])} for message in question]
         text = ""
         for ask in range(1, self.settings.max_asks + 1):
             text = self._reply(connection, messages)
@@ -284,7 +192,6 @@ class Judge:
         tokens_out = self._tokens(usage, "completion_tokens", text)
         with self._lock:
             self._cache[key] = text
-            self.cache_file.parent.mkdir(parents=True, exist_ok=True)
             self._lines.append({"key": key, "model": self.settings.model, "reply": text})
             self.usage.calls += 1
             self.usage.tokens_in += tokens_in
@@ -336,35 +243,6 @@ def tokens_of(text: str) -> int:
     return -(-len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _key_of(settings: JudgeSettings) -> str | None:
-    """The key that the settings name; OpenAI's goes unasked to nobody else."""
-    if settings.key_env is not None:
-        return read_key(settings.key_env, "judge.key_env")
-    text = os.environ.get(_DEFAULT_KEY_ENV, "")
-    if not text.strip():
-        return None
-    if not _is_openai(settings.url):
-        _LOGGER.warning(
-            "%s is not sent to the judge at %s, which is not OpenAI's address: where that server takes this "
-            "key, say so with judge.key_env=%s",
-            _DEFAULT_KEY_ENV,
-            settings.url,
-            _DEFAULT_KEY_ENV,
-        )
-        return None
-    return clean_key(text, f"the environment variable {_DEFAULT_KEY_ENV}")
-
-
-def _is_openai(url: str) -> bool:
-    """True for api.openai.com and its regions (eu.api.openai.com), over TLS."""
-    parts = httpx2.URL(url)
-    return parts.scheme == "https" and f".{parts.host}".endswith(".api.openai.com")
-
-
 def _read_reply(response: Any, content: bytes) -> tuple[str, Any]:
     """Reply and usage of a chat completion."""
     body = read_json(content)
@@ -387,11 +265,20 @@ def _default_cache(model: str) -> Path:
 
 
 def _read_cache(lines: JsonLines) -> dict[str, str]:
+    try:
+        lines.path.parent.mkdir(parents=True, exist_ok=True)
+        entries = lines.read()
+        lines.path.open("a").close()
+    except OSError as error:
+        raise CannotGrade(
+            f"the judge's replies cannot be kept in {lines.path} ({error.strerror}): name another file."
+        ) from None
     replies = {}
-    for entry in lines.read():
-        if not isinstance(entry, dict) or not {"key", "reply"} <= entry.keys():
+    for entry in entries:
+        key, reply = (entry.get(name) if isinstance(entry, dict) else None for name in ("key", "reply"))
+        if not (isinstance(key, str) and isinstance(reply, str)):
             raise CannotGrade(
                 f"{lines.path} holds {str(entry)[:80]!r}, not a judge's reply; name another file."
             )
-        replies[entry["key"]] = entry["reply"]
+        replies[key] = reply
     return replies
