@@ -97,8 +97,20 @@ class TokenBatch(NamedTuple):
     """Label positions that are left out of this batch since they weigh nothing; None: none."""
 
     def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
-        """Some positions of a batch whose rows are all the dataset's."""
+        """Some positions of a batch whose rows are all the dataset's: its text, or rollouts that it holds."""
         everything = torch.arange(len(positions), device=positions.device)
+        if self.behavior_logprobs is not None and self.rows is not None:
+            return TokenBatch(
+                self.index[positions],
+                self.labels[positions],
+                self.keys[positions],
+                self.dropped,
+                self.rows[positions],
+                self.row_lengths,
+                by_dataset=everything[:0],
+                by_student=everything,
+                behavior_logprobs=self.behavior_logprobs[positions],
+            )
         return TokenBatch(
             self.index[positions],
             self.labels[positions],

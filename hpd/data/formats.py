@@ -101,6 +101,8 @@ class RowFormat(NamedTuple):
     """Columns that say nothing about what is learned."""
     others: tuple[RowFormat, ...] = ()
     """What a row is whose columns of this format are null."""
+    writers: tuple[str, ...] = ()
+    """Models that wrote the first rows, where hpd generate says so."""
 
 
 def choose_format(

@@ -155,7 +155,7 @@ def _read_shaped(
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
     try:
-        layout = _layout(rows, config, beside, prompts)
+        layout = _layout(rows, config, beside, prompts)._replace(writers=_writers(rows))
         return _shape(rows, layout, config, beside, prompts), layout
     except UnicodeDecodeError as error:
         # JSON is taken apart without a look at its text, which fails where a row is read.
@@ -308,6 +308,13 @@ def _columns(rows: Any) -> list[str]:
     if isinstance(rows, Dataset):
         return list(rows.column_names)
     return list(next(iter(rows), {}))
+
+
+def _writers(rows: Any) -> tuple[str, ...]:
+    """The models that wrote the first rows, in the columns of `hpd generate`."""
+    if not {"model", "source_row", "sample"} <= {*_columns(rows)}:
+        return ()
+    return tuple(dict.fromkeys(str(row["model"]) for row in first_rows(rows, 64)))
 
 
 def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> RowFormat:

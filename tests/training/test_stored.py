@@ -13,6 +13,7 @@ from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.table import choose_terms, name_terms
 from hpd.training.caching import write_cache
+from hpd.training.plan import plan
 
 STORED = Prefixes(student=1.0, stored=True)
 
@@ -79,14 +80,14 @@ def test_rows_are_what_was_drawn(place):
 def test_the_writer_itself_has_ratio_one_and_another_one_does_not(place, tmp_path):
     train(load_recipe(recipe_of(place, place / "written.jsonl", output_dir=str(tmp_path / "same"))))
     same = first_log(tmp_path / "same")
-    assert same["clipped_share"] == 0.0
+    assert same["policy/clipped"] == 0.0
     moved = [
         {**row, "behavior_logprobs": [v if v is None else v - 1.0 for v in row["behavior_logprobs"]]}
         for row in lines(place / "written.jsonl")
     ]
     (tmp_path / "moved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
     train(load_recipe(recipe_of(place, tmp_path / "moved.jsonl", output_dir=str(tmp_path / "moved"))))
-    assert first_log(tmp_path / "moved")["clipped_share"] > 0.0  # ratios of e
+    assert first_log(tmp_path / "moved")["policy/clipped"] > 0.0  # ratios of e
 
 
 def test_a_cache_of_the_stored_rows_trains_alike(place, tmp_path):
@@ -117,7 +118,7 @@ def test_what_has_no_ratio_refuses_the_column(place, changes, said):
     def at_home(value):
         return json.loads(json.dumps(value).replace("{place}", str(place)))
 
-    tree = recipe_of(place, place / "written.jsonl", **at_home(changes))
+    tree = recipe_of(place, place / "written.jsonl") | at_home(changes)
     with pytest.raises(ValueError, match=said):
         train(load_recipe(tree))
 
@@ -130,6 +131,20 @@ def test_draws_that_are_cut_reshaped_or_chosen_give_no_ratio(place, changes):
     settings = {"logprobs": True, "truncated": "keep", **changes}
     with pytest.raises(ValueError, match="generate.logprobs is for likelihood ratios"):
         load_recipe(recipe_of(place, place / "prompts.jsonl", generate=settings))
+
+
+def test_the_doctor_says_where_rows_and_teacher_are_of_two_models(place, tmp_path):
+    settings = {"max_new_tokens": 6, "truncated": "keep", "output": str(tmp_path / "texts.jsonl")}
+    tree = recipe_of(place, place / "prompts.jsonl", generate={**settings, "model": str(place / "student")})
+    del tree["prefixes"], tree["method"]
+    generate(load_recipe(tree))
+    found = {}
+    for teacher in ("teacher", "student"):
+        changed = {**tree, "data": settings["output"], "teacher": str(place / teacher), "generate": None}
+        verdicts = plan(load_recipe(changed)).verdicts
+        found[teacher] = [verdict.text for verdict in verdicts if verdict.topic == "writer"]
+    assert "rows were written by" in found["teacher"][0]
+    assert found["student"] == []
 
 
 def test_nothing_is_generated_in_training():
