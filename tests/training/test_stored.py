@@ -81,13 +81,15 @@ def test_the_writer_itself_has_ratio_one_and_another_one_does_not(place, tmp_pat
     train(load_recipe(recipe_of(place, place / "written.jsonl", output_dir=str(tmp_path / "same"))))
     same = first_log(tmp_path / "same")
     assert same["policy/clipped"] == 0.0
+    assert same["policy/kl_old"] == pytest.approx(0.0, abs=1e-5)
     moved = [
-        {**row, "behavior_logprobs": [v if v is None else v - 1.0 for v in row["behavior_logprobs"]]}
+        {**row, "behavior_logprobs": [v and min(v + 1.0, 0.0) for v in row["behavior_logprobs"]]}
         for row in lines(place / "written.jsonl")
     ]
     (tmp_path / "moved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
     train(load_recipe(recipe_of(place, tmp_path / "moved.jsonl", output_dir=str(tmp_path / "moved"))))
-    assert first_log(tmp_path / "moved")["policy/clipped"] > 0.0  # ratios of e
+    assert first_log(tmp_path / "moved")["policy/clipped"] > 0.0  # tokens to be punished, at ratios of 1 / e
+    assert first_log(tmp_path / "moved")["policy/kl_old"] > 0.1
 
 
 def test_a_cache_of_the_stored_rows_trains_alike(place, tmp_path):
