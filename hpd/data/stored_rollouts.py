@@ -49,7 +49,7 @@ def _marked(row: Mapping[str, Any], index: int) -> dict[str, list[Any]]:
         size = f"{len(given)} entries" if isinstance(given, list) else f"{type(given).__name__}"
         raise ValueError(
             f"Row {index} has {len(labels)} tokens and a {BEHAVIOR_LOGPROBS} of {size}: it needs one for "
-            "each token, null for those that are no label."
+            "each token, null for those without a label."
         )
     out = []
     for place, (label, value) in enumerate(zip(labels, given, strict=True)):
@@ -57,7 +57,7 @@ def _marked(row: Mapping[str, Any], index: int) -> dict[str, list[Any]]:
         if label == IGNORE_INDEX:
             if value is not None and not (is_number and math.isnan(value)):
                 raise ValueError(
-                    f"Row {index} has {BEHAVIOR_LOGPROBS} {value!r} at token {place}, which is no label: "
+                    f"Row {index} has {BEHAVIOR_LOGPROBS} {value!r} at token {place}, which has no label: "
                     "labels and log-probabilities belong to different rows. Write null there."
                 )
             out.append(math.nan)

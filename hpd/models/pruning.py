@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -200,14 +201,14 @@ def measure_importance(model: nn.Module, rows: Iterable[Sequence[int]], *, colum
         same = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp_min(torch.finfo(torch.float64).tiny)
         alike[place] += torch.where((x == y).all(-1), 1.0, same).sum().cpu()
 
-    def see_columns(place: int, given: Tensor) -> None:
-        sizes[place] += given.double().abs().flatten(0, -2).sum(0).cpu()
+    def see_columns(place: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sizes[place] += args[0].double().abs().flatten(0, -2).sum(0).cpu()
 
     with contextlib.ExitStack() as hooks:
         for place, block in enumerate(blocks):
             hooks.enter_context(_behind(block, place, see_block))
         for place, mlp in enumerate(mlps):
-            hook = mlp.down.register_forward_pre_hook(lambda _, args, n=place: see_columns(n, args[0]))
+            hook = mlp.down.register_forward_pre_hook(functools.partial(see_columns, place))
             hooks.callback(hook.remove)
         for row in rows:
             _forward(model, row)

@@ -27,7 +27,7 @@ def test_log_probabilities_stay_with_their_labels():
         ([None, math.nan, -0.5], "nan at token 1"),
         ([None, -math.inf, -0.5], "-inf at token 1"),
         ([None, 0.25, -0.5], "0.25 at token 1, and the log-probability of a token that was drawn"),
-        ([-0.1, -0.5, -0.5], "-0.1 at token 0, which is no label"),
+        ([-0.1, -0.5, -0.5], "-0.1 at token 0, which has no label"),
     ],
 )
 def test_wrong_ones_are_refused_by_the_number_of_their_row(given, said):
@@ -38,7 +38,7 @@ def test_wrong_ones_are_refused_by_the_number_of_their_row(given, said):
 
 def test_texts_are_refused():
     rows = Dataset.from_list([{**GOOD, "behavior_logprobs": ["", "-0.5", "-0.1"]}])
-    with pytest.raises(ValueError, match="'' at token 0, which is no label"):
+    with pytest.raises(ValueError, match="'' at token 0, which has no label"):
         mark_rollouts(rows)
     with pytest.raises(ValueError, match="the rows lack labels, behavior_logprobs"):
         mark_rollouts(Dataset.from_list([{"input_ids": [1, 2]}]))
