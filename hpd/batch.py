@@ -13,10 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = [
+    "BEHAVIOR_LOGPROBS",
     "DATASET",
     "IGNORE_INDEX",
     "OF_TEACHER",
     "POSITION_WEIGHTS",
+    "SOURCES",
     "STUDENT",
     "TEACHER_CHUNKS",
     "TEACHER_PREFIXES",
@@ -40,6 +42,11 @@ TEACHER_CHUNKS = "teacher_chunks"
 that ends with it (both cut the text there); empty within a chunk."""
 POSITION_WEIGHTS = "position_weights"
 """A column of rows that weigh differently in a term: for each token, its row's weight."""
+BEHAVIOR_LOGPROBS = "behavior_logprobs"
+"""A column of rows that somebody drew: for each token its log-probability, in nats, under the policy that
+drew it; NaN for tokens that are no label."""
+SOURCES = "sources"
+"""A column of rows: for each token who wrote it, DATASET or STUDENT."""
 OF_TEACHER = "teacher_"
 """Begins the names in a collated batch that hold the teacher's own rows."""
 
@@ -90,8 +97,20 @@ class TokenBatch(NamedTuple):
     """Label positions that are left out of this batch since they weigh nothing; None: none."""
 
     def at(self, positions: Int[Tensor, "n"]) -> TokenBatch:
-        """Some positions of a batch whose rows are all the dataset's."""
+        """Some positions of a batch whose rows are all the dataset's: its text, or rollouts that it holds."""
         everything = torch.arange(len(positions), device=positions.device)
+        if self.behavior_logprobs is not None and self.rows is not None:
+            return TokenBatch(
+                self.index[positions],
+                self.labels[positions],
+                self.keys[positions],
+                self.dropped,
+                self.rows[positions],
+                self.row_lengths,
+                by_dataset=everything[:0],
+                by_student=everything,
+                behavior_logprobs=self.behavior_logprobs[positions],
+            )
         return TokenBatch(
             self.index[positions],
             self.labels[positions],

@@ -14,6 +14,7 @@ from hpd import __version__
 from hpd.terminal.errors import user_errors
 from hpd.terminal.eval_options import EvalOptions, with_options
 from hpd.terminal.import_options import ImportOptions
+from hpd.terminal.prune_options import PruneOptions
 from hpd.terminal.slips import RecipeCommand
 
 _LEAST_COLUMNS = 60
@@ -300,6 +301,16 @@ def export(
         from hpd.terminal.export import run_export
 
         run_export(model, merge, output, dtype, push_to_hub, private)
+
+
+@app.command(name="prune", epilog="Example: hpd prune teacher --layers 15 --data rows.jsonl -o student")
+@with_options(PruneOptions)
+def prune(options: PruneOptions) -> None:
+    """Cut a student from its teacher: without the layers, and the MLP columns, that do least on some rows."""
+    with user_errors():
+        from hpd.terminal.prune import run_prune
+
+        run_prune(options)
 
 
 @app.command(cls=RecipeCommand, epilog="Example: hpd compare experiment.yaml --dry-run")

@@ -19,9 +19,11 @@ from hpd.data.rows import PromptRow, load_prompts
 from hpd.data.templates import check_prompts
 from hpd.evaluate import GenerationSettings, generate_answers
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
+from hpd.evaluate.generate import draw_completions
 from hpd.files import JsonLines, digest_json, digest_text, write_json
 from hpd.generation.engine import encode_prompt
 from hpd.generation.texts import Completion
+from hpd.generation.written import written_row
 from hpd.http import BadResponse, Connection, read_json, read_key, shown
 from hpd.locks import holding
 from hpd.models.load import load_model, load_tokenizer
@@ -171,7 +173,7 @@ def _finish(
         if why in ("empty", "wrong"):
             counts[why] += 1
         if why is None:
-            kept.append(_row(slot, row, completion, config, name))
+            kept.append(written_row(slot.row, slot.sample, row.prompt, completion, config, name))
     counts["rows"] = len(kept)
     JsonLines(output).write(kept)
     summary = {**counts, "model": name, "settings": dataclasses.asdict(config)}
@@ -212,31 +214,9 @@ def _why_dropped(
 
 
 def _unusable(completion: Completion, config: GenerateConfig) -> str | None:
-    if not completion.text.strip():
+    if not completion.text.strip() and not config.logprobs:  # an end token alone was drawn like any other
         return "empty"
     return "truncated" if completion.finish_reason == "length" and config.truncated == "drop" else None
-
-
-def _row(
-    slot: Slot, row: PromptRow, completion: Completion, config: GenerateConfig, name: str
-) -> dict[str, Any]:
-    """One line of the output: what training reads, and columns that say where it comes from."""
-    text: Any = completion.text
-    if not isinstance(row.prompt, str):
-        text = [{"role": "assistant", "content": completion.text}]
-    return {
-        "prompt": row.prompt,
-        "completion": text,
-        "source_row": slot.row,
-        "sample": slot.sample,
-        "model": name,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "top_k": config.top_k,
-        "seed": config.seed,
-        "num_tokens": completion.num_tokens,
-        "finish_reason": completion.finish_reason,
-    }
 
 
 def _identity(
@@ -247,7 +227,7 @@ def _identity(
     settings = {
         k: v
         for k, v in dataclasses.asdict(config).items()
-        if k not in ("output", "truncated", "filter", "reference")
+        if k not in ("output", "truncated", "filter", "reference") and (k, v) != ("logprobs", False)
     }
     waits = ("concurrency", "timeout_seconds", "wait_seconds", "api_key_env")
     without_effect = (*waits, "prompt", "system_prompt")
@@ -271,6 +251,11 @@ def _writer(recipe: Recipe, config: GenerateConfig) -> tuple[str, Writer]:
             "teacher.system_prompt would have no effect: remove them, or name the writer in generate.model."
         )
     if config.model is None and teacher.type == "server":
+        if config.logprobs:
+            raise ValueError(
+                "generate.logprobs needs the tokens that were drawn, all with their log-probabilities: name "
+                "the student, a model on this machine, in generate.model."
+            )
         if teacher.protocol not in (None, "openai", "echo"):
             raise ValueError(
                 f"hpd generate asks servers through /v1/completions, which protocol {teacher.protocol} is "
@@ -321,6 +306,8 @@ class _ModelWriter:
 
     def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
         settings = _settings(self._config, prompts[0], _seed(self._config.seed, chunk))
+        if self._config.logprobs:
+            return draw_completions(self._model, self.tokenizer, prompts, settings)
         answers = generate_answers(self._model, self.tokenizer, prompts, settings)
         return [Completion(answer.text, answer.num_tokens, answer.finish_reason) for answer in answers]
 

@@ -124,6 +124,24 @@ def test_without_mask_or_positions_every_token_is_real() -> None:
     assert masked.behavior_logprobs is None
 
 
+def test_some_positions_of_stored_rollouts_stay_the_students() -> None:
+    """As they are dealt out among several teachers."""
+    rows = [
+        {**row, "behavior_logprobs": [-t / 10 for t in row["labels"]], "sources": [1] * len(row["labels"])}
+        for row in ROWS[:3]
+    ]
+    batch = collate(rows)[1]
+    some = batch.at(torch.tensor([2, 3, 6]))
+    assert some.labels.tolist() == [14, 24, 12]
+    assert some.behavior_logprobs is not None
+    torch.testing.assert_close(some.behavior_logprobs, torch.tensor([-1.4, -2.4, -1.2]))
+    assert some.by_student is not None
+    assert some.by_dataset is not None
+    assert (some.by_student.tolist(), some.by_dataset.tolist()) == ([0, 1, 2], [])
+    assert some.rows is not None
+    assert some.rows.tolist() == [0, 1, 2]
+
+
 def test_the_pad_token_inside_a_row_is_a_token() -> None:
     with_pad = {"input_ids": [5, PAD, 7], "labels": [-100, PAD, 7]}
     batch = collate([with_pad, {"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}])[1]

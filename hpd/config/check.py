@@ -115,7 +115,7 @@ def check_recipe(recipe: Recipe) -> None:
     else:
         check_token_forms(recipe.choose_terms())
     if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
-        _check_answers_anything(parts.values())
+        _check_answers_anything(parts.values(), regime.prefixes.stored)
     if recipe.lora is not None and recipe.student.init == "random":
         raise ValueError(
             "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
@@ -198,10 +198,11 @@ def _check_quantized(recipe: Recipe, regime: Regime) -> None:
         )
 
 
-def _check_answers_anything(teachers: Iterable[TeacherConfig]) -> None:
+def _check_answers_anything(teachers: Iterable[TeacherConfig], stored: bool) -> None:
     """Refuse teachers that know the dataset's rows only, where the student writes the rows."""
     for teacher in teachers:
-        if teacher.type in ("cached", "routed"):
+        # Rollouts that are stored are rows like others, for a cache; those of several teachers are not.
+        if teacher.type in ("cached", "routed") and not (stored and teacher.type == "cached"):
             raise ValueError(
                 f"A teacher of type {teacher.type} knows the dataset's rows only, and here the student "
                 "writes rows: use a live teacher or a served one, or prefixes: {dataset: 1} without a policy "

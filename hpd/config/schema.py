@@ -201,6 +201,10 @@ class GenerateConfig:
     """correct: keep completions whose final answer is that of the dataset."""
     reference: str | None = None
     """Column with the right answer, for filter: correct; null: the dataset's completion (or last turn)."""
+    logprobs: bool = False
+    """Write token ids and the log-probability of each token drawn, for training on them later
+    (prefixes.stored). The draws must be the writer's own, all of them: temperature 1, nothing cut off,
+    truncated: keep."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -220,10 +224,21 @@ class GenerateConfig:
             )
         if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
             raise ValueError("generate.top_p and top_k have no effect at temperature 0: remove them.")
+        if self.logprobs and not self._keeps_all_plain_draws:
+            raise ValueError(
+                "generate.logprobs is for likelihood ratios, which hold for all of a model's own draws and "
+                "for no selection or reshaping of them: set temperature: 1, top_p: 1, top_k: 0, truncated: "
+                "keep and filter: none."
+            )
         if self.reference is not None and self.filter == "none":
             raise ValueError("generate.reference has no effect without filter: correct.")
         if not self.output.endswith(".jsonl"):
             raise ValueError(f"generate.output must end with .jsonl, got {self.output!r}.")
+
+    @property
+    def _keeps_all_plain_draws(self) -> bool:
+        plain = self.temperature == self.top_p == 1.0 and self.top_k == 0
+        return plain and self.truncated == "keep" and self.filter == "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,7 @@ _MEANING = {
     "assistant_masks": "masks belong to input_ids: see docs/reference/data-formats.md",
     "loss_mask": "rename it: completion_mask, beside input_ids",
     "position_ids": "a row is one text: give texts a row each, and let train.packing pack them",
+    "behavior_logprobs": "set prefixes: {student: 1, stored: true}, with a policy gradient, to use them",
     "seq_lengths": "a row is one text: give texts a row each, and let train.packing pack them",
     "reasoning": "a student learns it inside the answer: write rows as messages with reasoning_content",
 }
@@ -100,6 +101,8 @@ class RowFormat(NamedTuple):
     """Columns that say nothing about what is learned."""
     others: tuple[RowFormat, ...] = ()
     """What a row is whose columns of this format are null."""
+    writers: tuple[str, ...] = ()
+    """Models that wrote the first rows, where hpd generate says so."""
 
 
 def choose_format(

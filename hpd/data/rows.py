@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Dataset, IterableDataset
 
+from hpd.batch import BEHAVIOR_LOGPROBS
 from hpd.config.schema import DataConfig
 from hpd.data.checks import check_columns
 from hpd.data.convert import convert
@@ -65,11 +66,14 @@ class _Beside(NamedTuple):
     """Of a teacher with a prompt of its own."""
     weight: str | None
     """Says what they weigh in a term."""
+    behavior: str | None = None
+    """Says how likely the student that wrote them found each token."""
 
     @property
     def staying(self) -> tuple[str, ...]:
         """Columns that the trainer reads."""
-        return tuple(dict.fromkeys(name for name in (self.column, self.weight) if name is not None))
+        named = (self.column, self.weight, self.behavior)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -83,6 +87,7 @@ def load_rows(
     context: TeacherContext | None = None,
     *,
     weight: str | None = None,
+    stored: bool = False,
     prompts: bool = False,
 ) -> Rows:
     """Read the dataset and bring it into a TRL format.
@@ -92,6 +97,7 @@ def load_rows(
         column: one more column that rows keep (it names their teacher).
         context: of a teacher with a prompt of its own, which rows get as the column `teacher_prompt`.
         weight: one more column that rows keep (a term is weighed by it).
+        stored: rows keep `behavior_logprobs` too, but for those of validation.
         prompts: prompts without completions are enough, since the student writes every row.
 
     Raises:
@@ -99,7 +105,7 @@ def load_rows(
         ValueError: unreadable or empty file, unknown columns, a row without text.
     """
     datasets.disable_progress_bars()
-    beside = _Beside(column, context, weight)
+    beside = _Beside(column, context, weight, BEHAVIOR_LOGPROBS if stored else None)
     if config.parts:
         train, layouts, mixture = mix(config, lambda part: _read_shaped(part, beside, prompts))
     else:
@@ -136,6 +142,7 @@ def _validation_rows(place: str, config: DataConfig, beside: _Beside) -> Any:
     if config.parts and not is_file:
         raise ValueError("data.validation must be a share or a file, where data has several parts.")
     other = replace(config, path=place, parts=()) if is_file else config
+    beside = beside._replace(behavior=None)
     rows, _ = _read_shaped(other, beside, False, "train" if is_file else place, limit=False)
     return rows
 
@@ -148,7 +155,7 @@ def _read_shaped(
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"The dataset {config.path} (split {config.split}) has no rows.")
     try:
-        layout = _layout(rows, config, beside, prompts)
+        layout = _layout(rows, config, beside, prompts)._replace(writers=_writers(rows))
         return _shape(rows, layout, config, beside, prompts), layout
     except UnicodeDecodeError as error:
         # JSON is taken apart without a look at its text, which fails where a row is read.
@@ -303,6 +310,13 @@ def _columns(rows: Any) -> list[str]:
     return list(next(iter(rows), {}))
 
 
+def _writers(rows: Any) -> tuple[str, ...]:
+    """The models that wrote the first rows, in the columns of `hpd generate`."""
+    if not {"model", "source_row", "sample"} <= {*_columns(rows)}:
+        return ()
+    return tuple(dict.fromkeys(str(row["model"]) for row in first_rows(rows, 64)))
+
+
 def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> RowFormat:
     """The format of the rows.
 
@@ -319,6 +333,11 @@ def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> Ro
     if beside.weight is not None and beside.weight not in found:
         raise ValueError(
             f"weight.column is {beside.weight!r}, which the dataset does not have: {', '.join(found)}."
+        )
+    if beside.behavior is not None and beside.behavior not in found:
+        raise ValueError(
+            f"prefixes.stored needs the column {beside.behavior}, and {config.path} has {', '.join(found)}: "
+            "write rollouts with hpd generate and generate.logprobs: true."
         )
     if beside.context is not None:
         beside.context.check(found, f"the dataset {config.path}")

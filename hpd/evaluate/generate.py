@@ -16,10 +16,18 @@ from hpd.evaluate.task import Example
 from hpd.files import JsonLines
 from hpd.generation.engine import Engine, Request, TransformersEngine, encode_prompt
 from hpd.generation.settings import GREEDY, GenerationSettings
-from hpd.generation.texts import Answer, Message, Prompt
+from hpd.generation.texts import Answer, Completion, Message, Prompt
 from hpd.progress import Advance
 
-__all__ = ["Generated", "Group", "PartialAnswers", "answer_examples", "generate_answers", "unfinished"]
+__all__ = [
+    "Generated",
+    "Group",
+    "PartialAnswers",
+    "answer_examples",
+    "draw_completions",
+    "generate_answers",
+    "unfinished",
+]
 
 
 _LOGGER = logging.getLogger(__name__)
@@ -128,6 +136,33 @@ def generate_answers(
     """
     examples = [Example(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
     return answer_examples(TransformersEngine(model, tokenizer), examples, settings, progress).answers
+
+
+def draw_completions(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+) -> list[Completion]:
+    """The texts of `generate_answers`, with the tokens that were drawn and their log-probabilities.
+
+    Args:
+        model, tokenizer, prompts: as there.
+        settings: that draw; one sample a prompt.
+    """
+    engine = TransformersEngine(model, tokenizer)
+    examples = [Example(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
+    ids = [encode_prompt(tokenizer, prompt, settings) for prompt in prompts]
+    limit = _answer_limit(engine, examples, ids, settings)
+    out: dict[int, Completion] = {}
+    for batch in engine.batches([len(row) for row in ids], settings):
+        requests = [Request(ids[index], (settings.seed, index, 0, 0)) for index in batch]
+        for index, rollout in zip(batch, engine.complete(requests, settings, limit), strict=True):
+            tokens = rollout.tokens
+            text: Any = tokenizer.decode(tokens, skip_special_tokens=True)
+            reason = "stop" if rollout.ended else "length"
+            out[index] = Completion(text, len(tokens), reason, ids[index], tokens, rollout.logprobs)
+    return [out[index] for index in range(len(prompts))]
 
 
 def answer_examples(

@@ -106,18 +106,19 @@ class TransformersEngine:
         return longest_first(lengths, settings.batch_size)
 
     def generate(self, requests: Sequence[Request], settings: GenerationSettings, limit: int) -> list[Answer]:
-        written = self._complete(requests, settings, limit)
+        written = self.complete(requests, settings, limit)
         return [_to_answer(self.tokenizer, rollout, settings.stop) for rollout in written]
 
     def generate_tokens(
         self, requests: Sequence[Request], settings: GenerationSettings, limit: int
     ) -> list[list[int]]:
         """The token ids behind `generate`, end token included; what follows a stop string is not cut off."""
-        return [rollout.tokens for rollout in self._complete(requests, settings, limit)]
+        return [rollout.tokens for rollout in self.complete(requests, settings, limit)]
 
-    def _complete(
+    def complete(
         self, requests: Sequence[Request], settings: GenerationSettings, limit: int
     ) -> list[Rollout]:
+        """The rollouts behind `generate`."""
         sampling = None
         if settings.temperature > 0:
             draws = np.stack([np.random.default_rng(request.entropy).random(limit) for request in requests])

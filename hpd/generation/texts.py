@@ -52,3 +52,9 @@ class Completion(NamedTuple):
     """Tokens written, the end token included; None where a server does not say."""
     finish_reason: str
     """stop, or length where it was cut."""
+    prompt_ids: list[int] | None = None
+    """Tokens of the prompt, where the completion's own are kept too."""
+    ids: list[int] | None = None
+    """Its tokens, the end token included."""
+    logprobs: list[float] | None = None
+    """Of each of them, under the writer's own distribution, in nats."""

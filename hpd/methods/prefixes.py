@@ -28,6 +28,9 @@ class Prefixes:
     student: Scalar | None = None
     """Share of rows that the student writes; null: what dataset leaves, or none. Either may be a schedule
     over training; an adaptive one rises when the validation loss does (DistiLLM)."""
+    stored: bool = False
+    """Nothing is written in training: the rows are the student's, written earlier (hpd generate with
+    generate.logprobs), and a policy gradient takes ratios to whoever wrote them. Needs student: 1."""
     mix: Literal["row", "batch"] = "row"
     """row: every row tosses its own coin. batch: one coin for the whole global batch of a step (GKD's
     lambda)."""
@@ -74,6 +77,11 @@ class Prefixes:
             raise ValueError(
                 "prefixes: an adaptive share is the student's: write student: {schedule: adaptive, ...}."
             )
+        if self.stored and (self.student != 1 or self.continue_tokens is not None or self.mix != "row"):
+            raise ValueError(
+                "prefixes.stored takes every row as one that the student wrote earlier: write prefixes: "
+                "{student: 1, stored: true}, and nothing about its writing now."
+            )
         if self.continue_tokens is not None and not self.on_policy:
             raise ValueError(
                 "prefixes.continue_tokens has no effect without rows of the student: set prefixes.student."
@@ -81,7 +89,9 @@ class Prefixes:
 
     @property
     def on_policy(self) -> bool:
-        """True if the student ever writes."""
+        """True if the student ever writes in training."""
+        if self.stored:
+            return False
         if self.student is not None:
             return any(_ends(self.student))
         return self.dataset is not None and any(share < 1.0 for share in _ends(self.dataset))

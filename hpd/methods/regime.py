@@ -33,7 +33,7 @@ class Regime(NamedTuple):
     def needs_prompts_only(self) -> bool:
         """True if the student writes every completion, so that no row of the dataset needs one."""
         prefixes = self.prefixes
-        whole = prefixes.adaptive is None and prefixes.continue_tokens is None
+        whole = prefixes.adaptive is None and prefixes.continue_tokens is None and not prefixes.stored
         return whole and prefixes.student_share(0.0) == prefixes.student_share(1.0) == 1.0
 
 
@@ -63,6 +63,8 @@ def choose_regime(
             "rollouts has no effect where the student writes nothing: set prefixes.student, or remove it."
         )
     _check_sources(regime, terms)
+    if prefixes.stored:
+        _check_stored(regime, terms)
     _check_strategy(regime, terms)
     _check_positions(regime, terms)
     return regime
@@ -73,7 +75,7 @@ def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
     rollouts = regime.rollouts
     used = sources_used(terms)
     only_student = [term.name for term in terms if term.on == "student"]
-    if only_student and not prefixes.on_policy:
+    if only_student and not (prefixes.on_policy or prefixes.stored):
         raise ValueError(
             f"{', '.join(only_student)} learns from the student's own text, and there is none: set prefixes: "
             f"{{student: 1}}."
@@ -94,6 +96,30 @@ def _check_sources(regime: Regime, terms: Sequence[Term]) -> None:
             "for plain draws: the gradient is biased. temperature: 1 with top_p: 1, top_k: 0, min_p: 0 is "
             "exact.",
             stacklevel=3,
+        )
+
+
+def _check_stored(regime: Regime, terms: Sequence[Term]) -> None:
+    """Refuse stored rollouts whose log-probabilities have no effect, or beside another ratio."""
+    if regime.strategy.type == "direct":
+        raise ValueError(
+            "prefixes.stored reads how likely the writer found each token, for a likelihood ratio: it needs "
+            "strategy: policy_gradient, as method: opd has it."
+        )
+    if regime.rollouts.teacher_share:
+        raise ValueError(
+            "prefixes.stored takes ratios to the student that wrote the rows, and this method draws from a "
+            "mixture with the teacher: take method: opd, or terms of your own."
+        )
+    if idle := [term.name for term in terms if term.on == "dataset"]:
+        raise ValueError(
+            f"{', '.join(idle)} learns from the dataset's own text, and with prefixes.stored every row is "
+            "the student's: set on: student or both, or remove it."
+        )
+    if not any(term.support.given or (term.support.label and has_ratio(term.support)) for term in terms):
+        raise ValueError(
+            "prefixes.stored reads how likely the writer found each token, and no term takes a ratio at the "
+            "token that was written: give one of them support: rollout."
         )
 
 

@@ -28,7 +28,14 @@ from hpd.losses.products import logits
 from hpd.models.forward import add_head_function, has_own_logits, label_inputs, use_own_logits
 from hpd.models.pairing import CheckResult
 
-__all__ = ["check_savable", "mend_generation", "probe_head", "probe_packing"]
+__all__ = [
+    "check_savable",
+    "distance_of_logits",
+    "mend_generation",
+    "probe_head",
+    "probe_packing",
+    "rounding_of",
+]
 
 # Tokens of the two probing rows, the ids of which are spread over the vocabulary.
 _ROW_LENGTHS = (5, 8)
@@ -84,7 +91,7 @@ def _probe_head(model: nn.Module, role: str) -> CheckResult:
             text = f"the {role} reads no text alone ({_reason(error)}): its head was not probed"
             return CheckResult("warning", "head", text)
         distance = _distance_of_head(model, inputs, expected)
-    if distance is not None and distance <= _rounding(expected):
+    if distance is not None and distance <= rounding_of(expected):
         return CheckResult("ok", "head", f"the {role}'s hidden states and head give its own logits")
     use_own_logits(model)
     found = "cannot be taken apart" if distance is None else f"gives logits {distance:.1%} off"
@@ -109,7 +116,7 @@ def _distance_of_head(model: Any, inputs: dict[str, Tensor], expected: Float[Ten
         raise
     except Exception:  # as above: then the model's own forward is what is left
         return None
-    return _distance(given, expected) if given.shape == expected.shape else None
+    return distance_of_logits(given, expected) if given.shape == expected.shape else None
 
 
 def probe_packing(model: nn.Module, role: str) -> CheckResult:
@@ -138,8 +145,8 @@ def probe_packing(model: nn.Module, role: str) -> CheckResult:
             found = model(**placed, use_cache=False).logits[0, -width:]
         except Exception as error:  # as above
             return _refused(model, role, f"does not take packed rows ({_reason(error)})")
-    leak, most = _distance(found, alone), _distance(joined, alone)
-    if leak > max(_LEAK * most, _rounding(alone)):
+    leak, most = distance_of_logits(found, alone), distance_of_logits(joined, alone)
+    if leak > max(_LEAK * most, rounding_of(alone)):
         return _refused(
             model, role, f"reads a row behind another unlike the row alone (logits {leak:.1%} off)"
         )
@@ -271,7 +278,7 @@ def _is_whole(model: nn.Module) -> bool:
     )
 
 
-def _distance(given: Float[Tensor, "T V"], expected: Float[Tensor, "T V"]) -> float:
+def distance_of_logits(given: Float[Tensor, "T V"], expected: Float[Tensor, "T V"]) -> float:
     """Root mean square of the difference over that of the logits, both without what a softmax ignores."""
     given, expected = (side.float() - side.float().mean(-1, keepdim=True) for side in (given, expected))
     size = expected.square().mean().sqrt()
@@ -280,7 +287,7 @@ def _distance(given: Float[Tensor, "T V"], expected: Float[Tensor, "T V"]) -> fl
     ).item()
 
 
-def _rounding(values: Tensor) -> float:
+def rounding_of(values: Tensor) -> float:
     """The distance that the precision of logits accounts for: that of their dtype, or of a coarser one that
     they were computed in and widened from, as mixed precision does with what a model returns."""
     # TensorFloat-32, where it is allowed, keeps three digits.

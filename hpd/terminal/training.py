@@ -123,7 +123,10 @@ def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
         f"{summary['tokens']:,} tokens, in {output}",
         highlight=False,
     )
-    show_next(f"hpd train {shlex.quote(str(path))} data.path={shlex.quote(str(output))}")
+    told = recipe.generate is not None and recipe.generate.logprobs
+    stored = recipe.prefixes is not None and recipe.prefixes.stored
+    how = " method=opd prefixes.student=1 prefixes.stored=true" if told and not stored else ""
+    show_next(f"hpd train {shlex.quote(str(path))} data.path={shlex.quote(str(output))}{how}")
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

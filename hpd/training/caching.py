@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import CacheConfig, Recipe
 from hpd.data.rows import validation_sets
+from hpd.data.stored_rollouts import without_rollouts
 from hpd.files import write_atomically
 from hpd.locks import empty_folder, entries, holding
 from hpd.losses import Head, Scores, TeacherScores
@@ -198,7 +199,7 @@ def rows_trainer(planned: Plan) -> DistillTrainer:
         model=student,
         teacher=_Nobody(vocab),
         args=planned.args,
-        train_dataset=planned.rows.train,
+        train_dataset=without_rollouts(planned.rows.train),
         eval_dataset=planned.rows.validation,
         processing_class=planned.tokenizer,
         teacher_tokenizer=None if planned.other is None else planned.other.tokenizer,

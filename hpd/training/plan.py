@@ -156,6 +156,7 @@ def plan(recipe: Recipe, fresh: bool = False) -> Plan:
         teacher.column,
         TeacherContext.of(teacher),
         weight=weight_column(name_terms(recipe.choose_terms())),
+        stored=recipe.choose_regime().prefixes.stored,
         prompts=prompts,
     )
     compared = _compare(models, rows, recipe, args)

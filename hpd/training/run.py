@@ -251,6 +251,7 @@ def check_stages(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, str]:
                     teacher.column,
                     TeacherContext.of(teacher),
                     weight=weight_column(name_terms(stage.recipe.choose_terms())),
+                    stored=stage.recipe.choose_regime().prefixes.stored,
                     prompts=prompts,
                 )
                 found |= _of_stage(stage, row_fingerprints(rows, stage.recipe.data))

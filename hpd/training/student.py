@@ -17,11 +17,12 @@ from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
-from hpd.batch import POSITION_WEIGHTS, TEACHER_CHUNKS, TEACHER_PREFIXES
+from hpd.batch import BEHAVIOR_LOGPROBS, POSITION_WEIGHTS, SOURCES, TEACHER_CHUNKS, TEACHER_PREFIXES
 from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.dates import own_template, set_date
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
+from hpd.data.stored_rollouts import mark_rollouts, without_rollouts
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.data.teacher_rows import check_prefixes
 from hpd.data.tokens import label_rows
@@ -41,6 +42,7 @@ _LOGGER = logging.getLogger(__name__)
 
 # Columns that rows have beside what TRL knows, a list with an entry for each token.
 _OWN_COLUMNS = (TEACHER_PREFIXES, TEACHER_CHUNKS, POSITION_WEIGHTS)
+_OF_ROLLOUTS = (BEHAVIOR_LOGPROBS, SOURCES)
 
 
 @contextlib.contextmanager
@@ -76,6 +78,8 @@ class StudentTrainer(Resumable, SFTTrainer):
     """The same where the template prints it."""
     _weight_column: str | None = None
     """The column of the rows that a term is weighed by."""
+    _stored = False
+    """True if the rows are rollouts that were written earlier, with the log-probabilities of their writer."""
     # The loss is already divided by the label tokens of the accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -126,6 +130,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         if formatting_func is None and dataset is not None:
             field, prompts = args.dataset_text_field, self._prompts and name == "train"
             kept = [] if self._weight_column is None else [self._weight_column]
+            kept += [BEHAVIOR_LOGPROBS] if self._stored else []
             layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts, kept)
             if layout is not None:
                 with global_then_local_main_first():
@@ -144,6 +149,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         if self._weight_column is not None:
             with global_then_local_main_first():
                 rows = weigh_rows(rows, self._weight_column, num_proc=args.dataset_num_proc)
+        rows = self._with_behavior(rows, name, args)
         columns = get_dataset_column_names(rows)
         if self._teacher_tokenizer is not None and TEACHER_CHUNKS not in columns:
             raise ValueError(
@@ -155,7 +161,7 @@ class StudentTrainer(Resumable, SFTTrainer):
             check_prefixes(rows if same else None, args.truncation_mode)
             if packing:
                 return _packed(rows, args)
-        elif POSITION_WEIGHTS in columns and packing:
+        elif packing and (POSITION_WEIGHTS in columns or BEHAVIOR_LOGPROBS in columns):
             return _packed(rows, args)
         elif TEACHER_PROMPT in columns:
             raise ValueError(
@@ -163,6 +169,18 @@ class StudentTrainer(Resumable, SFTTrainer):
                 "give them as prompt and completion."
             )
         return super()._prepare_dataset(rows, processing_class, args, packing, formatting_func, name)
+
+    def _with_behavior(self, rows: Any, name: str, args: Any) -> Any:
+        """Rows of training as rollouts that were stored, where they are."""
+        if self._stored and name == "train":
+            with global_then_local_main_first():
+                return mark_rollouts(rows, num_proc=args.dataset_num_proc)
+        if not self._stored and BEHAVIOR_LOGPROBS in get_dataset_column_names(rows):
+            raise ValueError(
+                f"The rows have the column {BEHAVIOR_LOGPROBS}, which would have no effect: set prefixes: "
+                "{student: 1, stored: true} with strategy: policy_gradient, or remove the column."
+            )
+        return without_rollouts(rows) if self._stored else rows
 
     def two_tokenizers(self) -> TwoTokenizers | None:
         """What rows need in order to be read in the teacher's tokens too; None: it has the student's."""
@@ -176,7 +194,8 @@ class StudentTrainer(Resumable, SFTTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         assert self._signature_columns is not None
-        own = [name for name in _OWN_COLUMNS if name not in self._signature_columns]
+        own = (*_OWN_COLUMNS, *(_OF_ROLLOUTS if self._stored else ()))
+        own = [name for name in own if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *own]
 
     @property
@@ -282,7 +301,8 @@ def _packed(rows: Any, args: DistillConfig) -> Any:
             f"train.packing_strategy: bfd (it is {args.packing_strategy}, max_length {args.max_length})."
         )
     with global_then_local_main_first():
-        own = [name for name in _OWN_COLUMNS if name in get_dataset_column_names(rows)]
+        marked = _OF_ROLLOUTS if BEHAVIOR_LOGPROBS in get_dataset_column_names(rows) else ()
+        own = [name for name in (*_OWN_COLUMNS, *marked) if name in get_dataset_column_names(rows)]
         rows = rows.select_columns(["input_ids", "labels", *own])
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)

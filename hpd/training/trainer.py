@@ -112,7 +112,7 @@ class DistillTrainer(MeasuredTrainer):
         check_operator(args, self._clips)
         # Further updates of a batch continue with what the first one froze, position by position.
         self._cuts = common_share(self._schedule.at(0.0)) is not None and self.regime.strategy.updates == 1
-        self._weight_column = weight_column(self.terms)
+        self._weight_column, self._stored = weight_column(self.terms), self.regime.prefixes.stored
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
         check_own_prompt(method, kwargs.get("train_dataset"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from hpd.models.ends import end_tokens
 from hpd.models.load import load_generation_config
 from hpd.models.pairing import CheckResult, check_pair
 from hpd.models.probe import check_savable
+from hpd.teachers.cache import read_about
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.training.adapting import adapter_verdicts, quantization_verdicts
 from hpd.training.arguments import DistillConfig, label_policy
@@ -116,6 +118,7 @@ def row_verdicts(
     configs = {"student": models.student_config, **({} if own else models.teacher_configs)}
     return [
         *_column_verdicts(rows),
+        *_writer_verdicts(rows, recipe),
         *_length_verdicts(lengths, args),
         *_added_tokens(models, rows, labels),
         *compare_rows(first, tokenizer, labels, ends),
@@ -181,6 +184,22 @@ def _column_verdicts(rows: Rows) -> list[CheckResult]:
     mixture = [] if rows.mixture is None else [CheckResult("ok", "mixture", rows.mixture)]
     found = (verdict for layout in rows.layouts for verdict in _unread_columns(layout))
     return [*mixture, *dict.fromkeys(found)]
+
+
+def _writer_verdicts(rows: Rows, recipe: Recipe) -> list[CheckResult]:
+    """Whether the rows that a model wrote are the teacher's; rollouts that are stored are the student's."""
+    teacher, regime = recipe.teacher, recipe.choose_regime()
+    writers = dict.fromkeys(name for layout in rows.layouts for name in layout.writers)
+    name = read_about(str(teacher.path))["fingerprint"]["name"] if teacher.type == "cached" else teacher.model
+    others = [writer for writer in writers if Path(writer).name != Path(str(name)).name]
+    if not others or name is None or regime.prefixes.stored or regime.needs_prompts_only:
+        return []
+    text = (
+        f"rows were written by {' and '.join(others)} (column model), and the teacher is {name}: labels are "
+        "of one model and probabilities of another. Where the student is to be trained on its own text "
+        "afterwards, take the same teacher for both."
+    )
+    return [CheckResult("warning", "writer", text)]
 
 
 def _unread_columns(layout: RowFormat) -> list[CheckResult]:

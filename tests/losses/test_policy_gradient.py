@@ -155,6 +155,46 @@ def test_minillms_split_is_the_sequence_kl():
     )
 
 
+def gradient_of_stored(writer, told):
+    """Gradient of the loss of a rollout that another table wrote, averaged over all of its rollouts.
+
+    Args:
+        told: True if the loss is told how likely the writer found each token.
+    """
+    student, teacher = tabular(0).requires_grad_(), tabular(1)
+    without_clip = StrategyConfig(type="policy_gradient", clip_low=1.0, clip_high=1e9)
+    total = torch.zeros_like(student)
+    for text in sequences():
+        where = torch.tensor([PREFIXES.index(p) for p in prefixes_of(text)])
+        batch = batch_for(text)
+        if told:
+            written = writer.log_softmax(-1)[where].gather(1, batch.labels[:, None])[:, 0]
+            batch = batch._replace(behavior_logprobs=written)
+        sides = Scores(student[where], Head(None)), Scores(teacher[where], Head(None))
+        options = {"frozen": None, "uniforms": None, "scale": 1.0, "row_scale": 1.0, "chunk_bytes": 64}
+        loss = policy_gradient_nll(*sides, batch, [OPD.build("opd")], without_clip, **options)[0].loss
+        total += torch.autograd.grad(loss, student)[0] * logprob_of(writer, text).exp()
+    return total
+
+
+def test_stored_rollouts_have_the_on_policy_gradient_at_each_prefix_of_their_writer():
+    """Averaged over the writer's draws, ratios make each prefix's gradient that of its token-level KL; where
+    both get there surely, as to the first token, that is the on-policy gradient."""
+    writer = tabular(2)
+    student, teacher = tabular(0).requires_grad_(), tabular(1)
+    visits = torch.zeros(len(PREFIXES), dtype=torch.float64)
+    for text in sequences():
+        for prefix in prefixes_of(text):
+            visits[PREFIXES.index(prefix)] += logprob_of(writer, text).exp()
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    (expected,) = torch.autograd.grad((visits[:, None] * log_q.exp() * (log_q - log_p)).sum(), student)
+    found = gradient_of_stored(writer, told=True)
+    exactly(found, expected)
+    exactly(found[PREFIXES.index(())], token_kl_gradient()[PREFIXES.index(())])
+    # Untold, the student is taken for the writer, and the average is another.
+    assert (gradient_of_stored(writer, told=False) - expected).abs().max() > 0.01
+
+
 def test_clip_and_dual_clip_by_hand():
     strategy = StrategyConfig(type="policy_gradient", clip_low=0.2, clip_high=0.3, dual_clip=2.0)
     ratio = torch.tensor([1.0, 1.5, 0.5, 1.5, 0.5, 3.0])
