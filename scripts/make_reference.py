@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ def documented(section: type) -> dict[str, str]:
     """The text below each field of a dataclass, in one line; those of its bases too."""
     found: dict[str, str] = {}
     for kind in reversed(section.__mro__[:-1]):
-        (tree,) = ast.parse(inspect.cleandoc(inspect.getsource(kind))).body
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -1,5 +1,7 @@
 """DeepSpeed for real, on a CPU: ZeRO-2 and ZeRO-3 on two processes against one. `make test-engines`.
 
+Whole students, adapters, and what `hpd cache` writes.
+
 Its extension for the CPU is compiled at the first start, in about a minute.
 """
 
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,10 +49,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def recipe(folder: Path, name: str, batch: int, stage: int) -> Path:
+def recipe(folder: Path, name: str, batch: int, stage: int = 0, **more: Any) -> Path:
     """The teacher of ZeRO-3 reads rows of its own."""
     teacher = {"model": str(folder / "teacher")}
     tree = {
+        **more,
         "student": str(folder / "student"),
         "teacher": teacher | ({"prompt": "{prompt} ({hint})"} if stage == 3 else {}),
         "data": {"path": str(folder / "rows.jsonl"), "validation": 0.25},
@@ -73,8 +77,8 @@ def recipe(folder: Path, name: str, batch: int, stage: int) -> Path:
     return path
 
 
-def launch(stage: int, recipe: Path) -> subprocess.CompletedProcess[str]:
-    """The recipe under DeepSpeed in two processes, as docs/distributed.md says."""
+def launch(stage: int, recipe: Path, command: str = "train") -> subprocess.CompletedProcess[str]:
+    """The recipe under DeepSpeed in two processes, as docs/guides/distributed.md says."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -86,7 +90,7 @@ def launch(stage: int, recipe: Path) -> subprocess.CompletedProcess[str]:
     config = ROOT / f"recipes/accelerate/zero{stage}.yaml"
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     words += ["--num_processes", "2", "--main_process_port", str(free_port()), "--mixed_precision", "no"]
-    words += ["-m", "hpd", "train", str(recipe), "train.ddp_backend=gloo"]
+    words += ["-m", "hpd", command, str(recipe), "train.ddp_backend=gloo"]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600)
 
 
@@ -102,8 +106,8 @@ def logs_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def difference(ours: Path, theirs: Path) -> float:
-    weights, expected = (load_file(run / "model.safetensors") for run in (ours, theirs))
+def difference(ours: Path, theirs: Path, file: str = "model.safetensors") -> float:
+    weights, expected = (load_file(run / file) for run in (ours, theirs))
     assert weights.keys() == expected.keys()
     return max(float((weights[name] - expected[name]).abs().max()) for name in weights)
 
@@ -148,3 +152,57 @@ def test_it_resumes_where_a_checkpoint_stands(folder, two):
     assert torch.equal(
         *(torch.tensor([log["loss"] for log in logs_of(p) if "loss" in log]) for p in (run, straight))
     )
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def lone_adapter(folder):
+    """An adapter trained in one process; merged too."""
+    done = forked.hpd("train", recipe(folder, "lone", 8, lora={"r": 4}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    merge(folder / "lone")
+    return folder / "lone"
+
+
+def merge(run: Path) -> None:
+    done = forked.hpd("export", run, "--merge", "--output", run.with_name(f"{run.name}-merged"))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adapter_is_that_of_one_process_and_resumes(folder, lone_adapter, stage):
+    run, straight = folder / f"adapter{stage}", folder / f"straight-adapter{stage}"
+    file = recipe(folder, run.name, 4, lora={"r": 4})
+    done = launch(stage, file)
+    assert done.returncode == 0, done.stderr[-5000:]
+    learned = [weight for name, weight in load_file(run / ADAPTER).items() if "lora_B" in name]
+    assert max(float(weight.abs().max()) for weight in learned) > 1e-3
+    assert difference(run, lone_adapter, ADAPTER) < 1e-5
+    merge(run)
+    assert difference(folder / f"{run.name}-merged", folder / "lone-merged") < 1e-5
+
+    shutil.copytree(run, straight)
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "summary.json").unlink()
+    earlier = (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+    done = launch(stage, file)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert (run / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == earlier
+    assert difference(run, straight, ADAPTER) == 0.0
+
+
+def test_a_cache_is_that_of_one_process(folder):
+    """Under ZeRO-3, whose processes gather the teacher together: small shards, so that both write some."""
+    one, two = (folder / f"cache-{name}" for name in ("one", "zero3"))
+    shards = {"shard_bytes": 4096}
+    done = forked.hpd("cache", recipe(folder, "none", 4, cache={"path": str(one), **shards}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(3, recipe(folder, "none3", 4, cache={"path": str(two), **shards}), "cache")
+    assert done.returncode == 0, done.stderr[-5000:]
+    names = sorted(path.name for path in one.glob("*.safetensors"))
+    assert names == sorted(path.name for path in two.glob("*.safetensors"))
+    assert len(names) > 2
+    for name in names:
+        assert difference(two, one, name) == 0.0
