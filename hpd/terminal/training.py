@@ -205,7 +205,8 @@ class _TrainingBar(TrainerCallback):
         if not state.is_world_process_zero or not has_length(eval_dataloader):
             return
         if self._validation is None:
-            self._validation = self._progress.bar("validation")
+            name = getattr(eval_dataloader, SET_NAME, "")
+            self._validation = self._progress.bar(f"validation of {name}" if name else "validation")
         self._batches += 1
         self._validation(self._batches, len(eval_dataloader))
         if self._batches >= len(eval_dataloader):
