@@ -94,10 +94,14 @@ def show_next(*commands: str) -> None:
 
 
 def show_figures(table: Table) -> None:
-    """Print a table of figures, none of them cut.
+    """Print a table of figures, none of them cut; its title is a line of text above, as wide as it needs.
 
     Where the terminal is too narrow, each row is a block of lines. Outside a terminal nothing is too wide.
     """
+    if table.title:
+        style = "italic" if table.title_style is None else table.title_style
+        console.print(table.title, style=style, highlight=False, soft_wrap=not console.is_terminal)
+        table.title = None
     wide = console.options.update(width=_UNBOUNDED, max_width=_UNBOUNDED)
     needed = Measurement.get(console, wide, table).maximum
     if needed <= console.width:
@@ -111,8 +115,6 @@ def show_figures(table: Table) -> None:
 
 
 def _show_blocks(table: Table) -> None:
-    if table.title:
-        console.print(table.title, style="italic", highlight=False)
     columns = [[column.header, *column.cells] for column in table.columns]
     if table.show_footer:
         columns = [[*cells, column.footer] for cells, column in zip(columns, table.columns, strict=True)]
@@ -207,7 +209,7 @@ class _Display(rich.progress.Progress):
                 grid = Table.grid(padding=(0, 1))
                 width = min(_BAR, bar)
                 shown = ProgressBar(total=task.total, completed=task.completed, width=width)
-                grid.add_row(Text(row[0]), shown, *map(Text, row[1:]))
+                grid.add_row(Text(row[0]), shown, *map(Text, filter(None, row[1:])))  # a cell costs a column
                 yield grid
             else:
                 yield Text(" ".join(filter(None, row)), overflow="fold")
@@ -217,6 +219,15 @@ class _Display(rich.progress.Progress):
 
 _display = _Display(console=console)
 """Of all bars: a terminal has one place where lines are redrawn, and validations run inside training."""
+
+
+def _open_display() -> _Display:
+    """The display, begun anew where it is empty: one that was stopped would draw over the lines above it, as
+    many as it had."""
+    global _display
+    if not _display.tasks:
+        _display = _Display(console=console)
+    return _display
 
 
 class _RichBar:
@@ -230,7 +241,7 @@ class _RichBar:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._task is None:
             self._pace = _Pace(done)
-            self._task = _display.add_task(
+            self._task = _open_display().add_task(
                 self._name, total=total, completed=done, times="", note="", below=""
             )
             _display.start()

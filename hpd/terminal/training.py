@@ -24,6 +24,7 @@ from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import shards_of, write_cache
 from hpd.training.hub import PushFailed
+from hpd.training.measured import SET_NAME
 from hpd.training.plan import plan
 from hpd.training.run import train
 from hpd.training.stopping import ends_kept, leaving_processes
