@@ -142,11 +142,16 @@ def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
     return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning
 
 
+def _time_text(seconds: float) -> str:
+    """A time in the unit that people read."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def _show_total(experiment: Experiment, recipe: Recipe, seconds: float, jobs: int) -> None:
     memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
-    total = (
-        f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
-    )
+    total = "unknown time (leave out --no-probe)" if math.isnan(seconds) else _time_text(seconds)
     console.print(
         f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add "
         f"any. Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: "
