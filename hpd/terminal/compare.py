@@ -22,7 +22,7 @@ from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
 from hpd.experiments.tuning import all_tuning, read_choices
-from hpd.terminal.console import TerminalProgress, console, show_figures, show_next
+from hpd.terminal.console import TerminalProgress, console, paragraph, show_figures, show_next
 from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
 from hpd.training.stopping import ends_kept
@@ -57,7 +57,7 @@ def run_compare(
         page = write_report(report, folder / "report")
     console.print()
     show_verdicts(report)
-    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    paragraph(f"\nreport: {page}")
     show_next(f"hpd report {shlex.quote(str(folder))} --watch")
     return True
 
@@ -152,9 +152,8 @@ def _time_text(seconds: float) -> str:
 def _show_total(experiment: Experiment, recipe: Recipe, seconds: float, jobs: int) -> None:
     memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
     total = "unknown time (leave out --no-probe)" if math.isnan(seconds) else _time_text(seconds)
-    console.print(
+    paragraph(
         f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add "
         f"any. Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: "
-        f"{experiment.folder}",
-        highlight=False,
+        f"{experiment.folder}"
     )

@@ -14,7 +14,6 @@ from typing import IO, Any, cast
 import rich.progress
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from hpd.progress import Bar, Progress, drop_lost_output
 
-__all__ = ["TerminalProgress", "console", "remarks", "show_figures", "show_next"]
+__all__ = ["TerminalProgress", "console", "paragraph", "remarks", "show_figures", "show_next"]
 
 # Columns of a bar, and those below which it is left out.
 _BAR = 24
@@ -78,12 +77,17 @@ class TerminalProgress(Progress):
 
     def say(self, text: str) -> None:
         if self._shown:
-            console.print(escape(text), highlight=False, soft_wrap=not console.is_terminal)
+            paragraph(text)
 
     def bar(self, name: str) -> Bar:
         if not self._shown:
             return super().bar(name)
         return _RichBar(name) if console.is_terminal else _Lines(name)
+
+
+def paragraph(text: str | Text) -> None:
+    """Print a paragraph: in a terminal broken between words, elsewhere one line."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def show_next(*commands: str) -> None:
@@ -222,7 +226,7 @@ _display = _Display(console=console)
 
 
 def _open_display() -> _Display:
-    """The display, begun anew where it is empty: one that was stopped would draw over the lines above it, as
+    """The display, a new one where it is empty: one that was stopped would draw over the lines above it, as
     many as it had."""
     global _display
     if not _display.tasks:

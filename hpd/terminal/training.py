@@ -19,7 +19,14 @@ from hpd.config.load import load_recipe
 from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import CHUNK, generate, part_of
 from hpd.progress import Bar, Progress, quiet_libraries
-from hpd.terminal.console import TerminalProgress, console, remarks, show_figures, show_next
+from hpd.terminal.console import (
+    TerminalProgress,
+    console,
+    paragraph,
+    remarks,
+    show_figures,
+    show_next,
+)
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import shards_of, write_cache
@@ -75,12 +82,11 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     if table.row_count:
         show_figures(table)
     else:
-        console.print(
+        paragraph(
             f"{_title(summary)}. Nothing was measured before or after: data.validation holds rows out for "
-            "that, and eval names tasks.",
-            highlight=False,
+            "that, and eval names tasks."
         )
-    console.print(f"student and metrics in {recipe.output_dir}", highlight=False, soft_wrap=True)
+    paragraph(f"student and metrics in {recipe.output_dir}")
 
 
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
@@ -100,7 +106,7 @@ def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
         done = "complete and verified, nothing to write"
         if summary.written:
             done = f"{summary.written:,} positions written"
-        console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False, soft_wrap=True)
+        paragraph(f"{summary.path}: {done} in {seconds:.0f} s")
         written = shlex.quote(str(summary.path))
         show_next(f"hpd train {shlex.quote(str(path))} teacher.type=cached teacher.path={written}")
 
@@ -118,11 +124,10 @@ def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
 
     with ends_kept(output, "Writing completions", kept):
         summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
-    console.print(
+    paragraph(
         f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
         f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
-        f"{summary['tokens']:,} tokens, in {output}",
-        highlight=False,
+        f"{summary['tokens']:,} tokens, in {output}"
     )
     show_next(f"hpd train {shlex.quote(str(path))} data.path={shlex.quote(str(output))}")
 

@@ -93,7 +93,7 @@ def test_a_cut_line_is_named_by_its_number(tmp_path):
 
 
 def test_a_folder_is_called_one_and_a_file_in_it_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"is a folder: give the one JSON Lines file of a vLLM dump\."):
+    with pytest.raises(FileNotFoundError, match=r"is a folder: give the one JSON Lines file of a vLLM dump"):
         VllmFile(str(tmp_path))
     (tmp_path / "dump.jsonl").write_text("")
     with pytest.raises(FileNotFoundError, match=r"is a folder: .* dump, such as \S+/dump\.jsonl\."):
