@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hpd import __version__
-from hpd.terminal.errors import user_errors
+from hpd.terminal.errors import user_errors, wrap_warnings
 from hpd.terminal.eval_options import EvalOptions, with_options
 from hpd.terminal.import_options import ImportOptions
 from hpd.terminal.prune_options import PruneOptions
@@ -397,4 +397,5 @@ def main() -> None:
     """Entry point of the `hpd` script and of `python -m hpd`."""
     # Whichever import finds it, it says there which kernels it did not find.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    wrap_warnings()
     sys.exit(app())

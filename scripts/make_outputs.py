@@ -40,6 +40,10 @@ PAGES = [
     DOCS / "guides/generate.md",
     DOCS / "guides/cache.md",
     DOCS / "guides/evaluate.md",
+    DOCS / "guides/on-policy.md",
+    DOCS / "guides/memory.md",
+    DOCS / "guides/compare.md",
+    DOCS / "guides/troubleshooting.md",
     DOCS / "reference/terminal.md",
 ]
 BLOCK = re.compile(r"(<!-- terminal: (.*?) -->\n```console\n)(.*?)(```\n<!-- end -->)", re.DOTALL)
@@ -51,7 +55,8 @@ _ROWS_SHOWN = 50
 
 
 def prepare(folder: Path) -> None:
-    """What stands in the folder of the commands: a teacher, rows and problems, of the packaged demo."""
+    """What stands in the folder of the commands: a teacher, rows and problems of the packaged demo, and the
+    experiment of the page about experiments."""
     import hpd.demo
 
     demo = Path(hpd.demo.__file__).parent
@@ -59,6 +64,8 @@ def prepare(folder: Path) -> None:
     shutil.copy(demo / "data/test.jsonl", folder)
     with gzip.open(demo / "data/train.jsonl.gz", "rt", encoding="utf-8") as rows:
         (folder / "train.jsonl").write_text("".join(itertools.islice(rows, _ROWS)), encoding="utf-8")
+    page = (DOCS / "guides/compare.md").read_text(encoding="utf-8")
+    (folder / "grid.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
     program = folder.parent / "bin/hpd"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m hpd "$@"\n')

@@ -36,6 +36,7 @@ def read(path: str, config: DataConfig, split: str | None = None, limit: bool = 
     local = None
     # Its own log of a parser's error would come first, and says less.
     datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
     try:
         local = local_files(path, config.name)
         if local is None:

@@ -207,7 +207,7 @@ def _context() -> Any:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["hpd.experiments.worker"])
+        context.set_forkserver_preload(["hpd.experiments.preload", "hpd.experiments.worker"])
     return context
 
 

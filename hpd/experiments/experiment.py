@@ -333,7 +333,9 @@ def _explain(error: ValidationError, known_to: type = Experiment, prefix: str = 
         path = prefix + ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             alone = len(item["loc"]) == 1
-            hint = nearest(str(item["loc"][-1]), known) if alone else "See docs/guides/compare.md."
+            hint = (
+                nearest(str(item["loc"][-1]), known) if alone else "See docs/reference/experiment-files.md."
+            )
             lines.append(f"unknown key {path!r}; {hint}")
         elif "missing" in item["type"]:
             lines.append(f"{path!r} is missing")

@@ -22,7 +22,7 @@ from hpd.experiments.output import check_target, write_report
 from hpd.experiments.predict import Cost, predict
 from hpd.experiments.report import build_report
 from hpd.experiments.tuning import all_tuning, read_choices
-from hpd.terminal.console import TerminalProgress, console, show_figures, show_next
+from hpd.terminal.console import TerminalProgress, console, paragraph, show_figures, show_next
 from hpd.terminal.report import show_verdicts
 from hpd.training.plan import plan
 from hpd.training.stopping import ends_kept
@@ -57,7 +57,7 @@ def run_compare(
         page = write_report(report, folder / "report")
     console.print()
     show_verdicts(report)
-    console.print(f"\nreport: {page}", highlight=False, soft_wrap=True)
+    paragraph(f"\nreport: {page}")
     show_next(f"hpd report {shlex.quote(str(folder))} --watch")
     return True
 
@@ -142,14 +142,18 @@ def _show_costs(costs: Sequence[Cost], num_tuning: int) -> float:
     return sum(cost.seconds * (cost.num_runs - cost.num_finished) for cost in costs) + mean * num_tuning
 
 
+def _time_text(seconds: float) -> str:
+    """A time in the unit that people read."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def _show_total(experiment: Experiment, recipe: Recipe, seconds: float, jobs: int) -> None:
     memory = StepMemory(plan(recipe)).predict().total * jobs / _GIB
-    total = (
-        f"{seconds / 3600:.2f} hours" if not math.isnan(seconds) else "unknown time (leave out --no-probe)"
-    )
-    console.print(
+    total = "unknown time (leave out --no-probe)" if math.isnan(seconds) else _time_text(seconds)
+    paragraph(
         f"all that is left, one after the other: {total}; --jobs {jobs} splits the cores, it does not add "
         f"any. Memory of {jobs} at once: {memory:.2f} GiB (as hpd doctor estimates it). Folder: "
-        f"{experiment.folder}",
-        highlight=False,
+        f"{experiment.folder}"
     )

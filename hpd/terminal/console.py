@@ -14,7 +14,6 @@ from typing import IO, Any, cast
 import rich.progress
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from hpd.progress import Bar, Progress, drop_lost_output
 
-__all__ = ["TerminalProgress", "console", "remarks", "show_figures", "show_next"]
+__all__ = ["TerminalProgress", "console", "paragraph", "remarks", "show_figures", "show_next"]
 
 # Columns of a bar, and those below which it is left out.
 _BAR = 24
@@ -78,12 +77,17 @@ class TerminalProgress(Progress):
 
     def say(self, text: str) -> None:
         if self._shown:
-            console.print(escape(text), highlight=False, soft_wrap=not console.is_terminal)
+            paragraph(text)
 
     def bar(self, name: str) -> Bar:
         if not self._shown:
             return super().bar(name)
         return _RichBar(name) if console.is_terminal else _Lines(name)
+
+
+def paragraph(text: str | Text) -> None:
+    """Print a paragraph: in a terminal broken between words, elsewhere one line."""
+    console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def show_next(*commands: str) -> None:
@@ -94,10 +98,14 @@ def show_next(*commands: str) -> None:
 
 
 def show_figures(table: Table) -> None:
-    """Print a table of figures, none of them cut.
+    """Print a table of figures, none of them cut; its title is a line of text above, as wide as it needs.
 
     Where the terminal is too narrow, each row is a block of lines. Outside a terminal nothing is too wide.
     """
+    if table.title:
+        style = "italic" if table.title_style is None else table.title_style
+        console.print(table.title, style=style, highlight=False, soft_wrap=not console.is_terminal)
+        table.title = None
     wide = console.options.update(width=_UNBOUNDED, max_width=_UNBOUNDED)
     needed = Measurement.get(console, wide, table).maximum
     if needed <= console.width:
@@ -111,8 +119,6 @@ def show_figures(table: Table) -> None:
 
 
 def _show_blocks(table: Table) -> None:
-    if table.title:
-        console.print(table.title, style="italic", highlight=False)
     columns = [[column.header, *column.cells] for column in table.columns]
     if table.show_footer:
         columns = [[*cells, column.footer] for cells, column in zip(columns, table.columns, strict=True)]
@@ -207,7 +213,7 @@ class _Display(rich.progress.Progress):
                 grid = Table.grid(padding=(0, 1))
                 width = min(_BAR, bar)
                 shown = ProgressBar(total=task.total, completed=task.completed, width=width)
-                grid.add_row(Text(row[0]), shown, *map(Text, row[1:]))
+                grid.add_row(Text(row[0]), shown, *map(Text, filter(None, row[1:])))  # a cell costs a column
                 yield grid
             else:
                 yield Text(" ".join(filter(None, row)), overflow="fold")
@@ -217,6 +223,15 @@ class _Display(rich.progress.Progress):
 
 _display = _Display(console=console)
 """Of all bars: a terminal has one place where lines are redrawn, and validations run inside training."""
+
+
+def _open_display() -> _Display:
+    """The display, a new one where it is empty: one that was stopped would draw over the lines above it, as
+    many as it had."""
+    global _display
+    if not _display.tasks:
+        _display = _Display(console=console)
+    return _display
 
 
 class _RichBar:
@@ -230,7 +245,7 @@ class _RichBar:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         if self._task is None:
             self._pace = _Pace(done)
-            self._task = _display.add_task(
+            self._task = _open_display().add_task(
                 self._name, total=total, completed=done, times="", note="", below=""
             )
             _display.start()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["user_errors"]
+__all__ = ["user_errors", "wrap_warnings"]
 
 _TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later."""
@@ -23,6 +26,23 @@ _MEMORY = (
     "Give the process more (ulimit -v, the container's or the batch system's limit), end what else runs on "
     "this machine, or choose a smaller model; hpd doctor says how much a run needs."
 )
+
+
+class _Paragraph(logging.Formatter):
+    """A warning, in a terminal broken between words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not sys.stderr.isatty():
+            return text
+        width = shutil.get_terminal_size().columns - 1
+        return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def wrap_warnings() -> None:
+    """Break what modules warn of, without a handler of their own, as errors are."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Paragraph())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from hpd.config.models import ModelConfig
 from hpd.files import write_atomically
 from hpd.models.export import write_merged
 from hpd.progress import quiet_libraries
-from hpd.terminal.console import console, show_next
+from hpd.terminal.console import paragraph, show_next
 from hpd.terminal.teacher_data import run_export_cache
 from hpd.training.hub import Push, model_files, opened, push_run, run_card
 
@@ -38,12 +38,12 @@ def run_export(
         written = write_merged(ModelConfig(model=model), output, dtype)
         if (run / "summary.json").is_file():
             write_atomically(output / "README.md", run_card(run, output.name, merged=True))
-        console.print(f"{model} merged into its base: {output} ({written})", highlight=False, markup=False)
+        paragraph(f"{model} merged into its base: {output} ({written})")
     folder = run if output is None else output
     if pushed is not None:
-        console.print(f"pushing {folder} to the Hub as {pushed.repo}", highlight=False, markup=False)
+        paragraph(f"pushing {folder} to the Hub as {pushed.repo}")
         address = push_run(folder, pushed, run_card(run, pushed.repo, merged=merges))
-        console.print(f"pushed to {address}", highlight=False, markup=False, soft_wrap=True)
+        paragraph(f"pushed to {address}")
     name = shlex.quote(str(folder) if pushed is None else pushed.repo)
     show_next(f"hpd chat {name}", f"hpd eval {name} --data test.jsonl")
 

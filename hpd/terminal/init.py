@@ -20,7 +20,7 @@ from hpd.files import write_atomically
 from hpd.methods.fields import nearest
 from hpd.methods.names import new_name
 from hpd.methods.table import METHODS
-from hpd.terminal.console import console, show_next
+from hpd.terminal.console import paragraph, show_next
 
 __all__ = ["Answers", "recipe_text", "run_init"]
 
@@ -101,7 +101,7 @@ def run_init(path: Path, given: Mapping[str, str | None], overwrite: bool) -> No
     text = recipe_text(Answers(**answers), path)
     load_recipe(parse_yaml(text, str(path), "recipe", "student, teacher, data"))
     write_atomically(path, text)
-    console.print(f"{path} is written.", highlight=False, markup=False, soft_wrap=True)
+    paragraph(f"{path} is written.")
     show_next(f"hpd doctor {shlex.quote(str(path))}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hpd.experiments.figures import FORMATS
 from hpd.experiments.live import Watcher, make_server
@@ -17,7 +18,7 @@ from hpd.experiments.output import check_target, write_report
 from hpd.experiments.pages import render_page
 from hpd.experiments.report import Report, build_report
 from hpd.experiments.table import TableCell
-from hpd.terminal.console import console, show_next
+from hpd.terminal.console import console, paragraph, show_next
 
 __all__ = ["run_report", "show_verdicts"]
 
@@ -37,13 +38,11 @@ def run_report(
     report = build_report(folders, baseline, allow)
     page = write_report(report, target)
     for line in report.damages:
-        console.print(f"damaged: {escape(line)}", highlight=False, soft_wrap=True)
+        paragraph(f"damaged: {line}")
     show_verdicts(report)
-    console.print(
+    paragraph(
         f"{report.status}\nreport: {page}, {target / 'report.md'}, "
-        f"plots/*.{{{','.join(FORMATS)}}}, data/*.csv",
-        highlight=False,
-        soft_wrap=True,
+        f"plots/*.{{{','.join(FORMATS)}}}, data/*.csv"
     )
     given = ["--baseline", baseline] if baseline is not None else []
     given += ["--allow", ",".join(allow)] if allow else []
@@ -62,7 +61,7 @@ def show_verdicts(report: Report) -> None:
         table.add_row(*map(_cell, row))
     console.print(table)
     for text in report.warnings:
-        console.print(f"[yellow]warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        paragraph(Text.assemble(("warning:", "yellow"), f" {text}"))
 
 
 def _cell(cell: Any) -> str:

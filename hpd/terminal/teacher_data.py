@@ -16,7 +16,7 @@ from hpd.teachers.foreign import (
     TeacherFile,
     VllmFile,
 )
-from hpd.terminal.console import TerminalProgress, console, show_next
+from hpd.terminal.console import TerminalProgress, paragraph, show_next
 from hpd.terminal.import_options import ImportOptions
 from hpd.training.exporting import export_cache
 from hpd.training.importing import import_cache
@@ -37,13 +37,13 @@ def run_import(options: ImportOptions) -> None:
         overwrite=options.overwrite,
         progress=TerminalProgress(),
     )
-    _say(
+    paragraph(
         f"{summary.path}: {summary.matched:,} of {summary.rows:,} rows found, {summary.positions:,} label "
         "positions"
     )
     if summary.unmatched:
-        _say(f"not found: {summary.rows - summary.matched:,} rows. {summary.unmatched}")
-    _say(
+        paragraph(f"not found: {summary.rows - summary.matched:,} rows. {summary.unmatched}")
+    paragraph(
         "mass outside the k tokens: not told, the file divides the k by their sum"
         if file.scaled
         else f"mass outside the k tokens: {summary.mass_outside:.2%} on average, spread evenly there"
@@ -56,17 +56,17 @@ def run_import(options: ImportOptions) -> None:
             else "cannot be read by methods that read the label, which hpd train refuses (with "
             "--guess-labels they take an even share of the mass outside)"
         )
-        _say(f"labels that are none of the k tokens: {summary.labels_outside:,} ({share:.2%}); they {rule}")
+        paragraph(
+            f"labels that are none of the k tokens: {summary.labels_outside:,} ({share:.2%}); they {rule}"
+        )
     words = ["teacher.type=cached", f"teacher.path={shlex.quote(str(summary.path))}"]
     if summary.unmatched and options.rows is None:
-        _say("hpd train needs every row: write those that were found with --rows FILE, and train on them")
+        paragraph(
+            "hpd train needs every row: write those that were found with --rows FILE, and train on them"
+        )
     elif summary.unmatched:
         words.append(f"data.path={shlex.quote(str(options.rows))}")
     show_next(f"hpd train {shlex.quote(str(options.recipe))} {' '.join(words)}")
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _open(options: ImportOptions) -> TeacherFile:
@@ -82,14 +82,14 @@ def run_export_cache(path: Path, overrides: Sequence[str], form: str, output: Pa
     """Write a recipe's cached rows as others read them."""
     quiet_libraries()
     summary = export_cache(load_recipe(path, overrides), form, output, TerminalProgress())
-    _say(f"{summary.path}: {summary.rows:,} rows, {summary.positions:,} label positions, as {form}")
+    paragraph(f"{summary.path}: {summary.rows:,} rows, {summary.positions:,} label positions, as {form}")
     if summary.left_out:
-        _say(
+        paragraph(
             f"left out: {summary.left_out:,} rows whose labels are not one run to the row's end, which this "
             "format cannot say"
         )
     if summary.labels_lost:
-        _say(
+        paragraph(
             f"{summary.labels_lost:,} labels are none of the k tokens: their log-probabilities have no place "
             "in this format"
         )

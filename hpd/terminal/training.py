@@ -19,11 +19,19 @@ from hpd.config.load import load_recipe
 from hpd.config.schema import GenerateConfig, Recipe
 from hpd.generate import CHUNK, generate, part_of
 from hpd.progress import Bar, Progress, quiet_libraries
-from hpd.terminal.console import TerminalProgress, console, remarks, show_figures, show_next
+from hpd.terminal.console import (
+    TerminalProgress,
+    console,
+    paragraph,
+    remarks,
+    show_figures,
+    show_next,
+)
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
 from hpd.training.caching import shards_of, write_cache
 from hpd.training.hub import PushFailed
+from hpd.training.measured import SET_NAME
 from hpd.training.plan import plan
 from hpd.training.run import train
 from hpd.training.stopping import ends_kept, leaving_processes
@@ -74,12 +82,11 @@ def show_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     if table.row_count:
         show_figures(table)
     else:
-        console.print(
+        paragraph(
             f"{_title(summary)}. Nothing was measured before or after: data.validation holds rows out for "
-            "that, and eval names tasks.",
-            highlight=False,
+            "that, and eval names tasks."
         )
-    console.print(f"student and metrics in {recipe.output_dir}", highlight=False, soft_wrap=True)
+    paragraph(f"student and metrics in {recipe.output_dir}")
 
 
 def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
@@ -99,7 +106,7 @@ def run_cache(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
         done = "complete and verified, nothing to write"
         if summary.written:
             done = f"{summary.written:,} positions written"
-        console.print(f"{summary.path}: {done} in {seconds:.0f} s", highlight=False, soft_wrap=True)
+        paragraph(f"{summary.path}: {done} in {seconds:.0f} s")
         written = shlex.quote(str(summary.path))
         show_next(f"hpd train {shlex.quote(str(path))} teacher.type=cached teacher.path={written}")
 
@@ -117,11 +124,10 @@ def run_generate(path: Path, overrides: Sequence[str], overwrite: bool) -> None:
 
     with ends_kept(output, "Writing completions", kept):
         summary = generate(recipe, overwrite=overwrite, progress=TerminalProgress())
-    console.print(
+    paragraph(
         f"{summary['rows']:,} of {summary['completions']:,} completions of {summary['model']} kept "
         f"({summary['truncated']:,} cut, {summary['empty']:,} empty, {summary['wrong']:,} wrong), "
-        f"{summary['tokens']:,} tokens, in {output}",
-        highlight=False,
+        f"{summary['tokens']:,} tokens, in {output}"
     )
     told = recipe.generate is not None and recipe.generate.logprobs
     stored = recipe.prefixes is not None and recipe.prefixes.stored
@@ -208,7 +214,8 @@ class _TrainingBar(TrainerCallback):
         if not state.is_world_process_zero or not has_length(eval_dataloader):
             return
         if self._validation is None:
-            self._validation = self._progress.bar("validation")
+            name = getattr(eval_dataloader, SET_NAME, "")
+            self._validation = self._progress.bar(f"validation of {name}" if name else "validation")
         self._batches += 1
         self._validation(self._batches, len(eval_dataloader))
         if self._batches >= len(eval_dataloader):

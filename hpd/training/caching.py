@@ -58,8 +58,10 @@ from hpd.training.probing import settle
 from hpd.training.shards import (
     Layout,
     TeacherAnswer,
+    index_bytes,
     lay_out,
     position_bytes_of,
+    size_text,
     stored_dtype,
     stored_tensors,
 )
@@ -122,13 +124,16 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     total = len(layout.keys)
     left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
     if main:
+        index = index_bytes(total) if todo or not (folder / ABOUT).is_file() else 0
         head = 0 if (folder / HEAD).is_file() else _head_bytes(planned, config)
-        check_disk(folder, left * position_bytes + head, total * position_bytes)
-        beside = f", and the teacher's head: {size_text(head)}" if head else ""
+        needed = left * position_bytes + index + head
+        check_disk(folder, needed, total * position_bytes)
+        once = {"the index": index, "the teacher's head": head}
         progress.say(
             f"{total:,} label positions of {len(rows):,} rows, {position_bytes:,} bytes each: "
-            f"{size_text(total * position_bytes)} in {target['shards']} shards{beside}; "
-            f"{size_text(left * position_bytes + head)} to write"
+            f"{size_text(total * position_bytes)} in {target['shards']:,} shard{'s'[: target['shards'] - 1]}"
+            + "".join(f", {name}: {size_text(size)}" for name, size in once.items() if size)
+            + f"; {size_text(needed)} to write"
         )
     if todo or not (folder / ABOUT).is_file():
         _ask(trainer, planned, config, layout, rows, todo, total - left, progress)
@@ -291,14 +296,6 @@ def check_disk(folder: Path, needed: int, total: int) -> None:
             f"has {size_text(free)} free. Choose a place with room, a narrower cache.dtype, cache.kind: "
             "top_k, or fewer rows (data.limit)."
         )
-
-
-def size_text(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
 
 
 def _ask(

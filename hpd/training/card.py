@@ -53,7 +53,7 @@ class Card:
         found: dict[str, Any] = {
             "library_name": "peft" if self.adapter else "transformers",
             "pipeline_tag": "text-generation",
-            "tags": ["hpd", "distillation", self.method],
+            "tags": list(dict.fromkeys(["hpd", "distillation", self.method])),
         }
         if _is_hub_id(self.student):
             found["base_model"] = self.student

@@ -27,16 +27,10 @@ from hpd.progress import Progress
 from hpd.teachers.cache import ABOUT, FORMAT, TEACHER, read_json, save_index, save_shard, write_json
 from hpd.teachers.fingerprints import tokenizer_fingerprint
 from hpd.teachers.foreign import PlaceAnswers, TeacherFile
-from hpd.training.caching import (
-    check_disk,
-    open_folder,
-    rows_trainer,
-    size_text,
-    verify_own_share,
-)
+from hpd.training.caching import check_disk, open_folder, rows_trainer, verify_own_share
 from hpd.training.checkpoints import writing
 from hpd.training.plan import Plan, plan
-from hpd.training.shards import Layout, lay_out
+from hpd.training.shards import Layout, index_bytes, lay_out, size_text
 
 __all__ = ["ImportSummary", "RecipeRow", "import_cache", "recipe_rows"]
 
@@ -329,14 +323,17 @@ class _ImportedShards:
         target = self._target()
         open_folder(self._folder, target, overwrite)
         verify_own_share(self._folder, target["shards"], trainer)
-        size = len(self._layout.keys) * _bytes(self._planned.recipe, self._source)
-        check_disk(self._folder, size, size)
+        check_disk(self._folder, self._size(), self._size())
+
+    def _size(self) -> int:
+        positions = len(self._layout.keys)
+        return positions * _bytes(self._planned.recipe, self._source) + index_bytes(positions)
 
     def write(self, progress: Progress) -> ImportSummary:
         target, folder = self._target(), self._folder
         progress.say(
             f"{len(self._layout.keys):,} label positions of {len(self._rows):,} rows, {self._k} tokens each: "
-            f"{size_text(len(self._layout.keys) * _bytes(self._planned.recipe, self._source))}"
+            f"{size_text(self._size())}"
         )
         bar = progress.bar("shards")
         for number in range(target["shards"]):

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import PredictionOutput
 
 from hpd.batch import TokenBatch, as_teacher_reads
@@ -20,7 +21,10 @@ from hpd.training.guarded import GuardedTrainer
 from hpd.training.metrics import MetricSums, evaluated_names, means
 from hpd.training.on_policy import StepState
 
-__all__ = ["MeasuredTrainer"]
+__all__ = ["SET_NAME", "MeasuredTrainer"]
+
+SET_NAME = "set_name"
+"""Attribute of a validation loader: the name of its set, where there are several, else empty."""
 
 
 class MeasuredTrainer(GuardedTrainer):
@@ -119,6 +123,12 @@ class MeasuredTrainer(GuardedTrainer):
         if self._step.ramp is not None and "eval_loss" in metrics:
             self._step.ramp.update(metrics["eval_loss"])
         return metrics
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As in transformers; of several sets the loader has the name, for callbacks that show it."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        setattr(loader, SET_NAME, self._prefix.removeprefix("eval").removeprefix("_"))
+        return loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log: one reduction over processes, one read from the device."""

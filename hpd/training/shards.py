@@ -5,6 +5,7 @@ Axes: N label positions, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,10 +19,20 @@ from hpd.config.schema import CacheConfig
 from hpd.losses import Scores, TeacherScores, TopKScores
 from hpd.losses.products import chunks, for_products, project_
 from hpd.methods.systematic import systematic_draws
+from hpd.teachers.cache import BLOCK
 from hpd.teachers.cached import stored_hidden
 from hpd.training.plan import Plan
 
-__all__ = ["Layout", "TeacherAnswer", "lay_out", "position_bytes_of", "stored_dtype", "stored_tensors"]
+__all__ = [
+    "Layout",
+    "TeacherAnswer",
+    "index_bytes",
+    "lay_out",
+    "position_bytes_of",
+    "size_text",
+    "stored_dtype",
+    "stored_tensors",
+]
 
 _CHUNK_BYTES = 64 * 2**20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
@@ -44,6 +55,11 @@ def position_bytes_of(config: CacheConfig, planned: Plan) -> int:
         return int(config.draws or 0) * (4 + dtype.itemsize) + 4
     width = next(iter(planned.teacher_configs.values())).get_text_config().hidden_size
     return width * dtype.itemsize + 4 + (4 if dtype == torch.int8 else 0)
+
+
+def index_bytes(positions: int) -> int:
+    """Bytes on disk of the index of so many positions: a key and a place of each, a digest per block."""
+    return 16 * positions + 8 * math.ceil(positions / BLOCK)
 
 
 def stored_dtype(config: CacheConfig, planned: Plan) -> torch.dtype:
@@ -200,3 +216,12 @@ def lay_out(rows: Iterable[tuple[Any, Tensor]], shard_positions: int) -> Layout:
     return Layout(
         order, starts, chosen, np.concatenate([keys[i][mask] for i, mask in zip(order, chosen, strict=True)])
     )
+
+
+def size_text(num_bytes: float) -> str:
+    """A size in the unit that people read."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"

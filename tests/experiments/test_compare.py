@@ -375,7 +375,7 @@ def test_dry_run_writes_nothing_and_names_the_method_of_its_prediction(grid, tmp
         "method: hpd, forward_kl",
         "equal budget: 12 steps",
         "Memory of 1 at once",
-        "other: 0.00 hours",
+        "other: 0 seconds",
     )
     for word in words:
         assert word in done.output, word

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers.cached_pairs import files_of, make_recipe
@@ -9,6 +11,7 @@ from helpers.cached_trainers import batches_of, trainer_of
 
 from hpd.config import load_recipe
 from hpd.losses.products import logits
+from hpd.progress import Progress
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache
 from hpd.training.caching import rows_trainer, write_cache
@@ -49,6 +52,29 @@ def test_bytes_and_weights_of_a_position(cache, keys):
     }
     weights = stored["logprobs"].double().exp()
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(keys)).double(), rtol=0, atol=3e-3)
+
+
+class Saying(Progress):
+    def __init__(self):
+        self.said: list[str] = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+@pytest.mark.parametrize(
+    "kind", ["cache.kind=hidden", "cache.kind=top_k cache.top_k=2", "cache.kind=sampled"]
+)
+def test_the_size_that_is_announced_is_what_is_written(recipe, tmp_path, kind):
+    words = kind.split() + ([f"cache.draws={N}"] if "sampled" in kind else [])
+    folder, progress = tmp_path / "cache", Saying()
+    loaded = load_recipe(recipe, [f"cache.path={folder}", "method=forward_kl", "cache.dtype=auto", *words])
+    write_cache(loaded, progress=progress)
+    (announced,) = re.findall(r"; ([\d.,]+) kB to write", " ".join(progress.said))
+    written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert float(announced) * 1000 == pytest.approx(written, rel=0.12)  # headers: some hundred bytes a file
+    write_cache(loaded, progress=progress)
+    assert progress.said[-1].endswith("; 0 bytes to write")
 
 
 def test_an_interrupted_cache_is_the_same_to_the_byte(recipe, cache, tmp_path):

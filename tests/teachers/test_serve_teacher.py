@@ -90,7 +90,7 @@ def test_served_scores_equal_the_live_teachers(tmp_path_factory, architecture, l
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.005)])
 def test_half_precision_on_the_wire_stays_within_its_tolerance(url, pair, dtype, tolerance):
-    """Nats of any token's log-probability; documented in docs/guides/serve.md."""
+    """Nats of any token's log-probability; documented in docs/reference/teacher-servers.md."""
     inputs, batch = padded()
     exact, rough = teacher(url, pair[0]), teacher(url, pair[0], dtype=dtype)
     a, b = (logits(client.scores(inputs, batch)).log_softmax(-1) for client in (exact, rough))

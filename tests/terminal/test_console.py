@@ -3,12 +3,22 @@
 import io
 import re
 
+import pyte
 import pytest
 from rich.console import Console
 from rich.table import Table
 
 from hpd.terminal import console as module
 from hpd.terminal.console import TerminalProgress, show_figures
+
+
+class Shown:
+    def __init__(self, file):
+        self.raw = file.getvalue
+
+    def __call__(self):
+        """Every text that was ever printed, line by line."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.raw()).replace("\r", "\n")
 
 
 @pytest.fixture
@@ -20,7 +30,7 @@ def screen(monkeypatch):
         console = Console(file=file, width=width, force_terminal=is_terminal, color_system=None)
         monkeypatch.setattr(module, "console", console)
         monkeypatch.setattr(module, "_display", module._Display(console=console))
-        return lambda: re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n")
+        return Shown(file)
 
     return make
 
@@ -59,6 +69,22 @@ def test_figures_of_a_bar_are_whole_at_every_width(screen, width):
     assert "2,500/2,500" in text()
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_bar_leaves_what_was_said_before_it(screen, width):
+    """Also where the bar before it had two rows; and a figure that is left out leaves no empty column."""
+    text = screen(width, True)
+    for name in ("exact-match answers of runs-demo", "exact-match answers of teacher"):
+        TerminalProgress().say(f"{name}: transformers in float32")
+        TerminalProgress().say("the second line")
+        TerminalProgress().bar(name)(20, 20)  # done before a rate can be told
+    display = pyte.Screen(width, 40)
+    pyte.Stream(display).feed(text.raw().replace("\n", "\r\n"))
+    shown = [line.rstrip() for line in display.display if line.strip()]
+    assert shown.count("the second line") == 2
+    if width == 80:
+        assert len(shown) == 6
+
+
 def test_a_validation_is_shown_inside_training_and_goes(screen):
     text = screen(80, True)
     progress = TerminalProgress()
@@ -94,3 +120,14 @@ def test_a_table_is_whole_where_it_fits_and_where_it_does_not(screen):
         for value in ("tiny-teacher-of-a-long-name", "+87.5% (76.0% to 99.0%)", "1e-8", "gsm8k: 50 problems"):
             assert value in " ".join(shown.split()), (width, is_terminal, value)
     assert "accuracy: 12.5%" not in shown  # a file takes the table itself
+
+
+def test_a_title_is_as_wide_as_the_terminal_and_not_as_its_table(screen):
+    title = "forward_kl: 12 steps in 2 s, 6 s with loading and evaluation"
+    for is_terminal in (True, False):
+        text = screen(80, is_terminal)
+        made = Table(title=title)
+        made.add_column("loss")
+        made.add_row("0.0612")
+        show_figures(made)
+        assert text().splitlines()[0] == title

@@ -1,12 +1,13 @@
 """An error is one paragraph: broken between words in a terminal, and one line in a log."""
 
 import io
+import logging
 import re
 import sys
 
 import pytest
 
-from hpd.terminal.errors import user_errors
+from hpd.terminal.errors import user_errors, wrap_warnings
 
 TEXT = "The recipe is not valid: unknown key 'max_steps'; did you mean 'train.max_steps'?"
 
@@ -44,3 +45,17 @@ def test_a_terminal_breaks_between_words(monkeypatch):
 
 def test_a_log_has_one_line(monkeypatch):
     assert said(monkeypatch, is_terminal=False).splitlines() == ["error: " + TEXT]
+
+
+@pytest.mark.parametrize(("is_terminal", "columns"), [(True, 40), (True, 80), (False, 40)])
+def test_a_warning_of_a_module_is_broken_like_an_error(monkeypatch, is_terminal, columns):
+    handler = logging.StreamHandler(Stream(is_terminal))
+    monkeypatch.setattr(sys, "stderr", handler.stream)
+    monkeypatch.setattr(logging, "lastResort", handler)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    wrap_warnings()
+    text = "Answers end after 52 tokens, not after max_new_tokens=512: the longest prompt has 12 tokens."
+    handler.handle(logging.LogRecord("hpd.evaluate", logging.WARNING, "", 0, text, None, None))
+    lines = handler.stream.getvalue().splitlines()
+    assert " ".join(lines) == text
+    assert max(map(len, lines)) < columns if is_terminal else len(lines) == 1

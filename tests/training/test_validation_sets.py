@@ -99,6 +99,9 @@ def test_commands_show_the_sets(tree, tmp_path):
     shown = CliRunner().invoke(app, ["train", str(file)])
     assert shown.exit_code == 0, shown.output
     assert "near_forward_kl" in shown.output
+    for name, batches in (("near", 1), ("far-off", 1)):
+        assert f"validation of {name} {batches}/{batches}" in shown.output
+    assert "validation 1/1" not in shown.output
     assert "far-off_top1_agreement" in shown.output
     results = read_results([tmp_path / "run"])
     titles = {panel.key: panel.title for panel in curve_panels(results, {})}

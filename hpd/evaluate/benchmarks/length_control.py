@@ -6,8 +6,8 @@ instruction is, and two copies of the baseline that were asked to be short and t
 estimates are ours, from what AlpacaEval 2's leaderboard publishes (github.com/tatsu-lab/alpaca_eval, commit
 cd543a1; scripts/alpaca_difficulty.py makes them): difficulties under which the three published
 coefficients of each of 50 models are the best fit of its published verdicts, and of 192 models give the
-published rate. The verdicts are under CC BY-NC 4.0, the coefficients under Apache-2.0. docs/guides/judges.md
-has the errors.
+published rate. The verdicts are under CC BY-NC 4.0, the coefficients under Apache-2.0. The errors
+are in docs/evidence/grading.md.
 """
 
 from __future__ import annotations

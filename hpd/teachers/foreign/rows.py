@@ -111,6 +111,6 @@ def read_columns(path: str, needed: tuple[str, ...], title: str) -> Any:
     if missing:
         raise ValueError(
             f"{path} has the columns {', '.join(rows.column_names)}, and rows of {title} have "
-            f"{', '.join(needed)}: {', '.join(missing)} is missing. --format names another format."
+            f"{', '.join(needed)}. Missing: {', '.join(missing)}. --format names another format."
         )
     return rows

@@ -39,7 +39,7 @@ class VllmFile(TeacherFile):
         path: the file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or a folder.
         ValueError: a line is not JSON, or without tokens or `prompt_logprobs`.
     """
 
@@ -47,7 +47,10 @@ class VllmFile(TeacherFile):
         self.path = path
         self._file = Path(path).expanduser()
         if not self._file.is_file():
-            raise FileNotFoundError(f"There is no file {path}: give the JSON Lines file of a dump.")
+            inside = sorted(self._file.glob("*.jsonl"))  # none where there is no such folder
+            such = f", such as {inside[0]}" if inside else ""
+            what = f"{path} is a folder" if self._file.is_dir() else f"There is no file {path}"
+            raise FileNotFoundError(f"{what}: give the one JSON Lines file of a vLLM dump{such}.")
         self._lines: list[_Line] = []
         counts: list[int] = []
         with self._file.open("rb") as file:

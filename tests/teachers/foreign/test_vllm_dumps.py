@@ -90,3 +90,13 @@ def test_a_cut_line_is_named_by_its_number(tmp_path):
     path.write_text(json.dumps(SHAPES["chat"]) + "\n" + json.dumps(SHAPES["chat"])[:40])
     with pytest.raises(ValueError, match="Row 2 of .* cannot be read"):
         VllmFile(str(path))
+
+
+def test_a_folder_is_called_one_and_a_file_in_it_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder: give the one JSON Lines file of a vLLM dump"):
+        VllmFile(str(tmp_path))
+    (tmp_path / "dump.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"is a folder: .* dump, such as \S+/dump\.jsonl\."):
+        VllmFile(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        VllmFile(str(tmp_path / "none"))
