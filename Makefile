@@ -18,7 +18,7 @@ help:
 	@echo "make test-faults  disturb training, eval, generate, cache, stages and compare (HPD_FAULTS=n times each) and compare what they leave"
 	@echo "make test-lowest  a part of the tests with the lowest allowed versions"
 	@echo "make test-engines  vLLM's CPU build, llama.cpp, DeepSpeed, trackers and lm-eval for real, in an environment of their own (10 minutes)"
-	@echo "make test-engines-beside  the same without vLLM and llama.cpp, on top of .venv (6 minutes of processor time)"
+	@echo "make test-engines-beside  the same without vLLM, llama.cpp and the slow ones, on top of .venv (3 minutes)"
 	@echo "make test-distributed  1, 2 and 4 processes against each other; prints the differences"
 	@echo "make check      formatting, lint, types and tests: what CI runs"
 	@echo "make bench-check  measure the benchmarks' ratios and compare them with the stored ones (an idle machine, twenty minutes)"
@@ -44,7 +44,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not network"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not network and not engines"
 
 test-faults: $(STAMP)
 	$(BIN)/python -m pytest -q tests/training/test_faults.py tests/terminal/test_command_faults.py -m "slow or not slow"

@@ -1,8 +1,8 @@
 """The tests marked `engines`, in an environment of their own: vLLM's CPU build, llama.cpp, DeepSpeed ...
 
 They are large, and vLLM pins its torch, so they stay out of the environment of the other tests. With
-`--beside` the environment lies on top of that one, without vLLM and llama.cpp: half a minute to install,
-which CI can afford.
+`--beside` the environment lies on top of that one, without vLLM, llama.cpp and the slow ones: half a minute
+to install, which CI can afford.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def main(folder: str, beside: bool, arguments: list[str]) -> int:
         lock.unlink()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TORCH_EXTENSIONS_DIR": str(extensions)}
     tests = _TESTS if beside else [*_TESTS, *_LARGE_TESTS]
-    command = [python, "-m", "pytest", "-q", "-m", "engines", "-rs", *(arguments or tests)]
+    marked = "engines and not slow" if beside and not arguments else "engines"
+    command = [python, "-m", "pytest", "-q", "-m", marked, "-rs", *(arguments or tests)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

@@ -171,6 +171,7 @@ def merge(run: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_adapter_is_that_of_one_process_and_resumes(folder, lone_adapter, stage):
     run, straight = folder / f"adapter{stage}", folder / f"straight-adapter{stage}"
@@ -193,6 +194,7 @@ def test_an_adapter_is_that_of_one_process_and_resumes(folder, lone_adapter, sta
     assert difference(run, straight, ADAPTER) == 0.0
 
 
+@pytest.mark.slow
 def test_a_cache_is_that_of_one_process(folder):
     """Under ZeRO-3, whose processes gather the teacher together: small shards, so that both write some."""
     one, two = (folder / f"cache-{name}" for name in ("one", "zero3"))
