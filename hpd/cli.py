@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -395,7 +394,5 @@ def _names(text: str) -> list[str]:
 
 def main() -> None:
     """Entry point of the `hpd` script and of `python -m hpd`."""
-    # Whichever import finds it, it says there which kernels it did not find.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     wrap_warnings()
     sys.exit(app())

@@ -41,6 +41,8 @@ class _Paragraph(logging.Formatter):
 
 def wrap_warnings() -> None:
     """Break what modules warn of, without a handler of their own, as errors are."""
+    # Whichever import finds it, it says there which kernels it did not find.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Paragraph())
 
