@@ -68,13 +68,22 @@ def answering(*responses: bytes) -> Script:
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """The header of a request, whose body is received too: closing before that would reset the connection."""
+    """The header of a request, whose body is received too: closing before that would reset the connection.
+
+    A client that closes early ends it with an OSError, which the server suppresses.
+    """
     connection.settimeout(10)
     received = b""
     while b"\r\n\r\n" not in received:
-        received += connection.recv(65536)
+        received += _some(connection)
     head, _, body = received.partition(b"\r\n\r\n")
     size = dict(line.lower().split(b": ") for line in head.split(b"\r\n")[1:]).get(b"content-length", 0)
     while len(body) < int(size):
-        body += connection.recv(65536)
+        body += _some(connection)
     return head
+
+
+def _some(connection: socket.socket) -> bytes:
+    if not (received := connection.recv(65536)):
+        raise ConnectionResetError("The client closed the connection within its request.")
+    return received
