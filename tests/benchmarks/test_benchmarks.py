@@ -13,7 +13,7 @@ from helpers.cached_pairs import make_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-STORED = ("head", "growth", "memory", "step", "startup", "gpu_check", "filtered")
+STORED = ("head", "growth", "memory", "step", "startup", "gpu_check", "filtered", "epochs")
 ONCE = ("--repeats", "1", "--threads", "1")
 TINY = {
     "head": (("--shape", "tiny", *ONCE), "| hpd |"),
