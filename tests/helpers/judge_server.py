@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["JudgeServer", "likes_longer", "likes_word", "position_biased", "rates_by_length"]
 
@@ -48,6 +48,16 @@ def rates_by_length(conversation: str, _: int) -> str:
     return f"Rating: [[{min(10, 1 + len(answer))}]]"
 
 
+class _Answers(NamedTuple):
+    """The arguments of a JudgeServer."""
+
+    decide: Decide
+    status: Callable[[int], int | str | None]
+    headers: dict[str, str] | None
+    delay_seconds: float
+    key: str | None
+
+
 class JudgeServer:
     """Use as a context manager; `url` is the API's base.
 
@@ -72,64 +82,10 @@ class JudgeServer:
         self.requests: list[dict[str, Any]] = []
         self.authorizations: Counter[str | None] = Counter()
         self.most_at_once = 0
-        self._at_once = 0
-        self._lock = threading.Lock()
-        judge = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None: ...
-
-            def do_GET(self) -> None:
-                refused = key is not None and self.headers.get("Authorization") != f"Bearer {key}"
-                self._send(401 if refused else 200, {"data": []})
-
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with judge._lock:
-                    number = len(judge.requests)
-                    judge.requests.append({"path": self.path, **request})
-                    judge.authorizations[self.headers.get("Authorization")] += 1
-                    judge._at_once += 1
-                    judge.most_at_once = max(judge.most_at_once, judge._at_once)
-                try:
-                    time.sleep(delay_seconds)
-                    self._reply(number, request)
-                finally:
-                    with judge._lock:
-                        judge._at_once -= 1
-
-            def _reply(self, number: int, request: dict[str, Any]) -> None:
-                if key is not None and self.headers.get("Authorization") != f"Bearer {key}":
-                    return self._send(
-                        401, {"error": {"message": f"bad key {self.headers.get('Authorization')}"}}
-                    )
-                wanted = status(number)
-                if wanted == "drop":
-                    self.close_connection = True
-                    self.connection.close()
-                    return None
-                if wanted == "garbage":
-                    return self._send(200, "<html>busy</html>")
-                if isinstance(wanted, int):
-                    return self._send(wanted, {"error": {"message": "not now"}}, headers)
-                conversation = "\n\n".join(message["content"] for message in request["messages"])
-                text = decide(conversation, number)
-                usage = {"prompt_tokens": len(conversation) // 4, "completion_tokens": len(text) // 4}
-                return self._send(
-                    200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
-                )
-
-            def _send(self, code: int, body: Any, more: dict[str, str] | None = None) -> None:
-                content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-                self.send_response(code)
-                for name, value in {"Content-Length": str(len(content)), **(more or {})}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.at_once = 0
+        self.lock = threading.Lock()
+        self.answers = _Answers(decide, status, headers, delay_seconds, key)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
@@ -146,3 +102,60 @@ class JudgeServer:
         """Close the port; a later request finds nobody."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def _handler_of(judge: JudgeServer) -> type[BaseHTTPRequestHandler]:
+    given = judge.answers
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            refused = given.key is not None and self.headers.get("Authorization") != f"Bearer {given.key}"
+            self._send(401 if refused else 200, {"data": []})
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with judge.lock:
+                number = len(judge.requests)
+                judge.requests.append({"path": self.path, **request})
+                judge.authorizations[self.headers.get("Authorization")] += 1
+                judge.at_once += 1
+                judge.most_at_once = max(judge.most_at_once, judge.at_once)
+            try:
+                time.sleep(given.delay_seconds)
+                self._reply(number, request)
+            finally:
+                with judge.lock:
+                    judge.at_once -= 1
+
+        def _reply(self, number: int, request: dict[str, Any]) -> None:
+            if given.key is not None and self.headers.get("Authorization") != f"Bearer {given.key}":
+                return self._send(401, {"error": {"message": f"bad key {self.headers.get('Authorization')}"}})
+            wanted = given.status(number)
+            if wanted == "drop":
+                self.close_connection = True
+                self.connection.close()
+                return None
+            if wanted == "garbage":
+                return self._send(200, "<html>busy</html>")
+            if isinstance(wanted, int):
+                return self._send(wanted, {"error": {"message": "not now"}}, given.headers)
+            conversation = "\n\n".join(message["content"] for message in request["messages"])
+            text = given.decide(conversation, number)
+            usage = {"prompt_tokens": len(conversation) // 4, "completion_tokens": len(text) // 4}
+            return self._send(
+                200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
+            )
+
+        def _send(self, code: int, body: Any, more: dict[str, str] | None = None) -> None:
+            content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            self.send_response(code)
+            for name, value in {"Content-Length": str(len(content)), **(more or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+    return Handler
