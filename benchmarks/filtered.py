@@ -154,10 +154,10 @@ def measure(problem: Problem, repeats: int) -> list[dict[str, Any]]:
 
 def tables(result: dict[str, Any]) -> str:
     """Stored results as docs/performance.md shows them."""
-    place = result["machine"]
-    parts = [f"{place['cpu']}, {place['threads']} threads, torch {place['torch']}, {place['date']}."]
+    parts = []
     header = ["student", "KL", "method", "share", "x floor", "live", "error, hidden", "error, head"]
-    for shape, stages in result["shapes"].items():
+    for shape, measured in result["shapes"].items():
+        place = measured["machine"]
         rows = [
             [
                 stage,
@@ -169,10 +169,12 @@ def tables(result: dict[str, Any]) -> str:
                 f"{line['hidden']:.1e}" if line["share"] else "",
                 f"{line['head']:.1e}" if line["share"] else "",
             ]
-            for stage, lines in stages.items()
+            for stage, lines in measured["stages"].items()
             for line in lines
         ]
-        parts += [f"{shape}:", table(header, rows)]
+        threads = "1 thread" if place["threads"] == 1 else f"{place['threads']} threads"
+        where = f"{place['cpu']}, {threads}, torch {place['torch']}, {place['date']}"
+        parts += [f"{shape} ({where}):", table(header, rows)]
     return "\n\n".join(parts)
 
 
@@ -216,7 +218,8 @@ def main() -> None:
     name = "tiny" if options.tiny else Path(options.model).name
     hidden = problem.head.shape[1]
     shape = f"{name}, {len(problem.labels):,} positions, H {hidden:,}, V {len(problem.head):,}"
-    result = {"machine": machine(), "shapes": {shape: stages}, "ratios": {}}
+    measured = {"machine": machine(), "stages": stages}
+    result = {"machine": machine(), "shapes": {shape: measured}, "ratios": {}}
     print(tables(result))
     if options.json:
         if (RESULTS / "filtered.json").is_file():
