@@ -59,7 +59,7 @@ def _say(summary: PruneSummary) -> None:
             f"columns kept in each MLP, {summary.cut.width:,} of {len(scores[0]):,}: {min(share):.0%} to "
             f"{max(share):.0%} of what they write"
         )
-    before, after = (count / 1e6 for count in summary.parameters)
-    lines.append(f"{before:,.1f} M parameters before, {after:,.1f} M after, in {summary.path}")
+    before, after = summary.parameters
+    lines.append(f"{before:,} parameters before, {after:,} after, in {summary.path}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
