@@ -2,8 +2,8 @@
 
 ``python scripts/cross_tokenizer.py RECIPE [a.b=c ...] --same FOLDER [--rates 2e-4 5e-4] [--seeds 0 1 2]``
 
-RECIPE is one with ``train.vocabulary: bytes`` (recipes/cross_tokenizer_*.yaml). Each rate and seed trains the
-same student on the same rows for the same number of steps, as the recipe says, in these arms:
+RECIPE is one with ``train.vocabulary: bytes`` (recipes/cross_tokenizer_*.yaml). Each run trains the same
+student on the same rows for the same number of steps, as the recipe says, in one of these arms:
 
 * ``sft``: the rows' likelihood (sequence-level distillation where the teacher wrote them);
 * ``masked``: the likelihood of what the other teacher finds likelier than the student;
@@ -12,7 +12,8 @@ same student on the same rows for the same number of steps, as the recipe says, 
 * ``same``: the same method, from the teacher in FOLDER, which has the student's tokenizer.
 
 Bits per byte are those of the answers of the recipe's held-out rows (the end not counted), so that models
-with any tokenizer are compared. Half of these rows choose each arm's rate; the table is of the others. The
+with any tokenizer are compared. Half of these rows choose each arm's rate, on the first seed, and the other
+seeds run at that rate; the table is of the other half. The
 untrained student and both teachers are measured too, and so is each checkpoint that the recipe saves
 (``train.save_strategy=steps train.save_steps=10``). Results are one line each in ``results.jsonl``; a run
 that was killed goes on with what is missing. A share is the part of what ``same`` gains over the untrained
@@ -81,8 +82,11 @@ def compare(
         if not any(line["arm"] == name for line in results.read()):
             results.append({"arm": name, **measured(folder, rows)})
     for seed in seeds:
-        for rate in rates or [given.train["learning_rate"]]:
-            for arm in arms:
+        for arm in arms:
+            tried = rates or [given.train["learning_rate"]]
+            if seed != seeds[0]:
+                tried = [_best_rate(results.read(), arm, seeds[0])]
+            for rate in tried:
                 key = {"arm": arm, "rate": rate, "seed": seed}
                 if any(key.items() <= line.items() for line in results.read()):
                     continue
@@ -143,7 +147,10 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     gains."""
     means = {}
     for arm in dict.fromkeys(line["arm"] for line in lines):
-        chosen = _at_best_rate([line for line in lines if line["arm"] == arm])
+        chosen = [line for line in lines if line["arm"] == arm]
+        if arm in ARMS:
+            rate = _best_rate(chosen, arm, chosen[0]["seed"])
+            chosen = [line for line in chosen if line["rate"] == rate]
         values = [line["bits_per_byte"] for line in chosen]
         means[arm] = (sum(values) / len(values), min(values), max(values), len(values), chosen[0].get("rate"))
     gain = means["student"][0] - means["same"][0] if "same" in means else math.nan
@@ -155,12 +162,10 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def _at_best_rate(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the rate whose seeds have the least mean on the rows for tuning."""
-    by_rate: dict[Any, list[dict[str, Any]]] = {}
-    for line in lines:
-        by_rate.setdefault(line.get("rate"), []).append(line)
-    return min(by_rate.values(), key=lambda group: sum(line["tuning"] for line in group) / len(group))
+def _best_rate(lines: Sequence[dict[str, Any]], arm: str, seed: int) -> float:
+    """The rate with which the arm's run of the first seed ended best on the rows for tuning."""
+    of_seed = [line for line in lines if line["arm"] == arm and line["seed"] == seed]
+    return float(min(of_seed, key=lambda line: line["tuning"])["rate"])
 
 
 if __name__ == "__main__":

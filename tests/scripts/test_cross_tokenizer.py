@@ -65,6 +65,10 @@ def test_a_comparison_goes_on_with_what_is_missing(tmp_path):
         assert json.loads(line)["bits_per_byte"] == json.loads(before)["bits_per_byte"]
     assert (output / "sft-0.001-0" / "model.safetensors").stat().st_mtime_ns == kept
     assert "| other | 0.001 |" in SCRIPT["table"]([json.loads(line) for line in again])
+    # The second seed runs at the rate that the first one chose.
+    SCRIPT["compare"](recipe, str(same), output, [0, 1], [], [1e-3, 1e-5], ["sft"])
+    more = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()[8:]]
+    assert [(line["rate"], line["seed"]) for line in more] == [(1e-5, 0), (1e-3, 1)]
 
 
 def test_the_table_is_of_the_rate_that_other_rows_chose():
