@@ -107,6 +107,11 @@ def test_methods_that_read_unknown_labels_are_refused_before_models_load(recipe,
     with pytest.raises(ValueError, match=r"none of the 6 tokens that the file has.*reads the label"):
         plan(load_recipe(recipe, [*words, "method=hpd"]))
     plan(load_recipe(recipe, [*words, "method=forward_kl"]))
+    # A cache that is written from it knows those labels no better.
+    narrow = ["cache.kind=top_k", f"cache.top_k={K}", "cache.dtype=float16", f"cache.path={tmp_path / 'narrow'}"]
+    write_cache(load_recipe(recipe, [*words, *narrow, "method=forward_kl"]))
+    with pytest.raises(ValueError, match=r"none of the 6 tokens that the file has.*reads the label"):
+        plan(load_recipe(recipe, ["teacher.type=cached", f"teacher.path={tmp_path / 'narrow'}"]))
     # The Python door, where a teacher is an object.
     teacher = CachedTeacher(tmp_path / "back")
     for method in ("hpd", "label_forward_kl"):
