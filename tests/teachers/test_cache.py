@@ -242,7 +242,7 @@ def test_the_students_own_start_can_be_cached(recipe, tmp_path):
 
 
 def test_a_cache_of_a_cache_is_of_the_teacher_that_wrote_the_first(recipe, cache, tmp_path):
-    """Its answers are the model's: a recipe that names the model trains from it, one with another is refused."""
+    """A recipe that names the model trains from it, one that names another is refused."""
     there = ["teacher.type=cached", f"teacher.path={cache}"]
     kind = ["cache.kind=top_k", "cache.top_k=3", "method=forward_kl"]
     path = write_cache(load_recipe(recipe, [*there, *kind, f"cache.path={tmp_path / 'second'}"])).path

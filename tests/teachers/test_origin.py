@@ -17,7 +17,7 @@ from hpd.teachers import origin
 from hpd.teachers.cache import Cache, CorruptCacheError, read_about
 from hpd.teachers.origin import Origin
 from hpd.training.caching import rows_trainer, write_cache
-from hpd.training.importing import recipe_rows
+from hpd.training.matching import recipe_rows
 from hpd.training.plan import plan
 
 DELAY = 0.02

@@ -18,7 +18,8 @@ from hpd.teachers.cache import Cache, read_about
 from hpd.teachers.foreign import AxolotlFile, DistillKitFile, VllmFile
 from hpd.training.caching import rows_trainer, write_cache
 from hpd.training.exporting import export_cache
-from hpd.training.importing import import_cache, recipe_rows
+from hpd.training.importing import import_cache
+from hpd.training.matching import recipe_rows
 from hpd.training.plan import plan
 
 K = 6
@@ -108,7 +109,12 @@ def test_methods_that_read_unknown_labels_are_refused_before_models_load(recipe,
         plan(load_recipe(recipe, [*words, "method=hpd"]))
     plan(load_recipe(recipe, [*words, "method=forward_kl"]))
     # A cache that is written from it knows those labels no better.
-    narrow = ["cache.kind=top_k", f"cache.top_k={K}", "cache.dtype=float16", f"cache.path={tmp_path / 'narrow'}"]
+    narrow = [
+        "cache.kind=top_k",
+        f"cache.top_k={K}",
+        "cache.dtype=float16",
+        f"cache.path={tmp_path / 'narrow'}",
+    ]
     write_cache(load_recipe(recipe, [*words, *narrow, "method=forward_kl"]))
     with pytest.raises(ValueError, match=r"none of the 6 tokens that the file has.*reads the label"):
         plan(load_recipe(recipe, ["teacher.type=cached", f"teacher.path={tmp_path / 'narrow'}"]))
