@@ -64,7 +64,9 @@ def run_import(options: ImportOptions) -> None:
         paragraph(
             f"labels that are none of the k tokens: {summary.labels_outside:,} ({share:.2%}); they {rule}"
         )
-    words = ["teacher.type=cached", f"teacher.path={shlex.quote(str(summary.path))}"]
+    given = [word for word in options.overrides or () if not word.startswith("cache")]
+    words = [*map(shlex.quote, given), "teacher.type=cached"]
+    words.append(f"teacher.path={shlex.quote(str(summary.path))}")
     if summary.unmatched and options.rows is None:
         paragraph(
             "hpd train needs every row: write those that were found with --rows FILE, and train on them"
