@@ -13,6 +13,7 @@ from helpers.forked import hpd
 
 from hpd import DistillConfig, DistillTrainer
 from hpd.config import load_recipe
+from hpd.methods.table import choose_terms
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache, read_about
 from hpd.teachers.foreign import AxolotlFile, DistillKitFile, VllmFile
@@ -125,6 +126,10 @@ def test_methods_that_read_unknown_labels_are_refused_before_models_load(recipe,
             teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
     for method in ("forward_kl", "sft", "reverse_kl"):
         teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
+    # Rules over positions that compare both at the label, and rollouts that were stored, whose draw it is.
+    for method in ("sod", "opd", "iw_opd"):
+        with pytest.raises(ValueError, match="reads the label"):
+            teacher.check_terms(choose_terms(method, {}, ()))
     with pytest.raises(ValueError, match="reads the label"):
         DistillTrainer(
             model=str(recipe.parent / "student"),
