@@ -147,8 +147,7 @@ def line_panel(
     Args:
         looks: name -> look; by default the first five names have colors.
         scale: of the values.
-        log: a logarithmic axis where the values span more than a factor of 10; it goes down to a quarter of
-            the lowest mean, and what is cut off a band is said in the caption.
+        log: a logarithmic axis where the values span more than a factor of 10; it may cut bands off.
         ticks: names of the x values.
         marks: name -> x of a ring on its line.
         level: the teacher's.

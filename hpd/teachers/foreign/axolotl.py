@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
+import pyarrow.compute
 import torch
 from torch import Tensor
 
@@ -70,8 +70,8 @@ class AxolotlFile(TeacherFile):
         return len(self._rows)
 
     def _told(self) -> About:
-        rules = ("this", "next")
-        equal, inside = dict.fromkeys(rules, True), dict.fromkeys(rules, True)
+        equal: dict[About, bool] = {"this": True, "next": True}
+        inside: dict[About, bool] = {"this": True, "next": True}
         if "labels" in self._rows.column_names:
             for number in range(min(_LOOKED_AT, len(self))):
                 row = self._rows[number]
@@ -81,7 +81,10 @@ class AxolotlFile(TeacherFile):
                 if len(masked) != len(learned):
                     raise damaged(self.path, number, f"{len(masked)} targets and {len(learned)} labels")
                 # The first token is about nothing that was read, whatever its label.
-                pairs = {"this": (masked[1:], learned[1:]), "next": (masked, np.append(learned[1:], False))}
+                pairs: dict[About, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]] = {
+                    "this": (masked[1:], learned[1:]),
+                    "next": (masked, np.append(learned[1:], False)),
+                }
                 for name, (told, asked) in pairs.items():
                     equal[name] &= bool((told == asked).all())
                     inside[name] &= bool((told <= asked).all())
@@ -100,6 +103,12 @@ class AxolotlFile(TeacherFile):
 
     def _lists(self, row: dict[str, Any], number: int) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities of each list, k of each; -inf where nothing is told."""
+        try:
+            return self._padded(row, number)
+        except TypeError:
+            raise damaged(self.path, number, "its targets are not k numbers a token") from None
+
+    def _padded(self, row: dict[str, Any], number: int) -> tuple[Tensor, Tensor]:
         names = [name for name in ("logprobs", "token_ids", "mask") if f"target_{name}" in row]
         lists = {name: list(row[f"target_{name}"]) for name in names}
         counts = {len(found) for found in lists.values()}
@@ -121,10 +130,7 @@ class AxolotlFile(TeacherFile):
         return torch.from_numpy(made["token_ids"]).long(), torch.from_numpy(np.where(told, values, -np.inf))
 
     def answers(self, number: int) -> PlaceAnswers:
-        try:
-            tokens, values = self._lists(self._rows[number], number)
-        except TypeError:
-            raise damaged(self.path, number, "its targets are not k numbers a token") from None
+        tokens, values = self._lists(self._rows[number], number)
         fit(tokens, values, self.path, number)
         known = torch.isfinite(values).any(-1)
         if self._temperature != 1.0:
@@ -140,4 +146,5 @@ class AxolotlFile(TeacherFile):
 
 
 def _longest(column: Any) -> int:
-    return int(pc.max(pc.list_value_length(pc.list_flatten(column))).as_py() or 0)
+    compute: Any = pyarrow.compute  # its functions are made at runtime
+    return int(compute.max(compute.list_value_length(compute.list_flatten(column))).as_py() or 0)
