@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ Line: TypeAlias = Sequence[tuple[float, float, float, float]]
 Level: TypeAlias = tuple[float, float, float]
 """The teacher's (mean, low, high); all equal for one teacher and one set of rows."""
 SPLIT_NOTE = "The axis is split and each part has its own scale."
+CUT_NOTE = "Bands end where the axis does."
 _STRETCH = 4.0
 """An axis is split where all that is drawn takes this many times the room of the larger half."""
 _SMALLEST_CORE = 3
@@ -31,6 +33,11 @@ _OUTSIDE = 4
 _MULTIPLE_COLUMNS = 3
 _NAMED_ORDER, _OTHER_ORDER = 2.0, 1.5
 """Drawing orders: named lines lie above the others, and come first in the legend."""
+_BELOW_MEANS = 4.0
+"""How far a logarithmic axis goes below the lowest mean, as a factor."""
+_FEW_DECADES = 1.5
+_PLOT_CHARACTERS = 24
+"""Of a label below one of several small plots."""
 
 
 class Split(NamedTuple):
@@ -140,7 +147,7 @@ def line_panel(
     Args:
         looks: name -> look; by default the first five names have colors.
         scale: of the values.
-        log: a logarithmic axis where the values span more than a factor of 10.
+        log: a logarithmic axis where the values span more than a factor of 10; it may cut bands off.
         ticks: names of the x values.
         marks: name -> x of a ring on its line.
         level: the teacher's.
@@ -163,14 +170,20 @@ def line_panel(
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
-                _set_log(axis)
+                _set_log(axis, lines.values(), scale.factor)
             _set_ticks(axis, lines, log_x, ticks)
         axes[0].set_xlabel(x_label, fontsize=10)
         axes[-1].set_ylabel("%" if scale.percent else "", fontsize=10)
         if len(lines) > 1 or level is not None:
             _legend(axes[-1], entries)
 
-    notes = [note, SPLIT_NOTE if len(found.parts) > 1 else "", _level_note(level, scale)]
+    cut = is_log and _are_cut(lines.values())
+    notes = [
+        note,
+        CUT_NOTE if cut else "",
+        SPLIT_NOTE if len(found.parts) > 1 else "",
+        _level_note(level, scale),
+    ]
     height = 3.1 + (0.2 * math.ceil(entries / 2) if entries >= _OUTSIDE else 0.0)
     columns = ("method", x_label, "mean", "low", "high")
     return Panel(key, title, columns, _rows(lines, scale), draw, height, " ".join(filter(None, notes)))
@@ -206,7 +219,8 @@ def multiples_panel(
     # Plots of the same lines share a legend; else a plot of several has its own.
     shared = next(iter(names)) if len(names) == 1 else ()
     has_legend = len(shared) > 1
-    is_log = log and _spans(line for lines in plots.values() for line in lines.values())
+    every = [line for lines in plots.values() for line in lines.values()]
+    is_log = log and _spans(every)
 
     def draw(figure: Figure) -> None:
         axes = new_axes(figure, num_rows, columns, sharex=True, sharey=share_y)
@@ -217,14 +231,14 @@ def multiples_panel(
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
-                _set_log(axis)
+                _set_log(axis, every if share_y else lines.values(), scale.factor)
             else:
                 axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
             axis.set_title(name, fontsize=8, color=INK, loc="left")
             is_last = i + columns >= len(plots)
             axis.tick_params(labelsize=8, labelbottom=is_last)
-            axis.set_xlabel(x_label if is_last else "", fontsize=8)
+            axis.set_xlabel(textwrap.fill(x_label, _PLOT_CHARACTERS) if is_last else "", fontsize=8)
             if len(lines) > 1 and not has_legend:
                 axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
         if has_legend:
@@ -232,7 +246,8 @@ def multiples_panel(
 
     rows = [(name, *row) for name, lines in plots.items() for row in _rows(lines, scale)]
     height = 0.4 + 1.25 * num_rows + (0.2 * math.ceil(len(shared) / 2) if has_legend else 0.0)
-    caption = " ".join(filter(None, [note, _level_note(level, scale)]))
+    cut = is_log and any(map(_are_cut, [every] if share_y else [lines.values() for lines in plots.values()]))
+    caption = " ".join(filter(None, [note, CUT_NOTE if cut else "", _level_note(level, scale)]))
     return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, caption)
 
 
@@ -240,6 +255,12 @@ def _spans(lines: Iterable[Line]) -> bool:
     """True if the values are positive and span more than a factor of 10."""
     means = [point[1] for points in lines for point in points]
     return min(means) > 0 and max(means) > 10 * min(means)
+
+
+def _are_cut(lines: Iterable[Line]) -> bool:
+    """True if a band reaches below a logarithmic axis."""
+    points = [point for line in lines for point in line]
+    return min(point[2] for point in points) < min(point[1] for point in points) / _BELOW_MEANS
 
 
 def _looks_within(
@@ -320,11 +341,19 @@ def _level_note(level: Level | None, scale: Scale) -> str:
     return f"Dotted: the teacher's, {scale.value(mean)}{spread}."
 
 
-def _set_log(axis: Axes) -> None:
+def _set_log(axis: Axes, lines: Iterable[Line], factor: float) -> None:
+    """A logarithmic axis that shows the means: a band that goes down to nearly nothing would press them into
+    its upper edge."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    points = [point for line in lines for point in line]
+    lowest = factor * min(point[1] for point in points)
+    bottom = max(factor * min(point[2] for point in points), lowest / _BELOW_MEANS) / 1.2
+    top = factor * max(point[3] for point in points) * 1.2
+    axis.set_ylim(bottom, top)
+    decades = math.log10(top / bottom)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades <= _FEW_DECADES else (1,), numticks=6))
     axis.yaxis.set_minor_locator(NullLocator())
     # matplotlib writes powers as formulas, which are switched off for the sake of names.
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -31,8 +31,8 @@ METHODS: dict[str, Method] = {
             "log q)"
         ),
         use=(
-            "rows of other sources, seen many times; needs the log-probabilities of the label and of one "
-            "sampled token; on rows that the teacher wrote start with forward_kl"
+            "rows seen many times, from a teacher that gives the log-probabilities of the label and of one "
+            "sampled token; where it gives whole distributions start with forward_kl"
         ),
         defaults=(
             "forward 1, reverse 1, mask and reinforce on, one draw at temperature 1 on every label position"
@@ -102,7 +102,10 @@ METHODS: dict[str, Method] = {
     "forward_kl": Method(
         summary="KL(teacher || student): the student covers every mode of the teacher",
         weight="p",
-        use="the student is large enough to cover the teacher",
+        use=(
+            "whole distributions, and rows that show all that the teacher does: nearest to it in every such "
+            "regime that was measured (docs/results.md)"
+        ),
         defaults="temperature 1",
         reference="Hinton et al. 2015, arXiv 1503.02531",
         terms=one_term("forward_kl"),

@@ -21,6 +21,7 @@ from hpd.models.load import load_config
 from hpd.teachers.cache import read_about
 
 __all__ = [
+    "behind_cache",
     "differences",
     "model_fingerprint",
     "own_prompt",
@@ -63,6 +64,21 @@ def teacher_fingerprint(source: ModelConfig | TeacherConfig) -> dict[str, Any]:
         "dtype": source.dtype,
         "quantization": getattr(source, "quantization", None),
     }
+
+
+def behind_cache(teacher: TeacherConfig) -> dict[str, Any]:
+    """What a cache that is written from another one takes over from it; empty for other teachers.
+
+    Returns:
+        `fingerprint`: name and fingerprint of the teacher that the first was written with, whose answers both
+        hold, and the digest of the cache that was read. `labels_outside` of an imported one.
+    """
+    if teacher.type != "cached":
+        return {}
+    about = read_about(str(teacher.path))
+    first = {name: about["fingerprint"][name] for name in ("name", "teacher")}
+    outside = {name: about[name] for name in ("labels_outside",) if name in about}
+    return {"fingerprint": {**first, **teacher_fingerprint(teacher)}, **outside}
 
 
 def _checksum(files: Sequence[Path]) -> str:

@@ -77,5 +77,9 @@ def check_cached_terms(path: Any, about: Mapping[str, Any], terms: Sequence[Term
 
 
 def _reads_label(term: Term) -> str | None:
-    # Plain likelihood of the label asks the teacher nothing.
-    return "reads the label" if term.support.label and term.objective.rule != "nll" else None
+    # Plain likelihood of the label asks the teacher nothing. A rollout that was stored is its row's label.
+    if (term.support.label or term.support.given) and term.objective.rule != "nll":
+        return "reads the label"
+    if term.positions is not None and term.positions.rule in ("drift", "steps"):
+        return f"is weighed {term.positions}, which reads the label"
+    return None

@@ -123,8 +123,14 @@ class Origin:
             parts = self._system.cat_ranges([f"{self._root}/{name}"] * len(runs), starts, ends)
         found = {}
         for run, start, end, part in zip(runs, starts, ends, parts, strict=True):
-            if isinstance(part, Exception) or len(part) != end - start:
-                raise OSError(f"{self.address}/{name} ends before byte {end:,}, or cannot be read")
+            if isinstance(part, Exception):
+                said = " ".join(f"{type(part).__name__}: {part}".split())[:200]
+                raise OSError(f"{self.address}/{name} cannot be read: {said}")
+            if len(part) != end - start:
+                raise OSError(
+                    f"{self.address}/{name} gave {len(part):,} of the {end - start:,} bytes from {start:,}: "
+                    "it was cut, or what serves it does not answer for ranges of a file"
+                )
             found.update({key: bytes(part[key[1] - start : key[2] - start]) for key in run})
         return found
 

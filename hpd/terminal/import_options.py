@@ -1,5 +1,6 @@
 """The options of `hpd import`; nothing here loads torch."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,10 @@ class ImportOptions:
             help="axolotl: a token's targets are about this token or the next; default: as the masks tell."
         ),
     ] = None
+    temperature: Annotated[
+        float,
+        typer.Option(help="axolotl: the kd_temperature that the targets were softened by, which is undone."),
+    ] = 1.0
     guess_labels: Annotated[
         bool,
         typer.Option(
@@ -57,6 +62,7 @@ class ImportOptions:
         for name, value, form in (
             ("compressor", self.compressor, "distillkit"),
             ("about", self.about, "axolotl"),
+            ("temperature", None if self.temperature == 1.0 else self.temperature, "axolotl"),
         ):
             if value is not None and self.format != form:
                 raise ValueError(
@@ -64,5 +70,7 @@ class ImportOptions:
                 )
         if self.about not in (None, "this", "next"):
             raise ValueError(f"--about must be this or next, got {self.about!r}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature must be a number above 0, got {self.temperature}.")
         if self.rows is not None and self.rows.exists() and not self.overwrite:
             raise ValueError(f"{self.rows} exists: --overwrite replaces it.")

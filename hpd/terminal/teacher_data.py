@@ -48,6 +48,11 @@ def run_import(options: ImportOptions) -> None:
         if file.scaled
         else f"mass outside the k tokens: {summary.mass_outside:.2%} on average, spread evenly there"
     )
+    if summary.places_short:
+        paragraph(
+            f"positions with fewer tokens than others in the file: {summary.places_short:,}; those that are "
+            "missing take an even share of the mass outside"
+        )
     if summary.labels_outside:
         share = summary.labels_outside / summary.positions
         rule = (
@@ -59,7 +64,9 @@ def run_import(options: ImportOptions) -> None:
         paragraph(
             f"labels that are none of the k tokens: {summary.labels_outside:,} ({share:.2%}); they {rule}"
         )
-    words = ["teacher.type=cached", f"teacher.path={shlex.quote(str(summary.path))}"]
+    given = [word for word in options.overrides or () if not word.startswith("cache")]
+    words = [*map(shlex.quote, given), "teacher.type=cached"]
+    words.append(f"teacher.path={shlex.quote(str(summary.path))}")
     if summary.unmatched and options.rows is None:
         paragraph(
             "hpd train needs every row: write those that were found with --rows FILE, and train on them"
@@ -74,7 +81,7 @@ def _open(options: ImportOptions) -> TeacherFile:
         config = None if options.compressor is None else Compressor.read(options.compressor)
         return DistillKitFile(options.source, config)
     if options.format == "axolotl":
-        return AxolotlFile(options.source, cast(Any, options.about))
+        return AxolotlFile(options.source, cast(Any, options.about), options.temperature)
     return VllmFile(options.source)
 
 

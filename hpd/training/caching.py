@@ -44,6 +44,7 @@ from hpd.teachers.cache import (
     write_json,
 )
 from hpd.teachers.fingerprints import (
+    behind_cache,
     differences,
     own_prompt,
     teacher_fingerprint,
@@ -214,11 +215,13 @@ def rows_trainer(planned: Plan) -> DistillTrainer:
 def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any]:
     """The identity of this cache: kept in plan.json while it is written, and in cache.json."""
     recipe = planned.recipe
+    behind = behind_cache(recipe.teacher)
     teacher = recipe.student if recipe.teacher.type == "self" else recipe.teacher
     fingerprint = {
         "name": recipe.teacher.title,
         "data": recipe.data.path,
         "teacher": teacher_fingerprint(teacher),
+        **behind.get("fingerprint", {}),
         "rows": xxhash.xxh3_128_hexdigest(np.sort(layout.keys).tobytes()),
         **tokenizer_fingerprint(load_tokenizer(recipe.student, "student"), planned.args),
         **own_prompt(recipe.teacher),
@@ -235,6 +238,7 @@ def _target(planned: Plan, config: CacheConfig, layout: Layout) -> dict[str, Any
         "positions": len(layout.keys),
         "date": planned.date and planned.date.isoformat(),
         "fingerprint": fingerprint,
+        **{name: min(found, len(layout.keys)) for name, found in behind.items() if name == "labels_outside"},
     }
 
 

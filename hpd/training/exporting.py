@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hpd.config.schema import Recipe
+from hpd.data.rows import validation_sets
 from hpd.locks import entries
 from hpd.progress import Progress
 from hpd.teachers.cache import Cache, read_about
@@ -17,7 +18,7 @@ from hpd.teachers.foreign import FORMATS
 from hpd.teachers.foreign.writing import AnsweredRow, write_rows
 from hpd.teachers.limits import unread_labels
 from hpd.training.caching import rows_trainer
-from hpd.training.importing import recipe_rows
+from hpd.training.matching import recipe_rows
 from hpd.training.plan import plan
 
 __all__ = ["ExportSummary", "export_cache"]
@@ -75,7 +76,7 @@ def export_cache(recipe: Recipe, form: str, folder: Path, progress: Progress | N
     cache, trainer = Cache(str(recipe.teacher.path)), rows_trainer(planned)
     counts = {"rows": 0, "positions": 0, "lost": 0}
     bar = (progress or Progress()).bar("rows")
-    datasets: Any = [rows for rows in (trainer.train_dataset, trainer.eval_dataset) if rows is not None]
+    datasets: Any = [trainer.train_dataset, *validation_sets(trainer.eval_dataset).values()]
     total = sum(map(len, datasets))
 
     def answered() -> Iterator[AnsweredRow]:

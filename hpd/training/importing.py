@@ -18,7 +18,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hpd.batch import TokenBatch
 from hpd.config.schema import Recipe
 from hpd.files import JsonLines, digest_text
 from hpd.locks import holding
@@ -26,29 +25,17 @@ from hpd.models.load import load_tokenizer
 from hpd.progress import Progress
 from hpd.teachers.cache import ABOUT, FORMAT, TEACHER, read_json, save_index, save_shard, write_json
 from hpd.teachers.fingerprints import tokenizer_fingerprint
-from hpd.teachers.foreign import PlaceAnswers, TeacherFile
+from hpd.teachers.foreign import TeacherFile
 from hpd.training.caching import check_disk, open_folder, rows_trainer, verify_own_share
 from hpd.training.checkpoints import writing
+from hpd.training.matching import Match, RecipeRow, find_rows, recipe_rows, teacher_vocab, why_unmatched
 from hpd.training.plan import Plan, plan
 from hpd.training.shards import Layout, index_bytes, lay_out, size_text
 
-__all__ = ["ImportSummary", "RecipeRow", "import_cache", "recipe_rows"]
+__all__ = ["ImportSummary", "import_cache"]
 
-_SHOWN_TOKENS = 6
-_LOOKED_AT = 2000
 # The least tail of a place: below it, one minus a float32 sum of k numbers is rounding.
 _LEAST_TAIL = 2.0**-20
-
-
-class RecipeRow(NamedTuple):
-    """A row of the recipe as the student reads it."""
-
-    ids: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
-    """Where the next token is a label."""
-    keys: Tensor
-    """Of each of them."""
-    labels: Tensor
 
 
 class ImportSummary(NamedTuple):
@@ -62,18 +49,10 @@ class ImportSummary(NamedTuple):
     """Mean mass of the teacher that the k tokens of a position leave."""
     labels_outside: int
     """Positions whose label is none of the k, and the file does not say how likely it is."""
+    places_short: int
+    """Positions of which the file has fewer tokens; the others take an even share of the mass outside."""
     unmatched: str | None
     """Why rows were not found; None: all were."""
-
-
-class _Match(NamedTuple):
-    """Rows of the recipe, and the row of the file for each."""
-
-    rows: list[RecipeRow]
-    numbers: npt.NDArray[np.int64]
-    """-1: none."""
-    incomplete: int
-    """Rows that were found, and about some label of which the file says nothing."""
 
 
 def import_cache(
@@ -143,9 +122,9 @@ def _import(
     planned.say_warnings(progress)
     trainer = rows_trainer(planned)
     rows = list(recipe_rows(trainer))
-    match = _find(rows, source, progress)
+    match = find_rows(rows, source, planned, progress)
     found = [row for row, number in zip(rows, match.numbers, strict=True) if number >= 0]
-    reason = _why_unmatched(match, source, planned)
+    reason = why_unmatched(match, source, planned)
     if not found:
         raise ValueError(f"None of the {len(rows):,} rows of the recipe is in {source.path}. {reason}")
     assert recipe.cache is not None
@@ -160,18 +139,6 @@ def _import(
     return summary._replace(rows=len(rows), matched=len(found), unmatched=reason)
 
 
-def recipe_rows(trainer: Any) -> Iterable[RecipeRow]:
-    """Every prepared row of a trainer, those of validation behind."""
-    for rows in (trainer.train_dataset, trainer.eval_dataset):
-        for row in rows if rows is not None else ():
-            inputs = trainer.data_collator([row])
-            batch = TokenBatch.pop(inputs)
-            mask = inputs.get("attention_mask")
-            pads = 0 if mask is None else int((mask[0].cumsum(0) == 0).sum())
-            ids = np.asarray(row["input_ids"], dtype=np.int64)
-            yield RecipeRow(ids, (batch.index - pads).numpy(), batch.keys, batch.labels)
-
-
 def _for_layout(rows: list[RecipeRow]) -> Iterable[tuple[Mapping[str, Any], Tensor]]:
     return (({"input_ids": row.ids}, row.keys) for row in rows)
 
@@ -180,86 +147,6 @@ def _labels(row: RecipeRow) -> list[int]:
     labels = np.full(len(row.ids), -100)
     labels[row.places + 1] = row.labels.numpy()
     return labels.tolist()
-
-
-def _prefix_hashes(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """A hash of the first 1, 2, ... tokens."""
-    with np.errstate(over="ignore"):
-        x = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x += np.arange(1, len(ids) + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (x ^ (x >> np.uint64(31))).cumsum(dtype=np.uint64)
-
-
-def _find(rows: list[RecipeRow], source: TeacherFile, progress: Progress) -> _Match:
-    """Look every row up among the beginnings of the file's."""
-    wanted: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        if len(row.ids):
-            wanted.setdefault(int(_prefix_hashes(row.ids)[-1]), []).append(i)
-    known = np.array(sorted(wanted), dtype=np.uint64)
-    numbers = np.full(len(rows), -1, dtype=np.int64)
-    incomplete = 0
-    bar = progress.bar("rows of the file")
-    for number in range(len(source)):
-        ids = source.ids(number)
-        hashes = _prefix_hashes(ids)
-        answers: PlaceAnswers | None = None
-        for end in np.flatnonzero(np.isin(hashes, known)).tolist():
-            for i in wanted[int(hashes[end])]:
-                if numbers[i] >= 0 or not np.array_equal(rows[i].ids, ids[: end + 1]):
-                    continue
-                answers = answers or source.answers(number)
-                if _answered(rows[i], answers):
-                    numbers[i] = number
-                else:
-                    incomplete += 1
-        bar(number + 1, len(source))
-    return _Match(rows, numbers, incomplete)
-
-
-def _answered(row: RecipeRow, answers: PlaceAnswers) -> bool:
-    """True if there is an answer about every label."""
-    if not len(row.places):
-        return True
-    return int(row.places.max()) < len(answers.known) and bool(answers.known[row.places].all())
-
-
-def _why_unmatched(match: _Match, source: TeacherFile, planned: Plan) -> str | None:
-    """What the first row that was not found has, and the row of the file that agrees with it longest."""
-    missing = np.flatnonzero(match.numbers < 0)
-    if not len(missing):
-        return None
-    if match.incomplete:
-        return (
-            f"{match.incomplete:,} rows are in the file without an answer about each of their labels (a "
-            "file may hold answers about completions only, or shorter rows)."
-        )
-    first = match.rows[int(missing[0])].ids
-    best, length = 0, -1
-    for number in range(min(len(source), _LOOKED_AT)):
-        ids = source.ids(number)
-        size = min(len(ids), len(first))
-        differ = np.flatnonzero(ids[:size] != first[:size])
-        same = int(differ[0]) if len(differ) else size
-        if same > length:
-            best, length = number, same
-    if length < 0:
-        return f"{source.path} has no rows."
-    here, there = (_shown(planned.tokenizer, ids, length) for ids in (first, source.ids(best)))
-    return (
-        f"Row {int(missing[0]) + 1} of the recipe is row {best + 1} of the file for {length} tokens, "
-        f"then it has {here} and the file {there}. Other text, template, tokenizer or max_length make other "
-        "tokens."
-    )
-
-
-def _shown(tokenizer: Any, ids: npt.NDArray[np.int64], start: int) -> str:
-    part = [int(i) for i in ids[start : start + _SHOWN_TOKENS]]
-    if not part:
-        return "its end"
-    return repr(tokenizer.decode(part)) if max(part) < len(tokenizer) else f"the ids {part}"
 
 
 def _kept(recipe: Recipe, source: TeacherFile) -> int:
@@ -281,16 +168,16 @@ def _bytes(recipe: Recipe, source: TeacherFile) -> int:
 class _ImportedShards:
     """Writes the shards of an import."""
 
-    def __init__(self, planned: Plan, source: TeacherFile, match: _Match, layout: Layout, guesses: bool):
+    def __init__(self, planned: Plan, source: TeacherFile, match: Match, layout: Layout, guesses: bool):
         self._planned, self._source, self._layout, self._guesses = planned, source, layout, guesses
         assert planned.recipe.cache is not None
         self._folder = Path(planned.recipe.cache.path)
         self._k = _kept(planned.recipe, source)
-        self._vocab = int(planned.teacher_configs["teacher"].get_text_config().vocab_size)
+        self._vocab = teacher_vocab(planned)
         pairs = [(row, n) for row, n in zip(match.rows, match.numbers.tolist(), strict=True) if n >= 0]
         self._rows = [row for row, _ in pairs]
         self._numbers = [number for _, number in pairs]
-        self._outside, self._mass = 0, 0.0
+        self._outside, self._short, self._mass = 0, 0, 0.0
 
     def _target(self) -> dict[str, Any]:
         recipe, layout = self._planned.recipe, self._layout
@@ -345,7 +232,9 @@ class _ImportedShards:
         count = len(self._layout.keys)
         if not (folder / ABOUT).is_file():
             self._finish(target)
-        return ImportSummary(folder, 0, 0, count, self._mass / max(count, 1), self._outside, None)
+        return ImportSummary(
+            folder, 0, 0, count, self._mass / max(count, 1), self._outside, self._short, None
+        )
 
     def _finish(self, target: dict[str, Any]) -> None:
         folder, role = self._folder, "teacher"
@@ -370,27 +259,37 @@ class _ImportedShards:
         places = torch.from_numpy(row.places[mask])
         found, labels = self._source.answers(number), row.labels[torch.from_numpy(mask)]
         tokens, logprobs = found.tokens[places, : self._k], found.logprobs[places, : self._k]
-        if len(tokens) and int(tokens.max()) >= self._vocab:
-            raise ValueError(
-                f"Row {number + 1:,} of {self._source.path} has the token {int(tokens.max())}, and the "
-                f"teacher {self._planned.recipe.teacher.title} has {self._vocab}: the file is of another "
-                "tokenizer, or damaged."
-            )
-        tail = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(_LEAST_TAIL)
-        self._mass += 0.0 if self._source.scaled else float(tail.sum())
+        told = torch.isfinite(logprobs)
+        rest = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(_LEAST_TAIL)
+        self._mass += 0.0 if self._source.scaled else float(rest.sum())
+        self._short += int((~told.all(-1)).sum())
+        # An even share of what is left, as the tail rule has it.
+        least = torch.where(told, logprobs.double(), 0.0).amin(-1)
+        share = torch.log(rest / (self._vocab - told.sum(-1)).clamp_min(1)).minimum(least)
         if found.label_logprobs is None:
-            at = tokens == labels[:, None]
+            at = told & (tokens == labels[:, None])
             known = at.any(-1)
-            said = (logprobs.double() * at).sum(-1)
-            # Else an even share of what is left, as the tail rule has it.
-            share = torch.log(tail / max(self._vocab - self._k, 1)).minimum(logprobs.double().amin(-1))
+            said = torch.where(at, logprobs.double(), 0.0).sum(-1)
             label_logprobs = torch.where(known, said, share)
             self._outside += int((~known).sum())
         else:
             label_logprobs = found.label_logprobs[places]
+        logprobs = torch.where(told, logprobs, share[:, None].to(logprobs.dtype))
+        tail = (1.0 - logprobs.double().exp().sum(-1)).clamp_min(_LEAST_TAIL)
         return {
-            "tokens": tokens.int(),
+            "tokens": _filled(tokens, told).int(),
             "logprobs": logprobs,
             "label_logprobs": label_logprobs.float(),
             "tail": tail.float(),
         }
+
+
+def _filled(tokens: Tensor, told: Tensor) -> Tensor:
+    """Tokens of a position that are all different: where none is told, the first that are not among them."""
+    tokens = tokens.clone()
+    for row, known in zip(tokens, told, strict=True):
+        if not known.all():
+            there = set(row[known].tolist())
+            free = [token for token in range(2 * len(row)) if token not in there]
+            row[~known] = torch.tensor(free[: int((~known).sum())])
+    return tokens

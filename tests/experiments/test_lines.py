@@ -111,3 +111,22 @@ def test_powers_of_a_logarithmic_axis_are_plain_numbers():
     panel = line_panel("k", "KL", {"hpd": [(1, 2.0, 2.0, 2.0), (2, 0.002, 0.002, 0.002)]}, log=True)
     assert ">0.01<" in to_svg(panel)
     assert "mathdefault" not in to_svg(panel)
+
+
+def test_a_logarithmic_axis_shows_the_means_and_says_that_bands_are_cut():
+    """A band down to nearly nothing made a dozen labels that overlap, and pressed the lines together."""
+    near = [(0, 0.002, 1e-7, 0.004), (1, 0.1, 0.05, 0.2)]
+    plots = {"a": {"x": near, "y": near}, "b": {"x": [(0, 3.0, 2.0, 4.0), (1, 3.0, 2.0, 4.0)], "y": near}}
+    long = "third of the positions, by the teacher's entropy"
+    panel = multiples_panel("k", "KL", plots, log=True, share_y=True, x_label=long, note="Band: none.")
+    for axis in drawn(panel).axes:
+        low, high = axis.get_ylim()
+        assert 2e-4 < low < 0.002
+        assert 4.0 < high < 10
+        assert sum(low <= tick <= high for tick in axis.get_yticks()) <= 6
+        assert max(map(len, axis.get_xlabel().split("\n"))) < 25
+    assert panel.note == "Band: none. Bands end where the axis does."
+    whole = line_panel("k", "KL", {"hpd": [(1, 2.0, 1.0, 3.0), (2, 0.002, 0.001, 0.003)]}, log=True)
+    assert whole.note == ""
+    (axis,) = drawn(whole).axes
+    assert axis.get_ylim()[0] < 0.001 < 3.0 < axis.get_ylim()[1]

@@ -1,5 +1,5 @@
-"""Run by tests/training/test_distributed_rollouts.py on two processes: a few on-policy steps, or generation
-under FSDP2.
+"""Run by tests/training/test_distributed_rollouts.py on two processes: a few on-policy steps, steps on stored
+rollouts, or generation under FSDP2.
 
 Usage: torchrun --nproc_per_node 2 ddp_rollouts.py MODE STUDENT TEACHER OUTPUT
 """
@@ -7,6 +7,7 @@ Usage: torchrun --nproc_per_node 2 ddp_rollouts.py MODE STUDENT TEACHER OUTPUT
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -75,6 +76,51 @@ def train(student: str, teacher: str, output: Path, processes: int) -> None:
     (output / f"{processes}-{rank}.json").write_text(json.dumps({"rows": seen, "norm": norm, "logs": logs}))
 
 
+def train_stored(student: str, teacher: str, output: Path, name: str) -> None:
+    """Two steps of eight stored rows in all; `name` says whether they are streamed."""
+    lengths = [1 + i % 5 for i in range(16)]
+    rows = [
+        {
+            "input_ids": [1, *(10 + (7 * i + j) % 200 for j in range(3 + length))],
+            "labels": [-100] * 4 + [10 + (7 * i + j) % 200 for j in range(3, 3 + length)],
+            "behavior_logprobs": [None] * 4 + [-3.0 - 0.4 * (j % 7) for j in range(length)],
+        }
+        for i, length in enumerate(lengths)
+    ]
+    data = Dataset.from_list(rows)
+    processes = int(os.environ["WORLD_SIZE"])
+    trainer = DistillTrainer(
+        model=AutoModelForCausalLM.from_pretrained(student),
+        teacher=AutoModelForCausalLM.from_pretrained(teacher),
+        method="opd",
+        prefixes=Prefixes(student=1.0, stored=True),
+        args=DistillConfig(
+            output_dir=str(output / name),
+            max_steps=2,
+            per_device_train_batch_size=8 // processes,
+            gradient_checkpointing=False,
+            learning_rate=1e-2,
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            max_length=64,
+            use_cpu=True,
+            optim="sgd",
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            metric_stride=1,
+        ),
+        train_dataset=data.to_iterable_dataset() if name.startswith("stream") else data,
+        processing_class=AutoTokenizer.from_pretrained(student),
+    )
+    trainer.train()
+    norm = sum(float(p.detach().double().square().sum()) for p in trainer.model.parameters())
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    rank = trainer.accelerator.process_index
+    (output / f"{name}-{processes}-{rank}.json").write_text(json.dumps({"norm": norm, "logs": logs}))
+
+
 def generate(student: str, output: Path) -> None:
     """The same prompts by a sharded student and by a whole one; the processes have unequal numbers of
     them."""
@@ -106,5 +152,7 @@ if __name__ == "__main__":
     with leaving_processes():
         if mode == "fsdp":
             generate(student_path, Path(out))
+        elif mode in ("stored", "stream"):
+            train_stored(student_path, teacher_path, Path(out), mode)
         else:
             train(student_path, teacher_path, Path(out), int(mode))

@@ -20,6 +20,7 @@ from hpd.losses import Scores, TopKScores
 from hpd.losses.products import logits
 from hpd.methods import method_terms, name_terms
 from hpd.teachers import CachedTeacher
+from hpd.teachers.cache import read_about
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
@@ -238,6 +239,24 @@ def test_the_students_own_start_can_be_cached(recipe, tmp_path):
     assert float(
         trainer.compute_loss(trainer.model.train(), batches_of(trainer)[0]).detach()
     ) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_cache_of_a_cache_is_of_the_teacher_that_wrote_the_first(recipe, cache, tmp_path):
+    """A recipe that names the model trains from it, one that names another is refused."""
+    there = ["teacher.type=cached", f"teacher.path={cache}"]
+    kind = ["cache.kind=top_k", "cache.top_k=3", "method=forward_kl"]
+    path = write_cache(load_recipe(recipe, [*there, *kind, f"cache.path={tmp_path / 'second'}"])).path
+    third = [*kind, "cache.dtype=float16", f"cache.path={tmp_path / 'third'}"]
+    path = write_cache(load_recipe(recipe, [there[0], f"teacher.path={path}", *third])).path
+    about, first = (read_about(where)["fingerprint"] for where in (path, cache))
+    assert (about["teacher"], about["name"]) == (first["teacher"], first["name"])
+    words = [there[0], f"teacher.path={path}", "method=forward_kl"]
+    plan(load_recipe(recipe, words))
+    with pytest.raises(ValueError, match="written with another teacher"):
+        plan(load_recipe(recipe, [*words, *other_teacher(recipe, tmp_path)]))
+    # The cache that is read belongs to what is written: shards of two are not mixed.
+    with pytest.raises(ValueError, match="holds a cache with another cache"):
+        write_cache(load_recipe(recipe, [*there, *third]))
 
 
 def other_rows(recipe, tmp_path):

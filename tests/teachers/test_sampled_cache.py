@@ -15,7 +15,7 @@ from hpd.progress import Progress
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache
 from hpd.training.caching import rows_trainer, write_cache
-from hpd.training.importing import recipe_rows
+from hpd.training.matching import recipe_rows
 from hpd.training.plan import plan
 
 N = 4

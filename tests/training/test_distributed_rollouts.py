@@ -67,6 +67,24 @@ def test_two_processes_write_disjoint_rows_again_and_like_one(pair, tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
+def test_rollouts_that_were_stored_train_two_processes_as_one_streamed_or_not(pair, tmp_path):
+    found = {}
+    for mode in ("stored", "stream"):
+        for processes in (1, 2):
+            run(mode, pair, tmp_path, processes)
+            found[mode, processes] = [
+                read(tmp_path, f"{mode}-{processes}-{rank}") for rank in range(processes)
+            ]
+    whole = found["stored", 1][0]
+    assert whole["logs"][0]["policy/kl_old"] > 0.0
+    for name, sides in found.items():
+        for side in sides:
+            assert side["norm"] == pytest.approx(whole["norm"], rel=1e-6), name
+            for ours, theirs in zip(side["logs"], whole["logs"], strict=True):
+                for metric in ("loss", "policy/kl_old", "policy/clipped", "forward_kl"):
+                    assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-6), (name, metric)
+
+
 def test_a_sharded_student_writes_what_a_whole_one_does(pair, tmp_path):
     run("fsdp", pair, tmp_path, 2)
     for rank in (0, 1):

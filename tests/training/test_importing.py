@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,12 +15,16 @@ from helpers.forked import hpd
 
 from hpd import DistillConfig, DistillTrainer
 from hpd.config import load_recipe
+from hpd.losses.teacher_side import teacher_logits
+from hpd.methods.table import choose_terms
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache, read_about
+from hpd.teachers.cached import scores_of_stored
 from hpd.teachers.foreign import AxolotlFile, DistillKitFile, VllmFile
 from hpd.training.caching import rows_trainer, write_cache
 from hpd.training.exporting import export_cache
-from hpd.training.importing import import_cache, recipe_rows
+from hpd.training.importing import import_cache
+from hpd.training.matching import recipe_rows
 from hpd.training.plan import plan
 
 K = 6
@@ -107,6 +113,16 @@ def test_methods_that_read_unknown_labels_are_refused_before_models_load(recipe,
     with pytest.raises(ValueError, match=r"none of the 6 tokens that the file has.*reads the label"):
         plan(load_recipe(recipe, [*words, "method=hpd"]))
     plan(load_recipe(recipe, [*words, "method=forward_kl"]))
+    # A cache that is written from it knows those labels no better.
+    narrow = [
+        "cache.kind=top_k",
+        f"cache.top_k={K}",
+        "cache.dtype=float16",
+        f"cache.path={tmp_path / 'narrow'}",
+    ]
+    write_cache(load_recipe(recipe, [*words, *narrow, "method=forward_kl"]))
+    with pytest.raises(ValueError, match=r"none of the 6 tokens that the file has.*reads the label"):
+        plan(load_recipe(recipe, ["teacher.type=cached", f"teacher.path={tmp_path / 'narrow'}"]))
     # The Python door, where a teacher is an object.
     teacher = CachedTeacher(tmp_path / "back")
     for method in ("hpd", "label_forward_kl"):
@@ -114,6 +130,10 @@ def test_methods_that_read_unknown_labels_are_refused_before_models_load(recipe,
             teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
     for method in ("forward_kl", "sft", "reverse_kl"):
         teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
+    # Rules over positions that compare both at the label, and rollouts that were stored, whose draw it is.
+    for method in ("sod", "opd", "iw_opd"):
+        with pytest.raises(ValueError, match="reads the label"):
+            teacher.check_terms(choose_terms(method, {}, ()))
     with pytest.raises(ValueError, match="reads the label"):
         DistillTrainer(
             model=str(recipe.parent / "student"),
@@ -151,6 +171,53 @@ def test_rows_that_do_not_match_are_counted_and_those_that_do_are_written(recipe
     assert cache.missing(found[0]).any()
     assert len(found[1])
     assert not cache.missing(found[1]).any()
+
+
+@pytest.mark.slow
+def test_every_set_of_validation_rows_is_exported_and_imported(recipe, tmp_path):
+    lines = (recipe.parent / "rows.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("train", lines[:8]), ("near", lines[8:11]), ("far", lines[11:15])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sets = {name: str(tmp_path / f"{name}.jsonl") for name in ("near", "far")}
+    data = {"path": str(tmp_path / "train.jsonl"), "validation": sets}
+    words = [f"data={json.dumps(data)}", "cache.kind=top_k", f"cache.top_k={K}", "method=forward_kl"]
+    ours = write_cache(load_recipe(recipe, [*words, f"cache.path={tmp_path / 'ours'}"])).path
+    cached = load_recipe(recipe, [*words, "teacher.type=cached", f"teacher.path={ours}"])
+    assert export_cache(cached, "vllm", tmp_path / "theirs").rows == 15
+    wanted = load_recipe(recipe, [*words, "cache.dtype=auto", f"cache.path={tmp_path / 'back'}"])
+    summary = import_cache(wanted, VllmFile(str(tmp_path / "theirs")))
+    assert (summary.rows, summary.matched, summary.labels_outside, summary.places_short) == (15, 15, 0, 0)
+    assert np.array_equal(Cache(ours)._keys, Cache(tmp_path / "back")._keys)
+
+
+def test_lists_of_unequal_lengths_take_an_even_share_of_what_is_left(recipe, tmp_path):
+    """Positions with 3 and with 1 of the k tokens: what is told stays, tokens differ, all sums to one."""
+    (row, *_) = [row for row in recipe_rows(rows_trainer(plan(load_recipe(recipe)))) if len(row.places) > 1]
+    lists = {"target_logprobs": [], "target_token_ids": [], "target_mask": []}
+    labels = [-100] * len(row.ids)
+    for token in range(len(row.ids)):
+        if token - 1 in row.places:
+            labels[token] = int(row.ids[token])
+        count = 3 if token == row.places[0] + 1 else 1
+        lists["target_logprobs"].append([-1.0, -2.0, -3.0][:count])
+        lists["target_token_ids"].append([1, 40, 0][:count])
+        lists["target_mask"].append([int(labels[token] != -100)] * count)
+    Dataset.from_list([{"input_ids": row.ids.tolist(), "labels": labels, **lists}]).to_parquet(
+        tmp_path / "r.parquet"
+    )
+    words = ["cache.dtype=auto", f"cache.path={tmp_path / 'c'}", "method=forward_kl"]
+    summary = import_cache(load_recipe(recipe, words), AxolotlFile(str(tmp_path / "r.parquet")))
+    assert summary.places_short == summary.positions - 1 > 0
+    teacher = CachedTeacher(tmp_path / "c")
+    stored = teacher.cache.read(row.keys.numpy())
+    assert stored["tokens"][0].tolist() == [1, 40, 0]
+    assert stored["tokens"][1].tolist() == [1, 0, 2]
+    assert stored["logprobs"][:, 0].tolist() == [-1.0] * len(row.keys)
+    rest = math.log((1 - math.exp(-1.0)) / (teacher.vocab - 1))
+    assert stored["logprobs"][1, 1:].tolist() == pytest.approx([rest] * 2, rel=1e-6)
+    scores = scores_of_stored(stored, "top_k", teacher.vocab, None)
+    whole = teacher_logits(scores, row.labels, teacher.vocab, torch.zeros(1))
+    assert whole.exp().sum(-1).tolist() == pytest.approx([1.0] * len(row.keys), rel=1e-5)
 
 
 def test_another_template_finds_nothing_and_says_where_rows_part(recipe, compressed, tmp_path):

@@ -105,6 +105,17 @@ def test_a_cache_of_the_stored_rows_trains_alike(place, tmp_path):
     assert math.isfinite(live["loss"])
 
 
+def test_a_stream_of_stored_rows_trains_alike(place, tmp_path):
+    found = []
+    for name in ("rows", "stream"):
+        data = {"path": str(place / "written.jsonl"), "streaming": name == "stream"}
+        tree = recipe_of(place, "", output_dir=str(tmp_path / name)) | {"data": data}
+        train(load_recipe(tree))
+        found.append(first_log(tmp_path / name))
+    for metric in ("loss", "grad_norm", "policy/kl_old"):
+        assert found[1][metric] == pytest.approx(found[0][metric], rel=1e-5, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -135,6 +135,8 @@ class Compressor(NamedTuple):
             return f"polynomial_terms are whole numbers, sqrt or exp, got {list(self.polynomial_terms)}"
         if any(not 1 <= part.element_bits <= 64 or part.num_elements < 1 for part in self.residual_bins):
             return "residual_bins have 1 to 64 element_bits and at least one of num_elements"
+        if self.exact_k < self.k and not (self.polynomial_terms or self.residual_bins):
+            return "exact_k < k needs polynomial_terms or residual_bins, which say the other values"
         if sum(part.num_elements for part in self.residual_bins) > self.k - self.exact_k:
             return "residual_bins hold more values than k - exact_k"
         return None
@@ -289,6 +291,9 @@ class DistillKitFile(TeacherFile):
                 )
             found.append(torch.from_numpy(packed.astype(np.uint8)))
         values = self.config.values(found[0])
+        if (none := values == -torch.inf).any():
+            # Of fewer tokens than k its writer makes -inf, and differences of -inf are no numbers.
+            values = torch.where(none.cumsum(-1) > 0, -torch.inf, values)
         tokens = unpack_bits(found[1], self.config.index_bits, self.k)
         fit(tokens, values, self.path, number)
         length = len(row["input_ids"])

@@ -26,7 +26,7 @@ class PlaceAnswers(NamedTuple):
     tokens: Int[Tensor, "L k"]
     """The likeliest tokens, likeliest first."""
     logprobs: Float[Tensor, "L k"]
-    """Nats, as the file's own reader gives them."""
+    """Nats, as the file's own reader gives them; -inf: the file has fewer tokens there."""
     label_logprobs: Float[Tensor, "L"] | None
     """Of the row's next token, in nats; None: known where it is one of the k."""
     known: Bool[Tensor, "L"]
@@ -83,7 +83,7 @@ def fit(tokens: Tensor, logprobs: Tensor, path: str, number: int) -> None:
     """Look at the answers of a row.
 
     Raises:
-        ValueError: shapes that differ, no number, or a log-probability above 0.
+        ValueError: shapes that differ, no number, a log-probability above 0, or a token twice at a place.
     """
     if tokens.shape != logprobs.shape or tokens.dim() != 2:
         raise damaged(
@@ -98,6 +98,11 @@ def fit(tokens: Tensor, logprobs: Tensor, path: str, number: int) -> None:
         raise damaged(path, number, f"a log-probability is {float(logprobs.max()):g}, above 0")
     if len(tokens) and int(tokens.min()) < 0:
         raise damaged(path, number, f"a token has the number {int(tokens.min())}")
+    own = -1 - torch.arange(tokens.shape[1]).expand_as(tokens)  # what is not told is no token
+    ordered = torch.where(torch.isfinite(logprobs), tokens, own).sort(-1).values
+    if (twice := ordered[:, 1:] == ordered[:, :-1]).any():
+        token = int(ordered[:, 1:][twice][0])
+        raise damaged(path, number, f"a place has the token {token} twice")
 
 
 def read_columns(path: str, needed: tuple[str, ...], title: str) -> Any:

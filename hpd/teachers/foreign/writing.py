@@ -161,12 +161,14 @@ def _targets(row: AnsweredRow, k: int) -> dict[str, Any]:
 
 
 def _dumped(row: AnsweredRow) -> dict[str, Any]:
-    entries: list[dict[str, dict[str, float]] | None] = [None] * len(row.ids)
+    entries: list[dict[str, dict[str, float | None]] | None] = [None] * len(row.ids)
     columns = (row.places.tolist(), row.labels.tolist(), row.tokens.tolist(), row.logprobs.float().tolist())
     for place, label, tokens, logprobs, own in zip(*columns, row.label_logprobs.tolist(), strict=True):
         found = zip(tokens, logprobs, strict=True)
-        entry = {str(t): {"logprob": value, "rank": i} for i, (t, value) in enumerate(found, 1)}
-        # The label behind the k, where it is none of them: its rank is not known.
-        entry.setdefault(str(label), {"logprob": own, "rank": len(tokens) + 1})
+        entry: dict[str, dict[str, float | None]] = {
+            str(t): {"logprob": value, "rank": i} for i, (t, value) in enumerate(found, 1)
+        }
+        # Where it is none of the k its rank is not known, and k + 1 would make it one of k + 1.
+        entry.setdefault(str(label), {"logprob": own, "rank": None})
         entries[place + 1] = entry
     return {"prompt_token_ids": row.ids.tolist(), "prompt_logprobs": entries}

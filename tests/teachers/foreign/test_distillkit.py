@@ -78,6 +78,10 @@ def test_the_configuration_of_other_files_is_named(rows):
         ({"polynomial_terms": ["log"]}, "whole numbers, sqrt or exp"),
         ({"residual_bins": [{"element_bits": 8}]}, "each of residual_bins has"),
         ({"colour": 1}, "may have exact_dtype"),
+        (
+            {"exact_k": 3, "polynomial_terms": [], "residual_bins": []},
+            "needs polynomial_terms or residual_bins",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_named(change, said):
@@ -92,3 +96,26 @@ def test_a_missing_configuration_and_former_rows_are_refused(rows, tmp_path):
     pq.write_table(pa.table({"input_ids": [[1]], "packed_indices": [[[1]]]}), tmp_path / "old.parquet")
     with pytest.raises(ValueError, match="former compressor"):
         DistillKitFile(str(tmp_path / "old.parquet"))
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_places_of_fewer_tokens_end_with_nothing(tmp_path, delta):
+    """Its writer fills what a place lacks with -inf, whose differences are no numbers, and with any token."""
+    values = torch.tensor([[-0.5, -1.5, -torch.inf, -torch.inf], [-1.0, -2.0, -3.0, -4.0]])
+    stored = torch.diff(values, prepend=torch.zeros(2, 1)) if delta else values
+    tokens = torch.tensor([[3, 9, 7, 7], [1, 2, 3, 4]])
+    config = {"d": 61, "k": 4, "exact_k": 4, "residual_bins": [], "delta_encoding": delta}
+    table = {
+        "input_ids": [[4, 1, 7]],
+        "compressed_logprobs": [stored.contiguous().view(torch.uint8).tolist()],
+        "bytepacked_indices": [pack_bits(tokens, 6).tolist()],
+    }
+    pq.write_table(pa.table(table), tmp_path / "data_0.parquet")
+    (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(config))
+    found = DistillKitFile(str(tmp_path)).answers(0)
+    assert torch.equal(found.logprobs, values)
+    assert torch.equal(found.tokens, tokens)
+    table["bytepacked_indices"] = [pack_bits(torch.tensor([[3, 9, 7, 7], [1, 2, 2, 4]]), 6).tolist()]
+    pq.write_table(pa.table(table), tmp_path / "data_0.parquet")
+    with pytest.raises(ValueError, match="the token 2 twice"):
+        DistillKitFile(str(tmp_path)).answers(0)
