@@ -236,8 +236,8 @@ class StepMemory:
             ) from None
 
     def _trace_teacher(self, batch: int) -> int:
-        """The most that any teacher's forward pass holds; one that remembers, is elsewhere or is not asked has
-        none."""
+        """The most that any teacher's forward pass holds; one that remembers, is elsewhere or is not asked
+        has none."""
         if not self._runs_teacher:
             return 0
         peaks = [0]

@@ -36,7 +36,6 @@ class Regime(NamedTuple):
         whole = prefixes.adaptive is None and prefixes.continue_tokens is None and not prefixes.stored
         return whole and prefixes.student_share(0.0) == prefixes.student_share(1.0) == 1.0
 
-
     def runs_teacher(self, terms: Sequence[Term], metrics: bool) -> bool:
         """True if a training step asks the teacher: something reads its answer (a clipped ratio always has
         it computed).
