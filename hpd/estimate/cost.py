@@ -21,10 +21,11 @@ from hpd.config.models import TeacherConfig
 from hpd.config.schema import Recipe
 from hpd.data.lengths import Lengths
 from hpd.methods.table import name_terms
+from hpd.methods.terms import reads_teacher
 from hpd.models.buildable import without_weights
 from hpd.models.load import load_config
 
-__all__ = ["FlopsPerToken", "flops_per_token"]
+__all__ = ["FlopsPerToken", "flops_per_token", "runs_teacher"]
 
 
 class FlopsPerToken(NamedTuple):
@@ -55,7 +56,7 @@ def flops_per_token(recipe: Recipe) -> FlopsPerToken:
     student = _weights(load_config(recipe.student, "student"))
     student_backbone, student_head = student
     teacher_backbone, teacher_head = 0.0, 0.0  # sft needs none
-    if any(term.name.partition("#")[0] != "nll" for term in name_terms(recipe.choose_terms())):
+    if reads_teacher(name_terms(recipe.choose_terms())):
         teacher_backbone, teacher_head = _teacher_weights(recipe.teacher, student)
     return FlopsPerToken(
         backbone=6.0 * student_backbone + 2.0 * teacher_backbone,
@@ -64,6 +65,17 @@ def flops_per_token(recipe: Recipe) -> FlopsPerToken:
         teacher_backbone=2.0 * teacher_backbone,
         teacher_head=2.0 * teacher_head,
     )
+
+
+def runs_teacher(recipe: Recipe, args: Any) -> bool:
+    """True if the recipe's training steps ask the teacher: for a term, or for metrics alone.
+
+    Args:
+        recipe: what is trained.
+        args: its `DistillConfig`.
+    """
+    metrics = bool(args.metric_stride) or recipe.guards.overlap or args.vocabulary == "bytes"
+    return recipe.choose_regime().runs_teacher(name_terms(recipe.choose_terms()), metrics)
 
 
 def _teacher_weights(teacher: TeacherConfig, student: tuple[int, int]) -> tuple[float, float]:

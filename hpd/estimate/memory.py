@@ -26,6 +26,7 @@ from transformers.training_args import OptimizerNames
 
 from hpd.config.schema import Recipe
 from hpd.data.lengths import Lengths
+from hpd.estimate.cost import runs_teacher
 from hpd.estimate.fake_models import (
     OperatorGradients,
     backbone,
@@ -126,6 +127,7 @@ class StepMemory:
         self.tokens = row_tokens(planned)
         self.teacher_tokens = teacher_row_tokens(planned)
         self.label_share = planned.lengths.label_share
+        self._runs_teacher = runs_teacher(planned.recipe, planned.args)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._mode = FakeTensorMode()
         self._student = self._fake(
@@ -214,7 +216,7 @@ class StepMemory:
     def _operator_scratch(self) -> int:
         """Tiles, and copies of the heads in the dtype that products run in (hpd.losses.products)."""
         size = _TILE_SCRATCH_BYTES if self.device == "cpu" else 0
-        for model in (self._student, *self._teachers):
+        for model in (self._student, *(self._teachers if self._runs_teacher else ())):
             weight = head_weight(model)
             low = weight.dtype in (torch.bfloat16, torch.float16)
             if self.device == "cpu":
@@ -234,7 +236,10 @@ class StepMemory:
             ) from None
 
     def _trace_teacher(self, batch: int) -> int:
-        """The most that any teacher's forward pass holds; one that remembers or is elsewhere has none."""
+        """The most that any teacher's forward pass holds; one that remembers, is elsewhere or is not asked
+        has none."""
+        if not self._runs_teacher:
+            return 0
         peaks = [0]
         for model in self._teachers or ([self._student] if self._is_own_teacher else []):
             with LiveBytes() as live, torch.no_grad():

@@ -30,10 +30,11 @@ from hpd.losses.byte_events import ByteEvents
 from hpd.losses.byte_weights import Pair, add_weights_, next_bytes
 from hpd.losses.chunked import ReweightedNLL, finish
 from hpd.losses.heads import Head, Scores, TeacherScores
+from hpd.losses.measures import distribution_metrics
 from hpd.losses.operator import LossOutput, default_chunk_bytes
 from hpd.losses.products import accumulate, empty_gradients, for_products, leaves, project_, wide
 from hpd.losses.teacher_side import is_known_by_token, log_normalizer, teacher_logits_, token_logprobs
-from hpd.losses.tile import Sums, add, distribution_metrics
+from hpd.losses.tile import Sums, add
 from hpd.methods.supports import LOGPROB_FLOOR, raise_excluded_
 from hpd.methods.terms import Term
 

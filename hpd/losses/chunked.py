@@ -10,7 +10,7 @@ distributions. Memory: two chunks of logits, one tile of scratch and the head's 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hpd.losses.filtered import GradientFilter
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
+from hpd.losses.measures import chunk_metrics, merge, tile_values_, tiles
 from hpd.losses.products import (
     Gradients,
     accumulate,
@@ -51,7 +52,6 @@ from hpd.losses.tile import (
     TeacherAt,
     TileInputs,
     add,
-    distribution_metrics,
     normalized_gradient_,
     read_few_tokens,
     tile_gradient_,
@@ -60,10 +60,6 @@ from hpd.losses.tile import (
 from hpd.methods.terms import Term
 
 __all__ = ["OperatorCall", "ReweightedNLL", "compiled_reweighted_nll", "finish"]
-
-# Scratch per tile on a CPU: small beside a chunk, and large enough to amortize the start of a parallel region
-# (measured: a pass over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
-_TILE_BYTES = 8 * 2**20
 
 
 class OperatorCall(NamedTuple):
@@ -123,6 +119,9 @@ class ReweightedNLL(torch.autograd.Function):
         for chunk in chunks(len(hidden), row_bytes, rows * row_bytes):
             part, scores = call.at(chunk), student.at(chunk)
             logits = project_(scores, buffers[0, : len(scores.hidden)])
+            if _reads_all_without_gradient(call, gradients):
+                _evaluate(part, logits, buffers[1, : len(logits)], sums)
+                continue
             teacher_logits = _observe(part, logits, buffers[1, : len(logits)], chunk.start, by_token, sums)
             if few:
                 softmax = _softmax(part, logits, student.head)
@@ -132,7 +131,7 @@ class ReweightedNLL(torch.autograd.Function):
                 assert teacher_logits is not None
                 parts = [
                     tile_gradient(logits[at], teacher_logits[at], part.inputs.rows(at), terms, sums, scale)
-                    for at in _tiles(logits, call.compiled)
+                    for at in tiles(logits, call.compiled)
                 ]
                 gradient = parts[0] if call.compiled else logits
             add(sums, tokens=torch.ones_like(logits[:, 0]))
@@ -182,6 +181,28 @@ def _reads_few_tokens(call: OperatorCall, head: Head) -> bool:
     # The slope of a softcap needs the logits beside their gradient: a second chunk, so such heads go tile by
     # tile.
     return head.softcap is None and read_few_tokens(call.terms, call.inputs.kl_estimator)
+
+
+def _reads_all_without_gradient(call: OperatorCall, gradients: Gradients) -> bool:
+    """True where metrics of every position normalize both distributions, and nothing is learned."""
+    taken = call.metric_stride == 1 and isinstance(call.teacher, Scores) and not call.compiled
+    return taken and all(buffer is None for buffer in gradients)
+
+
+def _evaluate(part: OperatorCall, logits: Tensor, buffer: Tensor, sums: Sums) -> None:
+    """Add the values of the terms and the metrics of a chunk.
+
+    Args:
+        part: the call at the chunk.
+        logits: the student's; used up.
+        buffer: for the teacher's.
+        sums: gain them.
+    """
+    teacher_logits = _observe(part._replace(metric_stride=0), logits, buffer, 0, False, sums)
+    assert teacher_logits is not None
+    for at in tiles(logits):
+        tile_values_(logits[at], teacher_logits[at], part.inputs.rows(at), part.terms, sums)
+    add(sums, tokens=torch.ones_like(logits[:, 0]))
 
 
 def finish(
@@ -271,8 +292,8 @@ def _observe(
         else:
             found = teacher_logits_(part.ready.at(rows), labels, buffer[: len(labels)])
         more: Sums = {}
-        _metrics(found, logits[rows], labels, more, part.compiled)
-        _merge(sums, known_metrics(teacher, more))
+        chunk_metrics(found, logits[rows], labels, more, part.compiled)
+        merge(sums, known_metrics(teacher, more))
     return teacher_logits
 
 
@@ -295,39 +316,6 @@ def _gradient_through_softcap_(
     """`tile_gradient`, times the slope of the cap at the logits."""
     slope = 1.0 - (logits / softcap).square_()
     return tile_gradient(logits, *rest).mul_(slope)
-
-
-def _tiles(logits: Float[Tensor, "C V"], whole: bool = False) -> Iterator[slice]:
-    """Tile by tile; on devices without a CPU's caches, or where it is to be `whole`, the chunk is one."""
-    size, vocab = logits.shape
-    row_bytes = vocab * logits.element_size()
-    whole = whole or logits.device.type != "cpu"
-    return chunks(size, row_bytes, size * row_bytes if whole else _TILE_BYTES)
-
-
-def _metrics(teacher_logits: Tensor, logits: Tensor, labels: Tensor, sums: Sums, is_compiled: bool) -> None:
-    """Metrics of the full distributions at the chosen positions of a chunk.
-
-    They are taken together: spread over the chunk's tiles they would be slivers, and starting a parallel
-    region for each costs more than the arithmetic.
-    """
-    if is_compiled:
-        _merge(sums, compiled(_metric_sums)(teacher_logits, logits, labels))
-        return
-    for rows in _tiles(logits):
-        _merge(sums, _metric_sums(teacher_logits[rows], logits[rows], labels[rows]))
-
-
-def _metric_sums(teacher_logits: Tensor, logits: Tensor, labels: Tensor) -> Sums:
-    sums: Sums = {}
-    log_p, log_q = (torch.log_softmax(side, -1) for side in (teacher_logits, logits))
-    distribution_metrics(log_p, log_q, labels, sums)
-    return sums
-
-
-def _merge(sums: Sums, more: Sums) -> None:
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
 
 
 def compiled_reweighted_nll(
@@ -361,7 +349,7 @@ def _compiled_gradient(
     log_z = [log_normalizer_by_blocks(logits) for logits in (student_logits, teacher_logits)]
     pair = student_logits, teacher_logits
     gradient, values = compiled(_gradient_of_logits)(*pair, *log_z, inputs, terms, scale, finite, dtype)
-    _merge(sums, values)
+    merge(sums, values)
     return gradient
 
 

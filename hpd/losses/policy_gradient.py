@@ -34,10 +34,11 @@ from torch.utils.checkpoint import checkpoint
 from hpd.batch import TokenBatch
 from hpd.losses.by_source import SourcePart, parts_of, weights_of
 from hpd.losses.heads import Scores, TeacherScores
+from hpd.losses.measures import distribution_metrics
 from hpd.losses.operator import LossOutput, default_chunk_bytes
 from hpd.losses.products import chunks, logits
 from hpd.losses.teacher_side import teacher_logits
-from hpd.losses.tile import Sums, TileInputs, add, distribution_metrics, weigh
+from hpd.losses.tile import Sums, TileInputs, add, weigh
 from hpd.methods.strategy import StrategyConfig
 from hpd.methods.supports import LOGPROB_FLOOR, has_ratio, raise_excluded_
 from hpd.methods.terms import Term

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from hpd.losses.chunked import OperatorCall
 from hpd.losses.heads import Head, Scores, TopKScores
+from hpd.losses.measures import distribution_metrics
 from hpd.losses.products import logits
 from hpd.losses.teacher_side import known_metrics, tail_mass, teacher_logits_
-from hpd.losses.tile import Sums, add, distribution_metrics, term_draws, weigh
+from hpd.losses.tile import Sums, add, term_draws, weigh
 from hpd.methods.supports import LOGPROB_FLOOR, raise_excluded_
 
 __all__ = ["reference_reweighted_nll"]

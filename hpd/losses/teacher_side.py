@@ -26,6 +26,7 @@ __all__ = [
     "teacher_logits",
     "teacher_logits_",
     "token_logprobs",
+    "unread",
 ]
 
 
@@ -139,6 +140,17 @@ def label_alone(teacher: TopKScores, labels: Int[Tensor, "N"]) -> TopKScores:
     other = torch.where(labels > 0, labels - 1, 1)
     rest = torch.log((-torch.expm1(known)).clamp_min(torch.finfo(known.dtype).tiny))
     return teacher._replace(tokens=torch.stack([labels, other], 1), logprobs=torch.stack([known, rest], 1))
+
+
+def unread(labels: Int[Tensor, "N"], vocab: int) -> TopKScores:
+    """What stands for a teacher that no term reads and of which no metric is taken.
+
+    Args:
+        labels: the label of each position.
+        vocab: tokens that both models have: the student's softmax runs over them.
+    """
+    nothing = torch.zeros(len(labels), 1, device=labels.device)
+    return TopKScores(labels[:, None], nothing, nothing[:, 0], vocab, drawn=True)
 
 
 def known_metrics(teacher: TeacherScores, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

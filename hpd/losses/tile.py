@@ -18,21 +18,23 @@ from hpd.losses.softmax import StudentSoftmax
 from hpd.methods.supports import LOGPROB_FLOOR, Columns, Draws, raise_excluded_
 from hpd.methods.terms import Term
 from hpd.objectives.estimators import kl_estimate
-from hpd.objectives.fused import FUSED, Whole
+from hpd.objectives.fused import FUSED, Weighed, Whole
 
 __all__ = [
     "Sums",
     "TileInputs",
     "add",
-    "distribution_metrics",
+    "is_on_whole_vocabulary",
     "normalized_gradient_",
     "read_few_tokens",
+    "softened",
     "sum_dtype",
     "term_draws",
     "tile_gradient_",
     "token_gradient",
     "weigh",
     "weigh_columns",
+    "weigh_whole",
 ]
 
 Sums = dict[str, Tensor]
@@ -116,7 +118,7 @@ def normalized_gradient_(
         log_q.clamp_(min=LOGPROB_FLOOR)
         raise_excluded_(log_p)
     q = torch.exp(log_q)
-    if len(terms) == 1 and _on_whole_vocabulary(terms[0]):
+    if len(terms) == 1 and is_on_whole_vocabulary(terms[0]):
         whole = Whole(log_p, log_q, q, inputs.labels)
         return _whole_gradient_(terms[0], whole, inputs.weight_of(terms[0]), sums, scale)
     dense: list[tuple[Tensor, Tensor]] = []
@@ -148,7 +150,7 @@ def normalized_gradient_(
     return gradient
 
 
-def _on_whole_vocabulary(term: Term) -> bool:
+def is_on_whole_vocabulary(term: Term) -> bool:
     """True if a second form of the objective does all the work between the logits and their gradient."""
     if term.objective.rule not in FUSED or term.temperature != 1.0:
         return False
@@ -161,11 +163,7 @@ def _whole_gradient_(
     term: Term, whole: Whole, by_position: Float[Tensor, "R"] | None, sums: Sums, scale: Tensor
 ) -> Tensor:
     """The gradient in the place of the student's log-probabilities."""
-    objective = term.objective
-    weights, value, weights_factor, mass, stats = FUSED[objective.rule](whole, *objective.arguments)
-    if by_position is not None:
-        value = value * by_position
-    add(sums, **{f"value/{term.name}": value}, **(stats or {}))
+    weights, _, weights_factor, mass, _ = weigh_whole(term, whole, by_position, sums)
     if mass is None:
         mass = weights.sum(-1) * weights_factor
     factor = term.weight * scale
@@ -174,6 +172,14 @@ def _whole_gradient_(
     scaled = whole.student_probs.mul_((mass * factor)[:, None])
     factor = factor if by_position is None else factor[:, None]
     return torch.addcmul(scaled, weights, -factor * weights_factor, out=whole.student_logprobs)
+
+
+def weigh_whole(term: Term, whole: Whole, by_position: Float[Tensor, "R"] | None, sums: Sums) -> Weighed:
+    """The term's weights at every token; adds its value and metrics."""
+    weighed = FUSED[term.objective.rule](whole, *term.objective.arguments)
+    value = weighed.value if by_position is None else weighed.value * by_position
+    add(sums, **{f"value/{term.name}": value}, **(weighed.stats or {}))
+    return weighed
 
 
 def weigh(
@@ -239,9 +245,7 @@ def term_draws(term: Term, log_p: Tensor, log_q: Tensor, q: Tensor, inputs: Tile
 
 def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInputs, sums: Sums) -> Tensor:
     """The gradient of a term whose distributions are softened: d/dz of softmax(z / T) brings 1 / T."""
-    log_p = torch.log_softmax(log_p / term.temperature, -1)
-    log_q = torch.log_softmax(log_q / term.temperature, -1)
-    q = torch.exp(log_q)
+    log_p, log_q, q = softened(term, log_p, log_q)
     columns, weights = weigh(term, log_p, log_q, q, inputs, sums)
     share, at_tokens, beside = columns.logit_gradient(weights, log_q)
     gradient = q.mul_(share)
@@ -254,42 +258,10 @@ def _softened_gradient(term: Term, log_p: Tensor, log_q: Tensor, inputs: TileInp
     return gradient.mul_(term.weight / term.temperature)
 
 
-def distribution_metrics(log_p: Tensor, log_q: Tensor, labels: Tensor, sums: Sums) -> None:
-    """Both KLs, both entropies (nats), acceptance, top-1 agreement and the student's accuracy, summed over
-    the rows.
-
-    The distributions are scratch.
-    """
-    if not len(log_p):
-        return
-    raise_excluded_(log_p)
-    log_q.clamp_(min=LOGPROB_FLOOR)
-    # The student agrees where its likeliest token is the teacher's; one index search, which costs three
-    # passes on a CPU.
-    chosen = log_q.gather(1, log_p.max(-1, keepdim=True).indices)[:, 0]
-    likeliest = log_q.amax(-1)
-    agreement = (chosen == likeliest).to(log_p.dtype)
-    accuracy = (log_q.gather(1, labels[:, None])[:, 0] == likeliest).to(log_p.dtype)
-    p, q = log_p.exp(), log_q.exp()
-    product = torch.empty_like(p)
-
-    def expected(probs: Tensor, logs: Tensor) -> Tensor:
-        return torch.mul(probs, logs, out=product).sum(-1)
-
-    teacher_entropy, student_entropy = -expected(p, log_p), -expected(q, log_q)
-    acceptance = torch.minimum(p, q, out=product).sum(-1)
-    gap = log_p.sub_(log_q)
-    add(
-        sums,
-        forward_kl=expected(p, gap),
-        reverse_kl=-expected(q, gap),
-        teacher_entropy=teacher_entropy,
-        student_entropy=student_entropy,
-        acceptance=acceptance,
-        top1_agreement=agreement,
-        mean_token_accuracy=accuracy,
-        metric_tokens=torch.ones_like(agreement),
-    )
+def softened(term: Term, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides' log-probabilities at the term's temperature, and the student's probabilities."""
+    log_p, log_q = (torch.log_softmax(side / term.temperature, -1) for side in (log_p, log_q))
+    return log_p, log_q, torch.exp(log_q)
 
 
 TeacherAt = Callable[[Int[Tensor, "C n"]], Float[Tensor, "C n"]]

@@ -126,6 +126,11 @@ class PositionRule:
         """True if the weights depend on what the models say."""
         return self.rule in ("entropy", "drift", "steps")
 
+    @property
+    def reads_teacher(self) -> bool:
+        """True if the weights depend on what the teacher says."""
+        return self.rule in ("drift", "steps")
+
     def __str__(self) -> str:
         named = {name: getattr(self, name) for name in ("column", *_NUMBERS[self.rule])}
         said = [f"{name} {value}" for name, value in named.items() if value is not None]

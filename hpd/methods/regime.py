@@ -12,7 +12,7 @@ from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.methods.strategy import StrategyConfig, as_strategy
 from hpd.methods.supports import has_ratio
 from hpd.methods.table import METHODS
-from hpd.methods.terms import Term, sources_used
+from hpd.methods.terms import Term, reads_teacher, sources_used
 
 __all__ = ["Regime", "choose_regime"]
 
@@ -35,6 +35,16 @@ class Regime(NamedTuple):
         prefixes = self.prefixes
         whole = prefixes.adaptive is None and prefixes.continue_tokens is None and not prefixes.stored
         return whole and prefixes.student_share(0.0) == prefixes.student_share(1.0) == 1.0
+
+    def runs_teacher(self, terms: Sequence[Term], metrics: bool) -> bool:
+        """True if a training step asks the teacher: something reads its answer (a clipped ratio always has
+        it computed).
+
+        Args:
+            terms: what is learned.
+            metrics: figures of both distributions are taken beside the loss.
+        """
+        return metrics or self.strategy.type == "policy_gradient" or reads_teacher(terms)
 
 
 def choose_regime(

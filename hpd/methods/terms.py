@@ -346,6 +346,14 @@ def sources_used(terms: Sequence[Term]) -> set[str]:
     return {source for source in ("dataset", "student") if any(term.on in (source, "both") for term in terms)}
 
 
+def reads_teacher(terms: Sequence[Term]) -> bool:
+    """False where every term is plain likelihood of the label, in weights that ask the teacher nothing."""
+    return any(
+        term.objective.rule != "nll" or (term.positions is not None and term.positions.reads_teacher)
+        for term in terms
+    )
+
+
 def num_uniforms(terms: Sequence[Term]) -> int:
     """Uniforms that a position needs."""
     return max((term.support.num_uniforms for term in terms), default=0)

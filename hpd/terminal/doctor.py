@@ -14,10 +14,11 @@ from rich.table import Table
 from hpd.config.load import load_recipe, stage_recipes
 from hpd.config.schema import Recipe
 from hpd.data.rows import validation_sets
-from hpd.estimate.cost import flops_per_token
+from hpd.estimate.cost import flops_per_token, runs_teacher
 from hpd.estimate.memory import Memory, StepMemory
 from hpd.estimate.sizes import parse_bytes
 from hpd.methods.table import name_terms
+from hpd.methods.terms import reads_teacher
 from hpd.terminal.console import console, show_figures, show_next
 from hpd.terminal.rows import show_rows
 from hpd.terminal.verdicts import show_verdicts
@@ -143,6 +144,8 @@ def _show_work(planned: Plan, steps: int | None, devices: int, tflops: float | N
             text += f": {hours:,.3g} hours on {machines} that reach {tflops:g} TFLOP/s each"
     if planned.recipe.choose_regime().prefixes.on_policy:
         text += "; generation not counted"
+    if runs_teacher(planned.recipe, args) and not reads_teacher(name_terms(planned.recipe.choose_terms())):
+        text += "; the teacher's forward pass, which no term reads, not counted"
     console.print(text, highlight=False)
 
 

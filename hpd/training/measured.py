@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import PredictionOutput
 
-from hpd.batch import TokenBatch, as_teacher_reads
-from hpd.losses.teacher_side import NOT_LINEAR
+from hpd.batch import TokenBatch, as_teacher_reads, uniforms
+from hpd.losses import TeacherScores
+from hpd.losses.teacher_side import NOT_LINEAR, unread
 from hpd.methods.terms import Term
 from hpd.models.forward import model_inputs
-from hpd.teachers import TeacherUnavailable
+from hpd.teachers import RoutedScores, TeacherUnavailable
 from hpd.training.guarded import GuardedTrainer
 from hpd.training.metrics import MetricSums, evaluated_names, means
 from hpd.training.on_policy import StepState
@@ -36,6 +37,10 @@ class MeasuredTrainer(GuardedTrainer):
     evaluation_seconds: float = 0.0
     """Time that evaluations took since the trainer was made."""
     _step: StepState
+    _runs_teacher: bool = True
+    """False if no training step reads what the teacher would say; evaluations always do."""
+    _shared_vocab: int = 0
+    """Tokens that both models have."""
     _prefix: str = "eval"
     """Of the names that the evaluation which runs is logged under."""
 
@@ -57,6 +62,17 @@ class MeasuredTrainer(GuardedTrainer):
         if self.accelerator.num_processes > 1 and self.agree(failure is not None):
             failure = next((f for f in gather_object([failure]) if f is not None), None)
         return failure
+
+    def _teacher_scores(self, inputs: dict[str, Any], batch: TokenBatch) -> TeacherScores | RoutedScores:
+        """What the teacher says of a micro-batch, or what stands for it where a step does not read it."""
+        if self.model.training and not self._runs_teacher:
+            return unread(batch.labels, self._shared_vocab)
+        return self.teacher.scores(*as_teacher_reads(inputs, batch))
+
+    def _uniforms(self, batch: TokenBatch, count: int) -> Tensor | None:
+        """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""
+        step = self.state.global_step if self.model.training else -1
+        return uniforms(batch.keys, seed=self.args.seed, step=step, count=count) if count else None
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from hpd.batch import TokenBatch, as_teacher_reads, uniforms
+from hpd.batch import TokenBatch
 from hpd.config.schema import GuardsConfig
 from hpd.data.collator import DistillCollator
 from hpd.data.rows import validation_sets
@@ -132,15 +132,17 @@ class DistillTrainer(MeasuredTrainer):
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
         self.teacher.check_terms(configs)
-        vocab = self.teacher.vocab
+        vocab, size = self.teacher.vocab, self._base_model.config.get_text_config().vocab_size
         self._events: ByteEvents | None = None
         if (both := self.two_tokenizers()) is not None:
-            size = self._base_model.config.get_text_config().vocab_size
             self._events, vocab = both.events(size, vocab or size).to(self.accelerator.device), None
             if knows_likeliest(self.teacher):
                 check_likeliest(configs)
         elif vocab is not None:
             vocab = common_vocab(self._base_model, vocab, args.vocabulary)
+        self._shared_vocab = vocab or size
+        metrics = bool(args.metric_stride) or self._guards.overlap or self._events is not None
+        self._runs_teacher = self.regime.runs_teacher(self.terms, metrics)
         self._take_teacher()
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._introduce_rows()
@@ -231,7 +233,8 @@ class DistillTrainer(MeasuredTrainer):
         one ahead of the step."""
         held_out = validation_sets(self.eval_dataset).values()
         # A stream has no end that one could wait for; there, the lookup itself finds a missing row.
-        known = [rows for rows in (self.train_dataset, *held_out) if isinstance(rows, Dataset)]
+        read = (self.train_dataset, *held_out) if self._runs_teacher else held_out
+        known = [rows for rows in read if isinstance(rows, Dataset)]
         self.teacher.register_rows(itertools.chain.from_iterable(map(self.data_collator.rows, known)))
         # A loader's workers have no connection, a stream's batches travel from one process to the others, and
         # rows that are not trained on need no answer.
@@ -239,7 +242,8 @@ class DistillTrainer(MeasuredTrainer):
         elsewhere = self.args.dataloader_num_workers > 0 or dispatched
         # The ends of answers may be cut off first.
         late = self._cuts or (self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy))
-        self.data_collator.ask = self.teacher.ask if self.teacher.asks_ahead and not late else None
+        ahead = self.teacher.asks_ahead and self._runs_teacher and not late
+        self.data_collator.ask = self.teacher.ask if ahead else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, within `resuming`.
@@ -270,7 +274,7 @@ class DistillTrainer(MeasuredTrainer):
             raise ValueError("The fused loss builds no logits: call predict(), or the model itself.")
         training = self.model.training
         batch = TokenBatch.pop(inputs)
-        teacher = self.teacher.scores(*as_teacher_reads(inputs, batch))
+        teacher = self._teacher_scores(inputs, batch)
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)
         replicas = 1
@@ -351,11 +355,6 @@ class DistillTrainer(MeasuredTrainer):
             gradient_filter=self.args.gradient_filter,
         )
 
-    def _uniforms(self, batch: TokenBatch, count: int) -> Tensor | None:
-        """Numbers of the draws; evaluation keeps its own fixed (step -1 is no training step)."""
-        step = self.state.global_step if self.model.training else -1
-        return uniforms(batch.keys, seed=self.args.seed, step=step, count=count) if count else None
-
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -376,7 +375,7 @@ class DistillTrainer(MeasuredTrainer):
         if self._cuts and (share := common_share(self.terms)) is not None:
             batches = [cut_batch(batch, share) for batch in batches]
         # Here, before the step: no process has entered a collective operation that the others would wait in.
-        if failure := self._teacher_failure(batches):
+        if self._runs_teacher and (failure := self._teacher_failure(batches)):
             self.put_state(before)
             raise TeacherUnavailable(failure)
         self.begin_record(batches, before)

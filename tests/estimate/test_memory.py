@@ -151,6 +151,16 @@ def test_the_largest_batch_and_chunk_fit_and_one_more_does_not(tmp_path):
     assert step.fit(MIB) == (0, 0)
 
 
+def test_a_teacher_that_no_step_asks_takes_its_weights_alone(tmp_path):
+    file = write_recipe(tmp_path, SIZES["activations"][0], batch=2)
+    asked, unasked = (
+        StepMemory(plan(load_recipe(file, ["method=sft", f"train.metric_stride={stride}"]))).predict()
+        for stride in (16, 0)
+    )
+    assert asked.teacher_forward > 0 == unasked.teacher_forward
+    assert asked._replace(teacher_forward=0) == unasked
+
+
 def test_the_teachers_own_rows_are_counted(tmp_path):
     """A prompt for the teacher alone: its row is as much longer as the prompt is, in memory and FLOPs, and
     nothing of the student's changes."""

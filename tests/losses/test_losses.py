@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpd.losses import Head, Scores, chunked, reweighted_nll
+from hpd.losses import Head, Scores, measures, reweighted_nll
 from hpd.methods import method_terms, name_terms
 from hpd.methods.supports import full, label, sampled, top_k
 from hpd.methods.terms import Term
@@ -62,7 +62,7 @@ def test_chunked_is_the_reference_whatever_the_chunks(
     want = compute(given, terms, impl="reference")
     assert want.stats["tokens"] == NUM_TOKENS
     for rows, tile in CHUNKINGS.values():
-        monkeypatch.setattr(chunked, "_TILE_BYTES", tile * vocab * 8)
+        monkeypatch.setattr(measures, "_TILE_BYTES", tile * vocab * 8)
         assert_equal(compute(given, terms, rows), want)
 
 
@@ -600,7 +600,7 @@ def test_metrics_are_of_every_nth_position(
 ) -> None:
     vocab = 43
     given = problem(vocab)
-    monkeypatch.setattr(chunked, "_TILE_BYTES", 2 * vocab * 8)
+    monkeypatch.setattr(measures, "_TILE_BYTES", 2 * vocab * 8)
     log_p, log_q = (x[::stride] for x in softmaxes(given))
     p, q = log_p.exp(), log_q.exp()
     expected = {

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.trainers import make_trainer, rows
-from tiny_models import tiny_pair
+from helpers.trainers import make_trainer, rows, weights
+from tiny_models import NUM_TOKENS, tiny_pair
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpd.config.guards import GuardsConfig, Thresholds
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +165,68 @@ def test_rows_of_a_length_come_together_when_asked(pair, tmp_path):
         return sum(mask.numel() for mask in masks)
 
     assert padding("group_by_length") < 0.85 * padding("random")
+
+
+def _counted(teacher, monkeypatch):
+    """The number of passes through a live teacher, as a list that grows."""
+    passes, scores = [], teacher.scores
+    monkeypatch.setattr(teacher, "scores", lambda *given: passes.append(1) or scores(*given))
+    return passes
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_steps_that_read_nothing_of_the_teacher_do_not_run_it(pair, tmp_path, monkeypatch, impl):
+    trainers = {
+        stride: make_trainer(
+            pair,
+            tmp_path / str(stride),
+            method="sft",
+            evaluation=rows(4),
+            metric_stride=stride,
+            max_steps=2,
+            impl=impl,
+        )
+        for stride in (0, 1)
+    }
+    passes = {stride: _counted(trainer.teacher, monkeypatch) for stride, trainer in trainers.items()}
+    for trainer in trainers.values():
+        trainer.train()
+    assert [len(passes[stride]) for stride in (0, 1)] == [0, 2]
+    without, asked = (trainers[stride].state.log_history for stride in (0, 1))
+    assert [log["loss"] for log in without[:2]] == [log["loss"] for log in asked[:2]]
+    assert torch.equal(weights(trainers[0]), weights(trainers[1]))
+    assert "forward_kl" in asked[0]
+    assert not {"forward_kl", "teacher_tail_mass", "teacher_mass_outside"} & without[0].keys()
+    # Validation compares the two models, whatever training does.
+    compared = [trainers[stride].evaluate()["eval_forward_kl"] for stride in (0, 1)]
+    assert compared[0] == compared[1] > 0.0
+    assert passes[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("masked_sft", {}),
+        ("psft", {}),
+        ("sft", {"guards": GuardsConfig(support_overlap=Thresholds(warn=0.1))}),
+        ("sft", {"metric_stride": 16}),
+    ],
+)
+def test_steps_that_read_the_teacher_run_it(pair, tmp_path, monkeypatch, method, options):
+    trainer = make_trainer(pair, tmp_path, **{"method": method, "metric_stride": 0, **options})
+    passes = _counted(trainer.teacher, monkeypatch)
+    trainer.train()
+    assert len(passes) == 1
+
+
+def test_without_the_teacher_the_softmax_keeps_to_the_common_vocabulary(tmp_path):
+    """A teacher with fewer tokens cuts the student's softmax, read or not."""
+    pair = tiny_pair("llama", tmp_path / "pair", student_vocab=NUM_TOKENS + 40)
+    losses = []
+    for stride in (0, 1):
+        trainer = make_trainer(
+            pair, tmp_path / str(stride), method="sft", metric_stride=stride, vocabulary="shared_prefix"
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
