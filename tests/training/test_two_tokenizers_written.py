@@ -159,7 +159,7 @@ def test_the_teachers_own_prompt_stands_before_what_the_student_writes(pairs, tm
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "gkd"},
+        {"method": "gkd", "prefixes": Prefixes(student=0.5)},
         {"method": "hpd", "prefixes": Prefixes(student=0.5, continue_tokens=3)},
         {
             "method": "alm", "byte_length": "product", "prefixes": Prefixes(student=1.0),
@@ -233,7 +233,6 @@ def test_prompts_alone_are_enough_and_chats_end_with_their_turn(pairs, tmp_path)
 
 def test_answers_that_would_begin_elsewhere_for_the_teacher_are_refused(pairs, tmp_path):
     given = [{"prompt": "say ", "completion": "one two"}] * 4
-    plan(recipe_of(pairs[0], tmp_path, given, prefixes={"student": 0}, rollouts={}, method="hpd"))
     with pytest.raises(ValueError, match="Row 0: tokens merge where prompt and answer meet"):
         plan(recipe_of(pairs[0], tmp_path, given))
 
