@@ -88,6 +88,11 @@ class TokenBatch(NamedTuple):
     """The chunk of each of the teacher's positions."""
     teacher_labels: Int[Tensor, "M"] | None = None
     """The teacher's label at each of them."""
+    chunk_of_token: Int[Tensor, "B T"] | None = None
+    """The chunk of every token of the batch, learned or not, rising from 1; 0: of none. With it a batch can
+    be taken apart into rows again."""
+    teacher_chunk_of_token: Int[Tensor, "B S"] | None = None
+    """The same for the teacher's own rows of S tokens."""
     steps: Int[Tensor, "N"] | None = None
     """The stretch of labels that each position is in, counted from 0: where something else stands between two
     labels of a row, such as a tool's answer, a new one begins."""
@@ -201,6 +206,7 @@ def token_batch(
         (source == STUDENT).nonzero().flatten(),
         None if behavior_logprobs is None else behavior_logprobs.flatten()[index + 1],
         chunks=None if chunks is None else _from_zero(chunks.flatten()[index + 1]),
+        chunk_of_token=chunks,
         steps=_from_zero(steps[index]),
         position_weights=None if position_weights is None else position_weights.flatten()[index + 1],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from hpd.batch import IGNORE_INDEX, TEACHER_CHUNKS, TEACHER_PREFIXES
 from hpd.data.alignment import Chunks, align
 from hpd.data.lengths import MEASURED_ROWS, TeacherLengths
 from hpd.data.reading import first_rows
-from hpd.data.rendering import render
+from hpd.data.rendering import Rendering, render
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.losses.byte_events import ByteEvents, VocabularyBytes, byte_events
 from hpd.models.pairing import CheckResult
@@ -95,7 +96,12 @@ def two_tokenizers(student: Any, teacher: Any) -> TwoTokenizers:
 
 
 def byte_row(
-    row: Mapping[str, Any], tokenizer: Any, other: TwoTokenizers, labels: str, index: int
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    other: TwoTokenizers,
+    labels: str,
+    index: int,
+    writes: bool = False,
 ) -> ByteRow:
     """A row in both tokenizers, each with its own template, begin and end.
 
@@ -105,11 +111,14 @@ def byte_row(
         other: the teacher's.
         labels: as `render` takes them.
         index: the row's number, for errors.
+        writes: the student writes answers to the prompt, which then may stand alone.
 
     Raises:
-        ValueError: the row is no prompt with one answer, or nothing stands before the answer for the teacher.
+        ValueError: the row is no prompt with one answer, or nothing stands before the answer for the teacher;
+            or the student's answers would begin elsewhere for the teacher.
     """
-    if labels == "all" or row.get("prompt") is None or not row.get("completion"):
+    unanswered = writes and row.get("completion") is None
+    if labels == "all" or row.get("prompt") is None or not (row.get("completion") or unanswered):
         raise ValueError(
             f"Row {index} is not a prompt and its completion, the latter learned, which two tokenizers "
             "need (train.vocabulary: bytes): set data.labels: last_turn for conversations, completion for "
@@ -125,6 +134,8 @@ def byte_row(
             f"Row {index}: the teacher's tokenizer gives the prompt no token, so nothing stands before the "
             "answer's first: give the row a prompt, or teacher.prompt some text."
         )
+    if writes:
+        _check_seam(student, teacher, other, index)
     answers = other.student.answer(student.ids[start:stop]), other.teacher.answer(teacher.ids[begin:end])
     found = align(*answers)
     learned = np.zeros(len(student.ids), dtype=bool)
@@ -138,6 +149,20 @@ def byte_row(
         teacher.ids[begin : begin + int(found.teacher[-1])],
         found,
     )
+
+
+def _check_seam(student: Rendering, teacher: Rendering, other: TwoTokenizers, index: int) -> None:
+    """Refuse a prompt whose last bytes one side alone reads as the answer's first, since tokens merge."""
+    sides = (student, other.student), (teacher, other.teacher)
+    lost = [table.of(rendered.lost_prompt_ids)[0].astype(np.uint8).tobytes() for rendered, table in sides]
+    if lost[0] != lost[1]:
+        shown = [text.decode(errors="backslashreplace") for text in lost]
+        raise ValueError(
+            f"Row {index}: tokens merge where prompt and answer meet, so that {shown[0]!r} of the prompt's "
+            f"end is read with the answer by the student, and {shown[1]!r} by the teacher: an answer that "
+            "the student writes would begin elsewhere for the teacher. Let prompts end at the end of a token "
+            "of both (move a space or a line's end to the answer)."
+        )
 
 
 def _answer(mask: Sequence[bool], index: int) -> tuple[int, int]:
@@ -159,6 +184,7 @@ def check_byte_rows(
     labels: str,
     max_length: int | None,
     limits: Mapping[str, int | None],
+    new_tokens: int = 0,
     num_proc: int | None = None,
 ) -> list[CheckResult]:
     """Prepare the rows in both tokenizers as training will, and say how far they are the same text.
@@ -168,12 +194,16 @@ def check_byte_rows(
         tokenizer, other, labels: as `byte_row` takes them.
         max_length: tokens that the student's row keeps; None: all.
         limits: tokens that each teacher reads, by its role in messages; None: not known.
+        new_tokens: that the student may write behind a prompt; 0: it writes nothing.
         num_proc: processes, as `train.dataset_num_proc` says.
 
     Raises:
         ValueError: as `byte_row`.
     """
-    given = {"tokenizer": tokenizer, "other": other, "labels": labels, "max_length": max_length}
+    given = {
+        "tokenizer": tokenizer, "other": other, "labels": labels, "max_length": max_length,
+        "new_tokens": new_tokens,
+    }  # fmt: skip
     if isinstance(rows, Dataset):
         measured = rows.map(
             _measured, with_indices=True, fn_kwargs=given, remove_columns=rows.column_names, num_proc=num_proc
@@ -217,14 +247,21 @@ def _measured(
     other: TwoTokenizers,
     labels: str,
     max_length: int | None,
+    new_tokens: int,
 ) -> dict[str, int]:
-    found = byte_row(row, tokenizer, other, labels, index)
+    found = byte_row(row, tokenizer, other, labels, index, writes=new_tokens > 0)
     sizes, teacher_sizes = found.chunks.tokens
     kept = len(sizes)
     if max_length is not None:
         kept = int(np.searchsorted(found.chunks.student, max_length - found.start, side="right"))
     read = int(found.chunks.teacher[kept - 1]) if kept else 0
     stop = found.start + int(found.chunks.student[-1])
+    learned = int(teacher_sizes[:kept][found.chunks.aligned[:kept]].sum())
+    if new_tokens:
+        room = new_tokens if max_length is None else min(new_tokens, max(max_length - found.start, 0))
+        # As many of the teacher's for each of the student's as in the dataset's answer.
+        written = math.ceil(room * len(found.teacher_ids) / (stop - found.start))
+        read, learned = max(read, written), max(learned, written)
     return {
         "chunks": len(sizes),
         "alone": int(((sizes == 1) & (teacher_sizes == 1)).sum()),
@@ -235,20 +272,25 @@ def _measured(
             found.ids[stop - 1] in other.student.ends and found.teacher_ids[-1] in other.teacher.ends
         ),
         "teacher_tokens": len(found.prefix) + read,
-        "teacher_labels": int(teacher_sizes[:kept][found.chunks.aligned[:kept]].sum()),
+        "teacher_labels": learned,
     }
 
 
 def byte_lengths(
-    rows: Any, tokenizer: Any, other: TwoTokenizers, labels: str, max_length: int | None
+    rows: Any,
+    tokenizer: Any,
+    other: TwoTokenizers,
+    labels: str,
+    max_length: int | None,
+    new_tokens: int = 0,
 ) -> TeacherLengths:
     """Tokens of the first rows as the teacher reads them.
 
     Args:
-        rows, tokenizer, other, labels, max_length: as `check_byte_rows` takes them.
+        rows, tokenizer, other, labels, max_length, new_tokens: as `check_byte_rows` takes them.
     """
     return TeacherLengths.of(
-        rows, lambda row, index: _measured(row, index, tokenizer, other, labels, max_length)
+        rows, lambda row, index: _measured(row, index, tokenizer, other, labels, max_length, new_tokens)
     )
 
 
@@ -256,7 +298,8 @@ def row_in_chunks(
     rows: Any, tokenizer: Any, other: TwoTokenizers, labels: str
 ) -> list[tuple[list[str], list[str], bool]]:
     """The first row's answer, chunk by chunk: the student's tokens, the teacher's, and whether they align."""
-    found = byte_row(next(iter(first_rows(rows, 1))), tokenizer, other, labels, 0)
+    row = next(iter(first_rows(rows, 1)))
+    found = byte_row(row, tokenizer, other, labels, 0, writes=row.get("completion") is None)
     out, texts = [], (other.student.texts(), other.teacher.texts())
     begin, other_begin = 0, 0
     for end, other_end, aligned in zip(*found.chunks[:3], strict=True):

@@ -17,6 +17,7 @@ from hpd.batch import (
     IGNORE_INDEX,
     OF_TEACHER,
     POSITION_WEIGHTS,
+    SOURCES,
     TEACHER_CHUNKS,
     TEACHER_PREFIXES,
     TokenBatch,
@@ -111,6 +112,7 @@ class DistillCollator:
             teacher_keys=of_teacher.keys,
             teacher_labels=of_teacher.labels,
             teacher_chunks=of_teacher.chunks,
+            teacher_chunk_of_token=of_teacher.chunk_of_token,
         )
 
     def _of_one(self, examples: list[Any]) -> tuple[dict[str, Any], TokenBatch]:
@@ -150,8 +152,8 @@ def _teacher_example(example: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _two_examples(examples: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Examples, perhaps of several packed rows, as student and teacher read them, with the number of each
-    token's chunk (0: none). A chunk that a cut took tokens from, or before which nothing stands, is not
-    learned."""
+    token's chunk (0: none). A chunk that a cut took tokens from has no number; one before which nothing
+    stands is not learned."""
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     number = 0
     for example in examples:
@@ -165,17 +167,18 @@ def _two_examples(examples: list[Any]) -> tuple[list[dict[str, Any]], list[dict[
             first = next((place for place in range(start, end) if prefixes[place]), end)
             # A row that was cut before its answer: the teacher reads any one token, and is asked nothing.
             before, begin = len(teacher.ids), first
-            teacher.read(prefixes[first] if first < end else [0], 0)
+            teacher.read(prefixes[first] if first < end else [0], 0, learned=False)
             for place in (place for place in range(first, end) if ends[place]):
-                learned = begin > start and labels[begin] != IGNORE_INDEX
-                if learned:
-                    number, span = number + 1, slice(begin, place + 1)
-                    student.labels[span], student.chunks[span] = ids[span], [number] * (place + 1 - begin)
-                teacher.read(ends[place], number if learned else 0)
+                number, span = number + 1, slice(begin, place + 1)
+                student.chunks[span] = [number] * (place + 1 - begin)
+                if learned := begin > start and labels[begin] != IGNORE_INDEX:
+                    student.labels[span] = ids[span]
+                teacher.read(ends[place], number, learned)
                 begin = place + 1
             teacher.lengths.append(len(teacher.ids) - before)
             start = end
-        sides[0].append(student.example("seq_lengths" in example))
+        written = {SOURCES: example[SOURCES]} if SOURCES in example else {}
+        sides[0].append({**student.example("seq_lengths" in example), **written})
         sides[1].append(teacher.example("seq_lengths" in example))
     return sides
 
@@ -188,10 +191,10 @@ class _RowsOfOne(NamedTuple):
     chunks: list[int]
     lengths: list[int]
 
-    def read(self, tokens: list[int], number: int) -> None:
+    def read(self, tokens: list[int], number: int, learned: bool) -> None:
         """Append tokens of a chunk; 0: of none."""
         self.ids.extend(tokens)
-        self.labels.extend(tokens if number else [IGNORE_INDEX] * len(tokens))
+        self.labels.extend(tokens if learned else [IGNORE_INDEX] * len(tokens))
         self.chunks.extend([number] * len(tokens))
 
     def example(self, packed: bool) -> dict[str, Any]:

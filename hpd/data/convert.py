@@ -11,7 +11,7 @@ from hpd.data.checks import check_row, check_turns, check_types
 from hpd.data.formats import FORMATS, RowFormat
 from hpd.data.teacher_prompts import TEACHER_PROMPT, TeacherContext
 
-__all__ = ["convert"]
+__all__ = ["convert", "is_chat"]
 
 # Whose words a turn of the ShareGPT format holds.
 _SPEAKERS = {
@@ -101,6 +101,18 @@ def convert(
         out[TEACHER_PROMPT] = context.prompt_of(row, out, index)
     out = {**dict.fromkeys(whole), **out}
     return {**out, **{name: row[name] for name in kept}}
+
+
+def is_chat(rows: Any, layout: RowFormat, labels: str, *, prompts: bool = False) -> bool:
+    """True if the prompts of a dataset are messages; by its first row, since a column has one type.
+
+    Args:
+        rows, layout, labels, prompts: as `convert` takes them.
+    """
+    first = next(iter(rows), None)
+    return first is not None and isinstance(
+        convert(first, 0, layout, labels, prompts=prompts).get("prompt"), list
+    )
 
 
 def _of_row(row: Mapping[str, Any], layout: RowFormat) -> RowFormat:

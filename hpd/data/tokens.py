@@ -27,6 +27,7 @@ def label_rows(
     prompts: bool = False,
     num_proc: int | None = None,
     other: TwoTokenizers | None = None,
+    writes: bool = False,
 ) -> Any:
     """Rows with `input_ids` and `labels`, uncut; with `teacher_prefixes` where they have a `teacher_prompt`,
     and with `teacher_chunks` too where the teacher has another tokenizer.
@@ -39,12 +40,14 @@ def label_rows(
         prompts: prompts without completions are enough.
         num_proc: processes, as `train.dataset_num_proc` says.
         other: the teacher's tokenizer; None: it has the student's.
+        writes: the student writes answers to these prompts.
 
     Raises:
         ValueError: a row that cannot be learned from.
     """
     given = {
         "layout": layout, "tokenizer": tokenizer, "labels": labels, "prompts": prompts, "other": other,
+        "writes": writes,
     }  # fmt: skip
     options: Any = {} if isinstance(rows, IterableDataset) else {"num_proc": num_proc}
     return rows.map(_labeled, with_indices=True, fn_kwargs=given, **options)
@@ -58,11 +61,12 @@ def _labeled(
     labels: str,
     prompts: bool,
     other: TwoTokenizers | None,
+    writes: bool,
 ) -> dict[str, list[Any]]:
     converted = convert(row, index, layout, labels, prompts=prompts)
     if other is not None:
         own = {**converted, TEACHER_PROMPT: row.get(TEACHER_PROMPT)}
-        return byte_row(own, tokenizer, other, labels, index).columns()
+        return byte_row(own, tokenizer, other, labels, index, writes).columns()
     if "input_ids" in converted and TEACHER_PROMPT not in row:
         return {name: converted[name] for name in ("input_ids", "labels")}
     ids, mask = tokenize(converted, tokenizer, labels)

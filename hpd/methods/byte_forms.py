@@ -105,10 +105,10 @@ def methods_with_byte_forms() -> list[str]:
 
 
 def _problem(configs: Sequence[TermConfig | Term], regime: Regime) -> str | None:
-    if regime.prefixes.on_policy:
+    if regime.prefixes.on_policy and len({config.on for config in configs}) > 1:
         return (
-            "rows that the student writes have no text for the teacher yet (prefixes.student), so the rows "
-            "must be the dataset's"
+            "its terms learn from rows of different writers (on: dataset, on: student), and chunks are not "
+            "told apart by who wrote them"
         )
     if regime.strategy.type != "direct":
         return f"strategy {regime.strategy.type} takes ratios of single tokens"

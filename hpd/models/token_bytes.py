@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt16
 
 from hpd.models.bounded import rendering
 
-__all__ = ["END", "TokenBytes", "token_bytes"]
+__all__ = ["END", "TokenBytes", "end_of_answer", "token_bytes"]
 
 END = 256
 """The symbol of an answer's end, beside the 256 bytes: `<|im_end|>` and `<end_of_turn>` are one event with
@@ -45,6 +45,12 @@ class TokenBytes(NamedTuple):
         ends = np.cumsum(lengths)
         places = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
         return self.symbols[places], ends
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one token; none of an id beyond the tokenizer's, which a head may have."""
+        if token >= len(self):
+            return b""
+        return self.symbols[self.offsets[token] : self.offsets[token + 1]].astype(np.uint8).tobytes()
 
     def answer(self, ids: Sequence[int]) -> tuple[UInt16[np.ndarray, "s"], Int[np.ndarray, "n"]]:
         """An answer's bytes and where each token ends, with `END` in the place of the token that ends it.
@@ -110,19 +116,27 @@ def token_bytes(tokenizer: Any, role: str = "model") -> TokenBytes:
     return TokenBytes(symbols, offsets, frozenset(special), _ends(tokenizer, special))
 
 
-def _ends(tokenizer: Any, special: set[int]) -> frozenset[int]:
-    """The end of text, and the last special token that the chat template writes."""
-    found = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            with rendering():
-                text = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:  # a template is a program, and raises anything; the rows will say what
-            text = ""
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found |= {*[token for token in ids if token in special][-1:]}
-    return frozenset(found - {None})
+def end_of_answer(tokenizer: Any, table: TokenBytes, chat: bool) -> int | None:
+    """The token that ends an answer: the end of text, or what the chat template puts behind a turn."""
+    return (_turn_end(tokenizer, table.special) if chat else None) or tokenizer.eos_token_id
+
+
+def _ends(tokenizer: Any, special: Collection[int]) -> frozenset[int]:
+    return frozenset({tokenizer.eos_token_id, _turn_end(tokenizer, special)} - {None})
+
+
+def _turn_end(tokenizer: Any, special: Collection[int]) -> int | None:
+    """The last special token that the chat template writes."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        with rendering():
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template is a program, and raises anything; the rows will say what
+        return None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((token for token in reversed(ids) if token in special), None)
 
 
 def _parts(decoder: Any) -> Iterator[dict[str, Any]]:

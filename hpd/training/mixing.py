@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpd.batch import DATASET, IGNORE_INDEX, STUDENT, TEACHER_PREFIXES, teacher_inputs, uniforms
+from hpd.batch import DATASET, IGNORE_INDEX, SOURCES, STUDENT, uniforms
+from hpd.data.taken_apart import TrainingRow, rows_of
+from hpd.data.written_rows import AnswerReader
 from hpd.generation.rollouts import Rollout, RolloutEngine
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.schedules import ValidationRamp, value_at
@@ -26,30 +28,13 @@ __all__ = [
     "PrefixMixer",
     "ReplayBuffer",
     "Stored",
-    "TrainingRow",
     "repeated_share",
     "rollout_metrics",
-    "rows_of",
 ]
 
 # Uniforms of a row before those of its tokens: who writes it, where it is cut, new or old, which old one.
 _COINS = 4
 _NGRAM_TOKENS = 4
-
-
-class TrainingRow(NamedTuple):
-    """A row of the dataset as training sees it: tokenized, cut, labeled."""
-
-    input_ids: list[int]
-    labels: list[int]
-    teacher_prefix: list[int] | None = None
-    """Tokens that the teacher reads instead of those before the first label; None: the same ones."""
-
-    @property
-    def first_label(self) -> int:
-        """Its place; without a label, the place behind the row."""
-        places = (i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)
-        return next(places, len(self.labels))
 
 
 class RolloutRequest(NamedTuple):
@@ -61,38 +46,6 @@ class RolloutRequest(NamedTuple):
     limit: int
     uniforms: Tensor
     """Of its tokens' draws."""
-
-
-def rows_of(inputs: Mapping[str, Tensor]) -> list[TrainingRow]:
-    """Take a collated batch apart again: padded, padding-free or packed (where filling tokens are left
-    out)."""
-    own = teacher_inputs(inputs)
-    read: Iterable[Any] = _by_row(own, "input_ids") if own else itertools.repeat(None)
-    student = zip(_by_row(inputs, "input_ids"), _by_row(inputs, "labels"), strict=True)
-    rows = []
-    # Filling tokens behind the last row are rows of one token, which the two sides need not have as many of.
-    for (ids, labels), of_teacher in zip(student, read, strict=False):
-        if "attention_mask" not in inputs and len(ids) < 2:
-            continue
-        row = TrainingRow(ids, labels)
-        if of_teacher is not None:
-            behind = len(ids) - row.first_label
-            row = row._replace(teacher_prefix=of_teacher[: len(of_teacher) - behind] if behind else [])
-        rows.append(row)
-    return rows
-
-
-def _by_row(inputs: Mapping[str, Tensor], name: str) -> list[list[int]]:
-    """The values of each row, without padding."""
-    lines: list[list[int]] = inputs[name].tolist()
-    if "attention_mask" in inputs:
-        masks = inputs["attention_mask"].tolist()
-        return [list(itertools.compress(*pair)) for pair in zip(lines, masks, strict=True)]
-    rows = []
-    for line, positions in zip(lines, inputs["position_ids"].tolist(), strict=True):
-        starts = [i for i, position in enumerate(positions) if position == 0] + [len(line)]
-        rows += [line[a:b] for a, b in itertools.pairwise(starts)]
-    return rows
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
@@ -119,6 +72,7 @@ class PrefixMixer:
         num_updates: optimizer steps per batch of rollouts.
         collective: True if other processes wait for this one to generate.
         with_behavior_logprobs: True if rows carry the log-probabilities of those who wrote them.
+        reader: of a teacher with another tokenizer.
     """
 
     def __init__(
@@ -134,8 +88,10 @@ class PrefixMixer:
         num_updates: int = 1,
         collective: bool = False,
         with_behavior_logprobs: bool = False,
+        reader: AnswerReader | None = None,
     ):
         self.prefixes, self.rollouts = prefixes, rollouts
+        self.reader = reader
         self._collate, self._make_engine = collate, engine
         self._engine: RolloutEngine | None = None
         self._seed, self._max_length, self._on_dataset = seed, max_length, on_dataset
@@ -232,11 +188,12 @@ class PrefixMixer:
         # A token is a label only where something stands before it, so a row of text alone is continued from
         # its first token.
         labeled = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
-        start = labeled[0] if self.prefixes.continue_tokens is None else labeled[int(cut * len(labeled))]
-        prefix = TrainingRow(row.input_ids[:start], row.labels[:start], row.teacher_prefix)
+        start = row.answer if self.prefixes.continue_tokens is None else labeled[int(cut * len(labeled))]
+        prefix = row._replace(input_ids=row.input_ids[:start], labels=row.labels[:start])
         limit = self.rollouts.max_prompt_tokens
         if limit is not None and self.prefixes.continue_tokens is None:
             prefix = prefix._replace(input_ids=prefix.input_ids[-limit:], labels=prefix.labels[-limit:])
+            prefix = prefix._replace(begin=None if row.begin is None else len(prefix.input_ids))
         room = self._longest() if self._max_length is None else self._max_length - len(prefix.input_ids)
         return RolloutRequest(place, prefix, min(self._longest(), room), of_tokens)
 
@@ -258,6 +215,14 @@ class PrefixMixer:
         masked = self.rollouts.truncated == "mask" and not rollout.ended
         labels = [IGNORE_INDEX] * len(rollout.tokens) if masked else rollout.tokens
         row = request.prefix._replace(input_ids=request.prefix.input_ids + rollout.tokens)
+        if self.reader is not None:
+            start, before = row.answer, len(request.prefix.input_ids)
+            read = self.reader.read(row.input_ids[start:], rollout.ended, before - start)
+            known = [True] * start + read.learned
+            self._sums["unread"] += known[before:].count(False)
+            chunks = [[] for _ in range(start)] + read.chunks
+            row = row._replace(labels=_kept(row.labels, known[:before]), teacher_chunks=chunks)
+            labels = _kept(labels, known[before:])
         return self._row(row, labels, rollout.logprobs)
 
     def _row(self, row: TrainingRow, new_labels: list[int], logprobs: list[float]) -> dict[str, list[Any]]:
@@ -266,14 +231,11 @@ class PrefixMixer:
         out: dict[str, list[Any]] = {
             "input_ids": row.input_ids,
             "labels": old + new_labels,
-            "sources": [DATASET] * len(old) + [STUDENT] * len(new_labels),
+            SOURCES: [DATASET] * len(old) + [STUDENT] * len(new_labels),
         }
         if self._with_behavior_logprobs:
             out["behavior_logprobs"] = [math.nan] * len(old) + logprobs
-        if row.teacher_prefix is not None:
-            out[TEACHER_PREFIXES] = [[] for _ in row.input_ids]
-            out[TEACHER_PREFIXES][row.first_label : row.first_label + 1] = [row.teacher_prefix]
-        return out
+        return out | row.teacher_columns()
 
     def _observe(self, row: TrainingRow, rollout: Rollout) -> None:
         self._sums["rollouts"] += 1
@@ -304,6 +266,10 @@ class PrefixMixer:
         self._sums = defaultdict(float, state["sums"])
 
 
+def _kept(labels: Sequence[int], learned: Sequence[bool]) -> list[int]:
+    return [label if bit else IGNORE_INDEX for label, bit in zip(labels, learned, strict=True)]
+
+
 def rollout_metrics(sums: Mapping[str, float], whole: bool) -> dict[str, float]:
     """Figures about the student's writing, as they are logged, from sums over processes.
 
@@ -322,6 +288,8 @@ def rollout_metrics(sums: Mapping[str, float], whole: bool) -> dict[str, float]:
         if whole:
             metrics["rollouts/truncated"] = sums["truncated"] / count
             metrics["rollouts/length_ratio"] = sums["tokens"] / max(sums["dataset_tokens"], 1.0)
+        if "unread" in sums:
+            metrics["rollouts/unread"] = sums["unread"] / max(sums["tokens"], 1.0)
     if "expired" in sums:
         replayed = sums.get("replayed", 0.0)
         metrics["replay/share"] = replayed / max(sums.get("student_rows", 0.0), 1.0)

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from hpd.batch import TokenBatch
 from hpd.data.samplers import RepeatedRows
+from hpd.data.written_rows import AnswerReader
 from hpd.generation.rollouts import RolloutEngine
 from hpd.losses import LossOutput, Scores, TeacherScores
 from hpd.losses.policy_gradient import policy_gradient_nll
@@ -36,6 +37,7 @@ _SUMS = (
     "replayed",
     "age",
     "expired",
+    "unread",
 )
 
 
@@ -50,6 +52,7 @@ class StepState:
         make_engine: called once, at the first rollout, when the model is in its final wrapping.
         on_dataset: True if any term learns from the dataset's tokens.
         validates: True if there is a validation loss during training.
+        reader: of what the student writes, for a teacher with another tokenizer.
 
     Raises:
         ValueError: an adaptive share without evaluation, or repeated rows that the data or the batch size do
@@ -66,6 +69,7 @@ class StepState:
         *,
         on_dataset: bool,
         validates: bool,
+        reader: AnswerReader | None = None,
     ):
         _check(regime, args, validates)
         self._regime, self._args, self._accelerator = regime, args, accelerator
@@ -86,6 +90,7 @@ class StepState:
                 num_updates=regime.strategy.updates,
                 collective=accelerator.num_processes > 1,
                 with_behavior_logprobs=bool(replay and replay.importance),
+                reader=reader,
             )
 
     @property
@@ -186,6 +191,8 @@ class StepState:
         totals = reduce_sums(self._accelerator, sums, _SUMS)
         if self.mixer.replay is None:
             totals.pop("expired")
+        if self.mixer.reader is None:
+            totals.pop("unread")
         return rollout_metrics(totals, self._regime.prefixes.continue_tokens is None)
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import global_then_local_main_first
 
 from hpd.batch import BEHAVIOR_LOGPROBS, POSITION_WEIGHTS, SOURCES, TEACHER_CHUNKS, TEACHER_PREFIXES
 from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
+from hpd.data.convert import is_chat
 from hpd.data.dates import own_template, set_date
 from hpd.data.rows import format_of
 from hpd.data.samplers import FilledOrder, fill, fills_last_batch
@@ -27,9 +28,11 @@ from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.data.teacher_rows import check_prefixes
 from hpd.data.tokens import label_rows
 from hpd.data.weighed import weigh_rows
+from hpd.data.written_rows import AnswerReader
 from hpd.models.forward import adapt_head
 from hpd.models.memory import own_weights
 from hpd.models.quantized import check_trainable, put_back, trained_data
+from hpd.models.token_bytes import end_of_answer
 from hpd.training.arguments import DistillConfig, label_policy
 from hpd.training.dates import own_copy
 from hpd.training.engines import check_engine
@@ -66,6 +69,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         recomputes: True if the loss reads the head again in the backward pass.
         repeats_rows: True if rows come several times in a row from the dataset.
         prompts: True if prompts without completions are enough, since the student writes every row.
+        writes: True if the student writes rows.
         teacher_tokenizer: of a teacher that reads the rows in tokens of its own (vocabulary: bytes).
         **kwargs: as `SFTTrainer` takes them.
     """
@@ -92,13 +96,14 @@ class StudentTrainer(Resumable, SFTTrainer):
         recomputes: bool,
         repeats_rows: bool,
         prompts: bool = False,
+        writes: bool = False,
         teacher_tokenizer: Any = None,
         **kwargs: Any,
     ):
         self._repeats_rows = repeats_rows
         self._teacher_tokenizer = teacher_tokenizer
         self._both: TwoTokenizers | None = None
-        self._prompts = prompts
+        self._prompts, self._writes, self._chat = prompts, writes, False
         _read_on_every_process(args)
         self._labels = label_policy(args)
         if "processing_class" in kwargs:
@@ -133,6 +138,8 @@ class StudentTrainer(Resumable, SFTTrainer):
             kept += [BEHAVIOR_LOGPROBS] if self._stored else []
             layout = format_of(dataset, {"text": field} if field != "text" else {}, prompts, kept)
             if layout is not None:
+                if self._writes and name == "train":
+                    self._chat = is_chat(dataset, layout, self._labels, prompts=prompts)
                 with global_then_local_main_first():
                     dataset = label_rows(
                         dataset,
@@ -142,6 +149,7 @@ class StudentTrainer(Resumable, SFTTrainer):
                         prompts=prompts,
                         num_proc=args.dataset_num_proc,
                         other=self.two_tokenizers(),
+                        writes=self._writes and name == "train",
                     )
         if dataset is None:
             return None
@@ -190,6 +198,13 @@ class StudentTrainer(Resumable, SFTTrainer):
             set_date(self._teacher_tokenizer, self._first_day)
             self._both = two_tokenizers(self._tokenizer, self._teacher_tokenizer)
         return self._both
+
+    def answer_reader(self) -> AnswerReader | None:
+        """Reads the student's own rows to a teacher with another tokenizer; None: it has the student's."""
+        both = self.two_tokenizers()
+        if both is None or not self._writes:
+            return None
+        return AnswerReader(both, end_of_answer(both.tokenizer, both.teacher, self._chat))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -127,6 +127,7 @@ class DistillTrainer(MeasuredTrainer):
             recomputes=self._clips,
             repeats_rows=self.regime.repeats,
             prompts=self.regime.needs_prompts_only,
+            writes=self.regime.prefixes.on_policy,
             teacher_tokenizer=own,
             **kwargs,
         )
@@ -205,6 +206,7 @@ class DistillTrainer(MeasuredTrainer):
             self._make_engine,
             on_dataset="dataset" in sources_used(self.terms),
             validates="" in validation_sets(self.eval_dataset) and self.args.eval_strategy != "no",
+            reader=self.answer_reader(),
         )
         self._sums_before: dict[str, float] = {}
         ramp = self._step.ramp
@@ -348,12 +350,8 @@ class DistillTrainer(MeasuredTrainer):
         """The loss where nothing is clipped: of tokens, or of chunks of bytes."""
         if self._events is not None:
             return functools.partial(byte_nll, events=self._events, length=self.args.byte_length)
-        return functools.partial(
-            loss_by_source,
-            impl=self.args.impl,
-            kl_estimator=self.args.kl_estimator,
-            gradient_filter=self.args.gradient_filter,
-        )
+        given = {name: getattr(self.args, name) for name in ("impl", "kl_estimator", "gradient_filter")}
+        return functools.partial(loss_by_source, **given)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

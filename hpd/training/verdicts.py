@@ -132,12 +132,12 @@ def teacher_lengths(
 ) -> TeacherLengths | None:
     """Tokens of the first rows as the teacher reads them; None where it reads the student's."""
     given = rows.train, models.tokenizer
-    if models.other is not None:
-        return byte_lengths(*given, models.other, label_policy(args), args.max_length)
-    if not recipe.teacher.reads_own_rows:
-        return None
     regime = recipe.choose_regime()
     new_tokens = regime.rollouts.max_new_tokens if regime.prefixes.on_policy else 0
+    if models.other is not None:
+        return byte_lengths(*given, models.other, label_policy(args), args.max_length, new_tokens)
+    if not recipe.teacher.reads_own_rows:
+        return None
     return own_lengths(*given, label_policy(args), args.max_length, new_tokens)
 
 
@@ -161,6 +161,7 @@ def _own_rows(models: DescribedModels, rows: Rows, recipe: Recipe, args: Distill
                 label_policy(args),
                 args.max_length,
                 limits,
+                new_tokens,
                 args.dataset_num_proc,
             )
         return check_teacher_rows(

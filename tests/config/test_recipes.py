@@ -42,6 +42,7 @@ OPENR1 = rows(problem=QUESTIONS, solution=ANSWERS, answer=list(NUMBERS), message
 CASES: dict[str, tuple[str, int, int, list[dict[str, Any]]]] = {
     "gsm8k_smollm2": ("llama", NUM_TOKENS, NUM_TOKENS, GSM8K),
     "cross_tokenizer_smollm2_gemma": ("two tokenizers", NUM_TOKENS, NUM_TOKENS, GSM8K),
+    "cross_tokenizer_on_policy": ("two tokenizers", NUM_TOKENS, NUM_TOKENS, GSM8K),
     "cross_tokenizer_gemma_smollm2": ("two tokenizers, swapped", NUM_TOKENS, NUM_TOKENS, GSM8K),
 }
 

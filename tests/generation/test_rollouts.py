@@ -15,13 +15,14 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hpd.batch import TokenBatch, uniforms
 from hpd.data.collator import DistillCollator
+from hpd.data.taken_apart import TrainingRow, rows_of
 from hpd.generation.engine import end_token_ids
 from hpd.generation.rollouts import Rollout, StudentRollouts, make_engine
 from hpd.generation.vllm_engine import VllmRollouts, _starting_engines_with, rollout_dtype
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
 from hpd.methods.regime import choose_regime
 from hpd.methods.table import choose_terms
-from hpd.training.mixing import PrefixMixer, ReplayBuffer, repeated_share, rows_of
+from hpd.training.mixing import PrefixMixer, ReplayBuffer, repeated_share
 from hpd.training.scheduled import ScheduledTerms
 
 
@@ -267,9 +268,7 @@ def test_batches_come_apart_into_their_rows(padding_free):
     )
     given = [([5, 6, 7], [-100, 6, 7]), ([8, 9], [-100, 9])]
     batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in given])
-    assert [tuple(row) for row in rows_of(batch)] == [
-        (*row, None) for row in given
-    ]  # no prompt of the teacher's
+    assert rows_of(batch) == [TrainingRow(*row) for row in given]  # no prompt of the teacher's
 
 
 def test_replay_books_age_capacity_and_survives_a_checkpoint():

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd import DistillConfig, DistillTrainer
 from hpd.batch import uniforms
+from hpd.data.taken_apart import rows_of
 from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import Prefixes, RolloutConfig
-from hpd.training.mixing import rows_of
 from hpd.training.stopping import leaving_processes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]

@@ -170,6 +170,12 @@ def two_tokenizers(pair: Path, output: Path) -> None:
     trained("two_tokenizers", pair, output, **_other_teacher(pair))
 
 
+def written_in_bytes(pair: Path, output: Path) -> None:
+    """The same for rows that the student writes."""
+    writing = {"prefixes": Prefixes(student=0.5), "rollouts": RolloutConfig(max_new_tokens=5)}
+    trained("written_in_bytes", pair, output, **_other_teacher(pair), **writing)
+
+
 def _other_teacher(pair: Path) -> dict:
     """By plain descent: some gradients here are next to nothing, and Adam would follow their rounding."""
     pieces = pair / "pieces"
@@ -399,6 +405,7 @@ CHECKS = {
         rollouts,
         own_rows,
         two_tokenizers,
+        written_in_bytes,
         low_precision,
         self_teacher,
         averaged,

@@ -238,7 +238,8 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
 
 
 DDP = (
-    "plain", "uneven", "rollouts", "own_rows", "two_tokenizers", "low_precision", "self_teacher", "averaged",
+    "plain", "uneven", "rollouts", "own_rows", "two_tokenizers", "written_in_bytes", "low_precision",
+    "self_teacher", "averaged",
     "cached", "straight",
 )  # fmt: skip
 FSDP2 = ("fsdp2", "fsdp2_averaged", "fsdp2_two_tokenizers")

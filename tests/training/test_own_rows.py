@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config import load_recipe
+from hpd.data.taken_apart import rows_of
 from hpd.losses import Head, Scores
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedTeacher, Teacher
 from hpd.training.caching import write_cache
-from hpd.training.mixing import rows_of
 from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]

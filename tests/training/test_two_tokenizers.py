@@ -13,7 +13,6 @@ from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.config import load_recipe
-from hpd.methods.prefixes import Prefixes
 from hpd.methods.table import method_terms
 from hpd.models.token_bytes import token_bytes
 from hpd.teachers import CachedTeacher, ModelTeacher
@@ -162,11 +161,10 @@ def test_a_cut_row_is_learned_up_to_its_last_whole_chunk(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "gkd"}, r"rows that the student writes.*Methods that work.*hpd, .*masked_sft"),
+        ({"method": "distillm2"}, r"terms learn from rows of different writers.*Methods that work.*gkd"),
         ({"method": "hpd_expected"}, r"term hpd_expected on label \+ full has no byte form"),
-        ({"method": "opd"}, "rows that the student writes"),
+        ({"method": "opd"}, "strategy policy_gradient takes ratios of single tokens"),
         ({"impl": "reference"}, r"train.impl: reference has no form for two tokenizers"),
-        ({"prefixes": Prefixes(student=1.0)}, "rows that the student writes"),
         ({"truncation_mode": "keep_end"}, "set keep_start"),
         ({"vocabulary": "error", "byte_length": "product"}, "train.byte_length: product has an effect with"),
         ({"method": "alm"}, "compares the probabilities of whole chunks: set train.byte_length: product"),
@@ -231,7 +229,7 @@ def test_rows_that_differ_in_bytes_are_counted(pairs, tmp_path):
     ("changes", "said"),
     [
         ({"teacher": {"type": "server", "url": "http://127.0.0.1:9", "model": "x"}}, "teacher.type: server"),
-        ({"method": "distillm"}, "rows that the student writes"),
+        ({"method": "minillm"}, "strategy policy_gradient takes ratios of single tokens"),
         ({"method": "gold", "train": {"vocabulary": "error"}}, "pairs the tokens of two vocabularies"),
         ({"method": "alm"}, "set train.byte_length: product"),
         ({"guards": {"support_overlap": {"warn": 0.1}}}, "guards.support_overlap compares token by token"),
