@@ -35,7 +35,6 @@ _NAMED_ORDER, _OTHER_ORDER = 2.0, 1.5
 """Drawing orders: named lines lie above the others, and come first in the legend."""
 _BELOW_MEANS = 4.0
 """How far a logarithmic axis goes below the lowest mean, as a factor."""
-_FEW_DECADES = 1.5
 _PLOT_CHARACTERS = 24
 """Of a label below one of several small plots."""
 
@@ -170,7 +169,7 @@ def line_panel(
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
-                _set_log(axis, lines.values(), scale.factor)
+                _set_log(axis, lines.values(), scale.factor, 3.0)
             _set_ticks(axis, lines, log_x, ticks)
         axes[0].set_xlabel(x_label, fontsize=10)
         axes[-1].set_ylabel("%" if scale.percent else "", fontsize=10)
@@ -231,7 +230,7 @@ def multiples_panel(
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
-                _set_log(axis, every if share_y else lines.values(), scale.factor)
+                _set_log(axis, every if share_y else lines.values(), scale.factor, 1.5)
             else:
                 axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
@@ -341,9 +340,9 @@ def _level_note(level: Level | None, scale: Scale) -> str:
     return f"Dotted: the teacher's, {scale.value(mean)}{spread}."
 
 
-def _set_log(axis: Axes, lines: Iterable[Line], factor: float) -> None:
+def _set_log(axis: Axes, lines: Iterable[Line], factor: float, few: float) -> None:
     """A logarithmic axis that shows the means: a band that goes down to nearly nothing would press them into
-    its upper edge."""
+    its upper edge. Up to `few` decades have three labels each."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -353,7 +352,7 @@ def _set_log(axis: Axes, lines: Iterable[Line], factor: float) -> None:
     top = factor * max(point[3] for point in points) * 1.2
     axis.set_ylim(bottom, top)
     decades = math.log10(top / bottom)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades <= _FEW_DECADES else (1,), numticks=6))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades <= few else (1,), numticks=6))
     axis.yaxis.set_minor_locator(NullLocator())
     # matplotlib writes powers as formulas, which are switched off for the sake of names.
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -70,8 +70,10 @@ def compared_panel(
 
 
 def results_looks(results: Results, baseline: str | Mapping[str, str] | None) -> dict[str, Look]:
-    """A look for every group, and for every method where groups have more to them."""
+    """A look for every group, and for every method where groups have more to them; behind the baseline HPD
+    comes first, whatever its place in the grid."""
     groups = list(dict.fromkeys(run.group for run in results.runs))
+    groups.sort(key=lambda group: results.method_and_setting(group)[0] != "hpd")
     methods = list(dict.fromkeys(results.method_and_setting(group)[0] for group in groups))
     if isinstance(baseline, Mapping):
         first = baseline.get("variant") or baseline.get("method")

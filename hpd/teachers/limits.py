@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hpd.config.schema import CacheConfig
 from hpd.methods.drawn import label_is_read, why_not_drawn
 from hpd.methods.terms import Term, TermConfig
 
-__all__ = ["check_cached_terms", "reasons_against", "unread_labels", "why_not_top_k"]
+__all__ = ["check_cached_terms", "check_rewritten", "reasons_against", "unread_labels", "why_not_top_k"]
 
 Reason = Callable[[Term], str | None]
 
@@ -47,6 +48,28 @@ def unread_labels(about: Mapping[str, Any]) -> int:
     """Labels of an imported cache that are none of its tokens, and that no method may read."""
     imported = about["fingerprint"].get("teacher", {}).get("imported")
     return 0 if imported is None or imported["guesses_labels"] else int(about["labels_outside"])
+
+
+def check_rewritten(path: Any, about: Mapping[str, Any], config: CacheConfig) -> None:
+    """Raise ValueError where a cache does not hold what another one would be written from.
+
+    Args:
+        path: of the cache that is read, for the message.
+        about: its description.
+        config: of the one to write.
+    """
+    if about["kind"] == "hidden":
+        return
+    if about["kind"] == "top_k" and config.kind == "top_k":
+        if about["top_k"] == config.top_k:
+            return
+        needs = f"cache.top_k is {config.top_k}, and each position there has {about['top_k']}"
+    else:
+        needs = f"kind {config.kind} needs hidden states or whole distributions"
+    raise ValueError(
+        f"The cache {path} is of kind {about['kind']}: {needs}. Write from the teacher, or from a cache of "
+        "kind hidden."
+    )
 
 
 def check_cached_terms(path: Any, about: Mapping[str, Any], terms: Sequence[Term | TermConfig]) -> None:

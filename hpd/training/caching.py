@@ -38,6 +38,7 @@ from hpd.teachers.cache import (
     Cache,
     CorruptCacheError,
     describe_shard,
+    read_about,
     read_json,
     save_index,
     save_shard,
@@ -50,6 +51,7 @@ from hpd.teachers.fingerprints import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
+from hpd.teachers.limits import check_rewritten
 from hpd.teachers.model import ModelTeacher
 from hpd.teachers.sources import described_by, load_teacher
 from hpd.teachers.teacher import RoutedScores, Teacher
@@ -59,6 +61,7 @@ from hpd.training.probing import settle
 from hpd.training.shards import (
     Layout,
     TeacherAnswer,
+    head_bytes,
     index_bytes,
     lay_out,
     position_bytes_of,
@@ -126,7 +129,7 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     left = sum(int(mask.sum()) for number in todo for mask in (layout.masks[i] for i in layout.shard(number)))
     if main:
         index = index_bytes(total) if todo or not (folder / ABOUT).is_file() else 0
-        head = 0 if (folder / HEAD).is_file() else _head_bytes(planned, config)
+        head = 0 if (folder / HEAD).is_file() else head_bytes(planned, config)
         needed = left * position_bytes + index + head
         check_disk(folder, needed, total * position_bytes)
         once = {"the index": index, "the teacher's head": head}
@@ -179,6 +182,8 @@ def _cache_config(recipe: Recipe) -> CacheConfig:
             "A mixture has no hidden state: cache its teachers and mix the caches, or choose cache.kind: "
             "top_k."
         )
+    if recipe.teacher.type == "cached":
+        check_rewritten(recipe.teacher.path, read_about(str(recipe.teacher.path)), recipe.cache)
     return recipe.cache
 
 
@@ -282,14 +287,6 @@ def verify_own_share(folder: Path, num_shards: int, trainer: DistillTrainer) -> 
             Cache(folder)
         except CorruptCacheError:
             (folder / ABOUT).unlink()
-
-
-def _head_bytes(planned: Plan, config: CacheConfig) -> int:
-    """Size of the output head, which a cache of hidden states keeps once."""
-    if config.kind != "hidden":
-        return 0
-    text = next(iter(planned.teacher_configs.values())).get_text_config()
-    return text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
 
 
 def check_disk(folder: Path, needed: int, total: int) -> None:

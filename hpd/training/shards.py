@@ -26,6 +26,7 @@ from hpd.training.plan import Plan
 __all__ = [
     "Layout",
     "TeacherAnswer",
+    "head_bytes",
     "index_bytes",
     "lay_out",
     "position_bytes_of",
@@ -55,6 +56,14 @@ def position_bytes_of(config: CacheConfig, planned: Plan) -> int:
         return int(config.draws or 0) * (4 + dtype.itemsize) + 4
     width = next(iter(planned.teacher_configs.values())).get_text_config().hidden_size
     return width * dtype.itemsize + 4 + (4 if dtype == torch.int8 else 0)
+
+
+def head_bytes(planned: Plan, config: CacheConfig) -> int:
+    """Bytes on disk of the output head, which a cache of hidden states keeps once."""
+    if config.kind != "hidden":
+        return 0
+    text = next(iter(planned.teacher_configs.values())).get_text_config()
+    return text.vocab_size * text.hidden_size * (4 if stored_dtype(config, planned) == torch.float32 else 2)
 
 
 def index_bytes(positions: int) -> int:

@@ -4,7 +4,7 @@ import pytest
 from helpers.grid_results import comparison, make_results, make_run
 from matplotlib.figure import Figure
 
-from hpd.experiments.figures import to_files, to_svg
+from hpd.experiments.figures import COLORS, to_files, to_svg
 from hpd.experiments.heat_maps import heat_maps
 from hpd.experiments.metrics import scale_of
 from hpd.experiments.plots import difference_panels, rate_panels, results_looks, scaling_panels, thirds_panels
@@ -72,6 +72,18 @@ def test_entropy_over_an_axis_has_the_teachers_line():
     panels = scaling_panels(Results(title="t", runs=runs, axes=("method", "data.limit")), ["accuracy"])
     assert [panel.key for panel in panels] == ["scaling-accuracy-limit", "scaling-student_entropy-limit"]
     assert panels[1].note.endswith("Dotted: the teacher's, 0.0600.")
+
+
+def test_hpd_has_a_color_behind_the_baseline_wherever_it_stands():
+    """In the grids here it was the fifth method, and gray in every figure of theirs."""
+    names = ["sft", "a", "b", "c", "hpd", "d", "forward_kl"]
+    results = make_results([{"method": name} for name in names], lambda axes, seed: 0.5)
+    looks = results_looks(results, {"method": "forward_kl"})
+    assert [name for name in names if looks[name].is_named] == ["sft", "a", "b", "hpd", "forward_kl"]
+    assert (looks["forward_kl"].color, looks["hpd"].color) == (COLORS[0], COLORS[1])
+    settings = [{"method": name, "rows": rows} for name in names for rows in ("own", "others")]
+    looks = results_looks(make_results(settings, lambda axes, seed: 0.5), {"method": "forward_kl"})
+    assert looks["hpd"].color == COLORS[1]
 
 
 def test_thirds_of_the_teachers_entropy_are_drawn_where_they_were_measured():

@@ -1,5 +1,5 @@
 """Run by tests/training/test_distributed_rollouts.py on two processes: a few on-policy steps, steps on stored
-rollouts, or generation under FSDP2.
+rollouts or with rules over positions, or generation under FSDP2.
 
 Usage: torchrun --nproc_per_node 2 ddp_rollouts.py MODE STUDENT TEACHER OUTPUT
 """
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +18,11 @@ from datasets import Dataset
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd import DistillConfig, DistillTrainer
+from hpd import DistillConfig, DistillTrainer, TermConfig
 from hpd.batch import uniforms
 from hpd.data.taken_apart import rows_of
 from hpd.generation.rollouts import make_engine
+from hpd.methods.position_rules import PositionRule
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.training.stopping import leaving_processes
 
@@ -76,8 +78,17 @@ def train(student: str, teacher: str, output: Path, processes: int) -> None:
     (output / f"{processes}-{rank}.json").write_text(json.dumps({"rows": seen, "norm": norm, "logs": logs}))
 
 
-def train_stored(student: str, teacher: str, output: Path, name: str) -> None:
-    """Two steps of eight stored rows in all; `name` says whether they are streamed."""
+RULES = (
+    PositionRule(rule="column", column="merit"),
+    PositionRule(rule="first", share=0.5),
+    PositionRule(rule="entropy", share=0.5),
+    PositionRule(rule="drift", gain=0.7),
+)
+
+
+def train_prepared(student: str, teacher: str, output: Path, name: str) -> None:
+    """Two steps of eight rows of token ids in all: rollouts that were stored, streamed or not, or rows whose
+    tokens weigh differently (`name`)."""
     lengths = [1 + i % 5 for i in range(16)]
     rows = [
         {
@@ -87,13 +98,19 @@ def train_stored(student: str, teacher: str, output: Path, name: str) -> None:
         }
         for i, length in enumerate(lengths)
     ]
+    learned: dict[str, Any] = {"method": "opd", "prefixes": Prefixes(student=1.0, stored=True)}
+    if name == "weighed":
+        rows = [
+            {"input_ids": row["input_ids"], "labels": row["labels"], "merit": 0.5 + i % 3}
+            for i, row in enumerate(rows)
+        ]
+        learned = {"terms": [TermConfig(objective="forward_kl", weight=rule) for rule in RULES]}
     data = Dataset.from_list(rows)
     processes = int(os.environ["WORLD_SIZE"])
     trainer = DistillTrainer(
         model=AutoModelForCausalLM.from_pretrained(student),
         teacher=AutoModelForCausalLM.from_pretrained(teacher),
-        method="opd",
-        prefixes=Prefixes(student=1.0, stored=True),
+        **learned,
         args=DistillConfig(
             output_dir=str(output / name),
             max_steps=2,
@@ -152,7 +169,7 @@ if __name__ == "__main__":
     with leaving_processes():
         if mode == "fsdp":
             generate(student_path, Path(out))
-        elif mode in ("stored", "stream"):
-            train_stored(student_path, teacher_path, Path(out), mode)
+        elif mode in ("stored", "stream", "weighed"):
+            train_prepared(student_path, teacher_path, Path(out), mode)
         else:
             train(student_path, teacher_path, Path(out), int(mode))

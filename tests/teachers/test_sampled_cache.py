@@ -147,6 +147,34 @@ def test_what_it_cannot_serve_is_refused_before_models_load(recipe, cache):
         teacher.check_terms(load_recipe(recipe, [f"method={method}"]).choose_terms())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["cache.kind=top_k", f"cache.top_k={N}"],  # draws are not the likeliest tokens
+        ["cache.kind=sampled", "cache.draws=2"],
+        ["cache.kind=hidden"],
+    ],
+)
+def test_no_cache_is_written_from_draws(recipe, cache, tmp_path, words):
+    there = ["teacher.type=cached", f"teacher.path={cache.path}", "method=forward_kl", "cache=null"]
+    with pytest.raises(ValueError, match="is of kind sampled: kind .* needs hidden states or whole"):
+        write_cache(load_recipe(recipe, [*there, f"cache.path={tmp_path / 'other'}", *words]))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_top_k_cache_gives_its_own_tokens_and_no_others(recipe, tmp_path):
+    words = ["cache.kind=top_k", "cache.top_k=3", "method=forward_kl", "cache.draws=null"]
+    there = write_cache(load_recipe(recipe, [*words, f"cache.path={tmp_path / 'first'}"])).path
+    words = [*words, "teacher.type=cached", f"teacher.path={there}", f"cache.path={tmp_path / 'other'}"]
+    for change, said in (
+        (["cache.top_k=2"], "cache.top_k is 2, and each position there has 3"),
+        (["cache.kind=sampled", "cache.top_k=null", "cache.draws=2"], "kind sampled needs"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            write_cache(load_recipe(recipe, [*words, *change]))
+        assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("metric", ["forward_kl", "acceptance"])
 def test_what_draws_cannot_measure_chooses_no_best_model(recipe, cache, tmp_path, metric):
     words = ("teacher.type=cached", f"teacher.path={cache.path}", "method=forward_kl")

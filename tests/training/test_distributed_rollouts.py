@@ -85,6 +85,17 @@ def test_rollouts_that_were_stored_train_two_processes_as_one_streamed_or_not(pa
                     assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-6), (name, metric)
 
 
+def test_rules_over_positions_weigh_on_two_processes_as_on_one(pair, tmp_path):
+    for processes in (1, 2):
+        run("weighed", pair, tmp_path, processes)
+    whole, *sides = (read(tmp_path, f"weighed-{name}") for name in ("1-0", "2-0", "2-1"))
+    for side in sides:
+        assert side["norm"] == pytest.approx(whole["norm"], rel=1e-6)
+        for ours, theirs in zip(side["logs"], whole["logs"], strict=True):
+            for metric in ("loss", "forward_kl"):
+                assert ours[metric] == pytest.approx(theirs[metric], rel=1e-4)
+
+
 def test_a_sharded_student_writes_what_a_whole_one_does(pair, tmp_path):
     run("fsdp", pair, tmp_path, 2)
     for rank in (0, 1):
