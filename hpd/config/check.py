@@ -178,9 +178,9 @@ def _check_bytes(recipe: Recipe, regime: Regime) -> None:
         )
     if teacher.type == "server" and teacher.protocol != "hpd" and teacher.tokenizer is None:
         raise ValueError(
-            f"teacher.protocol: {teacher.protocol or 'openai'} does not tell the server's tokenizer, and with "
-            "train.vocabulary: bytes the teacher reads its rows in it: name it in teacher.tokenizer (a Hub id "
-            "or folder), or serve the model with hpd serve-teacher (protocol: hpd)."
+            f"teacher.protocol: {teacher.protocol or 'openai'} does not tell the server's tokenizer, and "
+            "with train.vocabulary: bytes the teacher reads its rows in it: name it in teacher.tokenizer (a "
+            "Hub id or folder), or serve the model with hpd serve-teacher (protocol: hpd)."
         )
     if recipe.data.labels == "all":
         raise ValueError(

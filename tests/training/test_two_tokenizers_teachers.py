@@ -145,9 +145,8 @@ def connected(url, tokenizer, **options):
 @pytest.mark.parametrize("writes", [False, True])
 def test_a_served_teacher_says_what_a_live_one_does(pair, tmp_path, writes):
     """Its tokenizer comes from the server; it reads its own rows, the student's own among them."""
-    regime = (
-        {"prefixes": Prefixes(student=1.0), "rollouts": RolloutConfig(max_new_tokens=6)} if writes else {}
-    )
+    regime = {"rollouts": RolloutConfig(max_new_tokens=6), "prefixes": Prefixes(student=1.0)}
+    regime = regime if writes else {}
     student = AutoTokenizer.from_pretrained(pair[0])
     found = []
     with served(load_backend(pair[1])) as url:
