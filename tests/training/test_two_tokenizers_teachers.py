@@ -169,10 +169,15 @@ def test_a_server_of_others_serves_rules_on_the_label_exactly(pair, tmp_path):
         options = {"method": "masked_sft", "teacher_tokenizer": own}
         found = trained(pair, tmp_path / "a", teacher=teacher, **options)
         close(found, trained(pair, tmp_path / "b", **options))
-        with pytest.raises(ValueError, match="tells its likeliest tokens: between two tokenizers it serves"):
-            make_trainer(
-                pair, tmp_path / "c", vocabulary="bytes", teacher=teacher, teacher_tokenizer=own, method="hpd"
-            )
+        # Not with an approximated tail either: of its tokens' first bytes it tells two.
+        uniform = connected(url, own, model="tiny", top_k=2, tail="uniform")
+        for name, one, said in (
+            ("c", teacher, "and that is not enough: term hpd reads tokens that the student draws"),
+            ("d", uniform, "tells its likeliest tokens: between two tokenizers it serves rules on the label"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                trained(pair, tmp_path / name, teacher=one, teacher_tokenizer=own, method="hpd")
+        uniform.close()
         teacher.close()
         asked = {"type": "server", "url": url, "model": "tiny"}
         with pytest.raises(ValueError, match=r"does not tell the server's tokenizer.*teacher.tokenizer"):
