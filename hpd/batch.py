@@ -127,6 +127,26 @@ class TokenBatch(NamedTuple):
             teacher_keys=None if self.teacher_keys is None else self.teacher_keys[positions],
         )
 
+    def of_teacher(self, positions: Int[Tensor, "m"]) -> tuple[Int[Tensor, "n"], TokenBatch]:
+        """The student's positions beside some of one teacher's, and the batch of them.
+
+        Args:
+            positions: among the label positions of the teacher's rows; of two tokenizers, of whole chunks.
+        """
+        if self.chunks is None or self.teacher_chunks is None or self.teacher_labels is None:
+            return positions, self.at(positions)
+        chunks = self.teacher_chunks[positions]
+        own = torch.isin(self.chunks, chunks).nonzero().flatten()
+        return own, TokenBatch(
+            self.index[own],
+            self.labels[own],
+            self.keys[own],
+            self.dropped,
+            chunks=_from_zero(self.chunks[own]),
+            teacher_chunks=_from_zero(chunks),
+            teacher_labels=self.teacher_labels[positions],
+        )
+
     @classmethod
     def pop(cls, inputs: dict[str, Any]) -> TokenBatch:
         """Take the fields of `DistillCollator` out of a batch again; the model's own inputs remain."""

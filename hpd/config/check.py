@@ -169,11 +169,18 @@ def _check_own_rows(recipe: Recipe, regime: Regime) -> None:
 def _check_bytes(recipe: Recipe, regime: Regime) -> None:
     """Refuse choices that have no form between two tokenizers."""
     check_byte_forms(recipe.choose_terms(), regime, recipe.guards, recipe.train.get("byte_length"))
-    if recipe.teacher.type not in ("model", "self", "cached"):
+    teacher = recipe.teacher
+    if teacher.type == "object":
         raise ValueError(
-            f"teacher.type: {recipe.teacher.type} answers about the student's tokens, and with "
-            "train.vocabulary: bytes the teacher reads its own: load it next to the student (type: "
-            "model), cache it (hpd cache), or take one of the student's tokenizer."
+            "teacher.type: object answers about the student's tokens, and with train.vocabulary: bytes the "
+            "teacher reads its own: load it next to the student (type: model), cache it (hpd cache), or hand "
+            "it to a DistillTrainer with teacher_tokenizer."
+        )
+    if teacher.type == "server" and teacher.protocol != "hpd" and teacher.tokenizer is None:
+        raise ValueError(
+            f"teacher.protocol: {teacher.protocol or 'openai'} does not tell the server's tokenizer, and "
+            "with train.vocabulary: bytes the teacher reads its rows in it: name it in teacher.tokenizer (a "
+            "Hub id or folder), or serve the model with hpd serve-teacher (protocol: hpd)."
         )
     if recipe.data.labels == "all":
         raise ValueError(

@@ -226,9 +226,8 @@ def check_byte_rows(
             f"{total['unaligned']:,} bytes of {lost:,} rows ({unaligned:.2%} of all) are not the same for "
             "both tokenizers, and are not learned"
         )
-        verdicts.append(
-            CheckResult("warning" if unaligned <= _MOST_UNALIGNED else "error", "two tokenizers", text)
-        )
+        level = "warning" if unaligned <= _MOST_UNALIGNED else "error"
+        verdicts.append(CheckResult(level, "two tokenizers", text))
     for role, limit in limits.items():
         if limit is not None and (longest := max(found["teacher_tokens"])) > limit:
             text = (

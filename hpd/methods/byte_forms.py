@@ -57,8 +57,9 @@ def check_likeliest(configs: Sequence[TermConfig | Term]) -> None:
         if term.support.draws or term.support.whole or term.support.pairs:
             raise ValueError(
                 f"Term {term.name} on {term.support} reads the teacher's whole next-token distribution, and "
-                "a cache of kind top_k holds its likeliest tokens: between two tokenizers it serves rules on "
-                "the label (masked_sft, alm, ...). Write the cache with cache.kind: hidden."
+                "this teacher (a cache of kind top_k, or a server without protocol: hpd) tells its likeliest "
+                "tokens: between two tokenizers it serves rules on the label (masked_sft, alm, ...). Write "
+                "the cache with cache.kind: hidden, or serve the model with hpd serve-teacher."
             )
 
 

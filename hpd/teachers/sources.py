@@ -28,6 +28,7 @@ from hpd.teachers.limits import check_cached_terms
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.model import ModelTeacher, SelfTeacher
 from hpd.teachers.origin import folder_of
+from hpd.teachers.remote.server import ServedTeacher
 from hpd.teachers.teacher import RoutedScores, Teacher
 
 __all__ = ["as_teacher", "check_caches", "described_by", "knows_likeliest", "load_teacher"]
@@ -111,10 +112,18 @@ def check_caches(
 
 
 def knows_likeliest(teacher: TeacherConfig | Teacher) -> bool:
-    """True for a cache of kind top_k."""
-    if isinstance(teacher, Teacher):
-        return isinstance(teacher, CachedTeacher) and teacher.cache.about["kind"] == "top_k"
-    return teacher.type == "cached" and read_about(str(teacher.path))["kind"] == "top_k"
+    """True for a cache of kind top_k and a server that tells no more, alone or among several."""
+    parts = teacher.teachers if isinstance(teacher, (TeacherConfig, MixtureTeacher, RoutedTeacher)) else {}
+    if parts:
+        return any(map(knows_likeliest, parts.values()))
+    if isinstance(teacher, CachedTeacher):
+        return teacher.cache.about["kind"] == "top_k"
+    source = teacher.source if isinstance(teacher, ServedTeacher) else teacher
+    if not isinstance(source, TeacherConfig):
+        return False
+    if source.type == "server":
+        return source.protocol != "hpd"
+    return source.type == "cached" and read_about(str(source.path))["kind"] == "top_k"
 
 
 def load_teacher(teacher: TeacherConfig) -> Teacher:

@@ -34,7 +34,7 @@ from hpd.training.arguments import DistillConfig, label_policy, train_arguments
 from hpd.training.dates import first_day
 from hpd.training.hub import Push, push_asked
 from hpd.training.metrics import evaluated_names
-from hpd.training.preflight import check_best_metric
+from hpd.training.preflight import check_best_metric, only_tokenizer
 from hpd.training.scheduled import ScheduledTerms
 from hpd.training.settings import check_special_tokens
 from hpd.training.tracking import check_trackers, described
@@ -188,8 +188,10 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
         check_likeliest(recipe.choose_terms())
     served = None
     if recipe.teacher.type == "server":
-        served = _connect(recipe, args, student_config, tokenizer)
-        asked = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else served.tokenizer
+        asked = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else None
+        reads = asked if args.vocabulary == "bytes" and asked is not None else tokenizer
+        served = _connect(recipe, args, student_config, reads)
+        asked = asked or served.tokenizer
         configs = {"teacher": served.config}
         tokenizers = {"teacher": asked}
     else:
@@ -202,8 +204,9 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     day = first_day(recipe, fresh)
     date, other = set_date(tokenizer, day), None
     if args.vocabulary == "bytes":
-        set_date(tokenizers["teacher"], day)
-        other = two_tokenizers(tokenizer, tokenizers["teacher"])
+        reads = only_tokenizer(tokenizers)
+        set_date(reads, day)
+        other = two_tokenizers(tokenizer, reads)
     if date is not None and args.chat_template_path is not None:
         args.chat_template_path = None  # the trainer would put the template without its date
     return DescribedModels(tokenizer, student_config, configs, tokenizers, served, date, other)
@@ -261,10 +264,14 @@ def _take_templates(
 def _connect(
     recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase
 ) -> ServedTeacher:
-    served = ServedTeacher(recipe.teacher, student_config.get_text_config().vocab_size)
+    """The server, which is sent ids of this tokenizer."""
+    in_bytes = args.vocabulary == "bytes"
+    vocab = len(tokenizer) if in_bytes else student_config.get_text_config().vocab_size
+    served = ServedTeacher(recipe.teacher, vocab)
     served.check_terms(recipe.choose_terms())
     served.connect(tokenizer)
-    served.check_rows(args.max_length)
+    if not in_bytes:  # its own rows are measured in its own tokens
+        served.check_rows(args.max_length)
     return served
 
 

@@ -23,6 +23,7 @@ from hpd.models.pairing import CheckResult, check_pair, check_tokens
 from hpd.models.quantized import is_quantized
 from hpd.teachers import CachedTeacher, Teacher
 from hpd.teachers.cache import TEACHER
+from hpd.teachers.fingerprints import tokenizer_hash
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
@@ -126,30 +127,59 @@ def own_tokenizer(teacher: Any, given: Any, student: Any, args: DistillConfig) -
         args: settings.
 
     Raises:
-        ValueError: with vocabulary "bytes" a teacher that answers about the student's tokens, or whose
-            tokenizer is nowhere.
+        ValueError: with vocabulary "bytes" a teacher whose tokenizer is nowhere, or several that have not
+            one and the same.
     """
     if args.vocabulary != "bytes":
         return None
-    if isinstance(teacher, (MixtureTeacher, RoutedTeacher, RemoteTeacher)):
+    if isinstance(teacher, (MixtureTeacher, RoutedTeacher)):
+        found = {
+            f"teacher {name}": _tokenizer_of(part, None, student, args)
+            for name, part in teacher.teachers.items()
+        }
+        named = _tokenizer_of(None, given, student, args)
+        return only_tokenizer({role: one or named for role, one in found.items()})
+    return only_tokenizer({"teacher": _tokenizer_of(teacher, given, student, args)})
+
+
+def only_tokenizer(tokenizers: Mapping[str, Any]) -> Any:
+    """The one tokenizer of all teachers, in which they read a row together.
+
+    Args:
+        tokenizers: of each teacher, by its role in messages; None: it is nowhere.
+
+    Raises:
+        ValueError: one has none, or two differ, their ends or their chat templates too.
+    """
+    if missing := [role for role, one in tokenizers.items() if one is None]:
         raise ValueError(
-            f"vocabulary: bytes needs a teacher that reads its own tokens, and {type(teacher).__name__} "
-            "answers about the student's: give a model, or a cache that was written with vocabulary: bytes."
+            f"vocabulary: bytes needs the tokenizer of the {missing[0]}, and it has none: give it as "
+            "teacher_tokenizer (in a recipe, teacher.tokenizer)."
         )
+    (first, one), *others = tokenizers.items()
+    for role, other in others:
+        if tokenizer_hash(other) != tokenizer_hash(one):
+            raise ValueError(
+                f"The {first} and the {role} have two tokenizers (or ends, or chat templates), and with "
+                "vocabulary: bytes all teachers read a row together, in one that is not the student's: take "
+                "teachers of one family, or train on one after the other (stages)."
+            )
+    return one
+
+
+def _tokenizer_of(teacher: Any, given: Any, student: Any, args: DistillConfig) -> Any:
+    """The tokenizer of one teacher; None where there is none."""
     if isinstance(teacher, CachedTeacher) and given is None:
         given = str(teacher.cache.path / TEACHER)
     if isinstance(given, str):
         given = load_tokenizer(ModelConfig(model=given, trust_remote_code=args.trust_remote_code), "teacher")
     if given is None and getattr(teacher, "reads_as_student", teacher == "self"):
         given = student
+    if given is None and isinstance(teacher, RemoteTeacher):
+        given = getattr(teacher, "tokenizer", None)
     for _, source in _sources(teacher):
         name, _ = _identify(source)
         given = given or _load_tokenizer(name, args, local=not isinstance(source, str))
-    if given is None:
-        raise ValueError(
-            "vocabulary: bytes needs the teacher's tokenizer, and its folder has none: give it as "
-            "teacher_tokenizer."
-        )
     return given
 
 

@@ -316,11 +316,9 @@ class DistillTrainer(MeasuredTrainer):
         weights = position_weights(terms, batch, student, parts, self.args.chunk_bytes)
         total = torch.zeros((), device=scale.device)
         for positions, scores in parts:
-            some, of_student = (
-                (batch, student) if positions is None else (batch.at(positions), student.at(positions))
-            )
+            at, some = (slice(None), batch) if positions is None else batch.of_teacher(positions)
+            of_student = student.at(None if positions is None else at)
             draws = self._uniforms(some, num_uniforms(terms))
-            at = slice(None) if positions is None else positions
             weighed: Any = {"position_weights": {k: w[at] for k, w in weights.items()}} if weights else {}
             if training and self._clips:
                 output = self._step.policy_gradient(

@@ -228,7 +228,10 @@ def test_rows_that_differ_in_bytes_are_counted(pairs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"teacher": {"type": "server", "url": "http://127.0.0.1:9", "model": "x"}}, "teacher.type: server"),
+        (
+            {"teacher": {"type": "server", "url": "http://127.0.0.1:9", "model": "x"}},
+            "does not tell the server",
+        ),
         ({"method": "minillm"}, "strategy policy_gradient takes ratios of single tokens"),
         ({"method": "gold", "train": {"vocabulary": "error"}}, "pairs the tokens of two vocabularies"),
         ({"method": "alm"}, "set train.byte_length: product"),
