@@ -1,10 +1,10 @@
-r"""Context parallelism: each process of a group holds two chunks of every row, and attention sees all of them.
+r"""Context parallelism: each process of a group holds two chunks of every row, and attention sees the whole.
 
 A row of T tokens, filled up to a multiple of 2P, is cut into 2P chunks of equal length; process r of P reads
 the chunks r and 2P - 1 - r, so that all have the same share of the causal triangle. Everything but attention
-works on a token alone. Attention gathers keys and values of the whole row, layer by layer; backward sends each
-process the sum of their gradients, so that gradients of the weights, added up over the group, are those of
-whole rows.
+works on a token alone. Attention gathers keys and values of the whole row, layer by layer; backward sends
+each process the sum of their gradients, so that gradients of the weights, added up over the group, are those
+of whole rows.
 
 A token sees those before it and itself: padding stands behind a row, where none of its tokens looks.
 
@@ -13,7 +13,7 @@ Axes: B rows, T tokens of a whole row, L = 2 ceil(T / 2P) tokens held here, H he
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from hpd.batch import TokenBatch
 from hpd.models.forward import PLACES, scores_of
 from hpd.models.probe import rounding_of
 
-__all__ = ["RowSlices", "unfit_for_slices"]
+__all__ = ["RowSlices", "check_model"]
 
 ATTENTION = "hpd_sliced"
 """The attention of models that read slices; of whole rows it is transformers' sdpa."""
@@ -66,16 +66,14 @@ class RowSlices:
             role: student or teacher, for the text.
 
         Raises:
-            ValueError: `unfit_for_slices`, or another attention than sdpa was asked for.
+            ValueError: as `check_model`; another attention than sdpa was asked for, or it cannot be replaced.
         """
+        check_model(model.config, role)
         asked = model.config._attn_implementation
-        problem = unfit_for_slices(model.config)
         if asked not in ("sdpa", ATTENTION):
-            problem = f"runs {asked} attention, and rows are cut for sdpa (attn_implementation: sdpa)"
-        elif not model._can_set_attn_implementation():
-            problem = "has an attention of its own, which cannot be replaced"
-        if problem:
-            _refuse(role, type(model).__name__, problem)
+            _refuse(role, model.config, f"runs {asked} attention (set attn_implementation: sdpa)")
+        if not model._can_set_attn_implementation():
+            _refuse(role, model.config, "has an attention of its own, which cannot be replaced")
         model.set_attn_implementation(ATTENTION)
 
     def cut(self, inputs: dict[str, Any], batch: TokenBatch) -> tuple[dict[str, Any], TokenBatch]:
@@ -133,17 +131,20 @@ class RowSlices:
         self._probed.add(role)
         device = next(model.parameters()).device
         index = torch.arange(_PROBED * self.size, device=device)
-        rows = {"input_ids": (index[None] + 1) * 7919 % _vocab(model)}
+        vocab = cast(Any, model).config.get_text_config().vocab_size
+        rows = {"input_ids": (index[None] + 1) * 7919 % (vocab - 1)}
         sliced, part = self.cut(dict(rows), TokenBatch(index, index, index, index[0]))
         whole = scores_of(model, rows, index).hidden[sliced["position_ids"][0]]
         found = scores_of(model, sliced, part.index).hidden
         alone = scores_of(model, {n: sliced[n] for n in ("input_ids", "position_ids")}, part.index).hidden
-        distances = torch.stack([(other - whole).float().norm() / whole.float().norm() for other in (found, alone)])
+        rounding = rounding_of(whole)
+        whole, found, alone = (states.float() for states in (whole, found, alone))
+        distances = torch.stack([(found - whole).norm(), (alone - whole).norm()]) / whole.norm()
         dist.all_reduce(distances, dist.ReduceOp.MAX, group=self._group)
         leak, most = distances.tolist()
-        if not leak <= max(_LEAK * most, rounding_of(whole)):
+        if not leak <= max(_LEAK * most, rounding):
             problem = f"reads slices of a row unlike the row (hidden states {leak:.1%} off)"
-            _refuse(role, type(model).__name__, problem)
+            _refuse(role, cast(Any, model).config, problem)
 
     def _places(self, width: int) -> Int[Tensor, "L"]:
         """Where the tokens held here stand in a row of `width`."""
@@ -175,7 +176,7 @@ class RowSlices:
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
             )
         if added := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
-            _refuse("model", type(module).__name__, f"has attention with {', '.join(added)}")
+            _refuse("model", cast(Any, module).config, f"has attention with {', '.join(added)}")
         # Together: one collective operation a layer.
         both = self._in_order(_Gathered.apply(torch.cat([key, value], -1), self._group))
         keys, values = both.split([key.shape[-1], value.shape[-1]], -1)
@@ -188,7 +189,7 @@ class RowSlices:
                 part,
                 keys[:, :, :seen],
                 values[:, :, :seen],
-                attn_mask=causal_lower_right(length, seen),
+                attn_mask=_causal(length, seen, part.device),
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=query.shape[1] != key.shape[1],
@@ -202,27 +203,36 @@ class RowSlices:
         return torch.cat([first, second.flip(0)]).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def unfit_for_slices(config: Any) -> str | None:
-    """Why a model cannot read slices of rows, as far as its configuration tells; None: nothing known.
+def check_model(config: Any, role: str) -> None:
+    """Refuse a model that cannot read slices of rows, as far as its configuration tells.
 
-    Every layer must be attention to all tokens before: a window, a recurrent state or an image would need what
-    other processes hold.
+    Every layer must be attention to all tokens before: a window, a recurrent state or an image would need
+    what other processes hold, and so would the balance of a mixture of experts.
+
+    Args:
+        config: of the model.
+        role: student or teacher, for the text.
+
+    Raises:
+        ValueError: what it has instead.
     """
     text = config.get_text_config()
-    if text is not config:
-        return "reads more than text"
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if text is not config:
+        _refuse(role, config, "reads more than text")
     if kinds:
-        return f"has layers of type {', '.join(sorted(kinds))}"
+        _refuse(role, config, f"has layers of type {', '.join(sorted(kinds))}")
     if getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None):
-        return "has sliding windows of attention"
+        _refuse(role, config, "has attention within a sliding window")
     if getattr(text, "router_aux_loss_coef", None) is not None:
-        return "is a mixture of experts, whose balancing loss is one of whole rows"
-    return None
+        _refuse(role, config, "is a mixture of experts, whose balancing loss is one of whole rows")
 
 
-def _vocab(model: Any) -> int:
-    return model.config.get_text_config().vocab_size - 1
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The mask of the last `queries` tokens of `keys`."""
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)  # a fused kernel, without a mask in memory
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 class _Gathered(torch.autograd.Function):
@@ -244,8 +254,9 @@ class _Gathered(torch.autograd.Function):
         return own, None
 
 
-def _refuse(role: str, name: str, problem: str) -> NoReturn:
+def _refuse(role: str, config: Any, problem: str) -> NoReturn:
     raise ValueError(
         f"Context parallelism (cp_size) needs attention to all tokens before in every layer, and the {role} "
-        f"({name}) {problem}. Launch without cp_size, or take a model such as llama, qwen2, qwen3 or smollm3."
+        f"({config.model_type}) {problem}: launch without cp_size, or take a model such as llama, qwen2 or "
+        "qwen3."
     )
