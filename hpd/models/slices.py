@@ -241,16 +241,14 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        size = dist.get_world_size(group)
-        # One behind the other, since gloo does not stack.
-        whole = part.new_empty((size * part.shape[0], *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=group)
-        return whole.unflatten(0, (size, -1))
+        whole = part.new_empty((dist.get_world_size(group), *part.shape))
+        dist.all_gather([*whole], part.contiguous(), group=group)
+        return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         own = torch.empty_like(gradient[0])
-        dist.reduce_scatter_tensor(own, gradient.contiguous().flatten(0, 1), group=ctx.group)
+        dist.reduce_scatter(own, [*gradient.contiguous()], group=ctx.group)
         return own, None
 
 

@@ -34,6 +34,7 @@ from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints
 from hpd.training.plan import Plan
 from hpd.training.probing import check_packing
+from hpd.training.slicing import check_sliced_plan
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.tracking import Trackers
 from hpd.training.trainer import DistillTrainer
@@ -95,6 +96,7 @@ def train_single(
     recipe = planned.recipe
     assert planned.args.device is not None  # asking for it joins the processes
     check_launched(planned.args, planned.args.world_size)
+    check_sliced_plan(planned)
     folder.check_processes(planned.args.world_size)
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()

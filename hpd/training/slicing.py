@@ -16,11 +16,14 @@ from hpd.batch import TEACHER_PREFIXES
 from hpd.data.rows import validation_sets
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.methods.regime import Regime
+from hpd.methods.table import name_terms
 from hpd.methods.terms import Term
+from hpd.models.adapters import find_adapter
 from hpd.models.slices import RowSlices, check_model
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.training.plan import Plan
 
-__all__ = ["check_sliced", "check_sliced_call", "slices_of"]
+__all__ = ["check_sliced", "check_sliced_call", "check_sliced_plan", "slices_of"]
 
 
 def slices_of(accelerator: Accelerator) -> RowSlices | None:
@@ -91,6 +94,24 @@ def check_sliced(
     for role, config in configs.items():
         if config is not None:
             check_model(config, role)
+
+
+def check_sliced_plan(planned: Plan) -> None:
+    """`check_sliced` of a recipe, before a model loads.
+
+    Raises:
+        ValueError: as `check_sliced`.
+    """
+    recipe, rows = planned.recipe, planned.rows
+    check_sliced(
+        planned.args,
+        name_terms(recipe.choose_terms()),
+        recipe.choose_regime(),
+        live=recipe.teacher.type in ("model", "self") and recipe.teacher.ema is None,
+        adapter=recipe.lora is not None or find_adapter(recipe.student, "student") is not None,
+        rows=[rows.train, *validation_sets(rows.validation).values()],
+        configs={"student": planned.student_config, **planned.teacher_configs},
+    )
 
 
 def check_sliced_call(

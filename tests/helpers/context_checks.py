@@ -6,20 +6,36 @@ Usage: torchrun --nproc_per_node N context_checks.py STUDENT_FOLDER OUTPUT NAME.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate.utils import ParallelismConfig
+from torch import distributed
+from transformers import AutoModelForCausalLM
 
 from helpers.distributed_checks import (
     GLOBAL_BATCH,
     let_fsdp_run_on_cpu,
+    make_trainer,
+    report,
     trained,
+    whole_weights,
     world_size,
 )
+from hpd import TermConfig
+from hpd.batch import token_batch
+from hpd.config import load_recipe
+from hpd.files import write_atomically
+from hpd.models.forward import model_inputs
+from hpd.models.slices import RowSlices
+from hpd.training.run import train
 from hpd.training.stopping import leaving_processes
 
+LONG = 4096
 SHARING = 2
 """Processes that share each row, where there are several."""
 
@@ -53,10 +69,116 @@ def sft(pair: Path, output: Path) -> None:
 
 
 def accumulated(pair: Path, output: Path) -> None:
+    """Backward computes the layers again, and gathers again."""
     trained("accumulated", pair, output, **launched(accumulation=2, gradient_checkpointing=True))
 
 
-CHECKS = {function.__name__: function for function in (hpd, forward_kl, sft, accumulated)}
+def self_teacher(pair: Path, output: Path) -> None:
+    terms = [TermConfig(objective="nll"), TermConfig(objective="forward_kl")]
+    trained("self_teacher", pair, output, **launched(teacher="self", terms=terms))
+
+
+def low_precision(pair: Path, output: Path) -> None:
+    trained("low_precision", pair, output, **launched(bf16=True, gradient_checkpointing=True))
+
+
+def resumed(pair: Path, output: Path) -> None:
+    """Two steps, then as a new trainer from their checkpoint; the whole run is one process's."""
+    folder = output / f"resumed-{world_size()}"
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    checkpoint = None
+    if world_size() > 1:
+        make_trainer(pair, folder, **launched(max_steps=2, **options)).train()
+        checkpoint = str(folder / "checkpoint-2")
+    trainer = make_trainer(pair, folder, **launched(**options))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    report("resumed", output, whole_weights(trainer), trainer.state.log_history)
+
+
+def recipe(pair: Path, output: Path) -> None:
+    """`hpd train`: tasks while it trains, validation before and behind, the student written whole."""
+    run, options = output / f"recipe-{world_size()}", launched()
+    if world_size() > 1:
+        # As `accelerate launch` says it with recipes/accelerate/fsdp2_context.yaml.
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+            "PARALLELISM_CONFIG_CP_SIZE": str(SHARING),
+        }
+    rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(16)]
+    problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows[:3]]
+    # By every process, alike.
+    for name, lines in (("rows", rows), ("problems", problems)):
+        write_atomically(Path(f"{run}-{name}.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    tree = {
+        "student": str(pair / "student"),
+        "teacher": str(pair / "teacher"),
+        "data": {"path": f"{run}-rows.jsonl", "validation": 0.3},
+        "train": {
+            "per_device_train_batch_size": options["per_device_train_batch_size"],
+            "num_train_epochs": 1,
+            "logging_steps": 1,
+            "metric_stride": 1,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+            "use_cpu": True,
+        },
+        "eval": {"data": f"{run}-problems.jsonl", "max_new_tokens": 8, "every": 1},
+        "output_dir": str(run),
+    }
+    write_atomically(Path(f"{run}.yaml"), yaml.safe_dump(tree))
+    train(load_recipe(f"{run}.yaml"))
+
+
+def memory(pair: Path, output: Path) -> None:
+    """Bytes that the student's body keeps for its backward pass, of one row of 4,096 tokens: all tensors that
+    autograd saves, weights left out, each storage once."""
+    found = {}
+    for recomputes in (False, True):
+        student = AutoModelForCausalLM.from_pretrained(pair / "student").train()
+        if recomputes:
+            student.gradient_checkpointing_enable()
+        inputs = {"input_ids": torch.arange(LONG)[None] % 200 + 5}
+        inputs["labels"] = inputs["input_ids"]
+        batch = token_batch(inputs)
+        if world_size() > 1:
+            if not distributed.is_initialized():
+                distributed.init_process_group("gloo")
+            slices = RowSlices(distributed.group.WORLD)
+            slices.attach(student, "student")
+            inputs, batch = slices.cut(inputs, batch)
+        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+        kept = {}
+
+        def keep(tensor, kept=kept, weights=weights):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            states = student.model(**model_inputs(inputs), use_cache=False).last_hidden_state
+        states.sum().backward()
+        found["recomputed" if recomputes else "kept"] = sum(kept.values())
+    report("memory", output, torch.zeros(1), [], **found)
+
+
+CHECKS = {
+    function.__name__: function
+    for function in (
+        hpd,
+        forward_kl,
+        sft,
+        accumulated,
+        self_teacher,
+        low_precision,
+        resumed,
+        recipe,
+        memory,
+    )
+}
 
 
 if __name__ == "__main__":
