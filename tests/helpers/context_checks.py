@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate.utils import ParallelismConfig
 from torch import distributed
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.distributed_checks import (
     GLOBAL_BATCH,
@@ -35,8 +36,9 @@ from hpd.models.slices import RowSlices
 from hpd.training.run import train
 from hpd.training.stopping import leaving_processes
 
-LONG = 4096
 SHARING = 2
+DESCENT = {"optim": "sgd", "learning_rate": 0.3}
+"""Adam would divide gradients that are next to nothing by their own size, and follow their rounding."""
 """Processes that share each row, where there are several."""
 
 
@@ -61,21 +63,22 @@ def hpd(pair: Path, output: Path) -> None:
 
 
 def forward_kl(pair: Path, output: Path) -> None:
-    trained("forward_kl", pair, output, **launched(method="forward_kl"))
+    trained("forward_kl", pair, output, **launched(method="forward_kl", **DESCENT))
 
 
 def sft(pair: Path, output: Path) -> None:
-    trained("sft", pair, output, **launched(method="sft"))
+    trained("sft", pair, output, **launched(method="sft", **DESCENT))
 
 
 def accumulated(pair: Path, output: Path) -> None:
     """Backward computes the layers again, and gathers again."""
-    trained("accumulated", pair, output, **launched(accumulation=2, gradient_checkpointing=True))
+    options = launched(accumulation=2, gradient_checkpointing=True, **DESCENT)
+    trained("accumulated", pair, output, **options)
 
 
 def self_teacher(pair: Path, output: Path) -> None:
     terms = [TermConfig(objective="nll"), TermConfig(objective="forward_kl")]
-    trained("self_teacher", pair, output, **launched(teacher="self", terms=terms))
+    trained("self_teacher", pair, output, **launched(teacher="self", terms=terms, **DESCENT))
 
 
 def low_precision(pair: Path, output: Path) -> None:
@@ -85,7 +88,7 @@ def low_precision(pair: Path, output: Path) -> None:
 def resumed(pair: Path, output: Path) -> None:
     """Two steps, then as a new trainer from their checkpoint; the whole run is one process's."""
     folder = output / f"resumed-{world_size()}"
-    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, **DESCENT}
     checkpoint = None
     if world_size() > 1:
         make_trainer(pair, folder, **launched(max_steps=2, **options)).train()
@@ -133,36 +136,37 @@ def recipe(pair: Path, output: Path) -> None:
 
 
 def memory(pair: Path, output: Path) -> None:
-    """Bytes that the student's body keeps for its backward pass, of one row of 4,096 tokens: all tensors that
+    """Bytes that a student's body keeps for its backward pass, of one row of 4,096 tokens: all tensors that
     autograd saves, weights left out, each storage once."""
-    found = {}
-    for recomputes in (False, True):
-        student = AutoModelForCausalLM.from_pretrained(pair / "student").train()
-        if recomputes:
-            student.gradient_checkpointing_enable()
-        inputs = {"input_ids": torch.arange(LONG)[None] % 200 + 5}
-        inputs["labels"] = inputs["input_ids"]
-        batch = token_batch(inputs)
-        if world_size() > 1:
-            if not distributed.is_initialized():
-                distributed.init_process_group("gloo")
-            slices = RowSlices(distributed.group.WORLD)
-            slices.attach(student, "student")
-            inputs, batch = slices.cut(inputs, batch)
-        weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
-        kept = {}
-
-        def keep(tensor, kept=kept, weights=weights):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            states = student.model(**model_inputs(inputs), use_cache=False).last_hidden_state
-        states.sum().backward()
-        found["recomputed" if recomputes else "kept"] = sum(kept.values())
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    student: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape, **heads)).train()
+    inputs = {"input_ids": torch.arange(4096)[None] % 200 + 5}
+    inputs["labels"] = inputs["input_ids"]
+    if world_size() > 1:
+        slices = RowSlices(distributed.group.WORLD)
+        slices.attach(student, "student")
+        inputs, _ = slices.cut(inputs, token_batch(inputs))
+    found = {"kept": _kept(student, inputs)}
+    student.gradient_checkpointing_enable()
+    found["recomputed"] = _kept(student, inputs)
     report("memory", output, torch.zeros(1), [], **found)
+
+
+def _kept(student: Any, inputs: dict[str, Any]) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # The tensor too: what is freed would give its address to another.
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student.model(**model_inputs(inputs), use_cache=False)
+    return sum(size for size, _ in kept.values())
 
 
 CHECKS = {

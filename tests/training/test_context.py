@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/helpers/context_checks.py"
 # As in test_distributed.py.
 WEIGHTS, METRICS = 2e-5, 5e-6
-TRAINED = ("hpd", "forward_kl", "sft", "accumulated", "self_teacher", "low_precision", "resumed")
+TRAINED = ("hpd", "forward_kl", "sft", "accumulated", "self_teacher", "resumed")
 _NO_FIGURES = ("runtime", "per_second", "total_flos", "seconds", "num_tokens")
 
 
@@ -75,10 +75,20 @@ def test_shared_rows_equal_whole_rows(figures, name, processes):
     expected, expected_weights = read(figures, name, 1)
     # The last log averages over the steps since the start, of which the second trainer did one.
     end = -1 if name == "resumed" else None
-    low = name == "low_precision"
     assert found["spread"] == 0.0
-    assert largest_difference(found["logs"][:end], expected["logs"][:end]) < (2e-3 if low else METRICS)
-    assert float((weights - expected_weights).abs().max()) < (3e-2 if low else WEIGHTS)
+    assert largest_difference(found["logs"][:end], expected["logs"][:end]) < METRICS
+    assert float((weights - expected_weights).abs().max()) < WEIGHTS
+
+
+@pytest.mark.slow
+def test_shared_rows_in_bfloat16(figures):
+    """Layers round to 3 digits, and the loss that leaves FSDP2's forward is bfloat16 itself."""
+    found, weights = read(figures, "low_precision", 2)
+    expected, expected_weights = read(figures, "low_precision", 1)
+    for log, other in zip(found["logs"], expected["logs"], strict=True):
+        assert log.get("forward_kl", 0) == pytest.approx(other.get("forward_kl", 0), abs=2e-2)
+        assert log.get("loss", 0) == pytest.approx(other.get("loss", 0), abs=6e-2)
+    assert float((weights - expected_weights).abs().max()) < 3e-2
 
 
 @pytest.mark.slow
@@ -97,11 +107,11 @@ def test_a_recipe_answers_its_tasks_and_writes_a_whole_student(figures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kept", "recomputed"])
-def test_a_long_row_leaves_half_of_its_activations_on_each_process(figures, kind):
+def test_a_long_row_leaves_half_of_its_activations_on_each_process(figures):
     (two, _), (one, _) = (read(figures, "memory", processes) for processes in (2, 1))
-    # Without recomputation each layer also keeps the keys and values of the whole row.
-    assert 0.45 < two[kind] / one[kind] < (0.52 if kind == "recomputed" else 0.7)
+    assert two["recomputed"] / one["recomputed"] == pytest.approx(0.5, abs=0.01)
+    # Each layer keeps keys and values of the whole row too and, on a CPU alone, its mask.
+    assert 0.5 < two["kept"] / one["kept"] < 0.75
 
 
 def call(pair, **options):
