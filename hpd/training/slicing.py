@@ -23,7 +23,7 @@ from hpd.models.slices import RowSlices, check_model
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
 from hpd.training.plan import Plan
 
-__all__ = ["check_sliced", "check_sliced_call", "check_sliced_plan", "slices_of"]
+__all__ = ["check_sliced", "check_sliced_plan", "check_slicing", "slices_of"]
 
 
 def slices_of(accelerator: Accelerator) -> RowSlices | None:
@@ -114,7 +114,7 @@ def check_sliced_plan(planned: Plan) -> None:
     )
 
 
-def check_sliced_call(
+def check_slicing(
     args: Any, terms: Sequence[Term], regime: Regime, model: Any, teacher: Any, options: Mapping[str, Any]
 ) -> None:
     """`check_sliced` of what `DistillTrainer` was called with; `options` are those of `SFTTrainer`.

@@ -52,7 +52,7 @@ from hpd.training.preflight import check_best_metric, check_call, check_own_prom
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 from hpd.training.settings import check_operator
-from hpd.training.slicing import check_sliced_call
+from hpd.training.slicing import check_slicing
 
 __all__ = ["DistillTrainer"]
 
@@ -115,9 +115,8 @@ class DistillTrainer(MeasuredTrainer):
         self._cuts = common_share(self._schedule.at(0.0)) is not None and self.regime.strategy.updates == 1
         self._weight_column, self._stored = weight_column(self.terms), self.regime.prefixes.stored
         self._method_name = method or ("terms" if terms else "hpd")
-        options = {**kwargs, "peft_config": peft_config}
-        check_call(model, teacher, teacher_tokenizer, args, options)
-        check_sliced_call(args, self.terms, self.regime, model, teacher, options)
+        check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
+        check_slicing(args, self.terms, self.regime, model, teacher, {**kwargs, "peft_config": peft_config})
         check_own_prompt(method, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
         check_forms(configs, self.regime, guards, args.byte_length if own is not None else None)
