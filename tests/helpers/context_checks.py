@@ -86,16 +86,14 @@ def low_precision(pair: Path, output: Path) -> None:
 
 
 def resumed(pair: Path, output: Path) -> None:
-    """Two steps, then as a new trainer from their checkpoint; the whole run is one process's."""
+    """Two steps, then as a new trainer from their checkpoint; next to a run that nothing stopped."""
     folder = output / f"resumed-{world_size()}"
-    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2, **DESCENT}
-    checkpoint = None
-    if world_size() > 1:
-        make_trainer(pair, folder, **launched(max_steps=2, **options)).train()
-        checkpoint = str(folder / "checkpoint-2")
-    trainer = make_trainer(pair, folder, **launched(**options))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    report("resumed", output, whole_weights(trainer), trainer.state.log_history)
+    options = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    make_trainer(pair, folder, **launched(max_steps=2, **options)).train()
+    again = make_trainer(pair, folder, **launched(**options))
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    report("resumed", output, whole_weights(again), again.state.log_history)
+    trained("straight", pair, output, **launched(lr_scheduler_type="constant"))
 
 
 def recipe(pair: Path, output: Path) -> None:
