@@ -63,9 +63,10 @@ def check_sliced(
     Raises:
         ValueError: the first such thing, and what to do.
     """
-    size = _asked(args)
-    if size == 1:
+    layout = _asked(args)
+    if layout is None or not layout.cp_enabled:
         return
+    size = layout.cp_size
     columns = {name for part in rows if isinstance(part, Dataset) for name in part.column_names}
     unfit = {
         "rules over the positions of a row (terms.positions)": any(t.positions is not None for t in terms),
@@ -94,6 +95,12 @@ def check_sliced(
     for role, config in configs.items():
         if config is not None:
             check_model(config, role)
+    if layout.total_size != args.world_size:
+        raise ValueError(
+            f"Context parallelism: the launch asks for {layout.total_size} processes (cp_size {size} x "
+            f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: start as "
+            "many, or change the sizes under parallelism_config."
+        )
 
 
 def check_sliced_plan(planned: Plan) -> None:
@@ -141,9 +148,9 @@ def check_slicing(
     )
 
 
-def _asked(args: Any) -> int:
-    """Processes that share each row, by TrainingArguments or accelerate's launcher."""
-    layout = args.parallelism_config
-    if layout is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true":
-        layout = ParallelismConfig()
-    return 1 if layout is None else layout.cp_size or 1
+def _asked(args: Any) -> ParallelismConfig | None:
+    """The layout of processes that TrainingArguments or accelerate's launcher ask for."""
+    if args.parallelism_config is not None:
+        return args.parallelism_config
+    by_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+    return ParallelismConfig() if by_launcher else None

@@ -17,7 +17,9 @@ from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
 from hpd import DistillConfig, DistillTrainer
+from hpd.config import load_recipe
 from hpd.teachers import SelfTeacher
+from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests/helpers/context_checks.py"
@@ -151,3 +153,30 @@ def test_what_is_not_exact_on_slices_is_refused_before_a_model_loads(pair, monke
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(ValueError, match=rf"cp_size: 2\) does not go with .*{message}"):
         call(pair, **options)
+
+
+def test_sizes_that_are_not_the_number_of_processes_are_refused_before_a_model_loads(pair, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match="asks for 2 processes .*, and there are 1: start as many"):
+        call(pair)
+
+
+def test_a_recipe_launched_so_is_checked_before_a_model_loads(pair, monkeypatch, tmp_path):
+    """A launch of one process that `accelerate launch` has told of two."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
+    tree = {
+        "student": str(pair / "student"),
+        "teacher": str(pair / "teacher"),
+        "data": {"path": str(tmp_path / "rows.jsonl")},
+        "train": {"use_cpu": True, "max_length": 64},
+        "lora": {"r": 2},
+        "output_dir": str(tmp_path / "run"),
+    }
+    with pytest.raises(ValueError, match="does not go with an adapter"):
+        train(load_recipe(tree))
+    with pytest.raises(ValueError, match="and there are 1"):
+        train(load_recipe(tree, ["lora=null"]))
+    assert not (tmp_path / "run").exists()
