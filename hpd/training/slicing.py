@@ -98,8 +98,8 @@ def check_sliced(
     if layout.total_size != args.world_size:
         raise ValueError(
             f"Context parallelism: the launch asks for {layout.total_size} processes (cp_size {size} x "
-            f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: start as "
-            "many, or change the sizes under parallelism_config."
+            f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: "
+            "start as many, or change the sizes under parallelism_config."
         )
 
 
