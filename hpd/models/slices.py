@@ -87,13 +87,14 @@ class RowSlices:
             batch: its label positions, in rows that are all the dataset's.
 
         Raises:
-            ValueError: rows with more than their tokens, or padded on the left.
+            ValueError: rows with more than their tokens, or padded on the left; or other rows elsewhere.
         """
         if more := sorted(set(inputs) - _READ):
             raise ValueError(
                 f"Context parallelism cuts rows of text, padded on the right, and the batch also holds "
                 f"{', '.join(more)}: launch without cp_size, or leave that out."
             )
+        self._check_same(inputs["input_ids"], batch)
         height, width = inputs["input_ids"].shape
         places = self._places(width).to(batch.index.device)
         local = torch.full((self.size * len(places),), -1, device=places.device)
@@ -145,6 +146,17 @@ class RowSlices:
         if not leak <= max(_LEAK * most, rounding):
             problem = f"reads slices of a row unlike the row (hidden states {leak:.1%} off)"
             _refuse(role, cast(Any, model).config, problem)
+
+    def _check_same(self, input_ids: Int[Tensor, "B T"], batch: TokenBatch) -> None:
+        """Raise, on all processes of the group, where one was given other rows: no loss would show it."""
+        digest = input_ids.sum() * 31 + batch.keys.sum() + input_ids.shape[1]
+        ends = torch.stack([digest, ~digest])  # the largest, and the smallest as the largest complement
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        if int(ends[0]) != ~int(ends[1]):
+            raise ValueError(
+                "Context parallelism: the processes that share rows were given different ones. The order of "
+                "rows must not depend on the process: set train.train_sampling_strategy: random."
+            )
 
     def _places(self, width: int) -> Int[Tensor, "L"]:
         """Where the tokens held here stand in a row of `width`."""

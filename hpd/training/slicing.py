@@ -23,7 +23,7 @@ from hpd.models.slices import RowSlices, check_model
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
 from hpd.training.plan import Plan
 
-__all__ = ["check_sliced", "check_sliced_plan", "check_slicing", "slices_of"]
+__all__ = ["check_sliced", "check_sliced_plan", "check_slicing", "refuse_slices", "slices_of"]
 
 
 def slices_of(accelerator: Accelerator) -> RowSlices | None:
@@ -100,6 +100,20 @@ def check_sliced(
             f"Context parallelism: the launch asks for {layout.total_size} processes (cp_size {size} x "
             f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: "
             "start as many, or change the sizes under parallelism_config."
+        )
+
+
+def refuse_slices(args: Any, what: str) -> None:
+    """Refuse a launch with shared rows for what reads whole ones.
+
+    Raises:
+        ValueError: accelerate's configuration says cp_size.
+    """
+    layout = _asked(args)
+    if layout is not None and layout.cp_enabled:
+        raise ValueError(
+            f"Context parallelism (cp_size: {layout.cp_size}) is for training on rows of text, and {what} "
+            "reads whole rows: launch without cp_size."
         )
 
 

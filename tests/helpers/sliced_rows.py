@@ -58,6 +58,10 @@ def compare(rank: int, folder: Path, families: tuple[str, ...]) -> None:
         slices.probe(model, "leaking")
     except ValueError as error:
         found["leak"] = str(error)
+    try:
+        slices.cut(*rows([8 + rank, 8]))
+    except ValueError as error:
+        found["other rows"] = str(error)
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 

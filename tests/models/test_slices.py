@@ -43,6 +43,11 @@ def test_a_model_that_reads_its_neighbors_past_attention_is_found_on_all_process
         assert "(llama) reads slices of a row unlike the row" in of_process["leak"]
 
 
+def test_processes_that_were_given_different_rows_all_say_so(found):
+    for of_process in found:
+        assert "were given different ones" in of_process["other rows"]
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [

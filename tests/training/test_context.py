@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from hpd import DistillConfig, DistillTrainer
 from hpd.config import load_recipe
 from hpd.teachers import SelfTeacher
+from hpd.training.caching import write_cache
 from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +181,5 @@ def test_a_recipe_launched_so_is_checked_before_a_model_loads(pair, monkeypatch,
     with pytest.raises(ValueError, match="and there are 1"):
         train(load_recipe(tree, ["lora=null"]))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="hpd cache reads whole rows: launch without cp_size"):
+        write_cache(load_recipe(tree | {"lora": None, "cache": {"path": str(tmp_path / "cache")}}))
