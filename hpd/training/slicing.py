@@ -67,15 +67,11 @@ def check_sliced(
     if layout is None or not layout.cp_enabled:
         return
     size = layout.cp_size
-    columns = {name for part in rows if isinstance(part, Dataset) for name in part.column_names}
-    unfit = {
+    unfit = _by_data(rows) | {
         "rules over the positions of a row (terms.positions)": any(t.positions is not None for t in terms),
         "text that the student writes (prefixes)": regime.prefixes.on_policy or regime.prefixes.stored,
         f"strategy: {regime.strategy.type}": regime.strategy.type != "direct",
         "a teacher that does not run here and now (cached, served, several, a moving average)": not live,
-        "a teacher that reads a prompt of its own": bool(columns & {TEACHER_PROMPT, TEACHER_PREFIXES}),
-        "images": bool(columns & {"image", "images"}),
-        "a stream of rows": any(isinstance(part, IterableDataset) for part in rows),
         "an adapter (lora, peft_config)": adapter,
         "train.vocabulary: bytes": args.vocabulary == "bytes",
         "rows behind one another (train.packing, eval_packing, padding_free)": bool(
@@ -101,6 +97,15 @@ def check_sliced(
             f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: "
             "start as many, or change the sizes under parallelism_config."
         )
+
+
+def _by_data(rows: Sequence[Any]) -> dict[str, bool]:
+    columns = {name for part in rows if isinstance(part, Dataset) for name in part.column_names}
+    return {
+        "a teacher that reads a prompt of its own": bool(columns & {TEACHER_PROMPT, TEACHER_PREFIXES}),
+        "images": bool(columns & {"image", "images"}),
+        "a stream of rows": any(isinstance(part, IterableDataset) for part in rows),
+    }
 
 
 def refuse_slices(args: Any, what: str) -> None:
