@@ -65,7 +65,6 @@ from hpd.training.shards import (
     stored_dtype,
     stored_tensors,
 )
-from hpd.training.slicing import refuse_slices
 from hpd.training.trainer import DistillTrainer
 
 __all__ = ["CacheSummary", "shards_of", "write_cache"]
@@ -104,7 +103,6 @@ def _write(recipe: Recipe, config: CacheConfig, overwrite: bool, progress: Progr
     planned = plan(recipe)
     planned.require_sound()
     planned.say_warnings(progress)
-    refuse_slices(planned.args, "hpd cache")
     trainer = rows_trainer(planned)
     datasets: Any = [trainer.train_dataset, *validation_sets(trainer.eval_dataset).values()]
     rows = torch.utils.data.ConcatDataset(datasets)

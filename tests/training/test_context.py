@@ -181,5 +181,5 @@ def test_a_recipe_launched_so_is_checked_before_a_model_loads(pair, monkeypatch,
     with pytest.raises(ValueError, match="and there are 1"):
         train(load_recipe(tree, ["lora=null"]))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="hpd cache reads whole rows: launch without cp_size"):
+    with pytest.raises(ValueError, match="does not go with a teacher that does not run here"):
         write_cache(load_recipe(tree | {"lora": None, "cache": {"path": str(tmp_path / "cache")}}))
