@@ -23,6 +23,7 @@ from transformers import set_seed
 from hpd.losses.heads import Head, Scores, head_of
 
 __all__ = [
+    "PLACES",
     "adapt_head",
     "add_head_function",
     "has_own_logits",
@@ -32,6 +33,8 @@ __all__ = [
     "use_own_logits",
 ]
 
+PLACES = "places"
+"""In a batch that context parallelism has cut, what attention is given for a mask (`RowSlices`)."""
 _MODEL_INPUTS = (
     "input_ids",
     "attention_mask",
@@ -72,7 +75,8 @@ _MODEL_INPUTS = (
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A collated batch without labels, which would make the model compute a loss itself."""
-    return {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+    found = {name: inputs[name] for name in _MODEL_INPUTS if name in inputs}
+    return found if PLACES not in inputs else {**found, "attention_mask": inputs[PLACES]}
 
 
 def label_inputs(inputs: Mapping[str, Any], index: Int[Tensor, "N"]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) 
         recomputes: the loss reads the head again in the backward pass.
 
     Raises:
-        ValueError: another engine than asked for; FSDP 1, Megatron-LM, context or sequence parallelism.
+        ValueError: another engine than asked for; FSDP 1, Megatron-LM, sequence or tensor parallelism.
     """
     got = accelerator.distributed_type
     check_launched(args, accelerator.num_processes)
@@ -108,14 +108,23 @@ def _check_asked(args: Any, accelerator: Accelerator) -> None:
 def _check_layout(layout: Any) -> None:
     if layout is None:
         return
-    for name, flag in (("context", "cp_enabled"), ("sequence", "sp_enabled")):
-        if getattr(layout, flag, False):
-            # They cut each row into pieces after collation, and `TokenBatch.index` names positions of whole
-            # rows.
+    if getattr(layout, "sp_enabled", False):
+        # Its batches are cut after collation, and `TokenBatch.index` names positions of whole rows.
+        raise ValueError(
+            "Sequence parallelism (sp_size) is DeepSpeed's, which cuts rows after their label positions were "
+            "found, and the loss would read wrong ones: use FSDP2 with cp_size "
+            "(recipes/accelerate/fsdp2_context.yaml)."
+        )
+    if layout.cp_enabled:
+        if layout.cp_handler.cp_comm_strategy != "allgather":
             raise ValueError(
-                f"{name} parallelism cuts rows after their label positions were found, and the loss would "
-                "read wrong ones: for long rows use FSDP2 with gradient checkpointing and a smaller "
-                "train.per_device_train_batch_size."
+                f"parallelism_config_cp_comm_strategy: {layout.cp_handler.cp_comm_strategy} has no effect, "
+                "since hpd gathers keys and values of all slices in every layer: set allgather."
+            )
+        if layout.dp_replicate_enabled:
+            raise ValueError(
+                "Context parallelism (cp_size) was not tried with parallelism_config_dp_replicate_size above "
+                "1: shard over all processes (parallelism_config_dp_shard_size), and leave it out."
             )
     if layout.tp_enabled:
         raise ValueError(

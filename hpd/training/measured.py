@@ -44,6 +44,18 @@ class MeasuredTrainer(GuardedTrainer):
     _prefix: str = "eval"
     """Of the names that the evaluation which runs is logged under."""
 
+    def _place_teacher(self) -> None:
+        """Put the teacher beside the student, under the same engine."""
+        model, slices = self.teacher.model, self._slices
+        if slices is not None and model is not None:
+            slices.attach(model, "teacher")
+        prepared = len(self.accelerator._models)
+        self.teacher.prepare(self.model, self.accelerator)
+        # An evaluation before training prepares the student where no model was prepared before.
+        del self.accelerator._models[prepared:]
+        if slices is not None and model is not None:
+            slices.probe(self.teacher.model, "teacher")
+
     def _teacher_failure(self, batches: Sequence[dict[str, Any]]) -> str | None:
         """Why a teacher that may fail cannot answer about `batches`; the same on all processes, and None
         where it has answered."""

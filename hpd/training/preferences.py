@@ -34,6 +34,7 @@ from hpd.training.inputs import input_fingerprints, rows_digest
 from hpd.training.plan import Plan, plan
 from hpd.training.resumable import Resumable
 from hpd.training.single import evaluate_task, open_together
+from hpd.training.slicing import refuse_slices
 from hpd.training.stopping import Interrupted, Signals, ends_resumable
 
 __all__ = ["check_pairs", "dpo_arguments", "preference_rows", "train_preferences"]
@@ -70,6 +71,7 @@ def _train(stage: Stage, progress: Progress, signals: Signals, takes_changed: bo
     planned = plan(recipe)
     # Preferences need no teacher.
     planned.close()
+    refuse_slices(planned.args, "a stage of preferences (dpo)")
     folder = RunFolder(recipe, takes_changed=takes_changed)
     if int(os.environ.get("RANK", "0")) == 0:
         found = {k: v for k, v in input_fingerprints(planned).items() if not k.startswith("teacher")}

@@ -34,6 +34,7 @@ from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints
 from hpd.training.plan import Plan
 from hpd.training.probing import check_packing
+from hpd.training.slicing import check_sliced_plan
 from hpd.training.stopping import Interrupted, Signals
 from hpd.training.tracking import Trackers
 from hpd.training.trainer import DistillTrainer
@@ -93,9 +94,7 @@ def train_single(
         Interrupted, TeacherUnavailable, OSError: as `ends_resumable` reads them.
     """
     recipe = planned.recipe
-    assert planned.args.device is not None  # asking for it joins the processes
-    check_launched(planned.args, planned.args.world_size)
-    folder.check_processes(planned.args.world_size)
+    _check_processes(planned, folder)
     progress.say(f"student {recipe.student.model}, teacher {recipe.teacher.title}")
     started = time.perf_counter()
     if int(os.environ.get("RANK", "0")) == 0:
@@ -136,6 +135,14 @@ def train_single(
         folder.write_card(summary)
         folder.write_json("summary.json", summary)
     return summary
+
+
+def _check_processes(planned: Plan, folder: RunFolder) -> None:
+    """Refuse processes that are not those which the run needs, or that share rows which cannot be cut."""
+    assert planned.args.device is not None  # asking for it joins the processes
+    check_launched(planned.args, planned.args.world_size)
+    check_sliced_plan(planned)
+    folder.check_processes(planned.args.world_size)
 
 
 def _note_inputs(planned: Plan, folder: RunFolder) -> None:

@@ -17,7 +17,14 @@ from trl import SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.sft_trainer import global_then_local_main_first
 
-from hpd.batch import BEHAVIOR_LOGPROBS, POSITION_WEIGHTS, SOURCES, TEACHER_CHUNKS, TEACHER_PREFIXES
+from hpd.batch import (
+    BEHAVIOR_LOGPROBS,
+    POSITION_WEIGHTS,
+    SOURCES,
+    TEACHER_CHUNKS,
+    TEACHER_PREFIXES,
+    TokenBatch,
+)
 from hpd.data.byte_rows import TwoTokenizers, two_tokenizers
 from hpd.data.convert import is_chat
 from hpd.data.dates import own_template, set_date
@@ -32,12 +39,14 @@ from hpd.data.written_rows import AnswerReader
 from hpd.models.forward import adapt_head
 from hpd.models.memory import own_weights
 from hpd.models.quantized import check_trainable, put_back, trained_data
+from hpd.models.slices import RowSlices
 from hpd.models.token_bytes import end_of_answer
 from hpd.training.arguments import DistillConfig, label_policy
 from hpd.training.dates import own_copy
 from hpd.training.engines import check_engine
 from hpd.training.probing import packing_verdicts, probe_student, settle
 from hpd.training.resumable import Resumable
+from hpd.training.slicing import slices_of
 
 __all__ = ["StudentTrainer"]
 
@@ -84,6 +93,8 @@ class StudentTrainer(Resumable, SFTTrainer):
     """The column of the rows that a term is weighed by."""
     _stored = False
     """True if the rows are rollouts that were written earlier, with the log-probabilities of their writer."""
+    _slices: RowSlices | None = None
+    """This process's part of rows that several share (context parallelism)."""
     # The loss is already divided by the label tokens of the accumulated batch.
     loss_is_scaled_for_ga = True
 
@@ -119,6 +130,8 @@ class StudentTrainer(Resumable, SFTTrainer):
         check_engine(args, self.accelerator, recomputes=recomputes)
         student = self.accelerator.unwrap_model(self.model)
         own_weights(student)
+        if self._slices is not None:
+            self._slices.attach(student, "student")
         self._base_model = student.get_base_model() if hasattr(student, "get_base_model") else student
         self.verdicts = probe_student(student, self._base_model, self.processing_class, self.padding_free)
         """What the probes of student and teacher found."""
@@ -218,6 +231,31 @@ class StudentTrainer(Resumable, SFTTrainer):
         """True if the model can only run on all processes at once."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    @property
+    def sharing(self) -> int:
+        """Processes that share each row; 1: every one reads rows of its own."""
+        return 1 if self._slices is None else self._slices.size
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self._slices = slices_of(self.accelerator)
+
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: Any) -> Any:
+        # Not here: draws, counts and what the teacher is asked are those of whole rows (`label_positions`).
+        return contextlib.nullcontext, inputs
+
+    def label_positions(self, model: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], TokenBatch]:
+        """What a collated batch's forward takes, and its label positions: this process's part of both."""
+        batch = TokenBatch.pop(inputs)
+        if self._slices is None:
+            return inputs, batch
+        self._slices.probe(model, "student")
+        return self._slices.cut(inputs, batch)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As in transformers; of rows that several processes share, each counts its part."""
+        return super().floating_point_ops(inputs) // self.sharing
+
     def balancing(
         self, sums: dict[str, Tensor], num_items_in_batch: Tensor | int | None
     ) -> Callable[[Tensor], Tensor] | None:
@@ -276,7 +314,7 @@ class StudentTrainer(Resumable, SFTTrainer):
         with keeping:
             if fills_last_batch(self.args, dataset) and not (is_training and self._repeats_rows):
                 count = len(dataset)
-                dataset = fill(dataset, batch_size * self.args.world_size)
+                dataset = fill(dataset, batch_size * self.args.world_size // self.sharing)
                 shuffled = is_training and self.args.train_sampling_strategy == "random"
 
                 def order(rows: Any) -> FilledOrder:

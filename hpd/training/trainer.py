@@ -52,6 +52,7 @@ from hpd.training.preflight import check_best_metric, check_call, check_own_prom
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 from hpd.training.settings import check_operator
+from hpd.training.slicing import check_slicing
 
 __all__ = ["DistillTrainer"]
 
@@ -115,6 +116,7 @@ class DistillTrainer(MeasuredTrainer):
         self._weight_column, self._stored = weight_column(self.terms), self.regime.prefixes.stored
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
+        check_slicing(args, self.terms, self.regime, model, teacher, {**kwargs, "peft_config": peft_config})
         check_own_prompt(method, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
         check_forms(configs, self.regime, guards, args.byte_length if own is not None else None)
@@ -185,10 +187,7 @@ class DistillTrainer(MeasuredTrainer):
             check_rows(rows, self.processing_class, {"student": self._base_model, "teacher": reads})
         # Sharded weights cannot be probed; whole ones are where they were loaded until they are placed.
         found = self.teacher.probe(self.padding_free) if self.is_sharded else []
-        prepared = len(self.accelerator._models)
-        self.teacher.prepare(self.model, self.accelerator)
-        # An evaluation before training prepares the student where no model was prepared before.
-        del self.accelerator._models[prepared:]
+        self._place_teacher()
         if self.teacher.follows:
             self.add_callback(Following(self.teacher))
         found = found or self.teacher.probe(self.padding_free)
@@ -275,7 +274,7 @@ class DistillTrainer(MeasuredTrainer):
         if return_outputs:
             raise ValueError("The fused loss builds no logits: call predict(), or the model itself.")
         training = self.model.training
-        batch = TokenBatch.pop(inputs)
+        inputs, batch = self.label_positions(model, inputs)
         teacher = self._teacher_scores(inputs, batch)
         num_tokens = max(len(batch.labels), 1) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 / torch.as_tensor(num_tokens, device=batch.labels.device).clamp(min=1)

@@ -235,7 +235,7 @@ def straight(pair: Path, output: Path) -> None:
     trained("straight", pair, output, lr_scheduler_type="constant")
 
 
-def _let_fsdp_run_on_cpu(**settings) -> None:
+def let_fsdp_run_on_cpu(**settings) -> None:
     """Lift the one condition that keeps accelerate from FSDP on a CPU; everything after it is what runs on
     GPUs."""
     from accelerate.state import AcceleratorState, PartialState
@@ -258,7 +258,7 @@ def fsdp2(pair: Path, output: Path) -> None:
     """`DistillTrainer` with accelerate's FSDP2: student and teacher sharded, validation before training,
     whole export."""
     if world_size() > 1:
-        _let_fsdp_run_on_cpu()
+        let_fsdp_run_on_cpu()
     options = {"fsdp": True, "fsdp_config": {"version": 2}} if world_size() > 1 else {}
     folder = output / f"fsdp2-{world_size()}"
     trainer = make_trainer(
@@ -294,7 +294,7 @@ def fsdp2_two_tokenizers(pair: Path, output: Path) -> None:
 
 def _under_fsdp2(name: str, pair: Path, output: Path, **options) -> None:
     if world_size() > 1:
-        _let_fsdp_run_on_cpu()
+        let_fsdp_run_on_cpu()
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}
     trained(name, pair, output, **options)
 

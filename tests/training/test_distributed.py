@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig, TorchContextParallelConfig
 from datasets import Dataset
 from helpers.distributed_checks import rows as counting_rows
 from helpers.two_tokenizers import piece_model
@@ -357,26 +357,23 @@ def accelerator(engine, **state):
     )
 
 
+def sharded(**layout):
+    plugin = SimpleNamespace(fsdp_version=2)
+    return accelerator(DistributedType.FSDP, fsdp_plugin=plugin, layout=ParallelismConfig(**layout))
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
         (accelerator(DistributedType.FSDP, fsdp_plugin=SimpleNamespace(fsdp_version=1)), "fsdp_version: 2"),
         (accelerator(DistributedType.MEGATRON_LM), "Megatron-LM"),
         (
-            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=True)),
-            "context parallelism",
+            sharded(cp_size=2, cp_handler=TorchContextParallelConfig(cp_comm_strategy="alltoall")),
+            "cp_comm_strategy: alltoall has no effect",
         ),
-        (
-            accelerator(DistributedType.MULTI_GPU, layout=SimpleNamespace(cp_enabled=False, sp_enabled=True)),
-            "sequence parallelism",
-        ),
-        (
-            accelerator(
-                DistributedType.MULTI_GPU,
-                layout=SimpleNamespace(cp_enabled=False, sp_enabled=False, tp_enabled=True),
-            ),
-            "Tensor parallelism",
-        ),
+        (sharded(cp_size=2, dp_replicate_size=2, dp_shard_size=2), "dp_replicate_size above 1"),
+        (sharded(sp_size=2), "Sequence parallelism.*cp_size"),
+        (sharded(tp_size=2), "Tensor parallelism"),
         (
             accelerator(
                 DistributedType.DEEPSPEED,

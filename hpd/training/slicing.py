@@ -1,0 +1,175 @@
+"""Context parallelism in training: which processes share rows, and what is not trained so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import ParallelismConfig
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from torch import nn
+
+from hpd.batch import TEACHER_PREFIXES
+from hpd.data.rows import validation_sets
+from hpd.data.teacher_prompts import TEACHER_PROMPT
+from hpd.methods.regime import Regime
+from hpd.methods.table import name_terms
+from hpd.methods.terms import Term
+from hpd.models.adapters import find_adapter
+from hpd.models.slices import RowSlices, check_model
+from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.training.plan import Plan
+
+__all__ = ["check_sliced", "check_sliced_plan", "check_slicing", "refuse_slices", "slices_of"]
+
+
+def slices_of(accelerator: Accelerator) -> RowSlices | None:
+    """This process's part of rows, where accelerate has processes share them (cp_size); else None.
+
+    Accelerate's device mesh, its batches and FSDP2 are used. Its own attention is not: it gives every layer
+    of the student a causal mask, in generation too, and torch has it for GPUs alone.
+    """
+    layout = accelerator.parallelism_config
+    if layout is None or not layout.cp_enabled:
+        return None
+    accelerator._prepare_cp = lambda *args: args  # type: ignore[method-assign]
+    return RowSlices(cast(Any, accelerator.torch_device_mesh)["cp"].get_group())
+
+
+def check_sliced(
+    args: Any,
+    terms: Sequence[Term],
+    regime: Regime,
+    *,
+    live: bool,
+    adapter: bool,
+    rows: Sequence[Any],
+    configs: Mapping[str, Any],
+) -> None:
+    """Refuse what is not trained on slices of rows, where accelerate's configuration asks for them.
+
+    Args:
+        args: `DistillConfig`.
+        terms: of the loss.
+        regime: of the run.
+        live: the teacher is a model of the same processes, and stays as it is.
+        adapter: the student is trained as an adapter.
+        rows: the sets of training and validation.
+        configs: of student and teacher, as far as they are known.
+
+    Raises:
+        ValueError: the first such thing, and what to do.
+    """
+    layout = _asked(args)
+    if layout is None or not layout.cp_enabled:
+        return
+    size = layout.cp_size
+    unfit = _by_data(rows) | {
+        "rules over the positions of a row (terms.positions)": any(t.positions is not None for t in terms),
+        "text that the student writes (prefixes)": regime.prefixes.on_policy or regime.prefixes.stored,
+        f"strategy: {regime.strategy.type}": regime.strategy.type != "direct",
+        "a teacher that does not run here and now (cached, served, several, a moving average)": not live,
+        "an adapter (lora, peft_config)": adapter,
+        "train.vocabulary: bytes": args.vocabulary == "bytes",
+        "rows behind one another (train.packing, eval_packing, padding_free)": bool(
+            args.packing or args.eval_packing or args.padding_free
+        ),
+        "train.torch_compile": args.torch_compile,
+        "train.include_num_input_tokens_seen, which would count a row once for each process": (
+            args.include_num_input_tokens_seen != "no"
+        ),
+    }
+    for what, is_so in unfit.items():
+        if is_so:
+            raise ValueError(
+                f"Context parallelism (cp_size: {size}) does not go with {what}: leave that out, or launch "
+                "without cp_size, with gradient checkpointing (recipes/accelerate/fsdp2.yaml)."
+            )
+    for role, config in configs.items():
+        if config is not None:
+            check_model(config, role)
+    if layout.total_size != args.world_size:
+        raise ValueError(
+            f"Context parallelism: the launch asks for {layout.total_size} processes (cp_size {size} x "
+            f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: "
+            "start as many, or change the sizes under parallelism_config."
+        )
+
+
+def _by_data(rows: Sequence[Any]) -> dict[str, bool]:
+    columns = {name for part in rows if isinstance(part, Dataset) for name in part.column_names}
+    return {
+        "a teacher that reads a prompt of its own": bool(columns & {TEACHER_PROMPT, TEACHER_PREFIXES}),
+        "images": bool(columns & {"image", "images"}),
+        "a stream of rows": any(isinstance(part, IterableDataset) for part in rows),
+    }
+
+
+def refuse_slices(args: Any, what: str) -> None:
+    """Refuse a launch with shared rows for what reads whole ones.
+
+    Raises:
+        ValueError: accelerate's configuration says cp_size.
+    """
+    layout = _asked(args)
+    if layout is not None and layout.cp_enabled:
+        raise ValueError(
+            f"Context parallelism (cp_size: {layout.cp_size}) is for training on rows of text, and {what} "
+            "reads whole rows: launch without cp_size."
+        )
+
+
+def check_sliced_plan(planned: Plan) -> None:
+    """`check_sliced` of a recipe, before a model loads.
+
+    Raises:
+        ValueError: as `check_sliced`.
+    """
+    recipe, rows = planned.recipe, planned.rows
+    check_sliced(
+        planned.args,
+        name_terms(recipe.choose_terms()),
+        recipe.choose_regime(),
+        live=recipe.teacher.type in ("model", "self") and recipe.teacher.ema is None,
+        adapter=recipe.lora is not None or find_adapter(recipe.student, "student") is not None,
+        rows=[rows.train, *validation_sets(rows.validation).values()],
+        configs={"student": planned.student_config, **planned.teacher_configs},
+    )
+
+
+def check_slicing(
+    args: Any, terms: Sequence[Term], regime: Regime, model: Any, teacher: Any, options: Mapping[str, Any]
+) -> None:
+    """`check_sliced` of what `DistillTrainer` was called with; `options` are those of `SFTTrainer`.
+
+    Raises:
+        ValueError: as `check_sliced`, and a model that is loaded and cannot read slices.
+    """
+    sets = [validation_sets(options.get(name)) for name in ("train_dataset", "eval_dataset")]
+    if isinstance(teacher, Teacher):
+        live = isinstance(teacher, ModelTeacher) or (isinstance(teacher, SelfTeacher) and not teacher.follows)
+    else:
+        live = isinstance(teacher, (str, nn.Module))
+    adapter = options.get("peft_config") is not None or isinstance(model, PeftModel)
+    sources = {"student": model, "teacher": getattr(teacher, "model", teacher)}
+    configs = {role: getattr(source, "config", None) for role, source in sources.items()}
+    check_sliced(
+        args,
+        terms,
+        regime,
+        live=live,
+        adapter=adapter,
+        rows=[rows for named in sets for rows in named.values()],
+        configs=configs,
+    )
+
+
+def _asked(args: Any) -> ParallelismConfig | None:
+    """The layout of processes that TrainingArguments or accelerate's launcher ask for."""
+    if args.parallelism_config is not None:
+        return args.parallelism_config
+    by_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+    return ParallelismConfig() if by_launcher else None
