@@ -39,7 +39,8 @@ def peers(problem: Problem) -> tuple[dict[str, Run], dict[str, str]]:
 def _all(problem: Problem) -> Iterator[tuple[str, Callable[[], Run]]]:
     for name, beta in (("TRL forward KL", 0.0), ("TRL JSD 0.5", 0.5), ("TRL reverse KL", 1.0)):
         yield name, lambda beta=beta: _trl(problem, beta)
-    yield "torch linear_cross_entropy", lambda: _linear_cross_entropy(problem)
+    yield "torch linear_cross_entropy", lambda: _linear_cross_entropy(problem, chunked=False)
+    yield "torch linear_cross_entropy, chunks", lambda: _linear_cross_entropy(problem, chunked=True)
     yield "Liger cross-entropy", lambda: _liger_cross_entropy(problem)
     for name, beta in (("Liger forward KL", 0.0), ("Liger JSD 0.5", 0.5), ("Liger reverse KL", 1.0)):
         yield name, lambda beta=beta: _liger_jsd(problem, beta)
@@ -64,11 +65,14 @@ def _trl(problem: Problem, beta: float) -> Run:
     )
 
 
-def _linear_cross_entropy(problem: Problem) -> Run:
-    """torch's own, in its chunks, which it chooses by device and dtype."""
+def _linear_cross_entropy(problem: Problem, chunked: bool) -> Run:
+    """torch's own: out of whole logits, as it does unless asked, or in chunks, which it chooses by device and
+    dtype."""
     function: Any = F.linear_cross_entropy  # type: ignore[attr-defined]
-    module: Any = importlib.import_module("torch.nn.modules.linear_cross_entropy_options")
-    options = module.LinearCrossEntropyOptions()
+    options = None
+    if chunked:
+        module: Any = importlib.import_module("torch.nn.modules.linear_cross_entropy_options")
+        options = module.LinearCrossEntropyOptions()
     p = problem
     return _backward(p, lambda: function(p.hidden, p.weight, p.labels, options=options))
 

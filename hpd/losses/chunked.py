@@ -57,7 +57,7 @@ from hpd.losses.tile import (
     tile_gradient_,
     token_gradient,
 )
-from hpd.methods.terms import Term
+from hpd.methods.terms import Term, reads_teacher
 
 __all__ = ["OperatorCall", "ReweightedNLL", "compiled_reweighted_nll", "finish"]
 
@@ -110,7 +110,7 @@ class ReweightedNLL(torch.autograd.Function):
         # A product of Python numbers is filled in on the device: no copy from the host, no synchronization.
         scale = torch.ones((), dtype=dtype, device=hidden.device) * call.scale * head.scale
         few = _reads_few_tokens(call, head)
-        by_token = few and is_known_by_token(call.teacher)
+        by_token = few and (is_known_by_token(call.teacher) or _leaves_teacher(call))
         tile_gradient = _tile_gradient(call, student.head, dtype)
         columns = None
         if call.gradient_filter:
@@ -205,6 +205,11 @@ def _evaluate(part: OperatorCall, logits: Tensor, buffer: Tensor, sums: Sums) ->
     add(sums, tokens=torch.ones_like(logits[:, 0]))
 
 
+def _leaves_teacher(call: OperatorCall) -> bool:
+    """True if no term reads the teacher, nor is its mass outside the common vocabulary measured."""
+    return not reads_teacher(call.terms) and call.teacher.vocab <= call.vocab
+
+
 def finish(
     ctx: Any, gradients: Gradients, leaves: Sequence[Tensor | None], call: Any, sums: Sums
 ) -> Float[Tensor, ""]:
@@ -275,8 +280,8 @@ def _observe(
         logits: the student's.
         buffer: for the teacher's.
         first: place of the chunk's first position among all.
-        by_token: single tokens of the teacher will do: no product with its head but for the metrics; the
-            result is None.
+        by_token: single tokens of the teacher will do, or none: no product with its head but for the
+            metrics; the result is None.
     """
     teacher, labels = part.teacher, part.inputs.labels
     teacher_logits = None if by_token else teacher_logits_(part.ready, labels, buffer)
@@ -305,6 +310,8 @@ def _look_up(part: OperatorCall, teacher_logits: Float[Tensor, "C V"] | None) ->
             return lambda tokens: teacher_logits.gather(1, tokens) - log_z
         log_p = torch.log_softmax(teacher_logits, -1, out=teacher_logits)
         return lambda tokens: log_p.gather(1, tokens)
+    if _leaves_teacher(part):
+        return lambda tokens: torch.zeros(tokens.shape, device=tokens.device)
     labels = part.inputs.labels
     log_z = log_normalizer(part.teacher, labels, part.vocab)
     return lambda tokens: token_logprobs(part.teacher, log_z, labels, tokens)

@@ -391,6 +391,19 @@ def test_products_per_chunk_and_what_is_frozen() -> None:
                 torch.testing.assert_close(tensor.grad, grad, rtol=1e-12, atol=1e-12)
 
 
+def test_likelihood_of_the_label_multiplies_the_teachers_head_for_metrics_alone() -> None:
+    vocab, num_tokens = 50, 12
+    given = problem(vocab, num_tokens=num_tokens)
+    for stride, products in ((0, 3), (5, 4)):
+        with Recorder() as seen:
+            got = compute(given, TERMS["sft"], metric_stride=stride)
+        assert seen.products == products
+        assert_equal(got, compute(given, TERMS["sft"], impl="reference", metric_stride=stride))
+    # A longer teacher's mass on what the student does not have is measured at every position.
+    longer = problem(vocab, teacher_vocab=60, num_tokens=num_tokens)
+    assert "teacher_mass_outside" in compute(longer, TERMS["sft"], metric_stride=0).stats
+
+
 def test_an_evaluation_computes_no_gradient() -> None:
     given = problem(50)
     hidden, weight = given.student.hidden.requires_grad_(), given.student.head.weight.requires_grad_()  # type: ignore[union-attr]
