@@ -22,8 +22,8 @@ from evidence.problems import END, PAD, Problem, WordProblems
 from evidence.settings import Regime, Settings
 from hpd.files import write_atomically
 from hpd.losses import Head, Scores, reweighted_nll
+from hpd.losses.measures import distribution_metrics
 from hpd.losses.products import for_products, project_
-from hpd.losses.tile import distribution_metrics
 from hpd.methods import method_terms, name_terms
 
 _SAVE_SECONDS = 60.0
