@@ -80,6 +80,26 @@ log-probability a position serves them all ([Where the rules rest](theory.md) sa
 
 `seqkd` is Kim and Rush's method, fine-tuning on text that the teacher wrote; it is not the paper's "SeqKD".
 
+## Methods of 2026
+
+What the table holds of this year's papers, what each is tested against, and a recipe that runs it (`hpd train
+recipes/NAME.yaml`). None of the papers' own results were repeated here; [what was measured](evidence/index.md)
+is on made tasks.
+
+| method | source | tested against | recipe |
+|---|---|---|---|
+| `hpd` | arXiv 2604.20244 | float64, eq. 11-15; the authors' code's numbers | `gsm8k_smollm2` |
+| `hpd`, then `opd` | its Table 5 | each stage by itself; resumed bit for bit | `regimes/hpd_then_opd` |
+| `acceptance` | 2602.23881 | float64, autograd of -log sum min(p, q) | `method=acceptance` in any |
+| `iw_opd` | 2606.22600 | float64, row by row | `positions/iw_opd` |
+| a first share | the same | labels masked by hand | `positions/first_share` |
+| `length_curriculum` | after the same | shares by hand | `positions/length_curriculum` |
+| `tip` | 2604.14084 | float64, sorted entropies | `positions/tip` |
+| `sod` | 2605.07725 | float64, step by step | `positions/sod` |
+| `opsd` | 2601.18734 | a language with enumerated hints; capped sums | `context/opsd` |
+| `sdft` | 2601.19897 | the same; the average in closed form | `context/sdft` |
+| `opd`, stored rows | 2604.13010 | ratios: 1 for the writer, exact for another | `stored/offline_on_policy` |
+
 ## Sums of terms
 
 ```yaml
