@@ -83,8 +83,8 @@ log-probability a position serves them all ([Where the rules rest](theory.md) sa
 ## Methods of 2026
 
 What the table holds of this year's papers, what each is tested against, and a recipe that runs it (`hpd train
-recipes/NAME.yaml`). None of the papers' own results were repeated here; [what was measured](evidence/index.md)
-is on made tasks.
+recipes/NAME.yaml`). The papers' own results were not repeated here; [what was measured](evidence/index.md) is
+on made tasks.
 
 | method | source | tested against | recipe |
 |---|---|---|---|
