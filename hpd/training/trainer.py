@@ -135,21 +135,26 @@ class DistillTrainer(MeasuredTrainer):
         )
         self.teacher = as_teacher(teacher, args.trust_remote_code)
         self.teacher.check_terms(configs)
-        vocab, size = self.teacher.vocab, self._base_model.config.get_text_config().vocab_size
         self._events: ByteEvents | None = None
-        if (both := self.two_tokenizers()) is not None:
-            self._events, vocab = both.events(size, vocab or size).to(self.accelerator.device), None
-            if knows_likeliest(self.teacher):
-                check_likeliest(configs)
-        elif vocab is not None:
-            vocab = common_vocab(self._base_model, vocab, args.vocabulary)
-        self._shared_vocab = vocab or size
+        vocab = self._common_vocabulary(configs)
         metrics = bool(args.metric_stride) or self._guards.overlap or self._events is not None
         self._runs_teacher = self.regime.runs_teacher(self.terms, metrics)
         self._take_teacher()
         self.data_collator = DistillCollator(self.data_collator, vocab)
         self._introduce_rows()
         self._set_up_state()
+
+    def _common_vocabulary(self, configs: Sequence[TermConfig | Term]) -> int | None:
+        """Tokens that both models have; None where the teacher tells no number, or has its own tokens."""
+        vocab, size = self.teacher.vocab, self._base_model.config.get_text_config().vocab_size
+        if (both := self.two_tokenizers()) is not None:
+            self._events, vocab = both.events(size, vocab or size).to(self.accelerator.device), None
+            if knows_likeliest(self.teacher):
+                check_likeliest(configs)
+        elif vocab is not None:
+            vocab = common_vocab(self._base_model, vocab, self.args.vocabulary)
+        self._shared_vocab = vocab or size
+        return vocab
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None

@@ -287,5 +287,5 @@ def test_a_recipe_trains_from_a_cache(pairs, tmp_path):
     cached = {**rules, "teacher": {"type": "cached"}, "output_dir": str(tmp_path / "cached")}
     stored = train(recipe_of(pairs[0], tmp_path, **cached))
     assert stored["loss after"] == pytest.approx(live["loss after"], abs=1e-4)
-    with pytest.raises(ValueError, match="holds its likeliest tokens: between two tokenizers it serves"):
+    with pytest.raises(ValueError, match="tells its likeliest tokens: between two tokenizers it serves"):
         plan(recipe_of(pairs[0], tmp_path, **{**cached, "method": "hpd"}))
