@@ -25,7 +25,7 @@ BRANCHES = {
     "sample_penalized": "sample penalized",
 }
 NO_VALIDATION = (
-    "KL over training is drawn on validation rows, and these runs measured none while they trained: batches "
+    "KL over training is drawn on validation rows, and these runs measured it once at most: batches "
     "of different methods are different text. Give the recipe train.eval_strategy: steps and "
     "train.eval_steps."
 )
@@ -72,11 +72,11 @@ def _validation_panels(
 
 
 def validation_is_missing(results: Results) -> bool:
-    """True if runs logged their training and no KL on validation rows."""
-    logged = [log for run in results.runs for log in run.logs]
-    trained = any("forward_kl" in log for log in logged)
+    """True if runs logged their training and KLs on validation rows at one step at most."""
+    trained = any("forward_kl" in log for run in results.runs for log in run.logs)
     readers = [_on_validation(f"{one}forward_kl") for one in _sets(results)]
-    return trained and not any(read(log) is not None for log in logged for read in readers)
+    steps = (sum(read(log) is not None for log in run.logs) for run in results.runs for read in readers)
+    return trained and max(steps, default=0) < 2
 
 
 def _on_validation(metric: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -96,7 +96,8 @@ def _panel(
     logs: Mapping[str, Logs],
     level: Level | None = None,
 ) -> list[Panel]:
-    if not lines:
+    # One point, such as that of an evaluation at the end, is no curve.
+    if all(len(line) < 2 for line in lines.values()):
         return []
     note = _note(logs, lines)
     if level is not None and metric in OWN_METRICS:

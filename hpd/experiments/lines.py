@@ -212,12 +212,14 @@ def multiples_panel(
         log_x: a logarithmic x axis.
         share_y: one y axis for all, where their values are comparable.
     """
-    names = {tuple(lines) for lines in plots.values()}
+    most = max(plots.values(), key=len)
     columns = min(_MULTIPLE_COLUMNS, len(plots))
     num_rows = math.ceil(len(plots) / columns)
-    # Plots of the same lines share a legend; else a plot of several has its own.
-    shared = next(iter(names)) if len(names) == 1 else ()
-    has_legend = len(shared) > 1
+    # Plots of the same lines, or of some of them, share a legend; else a plot of several has its own.
+    has_legend = len(most) > 1 and all(lines.keys() <= most.keys() for lines in plots.values())
+    if has_legend and looks is None:
+        looks = looks_of(list(most))
+    titles = [textwrap.fill(name, _PLOT_CHARACTERS) for name in plots]
     every = [line for lines in plots.values() for line in lines.values()]
     is_log = log and _spans(every)
 
@@ -225,7 +227,7 @@ def multiples_panel(
         axes = new_axes(figure, num_rows, columns, sharex=True, sharey=share_y)
         for axis in axes[len(plots) :]:
             axis.set_visible(False)
-        for i, (axis, (name, lines)) in enumerate(zip(axes, plots.items(), strict=False)):
+        for i, (axis, lines) in enumerate(zip(axes, plots.values(), strict=False)):
             _draw_lines(axis, lines, _looks_within(lines, looks, has_legend), scale.factor, {}, bool(ticks))
             if level is not None:
                 _draw_level(axis, level, scale.factor)
@@ -234,17 +236,18 @@ def multiples_panel(
             else:
                 axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
-            axis.set_title(name, fontsize=8, color=INK, loc="left")
+            axis.set_title(titles[i], fontsize=8, color=INK, loc="left")
             is_last = i + columns >= len(plots)
             axis.tick_params(labelsize=8, labelbottom=is_last)
             axis.set_xlabel(textwrap.fill(x_label, _PLOT_CHARACTERS) if is_last else "", fontsize=8)
             if len(lines) > 1 and not has_legend:
                 axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
         if has_legend:
-            _legend(axes[0], _OUTSIDE)
+            _legend(axes[list(plots.values()).index(most)], _OUTSIDE)
 
     rows = [(name, *row) for name, lines in plots.items() for row in _rows(lines, scale)]
-    height = 0.4 + 1.25 * num_rows + (0.2 * math.ceil(len(shared) / 2) if has_legend else 0.0)
+    height = 0.4 + (1.25 + 0.13 * any("\n" in title for title in titles)) * num_rows
+    height += 0.2 * math.ceil(len(most) / 2) if has_legend else 0.0
     cut = is_log and any(map(_are_cut, [every] if share_y else [lines.values() for lines in plots.values()]))
     caption = " ".join(filter(None, [note, CUT_NOTE if cut else "", _level_note(level, scale)]))
     return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, caption)

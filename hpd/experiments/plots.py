@@ -148,6 +148,8 @@ def _difference_panel(metric: str, rows: Sequence[VariantComparison], scale: Sca
 
     def draw(figure: Figure) -> None:
         axes = split_axes(figure, found, vertical=False)
+        if len(axes) == 1:
+            axes[0].locator_params(axis="x", nbins=5)  # numbers of six characters would touch
         for axis in axes:
             for y, (row, ends) in enumerate(zip(reversed(rows), reversed(bounds), strict=True)):
                 color = _TONES[row.verdict]

@@ -52,6 +52,15 @@ def test_kl_of_batches_is_not_drawn_and_the_report_says_what_to_set():
     assert not validation_is_missing(panels_of([training("hpd", 0)])[0])
 
 
+def test_an_evaluation_at_the_end_alone_is_no_curve():
+    run = training("hpd", 0)
+    last = [log for log in run.logs if log["step"] == 30 or "eval_loss" not in log]
+    results, panels = panels_of([make_run({"method": "hpd"}, 0, logs=last, recipe={"method": "hpd"})])
+    assert "curve-forward_kl" not in panels
+    assert "curve-own_entropy" in panels
+    assert validation_is_missing(results)
+
+
 def test_losses_of_two_objectives_never_share_an_axis():
     runs = [training(m, 0, model=size) for m in METHODS for size in ("small", "large")]
     _, panels = panels_of(runs)

@@ -130,3 +130,15 @@ def test_a_logarithmic_axis_shows_the_means_and_says_that_bands_are_cut():
     assert whole.note == ""
     (axis,) = drawn(whole).axes
     assert axis.get_ylim()[0] < 0.001 < 3.0 < axis.get_ylim()[1]
+
+
+def test_plots_of_some_of_the_same_lines_share_one_legend_and_its_colors():
+    line = [(1, 0.5, 0.4, 0.6), (2, 0.4, 0.3, 0.5)]
+    plots = {"masked_sft, rows=four_fifths": {"under": line}, "hpd": {"kept": line, "under": line}}
+    figure = Figure(layout="constrained")
+    multiples_panel("branches", "shares", plots).draw(figure)
+    first, second = figure.axes
+    assert [axis.get_legend() for axis in figure.axes] == [None, None]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kept", "under"]
+    assert first.lines[0].get_color() == second.lines[1].get_color() != second.lines[0].get_color()
+    assert first.get_title(loc="left") == "masked_sft,\nrows=four_fifths"
