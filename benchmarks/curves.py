@@ -1,6 +1,6 @@
 """Loss curves of one run in float32, with bfloat16 products, and with the gradient filter.
 
-    python benchmarks/curves.py RECIPE [a.b=c ...] [--steps 200] [--output FOLDER] [--json]
+    python benchmarks/curves.py RECIPE [a.b=c ...] [--steps 200] [--ways WAYS] [--output FOLDER] [--json]
     python benchmarks/curves.py --docs    # docs/performance.md from the stored result, nothing measured
 
 RECIPE names student, teacher and data. The runs of a method see the same rows, draws and rate in the same
@@ -39,7 +39,7 @@ NUDGE = 1e-4
 
 
 def curves(
-    recipe: Path, overrides: list[str], methods: list[str], steps: int, output: Path
+    recipe: Path, overrides: list[str], methods: list[str], ways: list[str], steps: int, output: Path
 ) -> dict[str, Any]:
     """Losses of each step and the validation forward KL of each way of each method."""
     common = [*overrides, f"train.max_steps={steps}", "train.logging_steps=1", "train.save_strategy=no"]
@@ -53,9 +53,9 @@ def curves(
     common += ["teacher=null", "teacher.type=cached", f"teacher.path={cache}"]
     found: dict[str, Any] = {}
     for method in methods:
-        for way, changes in WAYS.items():
+        for way in [BASE, *ways]:
             folder = output / f"{method}-{way.replace(' ', '-')}"
-            given = [*common, *changes, f"method={method}", f"output_dir={folder}"]
+            given = [*common, *WAYS[way], f"method={method}", f"output_dir={folder}"]
             given += [f"student.model={nudged}"] if way == "nudged" else []
             if not (folder / "summary.json").is_file():
                 train(load_recipe(recipe, given), overwrite=folder.is_dir())
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the recipe, as in `hpd train`")
     parser.add_argument("--methods", default="hpd,forward_kl")
+    parser.add_argument("--ways", default=",".join(list(WAYS)[1:]), help="to be compared with float32")
     parser.add_argument("--steps", type=count, default=200)
     parser.add_argument("--output", type=Path, default=Path("runs/curves"))
     parser.add_argument("--json", action="store_true", help="store in benchmarks/results/curves.json")
@@ -122,8 +123,10 @@ def main() -> None:
         return
     if options.recipe is None:
         parser.error("name the recipe whose student, teacher and data are taken.")
-    methods = options.methods.split(",")
-    found = curves(options.recipe, options.overrides, methods, options.steps, options.output)
+    methods, ways = options.methods.split(","), options.ways.split(",")
+    if unknown := set(ways) - set(list(WAYS)[1:]):
+        parser.error(f"--ways are of {', '.join(list(WAYS)[1:])}, got {', '.join(sorted(unknown))}.")
+    found = curves(options.recipe, options.overrides, methods, ways, options.steps, options.output)
     result = {"machine": machine(), "steps": options.steps, "curves": found, "ratios": {}}
     print(tables(result))
     store_or_check("curves", result, options.json, False)
