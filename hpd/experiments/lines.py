@@ -236,10 +236,7 @@ def multiples_panel(
             else:
                 axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
-            axis.set_title(titles[i], fontsize=8, color=INK, loc="left")
-            is_last = i + columns >= len(plots)
-            axis.tick_params(labelsize=8, labelbottom=is_last)
-            axis.set_xlabel(textwrap.fill(x_label, _PLOT_CHARACTERS) if is_last else "", fontsize=8)
+            _label_small(axis, titles[i], x_label if i + columns >= len(plots) else "")
             if len(lines) > 1 and not has_legend:
                 axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
         if has_legend:
@@ -251,6 +248,13 @@ def multiples_panel(
     cut = is_log and any(map(_are_cut, [every] if share_y else [lines.values() for lines in plots.values()]))
     caption = " ".join(filter(None, [note, CUT_NOTE if cut else "", _level_note(level, scale)]))
     return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, caption)
+
+
+def _label_small(axis: Axes, title: str, x_label: str) -> None:
+    """Title and, in the last plot of a column, what x is."""
+    axis.set_title(title, fontsize=8, color=INK, loc="left")
+    axis.tick_params(labelsize=8, labelbottom=bool(x_label))
+    axis.set_xlabel(textwrap.fill(x_label, _PLOT_CHARACTERS), fontsize=8)
 
 
 def _spans(lines: Iterable[Line]) -> bool:
