@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hpd.losses.filtered import GradientFilter
 from hpd.losses.heads import Head, Scores, TeacherScores, TopKScores
-from hpd.losses.measures import chunk_metrics, merge, tile_values_, tiles
+from hpd.losses.measures import chunk_metrics, tile_values_, tiles
 from hpd.losses.products import (
     Gradients,
     accumulate,
@@ -52,6 +52,7 @@ from hpd.losses.tile import (
     TeacherAt,
     TileInputs,
     add,
+    merge,
     normalized_gradient_,
     read_few_tokens,
     tile_gradient_,

@@ -18,6 +18,7 @@ from hpd.losses.tile import (
     TileInputs,
     add,
     is_on_whole_vocabulary,
+    merge,
     softened,
     weigh,
     weigh_whole,
@@ -27,7 +28,7 @@ from hpd.methods.supports import LOGPROB_FLOOR, raise_excluded_
 from hpd.methods.terms import Term
 from hpd.objectives.fused import Whole
 
-__all__ = ["chunk_metrics", "distribution_metrics", "merge", "tile_values_", "tiles"]
+__all__ = ["chunk_metrics", "distribution_metrics", "tile_values_", "tiles"]
 
 # Scratch per tile on a CPU: small beside a chunk, and large enough to amortize the start of a parallel region
 # (measured: a pass over 2 rows of 49,152 costs three times as much per element as one over 32 rows).
@@ -62,12 +63,6 @@ def _metric_sums(teacher_logits: Tensor, logits: Tensor, labels: Tensor) -> Sums
     log_p, log_q = (torch.log_softmax(side, -1) for side in (teacher_logits, logits))
     distribution_metrics(log_p, log_q, labels, sums)
     return sums
-
-
-def merge(sums: Sums, more: Sums) -> None:
-    """Add each sum to the one of its name."""
-    for name, value in more.items():
-        sums[name] = sums[name] + value if name in sums else value
 
 
 def tile_values_(

@@ -7,7 +7,7 @@ for the processor's cache, so a pass costs a fraction of what it costs over the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "TileInputs",
     "add",
     "is_on_whole_vocabulary",
+    "merge",
     "normalized_gradient_",
     "read_few_tokens",
     "softened",
@@ -78,8 +79,13 @@ def add(sums: Sums, **values: Tensor) -> None:
     rows = [value if value.dim() == 1 else value.sum(-1) for value in values.values()]
     widest = functools.reduce(torch.promote_types, (row.dtype for row in rows))
     totals = torch.stack([row.to(widest) for row in rows]).sum(-1, dtype=sum_dtype(rows[0].device))
-    for name, total in zip(values, totals.unbind(), strict=True):
-        sums[name] = sums[name] + total if name in sums else total
+    merge(sums, dict(zip(values, totals.unbind(), strict=True)))
+
+
+def merge(sums: Sums, more: Mapping[str, Tensor]) -> None:
+    """Add each sum to the one of its name."""
+    for name, value in more.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def tile_gradient_(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from helpers.distributed_checks import (
     let_fsdp_run_on_cpu,
     make_trainer,
     report,
+    run_checks,
     trained,
     whole_weights,
     world_size,
@@ -34,12 +34,11 @@ from hpd.files import write_atomically
 from hpd.models.forward import model_inputs
 from hpd.models.slices import RowSlices
 from hpd.training.run import train
-from hpd.training.stopping import leaving_processes
 
 SHARING = 2
+"""Processes that share each row, where there are several."""
 DESCENT = {"optim": "sgd", "learning_rate": 0.3}
 """Adam would divide gradients that are next to nothing by their own size, and follow their rounding."""
-"""Processes that share each row, where there are several."""
 
 
 def launched(accumulation: int = 1, **options) -> dict:
@@ -184,8 +183,4 @@ CHECKS = {
 
 
 if __name__ == "__main__":
-    models, out, *names = sys.argv[1:]
-    torch.set_num_threads(1)
-    with leaving_processes():
-        for check in names:
-            CHECKS[check](Path(models), Path(out))
+    run_checks(CHECKS)

@@ -29,15 +29,11 @@ from hpd.training.stopping import leaving_processes
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
-def train(student: str, teacher: str, output: Path, processes: int) -> None:
-    """Three steps of eight rows in all; every process writes down the rows it trained on."""
-    rows = [
-        {"prompt": f"say {WORDS[i % 8]} {WORDS[i // 8]}:", "completion": f" {WORDS[i % 8]}"}
-        for i in range(24)
-    ]
-    args = DistillConfig(
+def few_steps(output: Path, steps: int, processes: int) -> DistillConfig:
+    """Steps of eight rows in all, in the order of the dataset."""
+    return DistillConfig(
         output_dir=str(output),
-        max_steps=3,
+        max_steps=steps,
         per_device_train_batch_size=8 // processes,
         gradient_checkpointing=False,
         learning_rate=1e-2,
@@ -53,6 +49,15 @@ def train(student: str, teacher: str, output: Path, processes: int) -> None:
         dataset_num_proc=None,
         metric_stride=1,
     )
+
+
+def train(student: str, teacher: str, output: Path, processes: int) -> None:
+    """Three steps of eight rows in all; every process writes down the rows it trained on."""
+    rows = [
+        {"prompt": f"say {WORDS[i % 8]} {WORDS[i // 8]}:", "completion": f" {WORDS[i % 8]}"}
+        for i in range(24)
+    ]
+    args = few_steps(output, 3, processes)
     trainer = DistillTrainer(
         model=AutoModelForCausalLM.from_pretrained(student),
         teacher=AutoModelForCausalLM.from_pretrained(teacher),
@@ -111,23 +116,7 @@ def train_prepared(student: str, teacher: str, output: Path, name: str) -> None:
         model=AutoModelForCausalLM.from_pretrained(student),
         teacher=AutoModelForCausalLM.from_pretrained(teacher),
         **learned,
-        args=DistillConfig(
-            output_dir=str(output / name),
-            max_steps=2,
-            per_device_train_batch_size=8 // processes,
-            gradient_checkpointing=False,
-            learning_rate=1e-2,
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            save_strategy="no",
-            max_length=64,
-            use_cpu=True,
-            optim="sgd",
-            max_grad_norm=0.0,
-            train_sampling_strategy="sequential",
-            metric_stride=1,
-        ),
+        args=few_steps(output / name, 2, processes),
         train_dataset=data.to_iterable_dataset() if name.startswith("stream") else data,
         processing_class=AutoTokenizer.from_pretrained(student),
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -312,13 +313,8 @@ def _fully_shard(pair: Path, output: Path, name: str) -> None:
     if not distributed.is_initialized():
         distributed.init_process_group("gloo")
     rank, world = distributed.get_rank(), world_size()
+    inputs = _labeled_rows(pair, 2 * world)
     load = AutoModelForCausalLM.from_pretrained
-    tokenizer = AutoTokenizer.from_pretrained(pair / "student")
-    encoded = tokenizer(
-        [f"{r['prompt']}{r['completion']}" for r in rows(2 * world)], return_tensors="pt", padding=True
-    )
-    labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
-    labels[2:3, :-1] = labels[3:4] = -100  # the second process has one label at most
     whole, teacher, sharded, frozen = (
         add_head_function(load(pair / which)) for which in ("student", "teacher", "student", "teacher")
     )
@@ -327,53 +323,27 @@ def _fully_shard(pair: Path, output: Path, name: str) -> None:
         for layer in model.model.layers:
             fsdp.fully_shard(layer)
         fsdp.fully_shard(model, reshard_after_forward=True)
-    terms = name_terms(choose_terms("hpd", {}, ()))
-    inputs = {
-        "input_ids": encoded["input_ids"],
-        "attention_mask": encoded["attention_mask"],
-        "labels": labels,
-    }
     count = len(token_batch(inputs).labels)
-
-    def loss_of(student, its_teacher, part, step, scale):
-        piece = {key: value[part] for key, value in inputs.items()}
-        batch = token_batch(piece)
-        known = scores_of(its_teacher, piece, batch.index)
-        numbers = uniforms(
-            batch.keys, seed=0, step=step, count=max(term.support.num_uniforms for term in terms)
-        )
-        return student(
-            **model_inputs(piece),
-            label_index=batch.index,
-            head_function=lambda scores: (
-                reweighted_nll(scores, known, batch.labels, terms, uniforms=numbers, scale=scale).loss
-            ),
-        )
-
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9) for model in (whole, sharded)]
     gradient_difference = loss_difference = 0.0
     for step in range(4):
-        expected = loss_of(whole, teacher, slice(None), step, 1.0 / count)
-        loss = loss_of(
-            sharded, frozen, slice(2 * rank, 2 * rank + 2), step, world / count
-        )  # FSDP averages over processes
+        expected = _hpd_loss(whole, teacher, inputs, step, 1.0 / count)
+        part = {key: value[2 * rank : 2 * rank + 2] for key, value in inputs.items()}
+        loss = _hpd_loss(sharded, frozen, part, step, world / count)  # FSDP averages over processes
         expected.backward()
         loss.backward()
         total = loss.detach().clone() / world
         distributed.all_reduce(total)
         loss_difference = max(loss_difference, abs(float(total - expected)))
         for ours, theirs in zip(sharded.parameters(), whole.parameters(), strict=True):
-            gradient_difference = max(
-                gradient_difference, float((ours.grad.full_tensor() - theirs.grad).abs().max())
-            )
+            apart = float((ours.grad.full_tensor() - theirs.grad).abs().max())
+            gradient_difference = max(gradient_difference, apart)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     final = torch.cat([p.detach().full_tensor().flatten().double() for p in sharded.parameters()])
     reference = torch.cat([p.detach().flatten().double() for p in whole.parameters()])
-    held = sum(p.to_local().numel() for p in frozen.parameters()) / sum(
-        p.numel() for p in teacher.parameters()
-    )
+    held = sum(p.to_local().numel() for p in frozen.parameters())
     report(
         name,
         output,
@@ -382,7 +352,31 @@ def _fully_shard(pair: Path, output: Path, name: str) -> None:
         gradients=gradient_difference,
         losses=loss_difference,
         final=float((final - reference).abs().max()),
-        teacher_share=held,
+        teacher_share=held / sum(p.numel() for p in teacher.parameters()),
+    )
+
+
+def _labeled_rows(pair: Path, count: int) -> dict[str, torch.Tensor]:
+    """Padded rows, of which the second process has one label at most."""
+    tokenizer = AutoTokenizer.from_pretrained(pair / "student")
+    texts = [f"{row['prompt']}{row['completion']}" for row in rows(count)]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = encoded["input_ids"].masked_fill(encoded["attention_mask"] == 0, -100)
+    labels[2:3, :-1] = labels[3:4] = -100
+    return {**{key: encoded[key] for key in ("input_ids", "attention_mask")}, "labels": labels}
+
+
+def _hpd_loss(student, teacher, inputs: dict[str, torch.Tensor], step: int, scale: float) -> torch.Tensor:
+    """HPD's, through the head function of a student that may be sharded."""
+    terms, batch = name_terms(choose_terms("hpd", {}, ())), token_batch(inputs)
+    known = scores_of(teacher, inputs, batch.index)
+    numbers = uniforms(batch.keys, seed=0, step=step, count=max(term.support.num_uniforms for term in terms))
+    return student(
+        **model_inputs(inputs),
+        label_index=batch.index,
+        head_function=lambda scores: (
+            reweighted_nll(scores, known, batch.labels, terms, uniforms=numbers, scale=scale).loss
+        ),
     )
 
 
@@ -394,6 +388,15 @@ def refusals(pair: Path, output: Path) -> None:
         report("refusals", output, torch.zeros(1), [], message=str(error))
     else:
         raise AssertionError("FSDP was asked for, DDP chosen, and nobody said so")
+
+
+def run_checks(checks: Mapping[str, Callable[[Path, Path], None]]) -> None:
+    """Those that the command line names."""
+    models, out, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    with leaving_processes():
+        for check in names:
+            checks[check](Path(models), Path(out))
 
 
 CHECKS = {
@@ -422,8 +425,4 @@ CHECKS = {
 
 
 if __name__ == "__main__":
-    models, out, *names = sys.argv[1:]
-    torch.set_num_threads(1)
-    with leaving_processes():
-        for check in names:
-            CHECKS[check](Path(models), Path(out))
+    run_checks(CHECKS)

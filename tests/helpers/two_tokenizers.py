@@ -12,6 +12,13 @@ from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hpd.config import load_recipe
+
+LAYOUTS = {
+    "padded": {"per_device_train_batch_size": 4},
+    "padding-free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
+    "packed": {"per_device_train_batch_size": 1, "packing": True, "max_length": 64, "shuffle_dataset": False},
+}
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 _TEXT = [
     "the sum of two numbers is a number and the other one is three",
@@ -92,6 +99,36 @@ def mixed_pair(folder, swapped: bool = False):
     tiny_model("llama", teacher if swapped else student, role="teacher" if swapped else "student", seed=0)
     piece_model(student if swapped else teacher)
     return student, teacher
+
+
+def mixed_pairs(folder):
+    """A pair and one with the tokenizers swapped."""
+    (folder / "a").mkdir()
+    (folder / "b").mkdir()
+    return mixed_pair(folder / "a"), mixed_pair(folder / "b", swapped=True)
+
+
+def bytes_recipe(pair, folder, given, **changes):
+    """The recipe file of a student of `pair` on the rows `given`, two steps of two rows; mappings in
+    `changes` add to its own."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    tree = {
+        "student": str(pair[0]),
+        "teacher": str(pair[1]),
+        "data": {"path": str(data)},
+        "train": {
+            "vocabulary": "bytes", "max_steps": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1,
+            "per_device_train_batch_size": 2, "max_length": 64,
+        },
+        "output_dir": str(folder / "run"),
+    }  # fmt: skip
+    for key, value in changes.items():
+        known = tree.get(key)
+        tree[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    return load_recipe(file)
 
 
 def piece_model(folder) -> None:

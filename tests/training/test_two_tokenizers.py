@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from helpers.trainers import gradient, make_trainer, rows
-from helpers.two_tokenizers import mixed_pair
+from helpers.two_tokenizers import LAYOUTS, mixed_pairs
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,19 +20,10 @@ from hpd.training.caching import write_cache
 from hpd.training.plan import plan
 from hpd.training.run import train
 
-LAYOUTS = {
-    "padded": {"per_device_train_batch_size": 4},
-    "padding-free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
-    "packed": {"per_device_train_batch_size": 1, "packing": True, "max_length": 64, "shuffle_dataset": False},
-}
-
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / "a").mkdir()
-    (folder / "b").mkdir()
-    return mixed_pair(folder / "a"), mixed_pair(folder / "b", swapped=True)
+    return mixed_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def trainer_of(pair, folder, **options):

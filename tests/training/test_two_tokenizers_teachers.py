@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from helpers.servers import PromptServer, load_backend, served
 from helpers.trainers import gradient, make_trainer, rows
-from helpers.two_tokenizers import mixed_pair
+from helpers.two_tokenizers import bytes_recipe, mixed_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import TokenBatch
-from hpd.config import load_recipe
 from hpd.config.models import TeacherConfig
 from hpd.losses import Head, Scores
 from hpd.losses.products import logits
@@ -109,23 +106,8 @@ def test_teachers_with_two_tokenizers_are_refused(pair, tmp_path):
 
 
 def recipe_of(pair, folder, teacher, **changes):
-    data = folder / "rows.jsonl"
     given = [{**row, "who": "ab"[i % 2]} for i, row in enumerate(rows(10))]
-    data.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
-    tree = {
-        "student": str(pair[0]),
-        "teacher": teacher,
-        "data": {"path": str(data)},
-        "train": {
-            "vocabulary": "bytes", "max_steps": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1,
-            "per_device_train_batch_size": 2, "max_length": 64,
-        },
-        "output_dir": str(folder / "run"),
-        **changes,
-    }  # fmt: skip
-    file = folder / "recipe.yaml"
-    file.write_text(json.dumps(tree), encoding="utf-8")
-    return load_recipe(file)
+    return bytes_recipe(pair, folder, given, teacher=teacher, **changes)
 
 
 @pytest.mark.parametrize("kind", ["mixture", "routed"])

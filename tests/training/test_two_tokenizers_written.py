@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
 from helpers.trainers import gradient, make_trainer, rows
-from helpers.two_tokenizers import mixed_pair
+from helpers.two_tokenizers import LAYOUTS, bytes_recipe, mixed_pairs
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpd.config import load_recipe
 from hpd.data.taken_apart import rows_of
 from hpd.generation.texts import Rollout
 from hpd.methods.prefixes import Prefixes, ReplayConfig, RolloutConfig
@@ -20,20 +18,12 @@ from hpd.methods.table import method_terms
 from hpd.training.plan import plan
 from hpd.training.run import train
 
-LAYOUTS = {
-    "padded": {"per_device_train_batch_size": 4},
-    "padding-free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
-    "packed": {"per_device_train_batch_size": 1, "packing": True, "max_length": 64, "shuffle_dataset": False},
-}
 WRITES = {"prefixes": Prefixes(student=1.0), "rollouts": RolloutConfig(max_new_tokens=9)}
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / "a").mkdir()
-    (folder / "b").mkdir()
-    return mixed_pair(folder / "a"), mixed_pair(folder / "b", swapped=True)
+    return mixed_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def trainer_of(pair, folder, **options):
@@ -193,26 +183,8 @@ def test_a_batch_of_which_nothing_is_learned_has_no_loss(pairs, tmp_path):
 
 
 def recipe_of(pair, folder, given, **changes):
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
-    tree = {
-        "student": str(pair[0]),
-        "teacher": str(pair[1]),
-        "method": "reverse_kl",
-        "prefixes": {"student": 1},
-        "rollouts": {"max_new_tokens": 5},
-        "data": {"path": str(data)},
-        "train": {
-            "vocabulary": "bytes", "max_steps": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1,
-            "per_device_train_batch_size": 2, "max_length": 64,
-        },
-        "output_dir": str(folder / "run"),
-    }  # fmt: skip
-    for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
-    file = folder / "recipe.yaml"
-    file.write_text(json.dumps(tree), encoding="utf-8")
-    return load_recipe(file)
+    tree = {"method": "reverse_kl", "prefixes": {"student": 1}, "rollouts": {"max_new_tokens": 5}, **changes}
+    return bytes_recipe(pair, folder, given, **tree)
 
 
 def test_prompts_alone_are_enough_and_chats_end_with_their_turn(pairs, tmp_path):
