@@ -298,6 +298,11 @@ def _check_evals(
             "as forward_kl."
         )
     if args.metric_for_best_model is not None:
+        if args.eval_strategy == "no" and not any(planned.config.every for planned in evals):
+            raise ValueError(
+                "train.metric_for_best_model has no effect where nothing is evaluated during training: give "
+                "data.validation and train.eval_strategy: steps, or remove it."
+            )
         terms = ScheduledTerms(recipe.choose_terms()).at(0.0)
         vocab = student_config.get_text_config().vocab_size
         found = evaluated_names(terms, vocab, args.kl_estimator)

@@ -144,8 +144,9 @@ def test_slips_in_sets_are_refused_when_the_recipe_is_read(tree, validation, sai
         ({"metric_for_best_model": "far_forward_kl"}, "Did you mean '"),
         ({"metric_for_best_model": None}, "train.save_strategy: best needs train.metric_for_best_model"),
         ({"load_best_model_at_end": True, **STEPS, "metric_for_best_model": None}, "model is 'loss'"),
+        ({"eval_strategy": "no", "save_strategy": "no"}, "has no effect where nothing is evaluated during"),
     ],
-    ids=["no-set", "misspelled", "none", "default"],
+    ids=["no-set", "misspelled", "none", "default", "no-evaluation"],
 )
 def test_a_best_model_by_what_is_not_measured_is_refused_before_models_load(tree, tmp_path, changes, said):
     file = tmp_path / "recipe.json"
