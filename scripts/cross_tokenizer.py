@@ -85,7 +85,7 @@ def compare(
         for arm in arms:
             tried = rates or [given.train["learning_rate"]]
             if seed != seeds[0]:
-                tried = [_best_rate(results.read(), arm, seeds[0])]
+                tried = [best_rate(results.read(), arm, seeds[0])]
             for rate in tried:
                 key = {"arm": arm, "rate": rate, "seed": seed}
                 if any(key.items() <= line.items() for line in results.read()):
@@ -149,7 +149,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     for arm in dict.fromkeys(line["arm"] for line in lines):
         chosen = [line for line in lines if line["arm"] == arm]
         if arm in ARMS:
-            rate = _best_rate(chosen, arm, chosen[0]["seed"])
+            rate = best_rate(chosen, arm, chosen[0]["seed"])
             chosen = [line for line in chosen if line["rate"] == rate]
         values = [line["bits_per_byte"] for line in chosen]
         means[arm] = (sum(values) / len(values), min(values), max(values), len(values), chosen[0].get("rate"))
@@ -162,7 +162,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def _best_rate(lines: Sequence[dict[str, Any]], arm: str, seed: int) -> float:
+def best_rate(lines: Sequence[dict[str, Any]], arm: str, seed: int) -> float:
     """The rate with which the arm's run of the first seed ended best on the rows for tuning."""
     of_seed = [line for line in lines if line["arm"] == arm and line["seed"] == seed]
     return float(min(of_seed, key=lambda line: line["tuning"])["rate"])

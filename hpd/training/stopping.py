@@ -192,13 +192,19 @@ class Signals:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._trainer: _Stoppable | None = None
-        self._received = False
+        self._received: str | None = None
         self._urged = False
 
     @contextlib.contextmanager
     def stopping(self, trainer: _Stoppable) -> Iterator[None]:
-        """Tell `trainer` to stop, instead of raising, inside this context."""
+        """Tell `trainer` to stop, instead of raising, inside this context.
+
+        A signal that came before and whose `Interrupted` was swallowed (Python only prints what is raised in
+        a finalizer or in a callback from C) stops it at once.
+        """
         self._trainer = trainer
+        if self._received is not None:
+            trainer.stop_cleanly(self._received)
         try:
             yield
         finally:
@@ -219,13 +225,13 @@ class Signals:
         self._urged |= urgent
         if number == signal.SIGHUP:
             drop_lost_output()
-        if self._received:
+        if self._received is not None:
             return  # a shell and the system both tell of a closed terminal; SIGTERM follows SLURM's warning
-        self._received = True
         name = _NAMES[number]
+        self._received = f"{name}."
         if self._trainer is None:
-            raise Interrupted(f"{name}.")
-        self._trainer.stop_cleanly(f"{name}.")
+            raise Interrupted(self._received)
+        self._trainer.stop_cleanly(self._received)
         with contextlib.suppress(OSError):
             # Not print: the handler may have interrupted one.
             os.write(

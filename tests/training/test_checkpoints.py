@@ -157,6 +157,26 @@ def test_signals_raise_tell_the_trainer_and_are_given_back():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_finalizer_swallowed_stops_training_at_once():
+    """Python prints what is raised in a finalizer and goes on; the run must not."""
+    told = []
+
+    class Trainer:
+        def stop_cleanly(self, reason):
+            told.append(reason)
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with catch_signals() as signals:
+        Finalized()
+        assert told == []
+        with signals.stopping(Trainer()):
+            assert told == ["SIGTERM."]
+
+
 def stop_reasons(*numbers):
     told = []
 
