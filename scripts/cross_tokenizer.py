@@ -97,8 +97,10 @@ def compare(
                 done = run / "summary.json"
                 summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else train(changed)
                 found = {"steps": summary["steps"], "seconds": summary["train seconds"]}
+                ended = measured(str(run), rows)
                 curve = [[step, measured(folder, rows)["bits_per_byte"]] for step, folder in _saved(run)]
-                results.append({**key, **measured(str(run), rows), **found, "curve": curve})
+                curve.append([found["steps"], ended["bits_per_byte"]])
+                results.append({**key, **ended, **found, "curve": curve})
     print(table(results.read()), flush=True)
 
 
@@ -115,8 +117,8 @@ def _changes(arm: str, same: str) -> list[str]:
 
 
 def _saved(run: Path) -> Iterator[tuple[int, str]]:
-    """Steps and folder of each checkpoint of a run."""
-    for step in sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*")):
+    """Steps and folder of each checkpoint of a run but the last, which is the student itself."""
+    for step in sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*"))[:-1]:
         yield step, str(run / f"checkpoint-{step}")
 
 
