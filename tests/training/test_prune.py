@@ -96,7 +96,8 @@ def test_what_is_wrong_with_rows_names_options_of_this_command(place, tmp_path, 
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     done = hpd(place, "--data", tmp_path / "rows.jsonl", "--layers", 2, "-o", tmp_path / "new", *asked)
     text = " ".join(done.output.split())
-    assert done.exit_code == 2 and said in text, text
+    assert done.exit_code == 2, text
+    assert said in text
     assert not any(key in text for key in ("data.", "prefixes", "Training")), text
 
 
@@ -105,7 +106,9 @@ def test_a_folder_of_other_splits_names_what_to_give(place, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     done = hpd(place, "--data", tmp_path, "--layers", 2, "-o", tmp_path / "new")
     text = " ".join(done.output.split())
-    assert done.exit_code == 2 and "give --data the file of one" in text and "data.split" not in text, text
+    assert done.exit_code == 2, text
+    assert "give --data the file of one" in text
+    assert "data.split" not in text
 
 
 def test_conversations_without_an_answer_are_rows_too(place, tmp_path):
