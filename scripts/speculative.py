@@ -4,7 +4,8 @@
 
 The teacher samples answers to the first prompts (temperature 1, nothing cut off) with the student as
 `assistant_model`, which drafts `--drafted` tokens a call. Then both models read the texts that were written:
-alpha is the mean over their answers of sum_v min(p_v, q_v). Of every call with g drafts the teacher keeps
+alpha is the mean over their answers of sum_v min(p_v, q_v). No answer ends before its limit: both write, and
+alpha is taken, without the tokens that end one. Of every call with g drafts the teacher keeps
 
     E = (1 - alpha^(g + 1)) / (1 - alpha)
 
@@ -97,16 +98,24 @@ def write(
 
 @torch.no_grad()
 def acceptance_of(teacher: Any, student: Any, written: Written) -> float:
-    """Mean over the answers' tokens of the mass that both distributions share."""
+    """Mean over the answers' tokens of the mass that both distributions share, without the ends that `write`
+    forbids: transformers takes the teacher's for both."""
+    ends = teacher.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     total, count = 0.0, 0
     for text, prompt in zip(written.texts, written.prompts, strict=True):
         p, q = (
-            model(text[None, :-1]).logits[0, prompt - 1 :].double().softmax(-1)
+            _without(model(text[None, :-1]).logits[0, prompt - 1 :].double(), ends).softmax(-1)
             for model in (teacher, student)
         )
         total += float(torch.minimum(p, q).sum())
         count += len(p)
     return total / count
+
+
+def _without(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    logits[:, list(tokens)] = -torch.inf
+    return logits
 
 
 def main() -> None:

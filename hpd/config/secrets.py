@@ -35,10 +35,16 @@ _SHAPES = re.compile(
     r"|A[KS]IA[0-9A-Z]{16}|AIza[A-Za-z0-9_\-]{30,}|ya29\.[A-Za-z0-9_\-]{20,}|gsk_[A-Za-z0-9]{20,}"
     r"|nvapi-[A-Za-z0-9_\-]{20,}|xai-[A-Za-z0-9]{20,}|csk-[A-Za-z0-9]{20,}|pplx-[A-Za-z0-9]{20,}"
     r"|r8_[A-Za-z0-9]{20,}|tgp_v1_[A-Za-z0-9_\-]{20,}|npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_\-]{30,}"
-    r"|wandb_v\d_[A-Za-z0-9_]{20,}|SG\.[A-Za-z0-9_\-]{16,}\.[A-Za-z0-9_\-]{16,}"
-    r"|eyJ[A-Za-z0-9_\-]{8,}\.eyJ[A-Za-z0-9_\-]{4,}\.[A-Za-z0-9_\-]*)"
+    r"|wandb_v\d_[A-Za-z0-9_]{20,}|SG\.[A-Za-z0-9_\-]{16,}\.[A-Za-z0-9_\-]{16,})"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:.*?-----END [A-Z ]*PRIVATE KEY-----|.*)",
     re.DOTALL,
+)
+
+# A JSON web token: runs of these characters with points between them. Of a run only its first "eyJ" is looked
+# at, since all that follow end where it ends: a run that holds many is read once, not once for each.
+_WEB_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9_\-])((?:(?!\beyJ[A-Za-z0-9_\-]{8})[A-Za-z0-9_\-])*+)"
+    r"eyJ[A-Za-z0-9_\-]{8,}+\.eyJ[A-Za-z0-9_\-]{4,}+\.[A-Za-z0-9_\-]*"
 )
 
 # After the scheme up to the last @ before the path: a password may hold an @ itself.
@@ -108,7 +114,8 @@ def _redact(text: str, values: Sequence[str]) -> str:
     for value in values:
         text = text.replace(value, REDACTED)
     text = _IN_QUERY.sub(rf"\g<1>{REDACTED}", _IN_URL.sub(f"{REDACTED}@", text))
-    return _SHAPES.sub(REDACTED, _IN_HEADER.sub(rf"\g<1>{REDACTED}", text))
+    text = _WEB_TOKEN.sub(rf"\g<1>{REDACTED}", _IN_HEADER.sub(rf"\g<1>{REDACTED}", text))
+    return _SHAPES.sub(REDACTED, text)
 
 
 def redact_tree(tree: Any) -> Any:

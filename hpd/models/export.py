@@ -1,4 +1,4 @@
-"""Whole models from adapters, on disk."""
+"""Whole models from adapters, on disk; folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_merged(source: ModelConfig, output: Path, dtype: DType = "auto") -> to
 
 
 def check_new(output: Path) -> None:
-    """Raise ValueError where something is in the place of a model that is to be written."""
+    """Raise ValueError where something is in the place of a folder that is to be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder: choose another --output.")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from hpd.progress import quiet_libraries
@@ -14,6 +17,20 @@ if TYPE_CHECKING:
 
 __all__ = ["run_prune"]
 
+# What is said about rows names the keys of a recipe; this command takes fewer, as options.
+_AS_OPTIONS = (
+    (r"data\.columns maps (prompt|completion) to", r"--\1-column is"),
+    (r"map them, for example data\.columns: \{prompt: (\w+), completion: (\w+)\}",
+     r"name them, for example --prompt-column \1 --completion-column \2"),
+    (r"map data\.columns: \{instruction: [^}]*\}", "call the columns instruction, input and output"),
+    (r"Training needs", "Rows need"),
+    (r" Prompts alone are enough where [^.]*\.", ""),
+    (r" To train without it, name it in data\.ignore, or remove the column\.",
+     " To cut without it, remove the column."),
+    (r"set data\.split \(or data\.validation\) to one of them, or give a file",
+     "give --data the file of one"),
+)  # fmt: skip
+
 
 def run_prune(options: PruneOptions) -> None:
     """Cut a model, and say what stays."""
@@ -21,22 +38,37 @@ def run_prune(options: PruneOptions) -> None:
     from hpd.training.prune import prune  # seconds
 
     quiet_libraries()
-    summary = prune(
-        options.model,
-        options.data,
-        options.output,
-        layers=options.layers,
-        intermediate=options.intermediate,
-        columns=options.columns,
-        form=cast(Any, options.form),
-        limit=options.limit,
-        max_length=options.max_length,
-        progress=TerminalProgress(),
-    )
+    with _naming_options():
+        summary = prune(
+            options.model,
+            options.data,
+            options.output,
+            layers=options.layers,
+            intermediate=options.intermediate,
+            columns=options.columns,
+            form=cast(Any, options.form),
+            limit=options.limit,
+            max_length=options.max_length,
+            progress=TerminalProgress(),
+        )
     _say(summary)
     output, model, data = (shlex.quote(str(name)) for name in (options.output, options.model, options.data))
     asked = "".join(f" --{role}-column {shlex.quote(name)}" for role, name in options.columns.items())
     show_next(f"hpd init recipe.yaml --student {output} --teacher {model} --data {data}{asked}")
+
+
+@contextmanager
+def _naming_options() -> Iterator[None]:
+    """Have an error name what this command takes where it names a key of a recipe."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for key, option in _AS_OPTIONS:
+            text = re.sub(key, option, text)
+        if text == str(error):
+            raise
+        raise ValueError(text) from None
 
 
 def _say(summary: PruneSummary) -> None:

@@ -234,6 +234,7 @@ def train_arguments(recipe: Recipe, **forced: Any) -> DistillConfig:
     """
     check_names(recipe)
     hints = get_type_hints(DistillConfig)
+    hints["fsdp"] |= bool  # declared as its former words, documented as a switch
     values: dict[str, Any] = {}
     for key, value in recipe.train.items():
         if key in forced:

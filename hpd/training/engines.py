@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, ParallelismConfig
 
-__all__ = ["check_engine", "check_launched", "engines_asked"]
+__all__ = ["check_engine", "check_launch", "check_launched", "check_sizes", "engines_asked", "layout_asked"]
 
 # How `accelerate launch` and its configuration files ask for an engine, and the field of TrainingArguments
 # that asks too.
@@ -22,10 +22,58 @@ _ENGINES = (
 
 _ACCELERATORS = "it needs two or more processes, each with an accelerator."
 _NEEDS = {
+    DistributedType.FSDP: "it needs two or more processes, each with an accelerator "
+    "(recipes/accelerate/fsdp2.yaml).",
     DistributedType.DEEPSPEED: "it needs a launcher (accelerate launch, torchrun), and on a CPU neither "
     "train.use_cpu nor accelerate's use_cpu, which switch it off.",
 }
 """What an engine needs to be chosen, where that is not `_ACCELERATORS`."""
+_UNSHARDED: tuple[DistributedType, ...] = (DistributedType.NO, DistributedType.MULTI_CPU)
+"""Processes of which accelerate never makes FSDP."""
+
+
+def check_launch(args: Any) -> None:
+    """Refuse, before a model loads, what is known of a launch as soon as its processes are joined.
+
+    Args:
+        args: TrainingArguments.
+
+    Raises:
+        ValueError: processes that are not joined, FSDP where accelerate would run none, or processes laid out
+            in a way in which the loss cannot work.
+    """
+    assert args.device is not None  # asking for it joins the processes
+    check_launched(args, args.world_size)
+    if DistributedType.FSDP in engines_asked(args) and PartialState().distributed_type in _UNSHARDED:
+        _refuse(DistributedType.FSDP, PartialState())
+    _check_layout(layout_asked(args))
+
+
+def check_sizes(args: Any) -> None:
+    """Refuse sizes of a layout of processes that are not those of the launch, or that nothing would follow.
+
+    Args:
+        args: TrainingArguments.
+
+    Raises:
+        ValueError: another number of processes, or rows or weights that are to be shared without FSDP2.
+    """
+    layout = layout_asked(args)
+    if layout is None or layout.total_size == 1:
+        return
+    if layout.total_size != args.world_size:
+        raise ValueError(
+            f"The launch asks for {layout.total_size} processes (cp_size {layout.cp_size} x dp_shard_size "
+            f"{layout.dp_shard_size} x the other sizes), and there are {args.world_size}: start as many, or "
+            "change the sizes under parallelism_config."
+        )
+    if DistributedType.FSDP not in engines_asked(args) and (layout.cp_enabled or layout.dp_shard_enabled):
+        raise ValueError(
+            f"Processes share rows (cp_size: {layout.cp_size}) or weights (dp_shard_size: "
+            f"{layout.dp_shard_size}) under FSDP2 only, and it was not asked for: launch with "
+            "distributed_type: FSDP on as many processes with an accelerator each "
+            "(recipes/accelerate/fsdp2_context.yaml, fsdp2.yaml), or without these sizes."
+        )
 
 
 def check_engine(args: Any, accelerator: Accelerator, recomputes: bool = False) -> None:
@@ -93,16 +141,28 @@ def engines_asked(args: Any) -> list[DistributedType]:
     ]
 
 
+def layout_asked(args: Any) -> ParallelismConfig | None:
+    """The layout of processes that TrainingArguments or accelerate's launcher ask for."""
+    if args.parallelism_config is not None:
+        return args.parallelism_config
+    by_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
+    return ParallelismConfig() if by_launcher else None
+
+
 def _check_asked(args: Any, accelerator: Accelerator) -> None:
-    got = accelerator.distributed_type
     for asked in engines_asked(args):
-        if asked != got:
-            raise ValueError(
-                f"{asked.value} was asked for (accelerate's configuration, train.fsdp or train.deepspeed), "
-                f"and accelerate chose {got.value} on {accelerator.num_processes} {accelerator.device.type} "
-                f"process(es): {_NEEDS.get(asked, _ACCELERATORS)} Launch it so, or ask for DDP "
-                "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
-            )
+        if asked != accelerator.distributed_type:
+            _refuse(asked, accelerator)
+
+
+def _refuse(asked: DistributedType, got: Any) -> NoReturn:
+    """`got` is an Accelerator, or the PartialState before it."""
+    raise ValueError(
+        f"{asked.value} was asked for (accelerate's configuration, train.fsdp or train.deepspeed), and "
+        f"accelerate chose {got.distributed_type.value} on {got.num_processes} {got.device.type} "
+        f"process(es): {_NEEDS.get(asked, _ACCELERATORS)} Launch it so, or ask for DDP "
+        "(recipes/accelerate/ddp.yaml, on a CPU cpu.yaml)."
+    )
 
 
 def _check_layout(layout: Any) -> None:

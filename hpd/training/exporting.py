@@ -11,7 +11,7 @@ import torch
 
 from hpd.config.schema import Recipe
 from hpd.data.rows import validation_sets
-from hpd.locks import entries
+from hpd.models.export import check_new, new_folder
 from hpd.progress import Progress
 from hpd.teachers.cache import Cache, read_about
 from hpd.teachers.foreign import FORMATS
@@ -42,7 +42,7 @@ def export_cache(recipe: Recipe, form: str, folder: Path, progress: Progress | N
     Args:
         recipe: its teacher is of type cached, kind top_k.
         form: the format.
-        folder: a new folder.
+        folder: a new folder, or an empty one. It appears whole or not at all.
         progress: hears of the rows.
 
     Raises:
@@ -68,8 +68,7 @@ def export_cache(recipe: Recipe, form: str, folder: Path, progress: Progress | N
             "file that it was imported from does not say how likely they are; vllm's rows always do. Export "
             "as distillkit or axolotl."
         )
-    if folder.exists() and (not folder.is_dir() or entries(folder)):
-        raise ValueError(f"{folder} exists: give a new folder with --output.")
+    check_new(folder)
     recipe = dataclasses.replace(recipe, train={**recipe.train, "packing": False})
     planned = plan(recipe)
     planned.require_sound()
@@ -89,8 +88,8 @@ def export_cache(recipe: Recipe, form: str, folder: Path, progress: Progress | N
             told = (found[name] for name in ("tokens", "logprobs", "label_logprobs"))
             yield AnsweredRow(row.ids, row.places, row.labels, *told)
 
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, about["dtype"])
-    left_out = write_rows(form, folder, answered(), int(about["top_k"]), int(about["vocab"]), dtype)
+    with new_folder(folder) as draft:  # a part of an export looks like an export
+        left_out = write_rows(form, draft, answered(), int(about["top_k"]), int(about["vocab"]), dtype)
     lost = 0 if form == "vllm" else counts["lost"]
     return ExportSummary(folder, counts["rows"] - left_out, counts["positions"], left_out, lost)

@@ -189,8 +189,8 @@ def _describe_models(recipe: Recipe, args: DistillConfig, fresh: bool) -> Descri
     served = None
     if recipe.teacher.type == "server":
         asked = load_tokenizer(recipe.teacher, "teacher") if recipe.teacher.tokenizer else None
-        reads = asked if args.vocabulary == "bytes" and asked is not None else tokenizer
-        served = _connect(recipe, args, student_config, reads)
+        own = asked if args.vocabulary == "bytes" else None
+        served = _connect(recipe, args, student_config, tokenizer, own)
         asked = asked or served.tokenizer
         configs = {"teacher": served.config}
         tokenizers = {"teacher": asked}
@@ -262,12 +262,16 @@ def _take_templates(
 
 
 def _connect(
-    recipe: Recipe, args: DistillConfig, student_config: Any, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    args: DistillConfig,
+    student_config: Any,
+    student: PreTrainedTokenizerBase,
+    own: PreTrainedTokenizerBase | None,
 ) -> ServedTeacher:
-    """The server, which is sent ids of this tokenizer."""
-    in_bytes = args.vocabulary == "bytes"
+    """The server, which is sent ids of the student's tokenizer, or of the teacher's own."""
+    in_bytes, tokenizer = args.vocabulary == "bytes", own or student
     vocab = len(tokenizer) if in_bytes else student_config.get_text_config().vocab_size
-    served = ServedTeacher(recipe.teacher, vocab)
+    served = ServedTeacher(recipe.teacher, vocab, "student" if own is None else "teacher")
     served.check_terms(recipe.choose_terms())
     served.connect(tokenizer)
     if not in_bytes:  # its own rows are measured in its own tokens

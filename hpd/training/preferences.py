@@ -29,6 +29,7 @@ from hpd.models.quantized import put_back, trained_data
 from hpd.progress import Progress
 from hpd.training.adapting import lora_of
 from hpd.training.checkpoints import writing
+from hpd.training.engines import check_launch
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints, rows_digest
 from hpd.training.plan import Plan, plan
@@ -72,6 +73,7 @@ def _train(stage: Stage, progress: Progress, signals: Signals, takes_changed: bo
     # Preferences need no teacher.
     planned.close()
     refuse_slices(planned.args, "a stage of preferences (dpo)")
+    check_launch(planned.args)
     folder = RunFolder(recipe, takes_changed=takes_changed)
     if int(os.environ.get("RANK", "0")) == 0:
         found = {k: v for k, v in input_fingerprints(planned).items() if not k.startswith("teacher")}

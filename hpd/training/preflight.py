@@ -28,6 +28,7 @@ from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
+from hpd.training.engines import check_launch
 from hpd.training.hub import Push, opened
 from hpd.training.settings import check_special_tokens
 
@@ -58,9 +59,10 @@ def check_call(
         options: the other arguments of `SFTTrainer`.
 
     Raises:
-        ValueError: an argument without effect, a quantized student without an adapter, tokenizers that
-            differ, or a special token that the tokenizer lacks.
+        ValueError: as `check_launch`; an argument without effect, a quantized student without an adapter,
+            tokenizers that differ, or a special token that the tokenizer lacks.
     """
+    check_launch(args)
     _check_options(model, args, options)
     if args.push_to_hub and args.process_index == 0:
         name = args.hub_model_id or Path(str(args.output_dir)).name

@@ -87,9 +87,9 @@ def prune(
     source = ModelConfig(model=model, dtype="auto")
     check_prunable(load_config(source, _ROLE), model, layers, intermediate)
     tokenizer = load_tokenizer(source, _ROLE)
-    rows = _token_rows(
-        DataConfig(path=data, columns=columns or {}, format=form, limit=limit), tokenizer, max_length
-    )
+    # Nothing is learned, so that rows need no answer.
+    config = DataConfig(path=data, columns=columns or {}, format=form, limit=limit, labels="all")
+    rows = _token_rows(config, tokenizer, max_length)
     whole = _loaded(source)
     before = whole.num_parameters()
     counted = _counted(rows, (progress or Progress()).bar("rows"))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hpd.methods.fields import nearest
+
 __all__ = [
     "IN_RECIPES",
     "REFUSED",
@@ -85,6 +87,14 @@ IN_RECIPES: Mapping[str, str] = {
 }
 """Fields that have their place elsewhere in a recipe, which loads model, tokenizer and rows itself."""
 
+_READ_OF_FSDP = """
+    version reshard_after_forward cpu_offload auto_wrap_policy transformer_layer_cls_to_wrap min_num_params
+    state_dict_type activation_checkpointing cpu_ram_efficient_loading xla xla_fsdp_v2 xla_fsdp_settings
+    xla_fsdp_grad_ckpt forward_prefetch backward_prefetch use_orig_params sync_module_states limit_all_gathers
+"""
+_OF_FSDP = tuple(_READ_OF_FSDP.split())
+"""Keys of fsdp_config that transformers reads; it passes over others."""
+
 _OF_OPTIMIZERS = {
     "bitsandbytes": ("bnb", "adamw_8bit", "ademamix", "lion", "paged", "rmsprop_"),
     "galore_torch": ("galore",),
@@ -124,6 +134,12 @@ def check_before(args: Any) -> None:
     _check_bytes(args)
     check_operator(args)
     _set_direction(args)
+    if args.fsdp_config and not args.fsdp:
+        raise ValueError(
+            "train.fsdp_config has an effect with train.fsdp: true only: set that too, or remove it (an "
+            "engine that accelerate launch starts has its settings in accelerate's file, such as "
+            "recipes/accelerate/fsdp2.yaml)."
+        )
 
 
 def check_settings(args: Any) -> None:
@@ -137,6 +153,8 @@ def check_settings(args: Any) -> None:
             transformers or TRL that is newer than they are; or the package, and how it is installed.
     """
     _check_packages(args)
+    if unknown := [key for key in args.fsdp_config or () if key not in _OF_FSDP]:
+        raise ValueError(f"train.fsdp_config has no key {unknown[0]!r}. {nearest(unknown[0], _OF_FSDP)}")
     known = {*USED, *REFUSED, *WITHOUT_EFFECT}
     for field in dataclasses.fields(args):
         if not _is_changed(args, field):

@@ -28,7 +28,7 @@ from hpd.teachers.sources import load_teacher
 from hpd.training.adapting import goes_on_adapter, lora_of
 from hpd.training.checkpoints import writing
 from hpd.training.dates import DATE
-from hpd.training.engines import check_launched
+from hpd.training.engines import check_launch
 from hpd.training.evaluations import TaskEvaluation
 from hpd.training.folder import MetricsWriter, RunFolder
 from hpd.training.inputs import input_fingerprints
@@ -139,8 +139,7 @@ def train_single(
 
 def _check_processes(planned: Plan, folder: RunFolder) -> None:
     """Refuse processes that are not those which the run needs, or that share rows which cannot be cut."""
-    assert planned.args.device is not None  # asking for it joins the processes
-    check_launched(planned.args, planned.args.world_size)
+    check_launch(planned.args)
     check_sliced_plan(planned)
     folder.check_processes(planned.args.world_size)
 

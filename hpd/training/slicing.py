@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from accelerate import Accelerator
-from accelerate.utils import ParallelismConfig
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
@@ -21,6 +19,7 @@ from hpd.methods.terms import Term
 from hpd.models.adapters import find_adapter
 from hpd.models.slices import RowSlices, check_model
 from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.training.engines import check_sizes, layout_asked
 from hpd.training.plan import Plan
 
 __all__ = ["check_sliced", "check_sliced_plan", "check_slicing", "refuse_slices", "slices_of"]
@@ -63,8 +62,9 @@ def check_sliced(
     Raises:
         ValueError: the first such thing, and what to do.
     """
-    layout = _asked(args)
+    layout = layout_asked(args)
     if layout is None or not layout.cp_enabled:
+        check_sizes(args)
         return
     size = layout.cp_size
     unfit = _by_data(rows) | {
@@ -91,12 +91,7 @@ def check_sliced(
     for role, config in configs.items():
         if config is not None:
             check_model(config, role)
-    if layout.total_size != args.world_size:
-        raise ValueError(
-            f"Context parallelism: the launch asks for {layout.total_size} processes (cp_size {size} x "
-            f"dp_shard_size {layout.dp_shard_size} x the other sizes), and there are {args.world_size}: "
-            "start as many, or change the sizes under parallelism_config."
-        )
+    check_sizes(args)
 
 
 def _by_data(rows: Sequence[Any]) -> dict[str, bool]:
@@ -114,7 +109,7 @@ def refuse_slices(args: Any, what: str) -> None:
     Raises:
         ValueError: accelerate's configuration says cp_size.
     """
-    layout = _asked(args)
+    layout = layout_asked(args)
     if layout is not None and layout.cp_enabled:
         raise ValueError(
             f"Context parallelism (cp_size: {layout.cp_size}) is for training on rows of text, and {what} "
@@ -165,11 +160,3 @@ def check_slicing(
         rows=[rows for named in sets for rows in named.values()],
         configs=configs,
     )
-
-
-def _asked(args: Any) -> ParallelismConfig | None:
-    """The layout of processes that TrainingArguments or accelerate's launcher ask for."""
-    if args.parallelism_config is not None:
-        return args.parallelism_config
-    by_launcher = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
-    return ParallelismConfig() if by_launcher else None

@@ -1,5 +1,7 @@
 """What counts as a secret: names of fields, shapes of keys, addresses, variables; and what does not."""
 
+import time
+
 import pytest
 
 from hpd.config.secrets import check_no_secrets, redact, redact_tree
@@ -135,3 +137,19 @@ def test_folders_and_short_words_in_variables_are_no_secrets(monkeypatch, tmp_pa
         monkeypatch.setenv(name, value)
     text = f"{tmp_path} /some/folder false-false true"
     assert redact(text) == text
+
+
+@pytest.mark.parametrize("before", ["", "a", "eyJ-", "x-eyJshort_", "token=", "."])
+def test_a_web_token_is_found_wherever_a_word_begins_in_its_run(before):
+    found = redact(f"{before} {before}-eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2ln, then")
+    assert "hbGci" not in found
+    assert "c2ln" not in found
+    assert found.endswith("***, then")
+
+
+def test_long_runs_of_what_begins_a_web_token_are_read_once():
+    began = time.process_time()
+    for text in ("eyJ-" * 50_000, "eyJabcdefgh.-" * 15_000, "eyJ-" * 50_000 + ".eyJ"):
+        assert redact(text) == text
+    # Each is 0.05 s; once for each "eyJ" it was 50.
+    assert time.process_time() - began < 3.0

@@ -28,6 +28,7 @@ from hpd.methods import choose_terms, name_terms
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.models.forward import add_head_function, model_inputs, scores_of
 from hpd.teachers import SelfTeacher
+from hpd.training import engines
 from hpd.training.stopping import leaving_processes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -253,6 +254,7 @@ def let_fsdp_run_on_cpu(**settings) -> None:
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = patched
+    engines._UNSHARDED = ()
 
 
 def fsdp2(pair: Path, output: Path) -> None:

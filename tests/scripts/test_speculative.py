@@ -25,6 +25,29 @@ def test_the_expected_tokens_are_the_sum_over_how_far_a_draft_is_kept():
     assert speed_up(0.0, 4, 0.25) == pytest.approx(0.5)
 
 
+def test_acceptance_leaves_out_the_ends_that_no_answer_may_have():
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=[3, 5], bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    teacher, student = (LlamaForCausalLM(config).eval() for _ in range(2))
+    with torch.no_grad():
+        for model in (teacher, student):
+            model.lm_head.weight.mul_(60)
+    text = torch.randint(12, (9,))
+    found = SCRIPT["acceptance_of"](teacher, student, SCRIPT["Written"]([text], [4], 1))
+    shared = []
+    for place in range(3, 8):
+        p, q = (
+            [float(x) for x in m(text[None]).logits[0, place].detach().softmax(-1)]
+            for m in (teacher, student)
+        )
+        left = [1 - side[3] - side[5] for side in (p, q)]
+        shared.append(sum(min(p[v] / left[0], q[v] / left[1]) for v in range(12) if v not in (3, 5)))
+    assert found == pytest.approx(sum(shared) / 5, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("noise", "drafted"), [(0.1, 3), (0.3, 1)])
 def test_transformers_keeps_as_many_drafts_as_acceptance_says(noise, drafted):

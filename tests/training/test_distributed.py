@@ -26,7 +26,7 @@ from hpd.config import load_recipe
 from hpd.data.samplers import FilledOrder, fill
 from hpd.training.caching import write_cache
 from hpd.training.checkpoints import newest_complete
-from hpd.training.engines import check_engine, check_launched
+from hpd.training.engines import check_engine, check_launched, check_sizes
 from hpd.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -394,6 +394,65 @@ def test_asking_for_deepspeed_and_getting_ddp_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DEEPSPEED was asked for"):
         check_engine(SimpleNamespace(fsdp=None, deepspeed=None), accelerator(DistributedType.MULTI_CPU))
+
+
+def recipe_in(folder, pair, **settings):
+    (folder / "rows.jsonl").write_text('{"prompt": "say one:", "completion": " one"}\n')
+    return load_recipe(
+        {
+            "student": str(pair / "student"),
+            "teacher": str(pair / "teacher"),
+            "data": {"path": str(folder / "rows.jsonl")},
+            "train": {"use_cpu": True, "max_length": 64, **settings},
+            "output_dir": str(folder / "run"),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"fsdp": True}, "FSDP was asked for.*recipes/accelerate/fsdp2.yaml"),
+        ({"fsdp": True, "fsdp_config": {"version": 2, "cpu_offload": True}}, "FSDP was asked for"),
+        ({"fsdp_config": {"version": 2}}, "has an effect with train.fsdp: true only"),
+        (
+            {"fsdp": True, "fsdp_config": {"reshard_after": True}},
+            "no key 'reshard_after'. Did you mean 'reshard_after_",
+        ),
+    ],
+    ids=["switch", "settings", "settings alone", "slip"],
+)
+def test_fsdp_in_a_recipe_is_read_as_transformers_documents_it(folder, tmp_path, monkeypatch, asked, said):
+    """On one CPU process it is refused, before a model loads."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match=said):
+        train(recipe_in(tmp_path, folder / "pair", **asked))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"CP": 2}, "asks for 2 processes .* there are 1"),
+        ({"DP_SHARD": 2}, "asks for 2 processes .* there are 1"),
+        ({"TP": 2}, "Tensor parallelism"),
+    ],
+)
+def test_a_layout_of_processes_is_checked_before_a_model_loads(folder, tmp_path, monkeypatch, sizes, said):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", str(size))
+    with pytest.raises(ValueError, match=said):
+        train(recipe_in(tmp_path, folder / "pair"))
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"dp_shard_size": 2}], ids="-".join)
+def test_rows_or_weights_to_be_shared_without_fsdp_are_refused(sizes):
+    args = SimpleNamespace(
+        parallelism_config=ParallelismConfig(**sizes), world_size=2, fsdp=None, deepspeed=None
+    )
+    with pytest.raises(ValueError, match="under FSDP2 only"):
+        check_sizes(args)
 
 
 def test_filling_has_no_labels_and_comes_last():

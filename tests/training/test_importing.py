@@ -15,12 +15,14 @@ from helpers.forked import hpd
 
 from hpd import DistillConfig, DistillTrainer
 from hpd.config import load_recipe
+from hpd.files import write_atomically
 from hpd.losses.teacher_side import teacher_logits
 from hpd.methods.table import choose_terms
 from hpd.teachers import CachedTeacher
 from hpd.teachers.cache import Cache, read_about
 from hpd.teachers.cached import scores_of_stored
 from hpd.teachers.foreign import AxolotlFile, DistillKitFile, VllmFile
+from hpd.teachers.foreign.distillkit import CONFIG
 from hpd.training.caching import rows_trainer, write_cache
 from hpd.training.exporting import export_cache
 from hpd.training.importing import import_cache
@@ -104,6 +106,25 @@ def compressed(recipe, ours, tmp_path):
     cached = load_recipe(recipe, ["teacher.type=cached", f"teacher.path={ours[0]}", "method=forward_kl"])
     export_cache(cached, "distillkit", tmp_path / "theirs")
     return "distillkit", tmp_path / "theirs"
+
+
+def test_an_export_that_is_interrupted_leaves_nothing_and_is_repeated(recipe, ours, tmp_path, monkeypatch):
+    """Between the rows and the configuration that says what their bytes mean."""
+    folder = tmp_path / "new" / "theirs"
+    cached = load_recipe(recipe, ["teacher.type=cached", f"teacher.path={ours[0]}", "method=forward_kl"])
+
+    def interrupted(path, content):
+        if path.name == CONFIG:
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpd.teachers.foreign.writing.write_atomically", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_cache(cached, "distillkit", folder)
+    assert [*folder.parent.iterdir()] == []
+    assert export_cache(cached, "distillkit", folder).rows > 0
+    assert len(DistillKitFile(str(folder))) > 0
 
 
 def test_methods_that_read_unknown_labels_are_refused_before_models_load(recipe, compressed, tmp_path):

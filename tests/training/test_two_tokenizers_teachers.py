@@ -14,7 +14,7 @@ from hpd.config.models import TeacherConfig
 from hpd.losses import Head, Scores
 from hpd.losses.products import logits
 from hpd.methods.prefixes import Prefixes, RolloutConfig
-from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedTeacher, Teacher
+from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedTeacher, Teacher, TeacherUnavailable
 from hpd.teachers.remote.server import ServedTeacher
 from hpd.training.plan import plan
 from hpd.training.run import train
@@ -166,6 +166,19 @@ def test_a_server_of_others_serves_rules_on_the_label_exactly(pair, tmp_path):
             recipe_of(pair, tmp_path, asked)
         named = recipe_of(pair, tmp_path, {**asked, "tokenizer": str(pair[1])}, method="masked_sft")
         assert train(named)["steps"] == 2
+
+
+def test_a_token_beyond_the_tokenizer_that_the_server_was_said_to_have_is_the_teachers(pair, tmp_path):
+    server = PromptServer(pair[1])
+    count = len(server.tokenizer)
+    server.model.resize_token_embeddings(count + 8)
+    with torch.no_grad():
+        server.model.lm_head.weight[count + 5] = 0.0
+        server.model.lm_head.weight[count + 5, 0] = 50.0
+    with server.running() as url:
+        asked = {"type": "server", "url": url, "model": "tiny", "tokenizer": str(pair[1]), "wait_seconds": 30}
+        with pytest.raises((ValueError, TeacherUnavailable), match=f"beyond the teacher's {count}:"):
+            plan(recipe_of(pair, tmp_path, asked, method="masked_sft"))
 
 
 def test_a_recipe_trains_from_a_server_that_tells_its_tokenizer(pair, tmp_path):

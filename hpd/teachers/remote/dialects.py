@@ -191,10 +191,21 @@ def read_places(dialect: Dialect, body: bytes, prompts: Sequence[list[int]]) -> 
 
 
 def top_k_tensors(
-    rows: Sequence[WireRow], places: Sequence[Sequence[Place | None]], k: int, vocab: int
+    rows: Sequence[WireRow],
+    places: Sequence[Sequence[Place | None]],
+    k: int,
+    vocab: int,
+    owner: str = "student",
 ) -> dict[str, Tensor]:
     """The label positions of rows as tensors: `tokens`, `logprobs` (both `[N, k]`, likeliest first),
     `label_logprobs` `[N]`.
+
+    Args:
+        rows: what was asked about.
+        places: the answers.
+        k: tokens a position.
+        vocab: tokens that there are.
+        owner: whose vocabulary that is, for errors.
 
     Raises:
         BadResponse: tokens beyond the vocabulary, fewer than k, or more mass than one.
@@ -213,7 +224,7 @@ def top_k_tensors(
             logprobs.append([logprob for _, logprob in ranked[:k]])
             labels.append(place.logprobs[label])
             if not all(0 <= token < vocab for token, _ in ranked):
-                raise BadResponse(f"a token beyond the student's {vocab}: the server's vocabulary is another")
+                raise BadResponse(f"a token beyond the {owner}'s {vocab}: the server's vocabulary is another")
     found = {
         "tokens": torch.tensor(tokens).view(-1, k),
         "logprobs": torch.tensor(logprobs).view(-1, k),

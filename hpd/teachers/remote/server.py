@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +51,11 @@ _PROBE = (
     "Return None."
 )
 
+_OTHER_TOKENIZER = {
+    "student": "Choose a teacher of the student's family.",
+    "teacher": "Name that of the model which is served in teacher.tokenizer.",
+}
+
 
 class Client(Protocol):
     """One kind of server, asked."""
@@ -90,13 +95,15 @@ class ServedTeacher(RemoteTeacher):
 
     Args:
         source: the recipe's `teacher`, of type server.
-        vocab: the student's vocabulary.
+        vocab: tokens of the vocabulary whose ids it is sent.
+        owner: whose vocabulary that is, for messages: the student's, or with `train.vocabulary: bytes` the
+            teacher's own.
     """
 
-    def __init__(self, source: TeacherConfig, vocab: int):
+    def __init__(self, source: TeacherConfig, vocab: int, owner: Literal["student", "teacher"] = "student"):
         self._approximated: list[str] = []
         assert source.url is not None
-        self.source = source
+        self.source, self._owner = source, owner
         self._connection = Connection(
             source.url.rstrip("/").removesuffix("/v1"),
             name="The teacher",
@@ -112,14 +119,14 @@ class ServedTeacher(RemoteTeacher):
         self._client: Client = (
             HpdClient(self._connection, source)
             if source.protocol == "hpd"
-            else _TopKClient(self._connection, source, vocab)
+            else _TopKClient(self._connection, source, vocab, owner)
         )
 
     def connect(self, student: PreTrainedTokenizerBase) -> None:
         """Find out who answers, before anything is loaded or written.
 
         Args:
-            student: the student's tokenizer, whose token ids will be sent.
+            student: the tokenizer whose token ids will be sent: the student's, or the `owner`'s.
 
         Raises:
             ValueError: the server refuses the key or the request, or is another kind of server or tokenizer;
@@ -216,7 +223,7 @@ class ServedTeacher(RemoteTeacher):
 
     def verdicts(self) -> list[CheckResult]:
         """The checks that are possible with a server that does not tell its tokenizer."""
-        text = f"{self.source.url} reads a probe of token ids as the student's tokenizer does"
+        text = f"{self.source.url} reads a probe of token ids as the {self._owner}'s tokenizer does"
         unknown = (
             "unknown: the server does not tell its tokenizer; name it in teacher.tokenizer to have it "
             "compared"
@@ -230,9 +237,9 @@ class ServedTeacher(RemoteTeacher):
 class _TopKClient:
     """An OpenAI-compatible server: likeliest tokens and label, from the log-probabilities of a prompt."""
 
-    def __init__(self, connection: Connection, source: TeacherConfig, vocab: int):
+    def __init__(self, connection: Connection, source: TeacherConfig, vocab: int, owner: str):
         self._connection = connection
-        self._source = source
+        self._source, self._owner = source, owner
         self._dialect = DIALECTS[source.protocol or "openai"]
         self.top_k = source.top_k or _DEFAULT_TOP_K
         self.config = PreTrainedConfig(vocab_size=vocab)  # type: ignore[call-arg]
@@ -269,16 +276,16 @@ class _TopKClient:
         if len(differing) > len(known) // 4:
             expected, found = differing[0]
             raise ValueError(
-                f"The teacher at {self._connection.url} reads the student's token ids as other text "
-                f"({shown(found)!r} where the student has {expected!r}, {len(differing)} of {len(known)} "
-                "tokens): its tokenizer is another. Choose a teacher of the student's family."
+                f"The teacher at {self._connection.url} reads token ids of the {self._owner}'s tokenizer as "
+                f"other text ({shown(found)!r} where that has {expected!r}, {len(differing)} of {len(known)} "
+                f"tokens): its tokenizer is another. {_OTHER_TOKENIZER[self._owner]}"
             )
 
     def ask(self, rows: Sequence[WireRow]) -> dict[str, Tensor]:
         return self._request(rows, self._tensors_of(rows))
 
     def _tensors_of(self, rows: Sequence[WireRow]) -> Callable[[list[list[Place | None]]], dict[str, Tensor]]:
-        return lambda places: top_k_tensors(rows, places, self.top_k, self.vocab)
+        return lambda places: top_k_tensors(rows, places, self.top_k, self.vocab, self._owner)
 
     def _request(
         self,
