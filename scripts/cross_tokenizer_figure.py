@@ -1,7 +1,7 @@
 """The tables and the figure of docs/any-teacher.md, from stored results of scripts/cross_tokenizer.py.
 
-``python scripts/cross_tokenizer_figure.py`` reads docs/results/cross_tokenizer/DIRECTION.jsonl, prints a table
-for each and draws docs/images/cross-tokenizer.png: held-out bits per byte over steps.
+``python scripts/cross_tokenizer_figure.py`` reads docs/results/cross_tokenizer/DIRECTION.jsonl, prints a
+table for each and draws docs/images/cross-tokenizer.png: held-out bits per byte over steps.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def panel(found: dict[str, list[dict[str, Any]]]) -> Panel:
         "Held-out bits per byte of a student, by what it learned from",
         {TITLES[name]: curves(lines) for name, lines in found.items()},
         x_label="step of 4 rows",
-        note="Each arm at the rate that other held-out rows chose; mean over seeds of the order of rows, bands from "
-        "the least to the most. Every line starts at the cut student, which is off the axis.",
+        note="Each arm at the rate that other held-out rows chose; mean over seeds of the order of rows, bands "
+        "from the least to the most. Every line starts at the cut student, which is off the axis.",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +15,6 @@ if TYPE_CHECKING:
     from hpd.training.prune import PruneSummary
 
 __all__ = ["run_prune"]
-
-# What is said about rows names the keys of a recipe; this command takes fewer, as options.
-_AS_OPTIONS = (
-    (r"data\.columns maps (prompt|completion) to", r"--\1-column is"),
-    (r"map them, for example data\.columns: \{prompt: (\w+), completion: (\w+)\}",
-     r"name them, for example --prompt-column \1 --completion-column \2"),
-    (r"map data\.columns: \{instruction: [^}]*\}", "call the columns instruction, input and output"),
-    (r"Training needs", "Rows need"),
-    (r" Prompts alone are enough where [^.]*\.", ""),
-    (r" To train without it, name it in data\.ignore, or remove the column\.",
-     " To cut without it, remove the column."),
-    (r"set data\.split \(or data\.validation\) to one of them, or give a file",
-     "give --data the file of one"),
-)  # fmt: skip
 
 
 def run_prune(options: PruneOptions) -> None:
@@ -59,16 +44,16 @@ def run_prune(options: PruneOptions) -> None:
 
 @contextmanager
 def _naming_options() -> Iterator[None]:
-    """Have an error name what this command takes where it names a key of a recipe."""
+    """Have an error that names keys of a recipe end with what this command has in their place."""
     try:
         yield
     except ValueError as error:
-        text = str(error)
-        for key, option in _AS_OPTIONS:
-            text = re.sub(key, option, text)
-        if text == str(error):
+        if "data." not in str(error):
             raise
-        raise ValueError(text) from None
+        raise ValueError(
+            f"{error} (Here data.columns is --prompt-column and --completion-column, data.path is --data; "
+            "other keys under data have no option: change the file.)"
+        ) from None
 
 
 def _say(summary: PruneSummary) -> None:
