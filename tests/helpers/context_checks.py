@@ -18,6 +18,7 @@ from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.distributed_checks import (
+    DESCENT,
     GLOBAL_BATCH,
     let_fsdp_run_on_cpu,
     make_trainer,
@@ -37,8 +38,6 @@ from hpd.training.run import train
 
 SHARING = 2
 """Processes that share each row, where there are several."""
-DESCENT = {"optim": "sgd", "learning_rate": 0.3}
-"""Adam would divide gradients that are next to nothing by their own size, and follow their rounding."""
 
 
 def launched(accumulation: int = 1, **options) -> dict:

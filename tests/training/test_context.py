@@ -4,15 +4,12 @@ The figures come from three launches of tests/helpers/context_checks.py; what is
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import ParallelismConfig
 from helpers.distributed_checks import rows
+from helpers.launches import METRICS, WEIGHTS, largest_difference, read, run_checks_on
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
@@ -22,12 +19,7 @@ from hpd.teachers import SelfTeacher
 from hpd.training.caching import write_cache
 from hpd.training.run import train
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests/helpers/context_checks.py"
-# As in test_distributed.py.
-WEIGHTS, METRICS = 2e-5, 5e-6
 TRAINED = ("hpd", "forward_kl", "sft", "accumulated", "self_teacher")
-_NO_FIGURES = ("runtime", "per_second", "total_flos", "seconds", "num_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -41,34 +33,14 @@ def pair(tmp_path_factory):
 def figures(pair):
     out = pair.parent / "out"
     out.mkdir()
-    paths = f"{ROOT}:{ROOT / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     # A recipe's engine stays in the environment, so it comes last.
     for processes, names in (
         (1, (*TRAINED, "low_precision", "memory", "recipe")),
         (2, (*TRAINED, "low_precision", "memory", "resumed", "recipe")),
         (4, ("hpd",)),
     ):
-        torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", processes)
-        command = [sys.executable, "-m", *map(str, (*torchrun, SCRIPT, pair, out, *names))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-5000:]
+        run_checks_on(processes, "context_checks.py", pair, out, *names)
     return out
-
-
-def read(figures, name, processes):
-    stem = figures / f"{name}-{processes}"
-    return json.loads(Path(f"{stem}.json").read_text()), torch.load(f"{stem}.pt")
-
-
-def largest_difference(logs, expected):
-    assert [set(log) for log in logs] == [set(log) for log in expected]
-    return max(
-        abs(log[name] - other[name])
-        for log, other in zip(logs, expected, strict=True)
-        for name in log
-        if not any(word in name for word in _NO_FIGURES)
-    )
 
 
 @pytest.mark.slow

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.servers import PromptServer, load_backend, served
+from helpers.servers import PromptServer, connected, load_backend, served
 from helpers.trainers import gradient, make_trainer, rows
 from helpers.two_tokenizers import bytes_recipe, mixed_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import TokenBatch
-from hpd.config.models import TeacherConfig
 from hpd.losses import Head, Scores
 from hpd.losses.products import logits
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedTeacher, Teacher
-from hpd.teachers.remote.server import ServedTeacher
 from hpd.training.plan import plan
 from hpd.training.run import train
 
@@ -115,13 +113,6 @@ def test_recipes_of_several_teachers_train(pair, tmp_path, kind):
     teacher = {"type": kind, "teachers": {"a": str(pair[1]), "b": str(pair[1])}}
     teacher |= {"weights": {"a": 1, "b": 2}} if kind == "mixture" else {"column": "who"}
     assert train(recipe_of(pair, tmp_path, teacher))["steps"] == 2
-
-
-def connected(url, tokenizer, **options):
-    source = TeacherConfig(type="server", url=url, wait_seconds=5.0, **options)
-    teacher = ServedTeacher(source, len(tokenizer))
-    teacher.connect(tokenizer)
-    return teacher
 
 
 @pytest.mark.parametrize("writes", [False, True])
