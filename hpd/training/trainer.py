@@ -245,9 +245,9 @@ class DistillTrainer(MeasuredTrainer):
         # A loader's workers have no connection, a stream's batches travel from one process to the others, and
         # rows that are not trained on need no answer.
         dispatched = self.accelerator.num_processes > 1 and not isinstance(self.train_dataset, Dataset)
-        elsewhere = self.args.dataloader_num_workers > 0 or dispatched
-        # The ends of answers may be cut off first.
-        late = self._cuts or (self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy))
+        elsewhere = self.args.dataloader_num_workers > 0 or dispatched or self.regime.prefixes.on_policy
+        # The ends of answers may be cut off first, and processes that share rows ask about their parts.
+        late = self._cuts or self.sharing > 1 or (self.teacher.remote and elsewhere)
         ahead = self.teacher.asks_ahead and self._runs_teacher and not late
         self.data_collator.ask = self.teacher.ask if ahead else None
 

@@ -99,7 +99,7 @@ DDP: dict[str, Run] = {
     "written_flat": (live, {"method": "gkd", **WRITES, **FLAT}),
     "written_behind_a_hint": (live, {"method": "forward_kl", "hinted": True, **WRITES}),
     "written_swapped": (swapped, {"method": "hpd", **WRITES}),
-    "written": (live, {"method": "reverse_kl", **WRITES, "lr_scheduler_type": "constant"}),
+    "written": (live, {"method": "reverse_kl", "count": 16, **WRITES, "lr_scheduler_type": "constant"}),
 }
 """Teacher and options of each run."""
 FSDP2: dict[str, Run] = {

@@ -34,7 +34,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 GLOBAL_BATCH = 8
 DESCENT = {"optim": "sgd", "learning_rate": 0.3}
 """Adam would divide gradients that are next to nothing by their own size, and follow their rounding."""
-_REGIME = ("prefixes", "rollouts", "method", "terms", "teacher", "teacher_tokenizer")
+_REGIME = ("prefixes", "rollouts", "method", "terms", "teacher", "teacher_tokenizer", "peft_config")
 
 
 def rows(count: int) -> Dataset:
