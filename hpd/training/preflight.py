@@ -26,6 +26,7 @@ from hpd.teachers import CachedTeacher, Teacher
 from hpd.teachers.cache import TEACHER
 from hpd.teachers.fingerprints import tokenizer_hash
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
+from hpd.teachers.sources import knows_likeliest
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
@@ -92,14 +93,21 @@ def check_teacher(method: str | None, regime: Regime, teacher: Any, rows: Any) -
         rows: to train on; no row, nothing to look at.
 
     Raises:
-        ValueError: as `Regime.check_teachers`; a method whose teacher reads more than the student, and the
-            first row has no prompt for it.
+        ValueError: as `Regime.check_teachers`; a mixture of teachers that tell some tokens only; a method
+            whose teacher reads more than the student, and the first row has no prompt for it.
     """
     parts = teacher.teachers.values() if isinstance(teacher, (MixtureTeacher, RoutedTeacher)) else ()
     types = {CachedTeacher: "cached", RoutedTeacher: "routed"}
     regime.check_teachers(
         name for one in (teacher, *parts) for kind, name in types.items() if isinstance(one, kind)
     )
+    if isinstance(teacher, MixtureTeacher):
+        for name, part in teacher.teachers.items():
+            if part.drawn or knows_likeliest(part):
+                raise ValueError(
+                    f"A mixture needs whole distributions, and teacher {name!r} tells some of the tokens "
+                    "only: use a live teacher or a hidden cache, or route rows instead."
+                )
     row = _first_row(rows)
     if method and METHODS[method].own_prompt and row and not {TEACHER_PROMPT, TEACHER_PREFIXES} & row.keys():
         raise ValueError(
