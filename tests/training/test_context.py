@@ -90,7 +90,6 @@ def test_a_recipe_answers_its_tasks_and_writes_a_whole_student(figures, recipe):
     evals = [json.loads((run / "evals.json").read_text()) for run in (two, one)]
     for name in ("model", "accuracy", "mean_tokens"):
         assert [entry[name] for entry in evals[0]] == [entry[name] for entry in evals[1]]
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     assert not any("hpd_sliced" in path.read_text() for path in two.glob("*.json"))
 
 
