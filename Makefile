@@ -50,7 +50,7 @@ test-faults: $(STAMP)
 	$(BIN)/python -m pytest -q tests/training/test_faults.py tests/terminal/test_command_faults.py -m "slow or not slow"
 
 test-distributed: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/training/test_distributed.py tests/training/test_distributed_rollouts.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not network" tests/training/test_distributed.py tests/training/test_distributed_bytes.py tests/training/test_distributed_rollouts.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -114,8 +114,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_bytes(recipe, regime)
     else:
         check_token_forms(recipe.choose_terms())
-    if regime.prefixes.on_policy or regime.strategy.type == "policy_gradient":
-        _check_answers_anything(parts.values(), regime.prefixes.stored)
+    regime.check_teachers(part.type for part in parts.values())
     if recipe.lora is not None and recipe.student.init == "random":
         raise ValueError(
             "lora on student.init: random would leave an adapter whose random base is kept nowhere: remove "
@@ -203,18 +202,6 @@ def _check_quantized(recipe: Recipe, regime: Regime) -> None:
             f"{recipe.student.quantization} would be rounded away: take rollouts.engine: transformers, or "
             "remove quantization."
         )
-
-
-def _check_answers_anything(teachers: Iterable[TeacherConfig], stored: bool) -> None:
-    """Refuse teachers that know the dataset's rows only, where the student writes the rows."""
-    for teacher in teachers:
-        # Rollouts that are stored are rows like others, for a cache; those of several teachers are not.
-        if teacher.type in ("cached", "routed") and not (stored and teacher.type == "cached"):
-            raise ValueError(
-                f"A teacher of type {teacher.type} knows the dataset's rows only, and here the student "
-                "writes rows: use a live teacher or a served one, or prefixes: {dataset: 1} without a policy "
-                "gradient."
-            )
 
 
 def _explain(error: ValidationError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,6 +45,26 @@ class Regime(NamedTuple):
             metrics: figures of both distributions are taken beside the loss.
         """
         return metrics or self.strategy.type == "policy_gradient" or reads_teacher(terms)
+
+    def check_teachers(self, types: Iterable[str]) -> None:
+        """Refuse teachers that know the dataset's rows only, where the student writes rows.
+
+        Args:
+            types: of the teacher and its parts, as recipes name them.
+
+        Raises:
+            ValueError: one of them is cached or routed, and may not be here.
+        """
+        if not (self.prefixes.on_policy or self.strategy.type == "policy_gradient"):
+            return
+        for name in types:
+            # Rollouts that are stored are rows like others, for a cache; those of several teachers are not.
+            if name == "routed" or (name == "cached" and not self.prefixes.stored):
+                raise ValueError(
+                    f"A teacher of type {name} knows the dataset's rows only, and here the student writes "
+                    "rows: use a live teacher or a served one, or prefixes: {dataset: 1} without a policy "
+                    "gradient."
+                )
 
 
 def choose_regime(

@@ -13,6 +13,7 @@ Axes: B rows, T tokens of a whole row, L = 2 ceil(T / 2P) tokens held here, H he
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
 import torch
@@ -34,7 +35,8 @@ __all__ = ["RowSlices", "check_model"]
 
 ATTENTION = "hpd_sliced"
 """The attention of models that read slices; of whole rows it is transformers' sdpa."""
-_READ = {"input_ids", "labels", "attention_mask"}
+# `asked`: what a teacher that remembers is asked about `kept` positions, by their keys.
+_READ = {"input_ids", "labels", "attention_mask", "asked"}
 # Tokens a process in the row of the probe: two chunks of three.
 _PROBED = 6
 # How far hidden states may be off, as a share of what reading the slice as a row of its own moves them.
@@ -99,10 +101,8 @@ class RowSlices:
         places = self._places(width).to(batch.index.device)
         local = torch.full((self.size * len(places),), -1, device=places.device)
         local[places] = torch.arange(len(places), device=places.device)
-        new = local[batch.index % width]
-        kept = (new >= 0).nonzero().flatten()
-        index = (batch.index // width * len(places) + new)[kept]
-        part = batch.at(kept)._replace(index=index)
+        part = batch.at(self.kept(inputs, batch))
+        part = part._replace(index=part.index // width * len(places) + local[part.index % width])
         if self._rank:
             part = part._replace(dropped=torch.zeros_like(batch.dropped))
         fill = (0, len(local) - width)
@@ -111,11 +111,19 @@ class RowSlices:
             for name in ("input_ids", "attention_mask")
             if name in inputs
         }
+        if "asked" in inputs:
+            out["asked"] = inputs["asked"]
         return {
             **out,
             "position_ids": places.expand(height, -1),
             PLACES: places[None, None, None],
         }, part
+
+    def kept(self, inputs: Mapping[str, Any], batch: TokenBatch) -> Int[Tensor, "n"]:
+        """Those of a batch's label positions whose hidden states lie in this process's slice."""
+        width = inputs["input_ids"].shape[1]
+        chunks = batch.index % width // self._chunk_length(width)
+        return torch.isin(chunks, torch.tensor(self._chunks, device=chunks.device)).nonzero().flatten()
 
     def probe(self, model: nn.Module, role: str) -> None:
         """Compare a few tokens read in slices with the same read whole; once, and by all processes.
@@ -160,8 +168,11 @@ class RowSlices:
 
     def _places(self, width: int) -> Int[Tensor, "L"]:
         """Where the tokens held here stand in a row of `width`."""
-        length = -(-width // (2 * self.size))
+        length = self._chunk_length(width)
         return torch.cat([torch.arange(length) + chunk * length for chunk in self._chunks])
+
+    def _chunk_length(self, width: int) -> int:
+        return -(-width // (2 * self.size))
 
     def _attend(
         self,

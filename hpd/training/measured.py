@@ -65,8 +65,10 @@ class MeasuredTrainer(GuardedTrainer):
         try:
             for batch in batches:
                 if "asked" not in batch:
-                    asked = as_teacher_reads(batch, TokenBatch.pop(dict(batch)))
-                    batch["asked"] = self.teacher.ask(*asked)
+                    read, asked = as_teacher_reads(batch, TokenBatch.pop(dict(batch)))
+                    if self._slices is not None:
+                        asked = asked.at(self._slices.kept(read, asked))
+                    batch["asked"] = self.teacher.ask(read, asked)
             for batch in batches:
                 self.teacher.wait(batch["asked"])
         except TeacherUnavailable as error:

@@ -17,6 +17,7 @@ from hpd.batch import TEACHER_PREFIXES
 from hpd.config.models import ModelConfig
 from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.methods.fields import nearest
+from hpd.methods.regime import Regime
 from hpd.methods.table import METHODS
 from hpd.models.load import load_config, load_tokenizer
 from hpd.models.pairing import CheckResult, check_pair, check_tokens
@@ -25,6 +26,7 @@ from hpd.teachers import CachedTeacher, Teacher
 from hpd.teachers.cache import TEACHER
 from hpd.teachers.fingerprints import tokenizer_hash
 from hpd.teachers.mixture import MixtureTeacher, RoutedTeacher
+from hpd.teachers.sources import knows_likeliest
 from hpd.teachers.teacher import RemoteTeacher
 from hpd.training.adapting import unfit_for_quantized
 from hpd.training.arguments import DistillConfig
@@ -32,7 +34,7 @@ from hpd.training.engines import check_launch
 from hpd.training.hub import Push, opened
 from hpd.training.settings import check_special_tokens
 
-__all__ = ["check_best_metric", "check_call", "check_own_prompt", "own_tokenizer"]
+__all__ = ["check_best_metric", "check_call", "check_teacher", "own_tokenizer"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -83,16 +85,31 @@ def check_call(
         _compare(student, role, source, teacher_tokenizer, args, row)
 
 
-def check_own_prompt(method: str | None, rows: Any) -> None:
-    """Refuse a method whose teacher reads more than the student, where the rows have nothing for it.
+def check_teacher(method: str | None, regime: Regime, teacher: Any, rows: Any) -> None:
+    """Refuse a teacher that does not know the rows of the regime, or nothing that the method asks it for.
 
     Args:
         method: a name of METHODS; None: terms, of which nothing is known.
+        regime: of the run.
+        teacher: as `DistillTrainer` takes it.
         rows: to train on; no row, nothing to look at.
 
     Raises:
-        ValueError: the first row has no prompt for the teacher.
+        ValueError: as `Regime.check_teachers`; a mixture of teachers that tell some tokens only; a method
+            whose teacher reads more than the student, and the first row has no prompt for it.
     """
+    parts = teacher.teachers.values() if isinstance(teacher, (MixtureTeacher, RoutedTeacher)) else ()
+    types = {CachedTeacher: "cached", RoutedTeacher: "routed"}
+    regime.check_teachers(
+        name for one in (teacher, *parts) for kind, name in types.items() if isinstance(one, kind)
+    )
+    if isinstance(teacher, MixtureTeacher):
+        for name, part in teacher.teachers.items():
+            if part.drawn or knows_likeliest(part):
+                raise ValueError(
+                    f"A mixture needs whole distributions, and teacher {name!r} tells some of the tokens "
+                    "only: use a live teacher or a hidden cache, or route rows instead."
+                )
     row = _first_row(rows)
     if method and METHODS[method].own_prompt and row and not {TEACHER_PROMPT, TEACHER_PREFIXES} & row.keys():
         raise ValueError(

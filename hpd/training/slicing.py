@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from hpd.batch import TEACHER_PREFIXES
@@ -16,9 +16,9 @@ from hpd.data.teacher_prompts import TEACHER_PROMPT
 from hpd.methods.regime import Regime
 from hpd.methods.table import name_terms
 from hpd.methods.terms import Term
-from hpd.models.adapters import find_adapter
 from hpd.models.slices import RowSlices, check_model
-from hpd.teachers import ModelTeacher, SelfTeacher, Teacher
+from hpd.teachers import CachedTeacher, ModelTeacher, SelfTeacher, Teacher
+from hpd.training.adapting import lora_of
 from hpd.training.engines import check_sizes, layout_asked
 from hpd.training.plan import Plan
 
@@ -43,8 +43,8 @@ def check_sliced(
     terms: Sequence[Term],
     regime: Regime,
     *,
-    live: bool,
-    adapter: bool,
+    here: bool,
+    adapter: PeftConfig | None,
     rows: Sequence[Any],
     configs: Mapping[str, Any],
 ) -> None:
@@ -54,8 +54,8 @@ def check_sliced(
         args: `DistillConfig`.
         terms: of the loss.
         regime: of the run.
-        live: the teacher is a model of the same processes, and stays as it is.
-        adapter: the student is trained as an adapter.
+        here: the teacher is a model of the same processes that stays as it is, or a cache.
+        adapter: what is trained of the student, if not all of it.
         rows: the sets of training and validation.
         configs: of student and teacher, as far as they are known.
 
@@ -71,8 +71,8 @@ def check_sliced(
         "rules over the positions of a row (terms.positions)": any(t.positions is not None for t in terms),
         "text that the student writes (prefixes)": regime.prefixes.on_policy or regime.prefixes.stored,
         f"strategy: {regime.strategy.type}": regime.strategy.type != "direct",
-        "a teacher that does not run here and now (cached, served, several, a moving average)": not live,
-        "an adapter (lora, peft_config)": adapter,
+        "a teacher that is neither a model here nor a cache (served, several, a moving average)": not here,
+        "an adapter that is no LoRA": adapter is not None and not isinstance(adapter, LoraConfig),
         "train.vocabulary: bytes": args.vocabulary == "bytes",
         "rows behind one another (train.packing, eval_packing, padding_free)": bool(
             args.packing or args.eval_packing or args.padding_free
@@ -124,14 +124,16 @@ def check_sliced_plan(planned: Plan) -> None:
         ValueError: as `check_sliced`.
     """
     recipe, rows = planned.recipe, planned.rows
+    # A cached teacher reads nothing here, so it may be of any kind.
+    teachers = {} if recipe.teacher.type == "cached" else planned.teacher_configs
     check_sliced(
         planned.args,
         name_terms(recipe.choose_terms()),
         recipe.choose_regime(),
-        live=recipe.teacher.type in ("model", "self") and recipe.teacher.ema is None,
-        adapter=recipe.lora is not None or find_adapter(recipe.student, "student") is not None,
+        here=recipe.teacher.type in ("model", "self", "cached") and recipe.teacher.ema is None,
+        adapter=lora_of(recipe),
         rows=[rows.train, *validation_sets(rows.validation).values()],
-        configs={"student": planned.student_config, **planned.teacher_configs},
+        configs={"student": planned.student_config, **teachers},
     )
 
 
@@ -145,17 +147,17 @@ def check_slicing(
     """
     sets = [validation_sets(options.get(name)) for name in ("train_dataset", "eval_dataset")]
     if isinstance(teacher, Teacher):
-        live = isinstance(teacher, ModelTeacher) or (isinstance(teacher, SelfTeacher) and not teacher.follows)
+        here = isinstance(teacher, (ModelTeacher, CachedTeacher, SelfTeacher)) and not teacher.follows
     else:
-        live = isinstance(teacher, (str, nn.Module))
-    adapter = options.get("peft_config") is not None or isinstance(model, PeftModel)
+        here = isinstance(teacher, (str, nn.Module))
+    adapter = model.active_peft_config if isinstance(model, PeftModel) else options.get("peft_config")
     sources = {"student": model, "teacher": getattr(teacher, "model", teacher)}
     configs = {role: getattr(source, "config", None) for role, source in sources.items()}
     check_sliced(
         args,
         terms,
         regime,
-        live=live,
+        here=here,
         adapter=adapter,
         rows=[rows for named in sets for rows in named.values()],
         configs=configs,

@@ -48,7 +48,7 @@ from hpd.training.measured import MeasuredTrainer
 from hpd.training.metrics import MetricSums, add_sums, input_tokens
 from hpd.training.nonfinite import NonFinite
 from hpd.training.on_policy import StepState
-from hpd.training.preflight import check_best_metric, check_call, check_own_prompt, own_tokenizer
+from hpd.training.preflight import check_best_metric, check_call, check_teacher, own_tokenizer
 from hpd.training.probing import check_rows, check_seen, check_writer, settle
 from hpd.training.scheduled import ScheduledTerms
 from hpd.training.settings import check_operator
@@ -117,7 +117,7 @@ class DistillTrainer(MeasuredTrainer):
         self._method_name = method or ("terms" if terms else "hpd")
         check_call(model, teacher, teacher_tokenizer, args, {**kwargs, "peft_config": peft_config})
         check_slicing(args, self.terms, self.regime, model, teacher, {**kwargs, "peft_config": peft_config})
-        check_own_prompt(method, kwargs.get("train_dataset"))
+        check_teacher(method, self.regime, teacher, kwargs.get("train_dataset"))
         own = own_tokenizer(teacher, teacher_tokenizer, kwargs.get("processing_class"), args)
         check_forms(configs, self.regime, guards, args.byte_length if own is not None else None)
         self._first_day = first_day_of_folder(cast(str, args.output_dir), teacher)
@@ -245,9 +245,9 @@ class DistillTrainer(MeasuredTrainer):
         # A loader's workers have no connection, a stream's batches travel from one process to the others, and
         # rows that are not trained on need no answer.
         dispatched = self.accelerator.num_processes > 1 and not isinstance(self.train_dataset, Dataset)
-        elsewhere = self.args.dataloader_num_workers > 0 or dispatched
-        # The ends of answers may be cut off first.
-        late = self._cuts or (self.teacher.remote and (elsewhere or self.regime.prefixes.on_policy))
+        elsewhere = self.args.dataloader_num_workers > 0 or dispatched or self.regime.prefixes.on_policy
+        # The ends of answers may be cut off first, and processes that share rows ask about their parts.
+        late = self._cuts or self.sharing > 1 or (self.teacher.remote and elsewhere)
         ahead = self.teacher.asks_ahead and self._runs_teacher and not late
         self.data_collator.ask = self.teacher.ask if ahead else None
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate.utils import ParallelismConfig
+from peft import LoraConfig
 from torch import distributed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.distributed_checks import (
+    DESCENT,
     GLOBAL_BATCH,
     let_fsdp_run_on_cpu,
     make_trainer,
@@ -33,12 +35,11 @@ from hpd.config import load_recipe
 from hpd.files import write_atomically
 from hpd.models.forward import model_inputs
 from hpd.models.slices import RowSlices
+from hpd.teachers import CachedTeacher
 from hpd.training.run import train
 
 SHARING = 2
 """Processes that share each row, where there are several."""
-DESCENT = {"optim": "sgd", "learning_rate": 0.3}
-"""Adam would divide gradients that are next to nothing by their own size, and follow their rounding."""
 
 
 def launched(accumulation: int = 1, **options) -> dict:
@@ -80,6 +81,19 @@ def self_teacher(pair: Path, output: Path) -> None:
     trained("self_teacher", pair, output, **launched(teacher="self", terms=terms, **DESCENT))
 
 
+def cached(pair: Path, output: Path) -> None:
+    """Each process looks its part of the label positions up; the last batch is uneven, and validated."""
+    options = {"count": 11, "max_steps": 2, "evaluation": 5, "eval_strategy": "steps"}
+    options["teacher"] = CachedTeacher(pair / "cache")
+    trained("cached", pair, output, **launched(**options, **DESCENT, eval_steps=1))
+
+
+def adapter(pair: Path, output: Path) -> None:
+    """LoRA works on a token alone."""
+    options = {"peft_config": LoraConfig(r=4, target_modules="all-linear"), "method": "forward_kl", **DESCENT}
+    trained("adapter", pair, output, **launched(**options))
+
+
 def low_precision(pair: Path, output: Path) -> None:
     trained("low_precision", pair, output, **launched(bf16=True, gradient_checkpointing=True))
 
@@ -97,7 +111,16 @@ def resumed(pair: Path, output: Path) -> None:
 
 def recipe(pair: Path, output: Path) -> None:
     """`hpd train`: tasks while it trains, validation before and behind, the student written whole."""
-    run, options = output / f"recipe-{world_size()}", launched()
+    _recipe("recipe", pair, output)
+
+
+def recipe_of_adapter(pair: Path, output: Path) -> None:
+    """The same of an adapter."""
+    _recipe("recipe_of_adapter", pair, output, lora={"r": 4})
+
+
+def _recipe(name: str, pair: Path, output: Path, **changes) -> None:
+    run, options = output / f"{name}-{world_size()}", launched()
     if world_size() > 1:
         # As `accelerate launch` says it with recipes/accelerate/fsdp2_context.yaml.
         os.environ |= {
@@ -110,8 +133,8 @@ def recipe(pair: Path, output: Path) -> None:
     rows = [{"prompt": f"add {i} and {i}:", "completion": f" {2 * i}"} for i in range(16)]
     problems = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows[:3]]
     # By every process, alike.
-    for name, lines in (("rows", rows), ("problems", problems)):
-        write_atomically(Path(f"{run}-{name}.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
+    for file, lines in (("rows", rows), ("problems", problems)):
+        write_atomically(Path(f"{run}-{file}.jsonl"), "".join(json.dumps(line) + "\n" for line in lines))
     tree = {
         "student": str(pair / "student"),
         "teacher": str(pair / "teacher"),
@@ -127,6 +150,7 @@ def recipe(pair: Path, output: Path) -> None:
         },
         "eval": {"data": f"{run}-problems.jsonl", "max_new_tokens": 8, "every": 1},
         "output_dir": str(run),
+        **changes,
     }
     write_atomically(Path(f"{run}.yaml"), yaml.safe_dump(tree))
     train(load_recipe(f"{run}.yaml"))
@@ -174,9 +198,12 @@ CHECKS = {
         sft,
         accumulated,
         self_teacher,
+        cached,
+        adapter,
         low_precision,
         resumed,
         recipe,
+        recipe_of_adapter,
         memory,
     )
 }

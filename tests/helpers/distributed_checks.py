@@ -33,6 +33,9 @@ from hpd.training.stopping import leaving_processes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 GLOBAL_BATCH = 8
+DESCENT = {"optim": "sgd", "learning_rate": 0.3}
+"""Adam would divide gradients that are next to nothing by their own size, and follow their rounding."""
+_REGIME = ("prefixes", "rollouts", "method", "terms", "teacher", "teacher_tokenizer", "peft_config")
 
 
 def rows(count: int) -> Dataset:
@@ -62,12 +65,12 @@ def make_trainer(
 ) -> DistillTrainer:
     """A trainer whose global batch is 8 rows on any number of processes."""
     regime = {
-        name: options.pop(name)
-        for name in ("prefixes", "rollouts", "method", "terms", "teacher", "teacher_tokenizer")
-        if name in options
+        name: options.pop(name) for name in (*_REGIME, "train_dataset", "eval_dataset") if name in options
     }
     evaluation = options.pop("evaluation", 0)
-    hinted = options.pop("hinted", False)
+    regime = {"train_dataset": rows(count), "eval_dataset": rows(evaluation) if evaluation else None} | regime
+    if options.pop("hinted", False):
+        regime["train_dataset"] = regime["train_dataset"].map(with_hint)
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": GLOBAL_BATCH // accumulation // world_size(),
@@ -90,8 +93,6 @@ def make_trainer(
         model=load(pair / "student"),
         teacher=regime.pop("teacher", None) or load(pair / "teacher"),
         args=DistillConfig(output_dir=str(folder), **{**settings, **options}),
-        train_dataset=rows(count).map(with_hint) if hinted else rows(count),
-        eval_dataset=rows(evaluation) if evaluation else None,
         processing_class=AutoTokenizer.from_pretrained(pair / "student"),
         **regime,
     )
@@ -179,16 +180,14 @@ def written_in_bytes(pair: Path, output: Path) -> None:
 
 
 def _other_teacher(pair: Path) -> dict:
-    """By plain descent: some gradients here are next to nothing, and Adam would follow their rounding."""
     pieces = pair / "pieces"
     return {
         "teacher": AutoModelForCausalLM.from_pretrained(pieces),
         "teacher_tokenizer": AutoTokenizer.from_pretrained(pieces),
         "vocabulary": "bytes",
-        "optim": "sgd",
-        "learning_rate": 0.3,
         "count": 11,
         "max_steps": 2,
+        **DESCENT,
     }
 
 
@@ -199,8 +198,7 @@ def averaged(pair: Path, output: Path) -> None:
 
 def _average() -> dict:
     terms = [TermConfig(objective="nll"), TermConfig(objective="forward_kl", cap=0.05)]
-    options = {"terms": terms, "hinted": True, "count": 11, "optim": "sgd", "learning_rate": 0.3}
-    return {**options, "teacher": SelfTeacher(0.3)}
+    return {"terms": terms, "hinted": True, "count": 11, "teacher": SelfTeacher(0.3), **DESCENT}
 
 
 def low_precision(pair: Path, output: Path) -> None:
@@ -288,14 +286,15 @@ def fsdp2(pair: Path, output: Path) -> None:
 
 def fsdp2_averaged(pair: Path, output: Path) -> None:
     """The moving average of a sharded student is sharded too."""
-    _under_fsdp2("fsdp2_averaged", pair, output, **_average())
+    under_fsdp2("fsdp2_averaged", pair, output, **_average())
 
 
 def fsdp2_two_tokenizers(pair: Path, output: Path) -> None:
-    _under_fsdp2("fsdp2_two_tokenizers", pair, output, **_other_teacher(pair))
+    under_fsdp2("fsdp2_two_tokenizers", pair, output, **_other_teacher(pair))
 
 
-def _under_fsdp2(name: str, pair: Path, output: Path, **options) -> None:
+def under_fsdp2(name: str, pair: Path, output: Path, **options) -> None:
+    """`trained`, sharded where there are several processes."""
     if world_size() > 1:
         let_fsdp_run_on_cpu()
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hpd.config.models import TeacherConfig
 from hpd.teachers.remote.backend import Backend
 from hpd.teachers.remote.serve import ServeSettings, make_server
+from hpd.teachers.remote.server import ServedTeacher
 
 
 def load_backend(folder: Any, **options: Any) -> Backend:
@@ -39,6 +41,14 @@ def served(backend: Backend, port: int = 0, **settings: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+def connected(url: str, student: Any, **options: Any) -> ServedTeacher:
+    """What a trainer takes as the teacher at an address; `student` is the student's tokenizer."""
+    source = TeacherConfig(type="server", url=url, wait_seconds=5.0, **options)
+    teacher = ServedTeacher(source, len(student))
+    teacher.connect(student)
+    return teacher
 
 
 class PromptServer:

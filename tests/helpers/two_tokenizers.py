@@ -7,6 +7,7 @@ import functools
 import json
 import random
 
+import pytest
 import torch
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
@@ -19,6 +20,22 @@ LAYOUTS = {
     "padding-free": {"per_device_train_batch_size": 4, "padding_free": True, "max_length": None},
     "packed": {"per_device_train_batch_size": 1, "packing": True, "max_length": 64, "shuffle_dataset": False},
 }
+
+
+def slow(*values):
+    """Parameters of a test that take the path of another one, for the slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+DIRECTIONS_AND_LAYOUTS = [
+    (0, "padded"),
+    (1, "packed"),
+    *(
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in ((0, "padding-free"), (0, "packed"), (1, "padded"), (1, "padding-free"))
+    ),
+]
+"""Of `mixed_pairs`: both directions by default, every layout in each in the slow tests."""
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 _TEXT = [
     "the sum of two numbers is a number and the other one is three",

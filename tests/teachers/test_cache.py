@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.cached_pairs import files_of, make_recipe
 from helpers.cached_trainers import batches_of, losses, trainer_of
 from tiny_models import tiny_model
 
-from hpd import METHODS
+from hpd import METHODS, DistillConfig, DistillTrainer
 from hpd.batch import TokenBatch
 from hpd.config import load_recipe
 from hpd.losses import Scores, TopKScores
 from hpd.losses.products import logits
 from hpd.methods import method_terms, name_terms
-from hpd.teachers import CachedTeacher
+from hpd.methods.prefixes import Prefixes
+from hpd.teachers import CachedTeacher, MixtureTeacher, SelfTeacher
 from hpd.teachers.cache import read_about
 from hpd.training.caching import write_cache
 from hpd.training.plan import plan
@@ -340,6 +342,23 @@ def test_a_disk_that_cannot_hold_it_is_refused_with_numbers(recipe, tmp_path, mo
 def test_mistakes_are_named(recipe, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         write_cache(load_recipe(recipe, [f"cache.path={tmp_path / 'cache'}", *changes]))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_that_the_student_writes_are_in_no_cache(cache, tmp_path, alone):
+    """From Python as from a recipe, before the student is looked for."""
+    teacher = CachedTeacher(cache)
+    if not alone:
+        teacher = MixtureTeacher({"a": teacher, "b": SelfTeacher()}, {"a": 1.0, "b": 1.0})
+    with pytest.raises(ValueError, match="of type cached knows the dataset's rows only"):
+        DistillTrainer(
+            str(tmp_path / "nowhere"),
+            teacher,
+            method="reverse_kl",
+            prefixes=Prefixes(student=0.5),
+            args=DistillConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none"),
+            train_dataset=Dataset.from_list([{"prompt": "say one:", "completion": " one"}]),
+        )
 
 
 def test_a_stream_is_trained_from_a_cache(recipe, cache, tmp_path):

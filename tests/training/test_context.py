@@ -4,15 +4,13 @@ The figures come from three launches of tests/helpers/context_checks.py; what is
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import ParallelismConfig
 from helpers.distributed_checks import rows
+from helpers.launches import METRICS, WEIGHTS, largest_difference, read, run_checks_on
+from peft import PromptTuningConfig
 from tiny_models import tiny_pair
 from transformers import AutoModelForCausalLM
 
@@ -22,12 +20,8 @@ from hpd.teachers import SelfTeacher
 from hpd.training.caching import write_cache
 from hpd.training.run import train
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests/helpers/context_checks.py"
-# As in test_distributed.py.
-WEIGHTS, METRICS = 2e-5, 5e-6
-TRAINED = ("hpd", "forward_kl", "sft", "accumulated", "self_teacher")
-_NO_FIGURES = ("runtime", "per_second", "total_flos", "seconds", "num_tokens")
+TRAINED = ("hpd", "forward_kl", "sft", "accumulated", "self_teacher", "cached", "adapter")
+RECIPES = ("recipe", "recipe_of_adapter")
 
 
 @pytest.fixture(scope="module")
@@ -41,38 +35,21 @@ def pair(tmp_path_factory):
 def figures(pair):
     out = pair.parent / "out"
     out.mkdir()
-    paths = f"{ROOT}:{ROOT / 'tests'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(11)))
+    cache = {"path": str(pair / "cache"), "dtype": "float32"}
+    write_cache(load_recipe(recipe_of(pair, out / "rows.jsonl", out / "unused", cache=cache)))
     # A recipe's engine stays in the environment, so it comes last.
     for processes, names in (
-        (1, (*TRAINED, "low_precision", "memory", "recipe")),
-        (2, (*TRAINED, "low_precision", "memory", "resumed", "recipe")),
-        (4, ("hpd",)),
+        (1, (*TRAINED, "low_precision", "memory", *RECIPES)),
+        (2, (*TRAINED, "low_precision", "memory", "resumed", *RECIPES)),
+        (4, ("hpd", "cached")),
     ):
-        torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", processes)
-        command = [sys.executable, "-m", *map(str, (*torchrun, SCRIPT, pair, out, *names))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-5000:]
+        run_checks_on(processes, "context_checks.py", pair, out, *names)
     return out
 
 
-def read(figures, name, processes):
-    stem = figures / f"{name}-{processes}"
-    return json.loads(Path(f"{stem}.json").read_text()), torch.load(f"{stem}.pt")
-
-
-def largest_difference(logs, expected):
-    assert [set(log) for log in logs] == [set(log) for log in expected]
-    return max(
-        abs(log[name] - other[name])
-        for log, other in zip(logs, expected, strict=True)
-        for name in log
-        if not any(word in name for word in _NO_FIGURES)
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in TRAINED), ("hpd", 4)])
+@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in TRAINED), ("hpd", 4), ("cached", 4)])
 def test_shared_rows_equal_whole_rows(figures, name, processes):
     found, weights = read(figures, name, processes)
     expected, expected_weights = read(figures, name, 1)
@@ -101,8 +78,9 @@ def test_shared_rows_in_bfloat16(figures):
 
 
 @pytest.mark.slow
-def test_a_recipe_answers_its_tasks_and_writes_a_whole_student(figures):
-    two, one = (figures / f"recipe-{processes}" for processes in (2, 1))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_answers_its_tasks_and_writes_a_whole_student(figures, recipe):
+    two, one = (figures / f"{recipe}-{processes}" for processes in (2, 1))
     logs = [map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) for run in (two, one)]
     # FSDP2 measures the untrained student when training begins, one process before.
     assert largest_difference(*([log for log in run if log["step"]] for run in logs)) < METRICS
@@ -112,7 +90,7 @@ def test_a_recipe_answers_its_tasks_and_writes_a_whole_student(figures):
     evals = [json.loads((run / "evals.json").read_text()) for run in (two, one)]
     for name in ("model", "accuracy", "mean_tokens"):
         assert [entry[name] for entry in evals[0]] == [entry[name] for entry in evals[1]]
-    assert "hpd_sliced" not in (two / "config.json").read_text()
+    assert not any("hpd_sliced" in path.read_text() for path in two.glob("*.json"))
 
 
 @pytest.mark.slow
@@ -121,6 +99,17 @@ def test_a_long_row_leaves_half_of_its_activations_on_each_process(figures):
     assert two["recomputed"] / one["recomputed"] == pytest.approx(0.5, abs=0.01)
     # Each layer keeps keys and values of the whole row too and, on a CPU alone, its mask.
     assert 0.5 < two["kept"] / one["kept"] < 0.75
+
+
+def recipe_of(pair, rows, output, **changes):
+    return {
+        "student": str(pair / "student"),
+        "teacher": str(pair / "teacher"),
+        "data": {"path": str(rows)},
+        "train": {"use_cpu": True, "max_length": 64},
+        "output_dir": str(output),
+        **changes,
+    }
 
 
 def call(pair, **options):
@@ -143,6 +132,7 @@ def call(pair, **options):
         ({"method": "opd"}, "text that the student writes"),
         ({"teacher": SelfTeacher(0.1)}, "a moving average"),
         ({"packing": True}, "train.packing"),
+        ({"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "an adapter that is no LoRA"),
         ({"vocabulary": "bytes"}, "vocabulary: bytes"),
         ({"train_dataset": rows(4).to_iterable_dataset(), "max_steps": 2}, "a stream"),
         ({"include_num_input_tokens_seen": "all"}, "num_input_tokens_seen"),
@@ -168,18 +158,12 @@ def test_a_recipe_launched_so_is_checked_before_a_model_loads(pair, monkeypatch,
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(4)))
-    tree = {
-        "student": str(pair / "student"),
-        "teacher": str(pair / "teacher"),
-        "data": {"path": str(tmp_path / "rows.jsonl")},
-        "train": {"use_cpu": True, "max_length": 64},
-        "lora": {"r": 2},
-        "output_dir": str(tmp_path / "run"),
-    }
-    with pytest.raises(ValueError, match="does not go with an adapter"):
-        train(load_recipe(tree))
-    with pytest.raises(ValueError, match="and there are 1"):
-        train(load_recipe(tree, ["lora=null"]))
+    tree = recipe_of(pair, tmp_path / "rows.jsonl", tmp_path / "run")
+    with pytest.raises(ValueError, match="does not go with text that the student writes"):
+        train(load_recipe(tree | {"method": "opd"}))
+    for lora in (None, {"r": 2}):
+        with pytest.raises(ValueError, match="and there are 1"):
+            train(load_recipe(tree | {"lora": lora}))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="does not go with a teacher that does not run here"):
-        write_cache(load_recipe(tree | {"lora": None, "cache": {"path": str(tmp_path / "cache")}}))
+    with pytest.raises(ValueError, match="does not go with a teacher that is neither a model here nor a cac"):
+        write_cache(load_recipe(tree | {"cache": {"path": str(tmp_path / "cache")}}))

@@ -5,10 +5,7 @@ The first test runs by default; the others share three launches of tests/helpers
 """
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +15,19 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, ParallelismConfig, TorchContextParallelConfig
 from datasets import Dataset
 from helpers.distributed_checks import rows as counting_rows
+from helpers.launches import (
+    METRICS,
+    ROOT,
+    WEIGHTS,
+    largest_difference,
+    launch,
+    logs_of,
+    read,
+    run_checks_on,
+    weights_of,
+)
 from helpers.two_tokenizers import piece_model
 from tiny_models import tiny_pair
-from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe
 from hpd.data.samplers import FilledOrder, fill
@@ -29,13 +36,7 @@ from hpd.training.checkpoints import newest_complete
 from hpd.training.engines import check_engine, check_launched, check_sizes
 from hpd.training.run import train
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests/helpers/distributed_checks.py"
 CONFIGS = ROOT / "recipes/accelerate"
-# float32 sums in another order; Adam's first steps divide small gradients by their own size, which enlarges
-# that.
-WEIGHTS, METRICS = 2e-5, 5e-6
-_NO_FIGURES = ("runtime", "per_second", "total_flos", "seconds", "num_tokens", "rollouts/tokens_per_second")
 TABLE: list[tuple[str, int, float, float]] = []
 
 
@@ -48,22 +49,6 @@ def printed_table(request):
             write("\n| check | processes | largest difference of a metric | of a weight |\n|---|---|---|---|")
             for name, processes, metric, weight in TABLE:
                 write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")
-
-
-def environment():
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-        "TERM": "dumb",
-    }
-
-
-def launch(*arguments, timeout=300):
-    command = [sys.executable, "-m", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -120,28 +105,6 @@ def cached_recipe(folder):
     }
 
 
-def metrics_of(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def largest_difference(logs, expected):
-    """Of all metrics of all logs; the logs must have the same names."""
-    assert [set(log) for log in logs] == [set(log) for log in expected]
-    pairs = [
-        (log[name], other[name])
-        for log, other in zip(logs, expected, strict=True)
-        for name in log
-        if not any(word in name for word in _NO_FIGURES)
-    ]
-    return max(abs(ours - theirs) for ours, theirs in pairs)
-
-
-def weights_of(run):
-    return torch.cat(
-        [p.detach().flatten().double() for p in AutoModelForCausalLM.from_pretrained(run).parameters()]
-    )
-
-
 def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
     """11 training rows and 5 of validation on two processes, tasks evaluated after each step, one writer of
     every file."""
@@ -152,7 +115,7 @@ def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     train(load_recipe(recipe_file(folder, "one", 8)))
     two, one = folder / "two", folder / "one"
-    metric = largest_difference(metrics_of(two), metrics_of(one))
+    metric = largest_difference(logs_of(two), logs_of(one))
     weight = float((weights_of(two) - weights_of(one)).abs().max())
     TABLE.append(("accelerate launch -m hpd train", 2, metric, weight))
     assert metric < METRICS
@@ -220,7 +183,7 @@ def test_torchrun_resumes_where_a_checkpoint_stands(folder):
     again = launch(*torchrun, stopped)
     assert again.returncode == 0, again.stderr[-3000:]
     ours, theirs = (
-        [log for log in metrics_of(path) if "train_loss" not in log] for path in (run, folder / "straight")
+        [log for log in logs_of(path) if "train_loss" not in log] for path in (run, folder / "straight")
     )
     assert largest_difference(ours, theirs) == 0.0
     assert torch.equal(weights_of(run), weights_of(folder / "straight"))
@@ -254,15 +217,8 @@ REFERENCE = {"accumulated": "plain", "resumed": "straight"}
 def figures(folder):
     write_cache(load_recipe(cached_recipe(folder)))
     for processes, names in ((1, ONE), (2, TWO), (4, FOUR)):
-        torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", processes)
-        done = launch(*torchrun, SCRIPT, folder / "pair", folder / "out", *names)
-        assert done.returncode == 0, done.stderr[-5000:]
+        run_checks_on(processes, "distributed_checks.py", folder / "pair", folder / "out", *names)
     return folder / "out"
-
-
-def read(figures, name, processes):
-    stem = figures / f"{name}-{processes}"
-    return json.loads(Path(f"{stem}.json").read_text()), torch.load(f"{stem}.pt")
 
 
 @pytest.mark.slow

@@ -12,8 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 from hpd import DistillConfig, DistillTrainer
+from hpd.config.models import TeacherConfig
 from hpd.methods import METHODS
+from hpd.methods.prefixes import Prefixes
 from hpd.methods.table import choose_terms
+from hpd.teachers import MixtureTeacher, RoutedTeacher, SelfTeacher
+from hpd.teachers.remote.server import ServedTeacher
 from hpd.training.metrics import evaluated_names
 from hpd.training.scheduled import ScheduledTerms
 
@@ -71,6 +75,20 @@ def loaded(folder):
 def test_a_teacher_by_path_with_another_tokenizer_is_refused(pair, shuffled, tmp_path, nothing_loads):
     with pytest.raises(ValueError, match=r"vocabulary: token 70 is .* for the student and .* for the tea"):
         build(str(pair[0]), str(shuffled), tmp_path / "run")
+
+
+def test_routed_teachers_are_refused_where_the_student_writes(pair, tmp_path, nothing_loads):
+    routed = RoutedTeacher({"a": SelfTeacher(), "b": SelfTeacher()}, "who")
+    with pytest.raises(ValueError, match="of type routed knows the dataset's rows only.*student writes rows"):
+        build(str(pair[0]), routed, tmp_path / "run", prefixes=Prefixes(student=0.5))
+
+
+def test_a_mixture_of_likeliest_tokens_is_refused(pair, tmp_path, nothing_loads):
+    server = TeacherConfig(type="server", url="http://127.0.0.1:9", model="x")
+    teachers = {"a": SelfTeacher(), "b": ServedTeacher(server, 300)}
+    with pytest.raises(ValueError, match="A mixture needs whole distributions, and teacher 'b' tells some"):
+        build(str(pair[0]), MixtureTeacher(teachers, {"a": 1.0, "b": 1.0}), tmp_path / "run")
+    teachers["b"].close()
 
 
 def test_a_loaded_teacher_is_compared_by_its_name(pair, shuffled, tmp_path):

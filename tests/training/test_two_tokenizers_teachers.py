@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.servers import PromptServer, load_backend, served
+from helpers.servers import PromptServer, connected, load_backend, served
 from helpers.trainers import gradient, make_trainer, rows
-from helpers.two_tokenizers import bytes_recipe, mixed_pair
+from helpers.two_tokenizers import bytes_recipe, mixed_pair, slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpd.batch import TokenBatch
-from hpd.config.models import TeacherConfig
 from hpd.losses import Head, Scores
 from hpd.losses.products import logits
 from hpd.methods.prefixes import Prefixes, RolloutConfig
@@ -63,7 +62,7 @@ class Averaged(Teacher):
         return Scores((0.25 * sides[0] + 0.75 * sides[1]).log(), Head(None))
 
 
-@pytest.mark.parametrize("method", ["hpd", "forward_kl"])
+@pytest.mark.parametrize("method", ["forward_kl", *slow("hpd")])
 def test_a_mixture_mixes_the_teachers_tokens(pair, tmp_path, method):
     tokenizer = AutoTokenizer.from_pretrained(pair[1])
     mixture = MixtureTeacher({"a": load(pair), "b": load(pair, 3.0)}, {"a": 1.0, "b": 3.0})
@@ -72,8 +71,15 @@ def test_a_mixture_mixes_the_teachers_tokens(pair, tmp_path, method):
     close(found, trained(pair, tmp_path / "b", method=method, teacher=other, teacher_tokenizer=tokenizer))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", ["label_reverse_kl", "reverse_kl"])
+@pytest.mark.parametrize(
+    ("method", "layout"),
+    [
+        ("label_reverse_kl", "padding-free"),
+        pytest.param("label_reverse_kl", "padded", marks=pytest.mark.slow),
+        ("reverse_kl", "padded"),
+        pytest.param("reverse_kl", "padding-free", marks=pytest.mark.slow),
+    ],
+)
 def test_each_row_is_learned_from_its_own_teacher(pair, tmp_path, method, layout):
     """The loss is a sum over rows: that of each teacher's rows alone, by their labels."""
     given = [{**row, "who": "ab"[i % 3 == 0]} for i, row in enumerate(rows(8))]
@@ -110,21 +116,14 @@ def recipe_of(pair, folder, teacher, **changes):
     return bytes_recipe(pair, folder, given, teacher=teacher, **changes)
 
 
-@pytest.mark.parametrize("kind", ["mixture", "routed"])
+@pytest.mark.parametrize("kind", ["routed", *slow("mixture")])
 def test_recipes_of_several_teachers_train(pair, tmp_path, kind):
     teacher = {"type": kind, "teachers": {"a": str(pair[1]), "b": str(pair[1])}}
     teacher |= {"weights": {"a": 1, "b": 2}} if kind == "mixture" else {"column": "who"}
     assert train(recipe_of(pair, tmp_path, teacher))["steps"] == 2
 
 
-def connected(url, tokenizer, **options):
-    source = TeacherConfig(type="server", url=url, wait_seconds=5.0, **options)
-    teacher = ServedTeacher(source, len(tokenizer))
-    teacher.connect(tokenizer)
-    return teacher
-
-
-@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("writes", [True, *slow(False)])
 def test_a_served_teacher_says_what_a_live_one_does(pair, tmp_path, writes):
     """Its tokenizer comes from the server; it reads its own rows, the student's own among them."""
     regime = {"rollouts": RolloutConfig(max_new_tokens=6), "prefixes": Prefixes(student=1.0)}
