@@ -14,7 +14,6 @@ from hpd.losses import Head, Scores
 from hpd.losses.products import logits
 from hpd.methods.prefixes import Prefixes, RolloutConfig
 from hpd.teachers import MixtureTeacher, ModelTeacher, RoutedTeacher, Teacher, TeacherUnavailable
-from hpd.teachers.remote.server import ServedTeacher
 from hpd.training.plan import plan
 from hpd.training.run import train
 
