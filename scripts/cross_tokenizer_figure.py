@@ -46,8 +46,8 @@ def panel(found: dict[str, list[dict[str, Any]]]) -> Panel:
         "Held-out bits per byte of a student, by what it learned from",
         {TITLES[name]: curves(lines) for name, lines in found.items()},
         x_label="step of 4 rows",
-        note="Each arm at the rate that other held-out rows chose; mean over orders of the rows, bands from the "
-        "least to the most. All start at the cut student, which is off the axis.",
+        note="Each arm at the rate that other held-out rows chose; mean over orders of the rows, bands from "
+        "the least to the most. All start at the cut student, which is off the axis.",
     )
 
 
