@@ -52,21 +52,21 @@ def panel(found: dict[str, list[dict[str, Any]]]) -> Panel:
 
 
 def curves(lines: list[dict[str, Any]]) -> dict[str, Line]:
-    """The line of each arm, from the runs at its chosen rate that have a curve."""
+    """The line of each arm, from the runs at its chosen rate that have a curve, at the steps of them all."""
     drawn: dict[str, Line] = {}
     for arm in sorted(ARMS, key=list(NAMES).index):
         of_arm = [line for line in lines if line["arm"] == arm]
         if not of_arm:
             continue
         rate = best_rate(of_arm, arm, of_arm[0]["seed"])
-        runs = [line["curve"] for line in of_arm if line["rate"] == rate and line["curve"]]
-        drawn[NAMES[arm]] = [_point(points) for points in zip(*runs, strict=True)]
+        runs = [dict(line["curve"]) for line in of_arm if line["rate"] == rate and line["curve"]]
+        steps = sorted(set.intersection(*map(set, runs))) if runs else []
+        drawn[NAMES[arm]] = [_point(step, [run[step] for run in runs]) for step in steps]
     return drawn
 
 
-def _point(points: tuple[list[float], ...]) -> tuple[float, float, float, float]:
-    values = [value for _, value in points]
-    return points[0][0], statistics.mean(values), min(values), max(values)
+def _point(step: int, values: list[float]) -> tuple[float, float, float, float]:
+    return step, statistics.mean(values), min(values), max(values)
 
 
 if __name__ == "__main__":
