@@ -28,6 +28,7 @@ from helpers.launches import (
 )
 from helpers.two_tokenizers import piece_model
 from tiny_models import tiny_pair
+from transformers import AutoModelForCausalLM
 
 from hpd.config import load_recipe
 from hpd.data.samplers import FilledOrder, fill
