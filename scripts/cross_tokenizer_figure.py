@@ -43,7 +43,7 @@ def panel(found: dict[str, list[dict[str, Any]]]) -> Panel:
     """Bits per byte over steps, a plot for each direction and a line for each arm."""
     return multiples_panel(
         "cross-tokenizer",
-        "Held-out bits per byte of a student, by what it learned from",
+        "Held-out bits per byte, by what the student learned from",
         {TITLES[name]: curves(lines) for name, lines in found.items()},
         x_label="step of 4 rows",
         note="Each arm at the rate that other held-out rows chose; mean over orders of the rows, bands from "

@@ -82,3 +82,15 @@ def test_the_table_is_of_the_rate_that_other_rows_chose():
     shown = SCRIPT["table"](lines).splitlines()
     assert shown[3] == "| same | 1 | 2.500 | 2.000, 3.000 | 2 | 100% |"
     assert shown[4] == "| other | 1 | 3.000 | 3.000, 3.000 | 1 | 80% |"
+
+
+def test_the_figure_shows_the_chosen_rate_at_steps_of_all_runs():
+    from cross_tokenizer_figure import curves
+
+    lines = [
+        {"arm": "sft", "rate": 1.0, "seed": 0, "tuning": 2.0, "curve": [[1, 4.0], [2, 3.0], [4, 2.0]]},
+        {"arm": "sft", "rate": 2.0, "seed": 0, "tuning": 3.0, "curve": [[2, 9.0], [4, 9.0]]},
+        {"arm": "sft", "rate": 1.0, "seed": 1, "tuning": 2.0, "curve": [[2, 5.0], [4, 2.5]]},
+        {"arm": "sft", "rate": 1.0, "seed": 2, "tuning": 2.0, "curve": []},
+    ]
+    assert curves(lines) == {"sft": [(2, 4.0, 3.0, 5.0), (4, 2.25, 2.0, 2.5)]}
