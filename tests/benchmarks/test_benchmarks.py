@@ -62,7 +62,13 @@ def test_every_script_is_run_here():
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == tested
 
 
-@pytest.mark.parametrize("name", TINY)
+# They start whole commands.
+_COMMANDS = ("startup", "cache_start")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _COMMANDS else name for name in TINY]
+)
 def test_it_runs(run, name):
     arguments, shown = TINY[name]
     assert shown in run(name, *arguments)

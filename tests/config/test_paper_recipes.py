@@ -199,7 +199,12 @@ def _small(tree: dict[str, Any]) -> None:
         _small(stage)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+_TWICE = ("math_llama_1b", "code_qwen")  # of the kind of another
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _TWICE else name for name in TRAINED]
+)
 def test_it_trains_two_steps_of_each_stage(name, tmp_path):
     architecture, student_vocab, teacher_vocab, data = TRAINED[name]
     student = tiny_model(architecture, tmp_path / "student", vocab=student_vocab)

@@ -211,7 +211,7 @@ def test_what_saves_memory_is_seen(tmp_path):
     assert StepMemory(plan(load_recipe(tmp_path / "a" / "recipe.yaml", itself))).predict().teacher > 0
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_quantized_weights_are_counted_as_they_are_loaded(tmp_path, bits):
     bnb = pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     file = write_recipe(tmp_path, SIZES["activations"][0], batch=2)
@@ -249,7 +249,9 @@ def test_quantized_weights_are_counted_as_they_are_loaded(tmp_path, bits):
     assert predicted.backward == pytest.approx(live.peak, rel=0.3)
 
 
-@pytest.mark.parametrize("method", ["hpd", "forward_kl", "generalized_jsd"])
+@pytest.mark.parametrize(
+    "method", ["hpd", "forward_kl", pytest.param("generalized_jsd", marks=pytest.mark.slow)]
+)
 def test_the_operator_holds_gradients_and_two_chunks(method):
     """SmolLM2's head: at most a tenth beside the gradients of head and hidden states and two chunks of
     logits."""

@@ -37,7 +37,8 @@ from hpd.methods.terms import Term
 from hpd.objectives import forward_kl, hpd, hpd_expected, nll, reverse_kl, taid
 from hpd.objectives.estimators import kl_estimate
 
-VOCABULARIES = [7, 255, 601]  # below one block of the inverse CDF, odd, several blocks
+# below one block of the inverse CDF, odd, several blocks
+VOCABULARIES = [7, pytest.param(255, marks=pytest.mark.slow), 601]
 # (positions of a chunk, positions of a tile)
 CHUNKINGS = {"one row": (1, 100), "odd": (5, 100), "odd, tiles of two": (5, 2), "one chunk": (100, 100)}
 
@@ -487,7 +488,7 @@ def is_finite(result: Result) -> bool:
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["student", "teacher", "both", "opposite"])
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
 def test_impossible_tokens_keep_everything_finite(

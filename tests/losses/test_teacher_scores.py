@@ -33,7 +33,9 @@ def top_k_of(given: Problem, k: int) -> Any:
 
 
 @TERM_CASES
-@pytest.mark.parametrize("teacher_vocab", [255, 290, 200])
+@pytest.mark.parametrize(
+    "teacher_vocab", [290, *(pytest.param(size, marks=pytest.mark.slow) for size in (255, 200))]
+)
 @pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
 def test_a_known_normalizer_changes_nothing(terms: Any, teacher_vocab: int, extras: dict[str, Any]) -> None:
     bias = torch.linspace(-1, 1, teacher_vocab, dtype=torch.float64) if extras else None

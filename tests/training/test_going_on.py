@@ -65,6 +65,7 @@ def contents(folder):
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_more_steps_are_those_of_a_longer_run(place, run, tmp_path):
     done = train(place, run, "train.max_steps=9")
     assert done.returncode == 0, done.stderr
