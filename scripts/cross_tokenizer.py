@@ -98,7 +98,8 @@ def compare(
                 summary = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else train(changed)
                 found = {"steps": summary["steps"], "seconds": summary["train seconds"]}
                 ended = measured(str(run), rows)
-                curve = [[step, measured(folder, rows)["bits_per_byte"]] for step, folder in _saved(run)]
+                saved = _saved(run, found["steps"])
+                curve = [[step, measured(folder, rows)["bits_per_byte"]] for step, folder in saved]
                 curve.append([found["steps"], ended["bits_per_byte"]])
                 results.append({**key, **ended, **found, "curve": curve})
     print(table(results.read()), flush=True)
@@ -116,10 +117,11 @@ def _changes(arm: str, same: str) -> list[str]:
     }[arm]
 
 
-def _saved(run: Path) -> Iterator[tuple[int, str]]:
-    """Steps and folder of each checkpoint of a run but the last, which is the student itself."""
-    for step in sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*"))[:-1]:
-        yield step, str(run / f"checkpoint-{step}")
+def _saved(run: Path, steps: int) -> Iterator[tuple[int, str]]:
+    """Steps and folder of each checkpoint before the end of a run: at the end stands the student itself."""
+    for step in sorted(int(path.name.rpartition("-")[2]) for path in run.glob("checkpoint-*")):
+        if step < steps:
+            yield step, str(run / f"checkpoint-{step}")
 
 
 def measured(folder: str, rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -146,8 +146,3 @@ def test_shipped_data_use_the_styles() -> None:
     completions = [row["completion"] for row in shipped_rows("train.jsonl.gz")]
     share_of_equations = sum("," in text for text in completions) / len(completions)
     assert 0.4 < share_of_equations < 0.6
-
-
-def test_the_demo_stays_small() -> None:
-    shipped = [path for path in DEMO.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in shipped) <= 4 * 2**20

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -67,3 +68,46 @@ def weights_of(run: Path) -> torch.Tensor:
     """All weights of the student in a run folder."""
     model: Any = AutoModelForCausalLM.from_pretrained(run)
     return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+
+
+class Differences:
+    """How far several processes were from one in each check, printed as a table behind a module's tests."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[str, int, float, float]] = []
+
+    def add(self, name: str, processes: int, metric: float, weight: float) -> None:
+        """The largest difference of a metric, and of a weight."""
+        self._rows.append((name, processes, metric, weight))
+
+    def check(
+        self,
+        name: str,
+        processes: int,
+        logs: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+        weights: tuple[torch.Tensor, torch.Tensor],
+        bounds: tuple[float, float] = (METRICS, WEIGHTS),
+    ) -> None:
+        """Those between what the processes found and what one did, which must be below the bounds."""
+        metric = largest_difference(*logs)
+        weight = float((weights[0] - weights[1]).abs().max())
+        self.add(name, processes, metric, weight)
+        assert metric < bounds[0]
+        assert weight < bounds[1]
+
+    def check_launch(self, two: Path, one: Path) -> None:
+        """Those between two run folders: a launch by accelerate on two processes, and one process."""
+        runs = (two, one)
+        logs, weights = (tuple(map(of, runs)) for of in (logs_of, weights_of))
+        self.check("accelerate launch -m hpd train", 2, logs, weights)  # type: ignore[arg-type]
+        assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+    def print(self, request: pytest.FixtureRequest) -> None:
+        """The table, if a check ran."""
+        if not self._rows:
+            return
+        write = request.config.pluginmanager.getplugin("terminalreporter").write_line
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            write("\n| check | processes | largest difference of a metric | of a weight |\n|---|---|---|---|")
+            for name, processes, metric, weight in self._rows:
+                write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")

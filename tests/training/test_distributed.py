@@ -19,6 +19,7 @@ from helpers.launches import (
     METRICS,
     ROOT,
     WEIGHTS,
+    Differences,
     largest_difference,
     launch,
     logs_of,
@@ -38,18 +39,13 @@ from hpd.training.engines import check_engine, check_launched, check_sizes
 from hpd.training.run import train
 
 CONFIGS = ROOT / "recipes/accelerate"
-TABLE: list[tuple[str, int, float, float]] = []
+DIFFERENCES = Differences()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def printed_table(request):
     yield
-    if TABLE:
-        write = request.config.pluginmanager.getplugin("terminalreporter").write_line
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            write("\n| check | processes | largest difference of a metric | of a weight |\n|---|---|---|---|")
-            for name, processes, metric, weight in TABLE:
-                write(f"| {name} | {processes} against 1 | {metric:.1e} | {weight:.1e} |")
+    DIFFERENCES.print(request)
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +112,8 @@ def test_accelerate_launch_of_a_recipe_equals_one_process(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     train(load_recipe(recipe_file(folder, "one", 8)))
     two, one = folder / "two", folder / "one"
-    metric = largest_difference(logs_of(two), logs_of(one))
-    weight = float((weights_of(two) - weights_of(one)).abs().max())
-    TABLE.append(("accelerate launch -m hpd train", 2, metric, weight))
-    assert metric < METRICS
-    assert weight < WEIGHTS
+    DIFFERENCES.check_launch(two, one)
     names = {path.name for path in one.iterdir()}
-    assert {path.name for path in two.iterdir()} == names
     assert {"recipe.yaml", "summary.json", "evals.json", "metrics.jsonl", "model.safetensors"} <= names
     evals = [json.loads((run / "evals.json").read_text()) for run in (two, one)]
     for name in ("model", "accuracy", "mean_tokens", "num_examples"):
@@ -236,15 +227,11 @@ def test_several_processes_equal_one(figures, name, processes):
         name == "resumed"
     ):  # the last log averages over the steps since the start, of which the second trainer did one
         logs, expected_logs = logs[:-1], expected_logs[:-1]
-    metric = largest_difference(logs, expected_logs)
-    weight = float((weights - expected_weights).abs().max())
-    TABLE.append((name, processes, metric, weight))
-    assert found["spread"] == 0.0
     # bfloat16 rounds to 3 digits, and Adam's first step moves a weight by the learning rate whatever the
     # gradient's size.
-    low = name == "low_precision"
-    assert metric < (2e-3 if low else METRICS)
-    assert weight < (3e-2 if low else WEIGHTS)
+    bounds = (2e-3, 3e-2) if name == "low_precision" else (METRICS, WEIGHTS)
+    DIFFERENCES.check(name, processes, (logs, expected_logs), (weights, expected_weights), bounds)
+    assert found["spread"] == 0.0
 
 
 @pytest.mark.slow
@@ -263,14 +250,8 @@ def test_fsdp2_shards_student_and_teacher_and_exports_the_whole_student(figures,
 @pytest.mark.parametrize("head", ["pair", "untied"])
 def test_torchs_fully_shard_equals_one_process(figures, head, processes):
     found, _ = read(figures, f"fully_shard_{head}", processes)
-    TABLE.append(
-        (
-            f"fully_shard, {'tied' if head == 'pair' else 'untied'} head",
-            processes,
-            found["losses"],
-            found["final"],
-        )
-    )
+    tied = "tied" if head == "pair" else "untied"
+    DIFFERENCES.add(f"fully_shard, {tied} head", processes, found["losses"], found["final"])
     assert found["spread"] == 0.0
     assert found["losses"] < 2e-6
     assert found["gradients"] < 2e-6

@@ -9,17 +9,7 @@ import json
 import pytest
 import yaml
 from helpers.byte_checks import DDP, FSDP2, named
-from helpers.launches import (
-    METRICS,
-    ROOT,
-    WEIGHTS,
-    largest_difference,
-    launch,
-    logs_of,
-    read,
-    run_checks_on,
-    weights_of,
-)
+from helpers.launches import ROOT, Differences, launch, logs_of, read, run_checks_on
 from helpers.servers import load_backend, served
 from helpers.two_tokenizers import bytes_recipe, mixed_pairs
 
@@ -32,18 +22,13 @@ ACCELERATE = ("accelerate.commands.launch", "--config_file", CPUS, "-m", "hpd")
 TWO = (*DDP, "accumulated", "resumed", *FSDP2)
 # What another run of one process found: the same rows in more micro-batches or trainers, the same teacher.
 REFERENCE = {"accumulated": "written", "resumed": "written", "served": "live", "cached": "live"}
-TABLE: list[tuple[str, float, float]] = []
+DIFFERENCES = Differences()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def printed_table(request):
     yield
-    if TABLE:
-        write = request.config.pluginmanager.getplugin("terminalreporter").write_line
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            write("\n| check | largest difference of a metric | of a weight |\n|---|---|---|")
-            for name, metric, weight in TABLE:
-                write(f"| {name}, 2 processes against 1 | {metric:.1e} | {weight:.1e} |")
+    DIFFERENCES.print(request)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +60,8 @@ def test_two_processes_equal_one(figures, name):
     logs, expected_logs = found["logs"], expected["logs"]
     if name == "resumed":  # the last log averages over the second trainer's one step
         logs, expected_logs = logs[:-1], expected_logs[:-1]
-    metric = largest_difference(logs, expected_logs)
-    weight = float((weights - expected_weights).abs().max())
-    TABLE.append((name, metric, weight))
+    DIFFERENCES.check(name, 2, (logs, expected_logs), (weights, expected_weights))
     assert found["spread"] == 0.0
-    assert metric < METRICS
-    assert weight < WEIGHTS
     if name != "resumed":
         assert found["engine"] == ("FSDP" if name in FSDP2 else "MULTI_CPU")
 
@@ -119,11 +100,5 @@ def test_a_launch_of_a_recipe_equals_one_process(folder):
             assert done.returncode == 0, done.stderr[-3000:]
         else:
             train(load_recipe(yaml.safe_load((folder / "recipe.yaml").read_text())))
-    logs, weights = ([of(runs[name]) for name in ("two", "one")] for of in (logs_of, weights_of))
-    metric = largest_difference(*logs)
-    weight = float((weights[0] - weights[1]).abs().max())
-    TABLE.append(("accelerate launch -m hpd train", metric, weight))
-    assert any("rollouts/unread" in log for log in logs[0])
-    assert metric < METRICS
-    assert weight < WEIGHTS
-    assert {path.name for path in runs["two"].iterdir()} == {path.name for path in runs["one"].iterdir()}
+    DIFFERENCES.check_launch(runs["two"], runs["one"])
+    assert any("rollouts/unread" in log for log in logs_of(runs["two"]))
