@@ -25,14 +25,19 @@ _PANELS = (
 )
 
 
-def plot_training(folder: Path) -> Path:
-    """Draw `metrics.jsonl` of a run folder to `training.png`, whose path is returned; no empty panels."""
+def plot_training(folder: Path) -> Path | None:
+    """Draw `metrics.jsonl` of a run folder to `training.png`, whose path is returned; no empty panels.
+
+    None: the run ended before its first log.
+    """
     from matplotlib.figure import Figure
 
     logs = [log for log in JsonLines(folder / "metrics.jsonl").read() if "loss" in log]
     panels = [
         (title, names) for title, names in _PANELS if any(name in log for log in logs for name in names)
     ]
+    if not panels:
+        return None
     rows = (len(panels) + 1) // 2
     figure = Figure(figsize=(9.0, 3.1 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).flatten()

@@ -37,7 +37,7 @@ def run_demo(output_dir: Path, overrides: Sequence[str] = (), overwrite: bool = 
     console.print()
     show_summary(recipe, summary)
     _show_samples(Path(recipe.output_dir))
-    console.print(f"\ntraining curves: {picture}", highlight=False)
+    console.print(f"\ntraining curves: {picture or 'none, no step was logged'}", highlight=False)
     console.print(
         "next: the same run with another method  [bold]hpd demo --overwrite method=forward_kl[/]\n"
         "      your own pair                     [bold]hpd init recipe.yaml[/]\n"

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hpd.demo.build_teacher import build_tokenizer, encode_rows, write_completions
+from hpd.demo.plot import plot_training
 from hpd.demo.task import (
     SPLITS,
     STYLES,
@@ -146,3 +147,12 @@ def test_shipped_data_use_the_styles() -> None:
     completions = [row["completion"] for row in shipped_rows("train.jsonl.gz")]
     share_of_equations = sum("," in text for text in completions) / len(completions)
     assert 0.4 < share_of_equations < 0.6
+
+
+def test_a_run_without_a_log_has_no_picture(tmp_path: Path) -> None:
+    """`hpd demo train.max_steps=20` logs every 50 steps: it ended with an error behind its last step."""
+    logs = tmp_path / "metrics.jsonl"
+    logs.write_text('{"step": 20, "train_runtime": 1.0}\n{"step": 20, "eval_loss": 2.0}\n', encoding="utf-8")
+    assert plot_training(tmp_path) is None
+    logs.write_text('{"step": 50, "loss": 1.0}\n{"step": 100, "loss": 0.5}\n', encoding="utf-8")
+    assert plot_training(tmp_path) == tmp_path / "training.png"
