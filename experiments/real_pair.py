@@ -7,7 +7,8 @@ Made once, a part at a time, and kept in `$HPD_HOME/tasks`, each part resumed wh
 
 * `rows/teacher.jsonl`: solutions that the teacher wrote at temperature 1, cut ones left out;
 * `rows/human.jsonl`: GSM8K's own solutions of the same problems in the same order;
-* `validation.jsonl`, `test.jsonl`: other problems, written by the teacher;
+* `validation/teacher.jsonl`, `validation/human.jsonl`: other problems, in the same two texts;
+* `test.jsonl`: other problems again, whose prompts a student continues by itself;
 * `student`: the cut student after REPAIR_STEPS of forward KL on other rows that the teacher wrote;
 * `cache`: the teacher's hidden states over both texts and the validation rows.
 """
@@ -27,8 +28,8 @@ from hpd.generate import generate
 from hpd.training.run import train
 
 TEACHER, CUT = "models/smollm2-135m", "models/smollm2-135m-10l"
-REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH = 1600, 400, 4
-MOST_ROWS, HELD_OUT = 768, 64
+REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH = 800, 400, 4
+MOST_ROWS, HELD_OUT = 640, 48
 NEW_TOKENS, MAX_LENGTH = 160, 320
 
 
@@ -100,10 +101,9 @@ def _build(target: Path, written: Path) -> Mapping[str, Any]:
     held_out, test = rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT]
     shared = rows[2 * HELD_OUT :][:MOST_ROWS]
     repair = rows[2 * HELD_OUT + MOST_ROWS :][:REPAIR_ROWS]
-    write_rows(target / "validation.jsonl", held_out)
+    _write_texts(target / "validation", held_out, human)
     write_rows(target / "test.jsonl", [{"prompt": r["prompt"], "answer": r["completion"]} for r in test])
-    write_rows(target / "rows" / "teacher.jsonl", shared)
-    write_rows(target / "rows" / "human.jsonl", [{**r, "completion": human[r["prompt"]]} for r in shared])
+    _write_texts(target / "rows", shared, human)
     write_rows(target / "repair.jsonl", repair)
     repaired = written.parent / "repaired"
     if not (repaired / "summary.json").exists():
@@ -129,12 +129,21 @@ def _build(target: Path, written: Path) -> Mapping[str, Any]:
     return {**_recipe(target, target / "rows"), "student": str(repaired)}
 
 
+def _write_texts(folder: Path, rows: list[dict[str, str]], human: Mapping[str, str]) -> None:
+    """The same problems with the teacher's solutions and with people's."""
+    write_rows(folder / "teacher.jsonl", rows)
+    write_rows(folder / "human.jsonl", [{**row, "completion": human[row["prompt"]]} for row in rows])
+
+
 def _recipe(made: Path, rows: Path) -> dict[str, Any]:
     return {
         "student": str(made / "student"),
         "teacher": TEACHER,
         "method": "hpd",
-        "data": {"path": str(rows), "validation": str(made / "validation.jsonl")},
+        "data": {
+            "path": str(rows),
+            "validation": {text: str(made / "validation" / f"{text}.jsonl") for text in ("teacher", "human")},
+        },
         "train": {
             "learning_rate": 2.0e-4,
             "per_device_train_batch_size": 4,

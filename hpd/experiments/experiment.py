@@ -34,6 +34,7 @@ _OF_VALIDATION = ("loss", "forward_kl", "reverse_kl", "top1_agreement")
 MIN_TUNED_VALUES = 4
 MIN_TUNED_FACTOR = 8.0
 _STRICT = {"extra": "forbid"}
+_STEPS = "train.max_steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +254,30 @@ def _cross_check(experiment: Experiment) -> None:
         raise ValueError("own_samples must be >= 0, and own_samples_every >= 1 or null.")
     if experiment.own_samples_every is not None and not experiment.own_samples:
         raise ValueError("own_samples_every says how often, and own_samples is 0: say how many prompts.")
-    if experiment.budget is not None and experiment.budget.value <= 0:
-        raise ValueError(f"budget.value must be > 0, got {experiment.budget.value:g}.")
-    if experiment.budget is not None and experiment.budget.type == "steps" and "train.max_steps" in axes:
-        raise ValueError("budget.type steps fixes train.max_steps, which is also an axis: remove one.")
+    if experiment.budget is not None:
+        _check_budget(experiment, experiment.budget)
     if tune is not None:
         _check_tuning(experiment, tune)
+
+
+def _check_budget(experiment: Experiment, budget: Budget) -> None:
+    if budget.value <= 0:
+        raise ValueError(f"budget.value must be > 0, got {budget.value:g}.")
+    if budget.type != "steps":
+        return
+    tune = experiment.tune
+    settings = {
+        "set": experiment.set,
+        "axes": {path for paths in paths_by_axis(experiment.axes).values() for path in paths},
+        "variants": {path for changes in experiment.variants.values() for path in changes},
+        "tune": tune.paths if tune else {},
+        "tune.set": tune.set if tune else {},
+    }
+    for key, paths in settings.items():
+        if _STEPS in paths:
+            raise ValueError(
+                f"budget.type steps is {_STEPS} for all runs, and {key} gives another: remove one of the two."
+            )
 
 
 def _check_tuning(experiment: Experiment, tune: Tune) -> None:

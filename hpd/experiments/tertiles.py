@@ -8,7 +8,6 @@ Axes: N label positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from hpd.batch import TokenBatch, as_teacher_reads
 from hpd.config.schema import Recipe
+from hpd.data.rows import validation_sets
 from hpd.models.forward import model_inputs
 from hpd.training.caching import rows_trainer
 from hpd.training.plan import plan
@@ -67,25 +67,31 @@ def by_entropy(figures: Float[Tensor, "N 4"]) -> dict[str, float]:
 def tertile_metrics(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> dict[str, float]:
     """`by_entropy` on the recipe's validation rows, prepared as training does.
 
+    Of several sets each is split by itself, and its figures have its name in front, as in training.
+
     Raises:
         ValueError: the recipe has no validation rows.
     """
     data = recipe.data
     if data.validation is None:
         raise ValueError("entropy_tertiles needs data.validation.")
-    if isinstance(data.validation, Mapping):
-        raise ValueError("entropy_tertiles reads one set of validation rows: give data.validation one.")
     if not isinstance(data.validation, float):
         data = dataclasses.replace(data, limit=1)  # the training rows are not asked for
-    loader: Any = rows_trainer(plan(dataclasses.replace(recipe, data=data))).get_eval_dataloader()
-    found = []
-    for batch in loader:
-        inputs = dict(batch)
-        batch = TokenBatch.pop(inputs)
-        sides = ((teacher, as_teacher_reads(inputs, batch)), (student, (inputs, batch)))
-        logits = [
-            model(**model_inputs(given)).logits.flatten(0, 1)[positions.index]
-            for model, (given, positions) in sides
-        ]
-        found.append(position_figures(*logits).cpu())
-    return by_entropy(torch.cat(found))
+    trainer: Any = rows_trainer(plan(dataclasses.replace(recipe, data=data)))
+    found = {}
+    for name, rows in validation_sets(trainer.eval_dataset).items():
+        figures = [_figures(dict(batch), student, teacher) for batch in trainer.get_eval_dataloader(rows)]
+        prefix = f"{name}_" if name else ""
+        found |= {f"{prefix}{key}": value for key, value in by_entropy(torch.cat(figures)).items()}
+    return found
+
+
+def _figures(inputs: dict[str, Any], student: nn.Module, teacher: nn.Module) -> Float[Tensor, "N 4"]:
+    """`position_figures` of a batch's label positions."""
+    batch = TokenBatch.pop(inputs)
+    sides = ((teacher, as_teacher_reads(inputs, batch)), (student, (inputs, batch)))
+    logits = [
+        model(**model_inputs(given)).logits.flatten(0, 1)[positions.index]
+        for model, (given, positions) in sides
+    ]
+    return position_figures(*logits).cpu()

@@ -56,7 +56,7 @@ def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
     _, failures = compare(
         EXPERIMENTS / "real_pair.yaml",
         [
-            "budget={type: steps, value: 2}",
+            "set.train.max_steps=2",
             "axes.data.limit=[8]",
             "axes.seed=[0, 1]",
             "variants={sft: {method: sft}, hpd: {method: hpd}}",
@@ -76,6 +76,13 @@ def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
     assert all("####" not in row["completion"] for row in texts["teacher"])
     summaries = sorted((tmp_path / "runs" / "real_pair" / "runs").glob("*/summary.json"))
     assert len(summaries) == 8
+    # Both held-out texts are measured, whole and by thirds of the teacher's entropy.
+    figures = json.loads((summaries[0].parent / "experiment.json").read_text())["figures"]
+    for text in ("teacher", "human"):
+        thirds = [figures[f"{text}_forward_kl_{level}_entropy"] for level in ("low", "mid", "high")]
+        assert len(set(thirds)) == 3
+        whole = json.loads(summaries[0].read_text())[f"{text}_forward_kl"]
+        assert sum(thirds) / 3 == pytest.approx(whole, rel=0.05)
     # Prepared once: another look changes nothing and trains nothing.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*") if path.is_file()}
     prepared.real_pair(base)
