@@ -28,9 +28,9 @@ from hpd.generate import generate
 from hpd.training.run import train
 
 TEACHER, CUT = "models/smollm2-135m", "models/smollm2-135m-10l"
-REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH = 800, 400, 4
-MOST_ROWS, HELD_OUT = 640, 48
-NEW_TOKENS, MAX_LENGTH = 160, 320
+REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH = 600, 300, 4
+MOST_ROWS, HELD_OUT = 320, 48
+NEW_TOKENS, MAX_LENGTH = 96, 224
 
 
 def real_pair(folder: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _recipe(made: Path, rows: Path) -> dict[str, Any]:
             "per_device_train_batch_size": 4,
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-            "warmup_steps": 10,
+            "warmup_steps": 5,
             "weight_decay": 0.0,
             "max_length": MAX_LENGTH,
             "gradient_checkpointing": False,
