@@ -18,7 +18,7 @@ from hpd.files import write_json
 from hpd.models.adapters import require_whole
 from hpd.models.export import check_new, new_folder
 from hpd.models.load import load_config, load_model, load_tokenizer
-from hpd.models.probe import distance_of_logits, mend_generation, rounding_of
+from hpd.models.probe import distance_of_logits, mend_generation, rounding_of_logits
 from hpd.models.pruning import (
     Importance,
     KeptParts,
@@ -149,7 +149,7 @@ def _check_written(folder: Path, expected: torch.Tensor, probe: list[int], name:
     with torch.no_grad():
         ids = torch.tensor([probe], device=model.device)
         found = model(input_ids=ids, use_cache=False).logits[0].cpu()
-    if (distance := distance_of_logits(found, expected)) > rounding_of(expected):
+    if (distance := distance_of_logits(found, expected)) > rounding_of_logits(expected):
         said = f"its logits are {distance:.1%} off those of the whole model that passes them by"
         raise ValueError(_depends_on_place(name, said))
     return model.num_parameters()

@@ -158,12 +158,15 @@ def test_rounding_is_no_finding(family: str, dtype: torch.dtype) -> None:
     assert probe_packing(model, "student").level == ("ok" if apart else "error")
 
 
+@pytest.mark.parametrize("offset", [0.0, -10.0], ids=["around 0", "far from 0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mpt"])
-def test_mixed_precision_is_no_finding(family: str, dtype: torch.dtype) -> None:
-    """It widens what a model returns, so the dtype of the logits no longer tells how they were rounded."""
+def test_mixed_precision_is_no_finding(family: str, dtype: torch.dtype, offset: float) -> None:
+    """It widens what a model returns, so the dtype of the logits no longer tells how they were rounded; and
+    those of a trained model lie far from 0, which rounding is relative to."""
     _, simple, _ = FAMILIES[family]
     model = add_head_function(tiny(family, dtype))
+    _move_logits(model, offset)
     AcceleratorState._reset_state(reset_partial_state=True)  # a test before this one may have left its own
     try:
         prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, evaluation_mode=True)
@@ -171,6 +174,15 @@ def test_mixed_precision_is_no_finding(family: str, dtype: torch.dtype) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert prepared(input_ids=torch.tensor([[5, 9]])).logits.dtype == torch.float32
     assert probe_head(prepared, "teacher").level == ("ok" if simple else "warning")
+
+
+def _move_logits(model: Any, offset: float) -> None:
+    """Add about `offset` times their spread to all logits of a text: a softmax does not see it."""
+    ids = torch.tensor([[5, 9, 2]])
+    with torch.no_grad():
+        towards = model.base_model(input_ids=ids).last_hidden_state[0].float().mean(0)
+        by = offset * model(input_ids=ids).logits.float().std()
+        model.get_output_embeddings().weight += by * towards / towards.square().sum()
 
 
 def test_the_verdicts_name_the_model_and_what_to_do() -> None:
