@@ -8,7 +8,7 @@ Made once, a part at a time, and kept in `$HPD_HOME/tasks`, each part resumed wh
 * `rows/teacher.jsonl`: solutions that the teacher wrote at temperature 1, cut ones left out;
 * `rows/human.jsonl`: GSM8K's own solutions of the same problems in the same order;
 * `validation/teacher.jsonl`, `validation/human.jsonl`: other problems, in the same two texts;
-* `test.jsonl`: other problems again, whose prompts a student continues by itself;
+* `test.jsonl`: problems of which no solution is read, for a student to continue by itself;
 * `student`: the cut student after REPAIR_STEPS of forward KL on other rows that the teacher wrote;
 * `cache`: the teacher's hidden states over both texts and the validation rows.
 """
@@ -28,8 +28,8 @@ from hpd.generate import generate
 from hpd.training.run import train
 
 TEACHER, CUT = "models/smollm2-135m", "models/smollm2-135m-10l"
-REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH = 600, 300, 4
-MOST_ROWS, HELD_OUT = 320, 48
+REPAIR_ROWS, REPAIR_STEPS, REPAIR_BATCH = 224, 300, 4
+MOST_ROWS, HELD_OUT = 240, 48
 NEW_TOKENS, MAX_LENGTH = 96, 224
 
 
@@ -83,24 +83,27 @@ def _questions() -> list[dict[str, str]]:
     name = {} if Path(source).exists() else {"name": "main"}
     tree = {"student": CUT, "teacher": TEACHER, "data": _data(source, **name), "output_dir": "unused"}
     found = []
-    # A solution may be cut, and its problem is then left out: half as many again are asked for.
-    most = (REPAIR_ROWS + MOST_ROWS + 2 * HELD_OUT) * 3 // 2
+    # A solution may be cut, and its problem is then left out: a third of them ends in time.
+    most = (REPAIR_ROWS + MOST_ROWS + HELD_OUT) * 3
     for row in load_prompts(load_recipe(tree).data)[:most]:
         found.append({"prompt": f"Question: {row.prompt}\nAnswer:", "completion": f" {row.reference}"})
     return found
 
 
 def _build(target: Path, written: Path) -> Mapping[str, Any]:
-    human = {row["prompt"]: row["completion"] for row in JsonLines(written.parent / "questions.jsonl").read()}
+    questions = list(JsonLines(written.parent / "questions.jsonl").read())
+    human = {row["prompt"]: row["completion"] for row in questions}
     rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in JsonLines(written).read()]
-    if len(rows) < (needed := 2 * HELD_OUT + MOST_ROWS + REPAIR_ROWS):
+    if len(rows) < (needed := HELD_OUT + MOST_ROWS + REPAIR_ROWS):
         raise ValueError(
             f"The teacher finished {len(rows)} solutions within {NEW_TOKENS} tokens, and {needed} are "
             "needed: give more problems (GSM8K), or raise NEW_TOKENS in real_pair.py."
         )
-    held_out, test = rows[:HELD_OUT], rows[HELD_OUT : 2 * HELD_OUT]
-    shared = rows[2 * HELD_OUT :][:MOST_ROWS]
-    repair = rows[2 * HELD_OUT + MOST_ROWS :][:REPAIR_ROWS]
+    held_out = rows[:HELD_OUT]
+    shared = rows[HELD_OUT:][:MOST_ROWS]
+    repair = rows[HELD_OUT + MOST_ROWS :][:REPAIR_ROWS]
+    used = {row["prompt"] for row in (*held_out, *shared, *repair)}
+    test = [row for row in questions if row["prompt"] not in used][:HELD_OUT]
     _write_texts(target / "validation", held_out, human)
     write_rows(target / "test.jsonl", [{"prompt": r["prompt"], "answer": r["completion"]} for r in test])
     _write_texts(target / "rows", shared, human)
