@@ -38,8 +38,9 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/hpd demo --overwrite
 
-# Two workers of one thread each: a file's tests stay together, since they share what they built.
-WORKERS ?= 2
+# Workers of one thread each, one more than the two cores that CI has: a third of a test's time is waiting for processes and sockets.
+# A file's tests stay together, since they share what they built.
+WORKERS ?= 3
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
