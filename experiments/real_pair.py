@@ -39,7 +39,8 @@ def real_pair(folder: Path) -> dict[str, Any]:
     choices = [*sizes, _source(), TEACHER, CUT]
     written = _written(home() / "tasks" / f"real_pair-text-{digest_json(choices)[:8]}")
     made = prepare("real_pair", choices, lambda target: _build(target, written))
-    copy_to(folder / "rows", made / "rows")
+    for name in ("rows", "validation"):
+        copy_to(folder / name, made / name)
     teacher = {"type": "cached", "model": TEACHER, "path": str(made / "cache")}
     test = {"task": "exact-match", "data": str(made / "test.jsonl"), "max_new_tokens": NEW_TOKENS}
     return {**_recipe(made, made / "rows" / "teacher.jsonl"), "teacher": teacher, "eval": test}

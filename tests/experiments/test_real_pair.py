@@ -62,7 +62,6 @@ def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
             "variants={sft: {method: sft}, hpd: {method: hpd}}",
             "tune=null",
             "own_samples=2",
-            "set.train.eval_steps=2",
             "set.train.per_device_eval_batch_size=4",
             "set.train.metric_stride=1",
         ],
