@@ -1,6 +1,6 @@
 """The tables and the figure of docs/any-teacher.md, from stored results of scripts/cross_tokenizer.py.
 
-``python scripts/cross_tokenizer_figure.py`` reads docs/results/cross_tokenizer/DIRECTION.jsonl, prints a
+``python scripts/cross_tokenizer_figure.py`` reads docs/results/cross_tokenizer/NAME.jsonl, prints a
 table for each and draws docs/images/cross-tokenizer.png: held-out bits per byte over steps.
 """
 
@@ -21,6 +21,7 @@ RESULTS, IMAGE = DOCS / "results" / "cross_tokenizer", DOCS / "images" / "cross-
 TITLES = {
     "smollm2_gemma": "student SmolLM2, on text of Gemma",
     "gemma_smollm2": "student Gemma, on text of SmolLM2",
+    "smollm2_gemma_ten_passes": "student SmolLM2, ten passes over Gemma's text",
 }
 NAMES = {
     "other": "hpd, other tokenizer",
