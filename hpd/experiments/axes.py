@@ -17,6 +17,7 @@ __all__ = [
     "check_axes",
     "is_recipe_path",
     "paths_by_axis",
+    "places",
     "seeds_of",
 ]
 
@@ -43,26 +44,38 @@ def is_recipe_path(axis: str) -> bool:
 
 def paths_by_axis(axes: Mapping[str, Any]) -> dict[str, list[str]]:
     """Axis -> the recipe paths that it sets; none for an axis of labels alone."""
-    found: dict[str, list[str]] = {}
-    for axis, values in axes.items():
-        if is_recipe_path(axis):
-            found[axis] = [SEED_PATH if axis in SEED_AXES else axis]
-        else:
-            mappings = [v for v in axis_values(values).values() if isinstance(v, Mapping)]
-            found[axis] = list(dict.fromkeys(path for value in mappings for path in value))
+    return {
+        axis: list(dict.fromkeys(path for change in _changes(axis, values) for path in places(change)))
+        for axis, values in axes.items()
+    }
+
+
+def places(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe path -> value of everything that `changes` set, inside mappings too.
+
+    >>> places({"train": {"seed": 5}})
+    {'train': {'seed': 5}, 'train.seed': 5}
+    """
+    found: dict[str, Any] = {}
+    for path, value in changes.items():
+        found[path] = value
+        if isinstance(value, Mapping):
+            found |= {f"{path}.{inner}": given for inner, given in places(value).items()}
     return found
 
 
 def seeds_of(axes: Mapping[str, Any]) -> list[int]:
     """All seeds of a grid, those that an axis of recipe paths sets included."""
-    found: list[int] = []
-    for axis, values in axes.items():
-        for value in axis_values(values).values():
-            if axis in SEED_AXES:
-                found.append(value)
-            elif not is_recipe_path(axis) and isinstance(value, Mapping) and SEED_PATH in value:
-                found.append(value[SEED_PATH])
-    return found
+    given = [places(change) for axis, values in axes.items() for change in _changes(axis, values)]
+    return [change[SEED_PATH] for change in given if SEED_PATH in change]
+
+
+def _changes(axis: str, values: Sequence[Any] | Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What each value of an axis replaces in the recipe: nothing, if it is a label alone."""
+    found = list(axis_values(values).values())
+    if is_recipe_path(axis):
+        return [{SEED_PATH if axis in SEED_AXES else axis: value} for value in found]
+    return [value for value in found if isinstance(value, Mapping)]
 
 
 def check_axes(axes: Mapping[str, Any], read: str) -> None:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from hpd.config.schema import EvalConfig
 from hpd.config.yaml_file import parse_yaml, read_text
-from hpd.experiments.axes import SEED_AXES, axis_values, check_axes, paths_by_axis, seeds_of
+from hpd.experiments.axes import SEED_AXES, axis_values, check_axes, paths_by_axis, places, seeds_of
 from hpd.methods.terms import nearest
 
 __all__ = [
@@ -267,11 +267,11 @@ def _check_budget(experiment: Experiment, budget: Budget) -> None:
         return
     tune = experiment.tune
     settings = {
-        "set": experiment.set,
+        "set": places(experiment.set),
         "axes": {path for paths in paths_by_axis(experiment.axes).values() for path in paths},
-        "variants": {path for changes in experiment.variants.values() for path in changes},
+        "variants": {path for changes in experiment.variants.values() for path in places(changes)},
         "tune": tune.paths if tune else {},
-        "tune.set": tune.set if tune else {},
+        "tune.set": places(tune.set) if tune else {},
     }
     for key, paths in settings.items():
         if _STEPS in paths:

@@ -140,6 +140,18 @@ def test_tuning_has_seeds_of_its_own_and_its_choice_is_frozen_per_variant(tmp_pa
             {"budget": {"type": "steps", "value": 3}, "axes": {"train.max_steps": [3, 9]}},
             "and axes gives another",
         ),
+        (
+            {"budget": {"type": "steps", "value": 3}, "set": {"train": {"max_steps": 9}}},
+            "and set gives another",
+        ),
+        (
+            {"axes": {"init": {"a": {"train": {"seed": 5}}}, "seed": [0]}},
+            "'init' and 'seed' both set train.seed",
+        ),
+        (
+            {"budget": {"type": "steps", "value": 3}, "axes": {"size": {"a": {"train": {"max_steps": 9}}}}},
+            "and axes gives another",
+        ),
         ({"baseline": {"method": "hdp"}}, "'hdp' is not a label of method. Did you mean 'hpd'"),
         ({"tune": {"train.max_grad_norm": [1.0], "seeds": [9]}}, "two or more different values"),
         (
