@@ -155,6 +155,10 @@ def check_settings(args: Any) -> None:
     _check_packages(args)
     if unknown := [key for key in args.fsdp_config or () if key not in _OF_FSDP]:
         raise ValueError(f"train.fsdp_config has no key {unknown[0]!r}. {nearest(unknown[0], _OF_FSDP)}")
+    if (version := (args.fsdp_config or {}).get("version", 2)) != 2:
+        raise ValueError(
+            f"train.fsdp_config: version {version!r} is not supported: set version: 2 (FSDP2), or remove the key."
+        )
     known = {*USED, *REFUSED, *WITHOUT_EFFECT}
     for field in dataclasses.fields(args):
         if not _is_changed(args, field):

@@ -357,8 +357,9 @@ def recipe_in(folder, pair, **settings):
             {"fsdp": True, "fsdp_config": {"reshard_after": True}},
             "no key 'reshard_after'. Did you mean 'reshard_after_",
         ),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "version 1 is not supported: set version: 2"),
     ],
-    ids=["switch", "settings", "settings alone", "slip"],
+    ids=["switch", "settings", "settings alone", "slip", "version 1"],
 )
 def test_fsdp_in_a_recipe_is_read_as_transformers_documents_it(folder, tmp_path, monkeypatch, asked, said):
     """On one CPU process it is refused, before a model loads."""
