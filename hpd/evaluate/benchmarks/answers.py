@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from hpd.evaluate.benchmarks.boxes import OPEN_BOX, Span, after_cut_box, closed_boxes, last_boxes
-from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, quantity, same_answer
+from hpd.evaluate.benchmarks.quantities import DECIMAL, SCALES, VULGAR, quantity, same_answer
 
 __all__ = [
     "drop_thinking",
@@ -36,7 +36,7 @@ _SCALE_WORDS = "|".join(SCALES)
 # The look-behind keeps digits of identifiers (x2, v1.5) out, and reads the minus of 7-3 as an operator.
 _NUMBER_IN_PROSE = re.compile(
     rf"(?<![0-9A-Za-z_./)\]])[-\u2212\u2013]?[$€£¥]?"
-    rf"(?:[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|(?:0,[0-9]+|[0-9]+,[0-9]{{1,2}})(?![0-9,]|\.[0-9])"
+    rf"(?:[0-9]{{0,6}}\s?[{VULGAR}]|[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|(?:0,[0-9]+|[0-9]+,[0-9]{{1,2}})(?![0-9,]|\.[0-9])"
     rf"|\\[dt]?frac\s?\{{[0-9.]+\}}\s?\{{[0-9.]+\}}|{DECIMAL}(?:/[0-9]+)?)"
     rf"(?:\s?(?:{_SCALE_WORDS})(?![A-Za-z]))?(?:\s?\\?%)?"
 )
@@ -58,16 +58,19 @@ _SEPARATOR = re.compile(r"[\[\](){}]|,|;|\band\b|\bor\b")
 _LEAD_IN = re.compile(
     r"(?:(?:therefore|thus|so|hence|then|now|about|approximately|approx\.?|roughly|around|simply|just|exactly"
     r"|indeed|clearly|only|also|still|nearly|almost|equal to|given by|a total of|the number|the value|that is"
-    r")\b\s*[,:]?|[:=≈~])\s*",
+    r")\b\s*[,:]?|[-_=]{3,}\s*(?=\n)|[:=≈~])\s*",
     re.IGNORECASE,
 )
 _MATH_START = re.compile(
     r"[-+\u2212\u2013±]?\s*[$€£¥]?\s*(?:[0-9.(\[{\\√π∞|]|[A-Za-z](?:\([A-Za-z]\))?\s*(?:[=<>≤≥^+*/\\∈-]|$))"
 )
 _PROSE = re.compile(
-    r"[,;:]?\s+(?:because|since|which|where|as|when|after|if|so|therefore|thus|hence|we|i|that|by|from)\b.*",
+    r"(?:[,;:]?\s+(?:(?:because|since|which|where|as|when|after|if|so|therefore|thus|hence|we|i|that|by|from|not"
+    r"|but|instead|rather|with)\b|(?:\u2014|--|→|⇒)\s)|,\s*\"[A-Za-z_ ]+\"\s*:).*",
     re.IGNORECASE | re.DOTALL,
 )
+# "(in dollars)", "(not 6)", "(confidence: 90%)" behind a formula; "(mod 5)" belongs to it.
+_ASIDE = re.compile(r"\s*\((?!p?mod\b)[A-Za-z ]{2,40}(?:[:=,]?\s*[0-9.]+\s?%?)?\)$")
 _NO_ANSWER = re.compile(
     r"(?:clear|correct|right|wrong|incorrect|helpful|final|obvious|unique|simple|below|above|as follows|let"
     r"|we|i|to|first|found|verified|given|straightforward|not|in|this|here|step|reasonable|consistent"
@@ -77,6 +80,11 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _MAX_WORDS = 8
+
+# Emphasis, white space, the ends of proofs, dingbats and emoji.
+_DECORATION = "*_` \t\r\n\u00a0\u220e\u25a0\u25a1\u2b50\ufe0f\u200d" + "".join(
+    chr(code) for first, last in ((0x2700, 0x27BF), (0x1F300, 0x1FAFF)) for code in range(first, last + 1)
+)
 
 
 def drop_thinking(text: str) -> str:
@@ -275,7 +283,7 @@ def _outside(formulas: list[Span], match: re.Match[str]) -> bool:
 
 def _without_prose(sentence: str) -> str:
     """A formula in plain text without the explanation behind it."""
-    head = re.sub(r"\s*\([A-Za-z ]{2,40}\)$", "", _PROSE.sub("", sentence, count=1).rstrip(" ,;:"))
+    head = _ASIDE.sub("", _PROSE.sub("", sentence, count=1).rstrip(" ,;:"))
     if quantity(head) or not re.search(r"(?<![\\A-Za-z{])[A-Za-z]{3,}\s+[A-Za-z]{2,}", head):
         return head
     number = _NUMBER_IN_PROSE.match(head)
@@ -293,7 +301,7 @@ def _first_line(text: str) -> str:
 
 
 def _strip_markup(text: str) -> str:
-    return text.strip("*_` \t\r\n\u00a0")
+    return text.strip(_DECORATION)
 
 
 def _formulas(text: str) -> Iterator[Span]:

@@ -5,6 +5,7 @@ more than a scan.
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -27,12 +28,15 @@ SCALES = {
 INTEGER = r"(?:[1-9][0-9]{0,2}(?:[,'\u2019][0-9]{3})+(?![0-9])|[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])|[0-9]+)"
 DECIMAL = rf"(?:{INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 
+VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+"""Fractions of one character."""
+
 _CHARACTERS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-")
     | dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000", " ")
     | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
     | {"\u00ba": "°", "\uff05": "%", "\uff0c": ",", "\u2044": "/", "\u066b": ".", "\u066c": ","}
-    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅛": " 1/8"}
+    | {sign: " " + unicodedata.normalize("NFKC", sign).replace("\u2044", "/") for sign in VULGAR}
 )
 
 _FRACTION = rf"\\frac\s*(?:\{{\s*(-?{DECIMAL})\s*\}}|([0-9]))\s*(?:\{{\s*({DECIMAL})\s*\}}|([0-9]))"
@@ -63,34 +67,22 @@ _REPEATED = re.compile(
 )
 _COLORED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"([+-]?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]+)")
-_NUMBER_WORDS = {
-    word: value
-    for value, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-}
+_ONES = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen
+""".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBER_WORDS = (
+    {word: value for value, word in enumerate(_ONES)}
+    | {word: 10 * tens for tens, word in enumerate(_TENS, 2)}
+    | {
+        word + between + one: 10 * tens + value
+        for tens, word in enumerate(_TENS, 2)
+        for value, one in enumerate(_ONES[1:10], 1)
+        for between in "- "
+    }
+)
+
 
 _UNITS = {
     name: names.split()[0]
