@@ -73,6 +73,10 @@ FORMS = [
     ("We can eliminate A and D. Between B and C, B is better. So B.", "B"),
     ("```\nB\n```", "B"),
     ('{"answer": "B"}', "B"),
+    ("- [ ] A\n- [x] B\n- [ ] C", "B"),
+    ("☐ A) 3\n☑ B) 4\n☐ C) 5", "B"),
+    ("- [x] A\n- [x] B\n\nThe answer is B.", "B"),
+    ("The answer is Ｃ.", "C"),
 ]
 
 

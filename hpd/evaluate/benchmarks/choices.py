@@ -18,6 +18,7 @@ _LETTER = (
 )
 _ANY_CASE = rf"(?:{_LETTER}|[a-d](?=\s*(?:[).\]}}:,*]|$)))"
 
+_FULL_WIDTH = str.maketrans("ＡＢＣＤ", "ABCD")
 _WRAPPING = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathsf|mathtt|mathit|bf|rm|operatorname|boxed)"
     r"(?![A-Za-z])\s*|\\[()\[\],;:! ]|\\left|\\right|[{}$*_`\"\u201c\u201d]"
@@ -60,6 +61,7 @@ _REFUSED_BEHIND = re.compile(
 )
 # "A, C and D are wrong": a list, no choice.
 _GOES_ON = re.compile(r"\s*\)?\s*,\s*(?:and\s+|or\s+)?\(?[A-D]\b(?!')")
+_TICKED = re.compile(rf"^\s*(?:[-*+]\s+)?(?:\[[xX]\]|[☑☒✅✔])\W*({_ANY_CASE})", re.MULTILINE)
 _HASHES = re.compile(r"^#+[ \t]*(?:final\s+)?(?:answer\s*:?\s*)?(.{1,60})$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -72,7 +74,9 @@ def chosen_letter(text: str) -> str | None:
     """
     text = drop_thinking(text)
     rest = after_cut_box(text)
-    text = text if rest is None else rest
+    text = (text if rest is None else rest).translate(_FULL_WIDTH)
+    if len(ticked := _TICKED.findall(text)) == 1:
+        return ticked[0].upper()
     boxes = last_boxes(text)
     if boxes:
         found = _only_letter(boxes[-1]) if len(boxes) == 1 else None
