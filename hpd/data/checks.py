@@ -8,9 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from hpd.batch import IGNORE_INDEX
 
-__all__ = ["ROLES", "check_columns", "check_row", "check_turns", "check_types", "why_unreadable"]
+__all__ = [
+    "ROLES",
+    "check_columns",
+    "check_mixed",
+    "check_row",
+    "check_turns",
+    "check_types",
+    "why_unreadable",
+]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -25,6 +35,10 @@ _KINDS = {
     type(None): "null",
 }
 
+# Of chat completions, and of OpenAI's responses.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXTS = ("prompt", "completion", "text", "chosen", "rejected", "instruction", "output", "input", "system")
+
 
 def check_columns(columns: list[str]) -> None:
     """Refuse what the student would be trained without."""
@@ -32,6 +46,35 @@ def check_columns(columns: list[str]) -> None:
         raise ValueError(
             f"The dataset has the column {media[0]}, and hpd distills text only: remove rows and column that "
             "need it."
+        )
+
+
+def check_mixed(features: Mapping[str, Any] | None, columns: Mapping[str, str]) -> None:
+    """Refuse text in a column that holds other types too: `datasets` stores it as JSON, and reads the
+    text "5" back as a number and the text "[1]" as a list.
+
+    Args:
+        features: of the dataset; None where a stream has not told them.
+        columns: the column of each part that is read.
+
+    Raises:
+        ValueError: the column's name.
+    """
+    for part, column in columns.items():
+        kind: Any = (features or {}).get(column)
+        turn: Any = kind.feature if isinstance(kind, (datasets.List, datasets.LargeList)) else None
+        contents = (
+            [turn[key] for key in ("content", "value") if key in turn] if isinstance(turn, dict) else []
+        )
+        if any(isinstance(content, datasets.Json) for content in contents):
+            place = f"The turns of {column} have content"
+        elif isinstance(kind, datasets.Json) and part in _TEXTS:
+            place = f"The column {column} has values"
+        else:
+            continue
+        raise ValueError(
+            f"{place} of more than one type (text in some rows, numbers, lists or objects in others), and "
+            "what is text there cannot be told from the rest: write all of them as text, or all as messages."
         )
 
 
@@ -111,7 +154,7 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
             )
         content = turn["content"]
         parts = (
-            [part for part in content if not isinstance(part, Mapping) or part.get("type") != "text"]
+            [part for part in content if not isinstance(part, Mapping) or part.get("type") not in _TEXT_PARTS]
             if isinstance(content, list)
             else []
         )
@@ -120,6 +163,8 @@ def check_turns(turns: list[Any], name: str, index: int) -> None:
             raise ValueError(
                 f"{where} holds a part of type {kind}, and hpd distills text only: remove the row."
             )
+        if isinstance(content, list) and not all(isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"{where} has a part of type text without text: correct or remove the row.")
         if not isinstance(content, (str, list, type(None))):
             raise ValueError(
                 f"{where} has content that is {_KINDS.get(type(content), type(content).__name__)}, and "

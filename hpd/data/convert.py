@@ -79,7 +79,7 @@ def convert(
         value = row.get(name)
         if not any(value is nothing or value == nothing for nothing in _NOTHING) and value not in (1, True):
             raise ValueError(
-                f"Row {index} has the column {name}, which changes what is learned and has no place in rows "
+                f"Row {index} has the column {name}, which changes what is learned and is not read in rows "
                 f"of {' and '.join(layout.source.values())}; {remedy}. To train without it, name it in "
                 "data.ignore, or remove the column."
             )
@@ -256,7 +256,7 @@ def _split(messages: list[Any], index: int, labels: str, prompts: bool) -> dict[
 
 
 def _weighed(turns: Any, index: int, fixed: bool = False) -> Any:
-    """Turns whose weight, if any has one, is called so and is 0 or 1.
+    """Turns whose content is text, and whose weight, if any has one, is called so and is 0 or 1.
 
     Args:
         fixed: all of the turns are learned, so none has the weight 0.
@@ -280,6 +280,9 @@ def _weighed(turns: Any, index: int, fixed: bool = False) -> Any:
                 f"Row {index}: turn {number} has {name} {weight}, and a student learns the assistant's turns "
                 "only: set it to 0, or data.labels: all."
             )
+        if isinstance(kept.get("content"), list):
+            # Templates of text models print a list as Python writes it.
+            kept["content"] = "".join(part["text"] for part in kept["content"])
         out.append(kept if weight is None or turn["role"] != "assistant" else {**kept, "weight": int(weight)})
     return out
 

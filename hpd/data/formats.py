@@ -77,8 +77,25 @@ _SAME_MEANING = {
     "loss_weights": "loss_mask",
     "train_mask": "loss_mask",
     "functions": "tools",
-    "reasoning_content": "reasoning",
-    "thinking": "reasoning",
+    "turn_weights": "weight",
+    "is_correct": "label",
+    "responses": "completions",
+    **dict.fromkeys(("system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("chat_history", "conversation_history", "past"), "history"),
+    **dict.fromkeys(("context", "passage", "document", "documents", "options", "choices"), "input"),
+    **dict.fromkeys(
+        ("reasoning_content", "thinking", "think", "thoughts", "chain_of_thought", "cot", "rationale"),
+        "reasoning",
+    ),
+}
+# What a column of this name is likely to be, for advice alone.
+_LIKELY = {
+    "messages": ("messages", "conversation", "conversations", "dialogue", "dialog", "chat", "turns"),
+    "prompt": ("prompt", "question", "problem", "query", "instruction", "input", "inputs", "source", "user"),
+    "completion": (
+        *("completion", "response", "generated_solution", "generation", "output", "solution", "answer"),
+        *("target", "targets", "assistant", "reply"),
+    ),
 }
 # Beside whole conversations and texts, these are copies of what they hold.
 _COPIES = ("input", "system", "history", "reasoning")
@@ -162,7 +179,7 @@ def _layout(
     taken = (*FORMATS[kind], *(part for part in (*_TAKEN[kind], *inputs) if part in parts))
     source = {part: parts[part] for part in taken}
     left = [name for name in found if name not in source.values() and name not in apart]
-    refused = _refused(kind, left)
+    refused = _refused(kind, left, source)
     beside = tuple(name for name in left if name in READ and name not in refused)
     unread = tuple(name for name in left if name not in beside and name not in refused)
     turned = kind in ("instruction", "bare instruction") or any(p in source for p in (*_BEFORE, "input"))
@@ -171,14 +188,16 @@ def _layout(
 
 
 def _is_instruction(column: str | None, parts: Mapping[str, str]) -> bool:
-    return column in ("instruction", "query", "question") and "input" in parts
+    named = parts.get("input")
+    return named is not None and (named != "input" or column in ("instruction", "query", "question"))
 
 
-def _refused(kind: str, left: Sequence[str]) -> dict[str, str]:
+def _refused(kind: str, left: Sequence[str], source: Mapping[str, str]) -> dict[str, str]:
     whole = kind in ("messages", "sharegpt", "sharegpt preference", "text", "ids", "conversation preference")
     meanings = {name: _SAME_MEANING.get(name, name) for name in left}
+    places = {*_TAKEN[kind], *(("input",) if kind in ("pair", "prompt") else ())} - {*source}
     return {
-        name: _MEANING[meaning]
+        name: f"map it: data.columns: {{{meaning}: {name}}}" if meaning in places else _MEANING[meaning]
         for name, meaning in meanings.items()
         if meaning in _MEANING and not (whole and meaning in _COPIES)
     }
@@ -201,11 +220,24 @@ def _check_names(found: Sequence[str], columns: Mapping[str, str], ignored: Sequ
         )
 
 
+def _mapping(found: Sequence[str]) -> str:
+    """What data.columns could be for these columns, by the usual names of parts."""
+    named = {name.casefold(): name for name in found}
+    likely = {
+        part: next((named[name] for name in names if name in named), None) for part, names in _LIKELY.items()
+    }
+    if likely["messages"]:
+        return f"perhaps data.columns: {{messages: {likely['messages']}}}"
+    if likely["prompt"] and likely["completion"]:
+        return f"perhaps data.columns: {{prompt: {likely['prompt']}, completion: {likely['completion']}}}"
+    return "for example data.columns: {prompt: question, completion: answer}"
+
+
 def _no_format(found: Sequence[str], prompts: bool) -> str:
     text = (
         f"The dataset has the columns {', '.join(found)}. Training needs prompt and completion, messages, "
-        "text, or input_ids: map them, for example data.columns: {prompt: question, completion: answer} "
-        "(docs/reference/data-formats.md lists every format)."
+        f"text, or input_ids: map them, {_mapping(found)} (docs/reference/data-formats.md lists every "
+        "format)."
     )
     if not prompts and {"prompt", "instruction"} & set(found):
         text += " Prompts alone are enough where the student writes every row: prefixes: {student: 1}."

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from hpd.batch import BEHAVIOR_LOGPROBS
 from hpd.config.schema import DataConfig
-from hpd.data.checks import check_columns
+from hpd.data.checks import check_columns, check_mixed
 from hpd.data.convert import convert
 from hpd.data.formats import FORMATS, RowFormat, choose_format
 from hpd.data.mixing import mix
@@ -341,7 +341,7 @@ def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> Ro
         )
     if beside.context is not None:
         beside.context.check(found, f"the dataset {config.path}")
-    return choose_format(
+    layout = choose_format(
         found,
         config.columns,
         style=config.format,
@@ -349,6 +349,8 @@ def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> Ro
         kept=beside.columns,
         prompts=prompts,
     )
+    check_mixed(rows.features, layout.source)
+    return layout
 
 
 def _shape(rows: Any, layout: RowFormat, config: DataConfig, beside: _Beside, prompts: bool) -> Any:

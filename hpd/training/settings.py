@@ -157,7 +157,7 @@ def check_settings(args: Any) -> None:
         raise ValueError(f"train.fsdp_config has no key {unknown[0]!r}. {nearest(unknown[0], _OF_FSDP)}")
     if (version := (args.fsdp_config or {}).get("version", 2)) != 2:
         raise ValueError(
-            f"train.fsdp_config: version {version!r} is not supported: set version: 2 (FSDP2), or remove the key."
+            f"train.fsdp_config: version {version!r} is not supported: set version: 2 (FSDP2), or remove it."
         )
     known = {*USED, *REFUSED, *WITHOUT_EFFECT}
     for field in dataclasses.fields(args):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -112,6 +113,90 @@ def test_rows_that_cannot_be_learned_from(tmp_path, rows, options, message):
         load_rows(config(write(tmp_path / "r.jsonl", rows), **options))
 
 
+USER, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}
+PARTS = [{"type": "text", "text": "say "}, {"type": "text", "text": "one"}]
+
+
+@pytest.mark.parametrize("kind", ["text", "input_text"])
+def test_content_in_parts_is_their_text(tmp_path, kind):
+    """The template of a text model would print the list."""
+    parts = [{**part, "type": kind} for part in PARTS]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": turns}])
+    rows = load_rows(DataConfig(path=str(path))).train
+    assert [turn["content"] for turn in rows[0]["messages"]] == ["say one", "one"]
+    pair = load_rows(DataConfig(path=str(path), labels="last_turn")).train
+    assert pair[0]["prompt"][0]["content"] == "say one"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "x", "completion": c} for c in ("5", 6)], "column completion has values of more"),
+        ([{"prompt": p, "completion": "5"} for p in ("1", ["2"])], "The column prompt has values of more"),
+        ([{"messages": [{**USER, "content": PARTS}, {"role": "assistant", "content": "5"}]}],
+         "The turns of messages have content of more than one type"),
+        ([{"conversations": [{"from": "human", "value": v}, {"from": "gpt", "value": "5"}]}
+          for v in ("1", 2)],
+         "The turns of conversations have content of more than one type"),
+    ],
+)  # fmt: skip
+def test_text_among_other_types_is_refused(tmp_path, rows, message):
+    """`datasets` would read the text 5 back as a number."""
+    with pytest.raises(ValueError, match=message):
+        load_rows(DataConfig(path=str(write(tmp_path / "rows.jsonl", rows))))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "remedy"),
+    [
+        ("system_prompt", "Be brief.", "map it: data.columns: {system: system_prompt}"),
+        ("context", "In France.", "map it: data.columns: {input: context}"),
+        ("chat_history", [["a", "b"]], "map it: data.columns: {history: chat_history}"),
+        ("cot", "hm", "a student learns it inside the answer"),
+        ("is_correct", False, "keep the rows that are true"),
+        ("responses", ["a"], "make a row of each"),
+    ],
+)
+def test_columns_that_carry_meaning_under_another_name(tmp_path, column, value, remedy):
+    columns = {"prompt": "problem", "completion": "answer"}
+    rows = [{"problem": "2+3?", "answer": "5", column: value}]
+    path = str(write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(ValueError, match=remedy):
+        load_rows(DataConfig(path=path, columns=columns))
+    assert load_rows(DataConfig(path=path, columns=columns, ignore=[column])).train[0]["prompt"] == "2+3?"
+
+
+def test_a_mapped_input_and_system_stand_in_the_prompt(tmp_path):
+    row = {"problem": "where?", "answer": "here", "context": "In France.", "system_prompt": "Be brief."}
+    columns = {"prompt": "problem", "completion": "answer", "input": "context", "system": "system_prompt"}
+    path = str(write(tmp_path / "rows.jsonl", [row]))
+    system, user = load_rows(DataConfig(path=path, columns=columns)).train[0]["prompt"]
+    assert (system["content"], user["content"]) == ("Be brief.", "where?\nIn France.")
+
+
+@pytest.mark.parametrize(
+    ("columns", "advice"),
+    [
+        (("Question", "Answer"), "{prompt: Question, completion: Answer}"),
+        (("problem", "generated_solution", "source"), "{prompt: problem, completion: generated_solution}"),
+        (("conversation", "id"), "{messages: conversation}"),
+        (("a", "b"), "for example data.columns: {prompt: question"),
+    ],
+)
+def test_unknown_columns_get_the_mapping_that_is_likely(tmp_path, columns, advice):
+    path = str(write(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "x")]))
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        load_rows(DataConfig(path=path))
+
+
+def test_calls_whose_arguments_differ_in_type_are_no_mixed_text(tmp_path):
+    calls = [[{"type": "function", "function": {"name": "f", "arguments": a}}] for a in ({"a": 1}, "{}")]
+    rows = [{"messages": [USER, {"role": "assistant", "content": "5", "tool_calls": c}]} for c in calls]
+    read = load_rows(DataConfig(path=str(write(tmp_path / "rows.jsonl", rows)))).train
+    assert read[1]["messages"][1]["content"] == "5"
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="No dataset at"):
         load_rows(config(tmp_path / "none.jsonl"))
@@ -162,7 +247,6 @@ ALTERNATE = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-USER, ANSWER = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}
 
 
 def chats(count=300, bad=None, turns=(USER, USER, ANSWER)):

@@ -67,11 +67,11 @@ _REPEATED = re.compile(
 )
 _COLORED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"([+-]?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]+)")
-_ONES = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen
-""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _NUMBER_WORDS = (
     {word: value for value, word in enumerate(_ONES)}
     | {word: 10 * tens for tens, word in enumerate(_TENS, 2)}
