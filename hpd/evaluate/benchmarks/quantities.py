@@ -65,6 +65,8 @@ _DOTTED = re.compile(r"\\dot\s*\{?([0-9])\}?(?:([0-9]*)\\dot\s*\{?([0-9])\}?)?")
 _REPEATED = re.compile(
     r"(?<![0-9.])([0-9]*\.[0-9]{0,9}?)([0-9]{1,6}?)\2{2,9}\s?(?:\.\.\.|…|\\[lc]?dots(?![A-Za-z]))"
 )
+_CURRENCY_CODE = re.compile(r"^(?:USD|EUR|GBP|INR|Rs\.?|US)\s*(?=[0-9])")
+_INFINITY = re.compile(r"^(-?)\s*(?:infinity|\u221e)$", re.IGNORECASE)
 _COLORED = re.compile(r"\\(?:textcolor|color|colorbox)\s*\{[^{}]*\}\s*\{([^{}]*)\}")
 _DECIMAL_COMMA = re.compile(r"([+-]?(?:[0-9]{1,3}(?:[. ][0-9]{3})+|[0-9]+)),([0-9]+)")
 _ONES = (
@@ -238,6 +240,8 @@ def normalize(answer: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "°", text.replace(r"\%", "%"))
     text = " ".join(text.split()).lstrip('*_`":= ').rstrip('*_`".,;: \\')
+    text = _CURRENCY_CODE.sub("", text) if text[:1].isupper() else text
+    text = _INFINITY.sub(r"\1\\infty", text)
     return r"(-\infty,\infty)" if _REALS.fullmatch(text) else text
 
 
