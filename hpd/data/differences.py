@@ -61,6 +61,12 @@ _DIFFERENCES = {
         "with the answer. To make it a part of the prompt, give the rows a column chat_template_kwargs with "
         "{{enable_thinking: false}} where the template knows it; or give the answers their thoughts",
     ),
+    "second thought": Difference(
+        "warning",
+        "added text",
+        "the chat template closes an empty thought before the thought that the answers of {share} begin with "
+        "({example}). Give the answers their thoughts as reasoning_content, which it prints in their place",
+    ),
     "added": Difference(
         "warning",
         "added text",

@@ -21,6 +21,7 @@ _SHOWN = 70
 _MARKS = re.compile(r"<[^<>\s]*>|\[/?\w+\]|<<\w+>>")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _EMPTY_THOUGHT = re.compile(r"<(\w+)>\s*</\1>\s*")
+_REOPENED = re.compile(r"</(\w+)>\s*<\1>\s*$")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _ROLES = frozenset(
     {"system", "developer", "user", "human", "assistant", "model", "gpt", "start", "of", "turn"}
@@ -45,6 +46,7 @@ def compare_rows(
         A verdict for every kind of difference, with its remedy.
     """
     findings, last = Findings(), {}
+    open_ends: list[str] = []
     for given in rows:
         row = repaired(given, tokenizer)
         rendered = render(row, tokenizer, labels)
@@ -56,7 +58,13 @@ def compare_rows(
         token = _last_token(rendered, tokenizer)
         if token is not None:
             last[token] = last.get(token, 0) + 1
-    return [*findings.verdicts(), *_stops(last, tokenizer, ends)]
+            if ends and rendered.text is not None and _is_text(token, tokenizer, ends):
+                open_ends.append(tokenizer.decode([token]))
+    return [
+        *findings.verdicts(),
+        *_stops(last, tokenizer, ends),
+        *_open_ends(open_ends, sum(last.values()), tokenizer),
+    ]
 
 
 def _doubled(given: Mapping[str, Any], row: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, str]]:
@@ -105,6 +113,8 @@ def _message_differences(
                 whose = f"the {name}" if name != "content" else f"{turn['role']}:"
                 yield kind, f"{whose} {_short(piece)}"
                 continue
+            if learned and name == "thought" and (reopened := _REOPENED.search(text[cursor : where[0]])):
+                yield "second thought", repr(reopened.group())
             if learned and answer and name == "content" and whole:
                 yield from _lead(text[cursor : where[0]])
             if turn.get("role") not in ("system", "developer"):
@@ -237,14 +247,18 @@ def _last_token(rendered: Rendering, tokenizer: Any) -> int | None:
     return learned[-1] if learned else None
 
 
+def _is_text(token: int, tokenizer: Any, ends: frozenset[int]) -> bool:
+    return token not in ends and tokenizer.convert_ids_to_tokens(token) not in tokenizer.get_added_vocab()
+
+
 def _stops(last: Mapping[int, int], tokenizer: Any, ends: frozenset[int] | None) -> list[CheckResult]:
     """A warning where most rows end with a token of the template that generation goes on after."""
     if not last or not ends:
         return []
     token, count = max(last.items(), key=lambda item: item[1])
-    name = tokenizer.convert_ids_to_tokens(token)
-    if token in ends or name not in tokenizer.get_added_vocab():
+    if token in ends or _is_text(token, tokenizer, ends):
         return []
+    name = tokenizer.convert_ids_to_tokens(token)
     known = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ends))
     return [
         CheckResult(
@@ -253,6 +267,21 @@ def _stops(last: Mapping[int, int], tokenizer: Any, ends: frozenset[int] | None)
             f"{count} of the first {sum(last.values())} rows end with {name!r}, and the student's generation "
             f"stops at {known} only: it would write on after its answer. Set train.eos_token: {name!r}, "
             "which is then saved with the student.",
+        )
+    ]
+
+
+def _open_ends(open_ends: list[str], total: int, tokenizer: Any) -> list[CheckResult]:
+    """A warning where most rows end with text: nothing tells the student that the answer is over."""
+    if 2 * len(open_ends) <= total:
+        return []
+    return [
+        CheckResult(
+            "warning",
+            "end of generation",
+            f"{len(open_ends)} of the first {total} rows end with text, such as {open_ends[0]!r}, and not "
+            "with a token that ends an answer: the student would not learn to stop. Name a template that "
+            f"ends answers in train.chat_template_path, or write {tokenizer.eos_token!r} behind them.",
         )
     ]
 

@@ -88,7 +88,7 @@ def _chat_pair(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Rendering
     if not completion:
         return _unanswered(prompt, before, tokenizer)
     turns = [*row["prompt"], *completion]
-    text = _render(turns, tokenizer, **options)
+    text = _ended(_render(turns, tokenizer, **options), turns, tokenizer, options)
     text, cut = _restored(text, turns, tokenizer, options, behind=_shared(prompt, text))
     rendered = _pair(prompt, text, before, _ids(text, tokenizer), labels)._replace(cut=cut)
     if labels != "assistant" or cut:
@@ -113,8 +113,14 @@ def _pair(prompt: str, text: str, before: list[int], ids: list[int], labels: str
 
 def _conversation(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Rendering:
     turns, options = row["messages"], _options(row)
-    text, cut = _restored(_render(turns, tokenizer, **options), turns, tokenizer, options, behind=0)
-    if labels in ("all", "conversation"):
+    whole = labels in ("all", "conversation")
+    if not whole:
+        # The template that marks turns may print what the tokenizer's own leaves out of them.
+        options["chat_template"] = assistant_template(tokenizer)[1]
+    text = _render(turns, tokenizer, **options)
+    text = _ended(text, turns, tokenizer, options) if whole else text
+    text, cut = _restored(text, turns, tokenizer, options, behind=0)
+    if whole:
         ids = _ids(text, tokenizer)
         return Rendering(ids, [True] * len(ids), text, cut=cut)
     if not cut or turns[-1].get("weight") == 0:
@@ -138,7 +144,7 @@ def _assistant(
     marked, template = assistant_template(tokenizer)
     if marked:
         marks: Any = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-        rendered: Any = _render(turns, tokenizer, chat_template=template, **marks, **options)
+        rendered: Any = _render(turns, tokenizer, **{**options, **marks, "chat_template": template})
         ids, mask = rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
         bounds = [i for i in range(len(ids) + 1) if _at(mask, i) != _at(mask, i - 1)]
         spans = list(zip(bounds[::2], bounds[1::2], strict=True))
@@ -212,6 +218,15 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _ended(text: str, turns: Sequence[Any], tokenizer: Any, options: Mapping[str, Any]) -> str:
+    """The text with the end of its last answer, which some templates print with the next turn only (GLM)."""
+    template = assistant_template(tokenizer)[1]
+    if template is None:
+        return text
+    marked = _render(turns, tokenizer, **{**options, "chat_template": template})
+    return marked if marked.startswith(text) else text
 
 
 def _restored(

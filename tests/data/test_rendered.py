@@ -193,7 +193,7 @@ def test_a_default_system_prompt():
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "deepseek_r1_distill", "llama3_2", "gemma", "gptoss"])
 def test_templates_that_come_with_trl(name):
-    tokenizer = tokenizer_of((resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text())
+    tokenizer = tokenizer_of(template_of_trl(name))
     set_date(tokenizer, datetime.date(2025, 3, 7))
     expected = {
         "qwen2_5": {"added text"},
@@ -204,6 +204,49 @@ def test_templates_that_come_with_trl(name):
         "gptoss": {"added text", "date"},
     }
     assert topics(pair("one two"), tokenizer).keys() == expected[name]
+
+
+def template_of_trl(name):
+    return (resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text()
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3", "qwen3", "lfm2_2_5"])
+def test_thoughts_of_several_turns_leave_the_labels_in_the_answers(name):
+    """TRL's template with marks may print thoughts that the model's own leaves out."""
+    tokenizer = tokenizer_of(template_of_trl(name))
+    turns = [USER, answer(THOUGHT), {"role": "user", "content": "say two"}, answer(THOUGHT)]
+    rendered = render({"messages": turns}, tokenizer, "completion")
+    shown = learned(rendered, tokenizer)
+    assert shown.count("one two") == 2
+    assert "say" not in shown
+    assert shown.endswith(THOUGHT[8:] + shown.rpartition("one two")[2])
+    assert tokenizer.decode(rendered.ids) == rendered.text
+
+
+@pytest.mark.parametrize("labels", ["completion", "all"])
+def test_an_answer_has_the_end_that_the_template_prints_with_the_next_turn(labels):
+    tokenizer = tokenizer_of(template_of_trl("glm4moe"))
+    assert learned(render(pair("one"), tokenizer, labels), tokenizer).endswith("one<|user|>")
+
+
+def test_rows_that_end_with_text_teach_no_end():
+    tokenizer = tokenizer_of(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
+    known = frozenset({tokenizer.eos_token_id})
+    said = topics(pair("one two"), tokenizer, ends=known)["end of generation"]
+    assert "1 of the first 1 rows end with text, such as" in said
+    assert "would not learn to stop" in said
+    assert topics({"prompt": "say:", "completion": " one"}, tokenizer, ends=known) == {}
+
+
+def test_a_thought_behind_an_empty_one():
+    tokenizer = tokenizer_of(template_of_trl("qwen3_8"))
+    for row in (pair(THOUGHT), {"messages": [USER, answer(THOUGHT)]}):
+        verdicts = compare_rows([row], tokenizer, "completion")
+        assert any("closes an empty thought" in v.text and "reasoning_content" in v.text for v in verdicts)
+    apart = compare_rows([pair("one two", reasoning_content="count")], tokenizer, "completion")
+    assert not any("thought" in verdict.text for verdict in apart)
 
 
 def test_tokens_that_merge_across_the_seam():
