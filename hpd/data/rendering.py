@@ -83,6 +83,8 @@ def _text_pair(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Rendering
 
 def _chat_pair(row: Mapping[str, Any], tokenizer: Any, labels: str) -> Rendering:
     options, completion = _options(row), row.get("completion")
+    if labels == "assistant":
+        options["chat_template"] = assistant_template(tokenizer)[1]
     prompt = _render(row["prompt"], tokenizer, add_generation_prompt=True, **options)
     before = _ids(prompt, tokenizer)
     if not completion:

@@ -223,6 +223,17 @@ def test_thoughts_of_several_turns_leave_the_labels_in_the_answers(name):
     assert tokenizer.decode(rendered.ids) == rendered.text
 
 
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3"])
+@pytest.mark.parametrize("labels", ["completion", "assistant"])
+def test_thoughts_in_a_prompt_are_not_learned(name, labels):
+    tokenizer = tokenizer_of(template_of_trl(name))
+    prompt = [USER, answer(THOUGHT), {"role": "user", "content": "say two"}]
+    rendered = render({"prompt": prompt, "completion": [answer("two")]}, tokenizer, labels)
+    assert "one two" not in learned(rendered, tokenizer)
+    assert "two" in learned(rendered, tokenizer)
+    assert tokenizer.decode(rendered.ids) == rendered.text
+
+
 @pytest.mark.parametrize("labels", ["completion", "all"])
 def test_an_answer_has_the_end_that_the_template_prints_with_the_next_turn(labels):
     tokenizer = tokenizer_of(template_of_trl("glm4moe"))
