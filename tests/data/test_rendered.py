@@ -223,6 +223,49 @@ def test_thoughts_of_several_turns_leave_the_labels_in_the_answers(name):
     assert tokenizer.decode(rendered.ids) == rendered.text
 
 
+ALPHA, BETA = {"role": "user", "content": "ask alpha"}, {"role": "user", "content": "ask beta"}
+REPLY, THINKING = "reply gamma", "<think>\nmull\n</think>\n\nreply gamma"
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+TOOL = [ALPHA, answer("", tool_calls=[CALL]), {"role": "tool", "content": "ask tool", "name": "add"}]
+# Rows, and the answers of each that are learned.
+ROWS_OF_TURNS = [
+    ({"messages": [ALPHA, answer(REPLY), BETA, answer(REPLY)]}, 2),
+    ({"messages": [ALPHA, answer(THINKING), BETA, answer(THINKING)]}, 2),
+    ({"messages": [ALPHA, answer(THINKING), BETA, answer(REPLY)]}, 2),
+    ({"messages": [ALPHA, answer(REPLY), BETA, answer(THINKING)]}, 2),
+    ({"messages": [ALPHA, answer(REPLY, reasoning_content="mull"), BETA, answer(REPLY)]}, 2),
+    ({"messages": [ALPHA, answer(REPLY, weight=0), BETA, answer(THINKING, weight=1)]}, 1),
+    ({"messages": [*TOOL, answer(REPLY)]}, 1),
+    ({"prompt": [ALPHA, answer(THINKING), BETA], "completion": [answer(THINKING)]}, 1),
+    ({"prompt": [ALPHA, answer(THINKING), BETA], "completion": [answer(REPLY)]}, 1),
+    ({"prompt": [ALPHA], "completion": [answer(REPLY, reasoning_content="mull")]}, 1),
+]
+# They print messages of parts, for images, and their models load as no language model.
+OF_IMAGES = ("idefics3", "smolvlm", "llava")
+
+
+@pytest.mark.parametrize("labels", ["completion", "assistant"])
+def test_labels_are_the_answers_whatever_the_template(labels):
+    """Every template that comes with TRL takes the row and learns its answers, or refuses it."""
+    tokenizer, wrong, taken = tokenizer_of(bos=False), [], 0
+    for path in sorted((resources.files("trl") / "chat_templates").iterdir(), key=str):
+        if path.suffix != ".jinja" or path.name.startswith(OF_IMAGES):
+            continue
+        tokenizer.chat_template = path.read_text()
+        for row, answers in ROWS_OF_TURNS:
+            try:
+                rendered = render(row, tokenizer, labels)
+            except ValueError:
+                continue
+            taken += 1
+            shown = learned(rendered, tokenizer)
+            whole = tokenizer.decode(rendered.ids) == rendered.text
+            if "ask" in shown or shown.count(REPLY) != answers or not whole:
+                wrong.append((path.name, row, shown))
+    assert not wrong
+    assert taken > 200
+
+
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3"])
 @pytest.mark.parametrize("labels", ["completion", "assistant"])
 def test_thoughts_in_a_prompt_are_not_learned(name, labels):
