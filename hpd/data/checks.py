@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _OTHER_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 _KINDS = {
+    datetime.datetime: "a time, made of dates in its texts by the reader of that file (JSON lines keep them)",
     bool: "a truth value",
     int: "a number",
     float: "a number",

@@ -42,7 +42,13 @@ def read(path: str, config: DataConfig, split: str | None = None, limit: bool = 
         if local is None:
             rows = load_dataset(path, config.name, split=split, streaming=config.streaming)
         else:
-            rows = _load(_of_split(local, path, split), split, config.streaming)
+            local = _of_split(local, path, split)
+            rows = _load(local, split, config.streaming)
+            as_json = _times_as(rows.features, datasets.Json()) if local.loader == "json" else None
+            # The rows of a key ({"data": [...]}) are read by pandas, which makes times whatever the types.
+            if as_json and not any(reader_options("json", file)[1] for file in local.files):
+                read_again = _load(local, split, config.streaming, as_json)
+                rows = read_again.map(dict, features=_times_as(rows.features, datasets.Value("string")))
         if isinstance(rows, Dataset) and len(rows):
             rows[0]  # text that is not UTF-8 is noticed where a row is read
     except UnusablePlaceError as error:
@@ -68,13 +74,36 @@ def _of_split(local: LocalFiles, path: str, split: str) -> LocalFiles:
     return local._replace(splits={name: local.splits[name] for name in names})
 
 
-def _load(local: LocalFiles, split: str, streaming: bool) -> Any:
-    """Rows of these files, in one table; a column that some files lack is null there."""
+def _times_as(features: Any, kind: Any) -> datasets.Features | None:
+    """Features with another kind in place of times, which the JSON reader makes of dates in texts; None:
+    there are none."""
+
+    def replaced(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: replaced(inner) for name, inner in part.items()}
+        if isinstance(part, (datasets.List, datasets.LargeList)):
+            return type(part)(replaced(part.feature))
+        timed = isinstance(part, datasets.Value) and part.dtype.startswith(("timestamp", "date", "time"))
+        return kind if timed else part
+
+    out = datasets.Features(replaced(dict(features or {})))
+    return out if features and out != features else None
+
+
+def _load(local: LocalFiles, split: str, streaming: bool, features: datasets.Features | None = None) -> Any:
+    """Rows of these files, in one table; a column that some files lack is null there.
+
+    Args:
+        local, split, streaming: which files, and how.
+        features: types of their columns; None: those that the reader finds.
+    """
     # The name of the builder's configuration, and so the key of its cache: a file that was replaced by one of
     # equal size and time is another.
     digest = digest_json([checksum_file(Path(file)) for file in local.files])[:16]
     first, options = reader_options(local.loader, local.files[0])
     fixed: Any = {"split": split, "streaming": streaming, **options}
+    if features is not None:
+        fixed["features"] = features
     if len(local.files) == 1:
         name = next(iter(local.splits))
         return load_dataset(local.loader, digest, data_files={name: [first]}, **fixed)

@@ -233,3 +233,23 @@ def test_rows_that_mix_formats_are_each_read_as_what_they_are(tmp_path):
     rows = [{"text": "say one: one"}] * 2 + [{"messages": [ASK, ANSWER]}] * 2 + [ROW] * 2
     (tmp_path / "r.jsonl").write_text(lines(*rows))
     assert kinds(load(tmp_path / "r.jsonl").train) == {"text": 2, "messages": 2, "prompt": 2}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dates_in_texts_stay_text(tmp_path, streaming):
+    """The reader of JSON lines makes times of them."""
+    said = ["2023-05-01", "2023-05-01 10:00:00", "2023-05-01T10:00:00Z"]
+    rows = [{"prompt": "when?", "completion": text, "created": said[0]} for text in said]
+    (tmp_path / "rows.jsonl").write_text(lines(*rows))
+    assert [row["completion"] for row in load(tmp_path / "rows.jsonl", streaming=streaming).train] == said
+    turns = [{"role": "user", "content": said[1]}, {"role": "assistant", "content": said[2]}]
+    (tmp_path / "turns.jsonl").write_text(lines({"messages": turns}))
+    assert next(iter(load(tmp_path / "turns.jsonl", streaming=streaming).train))["messages"] == turns
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    assert load(tmp_path / "array.json").train["completion"][:] == said
+
+
+def test_dates_under_a_key_are_refused(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [{"date": "2023-05-01", "completion": "one"}]}))
+    with pytest.raises(ValueError, match="a prompt that is a time, .*JSON lines keep them"):
+        load(tmp_path / "rows.json", columns={"prompt": "date"})
