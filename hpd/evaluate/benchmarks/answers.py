@@ -36,7 +36,8 @@ _SCALE_WORDS = "|".join(SCALES)
 # The look-behind keeps digits of identifiers (x2, v1.5) out, and reads the minus of 7-3 as an operator.
 _NUMBER_IN_PROSE = re.compile(
     rf"(?<![0-9A-Za-z_./)\]])[-\u2212\u2013]?[$€£¥]?"
-    rf"(?:[0-9]{{0,6}}\s?[{VULGAR}]|[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])|(?:0,[0-9]+|[0-9]+,[0-9]{{1,2}})(?![0-9,]|\.[0-9])"
+    rf"(?:[0-9]{{0,6}}\s?[{VULGAR}]|[0-9]{{1,6}}\s[0-9]{{1,4}}/[0-9]{{1,4}}(?![0-9])"
+    rf"|(?:0,[0-9]+|[0-9]+,[0-9]{{1,2}})(?![0-9,]|\.[0-9])"
     rf"|\\[dt]?frac\s?\{{[0-9.]+\}}\s?\{{[0-9.]+\}}|{DECIMAL}(?:/[0-9]+)?)"
     rf"(?:\s?(?:{_SCALE_WORDS})(?![A-Za-z]))?(?:\s?\\?%)?"
 )
@@ -65,8 +66,8 @@ _MATH_START = re.compile(
     r"[-+\u2212\u2013±]?\s*[$€£¥]?\s*(?:[0-9.(\[{\\√π∞|]|[A-Za-z](?:\([A-Za-z]\))?\s*(?:[=<>≤≥^+*/\\∈-]|$))"
 )
 _PROSE = re.compile(
-    r"(?:[,;:]?\s+(?:(?:because|since|which|where|as|when|after|if|so|therefore|thus|hence|we|i|that|by|from|not"
-    r"|but|instead|rather|with)\b|(?:\u2014|--|→|⇒)\s)|,\s*\"[A-Za-z_ ]+\"\s*:).*",
+    r"(?:[,;:]?\s+(?:(?:because|since|which|where|as|when|after|if|so|therefore|thus|hence|we|i|that|by|from"
+    r"|not|but|instead|rather|with)\b|(?:\u2014|--|→|⇒)\s)|,\s*\"[A-Za-z_ ]+\"\s*:).*",
     re.IGNORECASE | re.DOTALL,
 )
 # "(in dollars)", "(not 6)", "(confidence: 90%)" behind a formula; "(mod 5)" belongs to it.
