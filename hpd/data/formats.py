@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hpd.methods.fields import nearest
 
-__all__ = ["FORMATS", "READ", "RowFormat", "choose_format"]
+__all__ = ["FORMATS", "READ", "RowFormat", "choose_format", "meaning_of"]
 
 # What a row can be, by the columns that it needs; the first whose columns are there is taken, those that
 # data.columns names before the others.
@@ -194,13 +194,18 @@ def _is_instruction(column: str | None, parts: Mapping[str, str]) -> bool:
 
 def _refused(kind: str, left: Sequence[str], source: Mapping[str, str]) -> dict[str, str]:
     whole = kind in ("messages", "sharegpt", "sharegpt preference", "text", "ids", "conversation preference")
-    meanings = {name: _SAME_MEANING.get(name, name) for name in left}
+    meanings = {name: meaning_of(name) for name in left}
     places = {*_TAKEN[kind], *(("input",) if kind in ("pair", "prompt") else ())} - {*source}
     return {
         name: f"map it: data.columns: {{{meaning}: {name}}}" if meaning in places else _MEANING[meaning]
         for name, meaning in meanings.items()
         if meaning in _MEANING and not (whole and meaning in _COPIES)
     }
+
+
+def meaning_of(name: str) -> str:
+    """The part of a row that a column of this name is, whatever it is called elsewhere."""
+    return _SAME_MEANING.get(name, name)
 
 
 def _check_names(found: Sequence[str], columns: Mapping[str, str], ignored: Sequence[str]) -> None:

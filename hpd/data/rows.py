@@ -14,7 +14,7 @@ from hpd.batch import BEHAVIOR_LOGPROBS
 from hpd.config.schema import DataConfig
 from hpd.data.checks import check_columns, check_mixed
 from hpd.data.convert import convert
-from hpd.data.formats import FORMATS, RowFormat, choose_format
+from hpd.data.formats import FORMATS, RowFormat, choose_format, meaning_of
 from hpd.data.mixing import mix
 from hpd.data.places import SUFFIXES, local_files
 from hpd.data.reading import first_rows, read, why_not
@@ -24,7 +24,6 @@ __all__ = [
     "PromptRow",
     "Rows",
     "format_of",
-    "load_preferences",
     "load_prompts",
     "load_rows",
     "validation_sets",
@@ -33,7 +32,7 @@ __all__ = [
 
 # Columns without which there is nothing to write for.
 _WITH_PROMPTS = {"prompt", "messages", "conversations", "instruction", "query", "chosen"}
-_OF_PROMPTS = ("input", "system", "history", "tools", "functions")
+_OF_PROMPTS = ("input", "system", "history", "tools")
 
 
 class Rows(NamedTuple):
@@ -176,61 +175,6 @@ def _held_out(train: Any, layouts: Sequence[RowFormat], share: float) -> tuple[D
     return parts["train"], parts["test"]
 
 
-def load_preferences(config: DataConfig) -> Dataset:
-    """Rows with prompt, chosen and rejected, for preference optimization.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_rows`; a column is missing, or text pairs are to be what only
-            conversations are.
-    """
-    rows = read(config.path, config)
-    wanted = ("prompt", "chosen", "rejected")
-    given = {name: config.columns.get(name, name) for name in wanted}
-    if missing := [name for name in given.values() if name not in rows.column_names]:
-        raise ValueError(
-            f"Preference pairs need the columns prompt, chosen and rejected, and {config.path} lacks "
-            f"{', '.join(missing)} (found: {', '.join(rows.column_names)}): map them in data.columns."
-        )
-    rows = rows.select_columns(list(given.values())).rename_columns(
-        {v: k for k, v in given.items() if v != k}
-    )
-    rows = rows.map(_preference_row, fn_kwargs={"system_prompt": config.system_prompt})
-    _check_preferences(rows, config)
-    return rows
-
-
-def _check_preferences(rows: Any, config: DataConfig) -> None:
-    """Refuse settings of `data` that pairs do not follow: TRL takes them as they are."""
-    texts = any(isinstance(row["prompt"], str) for row in first_rows(rows, 64))
-    asked = {
-        "data.format: chat": texts and config.format == "chat",
-        "data.system_prompt": texts and bool(config.system_prompt),
-        "data.format: plain": not texts and config.format == "plain",
-    }
-    for name, idle in asked.items():
-        if idle:
-            raise ValueError(
-                f"{name} has no effect on preference pairs, which are learned as they are written, and those "
-                f"of {config.path} are {'text' if texts else 'messages'}: write them as "
-                f"{'messages' if texts else 'text'}, or remove it."
-            )
-
-
-def _preference_row(row: dict[str, Any], system_prompt: str | None) -> dict[str, Any]:
-    """A pair as TRL reads it.
-
-    Where both are whole dialogues and the prompt is a text, as in UltraFeedback, the prompt becomes what
-    stands before the last turn.
-    """
-    if isinstance(row["prompt"], str) and isinstance(row["chosen"], list):
-        prompt, chosen = row["chosen"][:-1], row["chosen"][-1:]
-        row = {"prompt": prompt, "chosen": chosen, "rejected": row["rejected"][-1:]}
-    prompt = row["prompt"]
-    if system_prompt and isinstance(prompt, list) and prompt[0]["role"] != "system":
-        row["prompt"] = [{"role": "system", "content": system_prompt}, *prompt]
-    return row
-
-
 def load_prompts(config: DataConfig, reference: str | None = None) -> list[PromptRow]:
     """The prompts of the dataset, as training would see them; rows need no completion.
 
@@ -258,7 +202,7 @@ def load_prompts(config: DataConfig, reference: str | None = None) -> list[Promp
     )  # fmt: skip
     # What says something about the answers alone does no harm here.
     layout = layout._replace(
-        refused={name: text for name, text in layout.refused.items() if name in _OF_PROMPTS}
+        refused={name: text for name, text in layout.refused.items() if meaning_of(name) in _OF_PROMPTS}
     )
     return [_prompt_row(row, index, layout, config, reference) for index, row in enumerate(rows)]
 

@@ -21,7 +21,7 @@ from trl.data_utils import is_conversational
 from hpd.batch import uniforms
 from hpd.config.load import Stage, is_push_key
 from hpd.config.schema import DpoStageConfig
-from hpd.data.rows import load_preferences
+from hpd.data.preferences import load_preferences
 from hpd.generation.rollouts import make_engine
 from hpd.methods.prefixes import RolloutConfig
 from hpd.models.load import load_model

@@ -10,7 +10,7 @@ from tiny_models import tiny_pair
 from transformers import AutoTokenizer
 
 from hpd.config import DataConfig, load_recipe
-from hpd.data import load_preferences, load_rows, measure
+from hpd.data import load_preferences, load_prompts, load_rows, measure
 from hpd.data.templates import check_templates
 from hpd.training.plan import plan
 
@@ -364,11 +364,50 @@ def test_preference_pairs_of_texts_stay_texts(tmp_path):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write(tmp_path / "pairs.jsonl", [row])
     assert load_preferences(DataConfig(path=str(path)))[0] == row
-    for given in ({"format": "chat"}, {"system_prompt": "Be brief."}):
-        with pytest.raises(
-            ValueError, match="has no effect on preference pairs.* text: write them as messages"
-        ):
-            load_preferences(DataConfig(path=str(path), **given))
+    with pytest.raises(ValueError, match="has no effect on preference pairs.* text: write them as messages"):
+        load_preferences(DataConfig(path=str(path), system_prompt="Be brief."))
+    turns = load_preferences(DataConfig(path=str(path), system_prompt="Be brief.", format="chat"))[0]
+    assert [turn["content"] for turn in turns["prompt"]] == ["Be brief.", "a"]
+    assert (turns["chosen"][0]["content"], turns["rejected"][0]["content"]) == ("b", "c")
+
+
+def test_preference_pairs_keep_what_stands_before_them(tmp_path):
+    """The form of orca_dpo_pairs: a system text beside the question."""
+    row = {"system": "Be brief.", "question": "a", "chosen": "b", "rejected": "c"}
+    path = str(write(tmp_path / "pairs.jsonl", [row]))
+    pair = load_preferences(DataConfig(path=path, columns={"prompt": "question"}))[0]
+    assert [turn["content"] for turn in pair["prompt"]] == ["Be brief.", "a"]
+    assert pair["rejected"] == [{"role": "assistant", "content": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rejected": [{**USER, "content": "why?"}, ANSWER]}, "behind different prompts"),
+        (
+            {"rejected": [USER, {"role": "assistant", "content": ""}]},
+            "turn 1 of .* is an empty assistant message",
+        ),
+        ({"weight": 0.5}, "the column weight, which changes what is learned"),
+    ],
+)
+def test_preference_pairs_that_cannot_be_compared(tmp_path, changed, message):
+    row = {
+        "prompt": "what?",
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, {**ANSWER, "content": "no"}],
+        **changed,
+    }
+    with pytest.raises(ValueError, match=message):
+        load_preferences(DataConfig(path=str(write(tmp_path / "pairs.jsonl", [row]))))
+
+
+@pytest.mark.parametrize("column", ["system_prompt", "context", "chat_history"])
+def test_columns_before_a_prompt_are_not_passed_over_where_rows_are_written(tmp_path, column):
+    value = [["a", "b"]] if column == "chat_history" else "some text"
+    path = str(write(tmp_path / "rows.jsonl", [{"question": "a", column: value, "rationale": "b"}]))
+    with pytest.raises(ValueError, match=f"the column {column}, which changes"):
+        load_prompts(DataConfig(path=path, columns={"prompt": "question"}))
 
 
 def test_preference_pairs_of_messages_are_no_plain_text(tmp_path):
