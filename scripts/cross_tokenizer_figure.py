@@ -21,7 +21,7 @@ RESULTS, IMAGE = DOCS / "results" / "cross_tokenizer", DOCS / "images" / "cross-
 TITLES = {
     "smollm2_gemma": "student SmolLM2, on text of Gemma",
     "gemma_smollm2": "student Gemma, on text of SmolLM2",
-    "smollm2_gemma_ten_passes": "student SmolLM2, ten passes over Gemma's text",
+    "smollm2_gemma_ten_passes": "student SmolLM2, ten passes",
 }
 NAMES = {
     "other": "hpd, other tokenizer",
@@ -60,7 +60,7 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, Line]:
         if not of_arm:
             continue
         rate = best_rate(of_arm, arm, of_arm[0]["seed"])
-        runs = [dict(line["curve"]) for line in of_arm if line["rate"] == rate and line["curve"]]
+        runs = [dict(line["curve"]) for line in of_arm if line["rate"] == rate and len(line["curve"]) > 1]
         steps = sorted(set.intersection(*map(set, runs))) if runs else []
         drawn[NAMES[arm]] = [_point(step, [run[step] for run in runs]) for step in steps]
     return drawn
