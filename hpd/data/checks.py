@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,33 +51,39 @@ def check_columns(columns: list[str]) -> None:
         )
 
 
-def check_mixed(features: Mapping[str, Any] | None, columns: Mapping[str, str]) -> None:
+def check_mixed(rows: Any, columns: Mapping[str, str]) -> None:
     """Refuse text in a column that holds other types too: `datasets` stores it as JSON, and reads the
     text "5" back as a number and the text "[1]" as a list.
 
     Args:
-        features: of the dataset; None where a stream has not told them.
+        rows: a dataset, or a stream, which may not tell its types.
         columns: the column of each part that is read.
 
     Raises:
-        ValueError: the column's name.
+        ValueError: the column, and the first row that does not read as text.
     """
     for part, column in columns.items():
-        kind: Any = (features or {}).get(column)
+        kind: Any = (rows.features or {}).get(column)
         turn: Any = kind.feature if isinstance(kind, (datasets.List, datasets.LargeList)) else None
-        contents = (
-            [turn[key] for key in ("content", "value") if key in turn] if isinstance(turn, dict) else []
-        )
-        if any(isinstance(content, datasets.Json) for content in contents):
-            place = f"The turns of {column} have content"
+        inside = [key for key in ("content", "value") if isinstance(turn, dict) and key in turn]
+        if any(isinstance(turn[key], datasets.Json) for key in inside):
+            place = f"the turns of {column} have content"
         elif isinstance(kind, datasets.Json) and part in _TEXTS:
-            place = f"The column {column} has values"
+            place = f"the column {column} has values"
         else:
             continue
+        other = next((i for i, row in enumerate(rows) if not _is_text(row[column], inside)), 0)
         raise ValueError(
-            f"{place} of more than one type (text in some rows, numbers, lists or objects in others), and "
-            "what is text there cannot be told from the rest: write all of them as text, or all as messages."
+            f"Row {other}: {place} of more than one type: text elsewhere, and here a number, a list or an "
+            "object, or text that looks like one. Once read, they cannot be told apart: write all of them as "
+            "text, or all as messages."
         )
+
+
+def _is_text(value: Any, inside: Sequence[str]) -> bool:
+    if not inside:
+        return isinstance(value, str)
+    return all(isinstance(turn.get(key), str) for turn in value or () for key in inside)
 
 
 def check_row(row: Mapping[str, Any], index: int, labels: str) -> None:

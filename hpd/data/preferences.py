@@ -32,7 +32,7 @@ def load_preferences(config: DataConfig) -> Dataset:
         )
     kinds = choose_format(rows.column_names, config.columns, style=config.format, ignored=config.ignore)
     layout = next(one for one in (kinds, *kinds.others) if one.kind == "preference")
-    check_mixed(rows.features, given)
+    check_mixed(rows, given)
     rows = rows.map(
         _preference_row,
         with_indices=True,

@@ -293,7 +293,7 @@ def _layout(rows: Any, config: DataConfig, beside: _Beside, prompts: bool) -> Ro
         kept=beside.columns,
         prompts=prompts,
     )
-    check_mixed(rows.features, layout.source)
+    check_mixed(rows, layout.source)
     return layout
 
 

@@ -171,7 +171,8 @@ OPENR1 = rows(problem=QUESTIONS, messages=DIALOGUES)
 LABELED = rows(
     prompt=[dialogue[:1] for dialogue in DIALOGUES], completion=[dialogue[1:] for dialogue in DIALOGUES]
 )
-PREFERENCES = rows(prompt=QUESTIONS, chosen=DIALOGUES, rejected=DIALOGUES[::-1], messages=DIALOGUES)
+WORSE = [[asked, other[1]] for (asked, _), other in zip(DIALOGUES, DIALOGUES[::-1], strict=True)]
+PREFERENCES = rows(prompt=QUESTIONS, chosen=DIALOGUES, rejected=WORSE, messages=DIALOGUES)
 # Those left out differ from one of these in names and numbers only.
 TRAINED = {
     "math_qwen_1.5b": ("qwen2", 320, 328, OPENR1),

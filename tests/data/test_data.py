@@ -132,13 +132,13 @@ def test_content_in_parts_is_their_text(tmp_path, kind):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "x", "completion": c} for c in ("5", 6)], "column completion has values of more"),
-        ([{"prompt": p, "completion": "5"} for p in ("1", ["2"])], "The column prompt has values of more"),
+        ([{"prompt": "x", "completion": c} for c in ("x", 6)], "Row 1: the column completion has values"),
+        ([{"prompt": p, "completion": "5"} for p in ("x", ["2"])], "Row 1: the column prompt has values of"),
         ([{"messages": [{**USER, "content": PARTS}, {"role": "assistant", "content": "5"}]}],
-         "The turns of messages have content of more than one type"),
-        ([{"conversations": [{"from": "human", "value": v}, {"from": "gpt", "value": "5"}]}
-          for v in ("1", 2)],
-         "The turns of conversations have content of more than one type"),
+         "Row 0: the turns of messages have content of more than one type"),
+        ([{"conversations": [{"from": "human", "value": v}, {"from": "gpt", "value": "y"}]}
+          for v in ("x", 2)],
+         "Row 1: the turns of conversations have content of more than one type"),
     ],
 )  # fmt: skip
 def test_text_among_other_types_is_refused(tmp_path, rows, message):

@@ -249,7 +249,7 @@ def test_labels_are_the_answers_whatever_the_template(labels):
     """Every template that comes with TRL takes the row and learns its answers, or refuses it."""
     tokenizer, wrong, taken = tokenizer_of(bos=False), [], 0
     for path in sorted((resources.files("trl") / "chat_templates").iterdir(), key=str):
-        if path.suffix != ".jinja" or path.name.startswith(OF_IMAGES):
+        if not path.name.endswith(".jinja") or path.name.startswith(OF_IMAGES) or "training" in path.name:
             continue
         tokenizer.chat_template = path.read_text()
         for row, answers in ROWS_OF_TURNS:
@@ -263,7 +263,7 @@ def test_labels_are_the_answers_whatever_the_template(labels):
             if "ask" in shown or shown.count(REPLY) != answers or not whole:
                 wrong.append((path.name, row, shown))
     assert not wrong
-    assert taken > 200
+    assert taken > 100
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "qwen3"])
