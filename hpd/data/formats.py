@@ -55,6 +55,7 @@ _ALIASES = {"context": "input", "response": "output", "query": "instruction"}
 # Columns that change what is learned, and what to do about each where the format has no place for it.
 _MEANING = {
     "input": "it belongs to the prompt: map data.columns: {instruction: ..., input: ..., output: ...}",
+    "options": "it belongs to the prompt: write it there as text",
     "system": "it stands before the prompt: write the rows as messages",
     "history": "it stands before the prompt: write the rows as messages",
     "tools": "a chat template shows them: write the rows as messages",
@@ -81,8 +82,9 @@ _SAME_MEANING = {
     "is_correct": "label",
     "responses": "completions",
     **dict.fromkeys(("system_prompt", "system_message"), "system"),
-    **dict.fromkeys(("chat_history", "conversation_history", "past"), "history"),
-    **dict.fromkeys(("context", "passage", "document", "documents", "options", "choices"), "input"),
+    **dict.fromkeys(("chat_history", "conversation_history"), "history"),
+    **dict.fromkeys(("context", "passage", "document"), "input"),
+    **dict.fromkeys(("documents", "choices"), "options"),
     **dict.fromkeys(
         ("reasoning_content", "thinking", "think", "thoughts", "chain_of_thought", "cot", "rationale"),
         "reasoning",
@@ -98,7 +100,7 @@ _LIKELY = {
     ),
 }
 # Beside whole conversations and texts, these are copies of what they hold.
-_COPIES = ("input", "system", "history", "reasoning")
+_COPIES = ("input", "options", "system", "history", "reasoning")
 
 
 class RowFormat(NamedTuple):

@@ -224,6 +224,9 @@ def _without_nulls(value: Any) -> Any:
 
 def _ended(text: str, turns: Sequence[Any], tokenizer: Any, options: Mapping[str, Any]) -> str:
     """The text with the end of its last answer, which some templates print with the next turn only (GLM)."""
+    content = turns[-1].get("content")
+    if not isinstance(content, str) or not text.rstrip().endswith(content.rstrip()):
+        return text
     template = assistant_template(tokenizer)[1]
     if template is None:
         return text

@@ -32,7 +32,7 @@ __all__ = [
 
 # Columns without which there is nothing to write for.
 _WITH_PROMPTS = {"prompt", "messages", "conversations", "instruction", "query", "chosen"}
-_OF_PROMPTS = ("input", "system", "history", "tools")
+_OF_PROMPTS = ("input", "options", "system", "history", "tools")
 
 
 class Rows(NamedTuple):

@@ -1,5 +1,7 @@
 """The letter that a text on a multiple-choice question chooses: forms that models and people write."""
 
+import time
+
 import pytest
 
 from hpd.evaluate.benchmarks.choices import chosen_letter
@@ -76,6 +78,9 @@ FORMS = [
     ("- [ ] A\n- [x] B\n- [ ] C", "B"),
     ("☐ A) 3\n☑ B) 4\n☐ C) 5", "B"),
     ("- [x] A\n- [x] B\n\nThe answer is B.", "B"),
+    ("- [x] A is positive\n- [ ] B is even\n\nThe answer is C.", "C"),
+    ("✅ B is plausible, ❌ A is not.\n\n\\boxed{C}", "C"),
+    ("❌ A\n✅ B\n❌ C", "B"),
     ("The answer is Ｃ.", "C"),
 ]
 
@@ -83,3 +88,12 @@ FORMS = [
 @pytest.mark.parametrize(("text", "letter"), FORMS)
 def test_forms(text, letter):
     assert chosen_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 32_000, "✅\n" * 20_000, "- [x] \n- [ ] \n" * 10_000, "[x]" * 20_000]
+)
+def test_texts_of_a_looping_model_take_no_time(text):
+    started = time.process_time()
+    assert chosen_letter(text) is None
+    assert time.process_time() - started < 1

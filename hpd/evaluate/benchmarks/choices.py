@@ -61,7 +61,10 @@ _REFUSED_BEHIND = re.compile(
 )
 # "A, C and D are wrong": a list, no choice.
 _GOES_ON = re.compile(r"\s*\)?\s*,\s*(?:and\s+|or\s+)?\(?[A-D]\b(?!')")
-_TICKED = re.compile(rf"^\s*(?:[-*+]\s+)?(?:\[[xX]\]|[☑☒✅✔])\W*({_ANY_CASE})", re.MULTILINE)
+# A list with one ticked box says which; ticks without empty boxes may be of anything.
+_BOX = r"^[ \t]*(?:[-*+][ \t]+)?"
+_TICKED = re.compile(rf"{_BOX}(?:\[[xX]\]|[☑✅✔])[^\w\n]{{0,8}}({_ANY_CASE})", re.MULTILINE)
+_UNTICKED = re.compile(rf"{_BOX}(?:\[ \]|[☐❌✗✘])", re.MULTILINE)
 _HASHES = re.compile(r"^#+[ \t]*(?:final\s+)?(?:answer\s*:?\s*)?(.{1,60})$", re.MULTILINE | re.IGNORECASE)
 
 
@@ -75,16 +78,14 @@ def chosen_letter(text: str) -> str | None:
     text = drop_thinking(text)
     rest = after_cut_box(text)
     text = (text if rest is None else rest).translate(_FULL_WIDTH)
-    if len(ticked := _TICKED.findall(text)) == 1:
-        return ticked[0].upper()
     boxes = last_boxes(text)
     if boxes:
         found = _only_letter(boxes[-1]) if len(boxes) == 1 else None
         named = set(_ALONE.findall(_WRAPPING.sub("", ", ".join(boxes))))
         if found or len(named) > 1:
             return found
-    plain = _WRAPPING.sub("", text)
-    found = _only_letter(plain.strip()) if len(plain.strip()) < 200 else None
+    plain, ticked = _WRAPPING.sub("", text), _TICKED.findall(text) if _UNTICKED.search(text) else []
+    found = _only_letter(plain.strip()) if len(plain.strip()) < 200 and not ticked else None
     if found and len([match for match in _CHOOSES.finditer(plain) if not _refused(plain, match)]) < 2:
         return found
     for line in reversed(_HASHES.findall(plain)[-20:]):
@@ -94,6 +95,8 @@ def chosen_letter(text: str) -> str | None:
     chosen = [match for match in chosen if not _refused(plain, match)]
     if chosen:
         return max(chosen, key=lambda match: match.start(1))[1].upper()
+    if len(ticked) == 1:
+        return ticked[0].upper()
     if re.search(r"\banswer\b\W{0,4}(?:is\b)?\s*:", plain, re.IGNORECASE) and not _ALONE.search(plain):
         return None
     alone = [match for match in _ALONE.finditer(plain) if not _refused(plain, match)]
