@@ -11,7 +11,7 @@ from typing import Any
 
 from hpd.config.check import resolve
 from hpd.config.load import load_recipe
-from hpd.experiments.experiment import Evaluation, Experiment, check_evaluation, put
+from hpd.experiments.experiment import Evaluation, Experiment, change, check_evaluation, put
 from hpd.files import import_named
 
 __all__ = ["BASE_FOLDER", "base_tree", "evaluations", "fill", "validation_of"]
@@ -34,7 +34,7 @@ def base_tree(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """The base recipe with `set` and the budget in it; a base function writes its files to `folder/base`."""
     tree = _source_tree(experiment, folder)
     for path, value in experiment.set.items():
-        put(tree, path, fill(value, folder))
+        change(tree, path, fill(value, folder))
     if experiment.budget is not None and experiment.budget.type == "steps":
         put(tree, "train.max_steps", int(experiment.budget.value))
     return tree

@@ -35,6 +35,8 @@ MIN_TUNED_VALUES = 4
 MIN_TUNED_FACTOR = 8.0
 _STRICT = {"extra": "forbid"}
 _STEPS = "train.max_steps"
+_SECTIONS = ("train", "data", "rollouts", "lora", "guards")
+"""A mapping in place of one of these would take what the base says there; of a teacher it is meant to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +226,23 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
+def change(tree: dict[str, Any], path: str, value: Any) -> None:
+    """`put` of a recipe's setting, which takes nothing else from the recipe.
+
+    Raises:
+        ValueError: as `put`; or a mapping in place of a section that has more keys.
+    """
+    found = tree.get(path)
+    whole = path in _SECTIONS and isinstance(value, dict) and isinstance(found, dict)
+    if whole and (lost := [key for key in found if key not in value]):
+        names = ", ".join(f"{path}.{key}" for key in value) or "none is given"
+        raise ValueError(
+            f"{path} is given as a mapping, which would take {', '.join(lost)} from the base's {path}. "
+            f"Give its keys by their whole names ({names})."
+        )
+    put(tree, path, value)
+
+
 def _cross_check(experiment: Experiment) -> None:
     axes = experiment.axes
     tune = experiment.tune
@@ -341,6 +360,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     # Recipe paths hold dots, so below `set`, `axes` and `tune` the rest of the key is one name.
     if rest and (top in ("set", "axes") or rest.startswith("train.")):
         tree[top] = {**(tree.get(top) or {}), rest: parsed}
+    elif top == "tune" and rest.startswith("set.") and isinstance(tree.get("tune"), dict):
+        tree["tune"]["set"] = {**(tree["tune"].get("set") or {}), rest.removeprefix("set."): parsed}
     else:
         put(tree, key, parsed)
 

@@ -14,7 +14,7 @@ from hpd.config.load import load_recipe
 from hpd.config.schema import Recipe
 from hpd.experiments.axes import SEED_PATH, axis_label, axis_values, is_recipe_path
 from hpd.experiments.bases import base_tree, fill
-from hpd.experiments.experiment import Experiment, put
+from hpd.experiments.experiment import Experiment, change
 
 __all__ = ["Cell", "expand", "group_key", "make_cell", "product", "require_distinct", "short", "tuned_axes"]
 
@@ -117,7 +117,7 @@ def make_cell(
     if "terms" in changes:
         tree.pop("method", None)
     for path in sorted(changes, key=lambda p: p.count(".")):
-        put(tree, path, copy.deepcopy(changes[path]))
+        change(tree, path, copy.deepcopy(changes[path]))
     name = (
         "__".join(re.sub(r"[^\w.+-]+", "-", f"{_prefix(axis)}{label}") for axis, label in labels.items())
         or "run"

@@ -37,25 +37,22 @@ def prepared(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("HPD_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     student, teacher = map(str, pair)
-    sizes = {
-        "REPAIR_ROWS": 8,
-        "REPAIR_STEPS": 3,
-        "MOST_ROWS": 12,
-        "HELD_OUT": 4,
-        "NEW_TOKENS": 12,
-        "MAX_LENGTH": 200,
-    }
-    for name, value in {"TEACHER": teacher, "CUT": student, **sizes}.items():
+    sizes = real_pair.Sizes(
+        repair_rows=8, repair_steps=3, batch=4, most_rows=12, held_out=4, new_tokens=12, max_length=200
+    )
+    for name, value in {"TEACHER": teacher, "CUT": student, "CPU": sizes, "GPU": sizes}.items():
         monkeypatch.setattr(real_pair, name, value)
     yield real_pair
     sys.modules.pop("real_pair", None)
 
 
 @pytest.mark.slow
-def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
+@pytest.mark.parametrize("name", ["real_pair", "real_pair_gpu"])
+def test_from_problems_to_a_run_of_each_text(prepared, tmp_path, name):
     _, failures = compare(
-        EXPERIMENTS / "real_pair.yaml",
+        EXPERIMENTS / f"{name}.yaml",
         [
+            "set.train.bf16=false",
             "set.train.max_steps=2",
             "axes.data.limit=[8]",
             "axes.seed=[0, 1]",
@@ -67,14 +64,14 @@ def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
         ],
     )
     assert failures == []
-    base = tmp_path / "runs" / "real_pair" / "base"
+    base = tmp_path / "runs" / name / "base"
     texts = {name: list(JsonLines(base / "rows" / f"{name}.jsonl").read()) for name in ("teacher", "human")}
     # The same problems in the same order; only the solutions differ.
     assert [row["prompt"] for row in texts["teacher"]] == [row["prompt"] for row in texts["human"]]
     assert len(texts["human"]) >= 8
     assert all(row["completion"].startswith(" ") and "####" in row["completion"] for row in texts["human"])
     assert all("####" not in row["completion"] for row in texts["teacher"])
-    summaries = sorted((tmp_path / "runs" / "real_pair" / "runs").glob("*/summary.json"))
+    summaries = sorted((tmp_path / "runs" / name / "runs").glob("*/summary.json"))
     assert len(summaries) == 8
     # Both held-out texts are measured, whole and by thirds of the teacher's entropy.
     figures = json.loads((summaries[0].parent / "experiment.json").read_text())["figures"]
@@ -85,7 +82,7 @@ def test_from_problems_to_a_run_of_each_text(prepared, tmp_path):
         assert sum(thirds) / 3 == pytest.approx(whole, rel=0.05)
     # Prepared once: another look changes nothing and trains nothing.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*") if path.is_file()}
-    prepared.real_pair(base)
+    getattr(prepared, name)(base)
     assert before == {
         path: path.stat().st_mtime_ns for path in (tmp_path / "home").rglob("*") if path.is_file()
     }
