@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from hpd.config.schema import GenerateConfig, Recipe
 from hpd.config.secrets import redact
 from hpd.data.rows import PromptRow, load_prompts
 from hpd.data.templates import check_prompts
-from hpd.evaluate import GenerationSettings, generate_answers
+from hpd.evaluate import GenerationSettings
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 from hpd.evaluate.generate import draw_completions
 from hpd.files import JsonLines, digest_json, digest_text, write_json
@@ -34,8 +35,8 @@ from hpd.teachers.fingerprints import model_fingerprint
 __all__ = ["CHUNK", "generate", "part_of"]
 
 CHUNK = 32
-"""Completions between two writes to disk. A constant, since the draws are keyed by it: a resumed run repeats
-whole chunks."""
+"""Completions of a line on the disk. A constant, since the draws are keyed by it. As many chunks are written
+together as fill a batch, and a resumed run repeats those."""
 
 _REPLACES = {"replaces": True}
 """A line of the part: an output that is there is what --overwrite gave up, or what this part has become."""
@@ -54,9 +55,11 @@ class Writer(Protocol):
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str | None
     """Of its weights, where they are here."""
+    at_once: int
+    """Completions that it works on together."""
 
-    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
-        """Completions of one chunk; the same whenever it is called again."""
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> list[Completion]:
+        """Completions, the same whenever it is called again, whichever slots come together."""
         ...
 
     def close(self) -> None: ...
@@ -109,12 +112,17 @@ def _generate(
     bar = progress.bar("completions")
     try:
         done = _begin(part, _identity(recipe, config, rows, writer.fingerprint), overwrite)
-        for chunk in range(-(-len(slots) // CHUNK)):
-            if chunk not in done:
-                chosen = slots[chunk * CHUNK : (chunk + 1) * CHUNK]
-                done[chunk] = writer.write(chosen, [rows[slot.row].prompt for slot in chosen], chunk)
+        chunks = [chunk for chunk in range(-(-len(slots) // CHUNK)) if chunk not in done]
+        together = -(-writer.at_once // CHUNK)
+        for start in range(0, len(chunks), together):
+            group = chunks[start : start + together]
+            chosen = [slots[chunk * CHUNK : (chunk + 1) * CHUNK] for chunk in group]
+            flat = [slot for some in chosen for slot in some]
+            written = iter(writer.write(flat, [rows[slot.row].prompt for slot in flat]))
+            for chunk, some in zip(group, chosen, strict=True):
+                done[chunk] = list(itertools.islice(written, len(some)))
                 part.append({"chunk": chunk, "completions": done[chunk]}, durable=True)
-                bar(min((chunk + 1) * CHUNK, len(slots)), len(slots))
+            bar(sum(map(len, done.values())), len(slots))
     finally:
         writer.close()
     completions = [completion for chunk in sorted(done) for completion in done[chunk]]
@@ -303,13 +311,17 @@ class _ModelWriter:
         if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
+        self.at_once = config.batch_size
 
-    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
-        settings = _settings(self._config, prompts[0], _seed(self._config.seed, chunk))
-        if self._config.logprobs:
-            return draw_completions(self._model, self.tokenizer, prompts, settings)
-        answers = generate_answers(self._model, self.tokenizer, prompts, settings)
-        return [Completion(answer.text, answer.num_tokens, answer.finish_reason) for answer in answers]
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> list[Completion]:
+        config = self._config
+        numbers = [slot.row * config.samples + slot.sample for slot in slots]
+        entropies = [(_seed(config.seed, number // CHUNK), number % CHUNK, 0, 0) for number in numbers]
+        settings = _settings(config, prompts[0], config.seed)
+        drawn = draw_completions(self._model, self.tokenizer, prompts, settings, entropies)
+        if config.logprobs:
+            return drawn
+        return [Completion(one.text, one.num_tokens, one.finish_reason) for one in drawn]
 
     def close(self) -> None: ...
 
@@ -333,8 +345,9 @@ class _ServerWriter:
             failure=TeacherUnavailable,
         )
         self._pool = ThreadPoolExecutor(teacher.concurrency)
+        self.at_once = teacher.concurrency
 
-    def write(self, slots: Sequence[Slot], prompts: Sequence[Any], chunk: int) -> list[Completion]:
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> list[Completion]:
         return list(self._pool.map(self._complete, slots, prompts))
 
     def _complete(self, slot: Slot, prompt: Any) -> Completion:

@@ -18,6 +18,7 @@ from hpd import generate as module
 from hpd.config import load_recipe
 from hpd.data import load_prompts, load_rows
 from hpd.generate import generate
+from hpd.generation.engine import TransformersEngine
 from hpd.progress import Progress
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -85,6 +86,27 @@ def test_completions_are_in_the_training_format_with_their_provenance(pair, rows
     assert json.loads(output.with_name("made.jsonl.summary.json").read_text())["rows"] == len(made)
     trained = load_rows(load_recipe({"student": "s", "teacher": "t", "data": {"path": str(output)}}).data)
     assert set(trained.train.column_names) == {"prompt", "completion"}
+
+
+@pytest.mark.parametrize("kept", [{}, {"logprobs": True}])
+def test_a_batch_is_as_large_as_asked_for_and_changes_nothing(pair, rows, tmp_path, monkeypatch, kept):
+    written = []
+    write = TransformersEngine.write
+
+    def noted(engine, prompts, *rest):
+        written.append(len(prompts))
+        return write(engine, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "write", noted)
+    texts = []
+    for size, expected in ((3, [3, 1] * 5), (8, [8, 8, 4]), (20, [20])):
+        output, written[:] = tmp_path / f"{size}.jsonl", []
+        generate(recipe(pair, rows, output, samples=2, batch_size=size, **kept))
+        assert written == expected
+        name = "input_ids" if kept else "completion"
+        texts.append([(row["source_row"], row["sample"], row[name]) for row in lines(output)])
+    assert texts[0] == texts[1] == texts[2]
+    assert len({str(text) for *_, text in texts[0]}) > 10
 
 
 def test_conversations_stay_conversations(pair, tmp_path):

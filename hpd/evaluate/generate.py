@@ -143,20 +143,23 @@ def draw_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: GenerationSettings,
+    entropies: Sequence[tuple[int, int, int, int]] | None = None,
 ) -> list[Completion]:
     """The texts of `generate_answers`, with the tokens that were drawn and their log-probabilities.
 
     Args:
         model, tokenizer, prompts: as there.
-        settings: that draw; one sample a prompt.
+        settings: one sample a prompt. Where they do not draw, there are no log-probabilities.
+        entropies: which draws each prompt has, see `Request`; None: (seed, index of the prompt, 0, 0).
     """
+    keys = entropies or [(settings.seed, index, 0, 0) for index in range(len(prompts))]
     engine = TransformersEngine(model, tokenizer)
     examples = [Example(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
     ids = [encode_prompt(tokenizer, prompt, settings) for prompt in prompts]
     limit = _answer_limit(engine, examples, ids, settings)
     out: dict[int, Completion] = {}
     for batch in engine.batches([len(row) for row in ids], settings):
-        requests = [Request(ids[index], (settings.seed, index, 0, 0)) for index in batch]
+        requests = [Request(ids[index], keys[index]) for index in batch]
         for index, rollout in zip(batch, engine.complete(requests, settings, limit), strict=True):
             tokens = rollout.tokens
             text: Any = tokenizer.decode(tokens, skip_special_tokens=True)
