@@ -226,24 +226,28 @@ def predicted(shape: Any, settings: dict[str, Any]) -> dict[str, float]:
     percentiles = dict.fromkeys((50, 90, 99, 100), shape.tokens)
     lengths = Lengths(ROWS, percentiles, LABELED * shape.tokens, 0.0, 0.0, 1.0, LABELED)
     found = {}
-    for name, method in (("hpd", "hpd"), ("hpd, no checkpointing", "hpd")):
-        dtype = str(shape.teacher.dtype).removeprefix("torch.")
-        recipe = load_recipe(
-            {
+    for name in ("hpd", "hpd (cached)", "hpd (cached), no checkpointing"):
+        with tempfile.TemporaryDirectory() as folder:
+            dtype = str(shape.teacher.dtype).removeprefix("torch.")
+            teacher: dict[str, Any] = {"model": "a/teacher", "dtype": dtype}
+            if "cached" in name:
+                teacher |= {"type": "cached", "path": folder}
+                # Of the head only the size is asked for.
+                with (Path(folder) / "head.safetensors").open("wb") as file:
+                    file.truncate(shape.vocab * shape.teacher.hidden * shape.teacher.dtype.itemsize)
+            tree = {
                 "student": "a/student",
-                "teacher": {"model": "a/teacher", "dtype": dtype},
-                "method": method,
+                "teacher": teacher,
+                "method": "hpd",
                 "data": {"path": "rows.jsonl"},
             }
-        )
-        checkpointing = settings["gradient_checkpointing"] and "no" not in name
-        with tempfile.TemporaryDirectory() as folder:
+            changed = {"gradient_checkpointing": settings["gradient_checkpointing"] and "no" not in name}
             args = DistillConfig(
-                **{**SETTINGS, **settings, "gradient_checkpointing": checkpointing, "output_dir": folder}
+                **{**SETTINGS, "max_length": shape.tokens, **settings, **changed, "output_dir": folder}
             )
-        teacher = {"teacher": config(shape, shape.teacher)}
-        step = StepMemory(Planned(recipe, args, config(shape, shape.student), teacher, lengths))
-        found[name] = step.predict().total / GIB
+            configs = {"teacher": config(shape, shape.teacher)}
+            planned = Planned(load_recipe(tree), args, config(shape, shape.student), configs, lengths)
+            found[name] = StepMemory(planned).predict().total / GIB
     return found
 
 
@@ -293,8 +297,11 @@ def tables(result: dict[str, Any]) -> str:
     """A result as docs/performance.md shows it."""
     place = result["machine"]
     texts = [f"{place.get('device', place['cpu'])}, torch {place['torch']}, {place['date']}."]
+    # Parts that a later run left out are kept from the run before, with its date.
+    dates = {part: f" ({date})" for part, date in result.get("dates", {}).items()}
     if part := result.get("operator"):
-        texts += ["The operator, forward and backward:", _figures(part, "floor")]
+        title = f"The operator, forward and backward{dates.get('operator', '')}:"
+        texts += [title, _figures(part, "floor")]
     if part := result.get("chunks"):
         rows = [
             [mib, *(f"{found['ms'][n]:.1f}" for n in found["ms"]), f"{found['peak_gib']['hpd']:.2f}"]
@@ -302,16 +309,16 @@ def tables(result: dict[str, Any]) -> str:
         ]
         names = next(iter(part.values()))["ms"]
         header = ["MiB of a chunk", *(f"{name}, ms" for name in names), "hpd, peak GiB"]
-        texts += ["Chunks:", table(header, rows)]
+        texts += [f"Chunks{dates.get('chunks', '')}:", table(header, rows)]
     if part := result.get("step"):
         texts += [
-            f"A step of {part['tokens']:,} tokens, three quarters of them labeled:",
+            f"A step of {part['tokens']:,} tokens, three quarters of them labeled{dates.get('step', '')}:",
             _figures(part, "SFTTrainer"),
         ]
         said = ", ".join(f"{name} {gib:.1f} GiB" for name, gib in part["predicted_gib"].items())
         texts.append(f"`hpd doctor` predicts: {said}.")
     if part := result.get("tests"):
-        texts.append(f"Tests marked gpu: {part['summary']}.")
+        texts.append(f"Tests marked gpu{dates.get('tests', '')}: {part['summary']}.")
     if result["failed"]:
         texts.append("Not there: " + "; ".join(f"{name}: {why}" for name, why in result["failed"].items()))
     return "\n\n".join(texts)

@@ -10,8 +10,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from hpd.experiments.bases import evaluations
 from hpd.experiments.experiment import Experiment, read_experiment
@@ -203,8 +206,14 @@ def _threads() -> int:
 
 
 def _context() -> Any:
-    """A context that forks from a server which has imported everything: that saves seconds per run."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    """A context that forks from a server which has imported everything: that saves seconds per run.
+
+    bitsandbytes asks for the card while it is imported, and a process that did so may not be forked: CUDA
+    refuses to start in the copy. Each run then starts by itself.
+    """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    asks = torch.cuda.is_available() and find_spec("bitsandbytes") is not None
+    method = "forkserver" if forks and not asks else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["hpd.experiments.preload", "hpd.experiments.worker"])

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from helpers.forked import context
 from helpers.tiny_grid import command, tiny_experiment, tiny_grid
@@ -193,6 +195,30 @@ def test_an_axis_of_a_name_of_its_own_replaces_several_places_at_once(tmp_path):
     assert [cell.axes["writer"] for cell in tuning] == ["people", "people", "teacher", "teacher"]
     assert {cell.recipe.student.model for cell in tuning} == {str(tmp_path / "base" / "other")}
     assert tuning[-1].recipe.data.path == str(tmp_path / "base" / "teacher" / "a.jsonl")
+
+
+def test_a_section_given_as_a_mapping_takes_nothing_from_the_base(tmp_path):
+    whole = write(set={"train": {"learning_rate": 3e-3, "warmup_steps": 2}})
+    assert expand(read_experiment(whole), tmp_path)[0].recipe.train["warmup_steps"] == 2
+    part = r"train is given as a mapping, which would take learning_rate .*\(train\.warmup_steps\)"
+    for changes in (
+        {"set": {"train": {"warmup_steps": 2}}},
+        {"axes": {"schedule": {"a": {"train": {"warmup_steps": 2}}}, "seed": [0, 1]}},
+    ):
+        with pytest.raises(ValueError, match=part):
+            expand(read_experiment(write(**changes)), tmp_path)
+    # A teacher of another type has nothing in common with the base's.
+    other = write(set={"teacher": {"type": "cached", "path": "cache"}})
+    assert expand(read_experiment(other), tmp_path)[0].recipe.teacher.type == "cached"
+
+
+def test_an_override_below_tune_sets_one_setting(tmp_path):
+    tune = {"train.learning_rate": [1e-3, 2e-3, 4e-3, 8e-3], "metric": "forward_kl", "seeds": [9]}
+    text = write(tune={**tune, "set": {"train.max_steps": 8}})
+    experiment = read_experiment(text, ["tune.set.train.max_steps=2", "tune.set.train.warmup_steps=1"])
+    assert experiment.tune.set == {"train.max_steps": 2, "train.warmup_steps": 1}
+    cells = expand_tuning(experiment, tmp_path, "train.learning_rate", {})
+    assert cells[0].recipe.train == {"learning_rate": 1e-3, "max_steps": 2, "warmup_steps": 1, "seed": 9}
 
 
 def test_several_settings_are_tuned_one_after_the_other(tmp_path):
@@ -402,6 +428,22 @@ def test_dry_run_writes_nothing_and_names_the_method_of_its_prediction(grid, tmp
     assert done.exit_code == 0, done.output
     assert "probe" in done.output
     assert not (folder / "grid").exists()
+
+
+@pytest.mark.slow
+def test_runs_start_by_themselves_where_an_import_asks_for_the_card(tmp_path_factory, monkeypatch):
+    module = importlib.import_module("hpd.experiments.compare")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    assert module._context().get_start_method() == "spawn"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module._context().get_start_method() == "forkserver"
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(module, "_context", lambda: spawn)
+    axes = {"method": ["forward_kl"], "seed": [0]}
+    experiment = tiny_experiment(tmp_path_factory.mktemp("spawned"), axes=axes, tune=None)
+    _, failures = compare(experiment)
+    assert failures == []
 
 
 def test_a_run_that_fails_costs_only_itself(tmp_path):
