@@ -35,8 +35,8 @@ _NAMED_ORDER, _OTHER_ORDER = 2.0, 1.5
 """Drawing orders: named lines lie above the others, and come first in the legend."""
 _BELOW_MEANS = 4.0
 """How far a logarithmic axis goes below the lowest mean, as a factor."""
-_PLOT_CHARACTERS = 24
-"""Of a label below one of several small plots."""
+_ROW_CHARACTERS = 62
+"""Of the labels of small plots side by side, together."""
 
 
 class Split(NamedTuple):
@@ -213,13 +213,15 @@ def multiples_panel(
         share_y: one y axis for all, where their values are comparable.
     """
     most = max(plots.values(), key=len)
-    columns = min(_MULTIPLE_COLUMNS, len(plots))
+    columns = 2 if len(plots) == 4 else min(_MULTIPLE_COLUMNS, len(plots))
     num_rows = math.ceil(len(plots) / columns)
     # Plots of the same lines, or of some of them, share a legend; else a plot of several has its own.
     has_legend = len(most) > 1 and all(lines.keys() <= most.keys() for lines in plots.values())
     if has_legend and looks is None:
         looks = looks_of(list(most))
-    titles = [textwrap.fill(name, _PLOT_CHARACTERS) for name in plots]
+    characters = _ROW_CHARACTERS // columns
+    titles = [textwrap.fill(name, characters) for name in plots]
+    x_title = textwrap.fill(x_label, characters)
     every = [line for lines in plots.values() for line in lines.values()]
     is_log = log and _spans(every)
 
@@ -228,7 +230,9 @@ def multiples_panel(
         for axis in axes[len(plots) :]:
             axis.set_visible(False)
         for i, (axis, lines) in enumerate(zip(axes, plots.values(), strict=False)):
-            _draw_lines(axis, lines, _looks_within(lines, looks, has_legend), scale.factor, {}, bool(ticks))
+            _draw_lines(
+                axis, lines, _looks_within(lines, looks, has_legend), scale.factor, {}, bool(ticks) or log_x
+            )
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
@@ -236,7 +240,7 @@ def multiples_panel(
             else:
                 axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
-            _label_small(axis, titles[i], x_label if i + columns >= len(plots) else "")
+            _label_small(axis, titles[i], x_title if i + columns >= len(plots) else "")
             if len(lines) > 1 and not has_legend:
                 axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
         if has_legend:
@@ -254,7 +258,7 @@ def _label_small(axis: Axes, title: str, x_label: str) -> None:
     """Title and, in the last plot of a column, what x is."""
     axis.set_title(title, fontsize=8, color=INK, loc="left")
     axis.tick_params(labelsize=8, labelbottom=bool(x_label))
-    axis.set_xlabel(textwrap.fill(x_label, _PLOT_CHARACTERS), fontsize=8)
+    axis.set_xlabel(x_label, fontsize=8)
 
 
 def _spans(lines: Iterable[Line]) -> bool:

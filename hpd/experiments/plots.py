@@ -215,23 +215,34 @@ def scaling_panels(
     return panels
 
 
-def _scaling_lines(results: Results, axis: str, metric: str, values: Mapping[str, float]) -> dict[str, Line]:
+def _scaling_lines(
+    results: Results, axis: str, metric: str, values: Mapping[str, float]
+) -> dict[tuple[str, str], Line]:
+    """(the other axes' labels behind the first, that one's) -> line."""
     others = [other for other in results.axes if other != axis]
-    found: dict[str, dict[float, list[float]]] = {}
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in results.runs:
         if metric in run.figures:
-            name = ", ".join(run.axes[other] for other in others) or words(metric)
-            points = found.setdefault(name, {}).setdefault(values[run.axes[axis]], [])
+            name, *rest = [run.axes[other] for other in others] or [words(metric)]
+            setting = ", ".join(f"{short(a)}={label}" for a, label in zip(others[1:], rest, strict=True))
+            points = found.setdefault((setting, name), {}).setdefault(values[run.axes[axis]], [])
             points.append(run.figures[metric])
     scale = results.scale(metric)
-    return {name: _spread_line(points, scale) for name, points in found.items() if len(points) > 1}
+    return {key: _spread_line(points, scale) for key, points in found.items() if len(points) > 1}
 
 
 def _scaling_panel(
-    results: Results, axis: str, metric: str, lines: dict[str, Line], looks: Mapping[str, Look] | None
+    results: Results,
+    axis: str,
+    metric: str,
+    lines: Mapping[tuple[str, str], Line],
+    looks: Mapping[str, Look] | None,
 ) -> Panel:
+    plots: dict[str, dict[str, Line]] = {}
+    for (setting, name), line in lines.items():
+        plots.setdefault(setting, {})[name] = line
     options: dict[str, Any] = {
-        "looks": looks if looks and set(lines) <= set(looks) else None,
+        "looks": looks if looks and {name for _, name in lines} <= set(looks) else None,
         "scale": results.scale(metric),
         "log": metric.endswith("kl"),
         "x_label": words(short(axis)),
@@ -241,8 +252,11 @@ def _scaling_panel(
     }
     key, title = f"scaling-{slug(metric)}-{slug(short(axis))}", over(metric, words(short(axis)))
     if metric == "loss":  # losses of different methods have no common scale
-        return multiples_panel(key, title, {name: {name: line} for name, line in lines.items()}, **options)
-    return line_panel(key, title, lines, **options)
+        alone = {", ".join(filter(None, (name, at))): {name: line} for (at, name), line in lines.items()}
+        return multiples_panel(key, title, alone, **options)
+    if len(plots) > 1:
+        return multiples_panel(key, title, plots, share_y=True, **options)
+    return line_panel(key, title, next(iter(plots.values())), **options)
 
 
 def _spread_line(points: Mapping[float, Sequence[float]], scale: Scale) -> Line:

@@ -66,6 +66,27 @@ def test_scaling_holds_the_means_and_never_leaves_the_range():
     assert "fewer than 3 seeds" in panel.note
 
 
+def test_scaling_of_several_settings_has_a_plot_each_with_the_same_methods():
+    axes = [
+        {"method": m, "text": text, "data.limit": n}
+        for m in ("sft", "hpd")
+        for text in ("teacher", "human")
+        for n in ("64", "1024")
+    ]
+    results = make_results(axes, lambda a, seed: len(a["text"]) / 10 + seed / 100, (0, 1, 2))
+    (panel,) = scaling_panels(results, ["accuracy"], results_looks(results, None))
+    figure = drawn(panel)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["text=teacher", "text=human"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sft", "hpd"]
+    assert {(row[0], row[1]) for row in panel.rows} == {
+        (f"text={text}", name) for text in ("teacher", "human") for name in ("sft", "hpd")
+    }
+    for axis, value in zip(figure.axes, (0.71, 0.51), strict=True):
+        assert [line.get_ydata().tolist() for line in axis.get_lines()[:2]] == [
+            pytest.approx([value * 100] * 2)
+        ] * 2
+
+
 def test_entropy_over_an_axis_has_the_teachers_line():
     figures = {"accuracy": 0.5, "student_entropy": 0.1, "teacher_entropy": 0.06}
     runs = [make_run({"method": "a", "data.limit": n}, 0, figures=figures) for n in ("100", "1000")]
