@@ -1,33 +1,29 @@
-"""Line figures: series with bands, the teacher's line, axes split where a few series stretch them."""
+"""Line figures: series with bands, the teacher's line, one plot or many small ones."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hpd.experiments.figures import INK, Look, Panel, looks_of, new_axes
 from hpd.experiments.metrics import PLAIN, Scale
+from hpd.experiments.split import SPLIT_NOTE, Split, split, split_axes
 from hpd.experiments.table import TableCell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SPLIT_NOTE", "Level", "Line", "Split", "line_panel", "multiples_panel", "split", "split_axes"]
+__all__ = ["Level", "Line", "line_panel", "multiples_panel"]
 
 Line: TypeAlias = Sequence[tuple[float, float, float, float]]
 """(x, mean, low, high) of each point."""
 Level: TypeAlias = tuple[float, float, float]
 """The teacher's (mean, low, high); all equal for one teacher and one set of rows."""
-SPLIT_NOTE = "The axis is split and each part has its own scale."
 CUT_NOTE = "Bands end where the axis does."
-_STRETCH = 4.0
-"""An axis is split where all that is drawn takes this many times the room of the larger half."""
-_SMALLEST_CORE = 3
-_CORE_SHARE = 0.68
-"""Of a split axis, for the part that holds most series."""
 _OUTSIDE = 4
 """Legend entries from which the legend stands below the figure."""
 _MULTIPLE_COLUMNS = 3
@@ -37,93 +33,6 @@ _BELOW_MEANS = 4.0
 """How far a logarithmic axis goes below the lowest mean, as a factor."""
 _ROW_CHARACTERS = 62
 """Of the labels of small plots side by side, together."""
-
-
-class Split(NamedTuple):
-    """An axis in one part or two."""
-
-    parts: list[tuple[float, float]]
-    """Low to high."""
-    core: int
-    """The part that holds most items."""
-
-
-def split(ranges: Sequence[tuple[float, float]]) -> Split:
-    """The range of an axis, or two of them where a few items stretch it.
-
-    Items at one end are cut off if at least half of all, and three, remain and these need no more than a
-    quarter of the room; as many as can remain do.
-
-    >>> split([(0, 1), (0, 2), (1, 2), (40, 50)])
-    Split(parts=[(0, 2), (40, 50)], core=0)
-    """
-    low, high = min(a for a, _ in ranges), max(b for _, b in ranges)
-    best = (0, Split([(low, high)], 0))
-    for sign in (1, -1):
-        # Mirrored, the items at the lower end are those at the upper one.
-        items = sorted(((a, b) if sign > 0 else (-b, -a) for a, b in ranges), key=lambda item: item[1])
-        start = min(a for a, _ in items)
-        for count in range(len(items) - 1, max(_SMALLEST_CORE, (len(items) + 1) // 2) - 1, -1):
-            core, rest = items[:count], items[count:]
-            end = core[-1][1]
-            if 0 < _STRETCH * (end - start) <= high - low:
-                away = (max(end, min(a for a, _ in rest)), rest[-1][1])
-                cut = Split([(start, end), away], 0)
-                found = cut if sign > 0 else Split([(-away[1], -away[0]), (-end, -start)], 1)
-                best = max(best, (count, found), key=lambda pair: pair[0])
-                break
-    return best[1]
-
-
-def split_axes(figure: Figure, found: Split, vertical: bool) -> list[Axes]:
-    """One axis, or two parts of one that is split, low to high.
-
-    The caller draws everything on each part.
-
-    Args:
-        vertical: the split axis is y, else x.
-    """
-    if len(found.parts) < 2:
-        return new_axes(figure)
-    figure.get_layout_engine().set(hspace=0.0, wspace=0.0, h_pad=0.02, w_pad=0.02)  # type: ignore[union-attr]
-    shares = [1 - _CORE_SHARE] * 2
-    shares[found.core] = _CORE_SHARE
-    if vertical:
-        upper, lower = new_axes(figure, 2, 1, sharex=True, height_ratios=shares[::-1])
-        upper.spines["bottom"].set_visible(False)
-        upper.tick_params(bottom=False, labelbottom=False)
-        axes, marks = [lower, upper], (((0, 1), lower), ((0, 0), upper))
-    else:
-        left, right = new_axes(figure, 1, 2, sharey=True, width_ratios=shares)
-        right.spines["left"].set_visible(False)
-        right.tick_params(left=False, labelleft=False)
-        axes, marks = [left, right], (((1, 0), left), ((0, 0), right))
-    slant = [(-1, -0.5), (1, 0.5)] if vertical else [(-0.5, -1), (0.5, 1)]
-    for (x, y), axis in marks:
-        axis.plot(
-            [x],
-            [y],
-            marker=slant,
-            markersize=9,
-            color=INK,
-            linestyle="",
-            transform=axis.transAxes,
-            clip_on=False,
-        )
-    for axis, limits in zip(axes, _padded(found), strict=True):
-        axis.set_ylim(*limits) if vertical else axis.set_xlim(*limits)
-        axis.locator_params(axis="y" if vertical else "x", nbins=4)
-    return axes
-
-
-def _padded(found: Split) -> list[tuple[float, float]]:
-    room = found.parts[found.core][1] - found.parts[found.core][0]
-    pads = [0.06 * (b - a) or 0.06 * room for a, b in found.parts]
-    (low, end), (start, high) = found.parts
-    end, start = end + pads[0], start - pads[1]
-    if start < end:  # the parts touch: the one that holds most keeps its margin
-        start = end = end if found.core == 0 else start
-    return [(low - pads[0], end), (start, high + pads[1])]
 
 
 def line_panel(
@@ -217,11 +126,9 @@ def multiples_panel(
     num_rows = math.ceil(len(plots) / columns)
     # Plots of the same lines, or of some of them, share a legend; else a plot of several has its own.
     has_legend = len(most) > 1 and all(lines.keys() <= most.keys() for lines in plots.values())
-    if has_legend and looks is None:
-        looks = looks_of(list(most))
-    characters = _ROW_CHARACTERS // columns
-    titles = [textwrap.fill(name, characters) for name in plots]
-    x_title = textwrap.fill(x_label, characters)
+    looks = looks or (looks_of(list(most)) if has_legend else None)
+    wrap = partial(textwrap.fill, width=_ROW_CHARACTERS // columns)
+    titles = [wrap(name) for name in plots]
     every = [line for lines in plots.values() for line in lines.values()]
     is_log = log and _spans(every)
 
@@ -230,9 +137,8 @@ def multiples_panel(
         for axis in axes[len(plots) :]:
             axis.set_visible(False)
         for i, (axis, lines) in enumerate(zip(axes, plots.values(), strict=False)):
-            _draw_lines(
-                axis, lines, _looks_within(lines, looks, has_legend), scale.factor, {}, bool(ticks) or log_x
-            )
+            shown = _looks_within(lines, looks, has_legend)
+            _draw_lines(axis, lines, shown, scale.factor, {}, bool(ticks) or log_x)
             if level is not None:
                 _draw_level(axis, level, scale.factor)
             if is_log:
@@ -240,18 +146,23 @@ def multiples_panel(
             else:
                 axis.locator_params(axis="y", nbins=4)
             _set_ticks(axis, lines, log_x, ticks)
-            _label_small(axis, titles[i], x_title if i + columns >= len(plots) else "")
+            _label_small(axis, titles[i], wrap(x_label) if i + columns >= len(plots) else "")
             if len(lines) > 1 and not has_legend:
                 axis.legend(*_entries(axis), frameon=False, fontsize=7, labelcolor=INK)
         if has_legend:
             _legend(axes[list(plots.values()).index(most)], _OUTSIDE)
 
     rows = [(name, *row) for name, lines in plots.items() for row in _rows(lines, scale)]
-    height = 0.4 + (1.25 + 0.13 * any("\n" in title for title in titles)) * num_rows
-    height += 0.2 * math.ceil(len(most) / 2) if has_legend else 0.0
+    height = _grid_height(titles, num_rows, len(most) if has_legend else 0)
     cut = is_log and any(map(_are_cut, [every] if share_y else [lines.values() for lines in plots.values()]))
     caption = " ".join(filter(None, [note, CUT_NOTE if cut else "", _level_note(level, scale)]))
     return Panel(key, title, ("plot", "line", x_label, "mean", "low", "high"), rows, draw, height, caption)
+
+
+def _grid_height(titles: Sequence[str], num_rows: int, entries: int) -> float:
+    """Inches of small plots below each other, with room for their titles' lines and a legend."""
+    lines = max(title.count("\n") for title in titles)
+    return 0.4 + (1.25 + 0.13 * lines) * num_rows + 0.2 * math.ceil(entries / 2)
 
 
 def _label_small(axis: Axes, title: str, x_label: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hpd.experiments.figures import COLORS, INK, OTHERS, Look, Panel, looks_of, slug
 from hpd.experiments.grid import short
-from hpd.experiments.lines import SPLIT_NOTE, Level, Line, line_panel, multiples_panel, split, split_axes
+from hpd.experiments.lines import Level, Line, line_panel, multiples_panel
 from hpd.experiments.metrics import (
     SPREAD_NOTE,
     Scale,
@@ -22,6 +22,7 @@ from hpd.experiments.metrics import (
     words,
 )
 from hpd.experiments.results import Results
+from hpd.experiments.split import SPLIT_NOTE, split, split_axes
 from hpd.experiments.statistics import VariantComparison
 from hpd.experiments.table import TableCell
 from hpd.experiments.tuning import Choice

@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from hpd.experiments.figures import COLORS, OTHERS, _figure, looks_of, to_files, to_svg
-from hpd.experiments.lines import line_panel, multiples_panel, split
+from hpd.experiments.lines import line_panel, multiples_panel
 from hpd.experiments.metrics import Scale
+from hpd.experiments.split import split
 
 
 def drawn(panel):
