@@ -233,8 +233,10 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
         ValueError: as `put`; or a mapping in place of a section that has more keys.
     """
     found = tree.get(path)
-    whole = path in _SECTIONS and isinstance(value, dict) and isinstance(found, dict)
-    if whole and (lost := [key for key in found if key not in value]):
+    lost: list[str] = []
+    if path in _SECTIONS and isinstance(value, dict) and isinstance(found, dict):
+        lost = [key for key in found if key not in value]
+    if lost:
         names = ", ".join(f"{path}.{key}" for key in value) or "none is given"
         raise ValueError(
             f"{path} is given as a mapping, which would take {', '.join(lost)} from the base's {path}. "
