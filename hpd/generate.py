@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -55,10 +55,11 @@ class Writer(Protocol):
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str | None
     """Of its weights, where they are here."""
-    at_once: int
-    """Completions that it works on together."""
+    at_once: int | None
+    """Completions that it should get together; None: all, it hands each out as soon as those before it are
+    there."""
 
-    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> list[Completion]:
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> Iterable[Completion]:
         """Completions, the same whenever it is called again, whichever slots come together."""
         ...
 
@@ -113,7 +114,7 @@ def _generate(
     try:
         done = _begin(part, _identity(recipe, config, rows, writer.fingerprint), overwrite)
         chunks = [chunk for chunk in range(-(-len(slots) // CHUNK)) if chunk not in done]
-        together = -(-writer.at_once // CHUNK)
+        together = -(-(writer.at_once or len(slots)) // CHUNK)
         for start in range(0, len(chunks), together):
             group = chunks[start : start + together]
             chosen = [slots[chunk * CHUNK : (chunk + 1) * CHUNK] for chunk in group]
@@ -122,7 +123,7 @@ def _generate(
             for chunk, some in zip(group, chosen, strict=True):
                 done[chunk] = list(itertools.islice(written, len(some)))
                 part.append({"chunk": chunk, "completions": done[chunk]}, durable=True)
-            bar(sum(map(len, done.values())), len(slots))
+                bar(sum(map(len, done.values())), len(slots))
     finally:
         writer.close()
     completions = [completion for chunk in sorted(done) for completion in done[chunk]]
@@ -311,7 +312,7 @@ class _ModelWriter:
         if not getattr(model, "hf_device_map", None) and not getattr(model, "quantization_method", None):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model
-        self.at_once = config.batch_size
+        self.at_once: int | None = config.batch_size
 
     def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> list[Completion]:
         config = self._config
@@ -345,10 +346,10 @@ class _ServerWriter:
             failure=TeacherUnavailable,
         )
         self._pool = ThreadPoolExecutor(teacher.concurrency)
-        self.at_once = teacher.concurrency
+        self.at_once: int | None = None
 
-    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> list[Completion]:
-        return list(self._pool.map(self._complete, slots, prompts))
+    def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> Iterable[Completion]:
+        return self._pool.map(self._complete, slots, prompts)
 
     def _complete(self, slot: Slot, prompt: Any) -> Completion:
         config = self._config

@@ -289,6 +289,19 @@ def test_a_server_writes_and_right_answers_are_kept(pair, rows, tmp_path, script
     assert output.read_bytes() == once
 
 
+def test_a_server_is_asked_for_as_many_at_once_as_the_teacher_allows(pair, rows, tmp_path, scripted):
+    together, good = threading.Barrier(10), scripted.answer
+
+    def answer(request):
+        together.wait(timeout=30)  # with fewer at once nobody is answered
+        return good(request)
+
+    scripted.answer = answer
+    teacher = {"type": "server", "url": scripted.url, "model": "tiny", "wait_seconds": 2.0, "concurrency": 10}
+    generate(recipe(pair, rows, tmp_path / "made.jsonl", teacher, samples=2))
+    assert len(lines(tmp_path / "made.jsonl")) == 20
+
+
 def test_garbage_from_a_server_keeps_what_is_done(pair, rows, tmp_path, scripted, monkeypatch):
     from hpd.teachers import TeacherUnavailable
 

@@ -297,7 +297,8 @@ def test_experiment_files_expand(tmp_path, monkeypatch, path):
     for name in ("chains", "gym_chains", "short_answers"):
         monkeypatch.setattr(tasks, name, demo_recipe)
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    monkeypatch.setattr(importlib.import_module("real_pair"), "real_pair", cached)
+    for name in ("real_pair", "real_pair_gpu"):
+        monkeypatch.setattr(importlib.import_module("real_pair"), name, cached)
     for name in ("chain_inits", "foreign_chains"):
         monkeypatch.setattr(tasks, name, cached)
     experiment = load_experiment(path)
