@@ -56,8 +56,7 @@ class Writer(Protocol):
     fingerprint: str | None
     """Of its weights, where they are here."""
     at_once: int | None
-    """Completions that it should get together; None: all, it hands each out as soon as those before it are
-    there."""
+    """Completions that it should get together; None: all, which it hands out in order as they come."""
 
     def write(self, slots: Sequence[Slot], prompts: Sequence[Any]) -> Iterable[Completion]:
         """Completions, the same whenever it is called again, whichever slots come together."""
@@ -118,7 +117,7 @@ def _generate(
         for start in range(0, len(chunks), together):
             group = chunks[start : start + together]
             chosen = [slots[chunk * CHUNK : (chunk + 1) * CHUNK] for chunk in group]
-            flat = [slot for some in chosen for slot in some]
+            flat = list(itertools.chain(*chosen))
             written = iter(writer.write(flat, [rows[slot.row].prompt for slot in flat]))
             for chunk, some in zip(group, chosen, strict=True):
                 done[chunk] = list(itertools.islice(written, len(some)))
