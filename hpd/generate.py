@@ -22,6 +22,7 @@ from hpd.evaluate import GenerationSettings
 from hpd.evaluate.benchmarks.grading import grade_texts, reference_answer
 from hpd.evaluate.generate import draw_completions
 from hpd.files import JsonLines, digest_json, digest_text, write_json
+from hpd.generation.chunks import groups
 from hpd.generation.engine import encode_prompt
 from hpd.generation.texts import Completion
 from hpd.generation.written import written_row
@@ -112,16 +113,14 @@ def _generate(
     bar = progress.bar("completions")
     try:
         done = _begin(part, _identity(recipe, config, rows, writer.fingerprint), overwrite)
-        chunks = [chunk for chunk in range(-(-len(slots) // CHUNK)) if chunk not in done]
-        together = -(-(writer.at_once or len(slots)) // CHUNK)
-        for start in range(0, len(chunks), together):
-            group = chunks[start : start + together]
-            chosen = [slots[chunk * CHUNK : (chunk + 1) * CHUNK] for chunk in group]
-            flat = list(itertools.chain(*chosen))
-            written = iter(writer.write(flat, [rows[slot.row].prompt for slot in flat]))
-            for chunk, some in zip(group, chosen, strict=True):
-                done[chunk] = list(itertools.islice(written, len(some)))
-                part.append({"chunk": chunk, "completions": done[chunk]}, durable=True)
+        for group in groups(-(-len(slots) // CHUNK), writer.at_once and -(-writer.at_once // CHUNK), done):
+            chosen = [slot for chunk in group for slot in slots[chunk * CHUNK : (chunk + 1) * CHUNK]]
+            written = iter(writer.write(chosen, [rows[slot.row].prompt for slot in chosen]))
+            for chunk in group:
+                found = list(itertools.islice(written, len(slots[chunk * CHUNK : (chunk + 1) * CHUNK])))
+                if chunk not in done:
+                    part.append({"chunk": chunk, "completions": found}, durable=True)
+                    done[chunk] = found
                 bar(sum(map(len, done.values())), len(slots))
     finally:
         writer.close()

@@ -109,6 +109,25 @@ def test_a_batch_is_as_large_as_asked_for_and_changes_nothing(pair, rows, tmp_pa
     assert len({str(text) for *_, text in texts[0]}) > 10
 
 
+def test_a_resumed_call_repeats_the_same_batches(pair, rows, tmp_path, monkeypatch):
+    """Other batches round otherwise, and now and then that draws another token."""
+    straight, output, written = tmp_path / "a.jsonl", tmp_path / "b.jsonl", []
+    generate(recipe(pair, rows, straight, samples=2, batch_size=8))
+    with pytest.raises(KeyboardInterrupt):
+        generate(recipe(pair, rows, output, samples=2, batch_size=8), progress=Interrupt(12))
+    assert len(output.with_name("b.jsonl.part").read_text().splitlines()) == 1 + 3
+    write = TransformersEngine.write
+
+    def noted(engine, prompts, *rest):
+        written.append(len(prompts))
+        return write(engine, prompts, *rest)
+
+    monkeypatch.setattr(TransformersEngine, "write", noted)
+    generate(recipe(pair, rows, output, samples=2, batch_size=8))
+    assert written == [8, 4]  # the third chunk again, in the batch of the fourth
+    assert output.read_bytes() == straight.read_bytes()
+
+
 def test_conversations_stay_conversations(pair, tmp_path):
     data = tmp_path / "chat.jsonl"
     turns = [{"role": "user", "content": "say two"}, {"role": "assistant", "content": "two"}]

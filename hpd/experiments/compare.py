@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,12 +207,11 @@ def _threads() -> int:
 def _context() -> Any:
     """A context that forks from a server which has imported everything: that saves seconds per run.
 
-    bitsandbytes asks for the card while it is imported, and a process that did so may not be forked: CUDA
-    refuses to start in the copy. Each run then starts by itself.
+    With a GPU each run starts by itself: some libraries ask for the card while they are imported
+    (bitsandbytes does), and in a fork of a process that did so CUDA refuses to start.
     """
-    forks = "forkserver" in multiprocessing.get_all_start_methods()
-    asks = torch.cuda.is_available() and find_spec("bitsandbytes") is not None
-    method = "forkserver" if forks and not asks else "spawn"
+    forks = "forkserver" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
+    method = "forkserver" if forks else "spawn"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["hpd.experiments.preload", "hpd.experiments.worker"])

@@ -35,8 +35,19 @@ MIN_TUNED_VALUES = 4
 MIN_TUNED_FACTOR = 8.0
 _STRICT = {"extra": "forbid"}
 _STEPS = "train.max_steps"
-_SECTIONS = ("train", "data", "rollouts", "lora", "guards")
-"""A mapping in place of one of these would take what the base says there; of a teacher it is meant to."""
+_SECTIONS = (
+    "student",
+    "teacher",
+    "data",
+    "rollouts",
+    "strategy",
+    "guards",
+    "lora",
+    "train",
+    "generate",
+    "cache",
+)
+"""A mapping in place of one of these would take what the base says there, unless it is of another type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +246,8 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
     found = tree.get(path)
     lost: list[str] = []
     if path in _SECTIONS and isinstance(value, dict) and isinstance(found, dict):
-        lost = [key for key in found if key not in value]
+        same = value.get("type", found.get("type")) == found.get("type")
+        lost = [key for key in found if key not in value] if same else []
     if lost:
         names = ", ".join(f"{path}.{key}" for key in value) or "none is given"
         raise ValueError(

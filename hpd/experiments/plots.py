@@ -219,8 +219,9 @@ def scaling_panels(
 def _scaling_lines(
     results: Results, axis: str, metric: str, values: Mapping[str, float]
 ) -> dict[tuple[str, str], Line]:
-    """(the other axes' labels behind the first, that one's) -> line."""
+    """(labels of the other axes, the method) -> line; without a method the first of those axes is it."""
     others = [other for other in results.axes if other != axis]
+    others.sort(key=lambda other: other not in ("variant", "method"))  # lines are methods
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in results.runs:
         if metric in run.figures:

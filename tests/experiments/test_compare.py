@@ -432,10 +432,9 @@ def test_dry_run_writes_nothing_and_names_the_method_of_its_prediction(grid, tmp
 
 
 @pytest.mark.slow
-def test_runs_start_by_themselves_where_an_import_asks_for_the_card(tmp_path_factory, monkeypatch):
+def test_runs_start_by_themselves_beside_a_gpu(tmp_path_factory, monkeypatch):
     module = importlib.import_module("hpd.experiments.compare")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module, "find_spec", lambda name: object())
     assert module._context().get_start_method() == "spawn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert module._context().get_start_method() == "forkserver"
