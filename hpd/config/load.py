@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from hpd.config.check import check_recipe, check_tree, hint_at, read_tree, resolve
+from hpd.config.data import data_shorthand
 from hpd.config.models import model_shorthand, teacher_shorthand
 from hpd.config.schema import DpoStageConfig, Recipe, StageConfig
 from hpd.config.yaml_file import read_yaml
@@ -19,7 +20,17 @@ from hpd.methods.prefixes import RolloutConfig
 from hpd.methods.rest import rests_where_equal
 from hpd.methods.table import name_terms
 
-__all__ = ["Stage", "handed_on", "is_push_key", "load_recipe", "stage_recipes"]
+__all__ = ["Stage", "handed_on", "is_push_key", "keep_section", "load_recipe", "stage_recipes"]
+
+_SECTIONS: dict[str, Callable[[Any], Any]] = {
+    "student": model_shorthand,
+    "teacher": teacher_shorthand,
+    "data": data_shorthand,
+    **dict.fromkeys(
+        ("rollouts", "strategy", "guards", "lora", "train", "generate", "cache"), lambda value: value
+    ),
+}
+"""What loses keys where it is put as a whole -> its short form as a mapping."""
 
 # Parts of a recipe that a stage changes key by key; the others it replaces.
 _MERGED = ("rollouts", "guards", "data", "train", "eval", "method_kwargs")
@@ -64,7 +75,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
     Args:
         source: YAML file, or the tree itself.
-        overrides: `a.b=c` assignments; the value is read as YAML, or as text where only text will do.
+        overrides: `a.b=c` assignments; the value is read as YAML, or as text where only text will do. A
+            section given as a whole may take nothing from the one that is there.
 
     Raises:
         FileNotFoundError: no such recipe.
@@ -77,6 +89,36 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     recipe = check_tree(tree)
     stage_recipes(recipe)
     return recipe
+
+
+def keep_section(path: str, found: Any, value: Any) -> None:
+    """Refuse to put a section as a whole where that would take from it what it has.
+
+    Args:
+        path: where it is put.
+        found: what the recipe has there.
+        value: what is put there; one of another `type` has nothing in common with what is there, and may be.
+
+    Raises:
+        ValueError: with the keys that would be lost.
+    """
+    if path not in _SECTIONS:
+        return
+    found, new = _SECTIONS[path](found), _SECTIONS[path](value)
+    if not (isinstance(new, Mapping) and isinstance(found, Mapping)) or _type(path, new) != _type(
+        path, found
+    ):
+        return
+    if lost := [str(key) for key in found if key not in new]:
+        names = ", ".join(f"{path}.{key}" for key in new) or "none is given"
+        raise ValueError(
+            f"{path} is given as a whole, which would take {', '.join(lost)} from the recipe's {path}. "
+            f"Give its keys by their whole names ({names})."
+        )
+
+
+def _type(path: str, section: Mapping[str, Any]) -> Any:
+    return section.get("type", "model" if path == "teacher" else None)
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -94,9 +136,11 @@ def _override(tree: dict[str, Any], text: str) -> None:
         node[parent] = dict(child) if isinstance(child, Mapping) else {}
         node = node[parent]
     try:
-        node[last] = _read_value(key.split("."), value)
+        read = _read_value(key.split("."), value)
     except RecursionError:
         raise ValueError(f"The value of {key} is nested too deeply.") from None
+    keep_section(key, node.get(last), read)
+    node[last] = read
 
 
 def _read_value(key: Sequence[str], text: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from hpd.config.load import keep_section
 from hpd.config.schema import EvalConfig
 from hpd.config.yaml_file import parse_yaml, read_text
 from hpd.experiments.axes import SEED_AXES, axis_values, check_axes, paths_by_axis, places, seeds_of
@@ -35,19 +36,6 @@ MIN_TUNED_VALUES = 4
 MIN_TUNED_FACTOR = 8.0
 _STRICT = {"extra": "forbid"}
 _STEPS = "train.max_steps"
-_SECTIONS = (
-    "student",
-    "teacher",
-    "data",
-    "rollouts",
-    "strategy",
-    "guards",
-    "lora",
-    "train",
-    "generate",
-    "cache",
-)
-"""A mapping in place of one of these would take what the base says there, unless it is of another type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,17 +231,7 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
     Raises:
         ValueError: as `put`; or a mapping in place of a section that has more keys.
     """
-    found = tree.get(path)
-    lost: list[str] = []
-    if path in _SECTIONS and isinstance(value, dict) and isinstance(found, dict):
-        same = value.get("type", found.get("type")) == found.get("type")
-        lost = [key for key in found if key not in value] if same else []
-    if lost:
-        names = ", ".join(f"{path}.{key}" for key in value) or "none is given"
-        raise ValueError(
-            f"{path} is given as a mapping, which would take {', '.join(lost)} from the base's {path}. "
-            f"Give its keys by their whole names ({names})."
-        )
+    keep_section(path, tree.get(path), value)
     put(tree, path, value)
 
 

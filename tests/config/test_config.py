@@ -275,3 +275,31 @@ def test_text_on_the_command_line_stays_text_where_a_field_is_text(override, rea
     got = read(load_recipe(GOOD, [override]))
     assert got == want
     assert type(got) is type(want)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train={max_steps: 5}", r"would take learning_rate from .* \(train\.max_steps\)"),
+        ("data=other.jsonl", r"would take labels from .* \(data\.path\)"),
+        ("student={model: z}", r"would take dtype from .* \(student\.model\)"),
+        ("student=z", r"would take dtype from .* \(student\.model\)"),
+        ("teacher=u", r"would take dtype from .* \(teacher\.type, teacher\.model\)"),
+        ("teacher={type: cached, path: cache}", None),  # has nothing in common with the one that is there
+        ("teacher=self", None),
+        ("data={path: other.jsonl, labels: last_turn}", None),
+        ("lora={r: 4}", None),
+    ],
+)
+def test_a_section_given_as_a_whole_takes_nothing_from_the_recipe(override, message):
+    tree = {
+        "student": {"model": "s", "dtype": "bfloat16"},
+        "teacher": {"model": "t", "dtype": "bfloat16"},
+        "data": {"path": "d.jsonl", "labels": "assistant"},
+        "train": {"learning_rate": 1e-3},
+    }
+    if message is None:
+        load_recipe(tree, [override])
+        return
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tree, [override])
