@@ -30,7 +30,7 @@ from hpd.experiments.tuning import (
     write_choices,
 )
 from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
-from hpd.files import JsonLines, write_json
+from hpd.files import JsonLines, digest_text, write_json
 from hpd.locks import holding
 from hpd.progress import Progress
 from hpd.training.plan import plan_evals
@@ -107,7 +107,7 @@ def _compare(
         raise ValueError(
             "own_samples needs prompts to continue: give the recipe an eval, or the experiment evals."
         )
-    manifest = open_manifest(folder, text, overrides, tuning, grid, allow)
+    manifest = open_manifest(experiment, text, overrides, tuning, grid, allow)
     if experiment.tune is not None:
         choices = read_choices(folder)
         if choices is None:
@@ -222,16 +222,21 @@ def _evaluate_teachers(work: Sequence[Job], folder: Path, progress: Progress) ->
     """Evaluate each teacher once for all runs; the recipe's own eval asks it in every run. Several teachers
     have a folder each, and the figures of all are their means."""
     target = folder / "teacher"
-    asked = {job.recipe.teacher.model: job for job in work if job.evals and has_model(job.recipe)}
-    if not asked or (target / TEACHER_FIGURES).is_file():
-        return
-    (folder / "logs").mkdir(exist_ok=True)
-    folders = [target] if len(asked) == 1 else [target / str(number) for number in range(len(asked))]
-    bar = progress.bar("teachers evaluated")
-    for number, (job, own) in enumerate(zip(asked.values(), folders, strict=True)):
-        waiting = functools.partial(bar, number, len(asked))
-        _evaluate_teacher(job._replace(threads=_threads()), own, folder / "logs" / "teacher.log", waiting)
-    bar(len(asked), len(asked))
+    asked = {str(job.recipe.teacher.model): job for job in work if job.evals and has_model(job.recipe)}
+    # Named by what they are: repetitions that are added may bring others, in any order.
+    folders = [target] if len(asked) == 1 else [target / digest_text(model)[:16] for model in asked]
+    missing = [
+        (job, own)
+        for job, own in zip(asked.values(), folders, strict=True)
+        if not (own / TEACHER_FIGURES).is_file()
+    ]
+    if missing:
+        (folder / "logs").mkdir(exist_ok=True)
+        bar = progress.bar("teachers evaluated")
+        for number, (job, own) in enumerate(missing):
+            waiting = functools.partial(bar, number, len(missing))
+            _evaluate_teacher(job._replace(threads=_threads()), own, folder / "logs" / "teacher.log", waiting)
+        bar(len(missing), len(missing))
     if len(asked) > 1:
         found = [json.loads((own / TEACHER_FIGURES).read_text(encoding="utf-8")) for own in folders]
         means = {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
@@ -239,8 +244,6 @@ def _evaluate_teachers(work: Sequence[Job], folder: Path, progress: Progress) ->
 
 
 def _evaluate_teacher(job: Job, target: Path, log: Path, waiting: Callable[[], None]) -> None:
-    if (target / TEACHER_FIGURES).is_file():
-        return
     process = _context().Process(target=evaluate_teacher, args=(job, str(target), str(log)))
     try:
         process.start()

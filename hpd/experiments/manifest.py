@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ import yaml
 
 from hpd.config.check import resolve
 from hpd.config.schema import Recipe
+from hpd.experiments.axes import axis_values
+from hpd.experiments.experiment import Experiment, read_experiment
 from hpd.experiments.grid import Cell
 from hpd.files import digest_text, digest_tree, write_atomically, write_json
 
@@ -29,6 +32,7 @@ __all__ = [
     "open_manifest",
     "require_comparable",
     "require_equal_environments",
+    "require_only_repetitions",
 ]
 
 MANIFEST = "manifest.json"
@@ -44,14 +48,15 @@ COMPARED = ("hpd", "git_commit", "python", "platform", "packages")
 
 
 def open_manifest(
-    folder: Path,
+    experiment: Experiment,
     text: str,
     overrides: Sequence[str],
     tuning: Sequence[Cell],
     grid: Sequence[Cell],
     allow: Sequence[str],
 ) -> dict[str, Any]:
-    """Copy the experiment file to its folder before any result, or check that it is the one there.
+    """Copy the experiment file to its folder before any result, or check that it is the one there, or that
+    one with more repetitions (`require_only_repetitions`).
 
     Raises:
         ValueError: the folder holds another experiment, or versions or data have changed since it began.
@@ -61,6 +66,7 @@ def open_manifest(
     # A report reads manifests and does without transformers, which takes seconds to import.
     from hpd.training.folder import environment
 
+    folder = experiment.folder
     found = {
         "sha256": digest_text(text),
         "overrides": list(overrides),
@@ -84,24 +90,93 @@ def open_manifest(
         write_json(path, {**found, "started": started})
         return found
     known = json.loads(path.read_text(encoding="utf-8"))
-    if (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
-        raise ValueError(
-            f"{folder} began with another experiment file or other overrides (the copy is "
-            f"{folder / EXPERIMENT}). Changing the question after results are known is what this prevents: "
-            "restore the file, or set another output_dir."
-        )
+    if has_grown := (known["sha256"], known["overrides"]) != (found["sha256"], found["overrides"]):
+        require_only_repetitions(experiment, known, found["cells"])
     require_equal_environments([known["environment"], found["environment"]], allow)
-    if "data" not in allow and known["fingerprints"] != found["fingerprints"]:
-        changed = sorted(
+    begun = known["fingerprints"]
+    if "data" not in allow and (
+        changed := sorted(
             name
             for name, digest in found["fingerprints"].items()
-            if known["fingerprints"].get(name) != digest
+            if begun.get(name) != digest and not (has_grown and name not in begun)
         )
+    ):
         raise ValueError(
             f"Files have changed since the experiment began: {', '.join(changed)}. Start again in another "
             "output_dir."
         )
-    return known
+    return _extend(folder, text, known, found) if has_grown else known
+
+
+def require_only_repetitions(
+    experiment: Experiment, known: Mapping[str, Any], cells: Mapping[str, Mapping[str, str]]
+) -> None:
+    """The experiment must be the one that began in its folder with more repetitions, and nothing else.
+
+    Values may be added behind those of the axes that repeat every variant (the seed and those of `paired`).
+    All cells of before stay, and the new ones are of new repetitions.
+
+    Args:
+        known: the folder's manifest.
+        cells: name -> axis -> label of the cells that it has now.
+
+    Raises:
+        ValueError: anything else differs.
+    """
+    copy = experiment.folder / EXPERIMENT
+    try:
+        began = read_experiment(copy.read_text(encoding="utf-8"), known["overrides"])
+    except (OSError, ValueError):
+        began = None
+    before = known["cells"]
+    begun = [_unit(experiment, axes) for axes in before.values()]
+    added = [axes for name, axes in cells.items() if name not in before]
+    if (
+        began is None
+        or not added
+        or _without_repetitions(began) != _without_repetitions(experiment)
+        or not all(_is_start(began.axes[axis], experiment.axes.get(axis, [])) for axis in began.repeats)
+        or any(cells.get(name) != axes for name, axes in before.items())
+        or any(_unit(experiment, axes) in begun for axes in added)
+    ):
+        raise ValueError(
+            f"{experiment.folder} began with another experiment file or other overrides (the copy is "
+            f"{copy}). Changing the question after results are known is what this prevents: restore the "
+            "file, or set another output_dir. Only repetitions may be added: values behind those of seed and "
+            "of the axes in paired."
+        )
+
+
+def _without_repetitions(experiment: Experiment) -> Experiment:
+    axes = {axis: values for axis, values in experiment.axes.items() if axis not in experiment.repeats}
+    return dataclasses.replace(experiment, axes=axes, exclude=[], output_dir=None)
+
+
+def _unit(experiment: Experiment, axes: Mapping[str, str]) -> tuple[str | None, ...]:
+    """The repetition that a cell belongs to."""
+    return tuple(axes.get(axis) for axis in experiment.repeats)
+
+
+def _is_start(values: Any, longer: Any) -> bool:
+    some, all_of_them = (list(axis_values(side).items()) for side in (values, longer))
+    return all_of_them[: len(some)] == some
+
+
+def _extend(folder: Path, text: str, known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the new cells, and with when they came and what was known by then."""
+    finished = sum((folder / "runs" / name / RECORD).is_file() for name in known["cells"])
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    step = {"at": now, "sha256": known["sha256"], "runs": len(known["cells"]), "finished": finished}
+    manifest = {
+        **known,
+        **{key: found[key] for key in ("sha256", "overrides", "cells")},
+        "fingerprints": {**known["fingerprints"], **found["fingerprints"]},
+        "added": [*known.get("added", []), step],
+    }
+    # The file first: stopped between the two, the next call adds the repetitions again.
+    write_atomically(folder / EXPERIMENT, text)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:

@@ -293,6 +293,10 @@ def environment_table(results: Results) -> Table:
             )
         )
     rows += [
+        ("repetitions added", f"{step['at']}, {step['finished']} of {step['runs']} runs finished")
+        for step in results.manifest.get("added", [])
+    ]
+    rows += [
         ("data and models", f"{name} ({digest})")
         for name, digest in results.manifest.get("fingerprints", {}).items()
     ]

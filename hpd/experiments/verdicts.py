@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import get_args
+from typing import Any, get_args
 
 from hpd.experiments.metrics import Scale, words
 from hpd.experiments.power import MAX_EFFECT
@@ -69,8 +69,17 @@ def _verdict_cell(c: VariantComparison, scale: Scale) -> TableCell:
     return TableCell(c.verdict, c.verdict, TONES[c.verdict], ", ".join(filter(None, parts)))
 
 
-def warnings_about(comparisons: Sequence[VariantComparison]) -> list[str]:
-    """Where seeds are too few for a verdict, or for so many tests."""
+def warnings_about(
+    comparisons: Sequence[VariantComparison], added: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """Where seeds are too few for a verdict, or for so many tests, or came after results were known.
+
+    Args:
+        added: when repetitions were added and how many runs were finished by then, of the manifest.
+
+    Reference:
+        Armitage, McPherson and Rowe, Repeated significance tests on accumulating data, 1969.
+    """
     few = [c for c in comparisons if c.verdict == "too few seeds"]
     unfound = [c for c in comparisons if c.verdict == "no difference found"]
     warnings = []
@@ -80,7 +89,8 @@ def warnings_about(comparisons: Sequence[VariantComparison]) -> list[str]:
             f"{len(few)} of {len(comparisons)} comparisons have {' or '.join(map(str, counts))} "
             f"seed{'s' * (counts != [1])} and no verdict: tests of so few seeds miss most effects smaller "
             f"than {MAX_EFFECT:g} standard deviations over seeds, so that no difference shows there means "
-            "nothing. Run at least 4 seeds, better 8."
+            "nothing. Run at least 4 seeds, better 8: add them to the file, behind the others; what is "
+            "finished is kept."
         )
     effects = [c.detectable / c.deviation for c in unfound if c.deviation > 0]
     if effects and median(effects) > MAX_EFFECT:
@@ -88,6 +98,17 @@ def warnings_about(comparisons: Sequence[VariantComparison]) -> list[str]:
             f"Weak tests: corrected for {len(comparisons)} tests, {unfound[0].num_seeds} seeds find only "
             f"differences of {median(effects):.2g} standard deviations over seeds or more (in 80% of "
             'repeats; the column detectable). Read the intervals, not the words "no difference found".'
+        )
+    looks = [step for step in added if step["finished"]]
+    if comparisons and looks:
+        times = "; ".join(
+            f"{step['at'][:10]}, when {step['finished']} of {step['runs']} runs were finished"
+            for step in looks
+        )
+        warnings.append(
+            f"Repetitions were added later ({times}). If results decided about that, the tests find more "
+            "than they should: of tests at 5% where nothing differs, about 8 in 100 find something at one of "
+            "two looks and 14 at one of five."
         )
     return warnings
 
