@@ -1,4 +1,4 @@
-"""The figure of docs/results.md out of docs/results/epochs/data/runs.csv: distance and entropy over passes.
+"""The figure of docs/results.md out of docs/results/epochs_joined/data/runs.csv: distance and entropy over passes.
 
 python scripts/map_figure.py
 """
@@ -19,10 +19,10 @@ from hpd.experiments.figures import INK, Panel, looks_of, new_axes, to_files
 from hpd.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "docs" / "results" / "epochs" / "data" / "runs.csv"
+RUNS = ROOT / "docs" / "results" / "epochs_joined" / "data" / "runs.csv"
 TARGET = ROOT / "docs" / "images"
 ROWS_SEEN = 1200 * 16
-"""Of every run of experiments/epochs.yaml: steps times rows of a step."""
+"""Of every run of experiments/epochs.yaml and epochs_more.yaml: steps times rows of a step."""
 NAMED = ("hpd", "sft", "forward_kl", "masked_sft", "hpd_no_draw")
 METRICS = {"forward kl": "forward KL, nats", "student entropy": "entropy, nats"}
 
@@ -69,7 +69,7 @@ def panel(found: Mapping[str, Mapping[str, Points]], teachers: list[float]) -> P
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
     note = (
-        f"Lines: means of {students.pop()} students, two for each of two teachers; bands: lowest to highest. "
+        f"Lines: means of {students.pop()} students, half of them for each of two teachers; bands: lowest to highest. "
         "Rows are the teacher's own; figures on held-out rows. Dotted: the teachers' entropy."
     )
     title = "Distance from the teacher, and entropy, over passes"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpd.experiments.output import markdown_table, write_report
@@ -69,6 +70,29 @@ def verdicts_of(report: Report) -> str:
     return "\n".join([*warnings, markdown_table(report.verdicts)])
 
 
+def fill_pages(reports: Mapping[str, Report], pages: Sequence[Path], runs: Path | None = None) -> None:
+    """Renew the tables of these reports on the pages.
+
+    Args:
+        runs: where the grids lie, for tests against another baseline than theirs.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        name, key, baseline = found.groups()
+        if name not in reports:
+            return found[0]
+        if key == "verdicts":
+            other = build_report([runs / name], baseline) if runs is not None and baseline else None
+            table = verdicts_of(other or reports[name])
+        else:
+            table = table_of(reports[name], key)
+        head = found[0].partition("\n")[0]
+        return f"{head}\n{table}\n<!-- end -->"
+
+    for page in pages:
+        page.write_text(_BLOCK.sub(fill, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def _axes(table: Table) -> tuple[str, ...]:
     """The columns that name the row: those before the first figure."""
     if table.key != "results":
@@ -85,27 +109,11 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
-    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    shown = {found[1] for text in texts.values() for found in _BLOCK.finditer(text)}
-    names = options.names or sorted(shown)
+    shown = {found[1] for page in PAGES for found in _BLOCK.finditer(page.read_text(encoding="utf-8"))}
+    names = options.names or sorted(name for name in shown if not name.endswith("_joined"))
     if unknown := set(names) - shown:
         parser.error(f"no page of docs/evidence has a table of {', '.join(sorted(unknown))}.")
-    reports = {name: copy_report(name, options.runs) for name in names}
-
-    def fill(found: re.Match[str]) -> str:
-        name, key, baseline = found.groups()
-        if name not in reports:
-            return found[0]
-        if key == "verdicts":
-            report = build_report([options.runs / name], baseline) if baseline else reports[name]
-            table = verdicts_of(report)
-        else:
-            table = table_of(reports[name], key)
-        head = found[0].partition("\n")[0]
-        return f"{head}\n{table}\n<!-- end -->"
-
-    for page, text in texts.items():
-        page.write_text(_BLOCK.sub(fill, text), encoding="utf-8")
+    fill_pages({name: copy_report(name, options.runs) for name in names}, PAGES, options.runs)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ METHODS: dict[str, Method] = {
         summary="KL(teacher || student): the student covers every mode of the teacher",
         weight="p",
         use=(
-            "whole distributions, and rows that show all that the teacher does: nearest to it in every such "
-            "regime that was measured (docs/results.md)"
+            "whole distributions, and rows that show all that the teacher does: nearest to it, or level, in "
+            "every such regime that was measured (docs/results.md)"
         ),
         defaults="temperature 1",
         reference="Hinton et al. 2015, arXiv 1503.02531",
