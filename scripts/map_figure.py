@@ -1,4 +1,4 @@
-"""The figure of docs/results.md out of docs/results/epochs_joined/data/runs.csv: distance and entropy over passes.
+"""The figure of docs/results.md: distance and entropy over passes, of epochs_joined's table of runs.
 
 python scripts/map_figure.py
 """
@@ -69,8 +69,8 @@ def panel(found: Mapping[str, Mapping[str, Points]], teachers: list[float]) -> P
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
     note = (
-        f"Lines: means of {students.pop()} students, half of them for each of two teachers; bands: lowest to highest. "
-        "Rows are the teacher's own; figures on held-out rows. Dotted: the teachers' entropy."
+        f"Lines: means of {students.pop()} students, half of them for each of two teachers; bands: lowest to "
+        "highest. Rows are the teacher's own; figures on held-out rows. Dotted: the teachers' entropy."
     )
     title = "Distance from the teacher, and entropy, over passes"
     columns = ("metric", "method", "passes", "mean", "low", "high")
