@@ -22,7 +22,7 @@ def script(monkeypatch):
 def test_the_lines_of_the_map_are_the_means_of_the_runs(script):
     found, _ = script.read(script.RUNS)
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    row = r"^\| \[the teacher's\]\(evidence/repeated-rows\.md\) \| ([\d.]+) \| (.*) \|$"
+    row = r"^\| \[the teacher's\]\(evidence/repeated-rows\.md\) \| ([\d.]+) \| 8 \| (.*) \|$"
     lines = re.findall(row, page, re.MULTILINE)
     assert len(lines) == len(next(iter(found["forward kl"].values())))
     for passes, cells in lines:
@@ -42,4 +42,4 @@ def test_the_figure_draws_every_method_of_equal_students(script):
     panel = script.panel(found, teachers)
     assert {row[1] for row in panel.rows} == {*found["forward kl"]} >= {*script.NAMED}
     assert all(low <= mean <= high for *_, mean, low, high in panel.rows)
-    assert "means of 4 students" in panel.note
+    assert "means of 8 students" in panel.note
