@@ -32,8 +32,9 @@ the dataclasses in `hpd/config` and `hpd/methods`.
     hpd init recipe.yaml        # a first recipe, with comments
 
 Every key can be replaced on the command line: `hpd train recipe.yaml data.limit=100 train.max_steps=50`;
-a section as a whole (`data=other.jsonl`) only where it takes no other key of the recipe's. Keys that are not
-listed are errors. `hpd train recipe.yaml --dry-run > resolved.yaml` writes every key with its value.
+a section as a whole (`data=other.jsonl`) replaces the recipe's, with a warning where that takes other keys.
+Keys that are not listed are errors. `hpd train recipe.yaml --dry-run > resolved.yaml` writes every key with
+its value.
 
 Editors that read YAML schemas complete and check recipes with [recipe.schema.json](recipe.schema.json):
 

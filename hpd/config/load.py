@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from hpd.methods.prefixes import RolloutConfig
 from hpd.methods.rest import rests_where_equal
 from hpd.methods.table import name_terms
 
-__all__ = ["Stage", "handed_on", "is_push_key", "keep_section", "load_recipe", "stage_recipes"]
+__all__ = ["Stage", "handed_on", "is_push_key", "load_recipe", "lost_keys", "stage_recipes"]
 
 _SECTIONS: dict[str, Callable[[Any], Any]] = {
     "student": model_shorthand,
@@ -76,7 +77,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Args:
         source: YAML file, or the tree itself.
         overrides: `a.b=c` assignments; the value is read as YAML, or as text where only text will do. A
-            section given as a whole may take nothing from the one that is there.
+            section given as a whole replaces the one that is there, with a warning where that takes keys.
 
     Raises:
         FileNotFoundError: no such recipe.
@@ -91,30 +92,29 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return recipe
 
 
-def keep_section(path: str, found: Any, value: Any) -> None:
-    """Refuse to put a section as a whole where that would take from it what it has.
+def lost_keys(path: str, found: Any, value: Any) -> str:
+    """What a section loses where it is put as a whole, in a sentence; empty where it loses nothing.
 
     Args:
         path: where it is put.
         found: what the recipe has there.
-        value: what is put there; one of another `type` has nothing in common with what is there, and may be.
-
-    Raises:
-        ValueError: with the keys that would be lost.
+        value: what is put there; one of another `type` has nothing in common with what is there.
     """
     if path not in _SECTIONS:
-        return
+        return ""
     found, new = _SECTIONS[path](found), _SECTIONS[path](value)
     if not (isinstance(new, Mapping) and isinstance(found, Mapping)) or _type(path, new) != _type(
         path, found
     ):
-        return
-    if lost := [str(key) for key in found if key not in new]:
-        names = ", ".join(f"{path}.{key}" for key in new) or "none is given"
-        raise ValueError(
-            f"{path} is given as a whole, which would take {', '.join(lost)} from the recipe's {path}. "
-            f"Give its keys by their whole names ({names})."
-        )
+        return ""
+    lost = [str(key) for key in found if key not in new and key != "type"]
+    names = ", ".join(f"{path}.{key}" for key in new) or "none is given"
+    return (
+        f"{path} is given as a whole, which takes {', '.join(lost)} from the recipe's {path}. To keep the "
+        f"others give keys by their whole names ({names})."
+        if lost
+        else ""
+    )
 
 
 def _type(path: str, section: Mapping[str, Any]) -> Any:
@@ -139,7 +139,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         read = _read_value(key.split("."), value)
     except RecursionError:
         raise ValueError(f"The value of {key} is nested too deeply.") from None
-    keep_section(key, node.get(last), read)
+    if lost := lost_keys(key, node.get(last), read):
+        warnings.warn(lost, stacklevel=3)
     node[last] = read
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from hpd.experiments.tuning import (
     write_choices,
 )
 from hpd.experiments.worker import Job, evaluate_teacher, has_model, run_job
-from hpd.files import JsonLines, digest_text, write_json
+from hpd.files import JsonLines, write_json
 from hpd.locks import holding
 from hpd.progress import Progress
 from hpd.training.plan import plan_evals
@@ -38,6 +39,8 @@ from hpd.training.plan import plan_evals
 __all__ = ["Failure", "compare", "run_grid"]
 
 _POLL_SECONDS = 0.2
+_TEACHER_MODEL = "model.json"
+"""In the folder of one of several teachers: which it is."""
 
 
 class Failure(NamedTuple):
@@ -223,8 +226,7 @@ def _evaluate_teachers(work: Sequence[Job], folder: Path, progress: Progress) ->
     have a folder each, and the figures of all are their means."""
     target = folder / "teacher"
     asked = {str(job.recipe.teacher.model): job for job in work if job.evals and has_model(job.recipe)}
-    # Named by what they are: repetitions that are added may bring others, in any order.
-    folders = [target] if len(asked) == 1 else [target / digest_text(model)[:16] for model in asked]
+    folders = [target] if len(asked) == 1 else _teacher_folders(target, asked)
     missing = [
         (job, own)
         for job, own in zip(asked.values(), folders, strict=True)
@@ -238,9 +240,21 @@ def _evaluate_teachers(work: Sequence[Job], folder: Path, progress: Progress) ->
             _evaluate_teacher(job._replace(threads=_threads()), own, folder / "logs" / "teacher.log", waiting)
         bar(len(missing), len(missing))
     if len(asked) > 1:
+        for model, own in zip(asked, folders, strict=True):
+            write_json(own / _TEACHER_MODEL, {"model": model})
         found = [json.loads((own / TEACHER_FIGURES).read_text(encoding="utf-8")) for own in folders]
         means = {name: sum(figures[name] for figures in found) / len(found) for name in found[0]}
         write_json(target / TEACHER_FIGURES, means)
+
+
+def _teacher_folders(target: Path, models: Iterable[str]) -> list[Path]:
+    """A numbered folder for each; that of a teacher stays its own where repetitions that are added bring
+    another before it."""
+    records = target.glob(f"*/{_TEACHER_MODEL}")
+    known = {json.loads(file.read_text(encoding="utf-8"))["model"]: file.parent for file in records}
+    taken = set(known.values())
+    free = (folder for number in itertools.count() if (folder := target / str(number)) not in taken)
+    return [known.get(model) or next(free) for model in models]
 
 
 def _evaluate_teacher(job: Job, target: Path, log: Path, waiting: Callable[[], None]) -> None:

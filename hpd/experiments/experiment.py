@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from hpd.config.load import keep_section
+from hpd.config.load import lost_keys
 from hpd.config.schema import EvalConfig
 from hpd.config.yaml_file import parse_yaml, read_text
 from hpd.experiments.axes import SEED_AXES, axis_values, check_axes, paths_by_axis, places, seeds_of
@@ -231,7 +231,8 @@ def change(tree: dict[str, Any], path: str, value: Any) -> None:
     Raises:
         ValueError: as `put`; or a mapping in place of a section that has more keys.
     """
-    keep_section(path, tree.get(path), value)
+    if lost := lost_keys(path, tree.get(path), value):
+        raise ValueError(lost)
     put(tree, path, value)
 
 

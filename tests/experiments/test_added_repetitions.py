@@ -1,5 +1,6 @@
 """More seeds for a grid that has begun: what is finished stays, and the report says when they came."""
 
+import importlib
 import json
 import shutil
 
@@ -141,3 +142,14 @@ def test_a_repetition_with_a_teacher_of_its_own_runs_alone_and_evaluates_that_te
     assert alone in each
     both = json.loads((grid / "teacher" / "figures.json").read_text())
     assert both["accuracy"] == pytest.approx(sum(one["accuracy"] for one in each) / 2)
+
+
+def test_a_teacher_keeps_its_folder_where_another_comes_before_it(tmp_path):
+    module = importlib.import_module("hpd.experiments.compare")
+    first = module._teacher_folders(tmp_path, ["one", "two"])
+    assert [folder.name for folder in first] == ["0", "1"]
+    for model, folder in zip(["one", "two"], first, strict=True):
+        folder.mkdir()
+        (folder / "model.json").write_text(json.dumps({"model": model}))
+    grown = module._teacher_folders(tmp_path, ["one", "three", "two"])
+    assert [folder.name for folder in grown] == ["0", "2", "1"]
