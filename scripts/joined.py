@@ -9,16 +9,13 @@ where they are there; all else comes out of the tables in docs/results.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import shutil
 from pathlib import Path
 
-from results import PAGES, TARGET, fill_pages
+from results import PAGES, TARGET, fill_pages, read_options, write
 
 from hpd.experiments.experiment import Experiment, load_experiment
 from hpd.experiments.grid import group_key, short
-from hpd.experiments.output import write_report
 from hpd.experiments.report import Report, report_on
 from hpd.experiments.results import Results, Run, read_results
 from hpd.experiments.tables import run_table
@@ -106,26 +103,15 @@ def _teacher(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
-    options = parser.parse_args()
-    if unknown := set(options.names) - set(NAMES):
-        parser.error(
-            f"no grid in two parts is called {', '.join(sorted(unknown))}: there are {', '.join(NAMES)}."
-        )
+    names, runs = read_options(__doc__, NAMES)
     reports = {}
-    for name in options.names or NAMES:
-        source, target = options.runs / f"{name}_more", parts(name)[1]
+    for name in names or NAMES:
+        source, target = runs / f"{name}_more", parts(name)[1]
         if source.is_dir():
             target.parent.mkdir(exist_ok=True)
             target.write_text(run_table(read_results([source])).as_csv(), encoding="utf-8")
         reports[f"{name}_joined"] = report = joined(name)
-        folder = TARGET / f"{name}_joined"
-        shutil.rmtree(folder, ignore_errors=True)
-        write_report(report, folder).unlink()
+        write(report, f"{name}_joined")
     fill_pages(reports, PAGES)
 
 

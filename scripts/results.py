@@ -43,13 +43,30 @@ _BLOCK = re.compile(r"<!-- table (\w+) (\w+)(?: ([^>]+?))? -->\n(?:.*?\n)??<!-- 
 def copy_report(name: str, runs: Path) -> Report:
     """The report of a grid, written to docs/results/NAME."""
     report = build_report([runs / name])
-    folder = TARGET / name
-    shutil.rmtree(folder, ignore_errors=True)
-    write_report(report, folder).unlink()
+    folder = write(report, name)
     # Where this machine keeps tasks concerns no reader.
     for file in (folder / "report.md", *folder.glob("data/*.csv")):
         file.write_text(file.read_text(encoding="utf-8").replace(str(home()), "$HPD_HOME"), encoding="utf-8")
     return report
+
+
+def write(report: Report, name: str) -> Path:
+    """A report at docs/results/NAME, in place of the one that is there."""
+    folder = TARGET / name
+    shutil.rmtree(folder, ignore_errors=True)
+    write_report(report, folder).unlink()
+    return folder
+
+
+def read_options(about: str | None, known: Sequence[str]) -> tuple[list[str], Path]:
+    """The names of the command line, which may be those of `known`, and the folder of runs."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))} among {', '.join(known)}.")
+    return options.names, options.runs
 
 
 def table_of(report: Report, key: str) -> str:
@@ -103,17 +120,12 @@ def _axes(table: Table) -> tuple[str, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
-    options = parser.parse_args()
+    # docs/results has NAME_joined and NAME_more of scripts/joined.py, too.
+    known = sorted(path.parent.name for path in TARGET.glob("*/data") if path.parent.name[-7:] != "_joined")
+    names, runs = read_options(__doc__, known)
     shown = {found[1] for page in PAGES for found in _BLOCK.finditer(page.read_text(encoding="utf-8"))}
-    names = options.names or sorted(name for name in shown if not name.endswith("_joined"))
-    if unknown := set(names) - shown:
-        parser.error(f"no page of docs/evidence has a table of {', '.join(sorted(unknown))}.")
-    fill_pages({name: copy_report(name, options.runs) for name in names}, PAGES, options.runs)
+    chosen = names or sorted(shown.intersection(known))
+    fill_pages({name: copy_report(name, runs) for name in chosen}, PAGES, runs)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -18,6 +21,7 @@ from rich.markup import escape
 
 __all__ = ["user_errors", "wrap_warnings"]
 
+_PACKAGE = Path(__file__).parents[1]
 _TRY_AGAIN = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong with the input, and the same command may succeed later."""
 
@@ -40,11 +44,21 @@ class _Paragraph(logging.Formatter):
 
 
 def wrap_warnings() -> None:
-    """Break what modules warn of, without a handler of their own, as errors are."""
+    """Break what modules warn of, without a handler of their own, as errors are; a warning of this package
+    is one paragraph, without the line of source that raised it."""
     # Whichever import finds it, it says there which kernels it did not find.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Paragraph())
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+            _complain("warning", str(message))
+        else:
+            usual(message, category, filename, *rest)
+
+    warnings.showwarning = show
 
 
 @contextlib.contextmanager
